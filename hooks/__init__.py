@@ -1,0 +1,1 @@
+"""WHERE vision models are tapped: families, token selection, images to activations."""

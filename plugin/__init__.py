@@ -1,0 +1,1 @@
+"""HOW taxolens plugs into SAELens, TransformerLens, Weights & Biases and the shell."""

@@ -1,0 +1,29 @@
+"""The errors a user of taxolens can meet.
+
+`ConfigError` means that what was asked for is wrong (the command line exits with 2);
+every other `TaxolensError` means that the work failed (it exits with 1).
+"""
+
+
+class TaxolensError(Exception):
+    """Base class of every error that taxolens raises on purpose."""
+
+
+class ConfigError(TaxolensError, ValueError):
+    """A setting is wrong. The message names the field, what was given and what is allowed."""
+
+
+class UnknownNameError(ConfigError):
+    """A name is in no table. The message lists the nearest known names."""
+
+
+class DuplicateNameError(ConfigError):
+    """Two plugins register the same name. The message names both."""
+
+
+class DataError(TaxolensError):
+    """The data cannot be used: empty, corrupt beyond the allowed share, NaN, labels off the tree."""
+
+
+class CheckpointError(TaxolensError):
+    """A checkpoint is torn, truncated, or belongs to another run."""

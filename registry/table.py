@@ -1,0 +1,100 @@
+"""The tables of what a config can name: architectures, models, evaluators, taxonomies, loaders."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .errors import DuplicateNameError, UnknownNameError
+
+T = TypeVar("T")
+
+
+class Table(Mapping[str, T], Generic[T]):
+    """A read-only mapping from name to entry, filled through `register` alone.
+
+    Args:
+        kind: what an entry is called in error messages, e.g. ``"evaluator"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._plugins: dict[str, str] = {}
+
+    def register(self, name: str, entry: T, *, plugin: str = "taxolens") -> None:
+        """Add `entry` under `name`.
+
+        Raises:
+            DuplicateNameError: when the name is taken; it names both plugins.
+        """
+        if name in self._entries:
+            raise DuplicateNameError(
+                f"{self.kind} {name!r} is registered twice: by plugin {self._plugins[name]!r} "
+                f"and again by plugin {plugin!r}. Rename one of them, or block a plugin with "
+                "TAXOLENS_BLOCK_PLUGINS."
+            )
+        self._entries[name] = entry
+        self._plugins[name] = plugin
+
+    def plugin_of(self, name: str) -> str:
+        """The plugin that registered `name`."""
+        self[name]
+        return self._plugins[name]
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownNameError(unknown_name_message(self.kind, name, self._entries)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Table({self.kind!r}, {sorted(self._entries)})"
+
+
+def unknown_name_message(kind: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """ "unknown <kind> 'x'", the nearest known names, and the known names where they are few."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    message = f"unknown {kind} {name!r}"
+    if near:
+        message += f"; did you mean {' or '.join(map(repr, near))}?"
+    shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
+    return f"{message} Known: {', '.join(shown) or 'none'}." if near else (
+        f"{message}. Known: {', '.join(shown) or 'none'}."
+    )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One SAE architecture, as SAELens's registries want it.
+
+    `sae_class` and `sae_config_class` stay None where the trained SAE is saved as an architecture
+    that SAELens already has: it then loads without this package.
+    """
+
+    name: str
+    training_class: type[Any]
+    training_config_class: type[Any]
+    sae_class: type[Any] | None = None
+    sae_config_class: type[Any] | None = None
+    description: str = ""
+    source: str = ""
+
+
+ARCHITECTURES: Table[Architecture] = Table("architecture")
+VISION_MODELS: Table[Any] = Table("vision model family")
+EVALUATORS: Table[Any] = Table("evaluator")
+TAXONOMIES: Table[Any] = Table("taxonomy")
+LOADERS: Table[Any] = Table("loader")

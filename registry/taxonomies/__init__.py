@@ -1,0 +1,1 @@
+"""Class trees: the Taxonomy type and where trees come from."""
