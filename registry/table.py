@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from .errors import DuplicateNameError, UnknownNameError
@@ -63,17 +63,13 @@ class Table(Mapping[str, T], Generic[T]):
         return f"Table({self.kind!r}, {sorted(self._entries)})"
 
 
-def unknown_name_message(kind: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """ "unknown <kind> 'x'", the nearest known names, and the known names where they are few."""
+def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
+    """One sentence: what is unknown, the nearest known names, and all known names where few."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    message = f"unknown {kind} {name!r}"
-    if near:
-        message += f"; did you mean {' or '.join(map(repr, near))}?"
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
-    return f"{message} Known: {', '.join(shown) or 'none'}." if near else (
-        f"{message}. Known: {', '.join(shown) or 'none'}."
-    )
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(shown) or 'none'}."
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,37 @@ class Architecture:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class TaxonomySource:
+    """A named class tree. `load(classes)` gives the tree over those classes, in that order;
+    with None, over all classes it has."""
+
+    name: str
+    load: Callable[[Any], Any]
+    description: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A reader of SAE files that another library wrote.
+
+    Args:
+        disk: SAELens's ``PretrainedSaeDiskLoader``: ``(path, device, cfg_overrides) ->
+            (cfg_dict, state_dict)``, for ``SAE.load_from_disk(path, converter=...)``.
+        huggingface: SAELens's ``PretrainedSaeHuggingfaceLoader``, for ``SAE.from_pretrained``.
+        releases: release name -> SAELens's ``PretrainedSAELookup``, read with `huggingface`.
+    """
+
+    name: str
+    disk: Callable[..., Any] | None = None
+    huggingface: Callable[..., Any] | None = None
+    releases: Mapping[str, Any] = field(default_factory=dict)
+    description: str = ""
+
+
 ARCHITECTURES: Table[Architecture] = Table("architecture")
 VISION_MODELS: Table[Any] = Table("vision model family")
 EVALUATORS: Table[Any] = Table("evaluator")
-TAXONOMIES: Table[Any] = Table("taxonomy")
-LOADERS: Table[Any] = Table("loader")
+TAXONOMIES: Table[TaxonomySource] = Table("taxonomy")
+LOADERS: Table[Loader] = Table("loader")

@@ -1,0 +1,66 @@
+"""Pushes our tables into SAELens: its two architecture registries and its loaders."""
+
+from __future__ import annotations
+
+from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_class,
+    register_sae_training_class,
+)
+
+from ..registry.errors import DuplicateNameError
+from ..registry.table import Architecture, Loader
+
+
+def check_architecture(entry: Architecture) -> None:
+    """Refuse a name that SAELens itself, or something beside us, already uses.
+
+    Raises:
+        DuplicateNameError: naming the class that holds the name.
+    """
+    for registry, ours in (
+        (SAE_TRAINING_CLASS_REGISTRY, entry.training_class),
+        (SAE_CLASS_REGISTRY, entry.sae_class),
+    ):
+        if ours is None or entry.name not in registry:
+            continue
+        holder = registry[entry.name][0]
+        if holder is not ours:
+            raise DuplicateNameError(
+                f"architecture {entry.name!r} is already in SAELens, held by "
+                f"{holder.__module__}.{holder.__name__}. Choose another name."
+            )
+
+
+def add_architecture(entry: Architecture) -> None:
+    """Make `entry` selectable in SAELens configs and loadable by `SAE.load_from_disk`.
+
+    SAELens refuses to register a name twice, so a second call does nothing.
+    """
+    if entry.name not in SAE_TRAINING_CLASS_REGISTRY:
+        register_sae_training_class(entry.name, entry.training_class, entry.training_config_class)
+    if entry.sae_class and entry.sae_config_class and entry.name not in SAE_CLASS_REGISTRY:
+        register_sae_class(entry.name, entry.sae_class, entry.sae_config_class)
+
+
+def add_loader(loader: Loader) -> None:
+    """Make the loader's releases readable by `SAE.from_pretrained`.
+
+    Raises:
+        DuplicateNameError: when SAELens already has a loader or a release of that name.
+    """
+    if loader.huggingface is None:
+        return
+    if NAMED_PRETRAINED_SAE_LOADERS.get(loader.name, loader.huggingface) is not loader.huggingface:
+        raise DuplicateNameError(f"loader {loader.name!r} is already in SAELens. Choose another.")
+    directory = get_pretrained_saes_directory()
+    taken = sorted(
+        name for name, lookup in loader.releases.items() if directory.get(name, lookup) != lookup
+    )
+    if taken:
+        raise DuplicateNameError(f"releases {taken} are already in SAELens. Choose other names.")
+    NAMED_PRETRAINED_SAE_LOADERS[loader.name] = loader.huggingface
+    directory.update(loader.releases)
