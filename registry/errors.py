@@ -13,8 +13,13 @@ class ConfigError(TaxolensError, ValueError):
     """A setting is wrong. The message names the field, what was given and what is allowed."""
 
 
-class UnknownNameError(ConfigError):
-    """A name is in no table. The message lists the nearest known names."""
+class UnknownNameError(ConfigError, KeyError):
+    """A name is in no table. The message lists the nearest known names.
+
+    It is a `KeyError` too, so that tables behave as mappings (`table.get(name)`).
+    """
+
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
 class DuplicateNameError(ConfigError):

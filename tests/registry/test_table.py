@@ -38,6 +38,10 @@ def test_behaves_as_a_mapping(entries: dict[str, int], probe: str) -> None:
         table.register(name, value)
     assert dict(table) == entries
     assert (probe in table) == (probe in entries)
-    if probe not in entries:
-        with pytest.raises(UnknownNameError):
-            table[probe]
+    assert table.get(probe) == entries.get(probe)
+
+
+def test_the_message_is_printed_plainly() -> None:
+    with pytest.raises(UnknownNameError) as error:
+        Table("taxonomy")["imagenet"]
+    assert str(error.value) == "unknown taxonomy 'imagenet'. Known: none."
