@@ -1,0 +1,31 @@
+"""The embedded default: drawn pictures with a true class tree, and a small vision transformer.
+
+The pictures are drawn by `examples/demo_assets/draw_pictures.py`; the model has the architecture of
+DINOv2 and nothing else of it: `examples/demo_assets/train_model.py` trained it from scratch, on drawn
+pictures, to tell the leaf classes apart. Both scripts can be rerun by anyone.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def _path(name: str) -> Path:
+    """A real path: setuptools installs packages unzipped, and the libraries that read these want files."""
+    return Path(str(files(__name__).joinpath(name)))
+
+
+def model_path() -> Path:
+    """Folder of the model: `config.json`, `model.safetensors`, `preprocessor_config.json`, `metrics.json`."""
+    return _path("model")
+
+
+def dataset_path() -> Path:
+    """Folder of `train.parquet` and `validation.parquet`, columns `image` and `label` (`ClassLabel`)."""
+    return _path("pictures")
+
+
+def taxonomy_path() -> Path:
+    """JSON file of the class tree, four levels below the root; its classes are in label order."""
+    return _path("taxonomy.json")
