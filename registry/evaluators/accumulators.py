@@ -5,8 +5,6 @@ All are built from the nonzeros of z, so a sparse z costs what its firings cost.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import torch
 from scipy import sparse
@@ -119,6 +117,7 @@ class FiringHistogram(Accumulator):
         dtype = next(dtype for most, dtype in DTYPES if context.largest_class <= most)
         n_classes = len(context.taxonomy.classes)
         self.counts = torch.zeros(2, context.d_sae, len(survival), n_classes, dtype=dtype)
+        self._rows: list[sparse.csr_array] | None = None
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = batch.firings
@@ -129,7 +128,7 @@ class FiringHistogram(Accumulator):
         flat = ((half * m + latents) * n_bins + bins) * n_classes + labels
         ones = torch.ones(1, dtype=self.counts.dtype).expand(len(flat))
         self.counts.view(-1).scatter_add_(0, flat, ones)
-        self.__dict__.pop("_rows_of", None)
+        self._rows = None
 
     @property
     def n_bins(self) -> int:
@@ -145,17 +144,16 @@ class FiringHistogram(Accumulator):
 
     def fit(self) -> sparse.csr_array:
         """(m·T, C) counts of the fit half; row j·T + t is bin t of latent j."""
-        return self._rows_of[0]
+        return self._rows_of(0)
 
     def score(self) -> sparse.csr_array:
         """(m·T, C) counts of the score half."""
-        return self._rows_of[1]
+        return self._rows_of(1)
 
-    @cached_property
-    def _rows_of(self) -> list[sparse.csr_array]:
-        _, m, n_bins, n_classes = self.counts.shape
-        halves = self.counts.view(2, m * n_bins, n_classes)
-        return [_csr(half) for half in halves]
+    def _rows_of(self, half: int) -> sparse.csr_array:
+        if self._rows is None:
+            self._rows = [_csr(counts.flatten(0, 1)) for counts in self.counts]
+        return self._rows[half]
 
 
 def _csr(counts: Tensor, block: int = 8192) -> sparse.csr_array:
@@ -167,7 +165,7 @@ def _csr(counts: Tensor, block: int = 8192) -> sparse.csr_array:
         values = rows[at, columns].float().numpy()
         shape = (len(rows), counts.shape[1])
         blocks.append(sparse.csr_array((values, columns.int().numpy(), pointers), shape=shape))
-    return sparse.vstack(blocks, format="csr")
+    return sparse.csr_array(sparse.vstack(blocks))
 
 
 class TopImages(Accumulator):

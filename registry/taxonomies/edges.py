@@ -1,0 +1,100 @@
+"""A taxonomy from a file of parent–child pairs, CSV or JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .taxonomy import FORMAT, Taxonomy
+
+Edge = tuple[str, str]
+
+
+def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonomy:
+    """Read a `.csv` or a `.json`.
+
+    CSV: columns `parent,child` and perhaps `name` (the child's human name), with or without that
+    header line; a row without a parent names the root. JSON: `[["animal", "dog"], …]`,
+    `{"animal": ["dog", "cat"]}`, nested `{"animal": {"dog": ["poodle", "pug"]}}`, or what
+    `Taxonomy.to_json` wrote.
+
+    Args:
+        path: the file.
+        classes: labels in order; None takes the file's own list or every node without children.
+
+    Raises:
+        ConfigError: a file of another form, and all that `Taxonomy.from_edges` refuses.
+    """
+    path = Path(path)
+    read = {".csv": _read_csv, ".json": _read_json}.get(path.suffix.lower())
+    if read is None:
+        raise ConfigError(f"taxonomy: {path.name} must end in .csv or .json")
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"taxonomy: cannot read {path}: {error}") from error
+    edges, own_classes, names = read(path, text)
+    if not edges and classes is None and own_classes is None:
+        raise ConfigError(f"taxonomy: no parent-child pair in {path}")
+    return Taxonomy.from_edges(edges, own_classes if classes is None else classes, names)
+
+
+Read = tuple[list[Edge], "list[str] | None", dict[str, str]]
+
+
+def _read_csv(path: Path, text: str) -> Read:
+    edges: list[Edge] = []
+    names: dict[str, str] = {}
+    for number, row in enumerate(csv.reader(text.splitlines()), 1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells) or (
+            number == 1 and [c.lower() for c in cells[:2]] == ["parent", "child"]
+        ):
+            continue
+        if not 2 <= len(cells) <= 3 or not cells[1]:
+            raise ConfigError(
+                f"{path.name}, line {number}: expected parent,child[,name], got {row}"
+            )
+        parent, child, *name = cells
+        if parent:
+            edges.append((parent, child))
+        if name and name[0]:
+            names[child] = name[0]
+    return edges, None, names
+
+
+def _read_json(path: Path, text: str) -> Read:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"taxonomy: {path.name} is not JSON: {error}") from error
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        return [(p, c) for p, c in data["edges"]], data["classes"], data.get("names", {})
+    if isinstance(data, list):
+        for pair in data:
+            if not (
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(v, str) for v in pair)
+            ):
+                raise ConfigError(f"{path.name}: expected [parent, child] pairs, got {pair!r}")
+        return [(p, c) for p, c in data], None, {}
+    if isinstance(data, dict):
+        return list(_nested(data, path.name)), None, {}
+    raise ConfigError(f"{path.name}: expected pairs or an object, got {type(data).__name__}")
+
+
+def _nested(data: dict[str, Any], where: str) -> Iterator[Edge]:
+    for parent, below in data.items():
+        if not (
+            isinstance(below, dict)
+            or (isinstance(below, list) and all(isinstance(c, str) for c in below))
+        ):
+            raise ConfigError(
+                f"{where}: children of {parent!r} must be names or an object, got {below!r}"
+            )
+        yield from ((parent, child) for child in below)
+        if isinstance(below, dict):
+            yield from _nested(below, where)

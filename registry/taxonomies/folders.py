@@ -1,0 +1,53 @@
+"""A taxonomy from nested class folders: `animal/dog/poodle/1.jpg` puts poodle under dog."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from ..errors import ConfigError
+from .taxonomy import Taxonomy
+
+
+def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxonomy:
+    """Read the tree of folders under `path` (the folder of one split).
+
+    A folder that itself holds files is a class; where none does, the innermost folders are. A node
+    is called after its folder, or by its path from the top ("animal/other") where several folders
+    share the name.
+
+    Args:
+        path: the top folder; its name becomes the root's human name.
+        classes: labels in order, each the name or the path of a class folder; None takes every
+            class sorted by name.
+
+    Raises:
+        ConfigError: no such folder, no class folder in it, or an unknown label.
+    """
+    top = Path(path)
+    if not top.is_dir():
+        raise ConfigError(f"taxonomy: no such folder: {top}")
+    folders: list[str] = []
+    holding_files: list[str] = []
+    for folder, below, files in os.walk(top, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        relative = PurePosixPath(Path(folder).relative_to(top)).as_posix()
+        if relative != ".":
+            folders.append(relative)
+            if any(not name.startswith(".") for name in files):
+                holding_files.append(relative)
+    if not folders:
+        raise ConfigError(f"taxonomy: no class folders in {top}")
+
+    times = Counter(PurePosixPath(f).name for f in folders)
+    ids = {f: name if times[name := PurePosixPath(f).name] == 1 else f for f in folders}
+    ids["."] = "."
+    edges = [(ids[PurePosixPath(f).parent.as_posix()], ids[f]) for f in folders]
+    names = {ids[f]: PurePosixPath(f).name for f in folders} | {".": top.resolve().name}
+    if classes is not None:
+        classes = [ids.get(c, c) for c in classes]
+    elif holding_files:
+        classes = sorted(ids[f] for f in holding_files)
+    return Taxonomy.from_edges(edges, classes, names)

@@ -1,0 +1,89 @@
+"""Directed graphs as `child -> parents`: the checks and the order that a taxonomy needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..errors import ConfigError
+
+Parents = Mapping[str, Sequence[str]]
+
+
+def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Gather (parent, child) pairs; a pair given twice counts once."""
+    parents: dict[str, list[str]] = {}
+    for parent, child in edges:
+        parents.setdefault(parent, [])
+        above = parents.setdefault(child, [])
+        if parent not in above:
+            above.append(parent)
+    return parents
+
+
+def check_one_rooted(parents: Parents) -> None:
+    """Raise a ConfigError that names a cycle, or the roots where there are several."""
+    if cycle := find_cycle(parents):
+        raise ConfigError(f"taxonomy: cycle {' -> '.join(cycle)} (parent -> child)")
+    roots = sorted(node for node, above in parents.items() if not above)
+    if len(roots) > 1:
+        raise ConfigError(
+            f"taxonomy: {len(roots)} roots where one is allowed: {listed(roots)}. "
+            "Add a node above them."
+        )
+
+
+def find_cycle(parents: Parents) -> list[str] | None:
+    """The nodes of one cycle from parent to child, the first repeated at the end; None if none."""
+    done: set[str] = set()
+    for start in parents:
+        path: list[str] = []
+        on_path: set[str] = set()
+        stack = [(start, False)]
+        while stack:
+            node, leaving = stack.pop()
+            if leaving:
+                path.pop()
+                on_path.discard(node)
+                done.add(node)
+            elif node in on_path:
+                cycle = [*path[path.index(node) :], node]
+                return cycle[::-1]  # walked from child to parent
+            elif node not in done:
+                path.append(node)
+                on_path.add(node)
+                stack.append((node, True))
+                stack.extend((above, False) for above in parents[node])
+    return None
+
+
+def ancestors(parents: Parents, node: str) -> set[str]:
+    """The node and everything above it."""
+    found: set[str] = set()
+    stack = [node]
+    while stack:
+        above = stack.pop()
+        if above not in found:
+            found.add(above)
+            stack.extend(parents[above])
+    return found
+
+
+def depths(parents: Parents) -> dict[str, int]:
+    """Longest path from a node without parents, in edges."""
+    depth: dict[str, int] = {}
+    stack = list(parents)
+    while stack:
+        node = stack[-1]
+        missing = [above for above in parents[node] if above not in depth]
+        if missing:
+            stack.extend(missing)
+        else:
+            depth[stack.pop()] = max((depth[above] + 1 for above in parents[node]), default=0)
+    return depth
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """The names in quotes, the first `most` of them."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

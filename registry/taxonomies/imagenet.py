@@ -1,0 +1,111 @@
+"""ImageNet-1k: the WordNet 3.0 hypernyms of the 1,000 ILSVRC synsets.
+
+The data is made by examples/derive_imagenet_taxonomy.py; data/WORDNET-LICENSE.txt is its notice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import ConfigError
+from ..table import TaxonomySource, unknown_name_message
+from .taxonomy import Taxonomy
+
+
+DATA = Path(__file__).with_name("data") / "imagenet.json"
+
+
+class WordNet(NamedTuple):
+    """The shipped part of WordNet."""
+
+    taxonomy: Taxonomy
+    words: dict[str, tuple[str, ...]]  # synset id -> its words, the usual one first
+
+
+@cache
+def _wordnet() -> WordNet:
+    data = json.loads(DATA.read_text("utf-8"))
+    words = {synset: tuple(joined.split(", ")) for synset, (joined, _) in data["nodes"].items()}
+    edges = [(up, synset) for synset, (_, ups) in data["nodes"].items() for up in ups]
+    names = {synset: ws[0] for synset, ws in words.items()}
+    return WordNet(Taxonomy.from_edges(edges, data["classes"], names), words)
+
+
+def imagenet(classes: Sequence[str] | None = None) -> Taxonomy:
+    """The WordNet tree over ImageNet-1k or any part of it.
+
+    Args:
+        classes: labels in order, each a synset id ("n01440764"; any synset of the tree may be a
+            class) or its WordNet words as data sets write them ("tench, Tinca tinca", "tench").
+            None takes all 1,000 in the order of their ids, which is the usual order of labels.
+
+    Raises:
+        ConfigError: a label that is none of these, or that fits several synsets.
+    """
+    taxonomy, words = _wordnet()
+    if classes is None or tuple(classes) == taxonomy.classes:
+        return taxonomy
+    if _is_usual_order(classes, taxonomy.classes, words):
+        return taxonomy
+    return taxonomy.restrict([_synset(label) for label in classes])
+
+
+def _is_usual_order(
+    labels: Sequence[str], synsets: Sequence[str], words: dict[str, tuple[str, ...]]
+) -> bool:
+    """Whether 1,000 names follow the order of the synset ids.
+
+    Two cranes and two maillots make some names ambiguous, and data sets tell them apart in their
+    own ways ("crane2"): the place of a label decides where nearly all the others fit theirs.
+    """
+    if len(labels) != len(synsets):
+        return False
+    fits = sum(bool(set(_words(a)) & set(words[b])) for a, b in zip(labels, synsets))
+    return fits >= 0.9 * len(synsets)
+
+
+def _synset(label: str) -> str:
+    taxonomy, words = _wordnet()
+    if label in words:
+        return label
+    by_all, by_any = _by_words()
+    found = by_all.get(_words(label)) or by_any.get(label.replace("_", " "), [])
+    if len(found) > 1:
+        meant = ", ".join(f"{s} ({', '.join(words[s])})" for s in found)
+        raise ConfigError(f"class {label!r} fits several ImageNet synsets: {meant}. Use the id.")
+    if not found:
+        message = unknown_name_message("ImageNet class", label, [*taxonomy.classes, *by_any])
+        raise ConfigError(
+            f"{message.split(' Known:')[0].rstrip('.')}. A class is a WordNet 3.0 synset id of the "
+            "ImageNet-1k tree or its words; give another tree as a .csv or .json of parent,child."
+        )
+    return found[0]
+
+
+def _words(label: str) -> tuple[str, ...]:
+    return tuple(label.replace("_", " ").split(", "))
+
+
+@cache
+def _by_words() -> tuple[dict[tuple[str, ...], list[str]], dict[str, list[str]]]:
+    """The ILSVRC synsets by all their words and by each of them."""
+    taxonomy, words = _wordnet()
+    by_all: dict[tuple[str, ...], list[str]] = {}
+    by_any: dict[str, list[str]] = {}
+    for synset in taxonomy.classes:
+        by_all.setdefault(words[synset], []).append(synset)
+        for word in words[synset]:
+            by_any.setdefault(word, []).append(synset)
+    return by_all, by_any
+
+
+IMAGENET = TaxonomySource(
+    name="imagenet",
+    load=imagenet,
+    description="WordNet 3.0 hypernyms over ImageNet-1k or any part of it (Tiny-ImageNet, …)",
+    source="https://wordnet.princeton.edu",
+)

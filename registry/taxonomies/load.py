@@ -1,0 +1,40 @@
+"""One door to every taxonomy: a registered name, a folder of class folders, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UnknownNameError
+from ..table import TAXONOMIES
+from .edges import from_file
+from .folders import from_folders
+from .taxonomy import Taxonomy
+
+
+def load_taxonomy(name_or_path: str | Path, *, classes: Sequence[str] | None = None) -> Taxonomy:
+    """Load a taxonomy and, with `classes`, restrict and order it to them.
+
+    Args:
+        name_or_path: a registered name ("imagenet", "cifar100", …), a folder of nested class
+            folders, or a `.csv` / `.json` of parent–child pairs.
+        classes: the labels of the data set in order: class i of the result is label i.
+
+    Raises:
+        UnknownNameError: neither a registered name nor something on disk.
+        ConfigError: cycles, several roots, unknown or repeated labels; all by name.
+    """
+    if str(name_or_path) in TAXONOMIES:
+        return TAXONOMIES[str(name_or_path)].load(classes)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return from_folders(path, classes)
+    if path.is_file() or path.suffix.lower() in (".csv", ".json"):
+        return from_file(path, classes)
+    try:
+        return TAXONOMIES[str(name_or_path)].load(classes)
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            f"{error} A taxonomy may also be a folder of class folders or a .csv/.json of "
+            "parent,child."
+        ) from None

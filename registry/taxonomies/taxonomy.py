@@ -1,0 +1,389 @@
+"""A taxonomy: a rooted DAG whose leaves are the classes of a data set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from ..errors import ConfigError
+from ..table import unknown_name_message
+from . import graph
+
+FORMAT = "taxolens.taxonomy/1"
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+A = TypeVar("A", bound=NDArray[Any])
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """A rooted DAG over classes; immutable. Build one with `from_edges` or `load_taxonomy`.
+
+    Nodes are numbered by depth and then by id, so the root is 0 and parents come before children.
+    The root is the LCH of the classes: what lies above all of them, or below none, is left out. A
+    class may lie above another class; it keeps its node, which then has a height above 0.
+
+    C classes, V nodes. Every array is read-only.
+
+    Args:
+        nodes: ids, each after its parents.
+        parents: for each node the positions of its parents.
+        classes: ids of the classes in the order of the labels.
+        names: human names by id, where there are any.
+
+    Raises:
+        ConfigError: anything that is not such a graph; the message names the nodes.
+    """
+
+    nodes: tuple[str, ...]
+    parents: tuple[tuple[int, ...], ...]
+    classes: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if len(set(self.nodes)) != len(self.nodes):
+            raise ConfigError(f"nodes: given twice: {graph.listed(_repeated(self.nodes))}")
+        if not self.classes:
+            raise ConfigError("classes: a taxonomy needs at least one class, got none")
+        _check_classes(self.classes, self.nodes)
+        if len(self.parents) != len(self.nodes):
+            raise ConfigError(f"parents: {len(self.parents)} given for {len(self.nodes)} nodes")
+        for v, above in enumerate(self.parents):
+            if any(p >= v or p < 0 for p in above) or (not above) != (v == 0):
+                raise ConfigError(
+                    f"parents: node {self.nodes[v]!r} must follow its parents, and only the first "
+                    f"node has none; got {above} at position {v}"
+                )
+        if not self.membership.any(0).all():
+            barren = [self.nodes[v] for v in np.flatnonzero(~self.membership.any(0))]
+            raise ConfigError(f"nodes: without any class below: {graph.listed(barren)}")
+        if self.lch(range(len(self.classes))) != 0:
+            raise ConfigError(f"nodes: root {self.nodes[0]!r} is not the LCH of the classes")
+
+    @classmethod
+    def from_edges(
+        cls,
+        edges: Iterable[tuple[str, str]],
+        classes: Sequence[str] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> Taxonomy:
+        """Build from (parent, child) pairs.
+
+        Args:
+            edges: the graph; it must have one root and no cycle, as a whole.
+            classes: nodes that are classes, in the order of the labels; None takes the nodes
+                without children, sorted by id.
+            names: human names by id.
+
+        Raises:
+            ConfigError: cycles, several roots, unknown or repeated classes, all by name.
+        """
+        parents = graph.parents_of(edges)
+        if not parents and classes is not None and len(classes) == 1:
+            parents = {classes[0]: []}  # one class, and nothing to tell it from
+        if classes is None:
+            above = {p for ps in parents.values() for p in ps}
+            classes = sorted(set(parents) - above)
+        graph.check_one_rooted(parents)
+        return cls._rooted(parents, classes, names or {})
+
+    @classmethod
+    def _rooted(
+        cls, parents: graph.Parents, classes: Sequence[str], names: Mapping[str, str]
+    ) -> Taxonomy:
+        """Keep what lies between the classes and their LCH."""
+        if not classes:
+            raise ConfigError("classes: a taxonomy needs at least one class, got none")
+        _check_classes(classes, parents)
+        above = [graph.ancestors(parents, c) for c in classes]
+        depth = graph.depths(parents)
+        common = set.intersection(*above)
+        if not common:
+            raise ConfigError(f"classes: no common ancestor of {graph.listed(classes)}")
+        root = min(common, key=lambda v: (-depth[v], v))
+        used = {v for v in set.union(*above) if root in graph.ancestors(parents, v)}
+        kept = {v: [p for p in parents[v] if p in used] if v != root else [] for v in used}
+        depth = graph.depths(kept)
+        nodes = sorted(kept, key=lambda v: (depth[v], v))
+        position = {v: i for i, v in enumerate(nodes)}
+        return cls(
+            nodes=tuple(nodes),
+            parents=tuple(tuple(sorted(position[p] for p in kept[v])) for v in nodes),
+            classes=tuple(classes),
+            names={v: names[v] for v in nodes if v in names},
+        )
+
+    # Nodes ------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> int:
+        return 0
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {v: i for i, v in enumerate(self.nodes)}
+
+    def index(self, node: str) -> int:
+        """The number of a node id.
+
+        Raises:
+            ConfigError: no such node; the message lists the nearest ids.
+        """
+        if node not in self._position:
+            raise ConfigError(unknown_name_message("taxonomy node", node, list(self.nodes)))
+        return self._position[node]
+
+    def label(self, v: int) -> str:
+        """The human name of node v, its id where it has none."""
+        return self.names.get(self.nodes[v], self.nodes[v])
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        below: list[list[int]] = [[] for _ in self.nodes]
+        for v, above in enumerate(self.parents):
+            for p in above:
+                below[p].append(v)
+        return tuple(map(tuple, below))
+
+    @cached_property
+    def class_nodes(self) -> IntArray:
+        """(C,) the node of each class."""
+        return _frozen(np.array([self._position[c] for c in self.classes], dtype=np.int64))
+
+    @cached_property
+    def depth(self) -> IntArray:
+        """(V,) longest path from the root, in edges."""
+        depth = np.zeros(len(self.nodes), dtype=np.int64)
+        for v, above in enumerate(self.parents):
+            depth[v] = max((depth[p] + 1 for p in above), default=0)
+        return _frozen(depth)
+
+    @cached_property
+    def height(self) -> IntArray:
+        """(V,) longest path down, in edges; 0 where nothing lies below."""
+        height = np.zeros(len(self.nodes), dtype=np.int64)
+        for v in reversed(range(len(self.nodes))):
+            height[v] = max((height[c] + 1 for c in self.children[v]), default=0)
+        return _frozen(height)
+
+    @cached_property
+    def n_leaves(self) -> IntArray:
+        """(V,) classes at or below each node."""
+        return _frozen(self.membership.sum(0))
+
+    @cached_property
+    def generality(self) -> NDArray[np.float64]:
+        """(V,) log₂ of `n_leaves`: the scale of generality that height is not."""
+        return _frozen(np.log2(self.n_leaves))
+
+    @property
+    def max_depth(self) -> int:
+        return int(self.depth.max())
+
+    # Membership and common ancestors ------------------------------------------------------------
+
+    @cached_property
+    def membership(self) -> BoolArray:
+        """(C, V) whether class c lies at or below node v."""
+        below = np.zeros((len(self.nodes), len(self.classes)), dtype=bool)
+        below[self.class_nodes, np.arange(len(self.classes))] = True
+        for v in reversed(range(len(self.nodes))):
+            for p in self.parents[v]:
+                below[p] |= below[v]
+        return _frozen(np.ascontiguousarray(below.T))
+
+    @cached_property
+    def sparse_membership(self) -> sparse.csr_array:
+        """(C, V) `membership` as float32: a class has few ancestors, so products with it are cheap."""
+        return sparse.csr_array(self.membership.astype(np.float32))
+
+    def leaves(self, v: int) -> IntArray:
+        """The classes at or below node v."""
+        return np.flatnonzero(self.membership[:, v])
+
+    @cached_property
+    def _by_preference(self) -> IntArray:
+        """Nodes from the least to the most wanted common ancestor: deep, few leaves, small id."""
+        number = np.arange(len(self.nodes))
+        return np.lexsort((-number, -self.n_leaves, self.depth))
+
+    def lch(self, class_ids: Iterable[int]) -> int:
+        """The lowest common hypernym: the deepest node above all these classes.
+
+        Ties go to the node with the fewest classes, then to the smallest id. It is the deepest
+        node of the intersected ancestor sets, never a fold of pairs: on a DAG that can differ.
+
+        Raises:
+            ConfigError: no class given.
+        """
+        wanted = np.zeros(len(self.classes), dtype=bool)
+        wanted[list(class_ids)] = True
+        if not wanted.any():
+            raise ConfigError("class_ids: the LCH of no class is undefined")
+        return int(self.lch_many(wanted[None])[0])
+
+    def lch_many(self, sets: BoolArray) -> IntArray:
+        """The LCH of each row of a boolean (m, C); −1 where a row is empty."""
+        ordered = self.sparse_membership[:, self._by_preference[::-1]]
+        found = np.empty(len(sets), dtype=np.int64)
+        for start in range(0, len(sets), 4096):
+            rows = sparse.csr_array(sets[start : start + 4096].astype(np.float32))
+            size = np.diff(rows.indptr)
+            holds_all = (rows @ ordered).toarray() == size[:, None]
+            first = self._by_preference[::-1][holds_all.argmax(1)]
+            found[start : start + 4096] = np.where(size > 0, first, -1)
+        return found
+
+    @cached_property
+    def leaf_lch(self) -> NDArray[np.int32]:
+        """(C, C) LCH of every pair of classes; of a class with itself its own node."""
+        lch = np.zeros((len(self.classes), len(self.classes)), dtype=np.int32)
+        for v in self._by_preference:  # the more wanted overwrite the less wanted
+            below = self.leaves(v)
+            lch[np.ix_(below, below)] = v
+        return _frozen(lch)
+
+    @cached_property
+    def leaf_lca_depth(self) -> NDArray[np.int16]:
+        """(C, C) depth of the LCH of every pair of classes."""
+        return _frozen(self.depth.astype(np.int16)[self.leaf_lch])
+
+    # The primary tree ---------------------------------------------------------------------------
+
+    @cached_property
+    def primary_parent(self) -> IntArray:
+        """(V,) the deepest parent (ties: fewest classes, then id), −1 at the root.
+
+        Depth is the longest path, so the primary parent always lies exactly one level up.
+        """
+        rank = np.argsort(self._by_preference)
+        return _frozen(
+            np.array([max(ps, key=lambda p: rank[p], default=-1) for ps in self.parents])
+        )
+
+    def path_to_root(self, v: int) -> tuple[int, ...]:
+        """Node v and its primary ancestors, the root last."""
+        path = [v]
+        while path[-1] != self.root:
+            path.append(int(self.primary_parent[path[-1]]))
+        return tuple(path)
+
+    def cut(self, t: int) -> IntArray:
+        """(C,) the primary ancestor of each class at depth min(t, depth): nested groups.
+
+        Raises:
+            ConfigError: a negative depth.
+        """
+        if t < 0:
+            raise ConfigError(f"t: a cut needs a depth of 0 or more, got {t}")
+        group = self.class_nodes.copy()
+        while (deep := self.depth[group] > t).any():
+            group[deep] = self.primary_parent[group[deep]]
+        return group
+
+    @cached_property
+    def tree_distance(self) -> NDArray[np.int16]:
+        """(C, C) edges between two classes on the primary tree (a metric; on the DAG it is none)."""
+        own = self.depth[self.class_nodes].astype(np.int16)
+        shared = np.zeros((len(own), len(own)), dtype=np.int16)
+        for t in range(1, self.max_depth + 1):
+            group = self.cut(t)
+            shared += group[:, None] == group
+        np.fill_diagonal(shared, own)
+        return _frozen(own[:, None] + own - 2 * shared)
+
+    # Other taxonomies ---------------------------------------------------------------------------
+
+    @cached_property
+    def distinct_nodes(self) -> IntArray:
+        """The deepest node of every distinct set of classes (ties: smallest id), ascending."""
+        keys = np.packbits(self.membership, axis=0).T
+        best: dict[bytes, int] = {}
+        for v in self._by_preference:
+            best[keys[v].tobytes()] = int(v)
+        return _frozen(np.sort(np.fromiter(best.values(), dtype=np.int64)))
+
+    def collapsed(self) -> Taxonomy:
+        """One node per distinct set of classes: chains of single children are merged."""
+        keys = [key.tobytes() for key in np.packbits(self.membership, axis=0).T]
+        kept = {keys[v]: self.nodes[v] for v in self.distinct_nodes}
+        merged = [kept[key] for key in keys]
+        edges = [(merged[p], merged[v]) for v, ps in enumerate(self.parents) for p in ps]
+        edges = [(p, c) for p, c in edges if p != c]
+        return Taxonomy.from_edges(edges, self.classes, self.names)
+
+    def restrict(self, classes: Sequence[str]) -> Taxonomy:
+        """The taxonomy of these nodes as classes, in this order, rooted at their own LCH.
+
+        Raises:
+            ConfigError: an unknown or repeated class.
+        """
+        parents = {v: [self.nodes[p] for p in ps] for v, ps in zip(self.nodes, self.parents)}
+        return Taxonomy._rooted(parents, classes, self.names)
+
+    def permutation(self, seed: int) -> IntArray:
+        """(C,) a random permutation: class c takes the place of class permutation[c]."""
+        return np.random.default_rng(seed).permutation(len(self.classes))
+
+    # Files --------------------------------------------------------------------------------------
+
+    def edges(self) -> list[tuple[str, str]]:
+        """All (parent, child) pairs."""
+        return [(self.nodes[p], v) for v, ps in zip(self.nodes, self.parents) for p in ps]
+
+    def to_json(self) -> str:
+        """A JSON document that `from_json` reads back as an equal taxonomy."""
+        data = {
+            "format": FORMAT,
+            "classes": self.classes,
+            "edges": self.edges(),
+            "names": dict(self.names),
+        }
+        return json.dumps(data, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Taxonomy:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: not such a document.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ConfigError(f"format: a taxonomy document must say {FORMAT!r}")
+        return cls.from_edges(map(tuple, data["edges"]), data["classes"], data.get("names"))
+
+    def __repr__(self) -> str:
+        return (
+            f"Taxonomy(root={self.label(0)!r}, classes={len(self.classes)}, "
+            f"nodes={len(self.nodes)}, max_depth={self.max_depth})"
+        )
+
+
+def _check_classes(classes: Sequence[str], nodes: Iterable[str]) -> None:
+    if repeated := _repeated(classes):
+        raise ConfigError(f"classes: given twice: {graph.listed(repeated)}")
+    known = set(nodes)
+    unknown = [c for c in classes if c not in known]
+    if unknown:
+        first = unknown_name_message("class", unknown[0], sorted(known))
+        rest = f" Unknown in all: {graph.listed(unknown)}." if len(unknown) > 1 else ""
+        raise ConfigError(f"taxonomy: {first}{rest}")
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, times in Counter(names).items() if times > 1)
+
+
+def _frozen(array: A) -> A:
+    array.setflags(write=False)
+    return array
