@@ -1,1 +1,16 @@
-"""One file per model family."""
+"""The model families, one file each. `FAMILIES` is what taxolens itself registers."""
+
+from . import clip, dinov2, dinov2_with_registers, dinov3, siglip, vit, wrapped
+from .family import VisionFamily, VisionSource, load_transformers
+
+FAMILIES = (
+    vit.FAMILY,
+    dinov2.FAMILY,
+    dinov2_with_registers.FAMILY,
+    dinov3.FAMILY,
+    clip.FAMILY,
+    siglip.FAMILY,
+    wrapped.FAMILY,
+)
+
+__all__ = ["FAMILIES", "VisionFamily", "VisionSource", "load_transformers"]

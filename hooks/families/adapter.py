@@ -1,0 +1,213 @@
+"""The common part of our TransformerLens adapters: pre-norm vision transformers of Hugging Face.
+
+A family is then a `Layout`, which says what Hugging Face calls the parts. The parts themselves run
+Hugging Face's own code, so activations are equal to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformer_lens.model_bridge import ArchitectureAdapter, AttentionBridge, NormalizationBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.generalized_components.block import (
+    DelegatedAttentionBlockBridge,
+)
+from transformer_lens.model_bridge.generalized_components.linear import LinearBridge
+from transformer_lens.model_bridge.generalized_components.vision_classifier_head import (
+    VisionClassifierHeadBridge,
+)
+
+
+class VisionEmbeddings(GeneralizedComponent):
+    """Hugging Face's embeddings: pictures (B, 3, H, W) -> tokens (B, T, d), prefix tokens first.
+
+    Where Hugging Face wants to be told to interpolate the position embeddings, it is told whenever
+    a picture has not the size that the model was trained at.
+    """
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        if "interpolate_pos_encoding" in options and not options["interpolate_pos_encoding"]:
+            trained_at = as_pair(self.original_component.image_size)  # type: ignore[union-attr]
+            options["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != trained_at
+        return super().forward(pixel_values, **options)
+
+
+class VisionNorm(NormalizationBridge):
+    """LayerNorm whose statistics are computed only for who asks for them.
+
+    TransformerLens computes `hook_scale` and `hook_normalized` at every call; for nobody, they
+    cost more than the norm itself.
+    """
+
+    def __init__(self, name: str, config: Any) -> None:
+        super().__init__(name, config, use_native_layernorm_autograd=True)
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        if self.hook_scale.has_hooks() or self.hook_normalized.has_hooks():
+            return super().forward(hidden_states, **options)
+        norm: Any = self.original_component
+        return self.hook_out(norm(self.hook_in(hidden_states)))
+
+
+class VisionAttention(AttentionBridge):
+    """Hugging Face's attention as it is. `hook_pattern` fires with eager attention only."""
+
+    supports_split_qkv_fork = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What Hugging Face calls the parts of a pre-norm vision transformer.
+
+    Args:
+        layers: the list of blocks.
+        norms: a block's two LayerNorms.
+        attention, projection: a block's attention and, in it, the output projection.
+        mlp: the input and output projections of a block's `mlp`; a `mlp` that has a `gate_proj`
+            is a SwiGLU with `gate_proj`, `up_proj` and `down_proj`.
+        scales: a block's two LayerScales, empty without.
+        final_norm: the LayerNorm after the last block.
+        extras: parts beside those, as TransformerLens name -> (Hugging Face path, bridge class);
+            left out where a model has none.
+        backbones: under which names a model with a head keeps the backbone.
+        class_token: whether the first token is a class token.
+        rotary: whether positions enter as rotations of queries and keys.
+    """
+
+    layers: str
+    norms: tuple[str, str]
+    attention: str
+    projection: str
+    mlp: tuple[str, str]
+    final_norm: str
+    scales: tuple[str, ...] = ()
+    extras: tuple[tuple[str, str, type[GeneralizedComponent]], ...] = ()
+    backbones: tuple[str, ...] = ()
+    class_token: bool = True
+    rotary: bool = False
+
+
+class VisionAdapter(ArchitectureAdapter):
+    """Maps a Hugging Face vision transformer to TransformerLens's names, after its `layout`.
+
+    `cfg` also says how the tokens lie: `has_class_token`, `n_register_tokens` (every prefix token
+    that is not the class token, so DeiT's distillation token too), `n_prefix_tokens` (all of
+    them), `patch_size`, and `image_size`, the (height, width) that the model was trained at.
+    """
+
+    layout: ClassVar[Layout]
+
+    applicable_phases: list[int] = [1]
+    supports_generation = False
+    supports_causal_loss = False
+    supports_compatibility_mode = False  # folding weights would end the equality to the bit
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        cfg.is_visual_model = True
+        cfg.normalization_type = "LN"
+        cfg.positional_embedding_type = "standard"
+        cfg.final_rms = False
+        cfg.attn_only = False
+        cfg.attention_dir = "bidirectional"
+        self.weight_processing_conversions = {}
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Read the sizes off the model, then map its components."""
+        prefix = next(
+            (f"{name}." for name in self.layout.backbones if hasattr(hf_model, name)), ""
+        )
+        backbone = hf_model.get_submodule(prefix.rstrip("."))
+        self._read_sizes(getattr(hf_model.config, "vision_config", hf_model.config), backbone)
+        self._read_tokens(backbone)
+        self.component_mapping = self._components(hf_model, prefix)
+        if self.layout.rotary:  # told last: an attention bridge would wait for rotary hooks
+            self.cfg.positional_embedding_type = "rotary"
+
+    def _read_sizes(self, config: Any, backbone: nn.Module) -> None:
+        cfg = self.cfg
+        cfg.d_model = config.hidden_size
+        cfg.n_layers = config.num_hidden_layers
+        cfg.n_heads = config.num_attention_heads
+        cfg.d_head = config.hidden_size // config.num_attention_heads
+        cfg.eps = config.layer_norm_eps
+        cfg.act_fn = config.hidden_act
+        mlp: Any = backbone.get_submodule(f"{self.layout.layers}.0.mlp")
+        cfg.gated_mlp = hasattr(mlp, "gate_proj")
+        cfg.d_mlp = (mlp.up_proj if cfg.gated_mlp else getattr(mlp, self.layout.mlp[0])).out_features
+        cfg.patch_size = as_pair(config.patch_size)[0]
+        cfg.image_size = as_pair(config.image_size)
+
+    def _read_tokens(self, backbone: Any) -> None:
+        cfg = self.cfg
+        registers = getattr(backbone.embeddings, "register_tokens", None)
+        distillation = getattr(backbone.embeddings, "distillation_token", None)
+        cfg.has_class_token = self.layout.class_token
+        cfg.n_register_tokens = sum(t.shape[1] for t in (registers, distillation) if t is not None)
+        cfg.n_prefix_tokens = int(cfg.has_class_token) + cfg.n_register_tokens
+        height, width = cfg.image_size
+        cfg.n_ctx = cfg.n_prefix_tokens + (height // cfg.patch_size) * (width // cfg.patch_size)
+
+    def _components(self, hf_model: nn.Module, prefix: str) -> dict[str, GeneralizedComponent]:
+        components: dict[str, GeneralizedComponent] = {
+            "embed": VisionEmbeddings(name=f"{prefix}embeddings"),
+            "blocks": self._blocks(f"{prefix}{self.layout.layers}"),
+            "ln_final": VisionNorm(f"{prefix}{self.layout.final_norm}", self.cfg),
+        }
+        heads = (
+            ("unembed", "classifier", VisionClassifierHeadBridge),
+            ("visual_projection", "visual_projection", LinearBridge),
+        )
+        inner = ((name, prefix + path, bridge) for name, path, bridge in self.layout.extras)
+        for name, path, bridge in (*inner, *heads):
+            if _has(hf_model, path):
+                components[name] = bridge(path, self.cfg)
+        return components
+
+    def _blocks(self, name: str) -> GeneralizedComponent:
+        layout = self.layout
+        parts: dict[str, GeneralizedComponent] = {
+            "ln1": VisionNorm(layout.norms[0], self.cfg),
+            "attn": VisionAttention(
+                name=layout.attention,
+                config=self.cfg,
+                is_causal=False,
+                submodules={
+                    "q": LinearBridge(name="q_proj"),
+                    "k": LinearBridge(name="k_proj"),
+                    "v": LinearBridge(name="v_proj"),
+                    "o": LinearBridge(name=layout.projection),
+                },
+            ),
+            "ln2": VisionNorm(layout.norms[1], self.cfg),
+            "mlp": self._gated_mlp()
+            if self.cfg.gated_mlp
+            else self._ungated_mlp(up=layout.mlp[0], down=layout.mlp[1]),
+        }
+        # what a sublayer adds to the residual stream is what leaves its LayerScale
+        aliases = {}
+        for number, scale in enumerate(layout.scales, start=1):
+            parts[f"ls{number}"] = GeneralizedComponent(name=scale)
+            aliases["hook_attn_out" if number == 1 else "hook_mlp_out"] = f"ls{number}.hook_out"
+        return DelegatedAttentionBlockBridge(
+            name=name, submodules=parts, hook_alias_overrides=aliases or None
+        )
+
+
+def as_pair(size: Any) -> tuple[int, int]:
+    """224 -> (224, 224); [224, 192] -> (224, 192): (height, width) in pixels."""
+    if isinstance(size, (list, tuple)):
+        return int(size[0]), int(size[1])
+    return int(size), int(size)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for part in path.split("."):
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module) or isinstance(child, nn.Identity):
+            return False
+        module = child
+    return True

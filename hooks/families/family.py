@@ -1,0 +1,117 @@
+"""What a plugin registers for a model family: which checkpoints it claims, how it loads and taps them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformer_lens.model_bridge import ArchitectureAdapter
+
+
+@dataclass(frozen=True)
+class VisionSource:
+    """What a family's loader is asked for.
+
+    `config` is the Hugging Face config of the checkpoint (a dict for timm's). With
+    `random_weights` the loader builds the architecture and reads no weights; the caller has seeded
+    the generator.
+    """
+
+    name: str
+    config: Any
+    dtype: torch.dtype = torch.float32
+    attn_implementation: str = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    random_weights: bool = False
+
+
+def load_transformers(source: VisionSource) -> nn.Module:
+    """The model class that the checkpoint names, with its weights, in evaluation mode.
+
+    Weights that the checkpoint lacks (often an unused pooler) are random, as they are in
+    transformers; a warning names them.
+    """
+    model_class = _model_class(source)
+    attention = source.attn_implementation
+    if attention != "eager" and not getattr(model_class, "_supports_sdpa", True):
+        attention = "eager"
+    if source.random_weights:
+        return _untrained(model_class, source, attention)
+    options: dict[str, Any] = {"trust_remote_code": True} if source.trust_remote_code else {}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    with _quiet_transformers():
+        model, report = model_class.from_pretrained(
+            source.name,
+            config=source.config,
+            dtype=source.dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
+        warnings.warn(f"{source.name!r} has no weights for {shown}: they are random.", stacklevel=2)
+    return model.eval()
+
+
+def _model_class(source: VisionSource) -> Any:
+    named = getattr(source.config, "architectures", None) or [None]
+    model_class = getattr(transformers, named[0] or "", None)
+    if model_class is None or source.trust_remote_code:
+        return transformers.AutoModel
+    return model_class
+
+
+def _untrained(model_class: Any, source: VisionSource, attention: str) -> nn.Module:
+    if model_class is transformers.AutoModel:
+        model = model_class.from_config(
+            source.config,
+            dtype=source.dtype,
+            attn_implementation=attention,
+            trust_remote_code=source.trust_remote_code,
+        )
+    else:
+        model = model_class._from_config(
+            source.config, dtype=source.dtype, attn_implementation=attention
+        )
+    return model.eval()
+
+
+class _quiet_transformers:
+    """Loading half a checkpoint (CLIP's vision tower) is no reason to list the other half's keys."""
+
+    def __enter__(self) -> None:
+        self.verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+
+    def __exit__(self, *exception: object) -> None:
+        transformers.logging.set_verbosity(self.verbosity)
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """One family of vision models.
+
+    Args:
+        name: what `load_vision_model(family=...)` and `taxolens list models` call it.
+        architectures: the Hugging Face class names of a config's `architectures` that it claims.
+        model_types: the configs' `model_type`s that it claims where no architecture is named.
+        adapter: the TransformerLens adapter (usually a `VisionAdapter` with a `Layout`); None taps
+            the model's named submodules instead (`HookedVisionModel`).
+        load: `VisionSource` -> a `torch.nn.Module` in evaluation mode.
+        description: one line for people.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
+    adapter: type[ArchitectureAdapter] | None = None
+    load: Callable[[VisionSource], nn.Module] = load_transformers
+    description: str = ""

@@ -1,0 +1,41 @@
+"""Makes TransformerLens's own `boot_transformers` know our model families."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
+from transformer_lens.utilities import architectures as kinds
+
+from ..hooks.families import VisionFamily
+
+ENTRY_POINT_GROUP = "transformer_lens.architectures"
+
+
+def add_family(family: VisionFamily) -> None:
+    """Register the family's adapter under each of its architectures; calling it again is free.
+
+    - An architecture that TransformerLens has itself (ViT, DeiT) keeps TransformerLens's adapter.
+    - One that an installed entry point announces with this very adapter is left to TransformerLens
+      to discover: registered twice, it would warn of an override.
+    - The factory alone is not enough: `boot_transformers` looks architectures up in
+      `SUPPORTED_ARCHITECTURES`, and how to load them in the sets of vision architectures.
+    """
+    adapter = family.adapter
+    if adapter is None:
+        return
+    announced = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    for name in family.architectures:
+        if name in SUPPORTED_ARCHITECTURES:
+            continue
+        if announced.get(name) != f"{adapter.__module__}:{adapter.__qualname__}":
+            ArchitectureAdapterFactory.register_adapter(name, adapter)
+        SUPPORTED_ARCHITECTURES[name] = adapter
+        kinds.VISION_ARCHITECTURES.add(name)
+        if "ForImageClassification" in name:
+            kinds.VISION_CLASSIFICATION_ARCHITECTURES.add(name)
+        else:
+            kinds.VISION_MODEL_ARCHITECTURES.add(name)
