@@ -1,0 +1,103 @@
+"""The command line: `taxolens demo | train | evaluate | report | list`.
+
+This module and the command modules import nothing heavy at the top, so that `--help` and
+`--version` answer at once. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from ..registry.errors import ConfigError, TaxolensError
+from .commands import shell
+
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+DEBUG_VARIABLE = "TAXOLENS_DEBUG"
+
+COMMANDS = {
+    "demo": "run the main job on the pictures and the model inside the package (3 minutes)",
+    "train": "train SAEs at one or many hook points, then evaluate them and write the report",
+    "evaluate": "measure trained SAEs against a class tree, each number beside its null controls",
+    "report": "write report.html from the results of an evaluation",
+    "list": "what a config can name: architectures, models, evaluators, taxonomies, presets",
+}
+
+HELP = f"""\
+usage: taxolens [--version] [--debug] COMMAND ...
+
+What does a vision model know about the tree of things? Trains sparse autoencoders inside vision
+models with SAELens and measures how much of a class hierarchy their latents carry.
+
+commands:
+{chr(10).join(f"  {name:<9} {summary}" for name, summary in COMMANDS.items())}
+
+options:
+  -h, --help   this help; `taxolens COMMAND --help` explains a command
+  --version    the versions of taxolens and of the libraries it stands on
+  --debug      show the traceback of an error (also: {DEBUG_VARIABLE}=1)
+
+examples:
+  taxolens demo
+  taxolens train --preset laptop --model_name facebook/dinov2-small --dataset_path photos/
+
+Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage. With --json the result goes to stdout
+as JSON and everything else to stderr."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; no error of a command escapes."""
+    args = shell.underscored(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        return _dispatch(args)
+    except SystemExit as stop:  # argparse leaves this way after --help
+        return stop.code if isinstance(stop.code, int) else DONE
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        shell.print_error("interrupted")
+        return FAILED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        shell.print_error(_in_one_line(error, debug))
+        return WRONG_USAGE if isinstance(error, ConfigError) else FAILED
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return DONE
+    if args[0] == "--version":
+        print(versions())
+        return DONE
+    if args[0] not in COMMANDS:
+        raise ConfigError(shell.unknown("command", args[0], COMMANDS))
+    command = importlib.import_module(f"taxolens.plugin.commands.{args[0]}")
+    command.run(args[1:])
+    return DONE
+
+
+def versions() -> str:
+    """One line: taxolens and the three libraries that a bug report should name."""
+    others = ", ".join(f"{name} {version(name)}" for name in ("sae-lens", "transformer-lens", "torch"))
+    return f"taxolens {version('taxolens')} ({others})"
+
+
+def _in_one_line(error: Exception, debug: bool) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, TaxolensError):
+        return message
+    message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return message if debug else f"{message} (run again with --debug for the traceback)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What the commands share: a parser that raises instead of exiting, and where output goes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+
+from ...registry.errors import ConfigError
+
+# Where stdout is no terminal (a file, a pipe, a build log) rich assumes 80 columns; tables of
+# numbers are easier to read, and to search, when they do not wrap.
+PIPE_WIDTH = 120
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as `ConfigError`, whole flag names only, and descriptions kept as
+    written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See `{self.prog} --help`.")
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise ConfigError(unknown("argument", rest[0], self._option_string_actions))
+        return parsed
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def underscored(args: Iterable[str]) -> list[str]:
+    """SAELens spells its flags with underscores; `--no-evaluate` is taken as `--no_evaluate`."""
+    result = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        result.append(flag + equals + value)
+    return result
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """ "unknown <kind> 'x'", with the nearest known names, or all of them where they are few."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name.partition("=")[0], names, n=3, cutoff=0.5)
+    if near:
+        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
+    if len(names) <= 12:
+        return f"unknown {kind} {name!r}; known: {', '.join(names)}."
+    return f"unknown {kind} {name!r}."
+
+
+def console() -> Console:
+    """Where results go: stdout."""
+    return _console(sys.stdout)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, red on a terminal."""
+    _console(sys.stderr).print(
+        f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
+    )
+
+
+def print_note(message: str) -> None:
+    """A line about progress, on stderr."""
+    _console(sys.stderr).print(escape(message), highlight=False, soft_wrap=True, style="dim")
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[Callable[[Any], None]]:
+    """While work goes on, whatever libraries print goes to stderr; yields a printer of JSON that
+    still reaches stdout."""
+    real = sys.stdout
+
+    def print_json(value: Any) -> None:
+        json.dump(jsonable(value), real, indent=2)
+        real.write("\n")
+        real.flush()
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield print_json
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with NaN and infinities as null, which JSON lacks, and odd objects as text."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def _console(stream: Any) -> Console:
+    if stream.isatty():
+        return Console(file=stream)
+    return Console(file=stream, width=PIPE_WIDTH)
