@@ -15,7 +15,6 @@ from ..errors import ConfigError
 from ..table import TaxonomySource, unknown_name_message
 from .taxonomy import Taxonomy
 
-
 DATA = Path(__file__).with_name("data") / "imagenet.json"
 
 

@@ -211,7 +211,7 @@ class Taxonomy:
         return np.flatnonzero(self.membership[:, v])
 
     @cached_property
-    def _by_preference(self) -> IntArray:
+    def by_preference(self) -> IntArray:
         """Nodes from the least to the most wanted common ancestor: deep, few leaves, small id."""
         number = np.arange(len(self.nodes))
         return np.lexsort((-number, -self.n_leaves, self.depth))
@@ -233,13 +233,13 @@ class Taxonomy:
 
     def lch_many(self, sets: BoolArray) -> IntArray:
         """The LCH of each row of a boolean (m, C); −1 where a row is empty."""
-        ordered = self.sparse_membership[:, self._by_preference[::-1]]
+        ordered = self.sparse_membership[:, self.by_preference[::-1]]
         found = np.empty(len(sets), dtype=np.int64)
         for start in range(0, len(sets), 4096):
             rows = sparse.csr_array(sets[start : start + 4096].astype(np.float32))
             size = np.diff(rows.indptr)
             holds_all = (rows @ ordered).toarray() == size[:, None]
-            first = self._by_preference[::-1][holds_all.argmax(1)]
+            first = self.by_preference[::-1][holds_all.argmax(1)]
             found[start : start + 4096] = np.where(size > 0, first, -1)
         return found
 
@@ -247,7 +247,7 @@ class Taxonomy:
     def leaf_lch(self) -> NDArray[np.int32]:
         """(C, C) LCH of every pair of classes; of a class with itself its own node."""
         lch = np.zeros((len(self.classes), len(self.classes)), dtype=np.int32)
-        for v in self._by_preference:  # the more wanted overwrite the less wanted
+        for v in self.by_preference:  # the more wanted overwrite the less wanted
             below = self.leaves(v)
             lch[np.ix_(below, below)] = v
         return _frozen(lch)
@@ -265,7 +265,7 @@ class Taxonomy:
 
         Depth is the longest path, so the primary parent always lies exactly one level up.
         """
-        rank = np.argsort(self._by_preference)
+        rank = np.argsort(self.by_preference)
         return _frozen(
             np.array([max(ps, key=lambda p: rank[p], default=-1) for ps in self.parents])
         )
@@ -308,7 +308,7 @@ class Taxonomy:
         """The deepest node of every distinct set of classes (ties: smallest id), ascending."""
         keys = np.packbits(self.membership, axis=0).T
         best: dict[bytes, int] = {}
-        for v in self._by_preference:
+        for v in self.by_preference:
             best[keys[v].tobytes()] = int(v)
         return _frozen(np.sort(np.fromiter(best.values(), dtype=np.int64)))
 

@@ -1,0 +1,231 @@
+"""`lch_height`: how high in the tree the classes of a latent meet.
+
+The idea is that of Olson et al. 2025 (arXiv 2505.15970); the forms are our own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
+
+from ..errors import ConfigError
+from ..taxonomies.taxonomy import Taxonomy
+from . import summary
+from .accumulators import ClassCounts, FiringHistogram, TopImages
+from .base import EvaluationContext, Evaluator
+
+RULES = ("frequency", "topk", "topk_strict", "any")
+
+
+@dataclass(frozen=True)
+class LCHHeightOptions:
+    """How classes are assigned to a latent.
+
+    rule: `frequency`: the classes on at least `tau` of whose images it fires. `topk`: the smallest
+        node that holds at least `keep` of its `k` most activating images. `topk_strict`: the LCH of
+        all the classes among them; one stray image sends it to the root, and its trend over depth
+        can have the wrong sign: for comparison with the paper only. `any`: every class it fires on.
+    tau: share of a class's images, above 0.
+    k: at most; never more than half of the smallest class.
+    keep: share of the k images.
+    repeats: random class sets of each size that the gaps compare with.
+    """
+
+    rule: str = "frequency"
+    tau: float = 0.5
+    k: int = 16
+    keep: float = 0.9
+    repeats: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"rule: must be one of {', '.join(RULES)}, got {self.rule!r}")
+        for field in ("tau", "keep"):
+            if not 0 < getattr(self, field) <= 1:
+                raise ConfigError(f"{field}: must lie in (0, 1], got {getattr(self, field)}")
+        for field in ("k", "repeats"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+
+
+class Assignment(NamedTuple):
+    """The node of each latent (−1 where undefined) and the number of its classes."""
+
+    node: np.ndarray  # (m,)
+    size: np.ndarray  # (m,)
+
+
+class LCHHeight(Evaluator[LCHHeightOptions]):
+    """Height and generality of LCH(S_j), S_j the classes of latent j.
+
+    A latent whose S_j is empty is undefined and left out, never 0. Read `height` and `generality`
+    with `single_class_share`: a latent of one class has height 0, so few and narrow latents make a
+    low mean. The gaps say how much lower a latent of several classes lies than random sets of as
+    many classes.
+    """
+
+    name = "lch_height"
+    description = "how high in the tree the classes of a latent meet"
+    higher_is_better = {
+        "height": None,
+        "generality": None,
+        "defined": None,
+        "single_class_share": None,
+        "multi_class_height": None,
+        "multi_class_generality": None,
+        "height_gap": True,
+        "generality_gap": True,
+    }
+    Options = LCHHeightOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: LCHHeightOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._labellings = (False, True) if context.shuffled else (False,)
+        self._by_rank = self.options.rule.startswith("topk")
+        if self._by_rank:
+            self._top = context.share(TopImages, k=self.options.k)
+        else:
+            self._fired = [
+                context.share(FiringHistogram, shuffled=s, survival=(1.0,))
+                for s in self._labellings
+            ]
+
+    def assign(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Assignment:
+        """The node of each latent under the chosen rule."""
+        self._check_shuffled(shuffled)
+        options = self.options
+        counts = self._classes.all(shuffled)
+        if self._by_rank:
+            smallest = counts[counts > 0].min(initial=2 * options.k)
+            labels = top_labels(self._top, max(1, min(options.k, int(smallest) // 2)), shuffled)
+            if permutation is not None:
+                labels = np.where(labels >= 0, permutation[labels], -1)
+            keep = options.keep if options.rule == "topk" else 1.0
+            return smallest_holding(self.taxonomy, labels, keep)
+        fired = self._fired[int(shuffled)].fired()
+        threshold = options.tau if options.rule == "frequency" else 0.0
+        sets = frequent_classes(fired, counts, threshold)
+        if permutation is not None:
+            placed = np.zeros_like(sets)
+            placed[:, permutation] = sets
+            sets = placed
+        return Assignment(self.taxonomy.lch_many(sets), sets.sum(1))
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        node, size = self.assign(permutation, shuffled)
+        node, size = node[node >= 0], size[node >= 0]
+        height, generality = self.taxonomy.height[node], self.taxonomy.generality[node]
+        random_height, random_generality = self._random()
+        several = size > 1
+        return {
+            "height": summary.mean(height),
+            "generality": summary.mean(generality),
+            "defined": float(len(node)),
+            "single_class_share": summary.mean(~several),
+            "multi_class_height": summary.mean(height, several),
+            "multi_class_generality": summary.mean(generality, several),
+            "height_gap": summary.mean(random_height[size] - height, several),
+            "generality_gap": summary.mean(random_generality[size] - generality, several),
+        }
+
+    def _random(self) -> tuple[np.ndarray, np.ndarray]:
+        return random_sets(self.taxonomy, self.options.repeats, self.context.seed)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`latents`: one row for each latent that is defined."""
+        node, size = self.assign()
+        latent = np.flatnonzero(node >= 0)
+        node, size = node[latent], size[latent]
+        taxonomy = self.taxonomy
+        table = {
+            "latent": latent,
+            "node": [taxonomy.nodes[v] for v in node],
+            "name": [taxonomy.label(v) for v in node],
+            "classes": size,
+            "height": taxonomy.height[node],
+            "random_height": self._random()[0][size],
+            "generality": taxonomy.generality[node],
+            "random_generality": self._random()[1][size],
+            "depth": taxonomy.depth[node],
+        }
+        return {"latents": pd.DataFrame(table)}
+
+    def figures(self) -> dict[str, Figure]:
+        """`generality`: of the latents of several classes, against random class sets."""
+        table = self.tables()["latents"]
+        several = table["classes"].to_numpy() > 1
+        observed, expected = (table[c].to_numpy(float) for c in ("generality", "random_generality"))
+        return {
+            "generality": summary.histograms(
+                "Generality of latents of several classes",
+                "log₂ classes below the LCH",
+                {
+                    "latents": observed[several],
+                    "random sets of the same size": expected[several],
+                },
+            )
+        }
+
+
+def frequent_classes(fired: np.ndarray, images: np.ndarray, tau: float) -> np.ndarray:
+    """(m, C) the classes where a latent fires at all and on at least `tau` of the images.
+
+    Args:
+        fired: (m, C) images on which the latent fires.
+        images: (C,) images of each class.
+    """
+    return (fired > 0) & (fired >= tau * images)
+
+
+def top_labels(top: TopImages, k: int, shuffled: bool) -> np.ndarray:
+    """(m, k) classes of the k most activating images; a row of −1 where fewer than k fire."""
+    labels = top.labels(shuffled)[:, :k]
+    return np.where((labels >= 0).all(1, keepdims=True), labels, -1)
+
+
+def smallest_holding(taxonomy: Taxonomy, labels: np.ndarray, keep: float) -> Assignment:
+    """The smallest node above at least `keep` of the labels of each row (m, k).
+
+    Smallest: fewest classes; ties go to the deepest node, then to the smallest id. `size` counts
+    the distinct classes held.
+    """
+    m, k = labels.shape
+    images = np.zeros((m, len(taxonomy.classes)), dtype=np.float32)
+    rows, columns = np.nonzero(labels >= 0)
+    np.add.at(images, (rows, labels[rows, columns]), 1)
+    order = np.lexsort((np.arange(len(taxonomy.nodes)), -taxonomy.depth, taxonomy.n_leaves))
+    held = images @ taxonomy.sparse_membership[:, order]
+    node = order[(held >= keep * k - 1e-6).argmax(1)]
+    size = ((images > 0) & taxonomy.membership[:, node].T).sum(1)
+    return Assignment(np.where(labels[:, 0] >= 0, node, -1), size)
+
+
+@lru_cache(maxsize=8)
+def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean height and generality of the LCH of s random classes, each (C + 1,); NaN at s = 0.
+
+    Each of `repeats` random orders of the classes gives one set of every size: its prefixes.
+    """
+    generator = np.random.default_rng(seed)
+    best_first = taxonomy.by_preference[::-1]
+    ancestors = taxonomy.membership[:, best_first]
+    height = np.zeros(len(taxonomy.classes))
+    generality = np.zeros(len(taxonomy.classes))
+    for _ in range(repeats):
+        common = np.logical_and.accumulate(ancestors[generator.permutation(len(height))])
+        lch = best_first[common.argmax(1)]
+        height += taxonomy.height[lch] / repeats
+        generality += taxonomy.generality[lch] / repeats
+    return tuple(np.concatenate([[np.nan], values]) for values in (height, generality))  # pyright: ignore

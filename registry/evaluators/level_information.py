@@ -1,0 +1,296 @@
+"""`level_information`: how much activations and latents tell at each depth of the tree.
+
+Own definition, after the layer-by-layer question of Olson et al. 2025 (arXiv 2505.15970).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..taxonomies.taxonomy import Taxonomy
+from . import summary
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .probes import NeighbourProbe, RidgeProbe
+
+FEATURES = ("x", "mean_patch", "z")
+PROBES = ("probe", "knn")
+
+
+@dataclass(frozen=True)
+class LevelInformationOptions:
+    """ridge: of the linear probe, relative to the variance of a feature.
+    neighbours, neighbours_per_class: k of kNN, and the size of its database.
+    probe_latents: z is probed through its most variable latents only, as many as this.
+    """
+
+    ridge: float = 0.01
+    neighbours: int = 10
+    neighbours_per_class: int = 10
+    probe_latents: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ConfigError(f"ridge: must be above 0, got {self.ridge}")
+        for field in ("neighbours", "neighbours_per_class", "probe_latents"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+
+
+class LevelInformation(Evaluator[LevelInformationOptions]):
+    """Probe accuracy, right group given wrong leaf, and variance share, cut at each depth.
+
+    Three features: `x` (the activations as trained on), `mean_patch` where given, and `z`. A linear
+    probe and kNN, fitted on the fit half, predict the *class* of the images of the other half; at a
+    cut both prediction and truth are replaced by their groups.
+
+    - `*_accuracy`: of the class. `*_level_accuracy`: of the group, mean over the informative cuts
+      (those with more than one group and fewer groups than classes).
+    - `*_right_group`: of the images whose class is missed, the share put into the right group; mean
+      over the informative cuts. This is what a hierarchy adds to knowing classes.
+    - `*_variance_share`: between-group variance over the total, mean over the informative cuts. It
+      rises with depth by construction: only its excess over permuted classes means anything.
+
+    Each depth by itself, beside its own permuted-classes null, is in the table `levels`. The other
+    sources of latents share x, so `x_*` and `mean_patch_*` are NaN there. Memory
+    O(C·(d + m) + d²).
+    """
+
+    name = "level_information"
+    description = "what activations and latents tell at each depth of the tree"
+    higher_is_better = {
+        f"{feature}_{measure}": True
+        for feature in FEATURES
+        for measure in (
+            *(
+                f"{p}_{kind}"
+                for p in PROBES
+                for kind in ("accuracy", "level_accuracy", "right_group")
+            ),
+            "variance_share",
+        )
+    }
+    Options = LevelInformationOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: LevelInformationOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._measures: dict[str, _FeatureInformation] = {}
+        self._latents: Tensor | None = None
+        self._cuts = informative_cuts(self.taxonomy)
+
+    def calibrate(self, batch: EvaluationBatch) -> None:
+        spread = batch.z.float().var(0, unbiased=False)
+        most = min(self.options.probe_latents, batch.z.shape[1])
+        self._latents = spread.topk(most).indices.sort().values
+
+    def update(self, batch: EvaluationBatch) -> None:
+        if self._latents is None:
+            self.calibrate(batch)
+        z = batch.z.float()
+        self._feature("z").update(batch, z, z[:, self._latents])
+        if self.context.source == "sae":
+            x = batch.x.float()
+            self._feature("x").update(batch, x, x)
+            if batch.mean_patch is not None:
+                patch = batch.mean_patch.float()
+                self._feature("mean_patch").update(batch, patch, patch)
+
+    def _feature(self, name: str) -> _FeatureInformation:
+        if name not in self._measures:
+            n_labellings = 2 if self.context.shuffled else 1
+            n_classes = len(self.taxonomy.classes)
+            self._measures[name] = _FeatureInformation(n_classes, n_labellings, self.options)
+        return self._measures[name]
+
+    def levels(
+        self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Each measure of a feature at the informative cuts (L,), and `*_accuracy` of the class.
+
+        Empty where the feature was not seen.
+        """
+        self._check_shuffled(shuffled)
+        if feature not in self._measures:
+            return {}
+        place = np.arange(len(self.taxonomy.classes)) if permutation is None else permutation
+        groups = np.array([self.taxonomy.cut(t)[place] for t in self._cuts])
+        groups = groups.reshape(len(self._cuts), len(place))
+        return self._measures[feature].levels(groups, int(shuffled))
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        numbers = dict.fromkeys(self.higher_is_better, float("nan"))
+        for feature in FEATURES:
+            for measure, values in self.levels(feature, permutation, shuffled).items():
+                numbers[f"{feature}_{measure}"] = summary.mean(values)
+        return numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`levels`: every feature, measure and informative depth, beside the permuted classes."""
+        columns = ["feature", "measure", "depth", "groups", "value", "permuted", "permuted_most"]
+        groups = [len(np.unique(self.taxonomy.cut(t))) for t in self._cuts]
+        rows = []
+        for feature in self._measures:
+            nulls = [self.levels(feature, p) for p in self.context.permutations]
+            for measure, values in self.levels(feature).items():
+                if measure.endswith("_accuracy") and not measure.endswith("level_accuracy"):
+                    continue  # of the class: the same at every depth
+                null = np.array([n[measure] for n in nulls] or [np.full(len(values), np.nan)])
+                for i, depth in enumerate(self._cuts):
+                    at = null[:, i]
+                    most = at.max() if np.isfinite(at).all() else np.nan
+                    rows.append(
+                        (feature, measure, depth, groups[i], values[i], summary.mean(at), most)
+                    )
+        table = pd.DataFrame(rows, columns=columns)
+        table["excess"] = table["value"] - table["permuted"]
+        return {"levels": table}
+
+    def figures(self) -> dict[str, Figure]:
+        """For each measure its values over depth, and dotted the permuted classes."""
+        table = self.tables()["levels"]
+        figures = {}
+        for measure in table["measure"].unique():
+            drawing = summary.figure(measure.replace("_", " "), "depth of the cut", "")
+            for feature, colour in zip(FEATURES, (summary.VALUE, summary.OTHER, "#4a7c3f")):
+                of = table[(table["measure"] == measure) & (table["feature"] == feature)]
+                line = {"color": colour}
+                if len(of):
+                    drawing.add_scatter(x=of["depth"], y=of["value"], name=feature, line=line)
+                    drawing.add_scatter(
+                        x=of["depth"],
+                        y=of["permuted"],
+                        name=f"{feature}, permuted classes",
+                        line={**line, "dash": "dot"},
+                    )
+            figures[measure] = drawing
+        return figures
+
+
+class _FeatureInformation:
+    """Moments, probes and confusion matrices of one feature."""
+
+    def __init__(self, n_classes: int, n_labellings: int, options: LevelInformationOptions) -> None:
+        self.n_classes, self.n_labellings = n_classes, n_labellings
+        self.moments: ClassMoments | None = None
+        self.ridge = RidgeProbe(n_classes, n_labellings, options.ridge)
+        self.knn = NeighbourProbe(
+            n_classes, n_labellings, options.neighbours, options.neighbours_per_class
+        )
+        self.confusion = np.zeros((len(PROBES), n_labellings, n_classes, n_classes), dtype=np.int32)
+
+    def update(self, batch: EvaluationBatch, feature: Tensor, probed: Tensor) -> None:
+        if not probed.shape[1]:
+            return
+        labellings = [batch.labels_of(s) for s in (False, True)[: self.n_labellings]]
+        if self.moments is None:
+            self.moments = ClassMoments(self.n_classes, self.n_labellings, feature)
+        self.moments.update(feature, labellings)
+        fit = batch.is_fit.cpu()
+        if fit.any():
+            on = fit.to(probed.device)
+            chosen = [labels[fit] for labels in labellings]
+            self.ridge.fit(probed[on], chosen)
+            self.knn.fit(probed[on], chosen, batch.index.cpu()[fit])
+        if not fit.all():
+            asked = probed[~fit.to(probed.device)]
+            for confusion, probe in zip(self.confusion, (self.ridge, self.knn)):
+                for counts, labels, guess in zip(confusion, labellings, probe.predict(asked)):
+                    truth, guess = labels[~fit][guess >= 0].numpy(), guess[guess >= 0].numpy()
+                    np.add.at(counts, (truth, guess), 1)
+
+    def levels(self, groups: np.ndarray, labelling: int) -> dict[str, np.ndarray]:
+        """Measures for groups (L, C): the group of each class at each cut."""
+        found: dict[str, np.ndarray] = {}
+        for probe, confusion in zip(PROBES, self.confusion[:, labelling]):
+            accuracy, at_level, right_group = read_off(confusion, groups)
+            found[f"{probe}_accuracy"] = np.array([accuracy])
+            found[f"{probe}_level_accuracy"] = at_level
+            found[f"{probe}_right_group"] = right_group
+        if self.moments is not None:
+            found["variance_share"] = self.moments.variance_share(groups, labelling)
+        return found
+
+
+class ClassMoments:
+    """Per-class sums of a feature about a fixed offset, and the total sum of squares."""
+
+    def __init__(self, n_classes: int, n_labellings: int, feature: Tensor) -> None:
+        # Sparse latents keep their zeros; anything dense is taken about the first batch's mean,
+        # or its offset would drown the variance.
+        self.offset = None if float((feature == 0).float().mean()) > 0.5 else feature.mean(0)
+        shape = (n_labellings, n_classes, feature.shape[1])
+        self.sums = torch.zeros(shape, dtype=torch.float32, device=feature.device)
+        self.counts = np.zeros((n_labellings, n_classes))
+        self.squares = 0.0
+        self._gram: dict[int, np.ndarray] = {}
+
+    def update(self, feature: Tensor, labellings: list[Tensor]) -> None:
+        if self.offset is not None:
+            feature = feature - self.offset
+        for sums, counts, labels in zip(self.sums, self.counts, labellings):
+            sums.index_add_(0, labels.to(feature.device), feature)
+            counts += torch.bincount(labels, minlength=len(counts)).numpy()
+        self.squares += float(feature.square().sum(dtype=torch.float64))
+        self._gram.clear()
+
+    def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:
+        """(L,) between-group over total variance, for groups (L, C).
+
+        Σ_g ‖s_g‖²/n_g − ‖s‖²/n with s the sums; ‖s_g‖² is a sum over the Gram matrix of the classes'
+        sums, which is made once for all cuts and permutations.
+        """
+        if labelling not in self._gram:
+            sums = self.sums[labelling]
+            self._gram[labelling] = (sums @ sums.T).double().cpu().numpy()
+        gram, counts = self._gram[labelling], self.counts[labelling]
+        n = counts.sum()
+        whole = gram.sum() / n if n else np.nan
+        share = np.full(len(groups), np.nan)
+        for i, group in enumerate(groups):
+            _, code = np.unique(group, return_inverse=True)
+            size = np.bincount(code, counts)
+            own = (gram * (code[:, None] == code)).sum(1)  # ⟨s_c, s of c's group⟩
+            squares = np.bincount(code, own)
+            between = np.divide(squares, size, out=np.zeros_like(size), where=size > 0).sum()
+            share[i] = summary.ratio(between - whole, self.squares - whole)
+        return share
+
+
+def read_off(confusion: np.ndarray, groups: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """Accuracy of the class; accuracy of the group at each cut; right group given wrong class.
+
+    Args:
+        confusion: (C, C) images by true and by predicted class.
+        groups: (L, C) the group of each class at each cut.
+
+    Returns:
+        a number, and two arrays (L,); NaN where there is no image to count.
+    """
+    truth, guess = np.nonzero(confusion)
+    images = confusion[truth, guess].astype(float)
+    wrong = truth != guess
+    same = groups[:, truth] == groups[:, guess]
+    accuracy = float(summary.ratio(images[~wrong].sum(), images.sum()))
+    at_level = summary.ratio(same @ images, images.sum())
+    right_group = summary.ratio(same[:, wrong] @ images[wrong], images[wrong].sum())
+    return accuracy, at_level, right_group
+
+
+def informative_cuts(taxonomy: Taxonomy) -> list[int]:
+    """The depths whose cut has more than one group and fewer groups than classes."""
+    cuts = range(1, taxonomy.max_depth)
+    groups = {t: len(np.unique(taxonomy.cut(t))) for t in cuts}
+    return [t for t in cuts if 1 < groups[t] < len(taxonomy.classes)]

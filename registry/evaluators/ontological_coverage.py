@@ -1,0 +1,292 @@
+"""`ontological_coverage`: how much of the tree has a detector among the latents.
+
+The idea is that of Olson et al. 2025 (arXiv 2505.15970); the form is our own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+
+from ..errors import ConfigError
+from . import summary
+from .accumulators import SURVIVAL, ClassCounts, FiringHistogram
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+
+BLOCK_CELLS = 2**22
+"""Cells of the (latents × thresholds × nodes) array that are held at a time (16 MiB each)."""
+
+
+@dataclass(frozen=True)
+class CoverageOptions:
+    """covered: a node counts as covered from this F1. Nodes where saying yes to every image reaches
+        it are left out.
+    survival: the grid of thresholds, see `accumulators.SURVIVAL`.
+    """
+
+    covered: float = 0.5
+    survival: tuple[float, ...] = SURVIVAL
+
+    def __post_init__(self) -> None:
+        if not 0 < self.covered <= 1:
+            raise ConfigError(f"covered: must lie in (0, 1], got {self.covered}")
+
+
+class Detectors(NamedTuple):
+    """The latent and threshold chosen for each node, and their score; each (N,)."""
+
+    latent: np.ndarray  # −1 where no latent fires on the fit half
+    bin: np.ndarray  # which threshold of the grid
+    fit_f1: np.ndarray  # on the images of the choice
+    precision: np.ndarray  # on the other images; NaN where the node is left out
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+class OntologicalCoverage(Evaluator[CoverageOptions]):
+    """The best latent's F1 for "the image shows a class below v", over the nodes v.
+
+    Latent and threshold are chosen on the fit half and scored on the other. Nodes with the same
+    classes count once. Internal nodes (several classes) and leaves (one) are told apart: leaves
+    alone would make a flat classifier look hierarchical. Left out: nodes without images in either
+    half, and nodes so common that always saying yes would cover them. A node for which nothing
+    fires scores 0.
+
+    Permuting the classes moves leaves but leaves each one's detector as good as it was: the leaf
+    scores have no permuted-classes null of their own, theirs equals the value.
+    """
+
+    name = "ontological_coverage"
+    description = "how much of the tree has a detector among the latents"
+    higher_is_better = {
+        "internal_f1": True,
+        "internal_covered_share": True,
+        "internal_nodes": None,
+        "leaf_f1": True,
+        "leaf_covered_share": True,
+        "leaf_nodes": None,
+    }
+    Options = CoverageOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: CoverageOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        labellings = (False, True) if context.shuffled else (False,)
+        survival = tuple(self.options.survival)
+        self._histograms = [
+            context.share(FiringHistogram, shuffled=s, survival=survival) for s in labellings
+        ]
+        distinct = self.taxonomy.distinct_nodes
+        several = self.taxonomy.n_leaves[distinct] > 1
+        self.internal, self.leaves = distinct[several], distinct[~several]
+        self._memo: dict[Any, Detectors] = {}
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+
+    def detectors(
+        self,
+        nodes: np.ndarray,
+        permutation: np.ndarray | None = None,
+        shuffled: bool = False,
+    ) -> Detectors:
+        """The detector of each of `nodes` (N,)."""
+        self._check_shuffled(shuffled)
+        key = (nodes.tobytes(), None if permutation is None else permutation.tobytes(), shuffled)
+        if key not in self._memo:
+            members = self.taxonomy.membership[:, nodes]
+            if permutation is not None:
+                members = members[permutation]
+            self._memo[key] = find_detectors(
+                self._histograms[int(shuffled)],
+                members,
+                self._classes.fit(shuffled),
+                self._classes.score(shuffled),
+                self.options.covered,
+            )
+        return self._memo[key]
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        internal = self.detectors(self.internal, permutation, shuffled).f1
+        leaf = self.detectors(self.leaves, None, shuffled).f1  # a permutation changes none
+        numbers: dict[str, float] = {}
+        for kind, f1 in (("internal", internal), ("leaf", leaf)):
+            f1 = f1[np.isfinite(f1)]
+            numbers[f"{kind}_f1"] = summary.mean(f1)
+            numbers[f"{kind}_covered_share"] = summary.mean(f1 >= self.options.covered)
+            numbers[f"{kind}_nodes"] = float(len(f1))
+        return numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`nodes`: the best latent of every node that is scored, and its permuted-classes null."""
+        parts = [self._table(self.internal, "internal"), self._table(self.leaves, "leaf")]
+        return {
+            "nodes": pd.concat(parts, ignore_index=True).dropna(subset=["f1"], ignore_index=True)
+        }
+
+    def _table(self, nodes: np.ndarray, kind: str) -> pd.DataFrame:
+        found = self.detectors(nodes)
+        null = np.full(len(nodes), np.nan)
+        if kind == "internal" and self.context.permutations:
+            nulls = [self.detectors(nodes, p).f1 for p in self.context.permutations]
+            null = np.mean(nulls, axis=0)
+        thresholds = self._histograms[0].thresholds.values
+        fires = found.latent >= 0
+        threshold = np.full(len(nodes), np.nan)
+        if thresholds is not None:
+            threshold[fires] = thresholds[found.latent[fires], found.bin[fires]]
+        taxonomy = self.taxonomy
+        return pd.DataFrame(
+            {
+                "node": [taxonomy.nodes[v] for v in nodes],
+                "name": [taxonomy.label(v) for v in nodes],
+                "kind": kind,
+                "classes": taxonomy.n_leaves[nodes],
+                "depth": taxonomy.depth[nodes],
+                "height": taxonomy.height[nodes],
+                "latent": found.latent,
+                "threshold": threshold,
+                "precision": found.precision,
+                "recall": found.recall,
+                "f1": found.f1,
+                "fit_f1": found.fit_f1,
+                "permuted_f1": null,
+                "excess": found.f1 - null,
+            }
+        )
+
+    def figures(self) -> dict[str, Figure]:
+        """`tree`: the nodes coloured by F1; `by_size`: F1 against the number of classes."""
+        table = self.tables()["nodes"]
+        return {"tree": self._draw_tree(table), "by_size": _draw_by_size(table)}
+
+    def _draw_tree(self, table: pd.DataFrame) -> Figure:
+        tree = self.taxonomy.collapsed()
+        f1 = dict(zip(table["node"], table["f1"]))
+        drawing = summary.figure("Coverage of the tree", "", "")
+        drawing.add_trace(
+            go.Icicle(
+                ids=list(tree.nodes),
+                labels=[tree.label(v) for v in range(len(tree.nodes))],
+                parents=["" if p < 0 else tree.nodes[p] for p in tree.primary_parent],
+                marker={
+                    "colors": [f1.get(node) for node in tree.nodes],
+                    "colorscale": "Blues",
+                    "cmin": 0,
+                    "cmax": 1,
+                    "colorbar": {"title": "F1"},
+                },
+                hovertemplate="%{label}<br>F1 %{color:.2f}<extra></extra>",
+                maxdepth=6,
+            )
+        )
+        return drawing
+
+
+def _draw_by_size(table: pd.DataFrame) -> Figure:
+    internal = table[table["kind"] == "internal"]
+    drawing = summary.figure(
+        "F1 of each internal node's best latent", "classes below the node", "F1"
+    )
+    drawing.update_xaxes(type="log")
+    drawing.update_yaxes(range=[0, 1])
+    for column, name, colour in (
+        ("permuted_f1", "permuted classes", summary.NULL),
+        ("f1", "latents", summary.VALUE),
+    ):
+        drawing.add_scatter(
+            x=internal["classes"],
+            y=internal[column],
+            text=internal["name"],
+            name=name,
+            mode="markers",
+            marker={"color": colour, "size": 5, "opacity": 0.7},
+        )
+    return drawing
+
+
+def find_detectors(
+    histogram: FiringHistogram,
+    members: np.ndarray,
+    fit_images: np.ndarray,
+    score_images: np.ndarray,
+    covered: float = 0.5,
+) -> Detectors:
+    """Choose a latent and a threshold for each node on the fit half; score them on the other.
+
+    Args:
+        histogram: the counts of both halves.
+        members: (C, N) whether a class lies below a node.
+        fit_images, score_images: (C,) images of each class in the halves.
+        covered: nodes where "always yes" reaches this F1 are left out.
+    """
+    belongs = sparse.csr_array(members.astype(np.float32))
+    latent, bin_, fit_f1 = _choose(histogram, belongs, fit_images @ belongs)
+
+    fired = _fired_from(histogram.counts[1], latent, bin_)
+    hits = (fired * members.T).sum(1, dtype=np.float64)
+    positives = score_images @ belongs
+    always_yes = summary.ratio(2 * positives, positives + score_images.sum())
+    scored = (fit_images @ belongs > 0) & (positives > 0) & (always_yes < covered)
+    f1 = np.where(scored, 2 * hits / np.maximum(fired.sum(1) + positives, 1), np.nan)
+    return Detectors(
+        latent=latent,
+        bin=bin_,
+        fit_f1=fit_f1,
+        precision=np.where(scored, summary.ratio(hits, fired.sum(1)), np.nan),
+        recall=np.where(scored, summary.ratio(hits, positives), np.nan),
+        f1=f1,
+    )
+
+
+def _choose(
+    histogram: FiringHistogram, belongs: sparse.csr_array, positives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The latent, threshold and F1 that are best for each node on the fit half, each (N,).
+
+    F1 = 2·hits / (fired + positives) for all latents and thresholds at once: counts @ members.
+    """
+    n_nodes, n_bins = len(positives), histogram.n_bins
+    best = np.zeros(n_nodes, dtype=np.float32)
+    row = np.full(n_nodes, -1, dtype=np.int64)
+    counts = histogram.fit()
+    step = n_bins * max(1, BLOCK_CELLS // max(1, n_bins * n_nodes))
+    for start in range(0, n_bins * histogram.context.d_sae, step):
+        block = counts[start : start + step]
+        if not block.nnz:
+            continue
+        fired = torch.from_numpy(block.sum(1).astype(np.float32)).view(-1, n_bins, 1)
+        hits = torch.from_numpy((block @ belongs).toarray()).view(-1, n_bins, n_nodes)
+        for t in reversed(range(n_bins - 1)):  # what reaches a threshold reaches those below it
+            fired[:, t] += fired[:, t + 1]
+            hits[:, t] += hits[:, t + 1]
+        f1 = hits.mul_(2).div_(fired + torch.from_numpy(positives).float()).flatten(0, 1)
+        better = np.flatnonzero(f1.nan_to_num_(0).amax(0).numpy() > best)
+        value, at = f1[:, better].max(0)
+        best[better] = value.numpy()
+        row[better] = start + at.numpy()
+    return np.where(row < 0, -1, row // n_bins), np.where(row < 0, 0, row % n_bins), best
+
+
+def _fired_from(counts: torch.Tensor, latent: np.ndarray, bin_: np.ndarray) -> np.ndarray:
+    """(N, C) images on which each chosen latent reaches its threshold; counts (m, T, C)."""
+    n_classes = counts.shape[2]
+    fired = np.zeros((len(latent), n_classes), dtype=np.float32)
+    chosen = np.flatnonzero(latent >= 0)
+    rows = counts[torch.from_numpy(latent[chosen])]
+    reaches = torch.arange(counts.shape[1]) >= torch.from_numpy(bin_[chosen])[:, None]
+    fired[chosen] = (rows * reaches[:, :, None]).sum(1, dtype=torch.int32).numpy()
+    return fired

@@ -1,0 +1,61 @@
+"""Small numbers and plain drawings that every evaluator uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import ArrayLike
+
+VALUE, NULL, OTHER = "#1f5f8b", "#9a9a9a", "#c8742c"
+"""Colours of what was measured, of its null, and of a third thing."""
+
+
+def mean(values: ArrayLike, where: ArrayLike | None = None) -> float:
+    """The mean of the finite values (where `where`); NaN, without a warning, of none."""
+    kept = np.asarray(values, dtype=float)
+    if where is not None:
+        kept = kept[np.asarray(where)]
+    kept = kept[np.isfinite(kept)]
+    return float(kept.mean()) if kept.size else float("nan")
+
+
+def ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
+    """part / whole, NaN where whole is 0."""
+    part, whole = np.broadcast_arrays(
+        np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    )
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
+
+
+def figure(title: str, x: str, y: str) -> go.Figure:
+    """An empty figure in the style of the report."""
+    return go.Figure(
+        layout=go.Layout(
+            template="simple_white",
+            title={"text": title, "font": {"size": 15}},
+            xaxis={"title": x},
+            yaxis={"title": y},
+            margin={"l": 60, "r": 20, "t": 50, "b": 50},
+            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+            font={"size": 12},
+        )
+    )
+
+
+def histograms(
+    title: str, x: str, values: Mapping[str, np.ndarray], *, bins: int = 30
+) -> go.Figure:
+    """Outlined histograms on one grid, the first the measured one and the rest its nulls."""
+    drawing = figure(title, x, "share of latents")
+    finite = {name: v[np.isfinite(v)] for name, v in values.items()}
+    joined = np.concatenate([*finite.values(), np.zeros(0)])
+    if joined.size:
+        edges = np.linspace(joined.min(), max(joined.max(), joined.min() + 1e-9), bins + 1)
+        for (name, v), colour in zip(finite.items(), (VALUE, NULL, OTHER)):
+            share = np.histogram(v, edges)[0] / max(len(v), 1)
+            line: dict[str, Any] = {"color": colour, "shape": "hvh", "width": 2}
+            drawing.add_scatter(x=(edges[:-1] + edges[1:]) / 2, y=share, name=name, line=line)
+    return drawing
