@@ -25,7 +25,6 @@ from .commands import shell
 from .config import VisionSAERunnerConfig, training_config_class
 from .study import Settings, Study, architecture_of, layers, study_from
 
-
 # Help for what has no default of its own; the empty format keeps argparse from adding one.
 FOUND_LATER = {
     "d_in": "Width of the activations. Defaults to the width at the hook point.%(default).0s",

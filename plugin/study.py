@@ -13,6 +13,7 @@ SAELens's names a study knows
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
 from sae_lens.config import LoggingConfig
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from ..registry.errors import ConfigError, UnknownNameError
+from ..registry.errors import ConfigError
 from ..registry.presets import load_preset, read_settings
-from ..registry.table import unknown_name_message
-from .config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from .config import (
+    VisionMultiSAERunnerConfig,
+    VisionSAERunnerConfig,
+    training_config_class,
+)
 
 Settings = dict[str, Any]
 
@@ -59,16 +62,17 @@ class SAEChoice:
     fields: Settings = field(default_factory=dict)
     expansion_factor: float | None = None
 
-    def config(self, d_in: int) -> TrainingSAEConfig:
-        """The SAE config for activations of width `d_in`.
+    def config(self, d_in: int, hook_name: str) -> TrainingSAEConfig:
+        """The SAE config for a hook point of width `d_in`.
 
         Raises:
             ConfigError: d_in differs from the one given, or the config refuses a value.
         """
         given = self.fields.get("d_in", d_in)
         if given != d_in:
-            raise ConfigError(f"d_in: {given} was given, but the hook point is {d_in} wide.")
-        fields = {**self.fields, "d_in": d_in}
+            raise ConfigError(f"d_in: {given} was given, but {hook_name} is {d_in} wide.")
+        # A copy: SAELens changes lists such as matryoshka_widths in place.
+        fields = {**copy.deepcopy(self.fields), "d_in": d_in}
         if self.expansion_factor is not None:
             fields["d_sae"] = round(self.expansion_factor * d_in)
         if "d_sae" not in fields:
@@ -122,12 +126,12 @@ class Study:
         if len(widths) * len(self.saes) == 1:
             ((hook_name, d_in),) = widths.items()
             (choice,) = self.saes.values()
-            return self._build(VisionSAERunnerConfig, runner, sae=choice.config(d_in), hook_name=hook_name)
+            return self._build(VisionSAERunnerConfig, runner, sae=choice.config(d_in, hook_name), hook_name=hook_name)
         saes, hook_names = {}, {}
         for hook_name, d_in in widths.items():
             for name, choice in self.saes.items():
                 key = f"{hook_name}.{name}" if name else hook_name
-                saes[key], hook_names[key] = choice.config(d_in), hook_name
+                saes[key], hook_names[key] = choice.config(d_in, hook_name), hook_name
         return self._build(VisionMultiSAERunnerConfig, runner, saes=saes, hook_names=hook_names)
 
     def _build(self, config_class: type[Any], runner: Settings, **fields: Any) -> Any:
@@ -181,18 +185,6 @@ def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
         if name:
             return str(name)
     return "standard"
-
-
-def training_config_class(architecture: str) -> type[Any]:
-    """The training config class that SAELens has registered under `architecture`.
-
-    Raises:
-        UnknownNameError: the nearest known names are listed.
-    """
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        known = sorted(SAE_TRAINING_CLASS_REGISTRY)
-        raise UnknownNameError(unknown_name_message("architecture", architecture, known))
-    return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
 
 
 def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:

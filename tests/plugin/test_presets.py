@@ -1,0 +1,74 @@
+import pytest
+from taxolens.plugin.config import VisionMultiSAERunnerConfig
+from taxolens.plugin.study import gather
+from taxolens.registry.errors import ConfigError, UnknownNameError
+from taxolens.registry.presets import PRESETS, describe_preset, load_preset, read_settings
+
+# What a preset leaves to the command line.
+GIVEN = {
+    "laptop": {"dataset_path": "photos"},
+    "tiny-imagenet": {"model_name": "vit", "dataset_path": "photos"},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_valid_config(name):
+    flags = {"device": "cpu", **GIVEN.get(name, {})}
+    study = gather(preset=name, flags=flags)
+    d_in = study.saes[""].fields.get("d_in", 768)
+    widths = {f"blocks.{block}.hook_resid_post": d_in for block in range(3)}
+
+    config = study.config(widths, tokens_per_epoch=100_000)
+
+    assert isinstance(config, VisionMultiSAERunnerConfig)
+    assert list(config.saes) == list(widths)
+    assert config.tokens == "class"
+    assert config.training_tokens >= 100_000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_what_it_is_what_it_costs_and_where_it_comes_from(name):
+    preset = describe_preset(name)
+    assert preset.name == name
+    assert len(preset.description) > 30 and not preset.description.startswith("#")
+    assert preset.cost
+    assert preset.source
+    assert preset.description.isprintable()
+
+
+def test_the_papers_own_study():
+    preset = load_preset("olson2025")
+    assert preset["model_name"] == "facebook/dinov2-giant"
+    assert preset["hook_names"] == ["blocks.*.hook_resid_post"]
+    assert preset["tokens"] == "class"
+    assert preset["architecture"] == "standard"
+    assert preset["sae"]["d_sae"] == 8 * preset["sae"]["d_in"] == 12_288
+    assert preset["dataset_path"] == "ILSVRC/imagenet-1k"
+    assert preset["taxonomy"] == "imagenet"
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="unknown preset 'laptp'; did you mean 'laptop'"):
+        load_preset("laptp")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "is no YAML"), ("- 1\n- 2", "holds a list"), ("just words", "holds a str")],
+)
+def test_a_file_that_is_no_study(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read"):
+        read_settings(tmp_path / "missing.yaml")
+
+
+def test_an_empty_file_says_nothing(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# only a comment\n")
+    assert read_settings(path) == {}

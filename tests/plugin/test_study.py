@@ -1,0 +1,196 @@
+import pytest
+from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
+from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.study import gather, typed
+from taxolens.registry.errors import ConfigError, UnknownNameError
+
+HOOK = "blocks.3.hook_resid_post"
+BASE = {"model_name": "vit", "dataset_path": "photos", "hook_names": [HOOK], "d_sae": 64}
+
+
+def write(folder, text):
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def without(*names):
+    return {key: value for key, value in BASE.items() if key not in names}
+
+
+def config_of(flags, widths=None, **kwargs):
+    study = gather(flags={**BASE, **flags})
+    return study.config(widths or {HOOK: 32}, **kwargs)
+
+
+def test_one_hook_point_and_one_sae_make_the_single_config():
+    config = config_of({"lr": 0.01, "l1_coefficient": 2.0, "run_name": "mine"})
+    assert type(config) is VisionSAERunnerConfig
+    assert config.hook_name == HOOK
+    assert config.lr == 0.01
+    assert config.logger.run_name == "mine"
+    assert type(config.sae) is StandardTrainingSAEConfig
+    assert (config.sae.d_in, config.sae.d_sae, config.sae.l1_coefficient) == (32, 64, 2.0)
+
+
+def test_many_hook_points_make_the_multi_config_and_each_its_own_width():
+    widths = {"blocks.0.hook_resid_post": 32, "blocks.0.mlp.hook_pre": 128}
+    flags = {**without("d_sae"), "expansion_factor": 4.0}
+    config = gather(flags=flags).config(widths)
+    assert type(config) is VisionMultiSAERunnerConfig
+    assert config.hook_names == {name: name for name in widths}
+    assert {name: sae.d_sae for name, sae in config.saes.items()} == {
+        "blocks.0.hook_resid_post": 128,
+        "blocks.0.mlp.hook_pre": 512,
+    }
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    path = write(tmp_path, "lr: 3e-4\nk: 9\ndataset_path: photos\nlogger:\n  run_name: of the file\n")
+    study = gather(preset="laptop", config=path, flags={"k": 5})
+    assert study.runner["lr"] == 3e-4  # YAML reads 3e-4 as text
+    assert study.runner["max_images"] == 20_000
+    assert study.saes[""].fields["k"] == 5
+    assert study.logger == {"log_to_wandb": False, "run_name": "of the file"}
+
+
+def test_another_way_to_say_a_thing_replaces_the_first(tmp_path):
+    study = gather(
+        preset="laptop",
+        flags={"dataset_path": "photos", "d_sae": 100, "training_tokens": 5000, "hook_name": HOOK},
+    )
+    assert study.saes[""].expansion_factor is None
+    assert study.saes[""].fields["d_sae"] == 100
+    assert study.epochs is None
+    assert study.hook_names == (HOOK,)
+
+
+def test_two_ways_at_once_are_refused():
+    with pytest.raises(ConfigError, match="d_sae and expansion_factor say the same thing"):
+        gather(flags={**BASE, "expansion_factor": 2.0})
+
+
+def test_another_architecture_keeps_what_it_shares_with_the_presets():
+    study = gather(preset="olson2025", flags={"architecture": "gated"})
+    fields = study.saes[""].fields
+    assert fields["l1_coefficient"] == 5.0
+    study = gather(preset="olson2025", flags={"architecture": "topk", "k": 32})
+    assert "l1_coefficient" not in study.saes[""].fields
+    assert type(study.saes[""].config(1536, HOOK)) is TopKTrainingSAEConfig
+
+
+def test_several_saes_at_every_hook_point(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        model_name: vit
+        dataset_path: photos
+        hook_names: ["blocks.*.hook_resid_post"]
+        expansion_factor: 2
+        saes:
+          relu: {architecture: standard, l1_coefficient: 3}
+          sparse: {architecture: topk, k: 4, d_sae: 99}
+        """,
+    )
+    config = gather(config=path).config({"blocks.0.hook_resid_post": 8, "blocks.1.hook_resid_post": 8})
+    assert list(config.saes) == [
+        f"blocks.{block}.hook_resid_post.{name}" for block in (0, 1) for name in ("relu", "sparse")
+    ]
+    assert config.hook_names["blocks.1.hook_resid_post.relu"] == "blocks.1.hook_resid_post"
+    assert config.saes["blocks.0.hook_resid_post.relu"].d_sae == 16
+    assert config.saes["blocks.0.hook_resid_post.sparse"].d_sae == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainig_tokens: 5", r"study\.yaml: unknown key 'trainig_tokens'; did you mean 'training_tokens'"),
+        ("logger: {wandb_projct: a}", "unknown key 'logger.wandb_projct'; did you mean 'wandb_project'"),
+        ("sae: {l1_coeficient: 2}", "unknown key 'sae.l1_coeficient'; did you mean 'l1_coefficient'"),
+        ("sae: 5", "sae: expected `name: value` lines, got 5"),
+        ("zzzzzz: 1", "--help_all"),
+        ("lr: fast", "lr: expected float, got 'fast'"),
+        ("num_workers: 1.5", "num_workers: expected int, got 1.5"),
+        ("streaming: maybe", "streaming: expected bool, got 'maybe'"),
+        ("hook_names: {a: b}", "hook_names: expected list"),
+        ("saes: {a: 5}", "saes.a: expected"),
+        ("saes: {a: {archtecture: topk}}", "unknown key 'a.archtecture'"),
+    ],
+)
+def test_what_a_file_gets_wrong_is_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        gather(config=write(tmp_path, text), flags=BASE)
+
+
+def test_an_unknown_architecture_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="did you mean 'topk'"):
+        gather(flags={**BASE, "architecture": "topkk"})
+
+
+@pytest.mark.parametrize("missing", ["model_name", "dataset_path", "hook_names"])
+def test_what_is_required_is_asked_for(missing):
+    with pytest.raises(ConfigError, match=f"{missing}: not given"):
+        gather(flags=without(missing))
+
+
+def test_a_width_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=f"d_in: 48 was given, but .*{HOOK}.* is 32 wide"):
+        config_of({"d_in": 48})
+
+
+def test_without_any_width_of_the_sae():
+    with pytest.raises(ConfigError, match=r"d_sae: not given.*expansion_factor"):
+        gather(flags=without("d_sae")).config({HOOK: 32})
+
+
+def test_what_the_architecture_refuses_is_a_config_error():
+    with pytest.raises(ConfigError, match="normalize_activations"):
+        config_of({"normalize_activations": "twice"})
+
+
+def test_epochs_are_passes_over_the_images():
+    config = config_of({"epochs": 3, "train_batch_size_tokens": 100}, tokens_per_epoch=1000)
+    assert config.training_tokens == 3000
+    with pytest.raises(ConfigError, match=r"epochs: .* give training_tokens instead"):
+        config_of({"epochs": 3.0})
+
+
+def test_a_field_of_one_sae_only_is_refused_for_many():
+    widths = {"blocks.0.hook_resid_post": 32, "blocks.1.hook_resid_post": 32}
+    with pytest.raises(ConfigError, match="from_pretrained_path: no meaning for more than one SAE"):
+        config_of({"from_pretrained_path": "sae"}, widths)
+
+
+def test_the_sae_lives_where_the_run_does():
+    config = config_of({"dtype": "float64"})
+    assert config.sae.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        (float, "3e-4", 3e-4),
+        (float, 3, 3.0),
+        (int, "2e6", 2_000_000),
+        (int, 1e6, 1_000_000),
+        (int, 2**61 + 1, 2**61 + 1),
+        (int | None, None, None),
+        (bool | int, True, True),
+        (bool | int, 3, 3),
+        (tuple[int | None, ...], [1, None], (1, None)),
+        (list[str], "one", ["one"]),
+        (dict[str, int], {"a": 1}, {"a": 1}),
+    ],
+)
+def test_values_become_what_the_field_asks_for(hint, value, expected):
+    found = typed("field", value, hint)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [(int, True), (int, 2.5), (float, "x"), (bool, 1), (str, 3), (int | None, "x"), (list[int], ["a"])],
+)
+def test_values_that_cannot_are_refused(hint, value):
+    with pytest.raises(ConfigError, match="field: expected"):
+        typed("field", value, hint)
