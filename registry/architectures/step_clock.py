@@ -1,0 +1,40 @@
+"""Randomness and schedules that survive a resume to the bit: a step counter in the saved state."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StepClock(nn.Module):
+    """Counts training steps in a buffer, and gives each step its own random generator.
+
+    SAELens's checkpoint keeps neither the global generator's state nor the exact step number, so
+    whatever a training step draws is drawn from (seed, this counter) alone.
+    """
+
+    count: Tensor
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.seed = seed
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def tick(self) -> int:
+        """Advance by one; the number of the step that begins, from 0."""
+        step = int(self.count)
+        self.count += 1
+        return step
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # SAELens's disk loader casts every tensor to the SAE's dtype, counters included.
+        if (count := state_dict.get(prefix + "count")) is not None:
+            state_dict[prefix + "count"] = count.to(torch.int64)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def generator(self, step: int, device: torch.device) -> torch.Generator:
+        """The generator of one step; the same for every run with this seed."""
+        # Large odd factor: nearby (seed, step) pairs must not share a stream.
+        seed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
+        return torch.Generator(device=device).manual_seed(seed)

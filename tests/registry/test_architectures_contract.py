@@ -1,0 +1,400 @@
+"""What every architecture must do, ours and SAELens's trainable ones alike."""
+
+import copy
+import json
+import subprocess
+import sys
+import textwrap
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from sae_lens import SAE, LoggingConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from taxolens.plugin.manager import load_plugins
+from taxolens.registry.table import ARCHITECTURES
+
+load_plugins()
+
+D_IN, D_SAE, BATCH = 12, 24, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small configuration of one architecture, and in what it differs from the rule."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    saved_as: str | None = None  # the built-in architecture it is saved as; None: its own
+    same_at_inference: bool = True  # False where training selects over the batch
+    whitening: bool = True
+    fold_W_dec_norm: bool = True
+    trains_in_bfloat16: bool = True
+    silent_hooks: frozenset[str] = frozenset()
+    needs_samples_for_loss: int = 60  # training steps until the loss must have fallen
+    lr: float = 3e-3
+
+
+PURSUIT = {"whitening": False, "fold_W_dec_norm": False}
+
+CASES: dict[str, Case] = {
+    "mp": Case(
+        {"k": 4, "atom_dropout": 0.1, "residual_threshold": 0.01}, "matching_pursuit", **PURSUIT
+    ),
+    # SAELens's own
+    "standard": Case({"l1_coefficient": 0.01, "l1_warm_up_steps": 3}, "standard"),
+    "gated": Case({"l1_coefficient": 0.01}, "gated", trains_in_bfloat16=False),
+    "topk": Case({"k": 4}, "topk"),
+    "abstopk": Case({"k": 4}, "abstopk"),
+    "jumprelu": Case({"l0_coefficient": 0.01, "l0_warm_up_steps": 3}, "jumprelu"),
+    "batchtopk": Case({"k": 4.0, "topk_threshold_lr": 0.5}, "jumprelu", same_at_inference=False),
+    "matryoshka_batchtopk": Case(
+        {"k": 4.0, "matryoshka_widths": [6, 24], "topk_threshold_lr": 0.5},
+        "jumprelu",
+        same_at_inference=False,
+    ),
+    "matching_pursuit": Case(
+        {"max_iterations": 4, "decoder_init_norm": 1.0},
+        "matching_pursuit",
+        silent_hooks=frozenset({"hook_sae_acts_pre", "hook_sae_acts_post"}),
+        **PURSUIT,
+    ),
+}
+OURS = [name for name in CASES if name in ARCHITECTURES]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+every = pytest.mark.parametrize("name", CASES, ids=str)
+ours_only = pytest.mark.parametrize("name", OURS, ids=str)
+
+
+def config(name: str, **overrides: Any) -> TrainingSAEConfig:
+    config_class = get_sae_training_class(name)[1]
+    return config_class(d_in=D_IN, d_sae=D_SAE, **{**CASES[name].settings, **overrides})
+
+
+def build(name: str, seed: int = 0, **overrides: Any) -> TrainingSAE[Any]:
+    torch.manual_seed(seed)
+    return get_sae_training_class(name)[0](config(name, **overrides))
+
+
+def planted(n: int, seed: int = 0) -> torch.Tensor:
+    """Sparse non-negative combinations of a fixed dictionary, off the origin, (n, D_IN)."""
+    generator = torch.Generator().manual_seed(99)
+    atoms = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
+    generator.manual_seed(seed)
+    fires = torch.rand(n, D_SAE, generator=generator) < 3 / D_SAE
+    return (fires * (1 + torch.rand(n, D_SAE, generator=generator))) @ atoms + 0.1
+
+
+def trainer_for(sae, batches, checkpoint_path=None, lr=3e-3, n_checkpoints=0, **overrides):
+    cfg = SAETrainerConfig(
+        total_training_samples=len(batches) * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=lr,
+        lr_end=lr / 10,
+        lr_warm_up_steps=2,
+        dead_feature_window=3,
+        feature_sampling_window=1000,
+        n_checkpoints=n_checkpoints,
+        checkpoint_path=checkpoint_path,
+        n_batches_for_norm_estimate=2,
+        logger=LoggingConfig(log_to_wandb=False),
+        **overrides,
+    )
+    return SAETrainer(cfg, sae, iter(batches))
+
+
+def step_input(x: torch.Tensor, sae: TrainingSAE[Any], dead: torch.Tensor | None = None):
+    coefficients = {
+        key: float(getattr(value, "value", value)) for key, value in sae.get_coefficients().items()
+    }
+    return TrainStepInput(x, coefficients, dead, n_training_steps=0, is_logging_step=True)
+
+
+def trained(name: str, steps: int = 5, **overrides: Any) -> TrainingSAE[Any]:
+    sae = build(name, **overrides)
+    trainer = trainer_for(sae, [planted(BATCH, seed) for seed in range(steps)])
+    for _ in range(steps):
+        trainer.step(next(trainer.data_provider))
+    return sae.eval()
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_and_dtypes(name, dtype):
+    sae = build(name, dtype=dtype)
+    x = planted(6)
+    with torch.no_grad():
+        for shape in ((6, D_IN), (2, 3, D_IN)):
+            out = sae(x.reshape(shape))
+            assert out.shape == shape
+            assert out.dtype == sae.dtype
+            assert torch.isfinite(out).all()
+            acts = sae.encode(x.reshape(shape))
+            assert acts.shape == (*shape[:-1], D_SAE)
+            assert acts.dtype == sae.dtype
+    if dtype == "bfloat16" and not CASES[name].trains_in_bfloat16:
+        return
+    step = sae.training_forward_pass(step_input(planted(BATCH), sae))
+    assert step.feature_acts.shape == (BATCH, D_SAE)
+    assert step.loss.shape == ()
+    step.loss.backward()
+    for parameter_name, parameter in sae.named_parameters():
+        assert parameter.dtype in (sae.dtype, torch.float32)
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@every
+def test_gradients_are_finite_and_reach_the_dictionary(name):
+    sae = build(name)
+    dead = torch.arange(D_SAE) % 2 == 0
+    sae.training_forward_pass(step_input(planted(BATCH), sae)).loss.backward()
+    sae.training_forward_pass(step_input(planted(BATCH), sae, dead)).loss.backward()
+    gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+@every
+@pytest.mark.parametrize("through", ["json", "yaml"])
+def test_config_round_trip(name, through):
+    cfg = config(name)
+    dump, load = {
+        "json": (json.dumps, json.loads),
+        "yaml": (yaml.safe_dump, yaml.safe_load),
+    }[through]
+    assert TrainingSAEConfig.from_dict(load(dump(cfg.to_dict()))) == cfg
+    inference = cfg.get_inference_sae_cfg_dict()
+    again = SAEConfig.from_dict(load(dump(inference)))
+    assert load(dump(again.to_dict())) == load(dump({**again.to_dict(), **inference}))
+
+
+@every
+def test_saved_and_loaded_it_gives_the_same_output(name, tmp_path):
+    sae = trained(name)
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.architecture() == (CASES[name].saved_as or name)
+    assert loaded.cfg.metadata.training_architecture == name
+    x = planted(BATCH, seed=50)
+    with torch.no_grad():
+        if CASES[name].same_at_inference:
+            torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-4)
+        else:
+            l0 = (loaded.encode(x) != 0).float().sum(1).mean()
+            assert 0.3 * sae.cfg.k < l0 < 3 * sae.cfg.k
+
+
+@ours_only
+def test_an_own_architecture_says_that_it_needs_us(name, tmp_path):
+    sae = build(name)
+    sae.save_inference_model(tmp_path)
+    metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    expected = None if CASES[name].saved_as else "taxolens"
+    assert metadata.get("requires_plugin") == expected
+    assert (ARCHITECTURES[name].sae_class is None) == (CASES[name].saved_as is not None)
+
+
+@every
+def test_a_training_checkpoint_loads_as_a_training_sae(name, tmp_path):
+    sae = trained(name)
+    sae.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path).eval()
+    assert type(loaded) is type(sae)
+    x = planted(BATCH, seed=50)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), sae(x))
+
+
+@every
+def test_resumed_training_is_the_same_to_the_bit(name, tmp_path):
+    batches = [planted(BATCH, seed) for seed in range(8)]
+    lr = CASES[name].lr
+
+    straight = build(name)
+    torch.manual_seed(1)
+    trainer_for(straight, batches, tmp_path, lr, n_checkpoints=1).fit()
+    (checkpoint,) = tmp_path.iterdir()
+    done = int(checkpoint.name) // BATCH
+
+    resumed = build(name, seed=7)
+    torch.manual_seed(2)  # nothing may hang on the global generator
+    trainer = trainer_for(resumed, batches, None, lr)
+    trainer.data_provider = iter(batches[done:])
+    trainer.load_trainer_state(checkpoint)
+    resumed.load_weights_from_checkpoint(checkpoint)
+    trainer.fit()
+
+    expected, got = straight.state_dict(), resumed.state_dict()
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+
+@every
+def test_folding_the_activation_norm_keeps_the_function(name):
+    sae = trained(name, normalize_activations="expected_average_only_in")
+    folded = copy.deepcopy(sae)
+    folded.fold_activation_norm_scaling_factor(0.5)
+    assert folded.cfg.normalize_activations == "none"
+    x = planted(BATCH, seed=50)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), sae(x * 0.5) / 0.5, atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_folding_whitening_keeps_the_function_or_is_refused(name):
+    if not CASES[name].whitening:
+        with pytest.raises(ValueError, match="covariance_whitening"):
+            config(name, normalize_activations="covariance_whitening")
+        with pytest.raises(NotImplementedError, match=r"(?i)whitening"):
+            build(name).fold_activation_whitening(torch.zeros(D_IN), *2 * [torch.eye(D_IN)])
+        return
+    sae = trained(name, normalize_activations="covariance_whitening")
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator, dtype=torch.float64)).Q
+    scale = torch.linspace(0.5, 2, D_IN, dtype=torch.float64)
+    mean = torch.randn(D_IN, generator=generator, dtype=torch.float64)
+    whiten, unwhiten = basis * scale, (basis / scale).T
+    folded = copy.deepcopy(sae)
+    folded.fold_activation_whitening(mean, whiten, unwhiten)
+    x = planted(BATCH, seed=50).double()
+    white = ((x - mean) @ whiten).float()
+    with torch.no_grad():
+        expected = sae(white).double() @ unwhiten + mean
+        torch.testing.assert_close(folded(x.float()).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@every
+def test_folding_decoder_norms_keeps_the_function_or_is_refused(name):
+    sae = trained(name)
+    folded = copy.deepcopy(sae)
+    if not CASES[name].fold_W_dec_norm:
+        with pytest.raises(NotImplementedError, match="norm"):
+            folded.fold_W_dec_norm()
+        return
+    folded.fold_W_dec_norm()
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(D_SAE))
+    x = planted(BATCH, seed=50)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), sae(x), atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_loss_falls_on_a_planted_dictionary(name):
+    case = CASES[name]
+    sae = build(name)
+    steps = case.needs_samples_for_loss
+    trainer = trainer_for(sae, [planted(BATCH, seed) for seed in range(steps)], lr=case.lr)
+    losses = [
+        float(trainer.step(next(trainer.data_provider)).losses["mse_loss"]) for _ in range(steps)
+    ]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@every
+def test_hook_points_fire(name):
+    sae = build(name)
+    expected = {hook for hook in sae.hook_dict if hook != "hook_sae_error"}
+    with torch.no_grad():
+        out, cache = sae.run_with_cache(planted(6))
+    assert expected - set(cache) == CASES[name].silent_hooks
+    torch.testing.assert_close(cache["hook_sae_output"], out)
+    if "hook_sae_acts_post" in cache:
+        assert cache["hook_sae_acts_post"].shape == (6, D_SAE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae.use_error_term = True
+    with torch.no_grad():
+        out, cache = sae.run_with_cache(planted(6))
+    assert "hook_sae_error" in cache
+    torch.testing.assert_close(out, planted(6), atol=1e-5, rtol=1e-4)
+
+
+@ours_only
+def test_ablating_a_latent_by_hook_changes_the_output(name):
+    sae = trained(name)
+    x = planted(32, seed=50)
+    with torch.no_grad():
+        latent = int(sae.encode(x).abs().sum(0).argmax())
+
+        def ablate(acts: torch.Tensor, hook: Any) -> torch.Tensor:
+            acts = acts.clone()
+            acts[..., latent] = 0
+            return acts
+
+        ablated = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", ablate)])
+        assert not torch.allclose(ablated, sae(x))
+
+
+@every
+def test_the_meta_device(name):
+    sae = build(name, device="meta")
+    assert {p.device.type for p in sae.parameters()} == {"meta"}
+    if name in OURS:
+        assert sae.decode(sae.encode(torch.empty(5, D_IN, device="meta"))).shape == (5, D_IN)
+
+
+@every
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_the_cpu(name):
+    sae = trained(name)
+    x = planted(BATCH, seed=50)
+    with torch.no_grad():
+        expected = sae(x)
+        got = sae.to("cuda")(x.cuda()).cpu()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+@every
+def test_the_command_line_of_saelens_knows_it_by_name(name):
+    cfg = _parse_cfg_args(["--architecture", name, "--d_in", "64", "--d_sae", "256"])
+    assert type(cfg.sae) is get_sae_training_class(name)[1]
+    assert (cfg.sae.d_in, cfg.sae.d_sae) == (64, 256)
+
+
+def test_saved_as_built_ins_they_load_without_this_package(tmp_path: Path):
+    names = [name for name in OURS if CASES[name].saved_as]
+    x = planted(BATCH, seed=50)
+    torch.save(x, tmp_path / "x.pt")
+    for name in names:
+        sae = trained(name)
+        sae.save_inference_model(tmp_path / name)
+        if CASES[name].same_at_inference:
+            with torch.no_grad():
+                torch.save(sae(x), tmp_path / name / "expected.pt")
+    script = """
+        import sys, torch
+        from pathlib import Path
+        from sae_lens import SAE
+        folder = Path(sys.argv[1])
+        x = torch.load(folder / "x.pt")
+        for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+            with torch.no_grad():
+                out = SAE.load_from_disk(path)(x)
+            if (path / "expected.pt").exists():
+                torch.testing.assert_close(
+                    out, torch.load(path / "expected.pt"), atol=1e-5, rtol=1e-4
+                )
+            print(path.name)
+        assert not any(module.startswith("taxolens") for module in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(names)
+
+
+def test_every_registered_architecture_is_under_contract():
+    assert set(ARCHITECTURES) <= set(CASES)
