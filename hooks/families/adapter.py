@@ -103,6 +103,7 @@ class VisionAdapter(ArchitectureAdapter):
     applicable_phases: list[int] = [1]
     supports_generation = False
     supports_causal_loss = False
+    supports_hf_output_attentions = False  # eager attention returns its pattern unasked
     supports_compatibility_mode = False  # folding weights would end the equality to the bit
 
     def __init__(self, cfg: Any) -> None:
@@ -117,15 +118,20 @@ class VisionAdapter(ArchitectureAdapter):
 
     def prepare_model(self, hf_model: Any) -> None:
         """Read the sizes off the model, then map its components."""
-        prefix = next(
-            (f"{name}." for name in self.layout.backbones if hasattr(hf_model, name)), ""
-        )
-        backbone = hf_model.get_submodule(prefix.rstrip("."))
-        self._read_sizes(getattr(hf_model.config, "vision_config", hf_model.config), backbone)
-        self._read_tokens(backbone)
-        self.component_mapping = self._components(hf_model, prefix)
+        self.describe(hf_model)
+        self.component_mapping = self._components(hf_model, self._prefix(hf_model))
         if self.layout.rotary:  # told last: an attention bridge would wait for rotary hooks
             self.cfg.positional_embedding_type = "rotary"
+
+    def describe(self, hf_model: Any) -> None:
+        """Write into `cfg` how large the model is and how its tokens lie."""
+        backbone = hf_model.get_submodule(self._prefix(hf_model).rstrip("."))
+        self._read_sizes(getattr(hf_model.config, "vision_config", hf_model.config), backbone)
+        self._read_tokens(backbone)
+
+    def _prefix(self, hf_model: nn.Module) -> str:
+        """What comes before the backbone's parts in a model with a head, e.g. "dinov2."."""
+        return next((f"{name}." for name in self.layout.backbones if hasattr(hf_model, name)), "")
 
     def _read_sizes(self, config: Any, backbone: nn.Module) -> None:
         cfg = self.cfg
@@ -137,7 +143,10 @@ class VisionAdapter(ArchitectureAdapter):
         cfg.act_fn = config.hidden_act
         mlp: Any = backbone.get_submodule(f"{self.layout.layers}.0.mlp")
         cfg.gated_mlp = hasattr(mlp, "gate_proj")
-        cfg.d_mlp = (mlp.up_proj if cfg.gated_mlp else getattr(mlp, self.layout.mlp[0])).out_features
+        cfg.d_mlp = (
+            mlp.up_proj if cfg.gated_mlp else getattr(mlp, self.layout.mlp[0])
+        ).out_features
+        cfg.n_channels = config.num_channels
         cfg.patch_size = as_pair(config.patch_size)[0]
         cfg.image_size = as_pair(config.image_size)
 

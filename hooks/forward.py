@@ -1,0 +1,74 @@
+"""The hot path: a forward pass that goes no further than the hook points asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .points import firings, resolve_hook_name, taps
+
+if TYPE_CHECKING:
+    from .points import VisionModel
+
+
+class _Done(Exception):
+    """Everything asked for has fired."""
+
+
+@torch.no_grad()
+def run_to_hooks(
+    model: VisionModel,
+    pixel_values: Tensor,
+    hook_names: Sequence[str],
+    *,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The activations at `hook_names`, from one forward pass that stops after the last of them.
+
+    Args:
+        pixel_values: (B, 3, H, W), preprocessed; moved to the model's device and dtype.
+        hook_names: names of hook points, aliases too; no patterns.
+        reduce: applied to each activation as it is captured, for example to keep the class token
+            alone; what it leaves out is then not kept in memory.
+
+    Returns:
+        Activations (B, T, d), or what `reduce` makes of them, under the names asked for. Feature
+        maps are (B, H*W, C), pooled features (B, 1, d), heads are joined; attention patterns are
+        (B, heads, T, T). Where an SAE is spliced in: what it puts out.
+
+    Raises:
+        UnknownNameError, ConfigError: as `resolve_hook_name`.
+    """
+    names = {name: resolve_hook_name(model, name) for name in hook_names}
+    if not names:
+        return {}
+    expected = firings(model)
+    left = {name: expected[name].times for name in names.values()}
+    activations: dict[str, Tensor] = {}
+
+    def capture(name: str, activation: Tensor) -> None:
+        left[name] -= 1
+        if left[name] > 0:  # of a submodule that is used several times, the last use counts
+            return
+        activations[name] = _reduced(activation, reduce) if reduce else activation
+        if len(activations) == len(left):
+            raise _Done
+
+    cfg = model.cfg
+    pixel_values = pixel_values.to(device=cfg.device, dtype=cfg.dtype, non_blocking=True)
+    with taps(model, list(left), capture):
+        try:
+            model(pixel_values, return_type=None)
+        except _Done:
+            pass
+    return {name: activations[canonical] for name, canonical in names.items()}
+
+
+def _reduced(activation: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    kept = reduce(activation)
+    if kept.untyped_storage().nbytes() > kept.nbytes:  # a view would keep the whole alive
+        kept = kept.clone(memory_format=torch.contiguous_format)
+    return kept
