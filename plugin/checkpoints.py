@@ -1,0 +1,324 @@
+"""Checkpoints that are whole or recognised as torn, and outputs that are whole or absent.
+
+SAELens's trainer writes a checkpoint file by file into its final folder. A manifest, written last
+and atomically, makes it one: it lists every file with its size and hash, and says which run the
+checkpoint belongs to. A folder without a manifest that fits is torn, and the one before it is
+used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import __version__ as sae_lens_version
+from sae_lens.constants import SAE_CFG_FILENAME
+
+from ..registry.errors import CheckpointError
+from .files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILENAME = "checkpoint.json"
+SCHEMA = "taxolens.checkpoint/1"
+FINAL_PREFIX = "final_"
+PARTIAL_FOLDER = ".partial"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint must have in common with the run that resumes from it.
+
+    Attributes:
+        fixed: facts without which the weights, or the position in the data, have no meaning.
+        training: settings that the checkpoint carries on from before; a change takes no effect, or
+            makes another run of it.
+    """
+
+    fixed: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts in `checkpoint.json`."""
+
+    n_training_samples: int
+    n_training_steps: int
+    run: RunIdentity
+    files: Mapping[str, Mapping[str, Any]]
+
+
+def write_manifest(
+    folder: Path, run: RunIdentity, *, n_training_samples: int, n_training_steps: int
+) -> None:
+    """Declare every file in `folder` part of a whole checkpoint. Syncs them to the disk first."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": _hash(path, sync=True),
+        }
+        for path in _files(folder)
+    }
+    content = {
+        "schema": SCHEMA,
+        "sae_lens_version": sae_lens_version,
+        "torch_version": torch.__version__,
+        "n_training_samples": n_training_samples,
+        "n_training_steps": n_training_steps,
+        "run": dict(run.fixed),
+        "training": dict(run.training),
+        "files": files,
+    }
+    write_atomically(folder / MANIFEST_FILENAME, json.dumps(content, indent=2))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the checkpoint says of itself, its files not looked at.
+
+    Raises:
+        CheckpointError: the checkpoint is torn: it has no readable manifest.
+    """
+    path = folder / MANIFEST_FILENAME
+    try:
+        content = json.loads(path.read_text())
+        return Manifest(
+            content["n_training_samples"],
+            content["n_training_steps"],
+            RunIdentity(content["run"], content["training"]),
+            content["files"],
+        )
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"checkpoint {folder} is torn: it has no {MANIFEST_FILENAME}, which is written last."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} is torn: {path.name}: {error!r}.") from error
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check that every file of the checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: the checkpoint is torn; the message names the file and what is wrong.
+    """
+    for name, expected in read_manifest(folder).files.items():
+        fault = _fault(folder / name, expected)
+        if fault:
+            raise CheckpointError(f"checkpoint {folder} is torn: {name} {fault}.")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the checkpoint can be used."""
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, torn ones too, the newest first; not those written at the end."""
+    folder = Path(folder)
+    found = [path for path in _subfolders(folder) if _is_name(path.name) and not _is_run(path)]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def holds_checkpoints(folder: str | Path) -> bool:
+    """Whether a run has left checkpoints in `folder`; those torn while written do not count."""
+    return any((path / MANIFEST_FILENAME).exists() for path in checkpoints_in(folder))
+
+
+def latest_checkpoint(folder: str | Path, *, before: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run; torn ones are named in a warning and passed over.
+
+    Args:
+        folder: the folder that holds the run's checkpoints.
+        before: only those after fewer training samples than this.
+    """
+    for path in checkpoints_in(folder):
+        if before is not None and int(path.name) >= before:
+            continue
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning(f"{error} Using the one before it.")
+            continue
+        return path
+    return None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The whole checkpoint that `path` stands for: itself, or the newest in that folder.
+
+    A torn checkpoint stands for the one before it in its folder.
+
+    Raises:
+        CheckpointError: there is none, or it is one that cannot be resumed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"resume_from_checkpoint: {path} is not a folder.")
+    if path.name.startswith(FINAL_PREFIX):
+        raise CheckpointError(
+            f"resume_from_checkpoint: {path} was written at the end of training, with the "
+            "normalization of activations folded in; there is nothing to resume. To train on from "
+            "its weights, give it as from_pretrained_path."
+        )
+    if not _is_checkpoint(path):
+        found = latest_checkpoint(path)
+        if found is None:
+            raise CheckpointError(f"resume_from_checkpoint: {path} holds no whole checkpoint.")
+        return found
+    try:
+        verify_checkpoint(path)
+        return path
+    except CheckpointError as error:
+        before = (
+            latest_checkpoint(path.parent, before=int(path.name)) if _is_name(path.name) else None
+        )
+        if before is None:
+            raise CheckpointError(f"{error} No whole checkpoint comes before it.") from error
+        logger.warning(f"{error} Resuming from the one before it, {before}.")
+        return before
+
+
+def find_checkpoint(root: str | Path, run: RunIdentity) -> Path | None:
+    """The whole checkpoint of this very run that has come furthest, in any folder under `root`."""
+    root = Path(root)
+    found: list[tuple[int, float, Path]] = []
+    for folder in [root, *_subfolders(root)]:
+        checkpoints = checkpoints_in(folder)
+        if any(_may_be_of(path, run) for path in checkpoints):
+            path = latest_checkpoint(folder)
+            if path is not None and _may_be_of(path, run):
+                found.append((int(path.name), path.stat().st_mtime, path))
+    return max(found)[2] if found else None
+
+
+def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
+    """Refuse a checkpoint of another run; warn of settings that resuming does not change.
+
+    Raises:
+        CheckpointError: naming each field that differs, what was found and what was wanted.
+    """
+    manifest = read_manifest(folder)
+    differences = _differences(run.fixed, manifest.run.fixed)
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {folder} belongs to another run: {'; '.join(differences)}."
+        )
+    changed = _differences(run.training, manifest.run.training)
+    if changed:
+        logger.warning(
+            f"resuming {folder} with changed settings, so not as the same run: {'; '.join(changed)}. "
+            "What the optimizer and its schedule hold already stays as it was."
+        )
+    return manifest
+
+
+def prune_checkpoints(folder: str | Path, keep: int) -> None:
+    """Remove all but the `keep` newest whole checkpoints. Those written at the end stay."""
+    whole = [path for path in checkpoints_in(folder) if (path / MANIFEST_FILENAME).exists()]
+    for path in whole[keep:]:
+        # Without its manifest a checkpoint half removed is a torn one.
+        (path / MANIFEST_FILENAME).unlink()
+        shutil.rmtree(path)
+
+
+@contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """Write outputs so that an SAE under its final name is whole, whatever happens meanwhile.
+
+    Yields a folder inside `folder` to write into; at the end its files move to their places,
+    replacing older ones. Each SAE's cfg.json leaves first and comes last: without it there is no
+    SAE to load. After an error while they are written `folder` is as it was.
+    """
+    folder = Path(folder)
+    partial = folder / PARTIAL_FOLDER
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        files = sorted(_files(partial), key=lambda path: path.name == SAE_CFG_FILENAME)
+        for path in files:
+            _hash(path, sync=True)
+        places = {path: folder / path.relative_to(partial) for path in files}
+        for place in places.values():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.name == SAE_CFG_FILENAME:
+                place.unlink(missing_ok=True)
+        for path, place in places.items():
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILENAME
+    )
+
+
+def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"has {size} bytes in place of {expected['bytes']}"
+    return None if _hash(path) == expected["sha256"] else "is not as it was written"
+
+
+def _hash(path: Path, *, sync: bool = False) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _is_name(name: str) -> bool:
+    return name.isdecimal()
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder holds checkpoints: SAELens's random ids may consist of digits too."""
+    return any(_is_name(path.name) for path in _subfolders(folder))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST_FILENAME).exists() or (_is_name(folder.name) and not _is_run(folder))
+
+
+def _may_be_of(folder: Path, run: RunIdentity) -> bool:
+    try:
+        return not _differences(run.fixed, read_manifest(folder).run.fixed)
+    except CheckpointError:
+        return False
+
+
+def _differences(wanted: Any, found: Any, field: str = "") -> list[str]:
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        keys = dict.fromkeys([*wanted, *found])
+        prefix = f"{field}." if field else ""
+        return [
+            difference
+            for key in keys
+            for difference in _differences(wanted.get(key), found.get(key), f"{prefix}{key}")
+        ]
+    return [] if wanted == found else [f"{field}: found {found!r}, wanted {wanted!r}"]

@@ -1,0 +1,417 @@
+"""The configs of the two training runners: SAELens's own, plus what images need.
+
+SAELens's field names and meanings stay. `VisionFields` holds what both runners add, so that every
+shared rule is written once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from sae_lens.config import (
+    T_TRAINING_SAE_CONFIG,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+)
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
+
+from ..hooks.model import expand_hook_names, hook_d_in
+from ..registry.errors import ConfigError
+from .config_checks import check_fields, training_config_class
+from .files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+T_SAE_CONFIG = TypeVar("T_SAE_CONFIG", bound=TrainingSAEConfig)
+
+
+@dataclass
+class VisionLoggingConfig(LoggingConfig):
+    """SAELens's logging to W&B, where a failed upload is a warning and not the end of a run."""
+
+    def log(
+        self,
+        trainer: Any,
+        weights_path: Path | str,
+        cfg_path: Path | str,
+        sparsity_path: Path | str | None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        try:
+            named = _ValidlyNamed(trainer)
+            super().log(named, weights_path, cfg_path, sparsity_path, wandb_aliases)
+        except Exception as error:
+            logger.warning(f"W&B did not take the SAE in {Path(weights_path).parent}: {error}")
+
+
+class _ValidlyNamed:
+    """A trainer whose SAE has a name that W&B allows: a model's path may hold anything."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.sae = self
+        self.cfg = trainer.cfg
+        self._name = re.sub(r"[^\w.-]+", "_", trainer.sae.get_name(), flags=re.ASCII)
+
+    def get_name(self) -> str:
+        return self._name[-100:]
+
+
+@dataclass
+class VisionFields:
+    """What both vision runners add to SAELens's configs.
+
+    Without meaning for images, and refused or named in a warning when changed: `context_size`,
+    `seqpos_slice` (use `tokens`), `prepend_bos`, `is_dataset_tokenized`, `use_chat_formatting`,
+    `exclude_special_tokens`, `sequence_separator_token`, `disable_concat_sequences`,
+    `activations_mixing_fraction` (tokens are shuffled within windows of `n_batches_in_buffer`
+    batches), `hook_head_index` and `model_kwargs`.
+
+    Args:
+        tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
+        split (str): The split of the dataset that is trained on.
+        image_column (str, optional): The column that holds the images. Defaults to the only image column.
+        label_column (str, optional): The column that holds the labels. Defaults to the only label column.
+        max_images (int, optional): Use only the first images of the split.
+        image_size (int, optional): Height and width in pixels of what the model sees. Defaults to the model's own.
+        num_workers (int): Worker processes that decode images. 0 decodes in the main process.
+        max_corrupt_share (float): Corrupt images are skipped and counted; a larger share than this stops the run.
+        attn_implementation (str): "sdpa" (fast) or "eager" (needed by attention hooks).
+        revision (str, optional): The revision of the model on the Hugging Face hub.
+        use_cached_activations (bool): Compute every activation once, keep it on disk and train from there.
+        cached_activations_path (str, optional): The folder of the cached activations. Defaults to "activations/{dataset}/{model}/{hook points}_{tokens}".
+        taxonomy (str, optional): The class tree that evaluators measure against: a registered name, a folder, or a CSV or JSON file of parent,child.
+        evaluators (list[str]): Evaluators that run during training, whenever SAELens evaluates (which needs W&B logging).
+        eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
+        eval_split (str, optional): The held-out split of the evaluation.
+        eval_max_images (int, optional): Evaluate on only the first images of the held-out split.
+        checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
+        keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
+    """
+
+    tokens: str = "class"
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    max_images: int | None = None
+    image_size: int | None = None
+    num_workers: int = 0
+    max_corrupt_share: float = 0.01
+    attn_implementation: str = "sdpa"
+    revision: str | None = None
+    use_cached_activations: bool = False
+    cached_activations_path: str | None = None
+    taxonomy: str | None = None
+    evaluators: list[str] = field(default_factory=list)
+    eval_dataset_path: str | None = None
+    eval_split: str | None = None
+    eval_max_images: int | None = None
+    checkpoint_id: str | None = None
+    keep_checkpoints: int | None = None
+
+    def __post_init__(self) -> None:
+        cfg: Any = self
+        if type(cfg.logger) is LoggingConfig:
+            cfg.logger = VisionLoggingConfig(**vars(cfg.logger))
+        check_fields(cfg)
+        _round_up_training_tokens(cfg)
+        cache_path, checkpoint_root = cfg.cached_activations_path, cfg.checkpoint_path
+        # SAELens's own account of a run counts texts, before the model is known: the runner says
+        # it better.
+        verbose, cfg.verbose = cfg.verbose, False
+        super().__post_init__()  # type: ignore[misc]  # SAELens's, next in line
+        cfg.verbose = verbose
+        if self.checkpoint_id is not None and checkpoint_root is not None:
+            cfg.checkpoint_path = f"{checkpoint_root}/{self.checkpoint_id}"
+        if self.use_cached_activations and cache_path is None:
+            self.cached_activations_path = _default_cache_path(cfg)
+
+    @property
+    def sae_configs(self) -> dict[str, TrainingSAEConfig]:
+        """SAE name -> SAE config; the single runner's SAE is called "sae"."""
+        raise NotImplementedError
+
+    @property
+    def sae_hook_names(self) -> dict[str, str]:
+        """SAE name -> hook point."""
+        raise NotImplementedError
+
+    @property
+    def unique_hook_names(self) -> list[str]:
+        """The hook points, each once, in the order of the SAEs."""
+        return list(dict.fromkeys(self.sae_hook_names.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types; `from_dict` reads it back."""
+        return json.loads(json.dumps(super().to_dict(), default=str))  # type: ignore[misc]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the config to a .json, .yaml or .yml file."""
+        path = Path(path)
+        if _is_yaml(path):
+            return write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        return write_atomically(path, json.dumps(self.to_dict(), indent=2))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Any:
+        """Read a config from a .json, .yaml or .yml file.
+
+        Raises:
+            ConfigError: no such file, not readable as such, or a key or value that is not known.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            loaded = yaml.safe_load(text) if _is_yaml(path) else json.loads(text)
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"config file {path}: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"config file {path}: expected `name: value` lines, got {loaded!r}.")
+        return cls.from_dict(loaded)
+
+    @classmethod
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+@dataclass
+class VisionSAERunnerConfig(VisionFields, LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
+    """How to train one SAE on the activations of a vision model at one hook point.
+
+    Args:
+        sae (T_TRAINING_SAE_CONFIG): The SAE: any training config that SAELens knows. Its d_in must be the width at the hook point.
+        model_name (str): A model on the Hugging Face hub, a timm name, or a local folder.
+        model_class_name (str): Recorded in the SAE's metadata; the loader finds the model's family by itself.
+        hook_name (str): The TransformerLens hook point.
+        dataset_path (str): An image dataset: a hub name, a folder of class folders, parquet or arrow files, or a saved dataset.
+        streaming (bool): Stream the dataset in place of downloading it first.
+        context_size (int): Set by the runner: the number of tokens that the model gives an image.
+        store_batch_size_prompts (int): Images in one forward pass.
+        n_batches_in_buffer (int): Batches of images whose tokens are shuffled together.
+        model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
+        resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the newest checkpoint under checkpoint_path that fits this run, and a fresh start when there is none.
+    """
+
+    model_name: str = "facebook/dinov2-small"
+    model_class_name: str = "SAETransformerBridge"
+    hook_name: str = "blocks.11.hook_resid_post"
+    streaming: bool = False
+    context_size: int = 1
+    prepend_bos: bool = False
+
+    @property
+    def sae_configs(self) -> dict[str, TrainingSAEConfig]:
+        return {"sae": self.sae}
+
+    @property
+    def sae_hook_names(self) -> dict[str, str]:
+        return {"sae": self.hook_name}
+
+    @classmethod
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> VisionSAERunnerConfig[Any]:
+        """The config that `to_dict`, or a YAML file, describes.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known ones are listed), or a wrong value.
+        """
+        cfg_dict = _checked_dict(cls, cfg_dict, required=("sae",))
+        sae = sae_config_from_dict(cfg_dict.pop("sae"), "sae")
+        return _constructed(cls, cfg_dict, sae=sae)
+
+
+@dataclass
+class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
+    """How to train many SAEs, at one or many hook points, from one forward pass over the images.
+
+    Args:
+        saes (Mapping[str, TrainingSAEConfig]): SAE name -> SAE config. A name is also the SAE's folder in output_path.
+        hook_names (Mapping[str, str] | str): SAE name -> TransformerLens hook point, or one hook point for all.
+        verbose (bool): Say how many images, tokens and steps the run has.
+    """
+
+    model_name: str = "facebook/dinov2-small"
+    model_class_name: str = "SAETransformerBridge"
+    streaming: bool = False
+    context_size: int = 1
+    prepend_bos: bool = False
+    verbose: bool = True
+
+    @property
+    def sae_configs(self) -> dict[str, TrainingSAEConfig]:
+        return dict(self.saes)
+
+    @property
+    def sae_hook_names(self) -> dict[str, str]:
+        return dict(self.hook_names_per_sae)
+
+    @classmethod
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> VisionMultiSAERunnerConfig:
+        """The config that `to_dict`, or a YAML file, describes.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known ones are listed), or a wrong value.
+        """
+        cfg_dict = _checked_dict(cls, cfg_dict, required=("saes", "hook_names"))
+        saes = cfg_dict.pop("saes")
+        if not isinstance(saes, Mapping):
+            raise ConfigError(f"saes: given {saes!r}; allowed: a mapping of name to SAE config.")
+        return _constructed(
+            cls,
+            cfg_dict,
+            saes={name: sae_config_from_dict(sae, f"saes.{name}") for name, sae in saes.items()},
+        )
+
+
+def sae_config_for_hook(
+    model: Any,
+    hook_name: str,
+    template: T_SAE_CONFIG,
+    *,
+    expansion_factor: float | None = None,
+    image_size: int | None = None,
+) -> T_SAE_CONFIG:
+    """A copy of `template` with the width of the hook point as its d_in.
+
+    Args:
+        expansion_factor: d_sae as a multiple of d_in; None keeps the template's d_sae.
+
+    Raises:
+        UnknownNameError: the model has no such hook point; the nearest ones are listed.
+    """
+    changes: dict[str, Any] = {"d_in": hook_d_in(model, hook_name, image_size)}
+    if expansion_factor is not None:
+        changes["d_sae"] = round(expansion_factor * changes["d_in"])
+    # A deep copy: lists such as matryoshka_widths are changed in place when an SAE is built.
+    return dataclasses.replace(copy.deepcopy(template), metadata=SAEMetadata(), **changes)
+
+
+def sae_configs_for_hooks(
+    model: Any,
+    hook_names: Sequence[str],
+    template: T_SAE_CONFIG,
+    *,
+    expansion_factor: float | None = None,
+    image_size: int | None = None,
+) -> tuple[dict[str, T_SAE_CONFIG], dict[str, str]]:
+    """One SAE per hook point, each named after its own, for `VisionMultiSAERunnerConfig`.
+
+    Args:
+        hook_names: hook points or patterns, as `expand_hook_names` takes them.
+        template: the SAE config; its d_in is replaced by the width at each hook point.
+        expansion_factor: d_sae as a multiple of each d_in; None keeps the template's d_sae.
+
+    Returns:
+        `saes` and `hook_names`, both keyed by SAE name.
+
+    Raises:
+        UnknownNameError: the model has no such hook point; the nearest ones are listed.
+    """
+    names = expand_hook_names(model, hook_names)
+    saes = {
+        name: sae_config_for_hook(
+            model, name, template, expansion_factor=expansion_factor, image_size=image_size
+        )
+        for name in names
+    }
+    return saes, {name: name for name in names}
+
+
+def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
+    """The SAE config that a mapping with the key "architecture" describes.
+
+    Raises:
+        UnknownNameError: the architecture cannot be trained; those that can are listed.
+        ConfigError: a key that the architecture does not have, or a value that it refuses.
+    """
+    if not isinstance(sae, Mapping) or "architecture" not in sae:
+        raise ConfigError(f"{field_name}: given {sae!r}; allowed: a mapping with an architecture.")
+    config_class = training_config_class(sae["architecture"])
+    known = {f.name for f in dataclasses.fields(config_class)} | {"architecture"}
+    _refuse_unknown_keys(sae, known, prefix=f"{field_name}.")
+    try:
+        return config_class.from_dict(copy.deepcopy(dict(sae)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field_name}: {error}") from error
+
+
+def _round_up_training_tokens(cfg: Any) -> None:
+    """SAELens trains on whole batches and overshoots: say so, so that every count is exact."""
+    asked, batch = cfg.training_tokens, cfg.train_batch_size_tokens
+    n_batches = math.ceil(asked / batch)
+    cfg.training_tokens = n_batches * batch
+    if cfg.training_tokens != asked:
+        logger.info(
+            f"training_tokens: {asked} rounded up to {cfg.training_tokens}, "
+            f"{n_batches} batches of {batch}."
+        )
+
+
+def _default_cache_path(cfg: Any) -> str:
+    """Like SAELens's, with the tokens and all hook points, which share one cache."""
+    hooks = cfg.unique_hook_names
+    if len(hooks) == 1:
+        last = hooks[0]
+    else:
+        last = f"{len(hooks)}_hooks_{hashlib.sha256(' '.join(hooks).encode()).hexdigest()[:8]}"
+    folders = (cfg.dataset_path, cfg.model_name, f"{last}_{cfg.tokens}")
+    return "/".join(("activations", *(name.strip("/").replace("/", "_") for name in folders)))
+
+
+def _checked_dict(
+    cls: type[Any], cfg_dict: Mapping[str, Any], required: Sequence[str]
+) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
+    _refuse_unknown_keys(cfg_dict, known)
+    for name in required:
+        if name not in cfg_dict:
+            raise ConfigError(f"{name}: not given; allowed: see {cls.__name__}.")
+    return dict(cfg_dict)
+
+
+def _constructed(cls: type[Any], cfg_dict: dict[str, Any], **built: Any) -> Any:
+    """`cls(**cfg_dict)`, with a checkpoint_path that already has its id kept as it is."""
+    logging = cfg_dict.pop("logger", None) or {}
+    if not isinstance(logging, Mapping):
+        raise ConfigError(f"logger: given {logging!r}; allowed: a mapping.")
+    _refuse_unknown_keys(logging, {f.name for f in dataclasses.fields(LoggingConfig)}, "logger.")
+    if isinstance(cfg_dict.get("seqpos_slice"), list):
+        cfg_dict["seqpos_slice"] = tuple(cfg_dict["seqpos_slice"])
+    try:
+        cfg = cls(**cfg_dict, **built, logger=LoggingConfig(**logging))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    # As in SAELens, a path read back is taken as it is: it has its id already.
+    path = cfg_dict.get("checkpoint_path", cfg.checkpoint_path)
+    if path is None or cfg.checkpoint_id in (None, Path(path).name):
+        cfg.checkpoint_path = path
+    return cfg
+
+
+def _refuse_unknown_keys(given: Iterable[Any], known: Iterable[str], prefix: str = "") -> None:
+    known = sorted(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5) or known
+            raise ConfigError(
+                f"unknown field {prefix + str(key)!r}; did you mean {' or '.join(map(repr, near))}?"
+            )
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix.lower() in (".yaml", ".yml")

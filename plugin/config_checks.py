@@ -1,0 +1,191 @@
+"""What the fields of a config may be, as far as neither model nor data are needed to tell."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sae_lens.constants import DTYPE_MAP
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+
+from ..hooks.tokens import TOKEN_CHOICES
+from ..registry.errors import ConfigError, UnknownNameError
+from ..registry.table import unknown_name_message
+
+logger = logging.getLogger(__name__)
+
+LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+
+# What each field must be. Only what SAELens would not refuse by itself, or would refuse after the
+# model and the data have been loaded.
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+POSITIVE_INT: Check = (lambda v: _is_int(v) and v > 0, "an integer above 0")
+COUNT: Check = (lambda v: _is_int(v) and v >= 0, "an integer, 0 or more")
+POSITIVE: Check = (lambda v: _is_number(v) and v > 0, "a number above 0")
+SHARE: Check = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+BETA: Check = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
+TEXT: Check = (lambda v: isinstance(v, str) and bool(v), "a name")
+ID: Check = (lambda v: isinstance(v, str) and _is_file_name(v), "a name that a folder can have")
+
+
+def _one_of(choices: Iterable[str]) -> Check:
+    choices = tuple(choices)
+    return (lambda v: v in choices, "one of " + ", ".join(choices))
+
+
+def _optional(check: Check) -> Check:
+    return (lambda v: v is None or check[0](v), f"{check[1]}, or none")
+
+
+CHECKS: dict[str, Check] = {
+    "tokens": _one_of(TOKEN_CHOICES),
+    "split": TEXT,
+    "max_images": _optional(POSITIVE_INT),
+    "image_size": _optional(POSITIVE_INT),
+    "num_workers": COUNT,
+    "max_corrupt_share": SHARE,
+    "use_cached_activations": FLAG,
+    "eval_max_images": _optional(POSITIVE_INT),
+    "checkpoint_id": _optional(ID),
+    "keep_checkpoints": _optional(POSITIVE_INT),
+    "model_name": TEXT,
+    "streaming": FLAG,
+    "training_tokens": POSITIVE_INT,
+    "train_batch_size_tokens": POSITIVE_INT,
+    "store_batch_size_prompts": POSITIVE_INT,
+    "n_batches_in_buffer": POSITIVE_INT,
+    "n_batches_for_norm_estimate": POSITIVE_INT,
+    "dead_feature_window": POSITIVE_INT,
+    "feature_sampling_window": POSITIVE_INT,
+    "n_checkpoints": COUNT,
+    "n_restart_cycles": POSITIVE_INT,
+    "seed": COUNT,
+    "lr": POSITIVE,
+    "lr_scheduler_name": _one_of(LR_SCHEDULERS),
+    "lr_warm_up_steps": COUNT,
+    "lr_decay_steps": COUNT,
+    "adam_beta1": BETA,
+    "adam_beta2": BETA,
+    "dtype": _one_of(DTYPE_MAP),
+    "autocast": FLAG,
+    "autocast_lm": FLAG,
+}
+
+# Fields of SAELens that choose activations in a way that images do not have: changing one is asking
+# for something that would not happen.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "seqpos_slice": ((None,), "choose positions with `tokens`"),
+    "hook_head_index": (None, "train at a hook point without heads"),
+    "hook_head_indices": (None, "train at hook points without heads"),
+    "use_chat_formatting": (False, "images have no chat"),
+    "exclude_special_tokens": (False, "choose positions with `tokens`"),
+    "model_kwargs": ({}, "give arguments of the model in `model_from_pretrained_kwargs`"),
+}
+IGNORED: dict[str, Any] = {
+    "prepend_bos": False,
+    "is_dataset_tokenized": True,
+    "sequence_separator_token": "bos",
+    "disable_concat_sequences": False,
+    "activations_mixing_fraction": 0.5,
+}
+
+
+def check_fields(cfg: Any) -> None:
+    """Check what can be checked without the model and the data.
+
+    Raises:
+        ConfigError: naming the field, what was given and what is allowed.
+    """
+    for name, (fits, allowed) in CHECKS.items():
+        value = getattr(cfg, name)
+        if not fits(value):
+            raise ConfigError(f"{name}: given {value!r}; allowed: {allowed}.")
+    for name, (unchanged, instead) in REFUSED.items():
+        if getattr(cfg, name, unchanged) not in (unchanged, _as_list(unchanged)):
+            raise ConfigError(
+                f"{name}: given {getattr(cfg, name)!r}, which has no meaning for images; {instead}."
+            )
+    ignored = [k for k, unchanged in IGNORED.items() if getattr(cfg, k, unchanged) != unchanged]
+    if ignored:
+        logger.warning(f"without meaning for images, and ignored: {', '.join(ignored)}.")
+    _check_schedule(cfg)
+    _check_saes(cfg)
+
+
+def _check_schedule(cfg: Any) -> None:
+    steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+    ramps = cfg.lr_warm_up_steps + cfg.lr_decay_steps
+    if cfg.lr_scheduler_name != "constant" and ramps >= steps:
+        raise ConfigError(
+            f"lr_warm_up_steps + lr_decay_steps: given {ramps}; allowed: below the {steps} steps "
+            "that training_tokens / train_batch_size_tokens makes."
+        )
+    if cfg.lr_decay_steps and cfg.lr_scheduler_name != "constant" and cfg.lr_end == 0.0:
+        raise ConfigError("lr_decay_steps: a decay from lr_end = 0 is none; give lr_end above 0.")
+    cycles = cfg.n_restart_cycles
+    if cfg.lr_scheduler_name == "cosineannealingwarmrestarts" and cycles > steps - ramps:
+        raise ConfigError(f"n_restart_cycles: given {cycles}; allowed: at most {steps - ramps}.")
+
+
+def _check_saes(cfg: Any) -> None:
+    saes = cfg.saes if hasattr(cfg, "saes") else {"sae": cfg.sae}
+    if not saes:
+        raise ConfigError("saes: given none; allowed: at least one.")
+    for name, sae in saes.items():
+        if not isinstance(name, str) or not _is_file_name(name):
+            raise ConfigError(
+                f"saes: given the name {name!r}; allowed: a name that a folder can have."
+            )
+        if not isinstance(sae, SAEConfig):
+            raise ConfigError(f"{name}: given {sae!r}; allowed: the training config of an SAE.")
+        trainable = training_config_class(sae.architecture())
+        if not isinstance(sae, TrainingSAEConfig):
+            raise ConfigError(
+                f"{name}: given {type(sae).__name__}, with which an SAE is loaded; allowed, to "
+                f"train one: {trainable.__name__}."
+            )
+        for width in ("d_in", "d_sae"):
+            if not POSITIVE_INT[0](getattr(sae, width)):
+                raise ConfigError(
+                    f"{name}.{width}: given {getattr(sae, width)!r}; allowed: {POSITIVE_INT[1]}."
+                )
+
+
+def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
+    """The training config of an architecture by name.
+
+    Raises:
+        UnknownNameError: SAELens cannot train it; those that it can are listed.
+    """
+    if architecture in SAE_TRAINING_CLASS_REGISTRY:
+        return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    if architecture in SAE_CLASS_REGISTRY:
+        raise UnknownNameError(
+            f"architecture {architecture!r} can be loaded but not trained: SAELens has no training "
+            f"class for it. Trainable: {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
+        )
+    raise UnknownNameError(
+        unknown_name_message("architecture", architecture, list(SAE_TRAINING_CLASS_REGISTRY))
+    )
+
+
+def _is_file_name(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0")
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

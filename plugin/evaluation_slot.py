@@ -1,0 +1,94 @@
+"""What the trainers call as their `evaluator`, without a trace left in the training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from sae_lens.multi_sae_training_runner import PerSAEEvaluator
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from ..hooks.activations import ActivationStream
+from .interrupts import StepGate
+from .rng import set_apart
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationSlot:
+    """Runs evaluators of one SAE each, for either trainer.
+
+    They get batches of their own, never the training's, and the global random state is set back:
+    weights do not depend on whether, or how often, a run is evaluated. The prefetching thread
+    waits meanwhile, since it uses the same model. An evaluator that fails is logged and costs
+    nothing but its numbers.
+
+    Args:
+        evaluators: SAELens's signature, `(sae, data_provider, activation_scaler) -> metrics`.
+        open_stream: makes a stream of activations; called only when an evaluator reads one.
+    """
+
+    def __init__(
+        self,
+        evaluators: Sequence[PerSAEEvaluator],
+        open_stream: Callable[[], ActivationStream],
+    ) -> None:
+        self._evaluators = evaluators
+        self._open_stream = open_stream
+
+    def one(
+        self, sae: TrainingSAE[Any], data_provider: Any, activation_scaler: ActivationScaler
+    ) -> dict[str, Any]:
+        """The evaluator of `SAETrainer`."""
+        with self._set_apart(data_provider):
+            return self._evaluate(sae, activation_scaler)
+
+    def many(
+        self,
+        saes: Mapping[str, TrainingSAE[Any]],
+        data_provider: Any,
+        activation_scalers: Mapping[str, ActivationScaler],
+        hook_names: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """The evaluator of `MultiSAETrainer`: each SAE's metrics under its name."""
+        with self._set_apart(data_provider):
+            return {
+                f"{name}/{metric}": value
+                for name, sae in saes.items()
+                for metric, value in self._evaluate(sae, activation_scalers[name]).items()
+            }
+
+    def _evaluate(self, sae: TrainingSAE[Any], scaler: ActivationScaler) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        for evaluator in self._evaluators:
+            batches = _OwnBatches(self._open_stream, str(sae.cfg.metadata.hook_name))
+            try:
+                metrics |= evaluator(sae, batches, scaler)
+            except Exception:
+                logger.exception("an evaluation during training failed; training goes on.")
+        return metrics
+
+    def _set_apart(self, data_provider: Any) -> ExitStack:
+        stack = ExitStack()
+        if isinstance(data_provider, StepGate):
+            stack.enter_context(data_provider.paused())
+        stack.enter_context(set_apart())
+        return stack
+
+
+class _OwnBatches(Iterator[torch.Tensor]):
+    """Activations at one hook point, from a stream that is opened when first asked."""
+
+    def __init__(self, open_stream: Callable[[], ActivationStream], hook_name: str) -> None:
+        self._open_stream = open_stream
+        self._hook_name = hook_name
+        self._stream: ActivationStream | None = None
+
+    def __next__(self) -> torch.Tensor:
+        if self._stream is None:
+            self._stream = self._open_stream()
+        return next(self._stream)[self._hook_name]

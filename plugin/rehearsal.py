@@ -1,0 +1,87 @@
+"""Every stage of an SAE's life in miniature, so that none fails for the first time after hours.
+
+SAELens refuses some combinations only where they bite: matching pursuit cannot fold whitening
+when training ends, top-k architectures cannot revive dead latents under layer norm. Going through
+it once with random activations finds these, in any architecture, in well under a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import (
+    SAE,
+    SAEMetadata,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+)
+
+from ..registry.errors import ConfigError
+from .rng import set_apart
+
+N_SAMPLES = 4
+# Above this many weights the rehearsal narrows d_in, so that it stays small beside the training.
+MAX_WEIGHTS = 1 << 26
+NARROW = 64
+
+
+def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:
+    """Build, train one step with every latent dead, fold, save, load.
+
+    Args:
+        name: what to call the SAE in messages.
+        sae_cfg: stays as it is.
+
+    Raises:
+        ConfigError: a stage fails; the message says which, and why.
+    """
+    cfg = copy.deepcopy(sae_cfg)
+    width = cfg.d_in if cfg.d_in * cfg.d_sae <= MAX_WEIGHTS else min(cfg.d_in, NARROW)
+    cfg = dataclasses.replace(cfg, d_in=width, device=device, metadata=SAEMetadata())
+    stage = "be built"
+    try:
+        with set_apart():
+            sae = TrainingSAE.from_dict(cfg.to_dict()).to(device)
+            stage = "be trained"
+            _train_one_step(sae)
+            stage = f"fold normalize_activations={cfg.normalize_activations!r} into its weights"
+            _fold(sae)
+            stage = "be saved and loaded"
+            with tempfile.TemporaryDirectory() as folder:
+                sae.save_inference_model(folder)
+                SAE.load_from_disk(folder)
+    except Exception as error:
+        raise ConfigError(
+            f"{name}: architecture {cfg.architecture()!r} with these settings cannot {stage}: "
+            f"{error}"
+        ) from error
+
+
+def _train_one_step(sae: TrainingSAE[Any]) -> None:
+    sae.train()
+    coefficients = {
+        name: c.value if isinstance(c, TrainCoefficientConfig) else c
+        for name, c in sae.get_coefficients().items()
+    }
+    step = TrainStepInput(
+        sae_in=torch.randn(N_SAMPLES, sae.cfg.d_in, dtype=sae.dtype, device=sae.device),
+        coefficients=coefficients,
+        dead_neuron_mask=torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=sae.device),
+        n_training_steps=0,
+        is_logging_step=True,
+    )
+    sae.training_forward_pass(step).loss.backward()
+
+
+def _fold(sae: TrainingSAE[Any]) -> None:
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        sae.fold_activation_norm_scaling_factor(1.0)
+    elif sae.cfg.normalize_activations == "covariance_whitening":
+        identity = torch.eye(sae.cfg.d_in, dtype=torch.float64, device=sae.device)
+        sae.fold_activation_whitening(torch.zeros_like(identity[0]), identity, identity)

@@ -1,0 +1,44 @@
+"""torch's global random state: set apart, seeded, saved and restored.
+
+Images, tokens and their order have generators of their own; what is left to the global state is
+the initial weights, and whatever an architecture draws while it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+RNG_STATE_FILENAME = "rng_state.pt"
+
+
+@contextmanager
+def set_apart() -> Iterator[None]:
+    """Whatever is drawn inside, the caller's random state is as before at the end."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside; the caller's random state is as before at the end."""
+    with set_apart():
+        torch.manual_seed(seed)
+        yield
+
+
+def save_rng_state(folder: Path) -> None:
+    """Save the random state of the CPU and of every GPU."""
+    state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    torch.save(state, folder / RNG_STATE_FILENAME)
+
+
+def load_rng_state(folder: Path) -> None:
+    """Restore what `save_rng_state` saved; GPUs that are not there any more are passed over."""
+    state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu")
+    torch.set_rng_state(state["cpu"])
+    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, index)

@@ -1,0 +1,446 @@
+"""Training on images: SAELens's two runners, with a vision model and images put in.
+
+The trainers, their loop, the schedules and `run()` are SAELens's. What stands here is what a run
+starts from; how it is stopped, resumed and written stands in `session.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import version
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import HfDataset
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+
+from ..hooks.activations import ActivationStream
+from ..hooks.cache import ActivationCache
+from ..hooks.images import ImageDataset, load_images
+from ..hooks.model import load_vision_model
+from ..registry.errors import CheckpointError, ConfigError
+from ..registry.table import ARCHITECTURES
+from . import preflight
+from .checkpoints import (
+    RunIdentity,
+    check_same_run,
+    find_checkpoint,
+    holds_checkpoints,
+    resolve_checkpoint,
+)
+from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from .evaluation_slot import EvaluationSlot
+from .rehearsal import rehearse
+from .rng import seeded
+from .session import TrainedSAE, TrainingSession
+from .store import VisionActivationsStore
+
+logger = logging.getLogger(__name__)
+
+# Settings that a checkpoint carries on from before: see `RunIdentity`.
+TRAINING_SETTINGS = (
+    *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
+    *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
+    *("dead_feature_window", "feature_sampling_window"),
+)
+
+
+class _VisionRun:
+    """What the two runners share. It stands before SAELens's runner in the order of methods."""
+
+    cfg: Any
+    model: Any
+    images: ImageDataset
+    session: TrainingSession
+    activations_store: Any
+    evaluator: Any
+
+    def _load_inputs(self, override_dataset: Any, override_model: Any) -> None:
+        """Model and images, each checked against the config as soon as it is there."""
+        cfg = self.cfg
+        for what, override in (("dataset", override_dataset), ("model", override_model)):
+            if override is not None:
+                logger.warning(
+                    f"override_{what} replaces the config's {what}: this run cannot be repeated "
+                    "from its config alone."
+                )
+        preflight.check_settings(cfg, has_dataset=override_dataset is not None)
+        self.model = override_model if override_model is not None else load_model(cfg)
+        preflight.check_model(cfg, self.model)
+        _rehearse_each_once(cfg)
+        cfg.context_size = max(preflight.token_counts(cfg, self.model, "all").values())
+        if isinstance(override_dataset, ImageDataset):
+            self.images = override_dataset
+        else:
+            self.images = load_images(
+                cfg.dataset_path if override_dataset is None else override_dataset,
+                split=cfg.split,
+                image_column=cfg.image_column,
+                label_column=cfg.label_column,
+                streaming=cfg.streaming,
+                trust_remote_code=cfg.dataset_trust_remote_code,
+                max_images=cfg.max_images,
+            )
+
+    def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> EvaluationSlot:
+        """Put activations, SAEs and the places written to together; find where to go on from."""
+        cfg = self.cfg
+        for sae in saes.values():
+            sae.to(cfg.device)
+        store = VisionActivationsStore(self._stream(), hook_name)
+        identity = _identity(cfg, saes, store.stream)
+        self.activations_store = store
+        self.session = TrainingSession(cfg, saes, store, identity)
+        cache_bytes = preflight.cache_size(cfg, self.model, self.images)
+        preflight.check_places(cfg, saes.values(), cache_bytes=cache_bytes)
+        find_resume_point(cfg, identity)
+        if cfg.verbose:
+            logger.info(self._account())
+        return EvaluationSlot(self._evaluators(), lambda: self._stream(seed=cfg.seed + 1))
+
+    def _stream(self, **changes: Any) -> ActivationStream:
+        cfg = self.cfg
+        settings: dict[str, Any] = {
+            "tokens": cfg.tokens,
+            "train_batch_size_tokens": cfg.train_batch_size_tokens,
+            "store_batch_size_prompts": cfg.store_batch_size_prompts,
+            "n_batches_in_buffer": cfg.n_batches_in_buffer,
+            "seed": cfg.seed,
+            "device": cfg.act_store_device,
+            "dtype": cfg.dtype,
+            "num_workers": cfg.num_workers,
+            "image_size": cfg.image_size,
+            "max_corrupt_share": cfg.max_corrupt_share,
+            "autocast": cfg.autocast_lm,
+        }
+        return ActivationStream(
+            self.model, self.images, cfg.unique_hook_names, **(settings | changes)
+        )
+
+    def _evaluators(self) -> list[Any]:
+        cfg = self.cfg
+        found = []
+        if cfg.evaluators:
+            from .evaluate import make_training_evaluator
+
+            found.append(make_training_evaluator(cfg, self.model))
+        if getattr(cfg, "evaluator", None) is not None:
+            found.append(cfg.evaluator)
+        return found
+
+    def _account(self) -> str:
+        """How many images, tokens and steps the run has."""
+        cfg = self.cfg
+        images = "streamed images"
+        if not self.images.is_streaming:
+            per_image = preflight.count_tokens(cfg, self.model, cfg.tokens)
+            per_epoch = len(self.images) * per_image
+            images = (
+                f"{len(self.images):,} images x {per_image} ({cfg.tokens}) = {per_epoch:,} tokens "
+                f"an epoch, {cfg.training_tokens / per_epoch:,.2f} epochs"
+            )
+        return (
+            f"{len(self.session.saes)} SAE(s) at {', '.join(cfg.unique_hook_names)} of "
+            f"{cfg.model_name}; {images}; {cfg.training_tokens:,} tokens = "
+            f"{cfg.total_training_steps:,} steps x {cfg.train_batch_size_tokens:,}."
+        )
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()  # type: ignore[misc]  # SAELens's
+        cfg = self.cfg
+        facts = {
+            "taxolens_version": version("taxolens"),
+            "model_family": getattr(self.model, "family", None),
+            "model_revision": cfg.revision,
+            "tokens": cfg.tokens,
+            "tokens_per_image": preflight.count_tokens(cfg, self.model, cfg.tokens),
+            "image_size": cfg.image_size,
+            "split": cfg.split,
+            "image_column": cfg.image_column,
+            "label_column": cfg.label_column,
+            "n_images": None if self.images.is_streaming else len(self.images),
+            "dataset_fingerprint": self.images.fingerprint,
+            "eval_dataset_path": cfg.eval_dataset_path,
+            "eval_split": cfg.eval_split,
+            "taxonomy": cfg.taxonomy,
+            "seed": cfg.seed,
+        }
+        for sae in self.session.saes.values():
+            for name, value in facts.items():
+                sae.cfg.metadata[name] = value
+            plugin = required_plugin(sae.cfg)
+            if plugin is not None:
+                sae.cfg.metadata["requires_plugin"] = plugin
+
+    def run(self) -> Any:
+        """Train and write the result, as SAELens's runner does.
+
+        Returns:
+            the trained SAE, or SAE name -> trained SAE.
+
+        Raises:
+            TrainingInterrupted: a signal stopped it; the message says where to resume.
+            DataError: the images or their activations cannot be used.
+            DivergedError: weights are not finite any more.
+            CheckpointError: a checkpoint or the result could not be written.
+        """
+        cfg = self.cfg
+        if cfg.logger.log_to_wandb:
+            self._start_wandb()
+        if cfg.use_cached_activations:
+            self.activations_store.stream = self._stream(cache=self._cache())
+        return super().run()  # type: ignore[misc]  # SAELens's
+
+    def _start_wandb(self) -> None:
+        from .wandb_log import ensure_wandb
+
+        cfg = self.cfg
+        ensure_wandb(
+            project=cfg.logger.wandb_project,
+            entity=cfg.logger.wandb_entity,
+            config=cfg.to_dict(),
+            name=cfg.logger.run_name,
+            id=cfg.logger.wandb_id,
+            resume="allow" if cfg.resume_from_checkpoint is not None else None,
+        )
+
+    def _cache(self) -> ActivationCache:
+        cfg = self.cfg
+        return ActivationCache.build(
+            self.model,
+            self.images,
+            cfg.unique_hook_names,
+            path=cfg.cached_activations_path,
+            tokens=cfg.tokens,
+            batch_size=cfg.store_batch_size_prompts,
+            num_workers=cfg.num_workers,
+            image_size=cfg.image_size,
+            dtype=cfg.dtype,
+            autocast=cfg.autocast_lm,
+            max_corrupt_share=cfg.max_corrupt_share,
+        )
+
+
+class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
+    """Trains one SAE on the activations of a vision model.
+
+    Everything that can be checked is checked here, before `run()` does the long work.
+
+    Args:
+        cfg: what to train; a resumed run gets its checkpoint folder from the checkpoint.
+        override_dataset: images in place of cfg.dataset_path.
+        override_model: a model in place of cfg.model_name.
+        override_sae: an SAE in place of a new one.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message names it and what is allowed.
+        DataError: images that cannot be used.
+        CheckpointError: no checkpoint to resume from, or one of another run.
+    """
+
+    def __init__(
+        self,
+        cfg: VisionSAERunnerConfig[Any],
+        override_dataset: ImageDataset | HfDataset | None = None,
+        override_model: Any = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self._load_inputs(override_dataset, override_model)
+        if override_sae is not None:
+            self.sae = override_sae
+        elif cfg.from_pretrained_path is not None:
+            self.sae = load_training_sae(cfg.from_pretrained_path, cfg.device)
+        else:
+            self.sae = new_sae(cfg.sae, cfg.seed)
+        self.evaluator = self._connect({"sae": self.sae}, cfg.hook_name).one
+
+    def run_trainer_with_interruption_handling(
+        self, trainer: SAETrainer[Any, Any]
+    ) -> TrainingSAE[Any]:
+        return self.session.fit(trainer)
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            self.session.complete_checkpoint(checkpoint_path)
+
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+    ) -> None:
+        self.session.write_output(output_path, {".": TrainedSAE(sae, log_feature_sparsity)})
+
+
+class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
+    """Trains many SAEs, at one or many hook points, from one forward pass over the images.
+
+    Everything that can be checked is checked here, before `run()` does the long work. Each SAE
+    starts from the weights it would start from alone.
+
+    Args:
+        cfg: what to train; a resumed run gets its checkpoint folder from the checkpoint.
+        override_dataset: images in place of cfg.dataset_path.
+        override_model: a model in place of cfg.model_name.
+        override_saes: SAEs in place of new ones, by the same names as cfg.saes.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message names it and what is allowed.
+        DataError: images that cannot be used.
+        CheckpointError: no checkpoint to resume from, or one of another run.
+    """
+
+    def __init__(
+        self,
+        cfg: VisionMultiSAERunnerConfig,
+        override_dataset: ImageDataset | HfDataset | None = None,
+        override_model: Any = None,
+        override_saes: dict[str, TrainingSAE[Any]] | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self._load_inputs(override_dataset, override_model)
+        if override_saes is not None and set(override_saes) != set(cfg.saes):
+            raise ConfigError(
+                f"override_saes: given {sorted(override_saes)}; allowed: {sorted(cfg.saes)}."
+            )
+        self.saes = override_saes or {
+            name: new_sae(sae_cfg, cfg.seed) for name, sae_cfg in cfg.saes.items()
+        }
+        self.evaluator: Any = self._connect(self.saes, None).many
+
+    def _run_with_interruption_handling(
+        self, trainer: MultiSAETrainer
+    ) -> dict[str, TrainingSAE[Any]]:
+        return self.session.fit(trainer)
+
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        super()._save_runner_checkpoint_files(checkpoint_path)
+        if checkpoint_path is not None:
+            self.session.complete_checkpoint(checkpoint_path)
+
+    def _save_final_outputs(
+        self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
+    ) -> None:
+        assert self.cfg.output_path is not None  # SAELens calls this only then
+        self.session.write_output(
+            self.cfg.output_path,
+            {
+                name: TrainedSAE(sae, trainer.trainers[name].log_feature_sparsity)
+                for name, sae in saes.items()
+            },
+        )
+
+
+def load_model(cfg: Any) -> Any:
+    """The vision model that a config names.
+
+    Raises:
+        ConfigError: no such model, or an argument that `load_vision_model` does not have.
+    """
+    settings = {
+        "device": cfg.llm_device,
+        "attn_implementation": cfg.attn_implementation,
+        "revision": cfg.revision,
+        "hook_names": cfg.unique_hook_names,
+    }
+    more = cfg.model_from_pretrained_kwargs or {}
+    allowed = [name for name in signature(load_vision_model).parameters if name not in settings]
+    unknown = sorted(set(more) - set(allowed))
+    if unknown:
+        raise ConfigError(
+            f"model_from_pretrained_kwargs: given {', '.join(unknown)}; allowed: "
+            f"{', '.join(allowed[1:])}."
+        )
+    return load_vision_model(cfg.model_name, **settings, **more)
+
+
+def new_sae(sae_cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
+    """A new SAE with the weights that `seed` gives it. Its config is a copy: training changes it."""
+    with seeded(seed):
+        return TrainingSAE.from_dict(TrainingSAEConfig.from_dict(sae_cfg.to_dict()).to_dict())
+
+
+def _rehearse_each_once(cfg: Any) -> None:
+    """SAEs that differ only in their hook point need one rehearsal."""
+    rehearsed = []
+    for name, sae_cfg in cfg.sae_configs.items():
+        settings = {k: v for k, v in sae_cfg.to_dict().items() if k != "metadata"}
+        if settings not in rehearsed:
+            rehearsed.append(settings)
+            rehearse(name, sae_cfg, cfg.device)
+
+
+def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
+    """The SAE to fine-tune.
+
+    Raises:
+        CheckpointError: `from_pretrained_path` holds none that can be trained.
+    """
+    try:
+        return TrainingSAE.load_from_disk(path, device)
+    except Exception as error:
+        raise CheckpointError(
+            f"from_pretrained_path: {path!r} cannot be loaded: {error!r}"
+        ) from error
+
+
+def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:
+    """The plugin without which SAELens cannot load what this config is saved as; None for none."""
+    architecture = sae_cfg.get_inference_config_class().architecture()
+    entry = ARCHITECTURES.get(architecture)
+    if entry is not None and entry.sae_class is not None:
+        return ARCHITECTURES.plugin_of(architecture)
+    package = get_sae_class(architecture)[0].__module__.partition(".")[0]
+    return None if package == "sae_lens" else package
+
+
+def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
+    """Turn cfg.resume_from_checkpoint into one whole checkpoint of this run, or None.
+
+    The resumed run writes its checkpoints beside that one: the newest is always in one folder,
+    however often a run is stopped.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or one of another run.
+        ConfigError: a fresh start into a folder that holds a run's checkpoints.
+    """
+    if cfg.resume_from_checkpoint == AUTO:
+        root = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path).parent
+        found = None if root is None else find_checkpoint(root, identity)
+        cfg.resume_from_checkpoint = None if found is None else str(found)
+        if found is None:
+            logger.info(f"no checkpoint of this run under {root}: starting from the beginning.")
+    if cfg.resume_from_checkpoint is None:
+        if cfg.checkpoint_path is not None and holds_checkpoints(cfg.checkpoint_path):
+            raise ConfigError(
+                f"checkpoint_path: {cfg.checkpoint_path!r} holds checkpoints already. Go on from "
+                f"them with resume_from_checkpoint={AUTO!r}, or choose another checkpoint_id."
+            )
+        return
+    found = resolve_checkpoint(cfg.resume_from_checkpoint)
+    check_same_run(found, identity)
+    cfg.resume_from_checkpoint = str(found)
+    if cfg.checkpoint_path is not None:
+        cfg.checkpoint_path = str(found.parent)
+
+
+def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStream) -> RunIdentity:
+    facts = {}
+    for name, sae in saes.items():
+        settings = sae.cfg.to_dict()
+        facts[name] = {k: v for k, v in settings.items() if k not in ("metadata", "device")}
+        facts[name]["hook_name"] = cfg.sae_hook_names[name]
+    fixed = {"saes": facts, "activations": stream.describe()}
+    training = {name: getattr(cfg, name) for name in TRAINING_SETTINGS}
+    # Through JSON, so that it equals what is read back from a checkpoint.
+    return RunIdentity(*json.loads(json.dumps([fixed, training], default=str)))

@@ -1,0 +1,118 @@
+"""A tiny vision transformer and a few pictures, and runs of them that take a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+from taxolens.hooks.model import load_vision_model
+from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
+
+WIDTH = 16
+HOOK = "blocks.0.hook_resid_post"
+LAST_HOOK = "blocks.1.hook_resid_post"
+BATCH = 8
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DINOv2 with random weights: two blocks of width 16, a class token and four patches."""
+    folder = tmp_path_factory.mktemp("vit")
+    config = transformers.Dinov2Config(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=16,
+        patch_size=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.Dinov2Model(config).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    transformers.BitImageProcessorPil(
+        size=size, crop_size=size, do_center_crop=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of noise in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for index in range(10):
+        path = folder / ("cat", "dog")[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit(vit_folder: Path) -> Any:
+    return load_vision_model(vit_folder)
+
+
+@pytest.fixture
+def training(vit: Any, vit_folder: Path, photos: Path, tmp_path: Path) -> SimpleNamespace:
+    """Makers of configs and runners of a run of ten steps, with outputs in `tmp_path`."""
+    base = {
+        "model_name": str(vit_folder),
+        "dataset_path": str(photos),
+        "training_tokens": 10 * BATCH,
+        "train_batch_size_tokens": BATCH,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 2,
+        "n_batches_for_norm_estimate": 2,
+        "lr": 0.01,
+        "logger": LoggingConfig(log_to_wandb=False),
+        "checkpoint_path": str(tmp_path / "checkpoints"),
+        "checkpoint_id": "run",
+        "output_path": str(tmp_path / "output"),
+        "verbose": False,
+    }
+
+    def sae(d_in: int = WIDTH) -> TopKTrainingSAEConfig:
+        return TopKTrainingSAEConfig(d_in=d_in, d_sae=32, k=4)
+
+    def single(**changes: Any) -> VisionSAERunnerConfig[Any]:
+        logger = LoggingConfig(log_to_wandb=False)
+        settings = {"sae": sae(), "hook_name": HOOK, **base, "logger": logger, **changes}
+        return VisionSAERunnerConfig(**settings)
+
+    def multi(**changes: Any) -> VisionMultiSAERunnerConfig:
+        logger = LoggingConfig(log_to_wandb=False)
+        settings = {
+            "saes": {"first": sae(), "last": sae()},
+            "hook_names": {"first": HOOK, "last": LAST_HOOK},
+            **base,
+            "logger": logger,
+            **changes,
+        }
+        return VisionMultiSAERunnerConfig(**settings)
+
+    def runner(cfg: Any) -> Any:
+        kind = (
+            VisionMultiSAETrainingRunner
+            if isinstance(cfg, VisionMultiSAERunnerConfig)
+            else VisionSAETrainingRunner
+        )
+        return kind(cfg, override_model=vit)
+
+    return SimpleNamespace(
+        sae=sae,
+        single=single,
+        multi=multi,
+        runner=runner,
+        checkpoints=tmp_path / "checkpoints" / "run",
+        output=tmp_path / "output",
+        folder=tmp_path,
+    )
