@@ -66,8 +66,11 @@ class _VisionRun:
     def _load_inputs(self, override_dataset: Any, override_model: Any) -> None:
         """Model and images, each checked against the config as soon as it is there."""
         cfg = self.cfg
-        for what, override in (("dataset", override_dataset), ("model", override_model)):
-            if override is not None:
+        for what, override, configured in (
+            ("dataset", override_dataset, f"{cfg.dataset_path} ({cfg.split})"),
+            ("model", override_model, cfg.model_name),
+        ):
+            if override is not None and _name_of(override) != configured:
                 logger.warning(
                     f"override_{what} replaces the config's {what}: this run cannot be repeated "
                     "from its config alone."
@@ -362,6 +365,11 @@ def load_model(cfg: Any) -> Any:
             f"{', '.join(allowed[1:])}."
         )
     return load_vision_model(cfg.model_name, **settings, **more)
+
+
+def _name_of(loaded: Any) -> str | None:
+    """What a model or images were loaded as; None where they were made in another way."""
+    return getattr(getattr(loaded, "cfg", loaded), "model_name", getattr(loaded, "name", None))
 
 
 def new_sae(sae_cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
