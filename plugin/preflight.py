@@ -90,22 +90,29 @@ def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int
     Raises:
         ConfigError: naming the field, the place, and the bytes needed and free.
     """
-    weights = sum(_n_bytes(sae) for sae in saes)
-    n_checkpoints = cfg.n_checkpoints + 1  # one more for an interrupt
-    if cfg.keep_checkpoints is not None:
-        n_checkpoints = min(n_checkpoints, cfg.keep_checkpoints + 1)
-    n_checkpoints += cfg.save_final_checkpoint
-    needed = {
-        "output_path": weights,
-        "checkpoint_path": CHECKPOINT_FACTOR * weights * n_checkpoints if cfg.n_checkpoints else 0,
-        "cached_activations_path": cache_bytes,
-    }
+    needed = bytes_needed(cfg, saes, cache_bytes=cache_bytes)
     places = {field: Path(getattr(cfg, field)) for field in needed if getattr(cfg, field, None)}
     if not cfg.use_cached_activations:
         places.pop("cached_activations_path", None)
     for field, place in places.items():
         _check_writable(field, place)
     _check_room(places, needed)
+
+
+def bytes_needed(
+    cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int = 0
+) -> dict[str, int]:
+    """Bytes that the run writes, at most, by the field that says where."""
+    weights = sum(_n_bytes(sae) for sae in saes)
+    n_checkpoints = cfg.n_checkpoints + 1  # one more for an interrupt
+    if cfg.keep_checkpoints is not None:
+        n_checkpoints = min(n_checkpoints, cfg.keep_checkpoints + 1)
+    n_checkpoints += cfg.save_final_checkpoint
+    return {
+        "output_path": weights,
+        "checkpoint_path": CHECKPOINT_FACTOR * weights * n_checkpoints if cfg.n_checkpoints else 0,
+        "cached_activations_path": cache_bytes,
+    }
 
 
 def cache_size(cfg: Any, model: Any, images: ImageDataset) -> int:
