@@ -87,132 +87,158 @@ class Thresholds(Accumulator):
         """(nnz,) the last threshold that each firing reaches."""
         assert self.values is not None, "Thresholds.bins is asked for before any batch was seen"
         thresholds = torch.from_numpy(self.values)
-        bins = torch.zeros(len(values), dtype=torch.int64)
-        for t in range(1, len(self.survival)):
-            bins += values >= thresholds[latents, t]
-        return bins
+        parts = zip(latents.split(2**20), values.split(2**20))
+        above = [torch.searchsorted(thresholds[j], v[:, None], right=True) for j, v in parts]
+        return torch.cat([*above, torch.zeros(0, 1, dtype=torch.int64)]).squeeze(1).sub_(1)
 
 
 class FiringHistogram(Accumulator):
     """How many images of each class put each latent into each bin between its thresholds.
 
-    `counts (2, m, T, C)`: fit half, score half; bin t holds firings from threshold t up to the
-    next. The memory is the narrowest integer that can count the largest class (bytes for 50 images
-    a class): 2·m·T·C of them.
+    `counts (labellings, 2, m, T, C)`: true and shuffled labels; fit and score half; bin t holds the
+    firings from threshold t up to the next. In the narrowest integer that can count the largest
+    class, so bytes where no class has more than 255 images.
 
     Args:
-        shuffled: count under the shuffled labels.
         survival: see `SURVIVAL`; `(1.0,)` counts firings alone.
     """
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        shuffled: bool = False,
-        survival: tuple[float, ...] = SURVIVAL,
-    ) -> None:
+    def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
         super().__init__(context)
-        self.shuffled = shuffled
         self.thresholds = context.share(Thresholds, survival=survival)
         dtype = next(dtype for most, dtype in DTYPES if context.largest_class <= most)
-        n_classes = len(context.taxonomy.classes)
-        self.counts = torch.zeros(2, context.d_sae, len(survival), n_classes, dtype=dtype)
-        self._rows: list[sparse.csr_array] | None = None
+        labellings, n_classes = 2 if context.shuffled else 1, len(context.taxonomy.classes)
+        shape = (labellings, 2, context.d_sae, len(survival), n_classes)
+        self.counts = torch.zeros(shape, dtype=dtype)
+        self._sparse: dict[bool, sparse.csr_array] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = batch.firings
-        _, m, n_bins, n_classes = self.counts.shape
+        _, _, m, n_bins, n_classes = self.counts.shape
         half = (~batch.is_fit).cpu().long()[rows]
-        bins = self.thresholds.bins(latents, values)
-        labels = batch.labels_of(self.shuffled)[rows]
-        flat = ((half * m + latents) * n_bins + bins) * n_classes + labels
-        ones = torch.ones(1, dtype=self.counts.dtype).expand(len(flat))
-        self.counts.view(-1).scatter_add_(0, flat, ones)
-        self._rows = None
+        cell = ((half * m + latents) * n_bins + self.thresholds.bins(latents, values)) * n_classes
+        ones = torch.ones(len(cell), dtype=self.counts.dtype)
+        for shuffled, counts in zip((False, True), self.counts):
+            labels = batch.labels_of(shuffled)[rows]
+            counts.view(-1).scatter_add_(0, cell + labels, ones)
+        self._sparse.clear()
 
     @property
     def n_bins(self) -> int:
-        return self.counts.shape[2]
+        return self.counts.shape[3]
 
-    def fired(self) -> np.ndarray:
+    def fired(self, shuffled: bool = False) -> np.ndarray:
         """(m, C) images of both halves on which the latent fires at all."""
-        fired = torch.zeros(self.counts.shape[1], self.counts.shape[3], dtype=torch.int32)
-        for half in self.counts:
-            for t in range(self.n_bins):  # a sum() over both would widen all the counts at once
+        _, _, m, n_bins, n_classes = self.counts.shape
+        fired = torch.zeros(m, n_classes, dtype=torch.int32)
+        for half in self.counts[int(shuffled)]:
+            for t in range(n_bins):  # a sum() over both would widen all the counts at once
                 fired += half[:, t]
         return fired.numpy()
 
-    def fit(self) -> sparse.csr_array:
-        """(m·T, C) counts of the fit half; row j·T + t is bin t of latent j."""
-        return self._rows_of(0)
+    def fit(self, shuffled: bool = False) -> sparse.csr_array:
+        """(m·T, C) counts of the fit half; row j·T + T − 1 − t is bin t of latent j.
 
-    def score(self) -> sparse.csr_array:
-        """(m·T, C) counts of the score half."""
-        return self._rows_of(1)
+        The highest bin of a latent comes first, so that a running sum down its rows counts what
+        reaches each threshold.
+        """
+        if shuffled not in self._sparse:
+            self._sparse[shuffled] = _csr(self.counts[int(shuffled), 0])
+        return self._sparse[shuffled]
 
-    def _rows_of(self, half: int) -> sparse.csr_array:
-        if self._rows is None:
-            self._rows = [_csr(counts.flatten(0, 1)) for counts in self.counts]
-        return self._rows[half]
+    def score(self, shuffled: bool = False) -> Tensor:
+        """(m, T, C) counts of the score half."""
+        return self.counts[int(shuffled), 1]
 
 
-def _csr(counts: Tensor, block: int = 8192) -> sparse.csr_array:
-    blocks = []
-    for rows in counts.split(block):  # nonzero() gives int64 pairs: wide where counts are dense
-        at, columns = torch.nonzero(rows, as_tuple=True)
-        ends = torch.bincount(at, minlength=len(rows)).cumsum(0).numpy()
-        pointers = np.concatenate([[0], ends])
-        values = rows[at, columns].float().numpy()
-        shape = (len(rows), counts.shape[1])
-        blocks.append(sparse.csr_array((values, columns.int().numpy(), pointers), shape=shape))
-    return sparse.csr_array(sparse.vstack(blocks))
+def _csr(counts: Tensor, block: int = 1024) -> sparse.csr_array:
+    """(m, T, C) -> (m·T, C) in 32-bit indices, the bins of each latent from the highest down."""
+    m, n_bins, n_classes = counts.shape
+    columns, values, ends = [], [], [np.zeros(1, dtype=np.int64)]
+    for rows in counts.split(block):
+        flat = rows.flip(1).reshape(-1).numpy()
+        at = np.flatnonzero(flat)
+        per_row = np.bincount(at // n_classes, minlength=len(rows) * n_bins)
+        ends.append(ends[-1][-1] + np.cumsum(per_row))
+        columns.append((at % n_classes).astype(np.int32))
+        values.append(flat[at].astype(np.float32))
+    pointers = np.concatenate(ends).astype(np.int32)
+    return sparse.csr_array(
+        (np.concatenate(values), np.concatenate(columns), pointers), shape=(m * n_bins, n_classes)
+    )
 
 
 class TopImages(Accumulator):
     """The k most activating images of each latent, best first; equal activations in random order.
 
-    `values (m, k)` is 0 and `index (m, k)` is −1 where the latent fires on fewer than k images.
+    An image is a column of five: activation, priority among equals, index, true and shuffled label.
+    Those that might enter wait in a buffer of bounded size, and are merged a few times a pass.
     """
 
     def __init__(self, context: EvaluationContext, k: int = 16) -> None:
         super().__init__(context)
         m = context.d_sae
         self.k = k
-        self.values = np.zeros((m, k), dtype=np.float32)
-        self.index = np.full((m, k), -1, dtype=np.int64)
-        self._labels = np.full((2, m, k), -1, dtype=np.int32)
-        self._priority = np.full((m, k), np.inf)
+        self._columns = (
+            np.zeros((m, k), dtype=np.float32),
+            np.full((m, k), np.inf),
+            np.full((m, k), -1, dtype=np.int64),
+            np.full((m, k), -1, dtype=np.int32),
+            np.full((m, k), -1, dtype=np.int32),
+        )
+        self._waiting: list[tuple[np.ndarray, ...]] = []
+
+    @property
+    def values(self) -> np.ndarray:
+        """(m, k) activations, 0 where the latent fires on fewer images."""
+        self._merge()
+        return self._columns[0]
+
+    @property
+    def index(self) -> np.ndarray:
+        """(m, k) positions in the evaluation set, −1 where there is none."""
+        self._merge()
+        return self._columns[2]
 
     def labels(self, shuffled: bool = False) -> np.ndarray:
         """(m, k) classes of the images, −1 where there is none."""
-        return self._labels[int(shuffled)]
+        self._merge()
+        return self._columns[4 if shuffled else 3]
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = (t.numpy() for t in batch.firings)
-        last = self.values[latents, -1]
-        near = np.flatnonzero(values >= last)
-        rows, latents, values, last = rows[near], latents[near], values[near], last[near]
+        last, last_priority = self._columns[0][:, -1], self._columns[1][:, -1]
+        near = np.flatnonzero(values >= last[latents])
+        rows, latents, values = rows[near], latents[near], values[near]
         priority = batch.priority[rows]
-        enters = (values > last) | (priority < self._priority[latents, -1])
-        rows, latents, values = rows[enters], latents[enters], values[enters]
+        enters = (values > last[latents]) | (priority < last_priority[latents])
+        rows = rows[enters]
+        image = (
+            batch.index.cpu().numpy()[rows],
+            batch.labels_of(False).numpy()[rows],
+            batch.labels_of(True).numpy()[rows],
+        )
+        self._waiting.append((latents[enters], values[enters], priority[enters], *image))
+        if sum(len(entry[0]) for entry in self._waiting) > self._columns[0].size:
+            self._merge()
 
-        old = np.unique(latents)
-        kept = self.index[old] >= 0
-        latents = np.concatenate([np.repeat(old, kept.sum(1)), latents])
+    def _merge(self) -> None:
+        if not self._waiting:
+            return
+        latents, *columns = (np.concatenate(parts) for parts in zip(*self._waiting))
+        self._waiting = []
+        touched = np.unique(latents)
+        kept = self._columns[2][touched] >= 0
+        latents = np.concatenate([np.repeat(touched, kept.sum(1)), latents])
         columns = [
-            (self.values, values),
-            (self.index, batch.index.cpu().numpy()[rows]),
-            (self._labels[0], batch.labels_of(False).numpy()[rows]),
-            (self._labels[1], batch.labels_of(True).numpy()[rows]),
-            (self._priority, priority[enters]),
+            np.concatenate([old[touched][kept], new]) for old, new in zip(self._columns, columns)
         ]
-        joined = [np.concatenate([store[old][kept], new]) for store, new in columns]
-        order = np.lexsort((joined[-1], -joined[0], latents))
+        order = np.lexsort((columns[1], -columns[0], latents))
         latents = latents[order]
         rank = np.arange(len(order)) - np.searchsorted(latents, latents)
         best = rank < self.k
-        for (store, _), column in zip(columns, joined):
-            store[latents[best], rank[best]] = column[order][best]
+        for old, new in zip(self._columns, columns):
+            old[latents[best], rank[best]] = new[order][best]
 
 
 class FiringRate(Accumulator):

@@ -77,9 +77,14 @@ class EvaluationBatch:
     @cached_property
     def firings(self) -> Firings:
         """The nonzeros of z, found once for all accumulators of the pass."""
-        rows, latents = torch.nonzero(self.z > 0, as_tuple=True)
-        values = self.z[rows, latents].float()
-        return Firings(rows.cpu(), latents.cpu(), values.cpu())
+        fires = self.z > 0
+        if fires.device.type == "cpu":  # numpy finds few among many about ten times as fast
+            flat = torch.from_numpy(np.flatnonzero(fires.numpy()))
+        else:
+            flat = fires.flatten().nonzero().squeeze(1)
+        values = self.z.flatten()[flat].float().cpu()
+        rows = flat.cpu() // max(self.z.shape[1], 1)
+        return Firings(rows, flat.cpu() - rows * self.z.shape[1], values)
 
     @cached_property
     def priority(self) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
+from scipy import sparse
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from . import summary
 from .accumulators import ClassCounts, FiringHistogram, TopImages
-from .base import EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator
 
 RULES = ("frequency", "topk", "topk_strict", "any")
 
@@ -89,16 +90,16 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         options: LCHHeightOptions | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(context, options)
+        self._sets: dict[bool, sparse.csr_array] = {}  # (m, C), kept for the permutations
         self._classes = context.share(ClassCounts)
-        self._labellings = (False, True) if context.shuffled else (False,)
         self._by_rank = self.options.rule.startswith("topk")
         if self._by_rank:
             self._top = context.share(TopImages, k=self.options.k)
         else:
-            self._fired = [
-                context.share(FiringHistogram, shuffled=s, survival=(1.0,))
-                for s in self._labellings
-            ]
+            self._firings = context.share(FiringHistogram, survival=(1.0,))
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._sets.clear()
 
     def assign(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Assignment:
         """The node of each latent under the chosen rule."""
@@ -112,14 +113,12 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
                 labels = np.where(labels >= 0, permutation[labels], -1)
             keep = options.keep if options.rule == "topk" else 1.0
             return smallest_holding(self.taxonomy, labels, keep)
-        fired = self._fired[int(shuffled)].fired()
-        threshold = options.tau if options.rule == "frequency" else 0.0
-        sets = frequent_classes(fired, counts, threshold)
-        if permutation is not None:
-            placed = np.zeros_like(sets)
-            placed[:, permutation] = sets
-            sets = placed
-        return Assignment(self.taxonomy.lch_many(sets), sets.sum(1))
+        tau = options.tau if options.rule == "frequency" else 0.0
+        if shuffled not in self._sets:
+            fired = self._firings.fired(shuffled)
+            self._sets[shuffled] = sparse.csr_array(frequent_classes(fired, counts, tau))
+        sets = self._sets[shuffled]
+        return Assignment(self.taxonomy.lch_many(sets, permutation), np.diff(sets.indptr))
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -220,12 +219,14 @@ def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray
     """
     generator = np.random.default_rng(seed)
     best_first = taxonomy.by_preference[::-1]
-    ancestors = taxonomy.membership[:, best_first]
+    membership = taxonomy.membership[:, best_first]
     height = np.zeros(len(taxonomy.classes))
     generality = np.zeros(len(taxonomy.classes))
     for _ in range(repeats):
-        common = np.logical_and.accumulate(ancestors[generator.permutation(len(height))])
-        lch = best_first[common.argmax(1)]
+        order = generator.permutation(len(height))
+        above_first = np.flatnonzero(membership[order[0]])  # no other node holds a whole prefix
+        common = np.logical_and.accumulate(membership[order][:, above_first])
+        lch = best_first[above_first[common.argmax(1)]]
         height += taxonomy.height[lch] / repeats
         generality += taxonomy.generality[lch] / repeats
-    return tuple(np.concatenate([[np.nan], values]) for values in (height, generality))  # pyright: ignore
+    return np.append(np.nan, height), np.append(np.nan, generality)

@@ -20,8 +20,8 @@ from . import summary
 from .accumulators import SURVIVAL, ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator
 
-BLOCK_CELLS = 2**22
-"""Cells of the (latents × thresholds × nodes) array that are held at a time (16 MiB each)."""
+BLOCK = 2**22
+"""About how many nonzeros of (latents × thresholds × nodes) are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     ) -> None:
         super().__init__(context, options)
         self._classes = context.share(ClassCounts)
-        labellings = (False, True) if context.shuffled else (False,)
-        survival = tuple(self.options.survival)
-        self._histograms = [
-            context.share(FiringHistogram, shuffled=s, survival=survival) for s in labellings
-        ]
+        self._histogram = context.share(FiringHistogram, survival=tuple(self.options.survival))
         distinct = self.taxonomy.distinct_nodes
         several = self.taxonomy.n_leaves[distinct] > 1
         self.internal, self.leaves = distinct[several], distinct[~several]
@@ -109,7 +105,8 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
             if permutation is not None:
                 members = members[permutation]
             self._memo[key] = find_detectors(
-                self._histograms[int(shuffled)],
+                self._histogram.fit(shuffled),
+                self._histogram.score(shuffled),
                 members,
                 self._classes.fit(shuffled),
                 self._classes.score(shuffled),
@@ -143,7 +140,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         if kind == "internal" and self.context.permutations:
             nulls = [self.detectors(nodes, p).f1 for p in self.context.permutations]
             null = np.mean(nulls, axis=0)
-        thresholds = self._histograms[0].thresholds.values
+        thresholds = self._histogram.thresholds.values
         fires = found.latent >= 0
         threshold = np.full(len(nodes), np.nan)
         if thresholds is not None:
@@ -219,7 +216,8 @@ def _draw_by_size(table: pd.DataFrame) -> Figure:
 
 
 def find_detectors(
-    histogram: FiringHistogram,
+    fit: sparse.csr_array,
+    score: torch.Tensor,
     members: np.ndarray,
     fit_images: np.ndarray,
     score_images: np.ndarray,
@@ -228,63 +226,83 @@ def find_detectors(
     """Choose a latent and a threshold for each node on the fit half; score them on the other.
 
     Args:
-        histogram: the counts of both halves.
+        fit: (m·T, C) and
+        score: (m, T, C) counts of the halves, as `FiringHistogram` gives them.
         members: (C, N) whether a class lies below a node.
         fit_images, score_images: (C,) images of each class in the halves.
         covered: nodes where "always yes" reaches this F1 are left out.
     """
     belongs = sparse.csr_array(members.astype(np.float32))
-    latent, bin_, fit_f1 = _choose(histogram, belongs, fit_images @ belongs)
+    fit_positives, positives = fit_images @ belongs, score_images @ belongs
+    latent, bin_, fit_f1 = _choose(fit, score.shape[1], belongs, fit_positives)
 
-    fired = _fired_from(histogram.counts[1], latent, bin_)
+    fired = _fired_from(score, latent, bin_)
     hits = (fired * members.T).sum(1, dtype=np.float64)
-    positives = score_images @ belongs
     always_yes = summary.ratio(2 * positives, positives + score_images.sum())
-    scored = (fit_images @ belongs > 0) & (positives > 0) & (always_yes < covered)
-    f1 = np.where(scored, 2 * hits / np.maximum(fired.sum(1) + positives, 1), np.nan)
+    scored = (fit_positives > 0) & (positives > 0) & (always_yes < covered)
     return Detectors(
         latent=latent,
         bin=bin_,
         fit_f1=fit_f1,
         precision=np.where(scored, summary.ratio(hits, fired.sum(1)), np.nan),
         recall=np.where(scored, summary.ratio(hits, positives), np.nan),
-        f1=f1,
+        f1=np.where(scored, summary.ratio(2 * hits, fired.sum(1) + positives), np.nan),
     )
 
 
 def _choose(
-    histogram: FiringHistogram, belongs: sparse.csr_array, positives: np.ndarray
+    counts: sparse.csr_array, n_bins: int, belongs: sparse.csr_array, positives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The latent, threshold and F1 that are best for each node on the fit half, each (N,).
+    """The latent, threshold and F1 that are best for each node, each (N,).
 
-    F1 = 2·hits / (fired + positives) for all latents and thresholds at once: counts @ members.
+    F1 = 2·hits / (fired + positives) for all at once: hits = counts @ belongs, summed from the
+    highest bin down. Only nonzeros are looked at: where a bin adds no hit, the threshold above it
+    has the same hits and fewer firings.
     """
-    n_nodes, n_bins = len(positives), histogram.n_bins
-    best = np.zeros(n_nodes, dtype=np.float32)
-    row = np.full(n_nodes, -1, dtype=np.int64)
-    counts = histogram.fit()
-    step = n_bins * max(1, BLOCK_CELLS // max(1, n_bins * n_nodes))
-    for start in range(0, n_bins * histogram.context.d_sae, step):
-        block = counts[start : start + step]
-        if not block.nnz:
+    best = np.zeros(len(positives))
+    row = np.full(len(positives), -1, dtype=np.int64)
+    for start, stop in _blocks(counts, n_bins, belongs):
+        block = counts[start:stop]
+        fired = block.sum(1).reshape(-1, n_bins).cumsum(1).ravel()
+        hits = sparse.csc_array(block @ belongs)  # the conversion sorts rows in linear time
+        filled = np.flatnonzero(np.diff(hits.indptr))
+        if not len(filled):
             continue
-        fired = torch.from_numpy(block.sum(1).astype(np.float32)).view(-1, n_bins, 1)
-        hits = torch.from_numpy((block @ belongs).toarray()).view(-1, n_bins, n_nodes)
-        for t in reversed(range(n_bins - 1)):  # what reaches a threshold reaches those below it
-            fired[:, t] += fired[:, t + 1]
-            hits[:, t] += hits[:, t + 1]
-        f1 = hits.mul_(2).div_(fired + torch.from_numpy(positives).float()).flatten(0, 1)
-        better = np.flatnonzero(f1.nan_to_num_(0).amax(0).numpy() > best)
-        value, at = f1[:, better].max(0)
-        best[better] = value.numpy()
-        row[better] = start + at.numpy()
-    return np.where(row < 0, -1, row // n_bins), np.where(row < 0, 0, row % n_bins), best
+        node = np.repeat(np.arange(len(positives)), np.diff(hits.indptr))
+        reached = _running_sum(hits.data, node * (stop - start) + hits.indices // n_bins)
+        f1 = 2 * reached / (fired[hits.indices] + positives[node])
+        most = np.zeros(len(positives))
+        most[filled] = np.maximum.reduceat(f1, hits.indptr[filled])
+        at = np.flatnonzero((f1 == most[node]) & (most > best)[node])[::-1]
+        row[node[at]] = start + hits.indices[at]  # of several, the first is written last
+        best = np.maximum(best, most)
+    chosen = row >= 0
+    bins = np.where(chosen, n_bins - 1 - row % n_bins, 0)
+    return np.where(chosen, row // n_bins, -1), bins, best
+
+
+def _blocks(
+    counts: sparse.csr_array, n_bins: int, belongs: sparse.csr_array
+) -> list[tuple[int, int]]:
+    """Ranges of rows, whole latents each, whose product with `belongs` has about BLOCK nonzeros."""
+    ends = counts.indptr[::n_bins]
+    ancestors = max(1.0, float(np.diff(belongs.indptr).mean()))
+    marks = np.arange(0, ends[-1] + 1, max(1, int(BLOCK / ancestors)))
+    cuts = np.unique(np.append(np.searchsorted(ends, marks), len(ends) - 1)) * n_bins
+    return list(zip(cuts[:-1].tolist(), cuts[1:].tolist()))
+
+
+def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The running sum of `values` inside each run of equal `group`."""
+    total = np.cumsum(values, dtype=np.float64)
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    lengths = np.diff(np.append(starts, len(group)))
+    return total - np.repeat(total[starts] - values[starts], lengths)
 
 
 def _fired_from(counts: torch.Tensor, latent: np.ndarray, bin_: np.ndarray) -> np.ndarray:
     """(N, C) images on which each chosen latent reaches its threshold; counts (m, T, C)."""
-    n_classes = counts.shape[2]
-    fired = np.zeros((len(latent), n_classes), dtype=np.float32)
+    fired = np.zeros((len(latent), counts.shape[2]), dtype=np.float32)
     chosen = np.flatnonzero(latent >= 0)
     rows = counts[torch.from_numpy(latent[chosen])]
     reaches = torch.arange(counts.shape[1]) >= torch.from_numpy(bin_[chosen])[:, None]

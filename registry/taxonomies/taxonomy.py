@@ -231,16 +231,27 @@ class Taxonomy:
             raise ConfigError("class_ids: the LCH of no class is undefined")
         return int(self.lch_many(wanted[None])[0])
 
-    def lch_many(self, sets: BoolArray) -> IntArray:
-        """The LCH of each row of a boolean (m, C); −1 where a row is empty."""
-        ordered = self.sparse_membership[:, self.by_preference[::-1]]
-        found = np.empty(len(sets), dtype=np.int64)
-        for start in range(0, len(sets), 4096):
-            rows = sparse.csr_array(sets[start : start + 4096].astype(np.float32))
-            size = np.diff(rows.indptr)
-            holds_all = (rows @ ordered).toarray() == size[:, None]
-            first = self.by_preference[::-1][holds_all.argmax(1)]
-            found[start : start + 4096] = np.where(size > 0, first, -1)
+    def lch_many(
+        self, sets: BoolArray | sparse.csr_array, permutation: IntArray | None = None
+    ) -> IntArray:
+        """The LCH of each row of a boolean (m, C), dense or sparse; −1 where a row is empty.
+
+        With a `permutation` (C,), class c takes the place of class permutation[c].
+        """
+        sets = sparse.csr_array(sets, dtype=np.float32)
+        best_first = self.by_preference[::-1]
+        ancestors = self.sparse_membership[:, best_first]
+        if permutation is not None:
+            ancestors = ancestors[permutation]
+        size = np.diff(sets.indptr)
+        found = np.full(len(size), -1, dtype=np.int64)
+        filled = np.flatnonzero(size)
+        for rows in np.array_split(filled, -(-int(size.sum()) // 2**18) or 1):
+            held = sparse.coo_array(sets[rows] @ ancestors)
+            holds_all = held.data == size[rows][held.row]
+            first = np.full(len(rows), len(self.nodes))
+            np.minimum.at(first, held.row[holds_all], held.col[holds_all])
+            found[rows] = best_first[first]
         return found
 
     @cached_property
