@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from ..hooks.families import FAMILIES
+from ..registry.architectures.archetypal import ARCHETYPAL_JUMPRELU, ARCHETYPAL_TOPK
 from ..registry.architectures.mp import MP
+from ..registry.architectures.nested_topk import NESTED_TOPK
+from ..registry.architectures.omp import OMP
+from ..registry.architectures.random_matryoshka import RANDOM_MATRYOSHKA
+from ..registry.architectures.top_afa import TOP_AFA
+from ..registry.evaluators.lch_height import LCHHeight
+from ..registry.evaluators.level_information import LevelInformation
+from ..registry.evaluators.ontological_coverage import OntologicalCoverage
+from ..registry.evaluators.pair_depth import PairDepth
+from ..registry.taxonomies.cifar100 import CIFAR100
+from ..registry.taxonomies.imagenet import IMAGENET
 from . import hookspecs
 from .hookspecs import hookimpl
 
@@ -17,3 +28,23 @@ def register_vision_models(register: hookspecs.RegisterVisionModel) -> None:
 @hookimpl
 def register_architectures(register: hookspecs.RegisterArchitecture) -> None:
     register(MP)
+    register(OMP)
+    register(TOP_AFA)
+    register(ARCHETYPAL_TOPK)
+    register(ARCHETYPAL_JUMPRELU)
+    register(NESTED_TOPK)
+    register(RANDOM_MATRYOSHKA)
+
+
+@hookimpl
+def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
+    register(LCHHeight)
+    register(OntologicalCoverage)
+    register(PairDepth)
+    register(LevelInformation)
+
+
+@hookimpl
+def register_taxonomies(register: hookspecs.RegisterTaxonomy) -> None:
+    register(IMAGENET)
+    register(CIFAR100)
