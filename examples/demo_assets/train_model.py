@@ -167,10 +167,8 @@ def train(
         elapsed = time.monotonic() - start
         progress = max(step / args.steps, elapsed / max(1.0, deadline - start))
         if step % 200 == 0 or step == 1:
-            running = float(loss)
-            print(
-                f"step {step:6d}  loss {running:.3f}  {elapsed:.0f} s  {progress:.0%}", flush=True
-            )
+            seen = f"step {step:6d}  loss {loss.item():.3f}"
+            print(f"{seen}  {elapsed:.0f} s  {progress:.0%}", flush=True)
     return step
 
 
