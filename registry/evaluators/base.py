@@ -212,6 +212,8 @@ class Evaluator(ABC, Generic[O]):
     """Every metric of `compute`, with its direction; None where it only describes."""
     nulls: ClassVar[dict[str, str | None]] = ALL_NULLS
     """For each of `NULLS`: None where it is computed, else why it has no meaning here."""
+    invariant: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that do not depend on where a class stands in the tree: permuting changes none."""
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(

@@ -82,6 +82,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         "height_gap": True,
         "generality_gap": True,
     }
+    invariant = frozenset({"defined", "single_class_share"})
     Options = LCHHeightOptions
 
     def __init__(

@@ -77,6 +77,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
             "variance_share",
         )
     }
+    invariant = frozenset(f"{f}_{p}_accuracy" for f in FEATURES for p in PROBES)
     Options = LevelInformationOptions
 
     def __init__(

@@ -73,6 +73,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         "leaf_covered_share": True,
         "leaf_nodes": None,
     }
+    invariant = frozenset({"leaf_f1", "leaf_covered_share", "leaf_nodes"})
     Options = CoverageOptions
 
     def __init__(

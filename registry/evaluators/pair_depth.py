@@ -52,6 +52,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         "defined": None,
         "same_class_share": None,
     }
+    invariant = frozenset({"defined", "same_class_share"})
     Options = PairDepthOptions
 
     def __init__(
