@@ -28,6 +28,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from ..registry.errors import ConfigError
 from ..registry.presets import load_preset, read_settings
+from . import demo_assets
 from .config import (
     VisionMultiSAERunnerConfig,
     VisionSAERunnerConfig,
@@ -38,12 +39,20 @@ Settings = dict[str, Any]
 
 SECTIONS = ("study", "runner", "logger", "sae")
 
+STAND_IN_WIDTH = 1024
+
 # The fields that say the same thing in two ways: naming one in a later source drops the other.
 ALTERNATIVES = (
     ("hook_name", "hook_names"),
     ("d_sae", "expansion_factor"),
     ("training_tokens", "epochs"),
 )
+# Names for what lies inside the package.
+PACKAGED = {
+    "demo:model": demo_assets.model_path,
+    "demo:pictures": demo_assets.dataset_path,
+    "demo:tree": demo_assets.taxonomy_path,
+}
 STUDY_FIELDS = {
     "architecture": str,
     "hook_name": str,
@@ -133,6 +142,13 @@ class Study:
                 key = f"{hook_name}.{name}" if name else hook_name
                 saes[key], hook_names[key] = choice.config(d_in, hook_name), hook_name
         return self._build(VisionMultiSAERunnerConfig, runner, saes=saes, hook_names=hook_names)
+
+    def draft(self) -> VisionSAERunnerConfig[Any] | VisionMultiSAERunnerConfig:
+        """The config with patterns in place of hook points, and stand-ins for what only the model
+        and the images tell. What it refuses is wrong whatever they are."""
+        given = (choice.fields.get("d_in") for choice in self.saes.values())
+        width = next((d_in for d_in in given if d_in), STAND_IN_WIDTH)
+        return self.config(dict.fromkeys(self.hook_names, width), tokens_per_epoch=1 << 40)
 
     def _build(self, config_class: type[Any], runner: Settings, **fields: Any) -> Any:
         lacking = sorted(set(runner) - {f.name for f in dataclasses.fields(config_class)})
@@ -256,6 +272,9 @@ def _study(architecture: str, merged: dict[str, Settings]) -> Study:
             "hook_names: not given; allowed: hook points such as blocks.5.hook_resid_post, or "
             "patterns such as blocks.*.hook_resid_post."
         )
+    for key, value in runner.items():
+        if isinstance(value, str) and value in PACKAGED:
+            runner[key] = str(PACKAGED[value]())
     # The SAE lives where the run does, in its precision, unless it was placed by itself.
     for key in ("device", "dtype"):
         if key in runner:

@@ -23,11 +23,12 @@ class Headline:
 
 
 HEADLINES = (
-    Headline("ontological_coverage", "internal_mean_f1", "coverage of internal nodes (mean best F1)"),
-    Headline("pair_depth", "pair_depth", "pair depth (mean LCA depth of a latent's top images)"),
-    Headline("lch_height", "height_gap", "LCH height below random class sets of the same size"),
-    Headline("lch_height", "generality_gap", "LCH generality below random class sets"),
-    Headline("level_information", "knn_excess", "level information in the activations (kNN)"),
+    Headline("ontological_coverage", "internal_f1", "coverage of internal nodes: mean F1 of the best latent"),
+    Headline("pair_depth", "pair_depth", "pair depth: where the classes of a latent's top images meet"),
+    Headline("lch_height", "height_gap", "LCH height: how far below random class sets"),
+    Headline("lch_height", "generality_gap", "LCH generality: how far below random class sets, in bits"),
+    Headline("level_information", "x_probe_level_accuracy", "level information: accuracy of a probe at the tree's levels"),
+    Headline("level_information", "x_probe_right_group", "level information: right group given wrong leaf"),
 )
 COLUMNS = {
     "permuted_classes": "permuted classes",
@@ -79,6 +80,28 @@ def summary_rows(results: Results, headlines: Sequence[Headline] = HEADLINES) ->
         for headline in headlines
         for sae, number in _rows(results, headline)
     ]
+
+
+def verdict(results: Results, headlines: Sequence[Headline] = HEADLINES) -> str:
+    """At how many SAEs each headline number leaves its nulls behind, in one sentence."""
+    told = []
+    for headline in headlines:
+        numbers = [number for _, number in _rows(results, headline)]
+        judged = [n for n in numbers if any(null.left_behind is not None for null in n.nulls.values())]
+        if not judged:
+            continue
+        permuted = sum(
+            "permuted_classes" in n.nulls and n.nulls["permuted_classes"].left_behind is True
+            for n in judged
+        )
+        everything = sum(not n.missed for n in judged)
+        told.append(f"{headline.title.partition(':')[0]} {permuted} ({everything})")
+    if not told:
+        return "No number here has a null to be compared with."
+    return (
+        f"Of {len(results.saes)} SAEs, so many leave permuted classes (all nulls) behind: "
+        f"{', '.join(told)}."
+    )
 
 
 def _rows(results: Results, headline: Headline) -> list[tuple[SAEResult, MetricResult]]:

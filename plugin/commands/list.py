@@ -27,7 +27,7 @@ def run(args: list[str]) -> None:
     if options.kind is not None and options.kind not in KINDS:
         raise shell.ConfigError(shell.unknown("kind", options.kind, KINDS))
     kinds = KINDS if options.kind is None else [options.kind]
-    with shell.stdout_for_results() as print_json:
+    with shell.working() as print_json:
         listed = {kind: KINDS[kind]() for kind in kinds}
         if options.json:
             print_json(listed if options.kind is None else listed[options.kind])

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,15 +79,16 @@ def print_error(message: str) -> None:
     )
 
 
-def print_note(message: str) -> None:
-    """A line about progress, on stderr."""
-    _console(sys.stderr).print(escape(message), highlight=False, soft_wrap=True, style="dim")
+def print_notes(lines: Iterable[str]) -> None:
+    """Lines about what goes on, on stderr."""
+    for line in lines:
+        _console(sys.stderr).print(escape(line), highlight=False, soft_wrap=True, style="dim")
 
 
 @contextlib.contextmanager
-def stdout_for_results() -> Iterator[Callable[[Any], None]]:
-    """While work goes on, whatever libraries print goes to stderr; yields a printer of JSON that
-    still reaches stdout."""
+def working() -> Iterator[Callable[[Any], None]]:
+    """While work goes on, whatever is printed or logged goes to stderr; yields a printer of JSON
+    that still reaches stdout."""
     real = sys.stdout
 
     def print_json(value: Any) -> None:
@@ -94,8 +96,20 @@ def stdout_for_results() -> Iterator[Callable[[Any], None]]:
         real.write("\n")
         real.flush()
 
-    with contextlib.redirect_stdout(sys.stderr):
-        yield print_json
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    loggers = [logging.getLogger(name) for name in ("taxolens", "sae_lens")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield print_json
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def jsonable(value: Any) -> Any:

@@ -1,0 +1,46 @@
+"""How a finished evaluation is told: to a person, and to a program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...registry.errors import TaxolensError
+from . import shell
+
+if TYPE_CHECKING:
+    from ..results import Results
+
+
+def as_dict(results: Results, report: Path) -> dict[str, Any]:
+    """For `--json`: where everything lies, and the headline numbers beside their nulls."""
+    from ..results import RESULTS_FILENAME
+    from ..table import summary_rows
+
+    return {
+        "results": _place(results) / RESULTS_FILENAME,
+        "report": report,
+        "errors": results.errors,
+        "summary": summary_rows(results),
+    }
+
+
+def show(results: Results, report: Path) -> None:
+    """The summary table on stdout, and where the rest is."""
+    from ..table import summary_table, verdict
+
+    console = shell.console()
+    console.print(summary_table(results))
+    console.print(verdict(results), highlight=False)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def raise_errors(results: Results) -> None:
+    """Say at the end, when everything else is safe, that an evaluator failed."""
+    if results.errors:
+        named = "; ".join(f"{where}: {message}" for where, message in results.errors.items())
+        raise TaxolensError(f"an evaluator failed, the others are in {_place(results)}: {named}")
+
+
+def _place(results: Results) -> Path:
+    return results.folder or Path()

@@ -1,0 +1,38 @@
+"""`taxolens report`: the report of an evaluation, from its results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import outcome, shell
+
+HELP = """\
+Writes report.html, one file that opens without a network, from the results of an evaluation."""
+
+EXAMPLES = """\
+examples:
+  taxolens report output/my_run
+  taxolens report output/my_run/results.json --output_path shared/report.html"""
+
+
+def run(args: list[str]) -> None:
+    parser = shell.Parser(prog="taxolens report", description=HELP, epilog=EXAMPLES)
+    parser.add_argument("results", metavar="RESULTS", help="a results.json, or the folder it is in")
+    parser.add_argument(
+        "--output_path", type=Path, metavar="FILE", help="by default report.html beside the results"
+    )
+    parser.add_argument(
+        "--static", action="store_true", help="leave the interactive figures out (5 MB less)"
+    )
+    parser.add_argument("--json", action="store_true", help="where it is, and the headline numbers")
+    options = parser.parse_args(args)
+    with shell.working() as print_json:
+        from ..report import write_report
+        from ..results import Results
+
+        results = Results.load(options.results)
+        report = write_report(results, options.output_path, interactive=not options.static)
+        if options.json:
+            print_json(outcome.as_dict(results, report))
+    if not options.json:
+        outcome.show(results, report)

@@ -1,0 +1,138 @@
+"""`taxolens train`: from images to SAEs at one or many hook points, and to their report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import outcome, shell
+
+HELP = """\
+usage: taxolens train [--preset NAME] [--config study.yaml] [FLAG VALUE ...]
+
+Trains SAEs on the activations of a vision model, through SAELens's trainer: one SAE, or many hook
+points from one forward pass. Then evaluates them on held-out images and writes the report.
+Settings come from the preset, then the file, then the flags; the later one wins.
+
+where the settings come from:
+  --preset NAME                  a packaged study; `taxolens list presets` shows them
+  --config FILE                  a YAML file: any flag below, `name: value`
+  --architecture NAME            the kind of SAE, standard by default; its own fields become flags
+                                 (--k for topk ...); `taxolens list architectures` shows them
+
+what is tapped:
+  --model_name NAME              a Hugging Face model, or a folder
+  --hook_names NAME ...          hook points or patterns: blocks.5.hook_resid_post
+                                 "blocks.*.hook_resid_post" "blocks.{0,5,11}.hook_mlp_out"
+  --tokens CHOICE                class (default), patch, register, all, mean_patch
+  --image_size N                 pixels a side, where the model allows another than its own
+
+on which images:
+  --dataset_path PATH            hub name, folder of class folders, parquet file or folder
+  --split NAME                   train by default
+  --eval_dataset_path, --eval_split
+                                 held-out images for the evaluation; validation or test by default
+  --max_images N                 use the first N images only
+  --num_workers N                processes that decode images
+
+how it trains:
+  --training_tokens N            or --epochs X: passes over the images
+  --d_sae N                      or --expansion_factor X: d_sae = X * d_in, d_in from the model
+  --lr X  --train_batch_size_tokens N  --seed N  --device DEVICE  --dtype DTYPE
+  --use_cached_activations       keep the activations of one forward pass on disk and train on them
+  --cached_activations_path PATH
+  --n_checkpoints N              checkpoints on the way, under --checkpoint_path
+  --resume_from_checkpoint PATH  go on from a checkpoint; `auto`: from the newest intact one
+
+what comes out:
+  --output_path PATH             SAEs, results.json and report.html; `output` by default
+  --taxonomy NAME                the class tree: a name of `taxolens list taxonomies`, or a file
+  --evaluators NAME ...          which evaluators run
+  --no_evaluate                  stop after training
+  --log_to_wandb BOOL  --wandb_project NAME  --run_name NAME
+  --dry_run                      check everything, print the plan, train nothing
+  --json                         the plan or the results as JSON on stdout
+
+  --help_all                     every flag, with SAELens's own words for each
+
+examples:
+  taxolens train --preset laptop --model_name facebook/dinov2-small --dataset_path photos/
+  taxolens train --config study.yaml --architecture topk --k 32 --hook_names "blocks.*.hook_resid_post"
+"""
+
+
+
+def run(args: list[str]) -> None:
+    if not args or "-h" in args or "--help" in args:
+        print(HELP, end="")
+        return
+    if "--help_all" in args:
+        with shell.working():
+            from ..flags import full_help
+
+            text = full_help(args)
+        print(text, end="")
+        return
+    with shell.working() as print_json:
+        from ..flags import parse
+        from ..job import Job
+
+        command = parse(args)
+        job = Job(command.study, evaluate=command.evaluate)
+        plan = job.plan()
+        told: dict[str, Any] = {"plan": plan}
+        evaluated = None
+        if not command.dry_run:
+            shell.print_notes(described(plan))
+            job.train()
+            if command.evaluate:
+                evaluated = job.evaluate()
+                told |= outcome.as_dict(*evaluated)
+        if command.json:
+            print_json(told)
+    if not command.json:
+        if command.dry_run:
+            print("\n".join(described(plan)))
+        if evaluated is not None:
+            outcome.show(*evaluated)
+    if evaluated is not None:
+        outcome.raise_errors(evaluated[0])
+
+
+def described(plan: dict[str, Any]) -> list[str]:
+    """The plan in the lines that a person checks before a long run."""
+    points = plan["hook_points"]
+    sizes = sorted({f"{p['d_in']} -> {p['d_sae']}" for p in points.values()})
+    shown = list(points) if len(points) <= 4 else [*list(points)[:2], "...", list(points)[-1]]
+    per_image = f"{plan['tokens_per_image']:,} {plan['tokens']} token(s) each"
+    if plan["images"] is None:
+        data = f"streamed, {per_image}"
+    else:
+        data = f"{plan['images']:,}, {per_image}; {plan['epochs']:,.2f} epochs"
+    lines = {
+        "model": plan["model"],
+        "hook points": f"{len(points)}: {' '.join(shown)}",
+        "SAEs": f"{plan['saes']} {', '.join(plan['architectures'])}, d_in -> d_sae {', '.join(sizes)}",
+        "images": data,
+        "training": f"{plan['training_tokens']:,} tokens = {plan['steps']:,} steps of {plan['batch']:,}",
+        "disk": ", ".join(
+            f"{field} {_bytes(size)}" for field, size in plan["bytes"].items() if size
+        ),
+        "output": plan["output_path"],
+        "resumes from": plan["resumes_from"],
+    }
+    evaluation = plan["evaluation"]
+    if evaluation:
+        lines["evaluation"] = (
+            f"{evaluation['images']:,} images ({evaluation['split']}), {evaluation['classes']} "
+            f"classes in a tree of {evaluation['nodes']} nodes; {', '.join(evaluation['evaluators'])}"
+        )
+    return [f"{name + ':':<14}{text}" for name, text in lines.items() if text]
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} GB"
