@@ -1,0 +1,54 @@
+"""One table and one figure per metric, SAEs side by side: files beside results.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from .files import write_atomically
+from .report import Report
+from .results import Results
+from .table import Headline
+
+METRICS_FOLDER = "metrics"
+
+
+def write_comparison(results: Results, folder: Path | None = None) -> Path:
+    """Write ``metrics/<evaluator>.<metric>.csv`` and ``.svg`` for every metric.
+
+    A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
+    nulls; the figure is the report's.
+
+    Args:
+        folder: the results folder; by default where the results were read from.
+
+    Returns:
+        the folder of the files.
+    """
+    target = (folder or results.folder or Path()) / METRICS_FOLDER
+    report = Report(results)
+    for evaluator, metric in results.metric_names():
+        headline = Headline(evaluator, metric, f"{evaluator} / {metric}")
+        stem = f"{evaluator}.{metric}"
+        table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
+        write_atomically(target / f"{stem}.csv", table)
+        write_atomically(target / f"{stem}.svg", report.chart(headline))
+    return target
+
+
+def comparison_table(report: Report, headline: Headline) -> pd.DataFrame:
+    """A row per place; columns ``<series>``, ``<series> <null>``, ``<series> permuted_classes best``."""
+    rows = []
+    for place, numbers in report.side_by_side(headline):
+        row: dict[str, object] = {"place": place}
+        for series, number in zip(report.series, numbers, strict=True):
+            if number is None:
+                continue
+            row[series.label] = number.value
+            for name, null in number.nulls.items():
+                row[f"{series.label} {name}"] = null.mean
+                if null.n > 1:
+                    row[f"{series.label} {name} best"] = null.best
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,171 @@
+"""The evaluation images: which they are, that the SAEs were not trained on them, their activations."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hooks.cache import ActivationCache
+from ..hooks.images import ImageDataset, load_images
+from ..hooks.model import load_vision_model
+from ..registry.errors import ConfigError
+from .measure import Images
+from .runs import SAEFolder
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images: what the caller gave, else what the run's config says."""
+
+    dataset_path: str
+    split: str | None
+    image_column: str | None
+    label_column: str | None
+    max_images: int | None
+
+    @classmethod
+    def of(cls, saes: Sequence[SAEFolder], **given: Any) -> Choice:
+        """Raises ConfigError where the runs name different images, or none, and none are given."""
+        wanted = {
+            "dataset_path": ("eval_dataset_path", "dataset_path"),
+            "split": ("eval_split",),
+            "image_column": ("image_column",),
+            "label_column": ("label_column",),
+            "max_images": ("eval_max_images",),
+        }
+        found = {
+            name: given[name] if given[name] is not None else one_setting(saes, keys, name)
+            for name, keys in wanted.items()
+        }
+        if not found["dataset_path"]:
+            raise ConfigError("dataset_path: neither given nor in the run's settings")
+        return cls(**found)
+
+    def load(self) -> tuple[ImageDataset, str]:
+        """The images and their split; where none is named, validation or else test."""
+        failures: list[str] = []
+        for split in [self.split] if self.split else HELD_OUT_SPLITS:
+            try:
+                images = load_images(
+                    self.dataset_path,
+                    split=split,
+                    image_column=self.image_column,
+                    label_column=self.label_column,
+                    max_images=self.max_images,
+                )
+                return images, split
+            except ConfigError as error:
+                if self.split:
+                    raise
+                failures.append(str(error))
+        raise ConfigError(
+            f"split: {self.dataset_path} has no split {' or '.join(HELD_OUT_SPLITS)}; name the one "
+            f"to evaluate on, or give another dataset_path. ({failures[0]})"
+        )
+
+
+def one_setting(saes: Sequence[SAEFolder], keys: Iterable[str], name: str) -> Any:
+    """A setting that all runs must share; the first of `keys` that a run has.
+
+    Raises:
+        ConfigError: the runs differ in it.
+    """
+    found = [next((v for key in keys if (v := sae.setting(key)) is not None), None) for sae in saes]
+    distinct = list(dict.fromkeys(str(value) for value in found))
+    if len(distinct) > 1:
+        raise ConfigError(
+            f"{name}: the runs have different ones ({', '.join(distinct[:5])}); give one for all"
+        )
+    return found[0]
+
+
+def check_held_out(
+    saes: Sequence[SAEFolder], dataset_path: str, split: str, fingerprint: str, *, allow: bool
+) -> bool:
+    """Whether the images are those of the training, by name or by fingerprint.
+
+    Raises:
+        ConfigError: they are, and that is not allowed.
+    """
+    for sae in saes:
+        trained_on = sae.setting("dataset_path"), sae.setting("split", "train")
+        same_name = trained_on[0] and (
+            (_real(trained_on[0]), trained_on[1]) == (_real(dataset_path), split)
+        )
+        if same_name or sae.setting("dataset_fingerprint") == fingerprint:
+            message = (
+                f"{sae.id} was trained on {trained_on[0]} ({trained_on[1]}), and these are the "
+                "images it would be evaluated on"
+            )
+            if not allow:
+                raise ConfigError(
+                    f"split: {message}; choose a held-out one, or allow_train_split=True"
+                )
+            logger.warning("%s: nothing here is held out.", message)
+            return True
+    return False
+
+
+def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:
+    name = given or one_setting(saes, ["taxonomy"], "taxonomy")
+    if not name:
+        raise ConfigError(
+            "taxonomy: neither given nor in the run's settings; allowed: a name of `taxolens list "
+            "taxonomies`, a folder of nested class folders, or a .csv or .json of parent,child"
+        )
+    return str(name)
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """What decides the activations: SAEs that share it share one forward pass."""
+
+    model_name: str
+    tokens: str
+    image_size: int | None
+    revision: str | None
+    attn_implementation: str
+    more: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, sae: SAEFolder) -> ModelSetting:
+        more: Mapping[str, Any] = sae.setting("model_from_pretrained_kwargs", {})
+        return cls(
+            model_name=sae.model_name,
+            tokens=sae.tokens,
+            image_size=sae.setting("image_size"),
+            revision=sae.setting("revision") or sae.setting("model_revision"),
+            attn_implementation=sae.setting("attn_implementation", "sdpa"),
+            more=tuple(sorted(more.items())),
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    def load(self, hook_names: Sequence[str], device: str) -> Any:
+        return load_vision_model(
+            self.model_name,
+            device=device,
+            revision=self.revision,
+            attn_implementation=self.attn_implementation,
+            hook_names=hook_names,
+            **dict(self.more),
+        )
+
+
+def images_at(cache: ActivationCache, hook_name: str) -> Images:
+    return Images(cache.activations(hook_name), cache.mean_patch(hook_name))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(path) if Path(path).exists() else path

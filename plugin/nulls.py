@@ -1,0 +1,68 @@
+"""A value beside its null controls: does it leave them behind?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from .results import MetricResult, NullResult
+
+Numbers = Mapping[str, float]
+
+
+def beats(value: float, null: float, higher_is_better: bool | None) -> bool | None:
+    """Whether `value` is strictly better than `null`; None where that has no meaning."""
+    if higher_is_better is None or not (math.isfinite(value) and math.isfinite(null)):
+        return None
+    return value > null if higher_is_better else value < null
+
+
+def null_result(value: float, draws: Sequence[float], higher_is_better: bool | None) -> NullResult:
+    """One null from its draws. Draws that are undefined are left out; with several, the value
+    has to beat the best of them."""
+    defined = [float(draw) for draw in draws if math.isfinite(draw)]
+    if not defined:
+        return NullResult(reason="undefined under this null")
+    best = min(defined) if higher_is_better is False else max(defined)
+    return NullResult(
+        mean=math.fsum(defined) / len(defined),
+        best=best,
+        n=len(defined),
+        left_behind=beats(value, best, higher_is_better),
+    )
+
+
+def with_nulls(
+    values: Numbers,
+    draws: Mapping[str, Sequence[Numbers] | str],
+    directions: Mapping[str, bool | None],
+    controls: Mapping[str, Numbers] = {},
+    invariant: Collection[str] = (),
+) -> dict[str, MetricResult]:
+    """Put every metric of `values` beside its nulls.
+
+    Args:
+        values: metric -> number, from the SAE.
+        draws: null -> the same metrics under it, once per draw, or the reason why there are none.
+        directions: metric -> whether higher is better. A metric that is not named has none.
+        controls: control -> the same metrics under it.
+        invariant: metrics that do not depend on where a class stands in the tree: to compare one
+            with itself under permuted classes says nothing.
+    """
+
+    def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
+        if null_name == "permuted_classes" and metric in invariant:
+            return NullResult(reason="does not depend on where a class stands in the tree")
+        if isinstance(found, str):
+            return NullResult(reason=found)
+        numbers = [draw[metric] for draw in found if metric in draw]
+        return null_result(values[metric], numbers, directions.get(metric))
+
+    return {
+        metric: MetricResult(
+            value=float(value),
+            nulls={name: null(name, metric, found) for name, found in draws.items()},
+            controls={n: float(seen[metric]) for n, seen in controls.items() if metric in seen},
+        )
+        for metric, value in values.items()
+    }

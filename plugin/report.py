@@ -1,0 +1,345 @@
+"""`report.html`: one file, no network, readable with scripts off."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import plotly.offline
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..registry.taxonomies.taxonomy import Taxonomy
+from . import charts
+from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
+from .files import write_atomically
+from .results import NULLS, LatentCard, MetricResult, Results, SAEResult
+from .series import Series, all_series, natural_key
+from .table import COLUMNS, HEADLINES, Headline
+from .tree import Icicle, scale
+
+REPORT_FILENAME = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_FIGURE_BYTES = 2_000_000
+MAX_DRAWN_TREES = 4
+
+
+def write_report(
+    results: Results, path: str | Path | None = None, *, interactive: bool = True
+) -> Path:
+    """Write the report of an evaluation.
+
+    Args:
+        path: the file; by default `report.html` in the results folder.
+        interactive: include the evaluators' own Plotly figures, and with them plotly.js (5 MB).
+
+    Returns:
+        the file.
+    """
+    if path is None:
+        path = (results.folder or Path()) / REPORT_FILENAME
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=charts.number, short_count=_short_count)
+    view = Report(results, interactive)
+    text = environment.get_template("report.html.j2").render(report=view, results=results)
+    return write_atomically(path, text)
+
+
+class Report:
+    """What the template asks for."""
+
+    def __init__(self, results: Results, interactive: bool = True) -> None:
+        self.results = results
+        self.interactive = interactive
+        self.series = all_series(results)
+        self.headlines = headlines(results)
+
+    # Numbers ------------------------------------------------------------------------------------
+
+    def metric(self, sae: SAEResult, headline: Headline) -> MetricResult | None:
+        evaluator = sae.evaluators.get(headline.evaluator)
+        return evaluator.metrics.get(headline.metric) if evaluator else None
+
+    def direction(self, headline: Headline) -> str:
+        info = self.results.evaluators.get(headline.evaluator)
+        better = info.directions.get(headline.metric) if info else None
+        return {True: "higher is better", False: "lower is better", None: "descriptive"}[better]
+
+    def verdict(self, series: Series, headline: Headline) -> dict[str, Any]:
+        """One metric over a series: its ends, its best layer, and where nulls are left behind."""
+        found = [(sae, number) for sae in series if (number := self.metric(sae, headline))]
+        defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
+        directed = [
+            n for _, n in defined if any(m.left_behind is not None for m in n.nulls.values())
+        ]
+        lower = self.direction(headline) == "lower is better"
+        best = (min if lower else max)(defined, key=lambda f: f[1].value, default=None)
+        return {
+            "first": defined[0][1].value if defined else math.nan,
+            "last": defined[-1][1].value if defined else math.nan,
+            "best": best[1].value if best else math.nan,
+            "best_at": self.place(best[0]) if best and len(defined) > 1 else "",
+            "n": len(directed),
+            "past_permuted": sum(
+                n.nulls["permuted_classes"].left_behind is True
+                for n in directed
+                if "permuted_classes" in n.nulls
+            ),
+            "past_all": sum(not n.missed for n in directed),
+            "missed": [
+                COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)
+            ],
+        }
+
+    def missed(self, number: MetricResult) -> str:
+        return ", ".join(COLUMNS.get(name, name) for name in number.missed)
+
+    def past_all(self, number: MetricResult) -> bool:
+        judged = [
+            null.left_behind for null in number.nulls.values() if null.left_behind is not None
+        ]
+        return bool(judged) and all(judged)
+
+    def place(self, sae: SAEResult) -> str:
+        return sae.hook_name if sae.layer is None else f"layer {sae.layer}"
+
+    def side_by_side(self, headline: Headline) -> list[tuple[str, list[MetricResult | None]]]:
+        """(place, its number in every series), for comparing."""
+        places = dict.fromkeys(self.place(sae) for series in self.series for sae in series)
+        found = []
+        for place in sorted(places, key=natural_key):
+            row = []
+            for series in self.series:
+                here = [sae for sae in series if self.place(sae) == place]
+                row.append(self.metric(here[0], headline) if here else None)
+            found.append((place, row))
+        return found
+
+    def describe(self, sae: SAEResult) -> str:
+        """A SAE's name, with its hook point where the name does not say it."""
+        return sae.id if sae.hook_name in sae.id else f"{sae.id} ({sae.hook_name})"
+
+    def all_metrics(self, evaluator: str) -> list[tuple[str, list[tuple[SAEResult, MetricResult]]]]:
+        """(metric, its number for every SAE), of one evaluator."""
+        names = dict.fromkeys(
+            metric
+            for sae in self.results.saes
+            if evaluator in sae.evaluators
+            for metric in sae.evaluators[evaluator].metrics
+        )
+        return [
+            (
+                name,
+                [
+                    (sae, sae.evaluators[evaluator].metrics[name])
+                    for series in self.series
+                    for sae in series
+                    if evaluator in sae.evaluators and name in sae.evaluators[evaluator].metrics
+                ],
+            )
+            for name in names
+        ]
+
+    # Charts -------------------------------------------------------------------------------------
+
+    @cached_property
+    def legend(self) -> list[tuple[Markup, str]]:
+        """(line sample, words) of the charts."""
+        if self.compares and self.layered:
+            return [
+                (charts.key(style), series.label)
+                for series, style in zip(self.series, _styles(len(self.series)), strict=True)
+            ] + [(charts.key(_faint(VALUE)), "thin: the same under permuted classes")]
+        computed = [
+            n for n in NULLS if any(n in m.nulls and m.nulls[n].n for *_, m in self.results.rows())
+        ]
+        return [(charts.key(VALUE), "the SAE")] + [
+            (charts.key(NULL_STYLES[name]), COLUMNS.get(name, name)) for name in computed
+        ]
+
+    @property
+    def layered(self) -> bool:
+        """Whether there is a curve to draw."""
+        return any(len(series) > 1 for series in self.series)
+
+    @property
+    def compares(self) -> bool:
+        return len(self.series) > 1
+
+    def charts(self) -> Iterator[dict[str, Any]]:
+        for headline in self.headlines:
+            yield {
+                "title": headline.title,
+                "source": f"{headline.evaluator} / {headline.metric}",
+                "direction": self.direction(headline),
+                "svg": self.chart(headline),
+            }
+
+    def chart(self, headline: Headline) -> Markup:
+        """The metric over layers against its nulls; a row per SAE where there are no layers."""
+        label = f"{headline.title}, over layers"
+        if not self.layered:
+            return charts.dots(
+                {series.label: self._lines(series, headline, VALUE) for series in self.series},
+                label=headline.title,
+            )
+        lines = []
+        for series, style in zip(self.series, _styles(len(self.series)), strict=True):
+            found = self._lines(series, headline, style)
+            if self.compares:
+                permuted = [line for line in found if line.label == COLUMNS["permuted_classes"]]
+                found = [
+                    Line(series.label, found[0].x, found[0].y, style),
+                    *(
+                        Line(f"{series.label}, permuted classes", line.x, line.y, _faint(style))
+                        for line in permuted
+                    ),
+                ]
+            lines += found
+        x_ticks = {x: text for series in self.series for x, text in _positions(series)}
+        layered = all(sae.layer is not None for sae in self.results.saes)
+        return charts.curves(
+            lines,
+            label=label,
+            x_ticks=dict(sorted(x_ticks.items())),
+            x_title="layer" if layered else "hook point",
+        )
+
+    def _lines(self, series: Series, headline: Headline, style: Style) -> list[Line]:
+        numbers = [self.metric(sae, headline) for sae in series]
+        x = [position for position, _ in _positions(series)]
+        lines = [Line("the SAE", x, [n.value if n else math.nan for n in numbers], style)]
+        for name in NULLS:
+            nulls = [n.nulls.get(name) if n else None for n in numbers]
+            mean = [null.mean if null else math.nan for null in nulls]
+            if not any(map(math.isfinite, mean)):
+                continue
+            best = [null.best if null and null.n > 1 else math.nan for null in nulls]
+            lines.append(Line(COLUMNS.get(name, name), x, mean, NULL_STYLES[name], mean, best))
+        return lines
+
+    # Latents, tree, figures -----------------------------------------------------------------------
+
+    def with_latents(self) -> list[SAEResult]:
+        """The SAEs whose latents are shown, the last layer first."""
+        return [
+            sae
+            for series in self.series
+            for sae in reversed(series.saes)
+            if sae.most_specific or sae.least_specific
+        ]
+
+    def thumbnail(self, file: str | None) -> str | None:
+        """A data URI; None where the file is not there."""
+        if file is None or self.results.folder is None:
+            return None
+        path = self.results.folder / file
+        if not path.is_file():
+            return None
+        return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+    @staticmethod
+    def covers(card: LatentCard) -> str:
+        if not math.isfinite(card.generality):
+            return ""
+        n = round(2**card.generality)
+        return "1 class" if n == 1 else f"{n:,} classes"
+
+    @cached_property
+    def icicle(self) -> Icicle:
+        return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
+
+    @property
+    def scale(self) -> list[tuple[str, str]]:
+        return scale()
+
+    @cached_property
+    def covered(self) -> list[tuple[Series, list[SAEResult], SAEResult]]:
+        """(series, its SAEs with node scores, the one of them that covers the tree best)."""
+        found = []
+        for series in self.series:
+            saes = [sae for sae in series if sae.node_f1]
+            if saes:
+                found.append((series, saes, max(saes, key=_mean_f1)))
+        return found[:MAX_DRAWN_TREES]
+
+    def figures(self) -> list[dict[str, str]]:
+        """The evaluators' own figures as JSON for plotly.js."""
+        if not self.interactive or self.results.folder is None:
+            return []
+        found = []
+        for sae in self.results.saes:
+            for evaluator, result in sae.evaluators.items():
+                for name, file in result.figures.items():
+                    path = self.results.folder / file
+                    if path.is_file() and path.stat().st_size <= MAX_FIGURE_BYTES:
+                        title = f"{evaluator} / {name} — {self.describe(sae)}"
+                        found.append({"title": title, "json": _script_json(path)})
+        return found
+
+    def plotly_js(self) -> Markup:
+        return Markup(plotly.offline.get_plotlyjs())
+
+
+def headlines(results: Results) -> list[Headline]:
+    """The metrics worth a column: those of `HEADLINES`, and of every other evaluator its first
+    metric that has a direction."""
+    present = {(evaluator, metric) for _, evaluator, metric, _ in results.rows()}
+    found = [h for h in HEADLINES if (h.evaluator, h.metric) in present]
+    named = {h.evaluator for h in HEADLINES}
+    for evaluator, info in results.evaluators.items():
+        if evaluator in named:
+            continue
+        metrics = [metric for metric in info.directions if (evaluator, metric) in present]
+        directed = [metric for metric in metrics if info.directions[metric] is not None]
+        for metric in (directed or metrics)[:1]:
+            found.append(Headline(evaluator, metric, f"{evaluator}: {metric}".replace("_", " ")))
+    return found
+
+
+def _positions(series: Series) -> list[tuple[float, str]]:
+    """Where each SAE of a series stands on the layer axis, and what is written there."""
+    layers = [sae.layer for sae in series]
+    if None not in layers and len(set(layers)) == len(layers):
+        return [(float(layer or 0), str(layer)) for layer in layers]
+    numbers = [".".join(re.findall(r"\d+", sae.hook_name)) for sae in series]
+    return [(float(i), numbers[i] or sae.hook_name) for i, sae in enumerate(series)]
+
+
+def _styles(n: int) -> list[Style]:
+    return [VALUE] if n == 1 else [RUN_STYLES[i % len(RUN_STYLES)] for i in range(n)]
+
+
+def _faint(style: Style) -> Style:
+    return Style(style.colour, style.marker, "2 3", 1.0)
+
+
+def _mean_f1(sae: SAEResult) -> float:
+    scores: Sequence[float] = [value for value in sae.node_f1.values() if math.isfinite(value)]
+    return sum(scores) / len(scores) if scores else -1.0
+
+
+def _short_count(n: int) -> str:
+    return f"{n:,}"
+
+
+def _script_json(path: Path) -> Markup:
+    """Plotly's JSON, safe inside a script element, without the bulky default template."""
+    figure = json.loads(path.read_text(encoding="utf-8"))
+    layout = figure.setdefault("layout", {})
+    layout["template"] = {}
+    layout.setdefault("margin", {"l": 60, "r": 20, "t": 40, "b": 50})
+    text = json.dumps(figure, ensure_ascii=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

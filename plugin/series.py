@@ -1,0 +1,91 @@
+"""Which SAEs form one curve over layers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .results import NullResult, Results, SAEResult
+
+
+@dataclass(frozen=True)
+class Series:
+    """SAEs that differ in their layer only, shallowest first; `label` is what they share."""
+
+    label: str
+    saes: list[SAEResult]
+
+    def __iter__(self):
+        return iter(self.saes)
+
+    def __len__(self) -> int:
+        return len(self.saes)
+
+    def value(self, sae: SAEResult, evaluator: str, metric: str) -> float | None:
+        found = self._metric(sae, evaluator, metric)
+        return found.value if found else None
+
+    def null(self, sae: SAEResult, evaluator: str, metric: str, name: str) -> NullResult | None:
+        found = self._metric(sae, evaluator, metric)
+        return found.nulls.get(name) if found else None
+
+    @staticmethod
+    def _metric(sae: SAEResult, evaluator: str, metric: str):
+        result = sae.evaluators.get(evaluator)
+        return result.metrics.get(metric) if result else None
+
+
+def natural_key(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts ``blocks.10`` after ``blocks.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def all_series(results: Results) -> list[Series]:
+    """The SAEs of `results` as curves. Names count as the same when they differ only in the numbers
+    of their hook point: ``topk_0`` at block 0 and ``topk_11`` at block 11 are both ``topk_*``."""
+    alone = Counter(sae.run for sae in results.saes)
+    groups: dict[Key, list[SAEResult]] = defaultdict(list)
+    for sae in results.saes:
+        run = sae.run if alone[sae.run] > 1 else ""
+        numbers = re.findall(r"\d+", sae.hook_name)
+        key = (run, _without(sae.name, numbers), _without(sae.hook_name, numbers))
+        groups[key].append(sae)
+    found = []
+    for key, saes in _told_apart(groups):
+        saes.sort(key=lambda sae: natural_key(sae.hook_name))
+        found.append((key if len(saes) > 1 else _own_key(saes[0]), saes))
+    varying = [i for i in range(3) if len({key[i] for key, _ in found}) > 1]
+    return [
+        Series(" · ".join(dict.fromkeys(key[i] for i in varying or [2] if key[i])), saes)
+        for key, saes in found
+    ]
+
+
+Key = tuple[str, str, str]  # run, name and hook point
+
+
+def _told_apart(groups: dict[Key, list[SAEResult]]) -> Iterator[tuple[Key, list[SAEResult]]]:
+    """A curve has one SAE per hook point: where a group has more, each SAE stands for itself."""
+    for key, saes in groups.items():
+        if len({sae.hook_name for sae in saes}) < len(saes):
+            yield from ((_own_key(sae), [sae]) for sae in saes)
+        else:
+            yield key, saes
+
+
+def _own_key(sae: SAEResult) -> Key:
+    return sae.run, sae.name, sae.hook_name
+
+
+def _without(name: str, numbers: list[str]) -> str:
+    for number in numbers:
+        name = re.sub(rf"(?<!\d){number}(?!\d)", "*", name, count=1)
+    return name
+
+
+def layer_of(hook_name: str) -> int | None:
+    """The first whole number in a hook name: 3 of ``blocks.3.hook_resid_post``."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", hook_name)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,74 @@
+"""Which evaluation images choose (fit half) and which are scored, and in what order they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..registry.errors import DataError
+from ..registry.evaluators.nulls import shuffle_labels
+
+
+@dataclass(frozen=True)
+class Split:
+    """A stratified, seeded halving of the evaluation set.
+
+    Args:
+        labels: (n,) class of each image.
+        shuffled: (n,) the labels permuted over the images.
+        order: (n,) positions, the whole fit half first; classes are mixed within a half.
+        n_fit: images in the fit half.
+    """
+
+    labels: np.ndarray
+    shuffled: np.ndarray
+    order: np.ndarray
+    n_fit: int
+
+    @classmethod
+    def halves(cls, labels: np.ndarray, n_classes: int, seed: int = 0) -> Split:
+        """Halve every class; of a class with an odd number, the larger part goes to the half that
+        has fewer images so far.
+
+        Raises:
+            DataError: no image, or a label outside 0 … n_classes−1.
+        """
+        labels = np.asarray(labels, dtype=np.int64)
+        if not len(labels):
+            raise DataError("the evaluation set has no image left")
+        outside = np.unique(labels[(labels < 0) | (labels >= n_classes)])
+        if len(outside):
+            raise DataError(
+                f"labels outside 0 … {n_classes - 1}, the classes of the taxonomy: "
+                f"{', '.join(map(str, outside[:10]))}"
+            )
+        generator = np.random.default_rng(seed)
+        fit, score = [], []
+        n_fit = n_score = 0
+        for label in range(n_classes):
+            members = generator.permutation(np.flatnonzero(labels == label))
+            half = (len(members) + (n_fit <= n_score)) // 2
+            fit.append(members[:half])
+            score.append(members[half:])
+            n_fit, n_score = n_fit + half, n_score + len(members) - half
+        order = [generator.permutation(np.concatenate(part)) for part in (fit, score)]
+        return cls(labels, shuffle_labels(labels, seed), np.concatenate(order), n_fit)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def n_score(self) -> int:
+        return len(self) - self.n_fit
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """(positions, whether they are of the fit half); no batch mixes the halves."""
+        for is_fit, half in ((True, self.order[: self.n_fit]), (False, self.order[self.n_fit :])):
+            for start in range(0, len(half), size):
+                yield half[start : start + size], is_fit
+
+    def sample(self, size: int) -> np.ndarray:
+        """Positions of up to `size` fit images."""
+        return self.order[: min(size, self.n_fit)]

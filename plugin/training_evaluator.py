@@ -1,0 +1,108 @@
+"""Evaluators during training, in the evaluator slot of SAELens's trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..hooks.cache import ActivationCache
+from ..registry.evaluators.base import Evaluator
+from ..registry.table import EVALUATORS
+from ..registry.taxonomies.load import load_taxonomy
+from ..registry.taxonomies.taxonomy import Taxonomy
+from .held_out import Choice
+from .measure import Bench, Images, SAELatents
+from .split import Split
+from .wandb_log import metric_items
+
+TRAINING_PERMUTATIONS = 3
+MAX_TRAINING_IMAGES = 2000
+
+
+class TrainingEvaluator:
+    """Measures a SAE that is being trained, on held-out activations kept in memory.
+
+    Called as SAELens calls an evaluator of one SAE; `__call__` gives the flat metrics
+    ``eval/<evaluator>/<metric>`` and ``eval/<evaluator>/<metric>/permuted_classes``. Only this null
+    is computed here: it costs no further pass, and it is the one that matters.
+
+    The random state of torch and numpy is left as it was. A BatchTopK SAE is measured as it trains,
+    with its k over batches of these images.
+
+    Args:
+        images: hook point -> held-out activations.
+        labels: (n,) their classes.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, Images],
+        labels: np.ndarray,
+        taxonomy: Taxonomy,
+        evaluators: Mapping[str, tuple[type[Evaluator[Any]], Any]],
+        *,
+        n_permutations: int = TRAINING_PERMUTATIONS,
+        aggregate: str = "max",
+        seed: int = 0,
+    ) -> None:
+        self.images = dict(images)
+        self.bench = Bench(
+            taxonomy=taxonomy,
+            split=Split.halves(labels, len(taxonomy.classes), seed),
+            chosen=evaluators,
+            nulls=("permuted_classes",),
+            n_permutations=n_permutations,
+            seed=seed,
+            aggregate=aggregate,
+        )
+
+    def __call__(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, float]:
+        """Metrics of one SAE, of the hook point in its metadata."""
+        return self.measure(sae, sae.cfg.metadata.hook_name, activation_scaler)
+
+    def measure(self, sae: Any, hook_name: str, activation_scaler: Any = None) -> dict[str, float]:
+        """Metrics of one SAE; `activation_scaler` is what training multiplies its inputs by."""
+        numpy_state = np.random.get_state()
+        with torch.random.fork_rng(devices=_devices(sae)):
+            latents = SAELatents(sae, activation_scaler)
+            done = self.bench.run(latents, self.images[hook_name])
+            metrics = self.bench.metrics(done)
+        np.random.set_state(numpy_state)
+        flat: dict[str, float] = {}
+        for evaluator, numbers in metrics.items():
+            for metric, number in numbers.items():
+                flat |= metric_items(f"eval/{evaluator}/{metric}", number)
+        return flat
+
+
+def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
+    """The training evaluator that a runner's config asks for, its activations computed now.
+
+    Args:
+        cfg: a vision runner config with `evaluators` and `taxonomy`; images come from
+            `eval_dataset_path` (else dataset_path) and `eval_split` (else validation or test), at
+            most `eval_max_images` (2,000) of them.
+        model: the tapped vision model.
+    """
+    choice = Choice(
+        dataset_path=cfg.eval_dataset_path or cfg.dataset_path,
+        split=cfg.eval_split,
+        image_column=cfg.image_column,
+        label_column=cfg.label_column,
+        max_images=cfg.eval_max_images or MAX_TRAINING_IMAGES,
+    )
+    images, _ = choice.load()
+    images.require_labels()
+    taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
+    chosen = {name: (EVALUATORS[name], None) for name in cfg.evaluators}
+    hook_names = list(dict.fromkeys(cfg.sae_hook_names.values()))
+    cache = ActivationCache.build(model, images, hook_names)
+    return TrainingEvaluator({}, cache.labels, taxonomy, chosen)
+
+
+def _devices(sae: Any) -> list[Any]:
+    device = torch.device(sae.device)
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,238 @@
+"""Results into Weights & Biases, under the names that docs/wandb.md fixes.
+
+W&B is never worth a run: where it cannot be reached, or refuses the key, logging goes on offline
+with a warning that says how to sync it later.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.io
+import wandb
+
+from ..registry.errors import ConfigError
+from .results import RESULTS_FILENAME, MetricResult, Results, SAEResult
+from .series import Series, all_series
+
+logger = logging.getLogger(__name__)
+
+WANDB_MODES = ("online", "offline", "disabled")
+MAX_TABLE_ROWS = 1000  # the whole tables are in the artifact
+
+
+def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init: Any) -> str:
+    """Start the W&B run, or fall back to one that cannot fail. Returns the mode in effect.
+
+    Called before SAELens's own `wandb.init`, which then finds this run instead of starting (and
+    failing to start) its own. After a fall-back `WANDB_MODE` is set for the process, so that
+    nothing later in it waits for W&B again.
+
+    Args:
+        mode: "online", "offline" or "disabled"; None leaves it to W&B's own settings.
+        init_timeout: seconds to wait for W&B to answer.
+        init: arguments of `wandb.init`: project, entity, name, id, config, dir, group, ...
+    """
+    if mode is not None and mode not in WANDB_MODES:
+        raise ConfigError(f"wandb mode is {mode!r}; choose one of {', '.join(WANDB_MODES)}")
+    if mode is not None:
+        os.environ["WANDB_MODE"] = mode
+    for attempt in dict.fromkeys((mode, "offline", "disabled")):
+        try:
+            settings = wandb.Settings(init_timeout=init_timeout)
+            run = wandb.init(mode=attempt, settings=settings, **init)  # type: ignore[arg-type]
+        except Exception as error:  # W&B raises its own, network and file errors alike
+            following = "disabled" if attempt == "offline" else "offline"
+            os.environ["WANDB_MODE"] = following
+            logger.warning("W&B could not start (%s); going on %s.", _first_line(error), following)
+            continue
+        if run.settings.mode == "offline" and mode in (None, "online"):
+            logger.warning(
+                "W&B logs offline; upload it later with: wandb sync %s", Path(run.dir).parent
+            )
+        return "disabled" if run.disabled else run.settings.mode
+    raise AssertionError("wandb.init(mode='disabled') does nothing that could fail")
+
+
+def log_results(
+    results: Results,
+    *,
+    mode: str | None = None,
+    report: str | Path | None = None,
+    saes: Mapping[str, str | Path] | None = None,
+    **init: Any,
+) -> str | None:
+    """Log `results` into the active W&B run, or into a new one, which is finished afterwards.
+
+    Call it when everything is saved: whatever goes wrong here is a warning.
+
+    Args:
+        report: report.html, to go into the artifact beside results.json.
+        saes: SAE id -> folder, to be logged as artifacts of type "model".
+        init: arguments of `wandb.init` for a new run.
+
+    Returns:
+        the folder of the W&B run; None where W&B is disabled or failed.
+    """
+    started = wandb.run is None
+    try:
+        if started:
+            ensure_wandb(mode, job_type="evaluate", config=_config(results), **init)
+        run = wandb.run
+        assert run is not None
+        if run.disabled:
+            return None
+        if not started:
+            run.config.update({"evaluation": _config(results)}, allow_val_change=True)
+        run.define_metric("layers/*", step_metric="layers/layer")
+        run.log(flat_metrics(results))
+        for series, prefix in _prefixed_series(results):
+            if prefix:
+                run.define_metric(f"{prefix}layers/*", step_metric=f"{prefix}layers/layer")
+            for row in layer_rows(series):
+                run.log({f"{prefix}{key}": value for key, value in row.items()})
+        run.log(dict(_charts(results)) | dict(_tables(results)) | dict(_figures(results)))
+        for artifact in _artifacts(results, report, saes or {}):
+            run.log_artifact(artifact)
+        return str(Path(run.dir).parent)
+    except Exception as error:
+        if isinstance(error, ConfigError):
+            raise
+        logger.warning(
+            "W&B logging failed (%s); the results are safe in %s",
+            _first_line(error),
+            results.folder or RESULTS_FILENAME,
+        )
+        return None
+    finally:
+        if started and wandb.run is not None:
+            wandb.finish()
+
+
+def flat_metrics(results: Results) -> dict[str, float]:
+    """``[<sae>/]eval/<evaluator>/<metric>`` and, per null, ``…/<metric>/<null>`` -> number."""
+    flat: dict[str, float] = {}
+    for sae, evaluator, metric, number in results.rows():
+        prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
+        flat |= metric_items(f"{prefix}eval/{evaluator}/{metric}", number)
+    return flat
+
+
+def metric_items(key: str, number: MetricResult) -> dict[str, float]:
+    """A number and its nulls as W&B scalars; what is undefined is left out."""
+    items = {key: number.value} | {f"{key}/{n}": null.mean for n, null in number.nulls.items()}
+    return {name: value for name, value in items.items() if math.isfinite(value)}
+
+
+def layer_rows(series: Series) -> Iterator[dict[str, float]]:
+    """One row per layer: ``layers/layer``, ``layers/<evaluator>/<metric>`` and its nulls."""
+    for position, sae in enumerate(series):
+        row: dict[str, float] = {"layers/layer": position if sae.layer is None else sae.layer}
+        for evaluator, result in sae.evaluators.items():
+            for metric, number in result.metrics.items():
+                row |= metric_items(f"layers/{evaluator}/{metric}", number)
+        yield row
+
+
+def _prefixed_series(results: Results) -> list[tuple[Series, str]]:
+    found = [series for series in all_series(results) if len(series) > 1]
+    return [(series, f"{series.label}/" if len(found) > 1 else "") for series in found]
+
+
+def _charts(results: Results) -> Iterator[tuple[str, Any]]:
+    """Per metric one chart over layers that shows the value and its nulls together."""
+    for series, prefix in _prefixed_series(results):
+        rows = list(layer_rows(series))
+        for evaluator, metric in results.metric_names():
+            key = f"layers/{evaluator}/{metric}"
+            lines = [k for k in dict.fromkeys(k for row in rows for k in row) if _below(k, key)]
+            if lines:
+                yield (
+                    f"{prefix}charts/{evaluator}/{metric}",
+                    wandb.plot.line_series(
+                        xs=[row["layers/layer"] for row in rows],
+                        ys=[[row.get(line, math.nan) for row in rows] for line in lines],
+                        keys=[line.removeprefix(key).strip("/") or "value" for line in lines],
+                        title=f"{evaluator} / {metric}",
+                        xname="layer",
+                    ),
+                )
+
+
+def _below(name: str, key: str) -> bool:
+    return name == key or name.startswith(f"{key}/")
+
+
+def _tables(results: Results) -> Iterator[tuple[str, Any]]:
+    frame = results.frame()
+    frame["layer"] = frame["layer"].astype(float)
+    yield "tables/summary", wandb.Table(dataframe=frame)
+    for sae, evaluator, name, file in _files(results, "tables"):
+        prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
+        table = pd.read_csv(file, nrows=MAX_TABLE_ROWS)
+        yield f"{prefix}tables/{evaluator}/{name}", wandb.Table(dataframe=table)
+
+
+def _figures(results: Results) -> Iterator[tuple[str, Any]]:
+    for sae, evaluator, name, file in _files(results, "figures"):
+        prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
+        figure = plotly.io.from_json(file.read_text(encoding="utf-8"))
+        yield f"{prefix}figures/{evaluator}/{name}", wandb.Plotly(figure)
+
+
+def _files(results: Results, kind: str) -> Iterator[tuple[SAEResult, str, str, Path]]:
+    if results.folder is None:
+        return
+    for sae in results.saes:
+        for evaluator, result in sae.evaluators.items():
+            for name, file in getattr(result, kind).items():
+                yield sae, evaluator, name, results.folder / file
+
+
+def _artifacts(
+    results: Results, report: str | Path | None, saes: Mapping[str, str | Path]
+) -> Iterator[Any]:
+    if results.folder is not None:
+        artifact = wandb.Artifact("taxolens-results", type="evaluation")
+        artifact.add_file(str(results.folder / RESULTS_FILENAME))
+        if report is not None:
+            artifact.add_file(str(report), name="report.html")
+        for kind in ("tables", "figures"):
+            if (results.folder / kind).is_dir():
+                artifact.add_dir(str(results.folder / kind), name=kind)
+        yield artifact
+    for name, folder in saes.items():
+        artifact = wandb.Artifact(_artifact_name(name), type="model")
+        for file in sorted(Path(folder).iterdir()):
+            if file.suffix in (".json", ".safetensors"):
+                artifact.add_file(str(file))
+        yield artifact
+
+
+def _artifact_name(name: str) -> str:
+    # W&B allows alphanumerics, dashes, underscores and dots only.
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def _config(results: Results) -> dict[str, Any]:
+    return {
+        "settings": results.settings,
+        "provenance": results.provenance,
+        "dataset": {
+            "path": results.dataset.path,
+            "split": results.dataset.split,
+            "n_images": results.dataset.n_images,
+            "fingerprint": results.dataset.fingerprint,
+        },
+        "taxonomy": results.taxonomy.name,
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
