@@ -32,3 +32,20 @@ class DataError(TaxolensError):
 
 class CheckpointError(TaxolensError):
     """A checkpoint is torn, truncated, or belongs to another run."""
+
+
+class CorruptImageError(DataError):
+    """One image that cannot be read. The message names its index, its source and the reason."""
+
+    def __init__(self, index: int, source: str, reason: str) -> None:
+        super().__init__(index, source, reason)
+        self.index = index
+        self.source = source
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"image {self.index} ({self.source}) cannot be read: {self.reason}"
+
+
+class DivergedError(TaxolensError):
+    """Training went to NaN or infinity. The checkpoints before that are whole."""

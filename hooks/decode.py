@@ -1,0 +1,65 @@
+"""Bytes of one picture -> an RGB image, whatever the file format and colour mode.
+
+- Pictures are turned upright by their EXIF orientation.
+- Transparency (alpha channels, transparent palette entries) is composited onto white, as the
+  image processors of transformers do.
+- 16-bit grey is scaled to 8 bits (65535 becomes 255) rather than clipped; so is 32-bit integer
+  grey, whose values are taken to be 16-bit ones. Floating-point grey is read as [0, 1] when no
+  value is above 1 and as [0, 255] otherwise.
+- CMYK, YCbCr, HSV, grey, palette and bilevel pictures are converted by Pillow; colour profiles are
+  ignored, as vision models' own training pipelines do. Of an animation the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The picture in `data` as an upright image of mode RGB.
+
+    Raises:
+        ValueError: the bytes are no picture, are truncated or damaged; the message says which.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; the pixels are what counts
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                return _to_rgb(_upright(image))
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        reason = str(error).split(" <_io.BytesIO", 1)[0] or type(error).__name__
+        raise ValueError(reason) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64) / 257.0
+        return _from_grey(grey)
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        return _from_grey(grey * 255.0 if grey.max() <= 1.0 else grey)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "PA"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_grey(grey: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,502 @@
+import io
+import logging
+import multiprocessing
+import pickle
+import threading
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from taxolens.hooks.decode import decode_rgb
+from taxolens.hooks.images import ImageDataset, ImageLoader, load_images
+from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf_cache"))
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def plain(red, size=(6, 5)):
+    return Image.new("RGB", size, (red, 0, 0))
+
+
+def hf_dataset(n=6, names=("ant", "bee", "cat"), corrupt=()):
+    cells = [
+        {"bytes": b"no picture" if i in corrupt else encoded(plain(i * 10)), "path": f"{i}.png"}
+        for i in range(n)
+    ]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
+    )
+    labels = [i % len(names) for i in range(n)]
+    return datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+
+def class_folders(root, tree):
+    for folder, reds in tree.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for red in reds:
+            plain(red).save(root / folder / f"{red:03}.png")
+    return root
+
+
+def reds(images):
+    return [images.decode(i).getpixel((0, 0))[0] for i in range(len(images))]
+
+
+# -- decoding -----------------------------------------------------------------------------------
+
+
+def corner(data):
+    image = decode_rgb(data)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+def test_grey_is_repeated_over_the_channels():
+    assert corner(encoded(Image.new("L", (3, 3), 90))) == (90, 90, 90)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(kind):
+    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    image = decode_rgb(encoded(Image.fromarray(values), kind))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_floating_point_grey_in_the_unit_range_or_in_bytes():
+    unit = np.array([[0.0, 0.2, 1.0]], dtype=np.float32)
+    assert np.asarray(decode_rgb(encoded(Image.fromarray(unit), "TIFF")))[0, :, 1].tolist() == [
+        *(0, 51, 255)
+    ]
+    byte = np.array([[0.0, 51.0, 300.0]], dtype=np.float32)
+    assert np.asarray(decode_rgb(encoded(Image.fromarray(byte), "TIFF")))[0, :, 1].tolist() == [
+        *(0, 51, 255)
+    ]
+
+
+def test_cmyk_jpeg():
+    red, green, blue = corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_alpha_is_composited_onto_white():
+    assert corner(encoded(Image.new("RGBA", (3, 3), (200, 0, 0, 0)))) == (255, 255, 255)
+    assert corner(encoded(Image.new("RGBA", (3, 3), (200, 0, 0, 255)))) == (200, 0, 0)
+    assert corner(encoded(Image.new("LA", (3, 3), (0, 0)))) == (255, 255, 255)
+
+
+def test_palette_with_and_without_transparency():
+    image = Image.new("P", (3, 3), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    assert corner(encoded(image)) == (0, 0, 255)
+    assert corner(encoded(image, transparency=1)) == (255, 255, 255)
+    assert corner(encoded(image, transparency=0)) == (0, 0, 255)
+    assert corner(encoded(image, "GIF", transparency=1)) == (255, 255, 255)
+
+
+def test_exif_rotation():
+    image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    upright = decode_rgb(encoded(image, exif=exif))
+    assert upright.size == (2, 4)
+    assert upright.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "cannot identify"),
+        (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:900], "(?i)truncated"),
+        (encoded(Image.effect_noise((64, 64), 50))[:900], "(?i)truncated|broken"),
+    ],
+)
+def test_damaged_bytes_say_why(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        decode_rgb(data)
+
+
+# -- where images come from ---------------------------------------------------------------------
+
+
+def test_class_folders(tmp_path):
+    class_folders(tmp_path, {"cat": [40, 30], "ant": [10]})
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    images = load_images(tmp_path)
+    assert images.class_names == ["ant", "cat"]
+    assert images.labels.tolist() == [0, 1, 1]
+    assert images.labels.dtype == np.int64
+    assert reds(images) == [10, 30, 40]
+    assert images.source(2) == "cat/040.png"
+
+
+def test_nested_class_folders_are_called_after_the_innermost_folder(tmp_path):
+    class_folders(tmp_path, {"animal/dog": [1], "animal/other": [2], "thing/other": [3]})
+    images = load_images(tmp_path)
+    assert images.class_names == ["animal/other", "dog", "thing/other"]
+    assert reds(images) == [2, 1, 3]
+
+
+def test_class_folders_below_split_folders(tmp_path):
+    class_folders(tmp_path, {"train/cat": [1, 2], "train/dog": [3], "val/cat": [4]})
+    assert reds(load_images(tmp_path, split="train")) == [1, 2, 3]
+    assert reds(load_images(tmp_path, split="validation")) == [4]
+    assert reds(load_images(tmp_path, split="train[:2]")) == [1, 2]
+    with pytest.raises(ConfigError, match=r"split='test'.*allowed: train, validation, val"):
+        load_images(tmp_path, split="test")
+
+
+def test_class_folders_without_splits_are_train(tmp_path):
+    class_folders(tmp_path, {"train": [1], "bus": [2]})  # a train, the vehicle
+    assert load_images(tmp_path).class_names == ["bus", "train"]
+    with pytest.raises(ConfigError, match="no such split; allowed: train"):
+        load_images(tmp_path, split="validation")
+
+
+def test_a_folder_of_images_alone_has_no_labels(tmp_path):
+    class_folders(tmp_path, {".": [7, 8]})
+    images = load_images(tmp_path)
+    assert reds(images) == [7, 8]
+    assert images.labels.tolist() == [-1, -1]
+    with pytest.raises(ConfigError, match=r"label_column.*no column of labels"):
+        images.require_labels()
+
+
+def test_folder_with_split_files_and_the_hub_call(tmp_path):
+    hf_dataset(6).to_parquet(tmp_path / "train.parquet")
+    hf_dataset(2).to_parquet(tmp_path / "validation.parquet")
+    images = load_images(tmp_path)
+    assert images.class_names == ["ant", "bee", "cat"]
+    assert reds(images) == [0, 10, 20, 30, 40, 50]
+    assert len(load_images(tmp_path, split="validation")) == 2
+    assert len(load_images(tmp_path, split="train[:50%]")) == 3
+    with pytest.raises(ConfigError, match=r"split='nope'.*\['train', 'validation'\]"):
+        load_images(tmp_path, split="nope")
+    with pytest.raises(ConfigError, match=r"split='nope'.*\['train', 'validation'\]"):
+        load_images(tmp_path, split="nope", streaming=True)
+
+
+def test_repository_with_a_card_and_configurations(tmp_path):
+    hf_dataset(6).to_parquet(tmp_path / "small.parquet")
+    hf_dataset(9).to_parquet(tmp_path / "large.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: small\n  data_files: [{split: train, path: small.parquet}]\n"
+        "- config_name: large\n  data_files: [{split: train, path: large.parquet}]\n---\n"
+    )
+    assert len(load_images(tmp_path, name="small")) == 6
+    assert len(load_images(tmp_path, name="large")) == 9
+    with pytest.raises(ConfigError, match="Config name is missing"):
+        load_images(tmp_path)
+    with pytest.raises(ConfigError, match="name='huge'"):
+        load_images(tmp_path, name="huge")
+
+
+def test_image_folder_with_metadata(tmp_path):
+    class_folders(tmp_path, {".": [7, 8]})
+    (tmp_path / "metadata.csv").write_text("file_name,label\n007.png,dog\n008.png,cat\n")
+    images = load_images(tmp_path)
+    assert images.class_names == ["cat", "dog"]
+    assert images.labels.tolist() == [1, 0]
+    assert reds(images) == [7, 8]
+
+
+def test_files_and_patterns_know_their_split(tmp_path):
+    hf_dataset(4).to_parquet(tmp_path / "train-0.parquet")
+    hf_dataset(5).to_parquet(tmp_path / "train-1.parquet")
+    hf_dataset(2).to_parquet(tmp_path / "val.parquet")
+    assert len(load_images(tmp_path / "train-1.parquet")) == 5
+    assert len(load_images(tmp_path / "*.parquet")) == 9
+    assert len(load_images(tmp_path / "*.parquet", split="validation")) == 2
+    with pytest.raises(ConfigError, match="validation"):
+        load_images(tmp_path / "train-0.parquet", split="validation")
+    with pytest.raises(ConfigError, match="no file matches"):
+        load_images(tmp_path / "*.arrow")
+
+
+def test_saved_to_disk(tmp_path):
+    both = datasets.DatasetDict({"train": hf_dataset(6), "test": hf_dataset(2)})
+    both.save_to_disk(tmp_path / "both")
+    hf_dataset(4).save_to_disk(tmp_path / "one")
+    assert len(load_images(tmp_path / "both", split="test")) == 2
+    assert reds(load_images(tmp_path / "one", split="train[1:3]")) == [10, 20]
+    with pytest.raises(ConfigError, match="allowed: train, test"):
+        load_images(tmp_path / "both", split="validation")
+    assert len(load_images(both, split="test")) == 2
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        load_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images found"):
+        load_images(tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ConfigError, match=r"files of kind \.txt"):
+        load_images(tmp_path / "notes.txt")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_images(tmp_path / "torn.parquet")
+
+
+def test_an_empty_dataset():
+    with pytest.raises(DataError, match="is empty"):
+        load_images(hf_dataset(0))
+
+
+# -- columns ------------------------------------------------------------------------------------
+
+
+def test_columns_are_found_without_declared_features(tmp_path):
+    table = pa.table(
+        {
+            "img": [encoded(plain(i)) for i in range(4)],
+            "synset": ["n02", "n01", None, "n02"],
+            "note": ["a", "b", "c", "d"],
+        }
+    )
+    pq.write_table(table, tmp_path / "data.parquet")
+    images = load_images(tmp_path / "data.parquet")
+    assert (images.image_column, images.label_column) == ("img", "synset")
+    assert images.class_names == ["n01", "n02"]
+    assert images.labels.tolist() == [1, 0, -1, 1]
+    assert reds(images) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"1 of 4 images have no label.*image 2"):
+        images.require_labels()
+
+
+def test_whole_numbers_without_names_become_text():
+    data = hf_dataset(4).cast_column("label", datasets.Value("int64"))
+    data = data.remove_columns("label").add_column("label", [10, 9, 9, 200])
+    images = load_images(data)
+    assert images.class_names == ["9", "10", "200"]
+    assert images.labels.tolist() == [1, 0, 0, 2]
+
+
+def test_paths_as_text_when_named(tmp_path):
+    plain(77).save(tmp_path / "a.png")
+    data = datasets.Dataset.from_dict({"file": [str(tmp_path / "a.png")], "label": ["x"]})
+    with pytest.raises(ConfigError, match=r"no column holds images; columns: file \(string\), "):
+        load_images(data)
+    assert reds(load_images(data, image_column="file")) == [77]
+
+
+def test_ambiguous_and_missing_columns():
+    data = hf_dataset(3)
+    right = datasets.Dataset.from_dict({"right": data["image"]})
+    twice = datasets.concatenate_datasets([data.rename_column("image", "left"), right], axis=1)
+    with pytest.raises(ConfigError, match=r"several columns hold images \(left, right\)"):
+        load_images(twice)
+    assert load_images(twice, image_column="right").image_column == "right"
+    with pytest.raises(
+        ConfigError, match=r"image_column='pic'.*image \(Image\), label \(ClassLabel\)"
+    ):
+        load_images(data, image_column="pic")
+    with pytest.raises(ConfigError, match="label_column='kind': no such column"):
+        load_images(data, label_column="kind")
+    fine = data.rename_column("label", "fine_label")
+    both = fine.add_column("coarse_label", [0, 0, 1], feature=datasets.ClassLabel(num_classes=2))
+    with pytest.raises(
+        ConfigError, match=r"several columns hold labels \(fine_label, coarse_label\)"
+    ):
+        load_images(both)
+    assert load_images(both, label_column="coarse_label").class_names == ["0", "1"]
+
+
+def test_a_label_column_of_lists_is_refused():
+    data = hf_dataset(2).remove_columns("label").add_column("label", [[1, 2], [3]])
+    with pytest.raises(ConfigError, match="one whole number or text"):
+        load_images(data, label_column="label")
+    assert load_images(data).label_column is None
+
+
+# -- subsets, identity, streaming ---------------------------------------------------------------
+
+
+def test_max_images_takes_the_start_of_a_seeded_permutation():
+    data = hf_dataset(20)
+    few, more = load_images(data, max_images=5), load_images(data, max_images=9)
+    assert len(few) == 5 and len(few.labels) == 5
+    assert reds(few) == sorted(reds(few)) and set(reds(few)) < set(reds(more))
+    assert few.labels.tolist() == [red // 10 % 3 for red in reds(few)]
+    assert len(load_images(data, max_images=99)) == 20
+    with pytest.raises(ConfigError, match="max_images=0"):
+        load_images(data, max_images=0)
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    tree = {"cat": [1, 2], "dog": [3]}
+    one = load_images(class_folders(tmp_path / "one", tree)).fingerprint
+    assert one == load_images(class_folders(tmp_path / "two", tree)).fingerprint
+    changed = load_images(class_folders(tmp_path / "three", {"cat": [1, 2], "dog": [4]}))
+    renamed = load_images(class_folders(tmp_path / "four", {"cat": [1, 2], "cow": [3]}))
+    assert len({one, changed.fingerprint, renamed.fingerprint}) == 3
+
+
+def test_streaming(tmp_path):
+    hf_dataset(12).to_parquet(tmp_path / "train.parquet")
+    images = load_images(tmp_path, streaming=True)
+    assert images.is_streaming and images.class_names == ["ant", "bee", "cat"]
+    plain_order = list(images.stream())
+    assert [raw.index for raw in plain_order] == list(range(12))
+    assert [raw.path for raw in plain_order] == [f"{i}.png" for i in range(12)]
+    assert [raw.label for raw in plain_order] == [0, 1, 2] * 4
+
+    def order(**options):
+        return [raw.path for raw in images.stream(shuffle_buffer=4, **options)]
+
+    first = order(seed=3, epoch=0)
+    assert first == order(seed=3, epoch=0)
+    assert sorted(first) == sorted(raw.path for raw in plain_order)
+    assert len({tuple(first), tuple(order(seed=3, epoch=1)), tuple(order(seed=4, epoch=0))}) == 3
+    assert order(seed=3, epoch=0, skip=5) == first[5:]
+    assert len(list(load_images(tmp_path, streaming=True, max_images=5).stream())) == 5
+    with pytest.raises(TypeError, match="streaming"):
+        len(images)
+    with pytest.raises(ConfigError, match="streaming=False"):
+        images.decode(0)
+    assert images.fingerprint == load_images(tmp_path, streaming=True).fingerprint
+
+
+def test_streaming_without_declared_features():
+    def examples():
+        for i in range(3):
+            yield {"jpg": encoded(plain(i)), "cls": i}
+
+    images = load_images(datasets.IterableDataset.from_generator(examples))
+    assert (images.image_column, images.label_column) == ("jpg", "cls")
+    assert [raw.label for raw in images.stream()] == [0, 1, 2]
+
+
+# -- the loader ---------------------------------------------------------------------------------
+
+
+def red_pixels(image):
+    """A stand-in for preprocessing; at module level so that worker processes find it."""
+    return np.asarray(image, dtype=np.float32)[:3, :3, :].transpose(2, 0, 1).copy()
+
+
+def test_corrupt_images_are_named(tmp_path):
+    images = load_images(hf_dataset(3, corrupt=[1]))
+    with pytest.raises(CorruptImageError, match=r"image 1 .1\.png. cannot be read: cannot id") as e:
+        images.decode(1)
+    assert e.value.index == 1
+    folder = load_images(class_folders(tmp_path, {"cat": [1]}))
+    (tmp_path / "cat" / "001.png").unlink()
+    with pytest.raises(CorruptImageError, match=r"cat/001\.png.*cannot be opened"):
+        folder.decode(0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_keeps_order_skips_and_names_corrupt_images(num_workers, caplog):
+    images = load_images(hf_dataset(100, corrupt=[3, 11]))
+    loader = ImageLoader(
+        images, _first_pixel, batch_size=4, num_workers=num_workers, max_corrupt_share=0.05
+    )
+    wanted = [5, 3, 2, 9, 11, 8, 7, 0, 1]
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader.batches(wanted))
+        again = list(loader.batches(iter(wanted)))
+    assert torch.equal(before, torch.get_rng_state())
+    assert [b.indices.tolist() for b in batches] == [[5, 2, 9], [8, 7, 0], [1]]
+    assert batches[0].pixel_values.dtype == torch.float32
+    assert batches[0].pixel_values[:, 0, 0, 0].tolist() == [50.0, 20.0, 90.0]
+    assert batches[0].labels.tolist() == [2, 2, 0]
+    assert torch.equal(again[1].pixel_values, batches[1].pixel_values)
+    assert sorted(loader.failures) == [3, 11]
+    assert loader.failures[3].startswith("3.png: cannot identify")
+    messages = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
+    assert len(messages) == 2 and "image 3 (3.png)" in messages[0]
+    assert not multiprocessing.active_children() or num_workers == 0
+
+
+# Worker processes can import functions of installed modules only, not of this test file.
+_first_pixel = pickle.loads(
+    pickle.dumps(
+        __import__("taxolens.hooks.preprocess", fromlist=["x"]).PilPreprocess(
+            size=None, crop=(1, 1), rescale=None
+        )
+    )
+)
+
+
+def test_loader_in_a_background_thread_with_workers():
+    images = load_images(hf_dataset(24))
+    loader = ImageLoader(images, _first_pixel, batch_size=5, num_workers=2)
+    batches = []
+    thread = threading.Thread(target=lambda: batches.extend(loader.batches(range(24))))
+    thread.start()
+    thread.join(120)
+    assert not thread.is_alive()
+    assert torch.cat([b.indices for b in batches]).tolist() == list(range(24))
+
+
+def test_groups_keep_their_borders():
+    loader = ImageLoader(load_images(hf_dataset(6, corrupt=[2])), red_pixels, batch_size=9)
+    batches = list(loader.grouped([[0, 1], [2], [3, 4, 5]]))
+    assert [b.indices.tolist() for b in batches] == [[0, 1], [], [3, 4, 5]]
+    assert batches[1].failures[0][:2] == (2, "2.png")
+
+
+def test_too_many_corrupt_images_stop_the_work():
+    images = load_images(hf_dataset(50, corrupt=range(0, 50, 10)))
+    loader = ImageLoader(images, red_pixels, batch_size=8, max_corrupt_share=0.05)
+    with pytest.raises(DataError, match=r"max_corrupt_share=0\.05.*image 0 \(0\.png: cannot"):
+        list(loader.batches(range(50)))
+    assert loader.n_processed >= 20
+    allowed = ImageLoader(images, red_pixels, batch_size=8, max_corrupt_share=0.1)
+    assert sum(len(b) for b in allowed.batches(range(50))) == 45
+
+
+def test_one_early_corrupt_image_does_not_stop_a_long_run():
+    images = load_images(hf_dataset(150, corrupt=[0]))
+    loader = ImageLoader(images, red_pixels, batch_size=10, max_corrupt_share=0.01)
+    assert sum(len(b) for b in loader.batches(range(150))) == 149
+
+
+def test_a_stream_of_corrupt_images_stops_although_its_length_is_unknown(tmp_path):
+    hf_dataset(60, corrupt=range(0, 60, 2)).to_parquet(tmp_path / "train.parquet")
+    images = load_images(tmp_path, streaming=True)
+    loader = ImageLoader(images, red_pixels, batch_size=8)
+    with pytest.raises(DataError, match="are corrupt"):
+        list(loader.batches(images.stream()))
+    assert loader.n_processed == 24
+
+
+def test_different_shapes_are_explained(tmp_path):
+    plain(1, (8, 8)).save(tmp_path / "a.png")
+    plain(2, (9, 8)).save(tmp_path / "b.png")
+
+    def as_it_is(image):
+        return np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
+
+    with pytest.raises(ConfigError, match=r"image_size.*different shapes"):
+        list(ImageLoader(load_images(tmp_path), as_it_is, batch_size=2).batches([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"num_workers": -1}, {"max_corrupt_share": 1.5}]
+)
+def test_loader_options_are_checked(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        ImageLoader(load_images(hf_dataset(2)), red_pixels, **{"batch_size": 1, **options})
+
+
+def test_repr_says_what_it_is():
+    assert repr(ImageDataset(hf_dataset(3), name="x")) == "ImageDataset('x', 3 images, 3 classes)"
