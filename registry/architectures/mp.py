@@ -21,22 +21,15 @@ from typing import Any
 
 import torch
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAEConfig
-from sae_lens.saes.sae import (
-    SAEConfig,
-    TrainCoefficientConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-)
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
 from .pursuit import MAX_GRAM_BYTES, Codes, GramCache, matching_pursuit
-from .step_clock import StepClock
-from .unit_dictionary import UnitDictionary, check_tied_config, full_precision
+from .pursuit_training import PursuitTrainingSAE
+from .unit_dictionary import check_pursuit_config
 
 
 @dataclass
@@ -69,13 +62,9 @@ class MPTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
-        check_tied_config(self, self.k)
+        check_pursuit_config(self)
         if not 0 <= self.atom_dropout < 1:
             raise ConfigError(f"atom_dropout must be in [0, 1), got {self.atom_dropout}.")
-        if self.residual_threshold < 0:
-            raise ConfigError(
-                f"residual_threshold must not be negative, got {self.residual_threshold}."
-            )
         super().__post_init__()
 
     @override
@@ -94,117 +83,35 @@ class MPTrainingSAEConfig(TrainingSAEConfig):
         }
 
 
-class MPTrainingSAE(UnitDictionary, TrainingSAE[MPTrainingSAEConfig]):
-    """Trains `mp`. `hook_sae_acts_pre` sees the correlations with the input; editing them there
-    has no effect, as a pursuit has no single pre-activation."""
+class MPTrainingSAE(PursuitTrainingSAE[MPTrainingSAEConfig]):
+    """Trains `mp`."""
 
     def __init__(self, cfg: MPTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self.clock = StepClock(cfg.seed, self.device)
         self.gram_cache = GramCache()
 
-    @torch.compiler.disable(recursive=True)
-    def pursue(self, centred: Tensor, allowed: Tensor | None = None) -> tuple[Codes, Tensor]:
-        """Codes of flattened inputs (n, d_in), and the first correlations (n, d_sae)."""
-        with full_precision(centred.device):
-            atoms = self.dictionary()
-            x = centred.to(atoms.dtype)
-            with torch.no_grad():
-                correlations = x @ atoms.T
-            codes = matching_pursuit(
-                x,
-                atoms,
-                self.cfg.k,
-                correlations=correlations,
-                residual_threshold=self.cfg.residual_threshold,
-                stop_on_duplicate=self.cfg.stop_on_duplicate_support,
-                allowed=allowed,
-                # While weights change at every step a kept Gram matrix would only cost memory.
-                cache=None if self.training and torch.is_grad_enabled() else self.gram_cache,
-                max_gram_bytes=self.cfg.max_gram_bytes,
-                compiled=self.cfg.compile_encoder,
-            )
-        return codes, correlations
-
     @override
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        centred = self.process_sae_in(x)
-        codes, correlations = self.pursue(centred.reshape(-1, self.cfg.d_in))
-        shape = (*centred.shape[:-1], self.cfg.d_sae)
-        hidden_pre = correlations.to(self.dtype).reshape(shape)
-        self.hook_sae_acts_pre(hidden_pre)
-        acts = codes.dense(self.cfg.d_sae).to(self.dtype).reshape(shape)
-        return self.hook_sae_acts_post(acts), hidden_pre
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        step = self.clock.tick()
-        self.project_rows()
-        centred = self.process_sae_in(step_input.sae_in)
-        codes, correlations = self.pursue(centred, self._allowed_atoms(step))
-        hidden_pre = correlations.to(self.dtype)
-        self.hook_sae_acts_pre(hidden_pre)
-        with torch.no_grad():  # the loss reaches the codes through the residual
-            codes_dense = codes.dense(self.cfg.d_sae).to(self.dtype)
-        acts = self.hook_sae_acts_post(codes_dense)
-        if acts is codes_dense:
-            sae_out = self.output(centred.to(codes.residual.dtype) - codes.residual)
-        else:
-            sae_out = self.decode(acts)  # a hook put other activations in their place
-        mse = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        output = TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            feature_acts=acts,
-            hidden_pre=hidden_pre,
-            loss=mse,
-            losses={"mse_loss": mse},
+    def pursue(self, x: Tensor, atoms: Tensor, correlations: Tensor, step: int | None) -> Codes:
+        return matching_pursuit(
+            x,
+            atoms,
+            self.cfg.k,
+            correlations=correlations,
+            residual_threshold=self.cfg.residual_threshold,
+            stop_on_duplicate=self.cfg.stop_on_duplicate_support,
+            allowed=self._allowed_atoms(step),
+            # While weights change at every step a kept Gram matrix would only cost memory.
+            cache=self.gram_cache if step is None else None,
+            max_gram_bytes=self.cfg.max_gram_bytes,
+            compiled=self.cfg.compile_encoder,
         )
-        if step_input.is_logging_step:
-            output.metrics.update(self._metrics(output))
-        return output
 
-    def _allowed_atoms(self, step: int) -> Tensor | None:
-        if self.cfg.atom_dropout == 0 or not self.training:
+    def _allowed_atoms(self, step: int | None) -> Tensor | None:
+        if step is None or self.cfg.atom_dropout == 0:
             return None
-        draw = torch.rand(
-            self.cfg.d_sae, generator=self.clock.generator(step, self.device), device=self.device
-        )
+        generator = self.clock.generator(step, self.device)
+        draw = torch.rand(self.cfg.d_sae, generator=generator, device=self.device)
         return draw >= self.cfg.atom_dropout
-
-    @torch.no_grad()
-    def _metrics(self, output: TrainStepOutput) -> dict[str, Tensor]:
-        """The numbers SAELens logs for its own matching pursuit, under the same names."""
-        l0 = (output.feature_acts != 0).float().sum(-1)
-        residual_norm = (output.sae_in - output.sae_out).norm(dim=-1)
-        below = residual_norm < self.cfg.residual_threshold
-        return {
-            "max_l0": l0.max(),
-            "min_l0": l0.min(),
-            "residual_norm": residual_norm.mean(),
-            "residual_threshold_converged_portion": below.float().mean(),
-        }
-
-    @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {}
-
-    @override
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        return {}
-
-    @override
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        super().fold_activation_norm_scaling_factor(scaling_factor)
-        self.cfg.residual_threshold /= scaling_factor
-
-    @override
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving_inference(state_dict)
-        del state_dict["clock.count"]
-        state_dict["W_dec"] = self.dictionary().to(self.dtype).detach()
 
 
 MP = Architecture(

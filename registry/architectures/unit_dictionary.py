@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ConfigError
+from .plugin_config import refuse_whitening
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -61,6 +62,7 @@ class UnitDictionary(SAE[Any]):
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         # Pursuit is homogeneous: unit rows stay, and the codes come out in the units of the input.
         self.b_dec.data /= scaling_factor
+        self.cfg.residual_threshold /= scaling_factor
         self.cfg.normalize_activations = "none"
 
     @override
@@ -79,18 +81,14 @@ class UnitDictionary(SAE[Any]):
         )
 
 
-def check_tied_config(cfg: Any, k: int) -> None:
-    """What every tied architecture asks of its config.
+def check_pursuit_config(cfg: Any) -> None:
+    """What `mp` and `omp` ask of their configs.
 
     Raises:
         ConfigError: naming the field, what was given and what is allowed.
     """
-    name = cfg.architecture()
-    if cfg.normalize_activations == "covariance_whitening":
-        raise ConfigError(
-            f"normalize_activations='covariance_whitening' is not possible for {name}: whitening "
-            "cannot be folded into a tied encoder. Use 'none', 'expected_average_only_in' or "
-            "'layer_norm'."
-        )
-    if k < 1:
-        raise ConfigError(f"k of {name} must be at least 1, got {k}.")
+    refuse_whitening(cfg, "whitening cannot be folded into a tied encoder")
+    if cfg.k < 1:
+        raise ConfigError(f"k of {cfg.architecture()} must be at least 1, got {cfg.k}.")
+    if cfg.residual_threshold < 0:
+        raise ConfigError(f"residual_threshold must not be negative, got {cfg.residual_threshold}.")

@@ -48,6 +48,14 @@ CASES: dict[str, Case] = {
     "mp": Case(
         {"k": 4, "atom_dropout": 0.1, "residual_threshold": 0.01}, "matching_pursuit", **PURSUIT
     ),
+    "omp": Case({"k": 3, "residual_threshold": 0.01}, **PURSUIT),
+    "top_afa": Case({"afa_warm_up_steps": 3}, whitening=False),
+    "archetypal_topk": Case({"k": 4, "candidate_steps": 3, "n_candidates": 16}, "topk"),
+    "archetypal_jumprelu": Case({"l0_coefficient": 0.01, "candidate_steps": 3}, "jumprelu"),
+    "nested_topk": Case({"k": 4, "ks": [1, 2, 4]}, "topk"),
+    "random_matryoshka": Case(
+        {"k": 4.0, "n_prefixes": 3, "topk_threshold_lr": 0.5}, "jumprelu", same_at_inference=False
+    ),
     # SAELens's own
     "standard": Case({"l1_coefficient": 0.01, "l1_warm_up_steps": 3}, "standard"),
     "gated": Case({"l1_coefficient": 0.01}, "gated", trains_in_bfloat16=False),
