@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
@@ -9,8 +11,12 @@ from sae_lens.saes.sae import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from .families.adapter import VisionEmbeddings
 from .points import resolve_hook_name
+
+NEVER_BYPASSED = (VisionEmbeddings,)  # they also see to the interpolation
 
 
 class VisionBridge(SAETransformerBridge):
@@ -25,6 +31,7 @@ class VisionBridge(SAETransformerBridge):
         preprocessor_config: the checkpoint's preprocessing settings, or None.
     """
 
+    cfg: Any
     family: str
     preprocessor_config: dict[str, Any] | None
 
@@ -55,8 +62,7 @@ class VisionBridge(SAETransformerBridge):
     @property
     def smallest_image(self) -> tuple[int, int]:
         """The smallest picture that a hook point is tried out with: two patches by two."""
-        cfg: Any = self.cfg
-        return 2 * cfg.patch_size, 2 * cfg.patch_size
+        return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
 
     @property
     def attn_implementation(self) -> str:
@@ -87,6 +93,33 @@ class VisionBridge(SAETransformerBridge):
                 hooks[f"{alias}.hook_sae_{internal}"] = hooks[f"{name}.hook_sae_{internal}"]
         return hooks
 
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Within, Hugging Face's own modules run wherever no hook listens and no SAE is spliced in.
+
+        The tapped modules give the same numbers, but a dozen of them per block cost as much Python
+        as a small model's arithmetic.
+        """
+        bypassed = [slot for slot in self._slots() if not slot.is_listened_to()]
+        try:
+            for slot in bypassed:
+                slot.siblings[slot.name] = slot.tapped.original_component
+            yield
+        finally:
+            for slot in bypassed:
+                slot.siblings[slot.name] = slot.tapped
+
+    def _slots(self) -> list[_Slot]:
+        if "_kept_slots" not in self.__dict__:
+            self.__dict__["_kept_slots"] = [
+                _Slot(parent._modules, name, child)
+                for parent in list(self.original_model.modules())
+                if not isinstance(parent, GeneralizedComponent)
+                for name, child in parent._modules.items()
+                if isinstance(child, GeneralizedComponent) and not isinstance(child, NEVER_BYPASSED)
+            ]
+        return self.__dict__["_kept_slots"]
+
     def _resolve_hook_name(self, hook_name: str) -> str:
         return self._canonical.get(hook_name, hook_name)
 
@@ -101,3 +134,19 @@ class VisionBridge(SAETransformerBridge):
             if name is not None:
                 resolve_hook_name(self, name)
         super().add_sae(sae, use_error_term=use_error_term)
+
+
+class _Slot:
+    """Where a tapped module sits in Hugging Face's model."""
+
+    def __init__(self, siblings: dict[str, Any], name: str, tapped: GeneralizedComponent) -> None:
+        self.siblings, self.name, self.tapped = siblings, name, tapped
+        self.points = [point for point in tapped._modules if point.startswith("hook_")]
+
+    def is_listened_to(self) -> bool:
+        modules: Any = self.tapped._modules
+        for name in self.points:
+            point = modules[name]
+            if type(point) is not HookPoint or point.fwd_hooks or point.bwd_hooks:
+                return True
+        return bool(self.tapped._forward_hooks or self.tapped._forward_pre_hooks)

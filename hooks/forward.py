@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,11 +60,8 @@ def run_to_hooks(
 
     cfg = model.cfg
     pixel_values = pixel_values.to(device=cfg.device, dtype=cfg.dtype, non_blocking=True)
-    with taps(model, list(left), capture):
-        try:
-            model(pixel_values, return_type=None)
-        except _Done:
-            pass
+    with taps(model, list(left), capture), model.lean(), suppress(_Done):
+        model(pixel_values, return_type=None)
     return {name: activations[canonical] for name, canonical in names.items()}
 
 

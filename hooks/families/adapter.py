@@ -99,6 +99,7 @@ class VisionAdapter(ArchitectureAdapter):
     """
 
     layout: ClassVar[Layout]
+    cfg: Any  # TransformerLens's config, which takes more fields than it declares
 
     applicable_phases: list[int] = [1]
     supports_generation = False
