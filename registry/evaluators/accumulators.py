@@ -10,6 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from ..errors import ConfigError
 from .base import Accumulator, EvaluationBatch, EvaluationContext
 
 SURVIVAL = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.04, 0.025, 0.015, 0.008, 0.004)
@@ -58,7 +59,7 @@ class Thresholds(Accumulator):
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
         super().__init__(context)
         if survival[0] != 1.0 or list(survival) != sorted(set(survival), reverse=True):
-            raise ValueError(f"survival: must fall strictly from 1.0, got {survival}")
+            raise ConfigError(f"survival: must fall strictly from 1.0, got {survival}")
         self.survival = survival
         self.values: np.ndarray | None = None
 

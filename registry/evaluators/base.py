@@ -14,6 +14,7 @@ The nulls `random` and `neurons` are the same evaluators over other latents (`nu
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -158,7 +159,9 @@ class EvaluationContext:
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
         """The one accumulator `cls(context, **kwargs)` of this pass, made when first asked for."""
-        key = (cls, tuple(sorted(kwargs.items())))
+        arguments = inspect.signature(cls).bind(self, **kwargs)
+        arguments.apply_defaults()  # leaving an argument out is to give its default
+        key = (cls, *list(arguments.arguments.items())[1:])
         if key not in self._shared:
             # Made before it is entered: what it shares in turn must be updated before it is.
             accumulator = cls(self, **kwargs)

@@ -1,0 +1,212 @@
+"""Shared statistics against plain loops; nothing depends on how the images are cut into batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.accumulators import (
+    ClassCounts,
+    FiringHistogram,
+    FiringRate,
+    Thresholds,
+    TopImages,
+)
+from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
+
+seeds = st.integers(0, 10**6)
+few = settings(max_examples=15, deadline=None)
+SURVIVAL = (1.0, 0.5, 0.2)
+
+
+def sparse_latents(rng: np.random.Generator, n: int, m: int) -> np.ndarray:
+    """(n, m) with dead and rare latents, ties, and values below 0, which are no firings."""
+    z = np.round(rng.normal(size=(n, m)), 1) * (rng.random((n, m)) < rng.random(m) ** 2)
+    z[:, 0] = 0
+    return z.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def gathered(animals, one_batch, batches_of):
+    """(z, labels) -> (batch, accumulators) after a pass in batches of `size`."""
+
+    def gather(z, labels, size=1000, **facts):
+        batch = one_batch(z, labels)
+        context = EvaluationContext(animals, len(z), 5, z.shape[1], **facts)
+        kinds = (
+            (ClassCounts, {}),
+            (FiringHistogram, {"survival": SURVIVAL}),
+            (TopImages, {"k": 4}),
+            (FiringRate, {}),
+        )
+        shared = [context.share(cls, **kwargs) for cls, kwargs in kinds]
+        fit = batches_of(batch, int(batch.is_fit.sum()))[0]
+        stream(context, [], batches_of(batch, size), calibration=fit)
+        return batch, shared
+
+    return gather
+
+
+def state(accumulators) -> list[np.ndarray]:
+    classes, histogram, top, rate = accumulators
+    return [
+        classes.counts,
+        histogram.counts.numpy(),
+        histogram.fired(),
+        top.values,
+        top.index,
+        top.labels(),
+        top.labels(True),
+        rate.fired,
+        rate.largest,
+    ]
+
+
+@few
+@given(seed=seeds)
+def test_against_loops(gathered, seed):
+    rng = np.random.default_rng(seed)
+    n, m = 60, 7
+    z, labels = sparse_latents(rng, n, m), rng.integers(0, 12, n)
+    batch, (classes, histogram, top, rate) = gathered(z, labels)
+    z, is_fit = batch.z.numpy(), batch.is_fit.numpy()
+    thresholds = histogram.thresholds.values
+    for shuffled in (False, True):
+        labels = batch.labels_of(shuffled).numpy()
+        for c in range(12):
+            assert classes.fit(shuffled)[c] == ((labels == c) & is_fit).sum()
+            assert classes.all(shuffled)[c] == (labels == c).sum()
+            for j in range(m):
+                fired = (z[:, j] > 0) & (labels == c)
+                assert histogram.fired(shuffled)[j, c] == fired.sum()
+                for t in range(len(SURVIVAL)):
+                    reached = fired & (z[:, j] >= thresholds[j, t])
+                    above = histogram.counts[int(shuffled), :, j, t:, c].sum(1)
+                    assert above.tolist() == [
+                        (reached & is_fit).sum(),
+                        (reached & ~is_fit).sum(),
+                    ]
+    for j in range(m):
+        best = np.sort(z[z[:, j] > 0, j])[::-1][:4]
+        assert top.values[j].tolist() == [*best, *[0] * (4 - len(best))]
+        for value, index, label in zip(top.values[j], top.index[j], top.labels()[j]):
+            if index >= 0:
+                row = int(np.flatnonzero(batch.index.numpy() == index)[0])
+                assert z[row, j] == value and batch.labels[row] == label
+            else:
+                assert value == 0 and label == -1
+        assert len(set(top.index[j][top.index[j] >= 0])) == len(best)
+    assert rate.fired.tolist() == (z > 0).sum(0).tolist() and rate.n == n
+    assert rate.mean_l0 == pytest.approx((z > 0).sum() / n)
+    assert rate.largest.tolist() == np.maximum(z.max(0), 0).tolist()
+    np.testing.assert_allclose(rate.total, np.maximum(z, 0).sum(0), rtol=1e-5)
+
+
+@few
+@given(seed=seeds)
+def test_thresholds_are_quantiles_of_the_firings(gathered, seed):
+    rng = np.random.default_rng(seed)
+    z, labels = sparse_latents(rng, 60, 7), rng.integers(0, 12, 60)
+    batch, (_, histogram, _, _) = gathered(z, labels)
+    values = histogram.thresholds.values
+    assert (values[:, 0] == 0).all() and (np.diff(values, axis=1) >= 0).all()
+    fit = batch.z[batch.is_fit].numpy()
+    for j in range(7):
+        fired = fit[fit[:, j] > 0, j]
+        for share, threshold in zip(SURVIVAL[1:], values[j, 1:]):
+            if len(fired):  # at least the share reaches it; without its ties, no more than that
+                assert (fired >= threshold).mean() >= share - 1e-9
+                assert (fired > threshold).mean() <= share + 1e-9
+    pooled = fit[fit > 0]
+    if len(pooled):  # latent 0 never fires
+        assert (pooled > values[0, 2]).mean() <= 0.2 + 1e-9
+
+
+@few
+@given(seed=seeds, size=st.integers(1, 20))
+def test_small_batches_equal_one(gathered, seed, size):
+    rng = np.random.default_rng(seed)
+    z, labels = sparse_latents(rng, 50, 6), rng.integers(0, 12, 50)
+    whole, parts = gathered(z, labels)[1], gathered(z, labels, size)[1]
+    for one, other in zip(state(whole), state(parts)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_buffer_of_candidates_is_merged_and_bounded(gathered):
+    z = np.arange(1, 2001, dtype=np.float32)[:, None].repeat(2, 1)  # every image enters
+    labels = np.zeros(2000, dtype=np.int64)
+    _, (_, _, top, _) = gathered(z, labels, 10)
+    assert top.values[0].tolist() == [2000, 1999, 1998, 1997]
+    top._waiting = []
+    for part in range(100):
+        top.update(gathered_part(part))
+        assert sum(len(entry[0]) for entry in top._waiting) <= top.values.size
+
+
+def gathered_part(part: int) -> EvaluationBatch:
+    index = torch.arange(10) + 10_000 + 10 * part
+    labels = torch.zeros(10, dtype=torch.int64)
+    z = index[:, None].float().repeat(1, 2)
+    return EvaluationBatch(torch.zeros(10, 5), z, labels, labels, index, labels == 0)
+
+
+def test_memory_does_not_grow_with_images(gathered):
+    def size(n):
+        rng = np.random.default_rng(0)
+        z, labels = sparse_latents(rng, n, 6), np.arange(n) % 12
+        return [a.nbytes for a in state(gathered(z, labels, class_counts=np.full(12, 200))[1])]
+
+    assert size(60) == size(600)
+
+
+def test_equal_activations_are_drawn_at_random(gathered):
+    labels = np.repeat(np.arange(12), 50)
+    z = np.ones((600, 1), dtype=np.float32)
+    _, (_, _, top, _) = gathered(z, labels)
+    assert len(set(top.labels()[0])) > 1  # the first images are all of class 0
+
+
+@pytest.mark.parametrize(
+    ("most", "dtype"), [(255, torch.uint8), (256, torch.int16), (40_000, torch.int32)]
+)
+def test_counts_take_the_narrowest_integer(animals, most, dtype):
+    context = EvaluationContext(animals, 10**6, 5, 3, class_counts=np.array([most, 3]))
+    assert context.share(FiringHistogram).counts.dtype == dtype
+
+
+def test_a_large_class_does_not_overflow(gathered):
+    z, labels = np.ones((700, 1), dtype=np.float32), np.zeros(700, dtype=np.int64)
+    _, (_, histogram, _, _) = gathered(z, labels)
+    assert histogram.fired()[0, 0] == 700
+
+
+def test_shared_once_and_updated_in_order_of_need(animals):
+    context = EvaluationContext(animals, 10, 5, 3)
+    histogram = context.share(FiringHistogram)
+    assert context.share(FiringHistogram) is histogram
+    assert context.share(FiringHistogram, survival=(1.0,)) is not histogram
+    assert context.share(Thresholds) is histogram.thresholds
+    order = list(context._shared.values())
+    assert order.index(histogram.thresholds) < order.index(histogram)
+
+
+@pytest.mark.parametrize("survival", [(0.5,), (1.0, 0.2, 0.5), (1.0, 0.5, 0.5)])
+def test_the_grid_must_fall_from_one(animals, survival):
+    with pytest.raises(ConfigError, match="survival: must fall strictly from 1"):
+        EvaluationContext(animals, 10, 5, 3).share(FiringHistogram, survival=survival)
+
+
+def test_a_batch_of_unequal_lengths_is_refused():
+    one, two = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"fields differ in length: .*'index': 2"):
+        EvaluationBatch(torch.zeros(1, 5), torch.zeros(1, 3), one, one, two, one == 0)
+
+
+def test_nan_never_fires():
+    one = torch.zeros(1, dtype=torch.int64)
+    z = torch.tensor([[float("nan"), 2.0, -1.0]])
+    firings = EvaluationBatch(torch.zeros(1, 5), z, one, one, one, one == 0).firings
+    assert [t.tolist() for t in firings] == [[0], [1], [2.0]]

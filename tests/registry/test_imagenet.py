@@ -1,0 +1,81 @@
+"""Known facts about the shipped WordNet tree."""
+
+from __future__ import annotations
+
+import pytest
+import taxolens  # noqa: F401 (fills the table of named taxonomies)
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
+
+DOG, ANIMAL, ARTIFACT = "n02084071", "n00015388", "n00021939"
+
+
+@pytest.fixture(scope="module")
+def tree() -> Taxonomy:
+    return load_taxonomy("imagenet")
+
+
+def test_shape(tree):
+    assert len(tree.classes) == 1000 and list(tree.classes) == sorted(tree.classes)
+    assert len(tree.nodes) == 1860 and len(tree.edges()) == 1937
+    assert tree.label(tree.root) == "entity"
+    assert tree.max_depth == 18
+    assert sum(len(parents) > 1 for parents in tree.parents) == 75
+
+
+def test_class_zero_and_last(tree):
+    assert tree.label(tree.class_nodes[0]) == "tench"
+    assert tree.label(tree.class_nodes[999]) == "toilet tissue"
+
+
+def test_dogs(tree):
+    dog = tree.index(DOG)
+    assert tree.n_leaves[dog] == 118
+    assert tree.lch(tree.leaves(dog)) == dog
+    assert len(tree.parents[dog]) == 2  # canine and domestic animal
+    path = [tree.label(v) for v in tree.path_to_root(dog)]
+    assert path[:3] == ["dog", "canine", "carnivore"] and path[-1] == "entity"
+
+
+def test_animals_and_artifacts_show_that_height_is_no_generality(tree):
+    animal, artifact = tree.index(ANIMAL), tree.index(ARTIFACT)
+    assert tree.n_leaves[animal] == 398 and tree.n_leaves[artifact] == 522
+    assert tree.generality[artifact] > tree.generality[animal]
+    assert tree.height[artifact] < tree.height[animal]
+
+
+def test_a_part_is_rooted_at_its_own_lch(tree):
+    dogs = [tree.classes[c] for c in tree.leaves(tree.index(DOG))]
+    part = load_taxonomy("imagenet", classes=dogs[::-1])
+    assert part.nodes[part.root] == DOG and part.classes == tuple(dogs[::-1])
+
+
+def test_any_synset_of_the_tree_may_be_a_class(tree):
+    part = load_taxonomy("imagenet", classes=[DOG, "n02110958", "n02123045"])
+    assert part.label(part.root) == "carnivore"
+    assert list(part.leaves(part.index(DOG))) == [0, 1]
+
+
+def test_names_as_data_sets_write_them():
+    part = load_taxonomy("imagenet", classes=["tench, Tinca tinca", "pug", "sea_lion"])
+    assert part.classes == ("n01440764", "n02110958", "n02077923")
+
+
+def test_a_thousand_names_in_the_usual_order_need_not_be_unique(tree):
+    names = [tree.label(v) for v in tree.class_nodes]
+    assert len(set(names)) < 1000  # two cranes, two maillots
+    names[517] = "crane2"
+    assert load_taxonomy("imagenet", classes=names) is tree
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("crane", r"fits several ImageNet synsets: n02012849 \(crane\), n03126707 \(crane\)"),
+        ("pgu", "unknown ImageNet class 'pgu'; did you mean 'pug'"),
+        ("n99999999", "unknown ImageNet class 'n99999999'.*another tree as a .csv or .json"),
+    ],
+)
+def test_labels_off_the_tree(label, message):
+    with pytest.raises(ConfigError, match=message):
+        load_taxonomy("imagenet", classes=[label, "n02110958"])

@@ -1,0 +1,69 @@
+"""What a taxonomy refuses, and whom it names."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.taxonomies import Taxonomy
+
+EDGES = [("animal", "dog"), ("animal", "cat"), ("dog", "pug")]
+
+
+@pytest.mark.parametrize(
+    ("edges", "classes", "message"),
+    [
+        ([*EDGES, ("pug", "dog")], None, "cycle dog -> pug -> dog|cycle pug -> dog -> pug"),
+        ([("a", "a")], ["a"], "cycle a -> a"),
+        ([*EDGES, ("plant", "tree")], None, r"2 roots where one is allowed: 'animal', 'plant'"),
+        (EDGES, ["pug", "cta"], r"unknown class 'cta'; did you mean 'cat'\?"),
+        (EDGES, ["x", "y"], r"Unknown in all: 'x', 'y'"),
+        (EDGES, ["pug", "pug"], "classes: given twice: 'pug'"),
+        (EDGES, [], "at least one class"),
+        ([], None, "at least one class"),
+    ],
+)
+def test_from_edges_names_what_is_wrong(edges, classes, message):
+    with pytest.raises(ConfigError, match=message):
+        Taxonomy.from_edges(edges, classes)
+
+
+def test_a_long_cycle_is_named_from_parent_to_child():
+    edges = [("root", "a"), ("a", "b"), ("b", "c"), ("c", "a")]
+    with pytest.raises(ConfigError) as error:
+        Taxonomy.from_edges(edges, ["c"])
+    named = str(error.value).split("cycle ")[1].split(" (")[0].split(" -> ")
+    assert named[0] == named[-1] and len(named) == 4
+    assert all(edge in edges for edge in itertools.pairwise(named))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nodes": ("r", "a", "a")}, "nodes: given twice: 'a'"),
+        ({"classes": ()}, "at least one class"),
+        ({"classes": ("a", "z")}, "unknown class 'z'"),
+        ({"parents": ((), (0,))}, "2 given for 3 nodes"),
+        ({"parents": ((), (2,), (0,))}, "node 'a' must follow its parents"),
+        ({"parents": ((), (), (0,))}, "only the first node has none"),
+        ({"classes": ("a",)}, "without any class below: 'b'"),
+        ({"nodes": ("r", "a", "b"), "parents": ((), (0,), (1,)), "classes": ("b",)}, "not the LCH"),
+    ],
+)
+def test_the_constructor_checks_everything(fields, message):
+    whole = {"nodes": ("r", "a", "b"), "parents": ((), (0,), (0,)), "classes": ("a", "b")}
+    assert Taxonomy(**whole).nodes == ("r", "a", "b")
+    with pytest.raises(ConfigError, match=message):
+        Taxonomy(**{**whole, **fields})
+
+
+def test_restrict_names_unknown_classes():
+    taxonomy = Taxonomy.from_edges(EDGES)
+    with pytest.raises(ConfigError, match="unknown class 'pugs'; did you mean 'pug'"):
+        taxonomy.restrict(["pugs"])
+
+
+def test_from_json_wants_its_own_format():
+    with pytest.raises(ConfigError, match=r"must say 'taxolens\.taxonomy/1'"):
+        Taxonomy.from_json("{}")

@@ -1,0 +1,140 @@
+"""Taxonomies from CIFAR-100, folders and files, and the one door to them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import taxolens  # noqa: F401 (fills the table of named taxonomies)
+from taxolens.registry.errors import ConfigError, UnknownNameError
+from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
+
+TREE = Taxonomy.from_edges(
+    [("animal", "dog"), ("animal", "cat"), ("dog", "pug"), ("dog", "husky")],
+    ["pug", "cat", "husky"],
+)
+
+
+def test_cifar100_has_two_levels():
+    taxonomy = load_taxonomy("cifar100")
+    assert len(taxonomy.classes) == 100 and list(taxonomy.classes) == sorted(taxonomy.classes)
+    assert taxonomy.max_depth == 2 and len(set(taxonomy.cut(1))) == 20
+    assert (taxonomy.n_leaves[taxonomy.depth == 1] == 5).all()
+    lawn_mower = taxonomy.classes.index("lawn_mower")
+    assert taxonomy.label(taxonomy.cut(1)[lawn_mower]) == "vehicles 2"
+
+
+def test_cifar100_reads_names_as_data_sets_spell_them():
+    taxonomy = load_taxonomy("cifar100", classes=["aquarium fish", "cra", "lobster"])
+    assert taxonomy.classes == ("aquarium_fish", "crab", "lobster")
+    with pytest.raises(ConfigError, match="unknown class 'lobter'; did you mean 'lobster'"):
+        load_taxonomy("cifar100", classes=["lobter"])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    top = tmp_path / "animal"
+    for leaf in ("dog/pug", "dog/husky", "cat", ".hidden"):
+        (top / leaf).mkdir(parents=True)
+        (top / leaf / "1.jpg").touch()
+    return top
+
+
+def test_folders_make_a_tree(folders):
+    taxonomy = load_taxonomy(folders)
+    assert taxonomy.classes == ("cat", "husky", "pug")
+    assert [taxonomy.label(v) for v in taxonomy.path_to_root(taxonomy.index("pug"))] == [
+        "pug",
+        "dog",
+        "animal",
+    ]
+    assert load_taxonomy(str(folders), classes=["pug", "cat"]).classes == ("pug", "cat")
+
+
+def test_a_folder_with_files_of_its_own_is_a_class(folders):
+    (folders / "dog" / "mongrel.jpg").touch()
+    taxonomy = load_taxonomy(folders)
+    assert taxonomy.classes == ("cat", "dog", "husky", "pug")
+    assert taxonomy.n_leaves[taxonomy.index("dog")] == 3
+
+
+def test_folders_of_one_name_go_by_their_path(folders):
+    (folders / "dog" / "other").mkdir()
+    (folders / "dog" / "other" / "1.jpg").touch()
+    (folders / "bird" / "other").mkdir(parents=True)
+    (folders / "bird" / "other" / "1.jpg").touch()
+    taxonomy = load_taxonomy(folders)
+    assert {"bird/other", "dog/other"} <= set(taxonomy.classes)
+    assert taxonomy.label(taxonomy.index("bird/other")) == "other"
+    assert load_taxonomy(folders, classes=["dog/pug", "cat"]).classes == ("pug", "cat")
+
+
+def test_empty_folders_stand_for_classes_where_no_file_is(tmp_path):
+    for leaf in ("b/x", "b/y", "a"):
+        (tmp_path / leaf).mkdir(parents=True)
+    assert load_taxonomy(tmp_path).classes == ("a", "x", "y")
+
+
+def test_a_folder_without_folders_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no class folders in"):
+        load_taxonomy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "parent,child\nanimal,dog\nanimal,cat\ndog,pug\ndog,husky\n"),
+        ("t.csv", "\ufeff,animal\nanimal, dog\nanimal,cat\n\ndog,pug\ndog,husky"),
+        ("t.json", '[["animal","dog"],["animal","cat"],["dog","pug"],["dog","husky"]]'),
+        ("t.json", '{"animal": ["dog", "cat"], "dog": ["pug", "husky"]}'),
+        ("t.json", '{"animal": {"dog": ["pug", "husky"], "cat": []}}'),
+        ("t.json", TREE.to_json()),
+    ],
+)
+def test_files_of_edges(tmp_path, name, text):
+    (tmp_path / name).write_text(text, "utf-8")
+    classes = ["pug", "cat", "husky"]
+    assert load_taxonomy(tmp_path / name, classes=classes) == TREE
+    expected = TREE.classes if text == TREE.to_json() else ("cat", "husky", "pug")
+    assert load_taxonomy(tmp_path / name).classes == expected
+
+
+def test_csv_may_name_children(tmp_path):
+    (tmp_path / "t.csv").write_text("parent,child,name\nn1,n2,pug dog\nn1,n3,\n")
+    taxonomy = load_taxonomy(tmp_path / "t.csv")
+    assert taxonomy.label(taxonomy.index("n2")) == "pug dog"
+    assert taxonomy.label(taxonomy.index("n3")) == "n3"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "parent,child\na,b,c,d\n", r"t\.csv, line 2: expected parent,child"),
+        ("t.csv", "parent,child\na\n", r"t\.csv, line 2"),
+        ("t.csv", "parent,child\n", "no parent-child pair"),
+        ("t.csv", "a,b\nb,a\n", "cycle"),
+        ("t.csv", "a,b\nc,d\n", "2 roots where one is allowed: 'a', 'c'"),
+        ("t.json", "{", r"t\.json is not JSON"),
+        ("t.json", '["ab", "cd"]', r"expected \[parent, child\] pairs, got 'ab'"),
+        ("t.json", '{"a": "b"}', "children of 'a' must be names or an object, got 'b'"),
+        ("t.json", "3", "expected pairs or an object, got int"),
+    ],
+)
+def test_files_of_another_form_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_taxonomy(tmp_path / name)
+
+
+def test_what_is_neither_a_name_nor_a_path(tmp_path):
+    with pytest.raises(
+        UnknownNameError, match="unknown taxonomy 'imagenett'; did you mean 'imagenet'"
+    ):
+        load_taxonomy("imagenett")
+    with pytest.raises(UnknownNameError, match="may also be a folder"):
+        load_taxonomy(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_taxonomy(tmp_path / "nowhere.csv")
+    (tmp_path / "t.txt").write_text(json.dumps([]))
+    with pytest.raises(ConfigError, match=r"t\.txt must end in \.csv or \.json"):
+        load_taxonomy(tmp_path / "t.txt")
