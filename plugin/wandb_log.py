@@ -41,23 +41,39 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
     """
     if mode is not None and mode not in WANDB_MODES:
         raise ConfigError(f"wandb mode is {mode!r}; choose one of {', '.join(WANDB_MODES)}")
-    if mode is not None:
-        os.environ["WANDB_MODE"] = mode
-    for attempt in dict.fromkeys((mode, "offline", "disabled")):
+    if wandb.run is not None:
+        return _mode_of(wandb.run)
+    if mode is None:
+        mode = os.environ.get("WANDB_MODE")
+    attempts = list(dict.fromkeys((mode, "offline", "disabled")))
+    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+        if attempt is not None:
+            _set_mode(attempt)
         try:
             settings = wandb.Settings(init_timeout=init_timeout)
-            run = wandb.init(mode=attempt, settings=settings, **init)  # type: ignore[arg-type]
+            run = wandb.init(settings=settings, **init)
         except Exception as error:  # W&B raises its own, network and file errors alike
-            following = "disabled" if attempt == "offline" else "offline"
-            os.environ["WANDB_MODE"] = following
+            if following is None:
+                raise
             logger.warning("W&B could not start (%s); going on %s.", _first_line(error), following)
             continue
-        if run.settings.mode == "offline" and mode in (None, "online"):
-            logger.warning(
-                "W&B logs offline; upload it later with: wandb sync %s", Path(run.dir).parent
-            )
-        return "disabled" if run.disabled else run.settings.mode
-    raise AssertionError("wandb.init(mode='disabled') does nothing that could fail")
+        if _mode_of(run) == "offline" and mode != "offline":
+            folder = Path(run.dir).parent
+            logger.warning("W&B logs offline; upload it later with: wandb sync %s", folder)
+        return _mode_of(run)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _set_mode(mode: str) -> None:
+    """For this process. W&B reads its environment when first used, and `wandb.init` asks for a key
+    even where a run is active: SAELens's would fail unless W&B forgot what it read."""
+    if os.environ.get("WANDB_MODE") != mode:
+        os.environ["WANDB_MODE"] = mode
+        wandb.teardown()
+
+
+def _mode_of(run: Any) -> str:
+    return "disabled" if run.disabled else run.settings.mode
 
 
 def log_results(

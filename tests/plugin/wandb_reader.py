@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def records(path: Path) -> list[Any]:
         at += HEADER
         if kind in (FULL, FIRST):
             parts = []
+        if at + length > len(data):  # still being written
+            break
         parts.append(data[at : at + length])
         at += length
         if kind in (FULL, LAST):
@@ -34,12 +37,23 @@ def records(path: Path) -> list[Any]:
     return found
 
 
+def finished(file: Path, seconds: float = 20.0) -> list[Any]:
+    """The records of a run up to its `exit`: W&B's own process may still be writing them."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = records(file)
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < deadline, f"{file} has no end after {seconds} s"
+        time.sleep(0.05)
+
+
 class OfflineRun:
     """What one offline run holds: `history` rows, `summary`, `config`, and artifact names."""
 
     def __init__(self, folder: Path) -> None:
         (file,) = folder.rglob("*.wandb")
-        self.records = records(file)
+        self.records = finished(file)
         self.history: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
@@ -68,4 +82,12 @@ class OfflineRun:
 
 
 def _values(items: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    """Items come one per leaf, each with the path of its keys."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *path, last = list(item.nested_key) or [item.key]
+        place = found
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(item.value_json)
+    return found

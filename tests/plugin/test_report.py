@@ -1,0 +1,277 @@
+"""The report: one file, no network, nothing unescaped, everything in it that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from results_factory import make_results, tree
+from taxolens.plugin import charts
+from taxolens.plugin.compare import write_comparison
+from taxolens.plugin.report import Report, write_report
+from taxolens.plugin.results import NullResult, Results
+from taxolens.plugin.series import all_series, layer_of, natural_key
+from taxolens.plugin.tree import NOT_SCORED, Icicle, colour
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting and gathers what a browser would fetch and what a reader would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.scripts = 0
+        self.seen = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        found = dict(attrs)
+        self.scripts += tag == "script"
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if tag == "a" else []
+        for name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action"):
+            if name in found and not (tag == "a" and name == "href"):
+                self.fetched.append(found[name])
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_data(self, data) -> None:
+        if "script" not in self.open and "style" not in self.open:
+            self.seen += data
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return make_results(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def static(results: Results, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "static.html"
+    return write_report(results, path, interactive=False).read_text()
+
+
+def test_page_is_well_formed_and_fetches_nothing(static: str) -> None:
+    page = Page(static)
+    assert page.scripts == 0
+    assert page.fetched and all(url.startswith("data:image/jpeg;base64,") for url in page.fetched)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", static)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+
+
+def test_page_says_what_was_measured(static: str, results: Results) -> None:
+    seen = Page(static).seen
+    for text in ("a/model", "photos", "18 classes", "60 images", "truncated", "0.1.0"):
+        assert text in seen
+    for sae in results.saes:
+        assert sae.hook_name in seen
+        value = sae.evaluators["pair_depth"].metrics["pair_depth"].value
+        assert charts.number(value) in seen
+    for evaluator, metric in results.metric_names():
+        assert evaluator in seen and metric.replace("_", " ") in seen
+    assert "x has no latents" in seen
+    card = results.saes[0].most_specific[0]
+    assert f"latent {card.latent}" in seen and card.path[-1] in seen
+
+
+def test_names_are_escaped(static: str) -> None:
+    assert "<thing" not in static
+    assert "&lt;thing" in static
+    assert "<truncated>" not in static
+
+
+def test_a_null_that_is_not_left_behind_is_said_in_words(results: Results, tmp_path: Path) -> None:
+    sae = results.saes[-1]
+    metric = sae.evaluators["pair_depth"].metrics["pair_depth"]
+    nulls = {**metric.nulls, "neurons": NullResult(9.0, 9.0, 1, False)}
+    pair = replace(
+        sae.evaluators["pair_depth"], metrics={"pair_depth": replace(metric, nulls=nulls)}
+    )
+    weak = replace(sae, evaluators={**sae.evaluators, "pair_depth": pair})
+    changed = replace(results, saes=[*results.saes[:-1], weak])
+    report = Report(changed)
+    headline = next(h for h in report.headlines if h.evaluator == "pair_depth")
+    before = Report(results).verdict(all_series(results)[0], headline)
+    after = report.verdict(report.series[0], headline)
+    assert after["past_all"] == before["past_all"] - 1
+    assert "neurons" in after["missed"]
+    assert "not past neurons" in Page(write_report(changed, tmp_path / "r.html").read_text()).seen
+
+
+def test_interactive_figures_are_inlined_and_cannot_break_out(
+    results: Results, tmp_path: Path
+) -> None:
+    text = write_report(results, tmp_path / "report.html").read_text()
+    assert "plotly.js v" in text
+    blocks = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    assert len(blocks) == 9
+    assert json.loads(blocks[0])["data"][0]["name"] == "</script><b>"
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
+
+
+def test_report_of_unfinished_failed_and_seen(results: Results, tmp_path: Path) -> None:
+    sae = results.saes[0]
+    failed = replace(sae.evaluators["pair_depth"], metrics={}, error="ValueError: <no>")
+    changed = replace(
+        results,
+        complete=False,
+        dataset=replace(results.dataset, seen_in_training=True, skipped=[]),
+        saes=[replace(sae, evaluators={"pair_depth": failed})],
+        folder=None,
+    )
+    seen = Page(write_report(changed, tmp_path / "r.html").read_text()).seen
+    for text in ("Unfinished", "Not held out", "ValueError: <no>", "None."):
+        assert text in seen
+
+
+def test_report_without_any_sae(results: Results, tmp_path: Path) -> None:
+    empty = replace(results, saes=[])
+    assert "0 SAEs" in Page(write_report(empty, tmp_path / "r.html").read_text()).seen
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    results = make_results(tmp_path / "two", n_layers=2, runs=("one", "two"))
+    seen = Page(write_report(results, interactive=False).read_text()).seen
+    assert "thin: the same under permuted classes" in seen
+    report = Report(results)
+    assert [series.label for series in report.series] == ["one", "two"]
+    rows = report.side_by_side(report.headlines[0])
+    assert [place for place, _ in rows] == ["layer 0", "layer 1"]
+    assert (
+        rows[1][1][1] is results.saes[3].evaluators["ontological_coverage"].metrics["internal_f1"]
+    )
+
+
+def test_one_table_and_one_figure_per_metric(tmp_path: Path) -> None:
+    results = make_results(tmp_path / "two", n_layers=2, runs=("one", "two"))
+    folder = write_comparison(results)
+    names = {f"{evaluator}.{metric}" for evaluator, metric in results.metric_names()}
+    assert {f.stem for f in folder.glob("*.csv")} == names
+    assert {f.stem for f in folder.glob("*.svg")} == names
+    header, *rows = (folder / "pair_depth.pair_depth.csv").read_text().splitlines()
+    assert header.startswith("place,one,one permuted_classes,one permuted_classes best")
+    assert "two neurons" in header and len(rows) == 2
+    svg = (folder / "pair_depth.pair_depth.svg").read_text()
+    assert svg.startswith("<svg") and svg.count("<polyline") == 4
+
+
+# Series -----------------------------------------------------------------------------------------
+
+
+def sae_like(results: Results, **changes):
+    return replace(results.saes[0], **changes)
+
+
+def names_of(results: Results, *saes) -> dict[str, list[str]]:
+    found = all_series(replace(results, saes=list(saes)))
+    return {series.label: [sae.id for sae in series] for series in found}
+
+
+def test_layers_make_a_curve_in_natural_order(results: Results) -> None:
+    saes = [
+        sae_like(results, id=f"s{i}", name=f"s{i}", hook_name=f"blocks.{i}.hook_out", layer=i)
+        for i in (10, 9, 2)
+    ]
+    assert names_of(results, *saes) == {"blocks.*.hook_out": ["s2", "s9", "s10"]}
+
+
+def test_kinds_of_sae_make_a_curve_each(results: Results) -> None:
+    saes = [
+        sae_like(results, id=f"{kind}{i}", name=f"{kind}_{i}", hook_name=f"blocks.{i}.x", layer=i)
+        for kind in ("topk32_", "relu_")
+        for i in (0, 1)
+    ]
+    found = names_of(results, *saes)
+    assert found == {"topk32__*": ["topk32_0", "topk32_1"], "relu__*": ["relu_0", "relu_1"]}
+
+
+def test_single_runs_of_the_same_layer_stand_for_themselves(results: Results) -> None:
+    saes = [sae_like(results, id=run, run=run, name=run) for run in ("seed0", "seed1")]
+    assert names_of(results, *saes) == {"seed0": ["seed0"], "seed1": ["seed1"]}
+
+
+def test_stages_of_a_cnn_make_one_curve(results: Results) -> None:
+    hooks = ["layer1.0.hook_out", "layer1.1.hook_out", "layer2.0.hook_out"]
+    saes = [sae_like(results, id=h, name=h, hook_name=h, layer=layer_of(h)) for h in hooks]
+    assert names_of(results, *saes) == {"layer*.*.hook_out": hooks}
+
+
+def test_layer_and_natural_order() -> None:
+    assert layer_of("blocks.12.hook_resid_post") == 12
+    assert layer_of("ln_final.hook_normalized") is None
+    assert sorted(["b.10", "b.9", "a"], key=natural_key) == ["a", "b.9", "b.10"]
+
+
+# Drawings ---------------------------------------------------------------------------------------
+
+
+def test_icicle_gives_every_class_a_row_and_every_node_its_place() -> None:
+    taxonomy = tree((3, 1, 2))  # the middle level has single children: it is merged away
+    icicle = Icicle(taxonomy)
+    assert icicle.n_rows == len(taxonomy.classes) == 6
+    assert icicle.n_columns == 3
+    by_node = {icicle.taxonomy.nodes[c.node]: c for c in icicle.cells}
+    assert len(icicle.cells) == 1 + 3 + 6
+    root = by_node["thing"]
+    assert (root.column, root.first, root.rows) == (0, 0, 6)
+    leaves = sorted((c.first, c.rows) for c in icicle.cells if c.column == 2)
+    assert leaves == [(i, 1) for i in range(6)]
+
+
+def test_colours_of_the_tree() -> None:
+    assert colour(math.nan) == NOT_SCORED
+    assert len({colour(v / 20) for v in range(21)}) == 6
+    svg = Icicle(tree((2,))).draw({"thing.0": 0.9}, label="x & y")
+    assert "F1 0.900" in svg and "not scored" in svg and "x &amp; y" in svg
+
+
+def test_gaps_break_lines() -> None:
+    nan = math.nan
+    line = charts.Line("v", [0, 1, 2, 3, 4], [1, 2, nan, 4, 5], charts.VALUE)
+    svg = charts.curves([line], label="l", x_ticks={i: str(i) for i in range(5)})
+    assert svg.count("<polyline") == 2
+    assert svg.count("<title>v, ") == 4
+    empty = charts.Line("v", [0, 1], [nan, nan], charts.VALUE)
+    assert "nan" not in charts.curves([empty], label="l", x_ticks={0: "0", 1: "1"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.12345, "0.123"),
+        (-1.5, "−1.50"),
+        (12.34, "12.3"),
+        (1234.5, "1,234"),
+        (math.nan, "–"),
+        (None, "–"),
+        (0.00012, "1e−04"),
+        (0.0, "0.000"),
+        (42.0, "42"),
+    ],
+)
+def test_numbers(value, text) -> None:
+    assert charts.number(value) == text
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(0.13, 0.17) == [0.13, 0.14, 0.15, 0.16, 0.17]
+    assert charts.ticks(2, 2) == [2]

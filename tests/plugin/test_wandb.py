@@ -1,0 +1,221 @@
+"""What W&B was really told: offline runs are read back; nothing that fails there costs a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import pytest
+import wandb
+from results_factory import make_results
+from taxolens.plugin.results import Results
+from taxolens.plugin.wandb_log import ensure_wandb, flat_metrics, log_results
+from taxolens.registry.errors import ConfigError
+from wandb_reader import OfflineRun
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: connections are refused
+DOCS = Path(__file__).parents[2] / "docs" / "wandb.md"
+
+
+@pytest.fixture(autouse=True)
+def own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # set first, so that the test's changes are undone
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    yield
+    wandb.finish()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return make_results(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def logged(results: Results, tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineRun, Path]:
+    """One run with everything in it, read back."""
+    folder = tmp_path_factory.mktemp("logged")
+    report = folder / "r.html"
+    report.write_text("<p>report</p>")
+    sae = folder / "sae"
+    sae.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors", "trainer_state.pt"):
+        (sae / name).write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+            patch.setenv(f"WANDB_{name}", str(folder))
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_MODE", "offline")
+        place = log_results(
+            results, mode="offline", report=report, saes={"a/b": sae}, project="p", name="study"
+        )
+    assert place is not None and wandb.run is None
+    wandb.teardown()
+    return OfflineRun(Path(place)), folder
+
+
+def test_every_metric_lies_under_its_stable_name(logged, results: Results) -> None:
+    run, _ = logged
+    for sae, evaluator, metric, number in results.rows():
+        key = f"{sae.id}/eval/{evaluator}/{metric}"
+        assert run.logged(key) == [number.value]
+        for name, null in number.nulls.items():
+            expected = [] if math.isnan(null.mean) else [null.mean]
+            assert run.logged(f"{key}/{name}") == expected
+    assert run.summary["blocks.2.hook_resid_post/eval/pair_depth/pair_depth"] > 0
+
+
+def test_curves_over_layers_with_their_nulls(logged, results: Results) -> None:
+    run, _ = logged
+    assert run.logged("layers/layer") == [0, 1, 2]
+    assert run.metrics["layers/*"] == "layers/layer"
+    curve = run.logged("layers/pair_depth/pair_depth")
+    assert curve == [s.evaluators["pair_depth"].metrics["pair_depth"].value for s in results.saes]
+    null = run.logged("layers/pair_depth/pair_depth/permuted_classes")
+    assert len(null) == 3 and all(n < v for n, v in zip(null, curve, strict=True))
+    (chart,) = run.logged("charts/pair_depth/pair_depth_table")
+    assert chart["_type"] == "table-file" and chart["nrows"] == 3 * 5
+
+
+def test_tables_and_figures(logged, results: Results) -> None:
+    run, _ = logged
+    (summary,) = run.logged("tables/summary")
+    assert (summary["_type"], summary["nrows"]) == ("table-file", len(results.frame()))
+    for sae in results.saes:
+        (table,) = run.logged(f"{sae.id}/tables/pair_depth/latents")
+        assert table["nrows"] == 4
+        (figure,) = run.logged(f"{sae.id}/figures/pair_depth/curve")
+        assert figure["_type"] == "plotly-file"
+
+
+def test_config_and_artifacts(logged, results: Results) -> None:
+    run, _ = logged
+    assert run.run.project == "p" and run.run.display_name == "study"
+    assert run.run.job_type == "evaluate"
+    assert run.config["settings"]["n_permutations"] == 3
+    assert run.config["dataset"]["n_images"] == 60
+    assert run.config["taxonomy"] == "tree"
+    evaluation = run.artifacts["taxolens-results"]
+    names = {entry.path for entry in evaluation.manifest.contents}
+    assert {"results.json", "report.html"} <= names
+    assert any(name.startswith("tables/") for name in names)
+    (staged,) = [e for e in evaluation.manifest.contents if e.path == "results.json"]
+    assert json.loads(Path(staged.local_path).read_text())["schema"] == results.schema
+    model = run.artifacts["a_b"]
+    assert model.type == "model"
+    assert {e.path for e in model.manifest.contents} == {"cfg.json", "sae_weights.safetensors"}
+
+
+def test_records_longer_than_a_block_are_read_back(tmp_path: Path) -> None:
+    run = wandb.init(mode="offline", project="p")
+    text = "x" * 100_000  # three blocks of the log
+    run.log({"long": text, "n": 1})
+    run.log({"n": 2})
+    folder = Path(run.dir).parent
+    wandb.finish()
+    read = OfflineRun(folder)
+    assert read.logged("long") == [text]
+    assert read.logged("n") == [1, 2]
+
+
+def test_single_sae_has_no_prefix(tmp_path: Path) -> None:
+    results = make_results(tmp_path / "r", n_layers=1)
+    flat = flat_metrics(results)
+    assert "eval/pair_depth/pair_depth" in flat
+    assert "eval/pair_depth/pair_depth/permuted_classes" in flat
+    assert not any(math.isnan(value) for value in flat.values())
+
+
+def test_an_active_run_is_used_and_left_open(results: Results) -> None:
+    ensure_wandb("offline", project="p", config={"lr": 1})
+    run = wandb.run
+    assert run is not None
+    place = log_results(results)
+    assert wandb.run is run
+    wandb.finish()
+    read = OfflineRun(Path(str(place)))
+    assert read.config["lr"] == 1
+    assert read.config["evaluation"]["taxonomy"] == "tree"
+    assert read.logged("blocks.0.hook_resid_post/eval/pair_depth/pair_depth")
+
+
+# When W&B fails ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [None, "short", "0123456789" * 4])
+def test_no_key_wrong_key_and_no_server_fall_back_to_offline(
+    key: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb.teardown()  # W&B reads its environment once
+    monkeypatch.setenv("WANDB_BASE_URL", NOWHERE)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    with caplog.at_level(logging.WARNING):
+        assert ensure_wandb(init_timeout=1, project="p") == "offline"
+    assert "going on offline" in caplog.text and "wandb sync" in caplog.text
+    run = wandb.run
+    assert run is not None
+    # What SAELens's runners do next: it must find this run, not start its own.
+    assert wandb.init(project="p", config={}) is run
+    wandb.log({"losses/overall_loss": 0.5}, step=0)
+    folder = Path(run.dir).parent
+    wandb.finish()
+    assert OfflineRun(folder).logged("losses/overall_loss") == [0.5]
+
+
+def test_where_nothing_can_be_written_logging_is_disabled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**_: object) -> object:
+        if os.environ.get("WANDB_MODE") != "disabled":
+            raise OSError(28, "No space left on device")
+        return init()
+
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", fail)
+    with caplog.at_level(logging.WARNING):
+        assert ensure_wandb() == "disabled"
+    assert "No space left" in caplog.text and "going on disabled" in caplog.text
+
+
+def test_results_survive_whatever_fails_while_logging(
+    results: Results, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError("service died")
+
+    monkeypatch.setattr(wandb, "Table", fail)
+    with caplog.at_level(logging.WARNING):
+        assert log_results(results, mode="offline", project="p") is None
+    assert "service died" in caplog.text and str(results.folder) in caplog.text
+    assert wandb.run is None
+
+
+def test_disabled_and_unknown_modes(results: Results, tmp_path: Path) -> None:
+    assert log_results(results, mode="disabled") is None
+    assert not list(tmp_path.rglob("*.wandb"))
+    with pytest.raises(ConfigError, match=r"'on'.*online, offline, disabled"):
+        log_results(results, mode="on")
+
+
+def test_the_names_are_documented() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for name in (
+        "eval/<evaluator>/<metric>",
+        "layers/<evaluator>/<metric>",
+        "layers/layer",
+        "charts/<evaluator>/<metric>",
+        "tables/<evaluator>/<table>",
+        "figures/<evaluator>/<figure>",
+        "tables/summary",
+        "taxolens-results",
+        "wandb sync",
+    ):
+        assert name in text
