@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from ..hooks.families import FAMILIES
 from ..registry.architectures.archetypal import ARCHETYPAL_JUMPRELU, ARCHETYPAL_TOPK
+from ..registry.architectures.codebook import CODEBOOK
+from ..registry.architectures.hsae import HSAE
 from ..registry.architectures.mp import MP
 from ..registry.architectures.nested_topk import NESTED_TOPK
 from ..registry.architectures.omp import OMP
+from ..registry.architectures.qlae import QLAE
 from ..registry.architectures.random_matryoshka import RANDOM_MATRYOSHKA
+from ..registry.architectures.simplicial import SIMPLICIAL
 from ..registry.architectures.top_afa import TOP_AFA
+from ..registry.architectures.tree import TREE
 from ..registry.evaluators.lch_height import LCHHeight
 from ..registry.evaluators.level_information import LevelInformation
 from ..registry.evaluators.ontological_coverage import OntologicalCoverage
@@ -34,6 +39,11 @@ def register_architectures(register: hookspecs.RegisterArchitecture) -> None:
     register(ARCHETYPAL_JUMPRELU)
     register(NESTED_TOPK)
     register(RANDOM_MATRYOSHKA)
+    register(TREE)
+    register(HSAE)
+    register(CODEBOOK)
+    register(QLAE)
+    register(SIMPLICIAL)
 
 
 @hookimpl

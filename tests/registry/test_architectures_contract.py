@@ -56,6 +56,11 @@ CASES: dict[str, Case] = {
     "random_matryoshka": Case(
         {"k": 4.0, "n_prefixes": 3, "topk_threshold_lr": 0.5}, "jumprelu", same_at_inference=False
     ),
+    "tree": Case({"k": 6, "level_widths": [4, 8, 12], "reallocate_every": 3}),
+    "hsae": Case({"k": 3, "level_widths": [4, 8, 12], "reassign_every": 3}),
+    "codebook": Case({"k": 2, "kmeans_init": 0}, **PURSUIT),
+    "qlae": Case(),
+    "simplicial": Case({"group_size": 6}, fold_W_dec_norm=False, lr=1e-2),
     # SAELens's own
     "standard": Case({"l1_coefficient": 0.01, "l1_warm_up_steps": 3}, "standard"),
     "gated": Case({"l1_coefficient": 0.01}, "gated", trains_in_bfloat16=False),
