@@ -91,7 +91,8 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         self._cuts = informative_cuts(self.taxonomy)
 
     def calibrate(self, batch: EvaluationBatch) -> None:
-        spread = batch.z.float().var(0, unbiased=False)
+        z = batch.z.float()
+        spread = (z - z.mean(0)).square().mean(0)
         most = min(self.options.probe_latents, batch.z.shape[1])
         self._latents = spread.topk(most).indices.sort().values
 

@@ -1,0 +1,415 @@
+"""`parent_child`: which latents fire only where another fires, and whether the tree agrees.
+
+Implication and the test against the decoder are those of Tree SAE (arXiv 2605.07922), the Hamming
+distance that of HSAE (arXiv 2602.11881); forest and agreement are our own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+
+from ..errors import ConfigError
+from . import summary
+from .accumulators import ClassCounts, FiringHistogram
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .logistic import logistic_probes
+from .samples import FiringSample, ImageSample, fires, together
+
+DRAWN = 300
+"""Latents in the drawing at most."""
+
+
+@dataclass(frozen=True)
+class ParentChildOptions:
+    """When a latent p is a parent of a latent c, on the fit half of a sample of images.
+
+    implication: P(p fires | c fires) is at least this.
+    ratio: p fires at least so many times as often as c.
+    lift: P(p | c) / P(p) is at least this; else a latent that fires nearly everywhere would be the
+        parent of all.
+    min_fired: c fires on so many images.
+    max_images: size of the sample for co-firing.
+    probed: edges that are tested against the decoder, at random; 0 for none.
+    probe_images: size of the sample of x for their probes.
+    nearest: an edge passes where both decoder rows are among so many nearest to the probe.
+    """
+
+    implication: float = 0.9
+    ratio: float = 2.0
+    lift: float = 1.5
+    min_fired: int = 10
+    max_images: int = 16384
+    probed: int = 100
+    probe_images: int = 4096
+    nearest: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.implication <= 1:
+            raise ConfigError(f"implication: must lie in (0, 1], got {self.implication}")
+        if not self.ratio > 1:
+            raise ConfigError(f"ratio: must be above 1, or pairs form circles; got {self.ratio}")
+        for field in ("min_fired", "max_images", "probe_images", "nearest"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+
+
+class Pairs(NamedTuple):
+    """Parents and children, each (P,)."""
+
+    parent: np.ndarray
+    child: np.ndarray
+
+
+class Edges(NamedTuple):
+    """The forest on the images of the score half; each (E,), NaN where undefined."""
+
+    implication: np.ndarray  # P(p | c)
+    reverse: np.ndarray  # P(c | p)
+    lift: np.ndarray
+
+
+class ParentChild(Evaluator[ParentChildOptions]):
+    """The forest of latents by implication, and its agreement with the taxonomy.
+
+    A pair: c fires on `min_fired` images, P(p|c) ≥ `implication`, p fires `ratio` times as often
+    and with `lift`. Of several parents the *forest* keeps the one that fires least. Pairs are
+    chosen on the fit half and measured on the other.
+
+    - `pairs`, `edges`, `child_share`: pairs; children with a parent; these per latent that fires
+      `min_fired` times. `implication`, `holds_share`: mean P(p|c) on the score half, and the share
+      of edges that still reach the bound there.
+    - `hamming`: share of images on which a parent and the OR of its children differ, mean over the
+      parents; `hamming_relative`: of the images where either fires.
+    - `reconstruction_share`: of at most `probed` edges those that pass Tree SAE's condition: with a
+      logistic probe of the child's firing on x, the decoder rows of parent and child both are among
+      the `nearest` to it by cosine. NaN without a decoder.
+    - `edge_precision`: each latent stands for the node of best F1 with its firing; of the edges,
+      those whose parent's node holds strictly more classes than the child's, among them all of the
+      child's, and is not the root. `edge_recall`: of the (parent, child) edges of the collapsed
+      tree below its root, those that some forest edge stands for.
+
+    Memory O(max_images·L0 + probe_images·d + m·L0).
+    """
+
+    name = "parent_child"
+    description = "latents that fire only where another fires, and whether the tree agrees"
+    higher_is_better = {
+        "pairs": None,
+        "edges": None,
+        "child_share": None,
+        "implication": True,
+        "holds_share": True,
+        "lift": None,
+        "hamming": False,
+        "hamming_relative": False,
+        "reconstruction_share": True,
+        "edge_precision": True,
+        "edge_recall": True,
+    }
+    invariant = frozenset(higher_is_better) - {"edge_precision", "edge_recall"}
+    Options = ParentChildOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: ParentChildOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._firings = context.share(FiringHistogram, survival=(1.0,))
+        self._sample = context.share(FiringSample, max_images=self.options.max_images)
+        self._probing = self.options.probed > 0 and context.W_dec is not None
+        if self._probing:
+            self._images = context.share(ImageSample, max_images=self.options.probe_images)
+        distinct = self.taxonomy.distinct_nodes
+        self._nodes = distinct[np.argsort(-self.taxonomy.n_leaves[distinct], kind="stable")]
+
+    def update(self, batch: EvaluationBatch) -> None:
+        for kept in ("pairs", "forest", "edges", "_fired", "_hamming", "reconstructs"):
+            self.__dict__.pop(kept, None)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Every pair that the fit half shows."""
+        sample, options = self._sample, self.options
+        return implied_pairs(
+            fires(sample.z[sample.is_fit]),
+            implication=options.implication,
+            ratio=options.ratio,
+            lift=options.lift,
+            min_fired=options.min_fired,
+        )
+
+    @cached_property
+    def forest(self) -> Pairs:
+        """One parent for each child."""
+        return nearest_parents(self.pairs, self._fired[0])
+
+    @cached_property
+    def edges(self) -> Edges:
+        """The forest on the score half."""
+        sample = self._sample
+        return measure_edges(fires(sample.z[~sample.is_fit]), self.forest)
+
+    @cached_property
+    def _fired(self) -> tuple[np.ndarray, int]:
+        """(m,) images of the fit half on which each latent fires, and images."""
+        sample = self._sample
+        fit = sample.z[sample.is_fit]
+        return np.bincount(fit.indices, minlength=fit.shape[1]), fit.shape[0]
+
+    @cached_property
+    def _hamming(self) -> pd.DataFrame:
+        sample = self._sample
+        return hamming(fires(sample.z[~sample.is_fit]), self.forest)
+
+    @cached_property
+    def reconstructs(self) -> np.ndarray:
+        """(E,) whether an edge passes Tree SAE's condition: 1, 0, or NaN where it was not asked."""
+        passes = np.full(len(self.forest.child), np.nan)
+        decoder = self.context.W_dec
+        if not self._probing or decoder is None:
+            return passes
+        z = fires(self._images.z)
+        fired = np.bincount(z.indices, minlength=z.shape[1])[self.forest.child]
+        able = np.flatnonzero((fired >= 5) & (fired < z.shape[0]))
+        generator = np.random.default_rng(self.context.seed)
+        asked = np.sort(generator.permutation(able)[: self.options.probed])
+        if len(asked):
+            targets = torch.from_numpy(z[:, self.forest.child[asked]].toarray() > 0)
+            direction = logistic_probes(self._images.x, targets).weight
+            passes[asked] = near_probe(
+                decoder.detach().float().cpu(),
+                direction,
+                np.stack([self.forest.parent[asked], self.forest.child[asked]]),
+                self.options.nearest,
+            )
+        return passes
+
+    def best_nodes(
+        self,
+        latents: np.ndarray,
+        permutation: np.ndarray | None = None,
+        shuffled: bool = False,
+    ) -> np.ndarray:
+        """The node of best F1 with the firing of each latent, as a position in `_nodes`."""
+        members = self.taxonomy.membership[:, self._nodes]
+        if permutation is not None:
+            members = members[permutation]
+        fired = self._firings.fired(shuffled)[latents]
+        return best_nodes(fired, self._classes.all(shuffled), members)
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        self._check_shuffled(shuffled)
+        forest, edges, distances = self.forest, self.edges, self._hamming
+        living = int((self._fired[0] >= self.options.min_fired).sum())
+        precision, recall = self._agreement(permutation, shuffled)
+        return {
+            "pairs": float(len(self.pairs.child)),
+            "edges": float(len(forest.child)),
+            "child_share": len(forest.child) / living if living else float("nan"),
+            "implication": summary.mean(edges.implication),
+            "holds_share": summary.mean(
+                edges.implication >= self.options.implication, np.isfinite(edges.implication)
+            ),
+            "lift": summary.mean(edges.lift),
+            "hamming": summary.mean(distances["hamming"]),
+            "hamming_relative": summary.mean(distances["hamming_relative"]),
+            "reconstruction_share": summary.mean(self.reconstructs),
+            "edge_precision": precision,
+            "edge_recall": recall,
+        }
+
+    def _agreement(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> tuple[float, float]:
+        parent, child = (self.best_nodes(js, permutation, shuffled) for js in self.forest)
+        return (
+            summary.mean(self._above[parent, child] & (parent > 0)),
+            recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
+        )
+
+    @cached_property
+    def _above(self) -> np.ndarray:
+        """(N, N) whether the classes of one node are a strict part of the other's."""
+        members = self.taxonomy.membership[:, self._nodes].astype(np.float32)
+        size = members.sum(0)
+        return (members.T @ members == size) & (size[:, None] > size)
+
+    @cached_property
+    def _tree_edges(self) -> np.ndarray:
+        """(E, 2) parent and child of the collapsed tree as positions in `_nodes`, root left out."""
+        position = {self.taxonomy.nodes[v]: i for i, v in enumerate(self._nodes)}
+        edges = [(position[p], position[c]) for p, c in self.taxonomy.collapsed().edges()]
+        return np.array([edge for edge in edges if edge[0] != 0], dtype=np.int64).reshape(-1, 2)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`forest`: one row for each child; `parents`: one for each parent."""
+        forest, edges = self.forest, self.edges
+        parent, child = (self.best_nodes(latents) for latents in forest)
+        fired = self._fired[0]
+        names = np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
+        table = {
+            "child": forest.child,
+            "parent": forest.parent,
+            "child_name": names[child],
+            "parent_name": names[parent],
+            "agrees": self._above[parent, child] & (parent > 0),
+            "child_fired": fired[forest.child],
+            "parent_fired": fired[forest.parent],
+            **edges._asdict(),
+            "reconstructs": self.reconstructs,
+        }
+        parents = self._hamming.copy()
+        nodes = self.best_nodes(parents["parent"].to_numpy())
+        parents.insert(1, "name", names[nodes])
+        return {"forest": pd.DataFrame(table), "parents": parents}
+
+    def figures(self) -> dict[str, Figure]:
+        """`forest`: the latents that fire most, each below its parent; colour: P(p|c)."""
+        table = self.tables()["forest"]
+        fired = self._fired[0]
+        latents = np.unique(np.concatenate([self.forest.parent, self.forest.child]))
+        latents = latents[np.argsort(-fired[latents], kind="stable")][:DRAWN]
+        above = dict(zip(table["child"], table["parent"]))
+        implication = dict(zip(table["child"], table["implication"]))
+        named = dict(zip(table["child"], table["child_name"]))
+        named |= dict(zip(table["parent"], table["parent_name"]))
+        drawing = summary.figure("Forest of latents by implication", "", "")
+        drawing.add_trace(
+            go.Icicle(
+                ids=[str(j) for j in latents],
+                labels=[f"{named[j]} ({j})" for j in latents],
+                parents=[str(above[j]) if j in above else "" for j in latents],
+                marker={
+                    "colors": [implication.get(j) for j in latents],
+                    "colorscale": "Blues",
+                    "cmin": 0,
+                    "cmax": 1,
+                    "colorbar": {"title": "P(parent | latent)"},
+                },
+                maxdepth=5,
+            )
+        )
+        return {"forest": drawing}
+
+
+def implied_pairs(
+    firings: sparse.csr_array,
+    *,
+    implication: float = 0.9,
+    ratio: float = 2.0,
+    lift: float = 1.0,
+    min_fired: int = 1,
+    block: int = 1024,
+) -> Pairs:
+    """All pairs of latents that meet the bounds, by child and then parent.
+
+    Args:
+        firings: (n, m) of zeros and ones.
+    """
+    n, m = firings.shape
+    fired = np.bincount(firings.indices, minlength=m)
+    children = np.flatnonzero(fired >= max(min_fired, 1))
+    found = []
+    for start in range(0, len(children), block):
+        child = children[start : start + block]
+        both, own = together(firings, child), fired[child][:, None]
+        # In whole numbers but for a hair, or rounding would decide at a bound like 0.9 · 10.
+        holds = (both >= implication * own - 1e-9) & (fired >= ratio * own - 1e-9)
+        holds &= both * n >= lift * own * fired - 1e-9
+        at, parent = np.nonzero(holds)
+        found.append(np.stack([parent, child[at]]))
+    parent, child = np.concatenate([*found, np.zeros((2, 0), dtype=np.int64)], axis=1)
+    return Pairs(parent, child)
+
+
+def nearest_parents(pairs: Pairs, fired: np.ndarray) -> Pairs:
+    """For each child the parent that fires least (ties: the smallest number), by child."""
+    order = np.lexsort((pairs.parent, fired[pairs.parent], pairs.child))
+    child, first = np.unique(pairs.child[order], return_index=True)
+    return Pairs(pairs.parent[order][first], child)
+
+
+def measure_edges(firings: sparse.csr_array, forest: Pairs) -> Edges:
+    """P(p|c), P(c|p) and lift of each edge; firings (n, m) of zeros and ones."""
+    columns = sparse.csc_array(firings)
+    fired = np.diff(columns.indptr)
+    both = columns[:, forest.parent].multiply(columns[:, forest.child]).sum(0)
+    own, above = fired[forest.child], fired[forest.parent]
+    lift = summary.ratio(both * firings.shape[0], own.astype(float) * above)
+    return Edges(summary.ratio(both, own), summary.ratio(both, above), lift)
+
+
+def hamming(firings: sparse.csr_array, forest: Pairs) -> pd.DataFrame:
+    """Where each parent's firing differs from the OR of its children's.
+
+    Returns:
+        one row for each parent: its number of `children`; `hamming`, the share of images on which
+        the two differ; `hamming_relative`, of those on which either fires.
+    """
+    n, m = firings.shape
+    parents, group = np.unique(forest.parent, return_inverse=True)
+    shape = (m, len(parents))
+    belongs = sparse.csr_array((np.ones(len(group)), (forest.child, group)), shape=shape)
+    either = fires(sparse.csr_array(firings @ belongs))
+    own = sparse.csr_array(sparse.csc_array(firings)[:, parents])
+    both = own.multiply(either).sum(0)
+    total = own.sum(0) + either.sum(0)
+    return pd.DataFrame(
+        {
+            "parent": parents,
+            "children": np.bincount(group, minlength=len(parents)),
+            "hamming": summary.ratio(total - 2 * both, n),
+            "hamming_relative": summary.ratio(total - 2 * both, total - both),
+        }
+    )
+
+
+def near_probe(
+    decoder: torch.Tensor, direction: torch.Tensor, latents: np.ndarray, nearest: int
+) -> np.ndarray:
+    """(E,) whether all of an edge's latents are among the nearest decoder rows by cosine.
+
+    Args:
+        decoder: (m, d).
+        direction: (E, d) the probes.
+        latents: (2, E).
+    """
+    rows = torch.nn.functional.normalize(decoder, dim=1)
+    cosine = torch.nn.functional.normalize(direction, dim=1) @ rows.T
+    top = cosine.topk(min(nearest, len(decoder)), dim=1).indices.numpy()
+    return (top[None] == latents[:, :, None]).any(2).all(0)
+
+
+def best_nodes(fired: np.ndarray, images: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """(L,) the node whose F1 with a latent's firing is best; ties go to the first.
+
+    Args:
+        fired: (L, C) images on which the latent fires.
+        images: (C,) images of each class.
+        members: (C, N) whether a class lies below a node.
+    """
+    belongs = sparse.csr_array(members.astype(np.float32))
+    hits = fired.astype(np.float32) @ belongs
+    f1 = 2 * hits / np.maximum(fired.sum(1, keepdims=True) + images @ belongs, 1)
+    return f1.argmax(1)
+
+
+def recall_of(wanted: np.ndarray, found: np.ndarray) -> float:
+    """The share of the rows of `wanted` (W, 2) that are among those of `found` (F, 2)."""
+    if not len(wanted):
+        return float("nan")
+    have = set(map(tuple, found.tolist()))
+    return float(np.mean([tuple(row) in have for row in wanted.tolist()]))

@@ -1,0 +1,206 @@
+"""What every registered evaluator promises, ours and third parties' alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import taxolens
+import torch
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.base import NULLS, EvaluationContext, Evaluator
+from taxolens.registry.evaluators.planted import PlantedLatents
+
+EVALUATORS = dict(taxolens.EVALUATORS)
+
+
+@pytest.fixture(params=sorted(EVALUATORS))
+def evaluator_class(request) -> type[Evaluator]:
+    return EVALUATORS[request.param]
+
+
+@pytest.fixture(scope="module")
+def planted_batch(animals, one_batch):
+    labels = np.repeat(np.arange(12), 20)
+    latents = PlantedLatents(animals, recall=0.9, false_alarm=0.01)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    x = z @ torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(0))
+    return one_batch(z, labels, x=x, mean_patch=x.flip(1))
+
+
+def same(one: dict[str, float], other: dict[str, float], **tolerance: float) -> bool:
+    return one.keys() == other.keys() and all(
+        math.isclose(one[k], other[k], **{"rel_tol": 1e-9, **tolerance})
+        or (math.isnan(one[k]) and math.isnan(other[k]))
+        for k in one
+    )
+
+
+def test_it_says_what_it_is(evaluator_class):
+    name = evaluator_class.name
+    assert EVALUATORS[name] is evaluator_class and name.isidentifier()
+    assert evaluator_class.description and len(evaluator_class.description) < 120
+    assert evaluator_class.__doc__ and len(evaluator_class.__doc__) > 80
+    assert set(evaluator_class.nulls) == set(NULLS)
+    for reason in evaluator_class.nulls.values():
+        assert reason is None or len(reason) > 10
+    assert set(evaluator_class.higher_is_better.values()) <= {True, False, None}
+    assert evaluator_class.invariant <= set(evaluator_class.higher_is_better)
+
+
+def test_it_gives_the_metrics_it_names(evaluator_class, animals, planted_batch, measured):
+    (evaluator,) = measured(animals, planted_batch, [evaluator_class])
+    permutation = animals.permutation(1)
+    for numbers in (
+        evaluator.compute(),
+        evaluator.compute(permutation=permutation),
+        evaluator.compute(shuffled=True),
+        evaluator.compute(permutation=permutation, shuffled=True),
+    ):
+        assert set(numbers) == set(evaluator_class.higher_is_better)
+        assert all(type(value) is float for value in numbers.values())
+    assert any(math.isfinite(value) for value in evaluator.compute().values())
+
+
+def test_a_permutation_that_moves_nothing_changes_nothing(
+    evaluator_class, animals, planted_batch, measured
+):
+    (evaluator,) = measured(animals, planted_batch, [evaluator_class])
+    value = evaluator.compute()
+    assert same(evaluator.compute(permutation=np.arange(12)), value)
+    moved = evaluator.compute(permutation=animals.permutation(3))
+    for name in evaluator_class.invariant:
+        assert same({name: moved[name]}, {name: value[name]}), name
+    assert same(evaluator.compute(), value)  # and asking changed nothing
+    if evaluator_class.nulls["permuted_classes"] is None:
+        assert not same(moved, value)
+
+
+def test_a_permutation_equals_relabelled_images(evaluator_class, animals, planted_batch, measured):
+    """Class c in the place of p[c] is the same as images of c labelled p[c]."""
+    permutation = animals.permutation(5)
+    (evaluator,) = measured(animals, planted_batch, [evaluator_class])
+    place = torch.from_numpy(permutation)
+    relabelled = replace(
+        planted_batch,
+        labels=place[planted_batch.labels],
+        shuffled_labels=place[planted_batch.shuffled_labels],
+    )
+    (other,) = measured(animals, relabelled, [evaluator_class])
+    if evaluator_class.nulls["permuted_classes"] is None:
+        expected = other.compute()
+        assert same(evaluator.compute(permutation=permutation), expected, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_small_batches_equal_one(evaluator_class, animals, planted_batch, measured, size):
+    (whole,) = measured(animals, planted_batch, [evaluator_class])
+    (parts,) = measured(animals, planted_batch, [evaluator_class], size=size)
+    assert same(whole.compute(), parts.compute(), rel_tol=1e-4, abs_tol=1e-4)
+    assert same(whole.compute(shuffled=True), parts.compute(shuffled=True), abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_dtype(evaluator_class, animals, planted_batch, measured, dtype):
+    cast = replace(planted_batch, x=planted_batch.x.to(dtype), z=planted_batch.z.to(dtype))
+    (evaluator,) = measured(animals, cast, [evaluator_class])
+    (exact,) = measured(animals, planted_batch, [evaluator_class])
+    assert same(evaluator.compute(), exact.compute(), rel_tol=0.2, abs_tol=0.1)
+
+
+@pytest.mark.parametrize("case", ["dead latents", "no latents", "one image a class", "one class"])
+def test_undefined_is_nan_and_never_raises(evaluator_class, animals, one_batch, measured, case):
+    labels = {
+        "one image a class": np.arange(12),
+        "one class": np.zeros(10, dtype=np.int64),
+    }.get(case, np.repeat(np.arange(12), 4))
+    width = 0 if case == "no latents" else 5
+    fires = 0.0 if case == "dead latents" else 1.0
+    z = np.random.default_rng(0).random((len(labels), width)).astype(np.float32) * fires
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (evaluator,) = measured(animals, one_batch(z, labels), [evaluator_class])
+        for numbers in (
+            evaluator.compute(),
+            evaluator.compute(shuffled=True),
+            evaluator.compute(permutation=animals.permutation(0)),
+        ):
+            assert not any(math.isinf(value) for value in numbers.values())
+        evaluator.tables()
+        evaluator.figures()
+
+
+def test_a_class_may_be_missing(evaluator_class, animals, one_batch, measured):
+    labels = np.append(np.repeat(np.arange(10), 6), 10)  # 10: fit half only; 11: nowhere
+    z = (np.eye(12)[labels] + 0.1).astype(np.float32)
+    (evaluator,) = measured(animals, one_batch(z, labels), [evaluator_class])
+    assert any(math.isfinite(value) for value in evaluator.compute().values())
+    evaluator.tables()
+
+
+def test_no_image_seen(evaluator_class, animals):
+    evaluator = evaluator_class(EvaluationContext(animals, 0, 5, 3))
+    numbers = evaluator.compute()
+    assert set(numbers) == set(evaluator_class.higher_is_better)
+
+
+def test_tables_and_figures_can_be_written(evaluator_class, animals, planted_batch, measured):
+    (evaluator,) = measured(animals, planted_batch, [evaluator_class])
+    for name, table in evaluator.tables().items():
+        assert name.isidentifier() and isinstance(table, pd.DataFrame) and len(table)
+        json.loads(table.to_json(orient="records"))
+    for name, drawing in evaluator.figures().items():
+        assert name.isidentifier() and isinstance(drawing, go.Figure)
+        json.loads(drawing.to_json())
+        assert len(drawing.data)
+
+
+def test_a_pass_without_shuffled_labels_says_so(evaluator_class, animals, planted_batch, measured):
+    (evaluator,) = measured(animals, planted_batch, [evaluator_class], shuffled=False)
+    (both,) = measured(animals, planted_batch, [evaluator_class])
+    assert same(evaluator.compute(), both.compute())
+    if evaluator_class.nulls["shuffled"] is None:
+        with pytest.raises(ConfigError, match="the pass was made with shuffled=False"):
+            evaluator.compute(shuffled=True)
+
+
+def test_options_by_name(evaluator_class, animals):
+    context = EvaluationContext(animals, 10, 5, 3)
+    options = evaluator_class.Options()
+    assert evaluator_class(context).options == options
+    assert evaluator_class(context, options).options is options
+    with pytest.raises(ConfigError, match=f"unknown option of {evaluator_class.name} 'colour'"):
+        evaluator_class(context, {"colour": "red"})
+
+
+def test_memory_does_not_grow_with_images(evaluator_class, animals, one_batch, measured):
+    def size(n: int) -> int:
+        labels = np.arange(n) % 12
+        z = np.random.default_rng(0).random((n, 6)).astype(np.float32)
+        (evaluator,) = measured(animals, one_batch(z, labels), [evaluator_class], size=24)
+        holders = [evaluator, *evaluator.context._shared.values()]
+        return sum(bytes_of(vars(h), set()) for h in holders)
+
+    assert size(960) <= 1.25 * size(240)  # a buffer of bounded size may be more or less full
+
+
+def bytes_of(value: object, seen: set[int]) -> int:
+    """Bytes of the arrays below `value`, each once; the context and the taxonomy are shared."""
+    if id(value) in seen or type(value).__name__ in ("Taxonomy", "EvaluationContext"):
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return value.element_size() * value.nelement()
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(bytes_of(v, seen) for v in value.values())
+    if isinstance(value, list | tuple):
+        return sum(bytes_of(v, seen) for v in value)
+    return bytes_of(vars(value), seen) if hasattr(value, "__dict__") else 0

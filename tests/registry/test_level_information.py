@@ -1,0 +1,221 @@
+"""`level_information` and its probes against plain linear algebra, and on known truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.level_information import (
+    LevelInformation,
+    informative_cuts,
+    read_off,
+)
+from taxolens.registry.evaluators.probes import NeighbourProbe, RidgeProbe
+from taxolens.registry.taxonomies import Taxonomy
+
+few = settings(max_examples=15, deadline=None)
+
+
+def embedded(taxonomy: Taxonomy, labels: np.ndarray, noise: float, seed: int = 0) -> torch.Tensor:
+    """(n, 64) activations: a random direction for each node above the class, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(len(taxonomy.nodes), 64, generator=generator)
+    members = torch.tensor(taxonomy.membership, dtype=torch.float32)
+    noise_ = torch.randn(len(labels), 64, generator=generator) * noise
+    return (members @ directions)[torch.from_numpy(labels)] + noise_ + 7
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_ridge_against_the_normal_equations(seed):
+    rng = np.random.default_rng(seed)
+    n, d, n_classes, ridge = 80, 6, 4, 0.1
+    x = rng.normal(size=(n, d)) * rng.random(d) * 5 + 100
+    labels = rng.integers(0, n_classes - 1, n)  # the last class is never seen
+    z = (x - x.mean(0)) / x.std(0)
+    onehot = np.eye(n_classes)[labels]
+    weights = np.linalg.solve(z.T @ z / n + ridge * np.eye(d), z.T @ onehot / n)
+    asked = rng.normal(size=(30, d)) * 5 + 100
+    scores = (asked - x.mean(0)) / x.std(0) @ weights + onehot.mean(0)
+    scores[:, -1] = -np.inf
+    probe = RidgeProbe(n_classes, 1, ridge)
+    for part, truth in zip(np.array_split(x, 5), np.array_split(labels, 5)):
+        probe.fit(torch.from_numpy(part).float(), [torch.from_numpy(truth)])
+    guess = probe.predict(torch.from_numpy(asked).float())[0].numpy()
+    best = np.sort(scores)[:, ::-1]
+    clear = best[:, 0] - best[:, 1] > 1e-3
+    assert (guess == scores.argmax(1))[clear].all() and clear.sum() > 15
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_neighbours_against_loops(seed):
+    rng = np.random.default_rng(seed)
+    x, asked = rng.normal(size=(60, 5)) + 3, rng.normal(size=(20, 5)) + 3
+    labels = rng.integers(0, 4, 60)
+    probe = NeighbourProbe(4, 1, k=7, per_class=100)
+    index = torch.from_numpy(rng.permutation(60))
+    for rows in torch.arange(60).split(13):
+        probe.fit(torch.from_numpy(x).float()[rows], [torch.from_numpy(labels)[rows]], index[rows])
+    guess = probe.predict(torch.from_numpy(asked).float())[0]
+    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
+    cosine = unit(asked - x.mean(0)) @ unit(x - x.mean(0)).T
+    for row, found in zip(cosine, guess):
+        near = np.argsort(-row)[:7]
+        votes = np.bincount(labels[near], np.exp(row[near] / 0.07), 4)
+        assert votes[found] >= votes.max() * (1 - 1e-3)
+
+
+def test_the_neighbour_database_is_capped_and_does_not_depend_on_batches():
+    x, labels = torch.randn(300, 4), torch.arange(300) % 3
+    kept = []
+    for size in (300, 17):
+        probe = NeighbourProbe(3, 2, k=3, per_class=5)
+        for rows in torch.arange(300).split(size):
+            probe.fit(x[rows], [labels[rows], labels[rows].flip(0)], rows)
+        assert probe._features is not None and probe._features.shape == (3, 5, 4)
+        kept.append({tuple(row) for row in probe._features.flatten(0, 1).tolist()})
+    assert kept[0] == kept[1] and len(kept[0]) == 15
+
+
+def test_probes_without_a_fit_know_nothing():
+    assert RidgeProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
+    assert NeighbourProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_variance_shares_against_loops(random_dag, one_batch, measured, seed):
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    n_classes = len(taxonomy.classes)
+    labels = rng.integers(0, n_classes, 60)
+    x = torch.from_numpy(rng.normal(size=(60, 4)) + rng.normal(size=(n_classes, 4))[labels] + 50)
+    z = (x.relu() * (torch.rand(60, 4) < 0.3)).float()
+    batch = one_batch(z, labels, x=x.float(), mean_patch=-x.float())
+    (evaluator,) = measured(taxonomy, batch, [LevelInformation], size=13)
+    place = rng.permutation(n_classes)
+    for feature, values in (("x", batch.x), ("z", batch.z), ("mean_patch", batch.mean_patch)):
+        for shuffled in (False, True):
+            truth = place[batch.labels_of(shuffled).numpy()]
+            found = evaluator.levels(feature, place, shuffled)["variance_share"]
+            v = values.double().numpy()
+            total = ((v - v.mean(0)) ** 2).sum()
+            for t, got in zip(informative_cuts(taxonomy), found):
+                groups = taxonomy.cut(t)[truth]
+                inside = sum(
+                    ((v[groups == g] - v[groups == g].mean(0)) ** 2).sum() for g in set(groups)
+                )
+                assert got == pytest.approx((total - inside) / total, abs=1e-4)
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_reading_off_a_confusion_matrix(seed):
+    rng = np.random.default_rng(seed)
+    truth, guess = rng.integers(0, 6, (2, 40))
+    confusion = np.zeros((6, 6), int)
+    np.add.at(confusion, (truth, guess), 1)
+    groups = rng.integers(0, 3, (4, 6))
+    accuracy, at_level, right_group = read_off(confusion, groups)
+    wrong = truth != guess
+    assert accuracy == pytest.approx((~wrong).mean())
+    for g, level, right in zip(groups, at_level, right_group):
+        assert level == pytest.approx((g[truth] == g[guess]).mean())
+        assert right == pytest.approx((g[truth] == g[guess])[wrong].mean())
+
+
+def test_nothing_to_read_off_is_undefined():
+    accuracy, at_level, right_group = read_off(np.zeros((3, 3), int), np.zeros((1, 3), int))
+    assert np.isnan([accuracy, *at_level, *right_group]).all()
+    accuracy, at_level, right_group = read_off(np.eye(3, dtype=int), np.zeros((1, 3), int))
+    assert accuracy == 1 and at_level[0] == 1 and np.isnan(right_group[0])
+
+
+def test_informative_cuts(animals):
+    assert informative_cuts(animals) == [1, 2]
+    flat = Taxonomy.from_edges([("r", c) for c in "abc"])
+    assert informative_cuts(flat) == []
+
+
+def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 60)
+    x = embedded(animals, labels, noise=6)
+    batch = one_batch(x.relu(), labels, x=x, mean_patch=torch.randn(x.shape))
+    (evaluator,) = measured(animals, batch, [LevelInformation])
+    value = evaluator.compute()
+    permuted = [evaluator.compute(permutation=animals.permutation(s)) for s in range(8)]
+    for name in ("x_probe_right_group", "x_knn_right_group", "z_probe_right_group"):
+        assert value[name] > max(p[name] for p in permuted) + 0.05, name
+    assert value["x_variance_share"] > max(p["x_variance_share"] for p in permuted)
+    assert value["x_probe_level_accuracy"] > max(p["x_probe_level_accuracy"] for p in permuted)
+    assert all(p["x_probe_accuracy"] == value["x_probe_accuracy"] for p in permuted)
+    chance = np.mean([p["mean_patch_probe_right_group"] for p in permuted])
+    assert value["mean_patch_probe_right_group"] == pytest.approx(chance, abs=0.05)
+    shuffled = evaluator.compute(shuffled=True)
+    assert shuffled["x_probe_accuracy"] < 0.16 and shuffled["x_knn_accuracy"] < 0.16
+
+
+def test_class_knowledge_alone_leaves_no_null_behind(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 60)
+    flat = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))[torch.from_numpy(labels)]
+    x = flat * 2 + torch.randn(720, 64, generator=torch.Generator().manual_seed(2)) * 4
+    (evaluator,) = measured(animals, one_batch(x.relu(), labels, x=x), [LevelInformation])
+    value = evaluator.compute()
+    permuted = [evaluator.compute(permutation=animals.permutation(s)) for s in range(20)]
+    right = [p["x_probe_right_group"] for p in permuted]
+    assert value["x_probe_accuracy"] > 0.5
+    assert min(right) - 0.02 < value["x_probe_right_group"] < max(right) + 0.02
+
+
+def test_depths_and_permuted_classes_in_the_table(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 20)
+    x = embedded(animals, labels, noise=6)
+    (evaluator,) = measured(animals, one_batch(x.relu(), labels, x=x), [LevelInformation])
+    table = evaluator.tables()["levels"]
+    assert set(table["feature"]) == {"x", "z"} and set(table["depth"]) == {1, 2}
+    assert dict(zip(table["depth"], table["groups"])) == {1: 2, 2: 6}
+    row = table[(table["feature"] == "x") & (table["measure"] == "probe_right_group")]
+    assert row["value"].mean() == pytest.approx(evaluator.compute()["x_probe_right_group"])
+    nulls = [
+        evaluator.compute(permutation=p)["x_probe_right_group"]
+        for p in evaluator.context.permutations
+    ]
+    assert row["permuted"].mean() == pytest.approx(np.mean(nulls))
+    assert (table["permuted_most"] >= table["permuted"]).all()
+    np.testing.assert_allclose(table["excess"], table["value"] - table["permuted"])
+
+
+def test_other_sources_of_latents_measure_z_alone(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 10)
+    batch = one_batch(np.random.default_rng(0).random((120, 8), np.float32), labels)
+    (evaluator,) = measured(animals, batch, [LevelInformation], source="random")
+    numbers = evaluator.compute()
+    assert all(np.isnan(numbers[k]) for k in numbers if not k.startswith("z_"))
+    assert np.isfinite(numbers["z_probe_accuracy"])
+
+
+def test_only_the_most_variable_latents_are_probed(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 20)
+    z = np.concatenate([np.eye(12)[labels], 0.001 * np.random.rand(240, 50)], 1).astype(np.float32)
+    batch = one_batch(z, labels)
+    options = {"probe_latents": 12}
+    (evaluator,) = measured(animals, batch, [LevelInformation], options=options)
+    assert evaluator._latents.tolist() == list(range(12))
+    assert evaluator.compute()["z_probe_accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0}, "ridge: must be above 0, got 0"),
+        ({"neighbours": 0}, "neighbours: must be at least 1, got 0"),
+    ],
+)
+def test_options_are_checked(animals, one_batch, measured, options, message):
+    batch = one_batch(np.ones((24, 2), np.float32), np.repeat(np.arange(12), 2))
+    with pytest.raises(ConfigError, match=message):
+        measured(animals, batch, [LevelInformation], options=options)
