@@ -58,7 +58,7 @@ CASES: dict[str, Case] = {
     ),
     "tree": Case({"k": 6, "level_widths": [4, 8, 12], "reallocate_every": 3}),
     "hsae": Case({"k": 3, "level_widths": [4, 8, 12], "reassign_every": 3}),
-    "codebook": Case({"k": 2, "kmeans_init": 0}, **PURSUIT),
+    "codebook": Case({"k": 2, "kmeans_init": 0}, **PURSUIT, lr=3e-2),
     "qlae": Case(),
     "simplicial": Case({"group_size": 6}, fold_W_dec_norm=False, lr=1e-2),
     # SAELens's own

@@ -1,0 +1,142 @@
+"""The archetypal dictionary row by row, its constraints in training, and k-means point by point."""
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainStepInput
+from taxolens.registry.architectures.archetypal import (
+    ArchetypalJumpReLUTrainingSAE,
+    ArchetypalJumpReLUTrainingSAEConfig,
+    ArchetypalTopKTrainingSAE,
+    ArchetypalTopKTrainingSAEConfig,
+)
+from taxolens.registry.architectures.kmeans import seed_centroids, update_centroids
+from taxolens.registry.errors import ConfigError
+
+KINDS = {
+    "topk": (ArchetypalTopKTrainingSAE, ArchetypalTopKTrainingSAEConfig, {"k": 3}, {}),
+    "jumprelu": (
+        ArchetypalJumpReLUTrainingSAE,
+        ArchetypalJumpReLUTrainingSAEConfig,
+        {},
+        {"l0": 0.01},
+    ),
+}
+
+
+def make(kind="topk", **settings):
+    torch.manual_seed(0)
+    sae_class, config_class, extra, _ = KINDS[kind]
+    return sae_class(config_class(d_in=5, d_sae=12, n_candidates=7, **{**extra, **settings}))
+
+
+def step(sae, x, kind="topk"):
+    return sae.training_forward_pass(TrainStepInput(x, KINDS[kind][3], None, 0, False))
+
+
+def slow_dictionary(sae):
+    rows = []
+    for w, offset in zip(sae.mixture.detach(), sae.relaxation.detach()):
+        w = w.clamp(min=0)
+        w = w / w.sum() if w.sum() > 0 else torch.full_like(w, 1 / len(w))
+        if offset.norm() > sae.cfg.delta:
+            offset = offset * sae.cfg.delta / offset.norm()
+        point = sum(weight * a for weight, a in zip(w, sae.candidates))
+        rows.append((point + offset) * torch.exp(sae.log_scale.detach()))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dictionary_stays_near_the_hull_through_training(kind):
+    sae = make(kind, delta=0.3, candidate_steps=2)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=0.1)
+    for _ in range(6):
+        optimiser.zero_grad()
+        step(sae, torch.randn(40, 5) + 1, kind).loss.backward()
+        optimiser.step()
+    assert sae.relaxation.norm(dim=1).max() > 0.3  # the last step has left the ball
+    torch.testing.assert_close(sae.W_dec, slow_dictionary(sae))
+    sae.project()
+    assert (sae.mixture >= 0).all()
+    torch.testing.assert_close(sae.mixture.sum(dim=1), torch.ones(12))
+    assert sae.relaxation.norm(dim=1).max() <= 0.3 + 1e-6
+
+
+def test_gradients_pass_the_projections():
+    sae = make()
+    x = torch.randn(40, 5)
+    step(sae, x).loss.backward()
+    for name in ("mixture", "relaxation", "log_scale", "W_enc"):
+        assert sae.get_parameter(name).grad.abs().sum() > 0, name
+
+
+def test_candidates_come_from_the_data_and_then_stay():
+    sae, x = make(candidate_steps=2), torch.randn(40, 5)
+    step(sae, x)
+    assert sae.candidate_counts.sum() == 40
+    for point in sae.candidates:
+        assert point.norm() <= x.norm(dim=1).max()
+    step(sae, x)
+    learned = sae.candidates.clone()
+    step(sae, torch.randn(40, 5))
+    assert torch.equal(sae.candidates, learned)
+
+
+def test_given_candidates_are_kept():
+    sae, points = make(), torch.randn(7, 5)
+    sae.set_candidates(points)
+    step(sae, torch.randn(40, 5))
+    assert torch.equal(sae.candidates, points)
+    with pytest.raises(ConfigError, match=r"shape \(7, 5\).*got \(3, 5\)"):
+        sae.set_candidates(points[:3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_saved_with_its_dictionary(kind, tmp_path):
+    sae = make(kind)
+    step(sae, torch.randn(40, 5), kind)
+    sae.cfg.rescale_acts_by_decoder_norm = False  # saved as it is, not folded
+    sae.save_inference_model(tmp_path)
+    torch.testing.assert_close(SAE.load_from_disk(tmp_path).W_dec.data, slow_dictionary(sae))
+
+
+def test_kmeans_point_by_point():
+    generator = torch.Generator().manual_seed(0)
+    centroids = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    counts = torch.tensor([0.0, 2.0, 5.0, 0.0], dtype=torch.float64)
+    batch = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    expected, n = centroids.numpy().copy(), counts.numpy().copy()
+    nearest = [int(np.argmin(((expected - p) ** 2).sum(1))) for p in batch.numpy()]
+    for point, j in zip(batch.numpy(), nearest):
+        n[j] += 1
+        expected[j] += (point - expected[j]) / n[j]
+    update_centroids(centroids, counts, batch)
+    np.testing.assert_allclose(centroids.numpy(), expected)
+    np.testing.assert_allclose(counts.numpy(), n)
+
+
+def test_seeding_repeats_rows_only_when_they_run_out():
+    batch = torch.arange(5.0)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    assert seed_centroids(batch, 5, generator).flatten().sort().values.tolist() == [0, 1, 2, 3, 4]
+    assert sorted(seed_centroids(batch, 8, generator).flatten().unique().tolist()) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_candidates": 0}, "n_candidates must be at least 1, got 0"),
+        ({"delta": -1}, "delta must not be negative, got -1"),
+        ({"decoder_init_norm": 0.1}, "decoder_init_norm must be None for archetypal_topk"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ArchetypalTopKTrainingSAEConfig(d_in=5, d_sae=12, **settings)
