@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sae_lens.analysis.hooked_sae_transformer import set_deep_attr
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAE
 from torch import nn
@@ -52,6 +53,7 @@ class VisionBridge(SAETransformerBridge):
         return adopted
 
     def _learn_aliases(self) -> None:
+        self._displaced: dict[str, HookPoint] = {}  # by SAEs
         hooks = super(SAETransformerBridge, self).hook_dict
         self._canonical: dict[str, str] = {
             alias: point.name
@@ -133,7 +135,25 @@ class VisionBridge(SAETransformerBridge):
         for name in (metadata.hook_name, metadata.hook_name_out):
             if name is not None:
                 resolve_hook_name(self, name)
+        name = self._resolve_hook_name(metadata.hook_name_out or metadata.hook_name)
+        point = self._hook_registry[name]
+        if isinstance(point, HookPoint):
+            self._displaced.setdefault(name, point)
         super().add_sae(sae, use_error_term=use_error_term)
+
+    def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
+        """Put back the very hook point that was there.
+
+        `SAETransformerBridge` puts a new one, which has lost its full name: hooks asked for by name
+        would no longer find it.
+        """
+        super()._reset_sae(act_name, prev_wrapper)
+        for name in list(self._displaced):
+            if isinstance(self._hook_registry[name], HookPoint):
+                point = self._displaced.pop(name)
+                set_deep_attr(self, name, point)
+                self._hook_registry[name] = point
+                point.name = name
 
 
 class _Slot:

@@ -58,6 +58,16 @@ class VisionAttention(AttentionBridge):
     supports_split_qkv_fork = False
 
 
+class VisionBlock(DelegatedAttentionBlockBridge):
+    """Hugging Face's block as it is, with hook points on both sides."""
+
+    def _filter_kwargs_for_forward(
+        self, kwargs: dict[str, Any], num_positional_args: int = 0
+    ) -> dict[str, Any]:
+        # every block here takes any keyword; to inspect its signature at each call is slow
+        return kwargs
+
+
 @dataclass(frozen=True)
 class Layout:
     """What Hugging Face calls the parts of a pre-norm vision transformer.
@@ -202,9 +212,7 @@ class VisionAdapter(ArchitectureAdapter):
         for number, scale in enumerate(layout.scales, start=1):
             parts[f"ls{number}"] = GeneralizedComponent(name=scale)
             aliases["hook_attn_out" if number == 1 else "hook_mlp_out"] = f"ls{number}.hook_out"
-        return DelegatedAttentionBlockBridge(
-            name=name, submodules=parts, hook_alias_overrides=aliases or None
-        )
+        return VisionBlock(name=name, submodules=parts, hook_alias_overrides=aliases or None)
 
 
 def as_pair(size: Any) -> tuple[int, int]:

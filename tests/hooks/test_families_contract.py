@@ -1,0 +1,261 @@
+"""What every family must hold: equality with Hugging Face to the bit, and SAEs in and out again."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import taxolens  # noqa: F401  (registers the families)
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.hooked_module import find_blocks
+from taxolens.hooks.model import expand_hook_names, from_module, hook_d_in, run_to_hooks
+from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tiny_model
+
+SIZES = (IMAGE_SIZE, OTHER_SIZE)
+ALL = (*BRIDGED, *WRAPPED)
+# told to interpolate by a flag; the others do it by themselves, or turn positions
+FLAGGED = ("vit", "deit", "clip", "siglip", "beit")
+
+
+def plain_output(model: Any, images: torch.Tensor, **options: Any) -> Any:
+    if images.shape[-1] != IMAGE_SIZE and model.config.model_type.startswith(FLAGGED):
+        options["interpolate_pos_encoding"] = True
+    with torch.no_grad():
+        return model(images, **options)
+
+
+@cache
+def tapped(variant: str, attn_implementation: str = "eager") -> Any:
+    """Shared by the tests: each must leave it as it was, or its neighbours fail."""
+    return from_module(tiny_model(variant, attn_implementation=attn_implementation))
+
+
+def sae_at(model: Any, hook_name: str) -> StandardSAE:
+    d_in = hook_d_in(model, hook_name)
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in sae.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    sae.cfg.metadata.hook_name = hook_name
+    return sae
+
+
+MIDDLE = "blocks.0.hook_resid_post"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", BRIDGED)
+def test_equal_to_hugging_face_to_the_bit(variant: str, attention: str) -> None:
+    reference = tiny_model(variant, attn_implementation=attention)
+    model = tapped(variant, attention)
+    posts = expand_hook_names(model, ["blocks.*.hook_resid_post"])
+    names = ["hook_embed", "blocks.0.hook_resid_pre", *posts]
+    for size in SIZES:
+        images = pictures(size=size)
+        plain = plain_output(reference, images, output_hidden_states=True)
+        expected = dict(zip(names, [plain.hidden_states[0], *plain.hidden_states]))
+        with torch.no_grad():
+            output, cached = model.run_with_cache(images, names_filter=names)
+            whole = model.original_model(images)
+        stopped = run_to_hooks(model, images, names)
+
+        assert list(stopped) == names
+        for name in names:
+            assert torch.equal(cached[name], expected[name]), name
+            assert torch.equal(stopped[name], expected[name]), name
+        final = plain.logits if hasattr(plain, "logits") else plain.last_hidden_state
+        assert torch.equal(output, final)
+        for field in ("pooler_output", "image_embeds"):
+            if hasattr(plain, field):
+                assert torch.equal(getattr(whole, field), getattr(plain, field))
+
+
+@pytest.mark.parametrize("variant", BRIDGED)
+def test_sublayers_add_up_to_the_residual_stream(variant: str) -> None:
+    model = tapped(variant)
+    parts = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+    names = [f"blocks.1.{part}" for part in parts]
+    got = run_to_hooks(model, pictures(), names)
+    pre, attention, mid, mlp, post = (got[name] for name in names)
+    assert torch.equal(pre + attention, mid)
+    assert torch.equal(mid + mlp, post)
+
+
+@pytest.mark.parametrize("variant", BRIDGED)
+def test_attention_pattern_is_hugging_faces(variant: str) -> None:
+    plain = plain_output(tiny_model(variant), pictures(), output_attentions=True)
+    got = run_to_hooks(tapped(variant), pictures(), ["blocks.1.attn.hook_pattern"])
+    assert torch.equal(got["blocks.1.attn.hook_pattern"], plain.attentions[1])
+
+
+@pytest.mark.parametrize("variant", BRIDGED)
+def test_inner_hooks_have_their_shapes(variant: str) -> None:
+    model = tapped(variant)
+    n_tokens = model.cfg.n_ctx
+    names = {
+        "embed.hook_out": (n_tokens, 16),
+        "blocks.0.ln1.hook_normalized": (n_tokens, 16),
+        "blocks.0.attn.hook_q": (n_tokens, 16),
+        "blocks.0.attn.hook_z": (n_tokens, 16),
+        "blocks.0.mlp.hook_pre": (n_tokens, model.cfg.d_mlp),
+        "blocks.0.mlp.hook_post": (n_tokens, model.cfg.d_mlp),
+        "ln_final.hook_out": (1 if model.family == "clip" else n_tokens, 16),
+    }
+    got = run_to_hooks(model, pictures(3), list(names))
+    assert {name: tuple(a.shape) for name, a in got.items()} == {
+        name: (3, *shape) for name, shape in names.items()
+    }
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", WRAPPED)
+def test_wrapped_is_equal_to_plain_hooks_to_the_bit(variant: str, size: int) -> None:
+    images, plain = pictures(size=size), tiny_model(variant)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, torch.Tensor) and first.ndim in (2, 3, 4):
+                channels_last = isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm))
+                seen[name] = as_tokens(first, channels_last)
+
+        return hook
+
+    for name, module in plain.named_modules():
+        if name:
+            module.register_forward_hook(keep(name))
+    expected = plain_output(plain, images)
+    model = tapped(variant)
+    names = [f"{name}.hook_out" for name in seen]
+    flag = {"interpolate_pos_encoding": True} if variant == "beit" and size != IMAGE_SIZE else {}
+    with torch.no_grad():
+        output, cached = model.run_with_cache(images, names_filter=names, **flag)
+    for name, activation in seen.items():
+        assert torch.equal(cached[f"{name}.hook_out"], activation), name
+    final = expected.logits if hasattr(expected, "logits") else expected.last_hidden_state
+    assert torch.equal(output, final)
+
+
+def as_tokens(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    if features.ndim == 2:
+        return features[:, None].clone()
+    if features.ndim == 3:
+        return features.clone()
+    if channels_last:
+        return features.flatten(1, 2).clone()
+    return features.flatten(2).transpose(1, 2).clone()
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_stops_right_after_the_last_hook(variant: str) -> None:
+    model = tapped(variant)
+    hook_d_in(model, MIDDLE)  # tries the hook points out, once per model
+    started: list[int] = []
+    last = model.cfg.n_layers - 1
+    counters = [
+        block.register_forward_pre_hook(lambda *_, number=number: started.append(number))
+        for number, block in enumerate(plain_blocks(model))
+    ]
+    run_to_hooks(model, pictures(), ["blocks.0.hook_resid_post", "blocks.0.hook_resid_pre"])
+    assert started == [0]
+    started.clear()
+    run_to_hooks(model, pictures(), [f"blocks.{last}.hook_resid_pre"])
+    assert started == list(range(last))
+    started.clear()
+    with torch.no_grad():
+        model(pictures())
+    assert started == list(range(last + 1))
+    for counter in counters:
+        counter.remove()
+
+
+def plain_blocks(model: Any) -> list[torch.nn.Module]:
+    if model.family != "wrapped":
+        return [block.original_component for block in model.blocks]
+    return [model.original_model.get_submodule(name) for name in find_blocks(model.original_model)]
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_sae_goes_in_and_comes_out(variant: str) -> None:
+    model, images = tapped(variant), pictures()
+    hook, hooks_before = MIDDLE, set(model.hook_dict)
+    sae = sae_at(model, hook)
+    with torch.no_grad():
+        untouched = model(images)
+        before = run_to_hooks(model, images, [hook])[hook]
+        spliced = model.run_with_saes(images, saes=[sae], use_error_term=False)
+        with_error = model.run_with_saes(images, saes=[sae], use_error_term=True)
+        assert not torch.allclose(spliced, untouched, atol=1e-3)
+        # x^ + (x - x^) is x up to the rounding of the last bit
+        torch.testing.assert_close(with_error, untouched, rtol=1e-4, atol=1e-4)
+
+        model.add_sae(sae)
+        assert list(model.acts_to_saes) == [hook]
+        torch.testing.assert_close(run_to_hooks(model, images, [hook])[hook], sae(before))
+        assert torch.equal(model(images), spliced)
+        model.reset_saes()
+        assert model.acts_to_saes == {}
+        assert set(model.hook_dict) == hooks_before
+        assert torch.equal(model(images), untouched)
+        assert torch.equal(run_to_hooks(model, images, [hook])[hook], before)
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("edit", ["ablate", "steer"])
+def test_a_latent_is_ablated_or_steered(variant: str, edit: str) -> None:
+    model, images = tapped(variant), pictures()
+    hook = MIDDLE
+    sae = sae_at(model, hook)
+    with torch.no_grad():
+        before = run_to_hooks(model, images, [hook])[hook]
+        latents = sae.encode(before)
+        latent = int(latents.sum((0, 1)).argmax())
+        assert latents[..., latent].any()
+
+        def change(acts: torch.Tensor, hook: Any) -> torch.Tensor:
+            acts = acts.clone()
+            acts[..., latent] = 0 if edit == "ablate" else acts[..., latent] + 3
+            return acts
+
+        by = -latents[..., latent] if edit == "ablate" else torch.full_like(latents[..., 0], 3)
+        expected = before + by[..., None] * sae.W_dec[latent]
+        untouched = model(images)
+        with model.saes([sae], use_error_term=True):
+            point = f"{hook}.hook_sae_acts_post"
+            with model.hooks(fwd_hooks=[(point, change)]):
+                after = run_to_hooks(model, images, [hook])[hook]
+                changed = model(images)
+            again = model.run_with_hooks(images, fwd_hooks=[(point, change)])
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(changed, again)
+        assert not torch.allclose(changed, untouched, atol=1e-3)
+        assert torch.equal(model(images), untouched)
+
+
+@pytest.mark.parametrize("variant", ("vit", "dinov2", "resnet", "beit"))
+def test_gradients_reach_the_pictures_past_a_hook(variant: str) -> None:
+    model, images = tapped(variant), pictures().requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def keep(activation: torch.Tensor, hook: Any) -> None:
+        activation.retain_grad()
+        kept.append(activation)
+
+    output = model.run_with_hooks(images, fwd_hooks=[(MIDDLE, keep)])
+    output.square().sum().backward()
+    assert images.grad is not None and kept[0].grad is not None
+    assert kept[0].grad.any()
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_tapped_model_can_be_copied(variant: str) -> None:
+    model = tapped(variant)
+    hook = MIDDLE
+    other = copy.deepcopy(model)
+    assert torch.equal(
+        run_to_hooks(model, pictures(), [hook])[hook], run_to_hooks(other, pictures(), [hook])[hook]
+    )
