@@ -118,6 +118,9 @@ def _parser(architecture: str, *, only_given: bool) -> _Parser:
         "VisionSAERunnerConfig", [("sae", config_class, sae)], bases=(VisionSAERunnerConfig,)
     )
     run_class.__doc__ = "SAELens's runner config, and what images need beside it."
+    # It has no source. Said so, simple-parsing does not parse a module to look for it, which it
+    # would do once for each field: seconds.
+    run_class.__module__ = "builtins"
     suppressed: dict[str, Any] = {"argument_default": argparse.SUPPRESS} if only_given else {}
     parser = _Parser(
         prog="taxolens train",
@@ -170,5 +173,6 @@ class _Parser(ArgumentParser):
         having = [a for a, (_, c) in SAE_TRAINING_CLASS_REGISTRY.items() if name in c.__dataclass_fields__]
         if having:
             return f"--{name} is a flag of --architecture {', '.join(sorted(having))} only."
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        return shell.unknown("argument", arg, known)
+        known = {flag for flag in self._option_string_actions if flag.startswith("--")}
+        negations = {f"--no{flag.removeprefix('--')}" for flag in known}
+        return shell.unknown("argument", arg, known - negations)

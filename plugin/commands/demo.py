@@ -13,7 +13,7 @@ their null controls. Two CPU cores, 3 minutes, no network, no account."""
 EXAMPLES = """\
 examples:
   taxolens demo
-  taxolens demo --output_path /tmp/demo --json"""
+  taxolens demo --output_path runs/demo --json"""
 
 
 def run(args: list[str]) -> None:

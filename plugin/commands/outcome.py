@@ -27,11 +27,12 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 
 def show(results: Results, report: Path) -> None:
     """The summary table on stdout, and where the rest is."""
-    from ..table import summary_table, verdict
+    from ..table import legend, summary_table, verdict
 
     console = shell.console()
     console.print(summary_table(results))
-    console.print(verdict(results), highlight=False)
+    for text in (legend(results), verdict(results)):
+        console.print(text, highlight=False, markup=False)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 

@@ -1,0 +1,401 @@
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from taxolens.plugin import cli, flags
+from taxolens.plugin.commands import demo, evaluate, report, shell, train
+from taxolens.plugin.commands import list as list_command
+from taxolens.registry.errors import ConfigError, DataError
+from taxolens.registry.presets import PRESETS
+
+TREE = "parent,child\nthing,animal\nthing,plant\nanimal,cat\nanimal,dog\nplant,oak\nplant,rose\n"
+CLASSES = ("cat", "dog", "oak", "rose")
+COMMANDS = ("demo", "train", "evaluate", "report", "list")
+
+
+@pytest.fixture
+def taxolens(capsys):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*args):
+        code = cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Lets `taxolens list` fail with an error of one's choice."""
+
+    def fail_with(error):
+        def kind():
+            raise error
+
+        monkeypatch.setitem(list_command.KINDS, "presets", kind)
+
+    return fail_with
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Four classes of noise, told apart by colour, in a train and a validation split."""
+    folder = tmp_path_factory.mktemp("world")
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 6), ("validation", 4)):
+        for shade, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(n):
+                pixels = generator.integers(40 * shade, 40 * shade + 100, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def study(world, vit_folder, tmp_path) -> Path:
+    """A study file whose run takes a second."""
+    (tmp_path / "tree.csv").write_text(TREE)
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"""
+        model_name: {vit_folder}
+        dataset_path: {world}
+        hook_names: ["blocks.*.hook_resid_post"]
+        taxonomy: {tmp_path / "tree.csv"}
+        architecture: topk
+        k: 4
+        expansion_factor: 2
+        epochs: 2
+        train_batch_size_tokens: 8
+        store_batch_size_prompts: 4
+        n_batches_in_buffer: 2
+        lr: 1e-3
+        checkpoint_path: {tmp_path / "checkpoints"}
+        output_path: {tmp_path / "output"}
+        logger:
+          log_to_wandb: false
+        """
+    )
+    return path
+
+
+# -- the shell ------------------------------------------------------------------------------------
+
+
+def test_help_without_a_command_and_on_request(taxolens):
+    assert taxolens() == taxolens("--help") == taxolens("-h")
+    code, out, err = taxolens("--help")
+    assert (code, err) == (0, "")
+    assert all(f"  {command}" in out for command in COMMANDS)
+    assert "Exit codes" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_two_examples(taxolens, command):
+    code, out, err = taxolens(command, "--help")
+    assert (code, err) == (0, "")
+    usage, _, examples = out.partition("examples:\n")
+    assert usage.startswith(f"usage: taxolens {command}")
+    assert len([line for line in examples.splitlines() if line.startswith("  taxolens ")]) == 2
+    assert max(map(len, out.splitlines())) <= 104
+
+
+def test_version_names_the_libraries(taxolens):
+    code, out, _ = taxolens("--version")
+    assert code == 0
+    assert out.startswith("taxolens 0.")
+    assert "sae-lens" in out and "torch" in out
+
+
+def test_the_command_modules_are_light():
+    """What answers --help must not wait for torch; `taxolens/__init__.py` is another matter."""
+    code = (
+        "import sys, types; package = types.ModuleType('taxolens');"
+        f"package.__path__ = [{str(Path(cli.__file__).parents[1])!r}];"
+        "sys.modules['taxolens'] = package;"
+        "from taxolens.plugin.cli import main;"
+        "main(['--help']); main(['train', '--help']); main(['list', 'presets']);"
+        "sys.exit('torch' in sys.modules or 'sae_lens' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["list", "modles"], "unknown kind 'modles'; did you mean 'models'?"),
+        (["list", "presets", "--jsno"], "unknown argument '--jsno'; did you mean '--json'?"),
+        (["evaluate"], "the following arguments are required: RUN"),
+        (["evaluate", "run", "--n_permutations", "few"], "invalid int value: 'few'"),
+        (["evaluate", "run", "--options", "{"], "is no JSON"),
+        (["train", "--preset", "laptp"], "unknown preset 'laptp'; did you mean 'laptop'?"),
+        (["train", "--presets", "laptop"], "unknown argument '--presets'; did you mean '--preset'"),
+        (["train", "--architecture", "topkk"], "unknown architecture 'topkk'; did you mean 'topk'"),
+        (["train", "--architecture", "gated", "--k", "3"], "--k is a flag of --architecture"),
+        (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["train", "--lr", "1e-3"], "model_name: not given"),
+        (["train", "--config", "no/such.yaml"], "no/such.yaml cannot be read"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(taxolens, args, message):
+    code, out, err = taxolens(*args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("tokens: given 'x'"), 2, "error: tokens: given 'x'\n"),
+        (DataError("12 images\nare corrupt"), 1, "error: 12 images are corrupt\n"),
+        (
+            KeyError("gone"),
+            1,
+            "error: KeyError: 'gone' (run again with --debug for the traceback)\n",
+        ),
+        (KeyboardInterrupt(), 1, "error: interrupted\n"),
+    ],
+)
+def test_exit_codes(taxolens, failing, error, code, message):
+    failing(error)
+    assert taxolens("list", "presets") == (code, "", message)
+
+
+def test_debug_shows_the_traceback(taxolens, failing, monkeypatch):
+    failing(KeyError("gone"))
+    code, _, err = taxolens("list", "presets", "--debug")
+    assert code == 1
+    assert err.startswith("Traceback") and err.endswith("error: KeyError: 'gone'\n")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    assert taxolens("list", "presets")[2].startswith("Traceback")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "0")
+    assert not taxolens("list", "presets")[2].startswith("Traceback")
+
+
+def test_dashes_are_underscores():
+    assert shell.underscored(["--no-evaluate", "--wandb-project=my-own", "a-b", "-k", "--n_x"]) == [
+        "--no_evaluate",
+        "--wandb_project=my-own",
+        "a-b",
+        "-k",
+        "--n_x",
+    ]
+
+
+def test_while_it_works_only_json_reaches_stdout(capsys):
+    with shell.working() as print_json:
+        print("chatter")
+        logging.getLogger("sae_lens").info("a step")
+        logging.getLogger("taxolens.plugin").info("another")
+        print_json({"number": 1.5, "undefined": float("nan"), "where": Path("a"), "many": (1, 2)})
+    logging.getLogger("sae_lens").info("afterwards")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"number": 1.5, "undefined": None, "where": "a", "many": [1, 2]}
+    assert captured.err == "chatter\na step\nanother\n"
+
+
+# -- list -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("architectures", "topk"),
+        ("models", "dinov2"),
+        ("evaluators", "pair_depth"),
+        ("taxonomies", "imagenet"),
+        ("presets", "olson2025"),
+    ],
+)
+def test_list_as_table_and_as_json(taxolens, kind, name):
+    code, out, _ = taxolens("list", kind)
+    assert code == 0
+    assert name in out
+    code, out, _ = taxolens("list", kind, "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows[name]["description"]
+    assert rows[name]["plugin"] in ("taxolens", "sae_lens")
+    assert all({"name", "description", "source", "plugin"} <= set(row) for row in rows.values())
+
+
+def test_list_everything(taxolens):
+    code, out, _ = taxolens("list", "--json")
+    assert code == 0
+    listed = json.loads(out)
+    assert list(listed) == [
+        "architectures",
+        "models",
+        "evaluators",
+        "taxonomies",
+        "presets",
+        "loaders",
+    ]
+    assert [row["name"] for row in listed["presets"]] == list(PRESETS)
+    metrics = {row["name"]: row for row in listed["evaluators"]}["pair_depth"]["metrics"]
+    assert metrics["pair_depth"] is True
+
+
+# -- train ----------------------------------------------------------------------------------------
+
+
+def flags_in(text):
+    words = text.replace(",", " ").split()
+    return {word for word in words if word.startswith("--") and word not in ("--help_all", "--json")}
+
+
+def test_the_short_help_names_only_flags_that_exist():
+    full = flags.full_help(["--architecture", "topk"])
+    assert {flag for flag in flags_in(train.HELP) if f"{flag} " not in full} == set()
+
+
+def test_the_long_help_has_every_field_and_the_architectures_own(taxolens):
+    code, out, _ = taxolens("train", "--help_all", "--architecture", "topk")
+    assert code == 0
+    for flag in ("--lr float", "--tokens str", "--k int", "--wandb_project", "--d_sae", "--hook_names"):
+        assert flag in out
+    assert "Number of top features to keep active" in out
+    assert "Data Generating Function" not in out  # a comment in SAELens's source
+    assert "--l1_coefficient" not in out
+
+
+def test_flags_are_laid_over_the_file(study):
+    command = flags.parse(["--config", str(study), "--k", "2", "--hook_names", "blocks.0.hook_resid_post"])
+    assert command.study.saes[""].fields["k"] == 2
+    assert command.study.hook_names == ("blocks.0.hook_resid_post",)
+    assert command.study.epochs == 2
+    assert (command.evaluate, command.dry_run, command.json) == (True, False, False)
+    command = flags.parse(["--config", str(study), "--no_evaluate", "--dry_run", "--json"])
+    assert (command.evaluate, command.dry_run, command.json) == (False, True, True)
+
+
+def test_every_architecture_of_saelens_has_flags():
+    args = ["--preset", "laptop", "--dataset_path", "photos", "--d_in", "768"]
+    for name in SAE_TRAINING_CLASS_REGISTRY:
+        command = flags.parse([*args, "--architecture", name])
+        assert command.study.saes[""].architecture == name
+        assert command.study.saes[""].fields["d_in"] == 768
+
+
+def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
+    code, out, err = taxolens("train", "--config", study, "--dry_run", "--json")
+    assert code == 0, err
+    plan = json.loads(out)["plan"]
+    assert list(plan["hook_points"]) == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    assert plan["hook_points"]["blocks.0.hook_resid_post"] == {"d_in": 16, "d_sae": 32}
+    assert (plan["images"], plan["tokens_per_image"], plan["epochs"]) == (24, 1, 2.0)
+    assert (plan["training_tokens"], plan["steps"]) == (48, 6)
+    # Two SAEs of 2 x 16 x 32 weights and their biases, 4 bytes each.
+    assert plan["bytes"]["output_path"] == 2 * 4 * (2 * 16 * 32 + 16 + 32)
+    assert plan["evaluation"]["images"] == 16
+    assert plan["evaluation"]["classes"] == 4
+    assert not list((tmp_path / "output").glob("*"))
+    code, out, _ = taxolens("train", "--config", study, "--dry-run")
+    assert code == 0
+    assert "48 tokens = 6 steps of 8" in out
+    assert "16 images (validation), 4 classes in a tree of 7 nodes" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--hook_names", "blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
+        (["--tokens", "register"], "tokens: given 'register'"),
+        (["--d_in", "48"], "d_in: 48 was given, but blocks.0.hook_resid_post is 16 wide"),
+        (["--taxonomy", "imagenett"], "unknown taxonomy 'imagenett'; did you mean 'imagenet'"),
+        (["--evaluators", "pair_dept"], "unknown evaluator 'pair_dept'; did you mean 'pair_depth'"),
+        (["--eval_split", "tset"], "tset"),
+        (["--device", "cuda:7"], "device"),
+        (["--lr", "-1"], "lr: given -1.0"),
+        (["--from_pretrained_path", "sae"], "from_pretrained_path: no meaning for more than one SAE"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(taxolens, study, args, message):
+    code, out, err = taxolens("train", "--config", study, *args)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_without_a_tree_there_is_nothing_to_evaluate_against(taxolens, study):
+    text = study.read_text().replace("taxonomy:", "# taxonomy:")
+    study.write_text(text)
+    code, _, err = taxolens("train", "--config", study)
+    assert code == 2
+    assert "taxonomy: not given" in err and "--no_evaluate" in err
+    assert taxolens("train", "--config", study, "--no_evaluate", "--dry_run")[0] == 0
+
+
+def test_train_evaluate_report(taxolens, study, tmp_path):
+    """The whole way: many hook points, results, report; then again from the saved SAEs."""
+    code, out, err = taxolens("train", "--config", study, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    output = tmp_path / "output"
+    saved = {path.parent.name for path in output.glob("*/sae_weights.safetensors")}
+    assert saved == {"blocks.0.hook_resid_post", "blocks.1.hook_resid_post"}
+    assert told["results"] == str(output / "results.json")
+    assert Path(told["report"]).read_text()[:20].lower().startswith("<!doctype html>")
+    assert told["errors"] == {}
+    assert {row["evaluator"] for row in told["summary"]} >= {"pair_depth", "ontological_coverage"}
+
+    code, out, err = taxolens(
+        "evaluate", output, "--evaluators", "pair_depth", "--output_path", tmp_path / "again",
+        "--n_permutations", 3, "--json",
+    )
+    assert code == 0, err
+    assert {row["evaluator"] for row in json.loads(out)["summary"]} == {"pair_depth"}
+
+    code, out, err = taxolens("report", tmp_path / "again", "--static")
+    assert code == 0, err
+    assert "pair depth" in out and "permuted" in out
+    assert (tmp_path / "again" / "report.html").exists()
+
+
+def test_one_hook_point_is_the_single_runner(taxolens, study, tmp_path):
+    code, _, err = taxolens(
+        "train", "--config", study, "--hook_names", "blocks.1.hook_resid_post", "--no_evaluate"
+    )
+    assert code == 0, err
+    assert (tmp_path / "output" / "sae_weights.safetensors").exists()
+    assert not (tmp_path / "output" / "results.json").exists()
+
+
+def test_resume_auto_goes_on_from_a_checkpoint(taxolens, study, tmp_path):
+    args = ["train", "--config", study, "--no_evaluate", "--n_checkpoints", "1"]
+    assert taxolens(*args)[0] == 0
+    code, _, err = taxolens(*args, "--resume_from_checkpoint", "auto")
+    assert code == 0
+    assert "resumes from:" in err
+
+
+def test_a_results_file_that_is_not_there(taxolens, tmp_path):
+    code, _, err = taxolens("report", tmp_path)
+    assert code == 1
+    assert "results.json does not exist" in err
+
+
+# -- demo -----------------------------------------------------------------------------------------
+
+
+def test_the_demo_hands_its_folder_on(taxolens, monkeypatch, tmp_path):
+    asked = []
+
+    def run_demo(output_path):
+        asked.append(output_path)
+        raise DataError("stop here")
+
+    monkeypatch.setattr("taxolens.plugin.demo.run_demo", run_demo)
+    code, _, err = taxolens("demo", "--output-path", tmp_path / "demo")
+    assert (code, err) == (1, "error: stop here\n")
+    assert asked == [str(tmp_path / "demo")]
+    assert demo.HELP and evaluate.HELP and report.HELP
