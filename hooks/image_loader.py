@@ -43,12 +43,14 @@ class ImageBatch:
         pixel_values: float32 (b, 3, H, W).
         indices: int64 (b,), place of each image in the dataset.
         labels: int64 (b,), -1 where there is none.
+        sources: what each image is called (its path or row).
         failures: (index, source, reason) of each image that is missing here.
     """
 
     pixel_values: Tensor
     indices: Tensor
     labels: Tensor
+    sources: list[str] = field(default_factory=list)
     failures: list[tuple[int, str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -102,8 +104,7 @@ class ImageLoader:
         self.prefetch_factor = prefetch_factor
         self.failures: dict[int, str] = {}
         self.n_processed = 0
-        self._n_failed = 0
-        self._failed_sources: set[str] = set()
+        self.n_failed = 0
         self._context = _worker_context() if num_workers else None
 
     def batches(self, indices: Iterable[Job]) -> Iterator[ImageBatch]:
@@ -113,7 +114,7 @@ class ImageLoader:
             DataError: more than `max_corrupt_share` of the images are corrupt.
             ConfigError: preprocessing leaves images of different sizes.
         """
-        return (batch for batch in self.grouped(_chunks(indices, self.batch_size)) if len(batch))
+        return (batch for batch in self.grouped(chunks(indices, self.batch_size)) if len(batch))
 
     def grouped(self, groups: Iterable[Sequence[Job]]) -> Iterator[ImageBatch]:
         """As `batches`, but exactly one batch, empty if need be, for each group of images."""
@@ -149,11 +150,10 @@ class ImageLoader:
 
     def _account(self, batch: ImageBatch) -> None:
         self.n_processed += len(batch) + len(batch.failures)
-        self._n_failed += len(batch.failures)
+        self.n_failed += len(batch.failures)
         for index, source, reason in batch.failures:
-            if source in self._failed_sources:
+            if index in self.failures:
                 continue
-            self._failed_sources.add(source)
             self.failures[index] = f"{source}: {reason}"
             logger.warning("image %d (%s) is corrupt and left out: %s", index, source, reason)
         if batch.failures and self._too_many():
@@ -174,7 +174,7 @@ class ImageLoader:
             return False
         if n_images is not None and len(self.failures) > share * n_images:
             return True
-        found = self._n_failed / self.n_processed
+        found = self.n_failed / self.n_processed
         if found <= share or (n_images is not None and self.n_processed > n_images):
             return False
         return self.n_processed * _divergence(found, share) > -math.log(FALSE_ALARM)
@@ -188,7 +188,7 @@ class ImageLoader:
             else ""
         )
         return (
-            f"{self._n_failed} of the {self.n_processed} images read so far from {self.images.name} "
+            f"{self.n_failed} of the {self.n_processed} images read so far from {self.images.name} "
             f"are corrupt, and max_corrupt_share={self.max_corrupt_share:g} allows fewer: "
             f"{listed}{more}."
         )
@@ -203,7 +203,10 @@ class _DecodeTask:
     root: str | None
 
     def __getitems__(self, jobs: Sequence[Job]) -> ImageBatch | str:
-        from .images import decode_raw  # the other way round, images.py shows this module's names
+        from .images import (
+            decode_raw,
+            source_of,
+        )  # the other way round, images.py shows this module's names
 
         pixels: list[np.ndarray] = []
         done: list[RawImage] = []
@@ -225,6 +228,7 @@ class _DecodeTask:
             torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, 0, 0),
             torch.tensor([raw.index for raw in done], dtype=torch.int64),
             torch.tensor([raw.label for raw in done], dtype=torch.int64),
+            [source_of(raw, self.root) for raw in done],
             failures,
         )
 
@@ -239,7 +243,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _chunks(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+def chunks(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """`jobs` in lists of `size`, the last perhaps shorter, read lazily."""
     iterator = iter(jobs)
     while chunk := list(islice(iterator, size)):
         yield chunk

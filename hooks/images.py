@@ -311,7 +311,7 @@ class ImageDataset:
         sample: Iterator[RawImage]
         if self.is_streaming:
             digest.update(repr(("streaming", self._limit, self.class_names)).encode())
-            sample = (raw for raw, _ in zip(self.stream(), range(16)))
+            sample = islice(self.stream(), 16)
         else:
             digest.update(repr((len(self), self.class_names)).encode())
             digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())

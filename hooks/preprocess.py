@@ -162,11 +162,11 @@ def preprocess_for(
     """What turns an RGB image into the input of `model`.
 
     Args:
-        model: anything with a `processor`: an image processor of transformers, the contents of a
-            ``preprocessor_config.json`` as a dict, or None (ImageNet's usual preprocessing, at the
-            model's image size, with a warning).
+        model: a vision model. Its `processor`, an image processor of transformers, is used; else
+            its `preprocessor_config`, what stands in a ``preprocessor_config.json``; with neither,
+            ImageNet's usual preprocessing at the model's image size, and a warning.
         image_size: height and width of the result; resizing before a crop keeps its proportion to
-            it. None: the processor's own.
+            it. None: the model's own.
 
     Raises:
         ConfigError: image_size is not positive, or the processor's sizes cannot be read.
@@ -176,35 +176,22 @@ def preprocess_for(
             f"image_size={image_size}: must be at least 1, or None for the model's own."
         )
     processor = getattr(model, "processor", None)
-    if processor is None:
-        size = image_size or getattr(getattr(model, "cfg", None), "image_size", None) or 224
-        logger.warning(
-            "the model has no image processor: its images are resized and cropped to %s x %s and "
-            "normalised with ImageNet's mean and deviation.",
-            size,
-            size,
-        )
-        return PilPreprocess.from_config(DEFAULT_CONFIG, size)
-    if isinstance(processor, Mapping):
-        return PilPreprocess.from_config(processor, image_size)
-    config = processor.to_dict()
-    if getattr(processor, "backend", "pil") != "pil" or _is_plain(processor, config):
-        return PilPreprocess.from_config(config, image_size)
-    return ProcessorPreprocess(processor, resized(config, image_size))
-
-
-def timm_config(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A timm model's ``pretrained_cfg`` in the words of a ``preprocessor_config.json``."""
-    height, width = pretrained_cfg["input_size"][-2:]
-    crop_pct = pretrained_cfg.get("crop_pct") or 0.875
-    return {
-        "size": {"shortest_edge": math.floor(min(height, width) / crop_pct)},
-        "resample": {"bilinear": 2, "bicubic": 3}.get(pretrained_cfg.get("interpolation", ""), 3),
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "image_mean": pretrained_cfg.get("mean", IMAGENET_MEAN),
-        "image_std": pretrained_cfg.get("std", IMAGENET_STD),
-    }
+    settings = getattr(model, "preprocessor_config", None)
+    if processor is not None:
+        settings = processor.to_dict()
+        if getattr(processor, "backend", "pil") == "pil" and not _is_plain(processor, settings):
+            return ProcessorPreprocess(processor, resized(settings, image_size))
+    if settings:
+        return PilPreprocess.from_config(settings, image_size)
+    own = getattr(getattr(model, "cfg", None), "image_size", None) or 224
+    size = image_size or (own if isinstance(own, int) else int(own[0]))
+    logger.warning(
+        "the model has no image processor: its images are resized and cropped to %d x %d and "
+        "normalised with ImageNet's mean and deviation.",
+        size,
+        size,
+    )
+    return PilPreprocess.from_config(DEFAULT_CONFIG, size)
 
 
 def resized(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:

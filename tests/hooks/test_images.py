@@ -1,7 +1,5 @@
-import io
 import logging
 import multiprocessing
-import pickle
 import threading
 
 import datasets
@@ -13,42 +11,14 @@ import torch
 from PIL import Image
 from taxolens.hooks.decode import decode_rgb
 from taxolens.hooks.images import ImageDataset, ImageLoader, load_images
+from taxolens.hooks.preprocess import PilPreprocess
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
+from tiny_images import class_folders, encoded, hf_dataset, plain
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf_cache"))
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def plain(red, size=(6, 5)):
-    return Image.new("RGB", size, (red, 0, 0))
-
-
-def hf_dataset(n=6, names=("ant", "bee", "cat"), corrupt=()):
-    cells = [
-        {"bytes": b"no picture" if i in corrupt else encoded(plain(i * 10)), "path": f"{i}.png"}
-        for i in range(n)
-    ]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
-    )
-    labels = [i % len(names) for i in range(n)]
-    return datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features)
-
-
-def class_folders(root, tree):
-    for folder, reds in tree.items():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for red in reds:
-            plain(red).save(root / folder / f"{red:03}.png")
-    return root
 
 
 def reds(images):
@@ -385,9 +355,7 @@ def test_streaming_without_declared_features():
 # -- the loader ---------------------------------------------------------------------------------
 
 
-def red_pixels(image):
-    """A stand-in for preprocessing; at module level so that worker processes find it."""
-    return np.asarray(image, dtype=np.float32)[:3, :3, :].transpose(2, 0, 1).copy()
+red_pixels = PilPreprocess(size=None, crop=(3, 3), rescale=None)
 
 
 def test_corrupt_images_are_named(tmp_path):
@@ -405,7 +373,7 @@ def test_corrupt_images_are_named(tmp_path):
 def test_loader_keeps_order_skips_and_names_corrupt_images(num_workers, caplog):
     images = load_images(hf_dataset(100, corrupt=[3, 11]))
     loader = ImageLoader(
-        images, _first_pixel, batch_size=4, num_workers=num_workers, max_corrupt_share=0.05
+        images, red_pixels, batch_size=4, num_workers=num_workers, max_corrupt_share=0.05
     )
     wanted = [5, 3, 2, 9, 11, 8, 7, 0, 1]
     before = torch.get_rng_state()
@@ -425,19 +393,9 @@ def test_loader_keeps_order_skips_and_names_corrupt_images(num_workers, caplog):
     assert not multiprocessing.active_children() or num_workers == 0
 
 
-# Worker processes can import functions of installed modules only, not of this test file.
-_first_pixel = pickle.loads(
-    pickle.dumps(
-        __import__("taxolens.hooks.preprocess", fromlist=["x"]).PilPreprocess(
-            size=None, crop=(1, 1), rescale=None
-        )
-    )
-)
-
-
 def test_loader_in_a_background_thread_with_workers():
     images = load_images(hf_dataset(24))
-    loader = ImageLoader(images, _first_pixel, batch_size=5, num_workers=2)
+    loader = ImageLoader(images, red_pixels, batch_size=5, num_workers=2)
     batches = []
     thread = threading.Thread(target=lambda: batches.extend(loader.batches(range(24))))
     thread.start()
