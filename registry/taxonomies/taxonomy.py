@@ -225,11 +225,11 @@ class Taxonomy:
         Raises:
             ConfigError: no class given.
         """
-        wanted = np.zeros(len(self.classes), dtype=bool)
-        wanted[list(class_ids)] = True
-        if not wanted.any():
+        below = list(class_ids)
+        if not below:
             raise ConfigError("class_ids: the LCH of no class is undefined")
-        return int(self.lch_many(wanted[None])[0])
+        best_first = self.by_preference[::-1]
+        return int(best_first[self.membership[below].all(0)[best_first].argmax()])
 
     def lch_many(
         self, sets: BoolArray | sparse.csr_array, permutation: IntArray | None = None

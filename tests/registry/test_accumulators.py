@@ -18,7 +18,7 @@ from taxolens.registry.evaluators.accumulators import (
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
 
 seeds = st.integers(0, 10**6)
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
 SURVIVAL = (1.0, 0.5, 0.2)
 
 

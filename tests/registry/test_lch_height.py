@@ -12,7 +12,7 @@ from taxolens.registry.evaluators.lch_height import LCHHeight, random_sets, smal
 from taxolens.registry.evaluators.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
 
 
 def planted(taxonomy, labels, **kwargs):

@@ -16,7 +16,7 @@ from taxolens.registry.evaluators.level_information import (
 from taxolens.registry.evaluators.probes import NeighbourProbe, RidgeProbe
 from taxolens.registry.taxonomies import Taxonomy
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
 
 
 def embedded(taxonomy: Taxonomy, labels: np.ndarray, noise: float, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ from taxolens.registry.evaluators import ontological_coverage
 from taxolens.registry.evaluators.ontological_coverage import OntologicalCoverage
 from taxolens.registry.evaluators.planted import PlantedLatents
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
 
 
 def f1_of(fires, belongs):

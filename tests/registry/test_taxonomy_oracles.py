@@ -12,7 +12,7 @@ from taxolens.registry.errors import ConfigError
 from taxolens.registry.taxonomies import Taxonomy
 
 seeds = st.integers(0, 10**6)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=20, deadline=None)
 
 
 class Oracle:
