@@ -119,7 +119,7 @@ def write_thumbnails(cards: list[LatentCard], images: Any, folder: Path) -> None
         if file.exists():
             continue
         try:
-            write_atomically(file, thumbnail(images.decode(index)))
+            write_atomically(file, thumbnail(images.decode(index)), sync=False)
         except Exception as error:  # a picture for the report is not worth the numbers
             logger.warning("no thumbnail of image %d: %s", index, error)
 

@@ -32,8 +32,8 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         headline = Headline(evaluator, metric, f"{evaluator} / {metric}")
         stem = f"{evaluator}.{metric}"
         table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
-        write_atomically(target / f"{stem}.csv", table)
-        write_atomically(target / f"{stem}.svg", report.chart(headline))
+        write_atomically(target / f"{stem}.csv", table, sync=False)
+        write_atomically(target / f"{stem}.svg", report.chart(headline), sync=False)
     return target
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,14 @@ from ..registry.table import EVALUATORS, unknown_name_message
 from ..registry.taxonomies.load import load_taxonomy
 from ..registry.taxonomies.taxonomy import Taxonomy
 from .compare import write_comparison
-from .held_out import Choice, ModelSetting, check_held_out, images_at, tree_name
+from .held_out import (
+    Choice,
+    ModelSetting,
+    activations_of,
+    check_held_out,
+    images_at,
+    tree_name,
+)
 from .measure import AGGREGATES, Bench, Images, Numbers
 from .measured import measure_sae
 from .results import (
@@ -83,6 +91,7 @@ def evaluate_run(
     seed: int = 0,
     aggregate: str = "max",
     allow_train_split: bool = False,
+    max_corrupt_share: float = 0.01,
     batch_size: int = 64,
     device: str | None = None,
     num_workers: int = 0,
@@ -113,6 +122,7 @@ def evaluate_run(
         seed: of halves, permutations and random latents.
         aggregate: what a latent of an image is where a SAE reads many tokens: "max" or "mean".
         allow_train_split: go on even if the SAEs were trained on these images.
+        max_corrupt_share: stop when more of the images are corrupt.
         batch_size: images in one forward pass.
         device: by default a GPU where there is one.
         num_workers: processes that decode images.
@@ -174,23 +184,17 @@ def evaluate_run(
     record = Record(folder, saes, evaluation, dataset, tree)
     for setting, group in by_model(record.missing()):
         hook_names = list(dict.fromkeys(sae.hook_name for sae in group))
-        model = override_model
-        if model is None:
-            model = setting.load(hook_names, evaluation.device)
-        cache = ActivationCache.build(
-            model,
+        cache = activations_of(
             images,
             hook_names,
-            path=folder / ACTIVATIONS_FOLDER / setting.digest,
-            tokens=setting.tokens,
-            mean_patch=True,
+            setting,
+            folder=folder / ACTIVATIONS_FOLDER,
+            model=override_model or setting.load(hook_names, evaluation.device),
             batch_size=batch_size,
             num_workers=num_workers,
-            image_size=setting.image_size,
-            max_corrupt_share=1.0,
+            max_corrupt_share=max_corrupt_share,
             progress=progress,
         )
-        del model
         bench = evaluation.bench(cache)
         record.dataset_is(cache, bench.split)
         planted = evaluation.control_numbers(bench, images_at(cache, hook_names[0]))
@@ -276,7 +280,7 @@ class Record:
             dataset.fingerprint,
             evaluation.settings(),
             evaluation.taxonomy.to_json(),
-            version("taxolens"),
+            versions()["taxolens"],
         ]
         self.fingerprints = {sae.id: _digest([*facts, *_facts(sae)]) for sae in saes}
         self._dataset = dataset
@@ -384,12 +388,16 @@ def by_model(saes: Sequence[SAEFolder]) -> Iterator[tuple[ModelSetting, list[SAE
     yield from groups.items()
 
 
+@cache
+def versions() -> dict[str, str]:
+    return {package.replace("-", "_"): version(package) for package in PACKAGES}
+
+
 def provenance(device: str, seconds: float) -> dict[str, Any]:
     """Versions and machine."""
-    versions = {package.replace("-", "_"): version(package) for package in PACKAGES}
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
     return {
-        **versions,
+        **versions(),
         "python": platform.python_version(),
         "system": platform.system(),
         "device": f"{device} ({machine})",

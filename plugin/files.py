@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> Path:
+def write_atomically(path: str | Path, content: str | bytes, *, sync: bool = True) -> Path:
     """Write `content` (text as UTF-8) to `path` through a temporary file beside it.
 
     Whatever happens meanwhile, a kill or a full disk, `path` holds either its old content or
-    all of the new one.
+    all of the new one. Without `sync` that holds for a kill, not for a power cut: for the many small
+    files that can be written again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -20,8 +21,9 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..hooks.cache import ActivationCache
+from ..hooks.extraction import model_fingerprint
 from ..hooks.images import ImageDataset, load_images
-from ..hooks.model import load_vision_model
+from ..hooks.model import hook_n_tokens, load_vision_model
 from ..registry.errors import ConfigError
 from .measure import Images
 from .runs import SAEFolder
@@ -131,10 +132,10 @@ class ModelSetting:
 
     model_name: str
     tokens: str
-    image_size: int | None
-    revision: str | None
-    attn_implementation: str
-    more: tuple[tuple[str, Any], ...]
+    image_size: int | None = None
+    revision: str | None = None
+    attn_implementation: str = "sdpa"
+    more: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, sae: SAEFolder) -> ModelSetting:
@@ -148,10 +149,6 @@ class ModelSetting:
             more=tuple(sorted(more.items())),
         )
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
-
     def load(self, hook_names: Sequence[str], device: str) -> Any:
         return load_vision_model(
             self.model_name,
@@ -161,6 +158,38 @@ class ModelSetting:
             hook_names=hook_names,
             **dict(self.more),
         )
+
+
+def activations_of(
+    images: ImageDataset,
+    hook_names: Sequence[str],
+    setting: ModelSetting,
+    *,
+    folder: Path | None,
+    model: Any,
+    **build: Any,
+) -> ActivationCache:
+    """All hook points from one forward pass over the images, with the mean patch token where there
+    are patches.
+
+    Args:
+        folder: each set of activations has its own folder in it, so that an evaluation that was
+            stopped goes on from there; None keeps them as long as the object lives.
+        build: more arguments of `ActivationCache.build`.
+    """
+    n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
+    facts = [model_fingerprint(model), images.fingerprint, setting, sorted(hook_names)]
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    return ActivationCache.build(
+        model,
+        images,
+        hook_names,
+        path=None if folder is None else folder / name,
+        tokens=setting.tokens,
+        mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens,
+        image_size=setting.image_size,
+        **build,
+    )
 
 
 def images_at(cache: ActivationCache, hook_name: str) -> Images:

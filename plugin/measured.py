@@ -127,5 +127,5 @@ def _csv(frame: pd.DataFrame) -> str:
 
 
 def _write(output: Path, file: Path, text: str) -> str:
-    write_atomically(output / file, text)
+    write_atomically(output / file, text, sync=False)
     return file.as_posix()

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..hooks.cache import ActivationCache
 from ..registry.evaluators.base import Evaluator
 from ..registry.table import EVALUATORS
 from ..registry.taxonomies.load import load_taxonomy
 from ..registry.taxonomies.taxonomy import Taxonomy
-from .held_out import Choice
+from .held_out import Choice, ModelSetting, activations_of, images_at
 from .measure import Bench, Images, SAELatents
 from .split import Split
 from .wandb_log import metric_items
@@ -98,9 +97,27 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
     images.require_labels()
     taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
     chosen = {name: (EVALUATORS[name], None) for name in cfg.evaluators}
-    hook_names = list(dict.fromkeys(cfg.sae_hook_names.values()))
-    cache = ActivationCache.build(model, images, hook_names)
-    return TrainingEvaluator({}, cache.labels, taxonomy, chosen)
+    hook_names = cfg.unique_hook_names
+    setting = ModelSetting(cfg.model_name, cfg.tokens, cfg.image_size)
+    cache = activations_of(
+        images,
+        hook_names,
+        setting,
+        folder=None,
+        model=model,
+        batch_size=cfg.store_batch_size_prompts,
+        num_workers=cfg.num_workers,
+        max_corrupt_share=cfg.max_corrupt_share,
+        autocast=cfg.autocast_lm,
+    )
+    held_out = {name: in_memory(images_at(cache, name)) for name in hook_names}
+    return TrainingEvaluator(held_out, cache.labels, taxonomy, chosen, seed=cfg.seed)
+
+
+def in_memory(images: Images) -> Images:
+    """The same activations without the files behind them."""
+    patch = images.mean_patch
+    return Images(np.array(images.tokens), None if patch is None else np.array(patch))
 
 
 def _devices(sae: Any) -> list[Any]:

@@ -34,7 +34,7 @@ def figure(title: str, x: str, y: str) -> go.Figure:
     """An empty figure in the style of the report."""
     return go.Figure(
         layout=go.Layout(
-            template="simple_white",
+            template="none",
             title={"text": title, "font": {"size": 15}},
             xaxis={"title": x},
             yaxis={"title": y},

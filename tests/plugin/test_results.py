@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from results_factory import make_results
 from taxolens.plugin import results as module
@@ -69,7 +69,17 @@ def test_unknown_fields_are_ignored(results: Results) -> None:
         (("dataset", "skipped", 0), 3, r"dataset\.skipped\[0\]: expected an object, got 3"),
         (("evaluators", "pair_depth", "directions", "pair_depth"), "up", "expected a bool"),
         (
-            ("saes", 0, "evaluators", "pair_depth", "metrics", "pair_depth", "nulls", "random", "n"),
+            (
+                "saes",
+                0,
+                "evaluators",
+                "pair_depth",
+                "metrics",
+                "pair_depth",
+                "nulls",
+                "random",
+                "n",
+            ),
             1.5,
             r"metrics\.pair_depth\.nulls\.random\.n: expected an integer, got 1.5",
         ),
@@ -93,7 +103,7 @@ def test_missing_field_is_named(results: Results) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist.*taxolens evaluate"):
+    with pytest.raises(DataError, match=r"does not exist.*taxolens evaluate"):
         Results.load(tmp_path)
     (tmp_path / "results.json").write_text('{"schema": ')
     with pytest.raises(DataError, match="is not JSON"):
@@ -129,6 +139,7 @@ def test_every_field_is_documented() -> None:
 numbers = st.floats(-5, 5).map(lambda v: round(v, 2))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(numbers, st.lists(numbers, min_size=1, max_size=6), st.booleans())
 def test_a_null_is_left_behind_when_every_draw_is_beaten(value, draws, higher) -> None:
     found = null_result(value, draws, higher)

@@ -1,0 +1,437 @@
+"""From trained SAEs on disk to results: one forward pass, held-out images, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from taxolens.hooks.images import load_images
+from taxolens.plugin import evaluate as module
+from taxolens.plugin import held_out
+from taxolens.plugin.evaluate import evaluate_run, make_training_evaluator
+from taxolens.plugin.report import write_report
+from taxolens.plugin.results import NULLS, Results
+from taxolens.plugin.runner import VisionMultiSAETrainingRunner
+from taxolens.plugin.runs import find_saes
+from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+
+HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+CLASSES = tuple(
+    f"{parent}/{parent}_{i}" for parent in ("animal", "plant", "stone", "tool") for i in (0, 1)
+)
+FAST = {
+    "progress": False,
+    "n_permutations": 2,
+    "evaluators": ["ontological_coverage", "lch_height"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of eight classes under four, 2 a class to train on and 4 held out."""
+    folder = tmp_path_factory.mktemp("world")
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 2), ("validation", 4)):
+        for c, name in enumerate(CLASSES):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(n):
+                pixels = generator.integers(0, 90, (20, 20, 3)) + np.array(
+                    [50 * c, 0, 150 - 50 * c]
+                )
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(vit_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two SAEs, as the runner writes it."""
+    folder = tmp_path_factory.mktemp("runs") / "study"
+    settings = {
+        "model_name": str(vit_folder),
+        "dataset_path": str(world),
+        "split": "train",
+        "tokens": "class",
+        "taxonomy": str(world / "validation"),
+    }
+    for i, hook in enumerate(HOOKS):
+        save_sae(folder / hook, hook, settings, seed=i)
+    (folder / "runner_cfg.json").write_text(json.dumps(settings))
+    return folder
+
+
+def save_sae(
+    folder: Path, hook: str, settings: dict[str, Any], seed: int = 0, d_in: int = 16
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=24, k=4))
+        torch.nn.init.normal_(sae.W_enc)
+    for name, value in {"hook_name": hook, **settings}.items():
+        sae.cfg.metadata[name] = value
+    folder.mkdir(parents=True)
+    sae.save_inference_model(folder)
+
+
+@pytest.fixture
+def evaluate(run: Path, vit: Any, tmp_path: Path) -> Any:
+    """`evaluate_run` over that run, into a folder of the test's own."""
+
+    def call(runs: Any = run, **changes: Any) -> Results:
+        settings = {**FAST, "override_model": vit, "output_path": tmp_path / "out", **changes}
+        return evaluate_run(runs, **settings)
+
+    return call
+
+
+# The whole way ----------------------------------------------------------------------------------
+
+
+def test_train_evaluate_report(training: Any, world: Path, tmp_path: Path) -> None:
+    """The runner's own output, with nothing said that the run does not say itself."""
+    cfg = training.multi(
+        dataset_path=str(world),
+        eval_split="validation",
+        taxonomy=str(world / "validation"),
+        saes={hook: training.sae() for hook in HOOKS},
+        hook_names={hook: hook for hook in HOOKS},
+    )
+    VisionMultiSAETrainingRunner(cfg).run()
+    results = evaluate_run(cfg.output_path, progress=False, n_permutations=2)
+    assert results.errors == {} and results.complete
+    assert [sae.id for sae in results.saes] == list(HOOKS)
+    assert [sae.layer for sae in results.saes] == [0, 1]
+    assert set(results.evaluators) == set(module.MAIN_EVALUATORS)
+    assert results.folder == Path(cfg.output_path)
+    assert results.dataset.n_images == 32 and not results.dataset.seen_in_training
+    assert (results.dataset.n_fit, results.dataset.n_score) == (16, 16)
+    assert results.taxonomy.n_classes == 8 and results.taxonomy.max_depth == 2
+    for sae in results.saes:
+        assert sae.architecture == "topk" and sae.d_in == 16 and sae.tokens == "class"
+        for evaluator in sae.evaluators.values():
+            for name, metric in evaluator.metrics.items():
+                assert set(metric.nulls) == set(NULLS), name
+                for null in metric.nulls.values():
+                    assert null.n > 0 or null.reason
+            files = [*evaluator.tables.values(), *evaluator.figures.values()]
+            assert all((results.folder / file).is_file() for file in files)
+        coverage = sae.evaluators["ontological_coverage"].metrics["internal_f1"]
+        assert 0 <= coverage.value <= 1 and coverage.nulls["permuted_classes"].n == 2
+        mean_patch = sae.evaluators["level_information"].metrics["mean_patch_knn_accuracy"]
+        assert math.isfinite(mean_patch.value)
+        assert sae.node_f1
+        for card in [*sae.most_specific, *sae.least_specific]:
+            assert all((results.folder / str(i.thumbnail)).is_file() for i in card.images)
+    assert not (results.folder / "activations").exists()
+    assert (results.folder / "metrics" / "pair_depth.pair_depth.svg").is_file()
+    page = write_report(results, interactive=False).read_text()
+    assert HOOKS[1] in page and "data:image/jpeg" in page
+
+
+def test_one_forward_pass_serves_all_hook_points(evaluate: Any, monkeypatch) -> None:
+    calls = []
+    build = held_out.ActivationCache.build
+
+    def counted(model: Any, images: Any, hook_names: Any, **settings: Any) -> Any:
+        calls.append(list(hook_names))
+        return build(model, images, hook_names, **settings)
+
+    monkeypatch.setattr(held_out.ActivationCache, "build", counted)
+    evaluate()
+    assert calls == [list(HOOKS)]
+
+
+def test_numbers_repeat_and_follow_the_seed(evaluate: Any, tmp_path: Path) -> None:
+    def numbers(name: str, **changes: Any) -> dict[str, float]:
+        results = evaluate(output_path=tmp_path / name, **changes)
+        return {f"{s.id}{e}{m}": n.value for s, e, m, n in results.rows()}
+
+    first = numbers("a")
+    assert first == pytest.approx(numbers("b", batch_size=3), nan_ok=True)
+    assert first != pytest.approx(numbers("c", seed=1), nan_ok=True)
+
+
+def test_patch_tokens_are_aggregated_over_the_image(
+    evaluate: Any, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    settings = {"model_name": str(vit_folder), "dataset_path": str(world), "tokens": "patch"}
+    save_sae(tmp_path / "sae", HOOKS[0], settings)
+    common = {"runs": tmp_path / "sae", "taxonomy": str(world / "validation")}
+    largest = evaluate(**common)
+    mean = evaluate(**common, aggregate="mean", output_path=tmp_path / "mean")
+    assert largest.errors == mean.errors == {}
+    assert largest.saes[0].tokens == "patch" and largest.saes[0].id == "sae"
+    assert largest.saes[0].l0 > 4  # four of each of the four patches, more of their union
+    assert largest.saes[0].l0 == mean.saes[0].l0
+    assert mean.settings["aggregate"] == "mean"
+
+
+def test_runs_are_compared_on_the_same_images(evaluate: Any, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    results = evaluate([run, other])
+    assert [sae.id for sae in results.saes] == [
+        f"{label}/{hook}" for label in ("study", "other") for hook in HOOKS
+    ]
+    by_run = results.frame().groupby("run")["value"].apply(list)
+    assert by_run["study"] == pytest.approx(by_run["other"], nan_ok=True)
+    with pytest.raises(ConfigError, match="output_path: give one when several"):
+        evaluate([run, other], output_path=None)
+
+
+def test_max_images_and_controls(evaluate: Any) -> None:
+    results = evaluate(max_images=20, controls=["planted"], nulls=["permuted_classes"])
+    assert results.dataset.n_images == 20
+    coverage = results.saes[0].evaluators["ontological_coverage"].metrics["internal_f1"]
+    assert 0 < coverage.controls["planted"] < 1
+    assert set(coverage.nulls) == {"permuted_classes"}
+
+
+def test_all_evaluators_and_their_options(evaluate: Any) -> None:
+    results = evaluate(evaluators="all", options={"pair_depth": {"k": 4}})
+    assert set(results.evaluators) == set(module.EVALUATORS)
+    assert results.settings["options"]["pair_depth"] == {"k": 4}
+
+
+# Resuming ---------------------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_not_measured_again(evaluate: Any, monkeypatch, tmp_path: Path) -> None:
+    measured: list[str] = []
+    measure_sae = module.measure_sae
+
+    def interrupt_second(bench: Any, sae: Any, *args: Any, **kwargs: Any) -> Any:
+        if sae.name == HOOKS[1]:
+            raise KeyboardInterrupt
+        return measure_sae(bench, sae, *args, **kwargs)
+
+    monkeypatch.setattr(module, "measure_sae", interrupt_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    partial = Results.load(tmp_path / "out")
+    assert not partial.complete and [sae.name for sae in partial.saes] == [HOOKS[0]]
+    assert (tmp_path / "out" / "activations").exists()
+
+    def counted(bench: Any, sae: Any, *args: Any, **kwargs: Any) -> Any:
+        measured.append(sae.name)
+        return measure_sae(bench, sae, *args, **kwargs)
+
+    monkeypatch.setattr(module, "measure_sae", counted)
+    results = evaluate()
+    assert measured == [HOOKS[1]] and results.complete
+    assert results.saes[0] == partial.saes[0]
+
+    def no_forward(*_: Any, **__: Any) -> None:
+        raise AssertionError("no forward pass is needed")
+
+    monkeypatch.setattr(held_out.ActivationCache, "build", no_forward)
+    again = evaluate()
+    assert [sae.fingerprint for sae in again.saes] == [sae.fingerprint for sae in results.saes]
+    assert again.dataset == results.dataset
+
+
+def test_other_settings_or_weights_are_measured_anew(
+    evaluate: Any, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    shutil.rmtree(own / HOOKS[1])
+
+    def fingerprint(**changes: Any) -> str:
+        return evaluate(own, evaluators="pair_depth", **changes).saes[0].fingerprint
+
+    found = [fingerprint(), fingerprint(n_permutations=3), fingerprint(seed=5)]
+    found.append(fingerprint(options={"pair_depth": {"k": 3}}))
+    shutil.rmtree(own / HOOKS[0])
+    settings = json.loads((own / "runner_cfg.json").read_text())
+    save_sae(own / HOOKS[0], HOOKS[0], settings, seed=9)
+    found.append(fingerprint())
+    assert len(set(found)) == len(found)
+
+
+def test_an_evaluator_that_failed_is_tried_again(evaluate: Any, monkeypatch) -> None:
+    cls = module.EVALUATORS["lch_height"]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "compute", fail)
+        failed = evaluate()
+    assert set(failed.errors.values()) == {"ValueError: once"}
+    assert failed.saes[0].evaluators["ontological_coverage"].metrics
+    assert evaluate().errors == {}
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+def test_training_images_are_refused(evaluate: Any, world: Path, caplog) -> None:
+    with pytest.raises(ConfigError, match=r"split: .* was trained on .*\(train\).*held-out"):
+        evaluate(split="train")
+    results = evaluate(split="train", allow_train_split=True)
+    assert results.dataset.seen_in_training
+    assert "nothing here is held out" in caplog.text
+    assert "Not held out" in write_report(results, interactive=False).read_text()
+
+
+def test_the_same_images_under_another_name_are_refused(
+    evaluate: Any, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    images = load_images(world, split="validation")
+    settings = {
+        "model_name": str(vit_folder),
+        "dataset_path": "somewhere/else",
+        "dataset_fingerprint": images.fingerprint,
+    }
+    save_sae(tmp_path / "sae", HOOKS[0], settings)
+    with pytest.raises(ConfigError, match="was trained on somewhere/else"):
+        evaluate(tmp_path / "sae", dataset_path=str(world), taxonomy=str(world / "validation"))
+
+
+def test_corrupt_images_are_skipped_and_named(evaluate: Any, world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    (broken / "validation" / CLASSES[0] / "3.png").write_bytes(b"no picture")
+    common = {"dataset_path": str(broken), "taxonomy": str(broken / "validation")}
+    results = evaluate(**common, max_corrupt_share=0.5)
+    assert results.dataset.n_images == 31
+    (skipped,) = results.dataset.skipped
+    assert (
+        "3.png" in skipped.reason
+        and f"{skipped.index}" in write_report(results, interactive=False).read_text()
+    )
+    with pytest.raises(DataError, match="corrupt"):
+        evaluate(**common, output_path=tmp_path / "strict", max_corrupt_share=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"evaluators": ["lch_hight"]}, UnknownNameError, "did you mean 'lch_height'"),
+        ({"options": {"pair_dept": {}}}, ConfigError, "evaluator in options 'pair_dept'"),
+        ({"options": {"lch_height": {"tow": 1}}}, ConfigError, "option of lch_height 'tow'"),
+        ({"nulls": ["shufled"]}, ConfigError, "nulls 'shufled'; did you mean 'shuffled'"),
+        ({"controls": ["palnted"]}, ConfigError, "did you mean 'planted'"),
+        ({"aggregate": "sum"}, ConfigError, "aggregate 'sum'.*max, mean"),
+        ({"n_permutations": 0}, ConfigError, "n_permutations: given 0"),
+        ({"split": "nowhere"}, ConfigError, "nowhere"),
+        ({"taxonomy": "imagnet"}, ConfigError, "imagnet"),
+        ({"taxonomy": "imagenet"}, ConfigError, "animal_0"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_work(
+    evaluate: Any, monkeypatch, settings: dict[str, Any], error: type, message: str
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("refused too late")
+
+    monkeypatch.setattr(held_out.ActivationCache, "build", never)
+    with pytest.raises(error, match=message):
+        evaluate(**settings)
+
+
+def test_d_in_that_does_not_match(evaluate: Any, vit_folder, world: Path, tmp_path: Path) -> None:
+    settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
+    save_sae(tmp_path / "sae", HOOKS[0], settings, d_in=12)
+    with pytest.raises(ConfigError, match=r"sae: its d_in is 12, but .* have width 16"):
+        evaluate(tmp_path / "sae", taxonomy=str(world / "validation"))
+
+
+def test_no_taxonomy_and_no_held_out_split(
+    evaluate: Any, vit_folder: Path, world: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
+    save_sae(tmp_path / "sae", HOOKS[0], settings)
+    with pytest.raises(ConfigError, match="taxonomy: neither given nor"):
+        evaluate(tmp_path / "sae")
+    with pytest.raises(ConfigError, match=r"split: .* has no split validation or test"):
+        evaluate(tmp_path / "sae", dataset_path=str(photos), taxonomy=str(photos))
+
+
+# Runs on disk -----------------------------------------------------------------------------------
+
+
+def test_find_saes(run: Path, tmp_path: Path) -> None:
+    found = find_saes(run)
+    assert [sae.id for sae in found] == list(HOOKS)
+    assert {sae.run for sae in found} == {"study"}
+    assert found[0].hook_name == HOOKS[0] and found[0].setting("split") == "train"
+    (bare,) = find_saes(run / HOOKS[1])
+    assert bare.id == bare.run == HOOKS[1] and bare.layer == 1
+    both = find_saes([run / HOOKS[0], run / HOOKS[1]])
+    assert [sae.id for sae in both] == list(HOOKS)
+
+
+def test_blocks_come_in_natural_order_and_checkpoints_do_not_count(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("blocks.10", "blocks.9", "checkpoints/abc/500"):
+        save_sae(run / name, f"{name}.hook", {})
+    (run / "checkpoints/abc/500/trainer_state.pt").touch()
+    assert [sae.name for sae in find_saes(run)] == ["blocks.9", "blocks.10"]
+    (checkpoint,) = find_saes(run / "checkpoints/abc/500")
+    assert checkpoint.name == "500"
+
+
+def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+    for seed in ("a", "b"):
+        save_sae(tmp_path / seed / "out", HOOKS[0], {})
+    found = find_saes([tmp_path / "a" / "out", tmp_path / "b" / "out"])
+    assert [sae.id for sae in found] == ["a/out", "b/out"]
+    with pytest.raises(ConfigError, match="is given twice"):
+        find_saes([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+
+
+def test_unusable_folders(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        find_saes(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no SAE .*cfg.json"):
+        find_saes(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="no folder is given"):
+        find_saes([])
+    torn = tmp_path / "torn"
+    shutil.copytree(run / HOOKS[0], torn)
+    weights = torn / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"torn: the SAE cannot be loaded"):
+        find_saes(torn)[0].load()
+    shutil.copy(run / HOOKS[0] / weights.name, weights)
+    cfg = json.loads((torn / "cfg.json").read_text())
+    cfg["architecture"], cfg["metadata"]["requires_plugin"] = "unheard", "other-package"
+    (torn / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ConfigError, match="'unheard'; it needs the plugin 'other-package'"):
+        find_saes(torn)[0].load()
+    (torn / "cfg.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cfg.json is not JSON"):
+        find_saes(torn)
+
+
+# During training --------------------------------------------------------------------------------
+
+
+def test_training_evaluator_reads_the_held_out_images(training: Any, world: Path, vit: Any) -> None:
+    cfg = training.multi(
+        dataset_path=str(world),
+        taxonomy=str(world / "validation"),
+        evaluators=["pair_depth", "ontological_coverage"],
+    )
+    state = torch.random.get_rng_state()
+    evaluator = make_training_evaluator(cfg, vit)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(evaluator.images[HOOKS[0]]) == 32  # validation, of which the config says nothing
+    sae = TopKTrainingSAE(training.sae())
+    sae.cfg.metadata.hook_name = HOOKS[1]
+    metrics = evaluator(sae, iter(()), ActivationScaler())
+    assert "eval/ontological_coverage/internal_f1" in metrics
+    assert "eval/ontological_coverage/internal_f1/permuted_classes" in metrics
+    assert all(isinstance(value, float) for value in metrics.values())

@@ -1,0 +1,382 @@
+"""Measuring one SAE: halves, sources of latents, nulls, and evaluators that fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from results_factory import tree
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from taxolens.plugin import cards, measure
+from taxolens.plugin.measure import Bench, Images, SAELatents, image_latents
+from taxolens.plugin.split import Split
+from taxolens.plugin.training_evaluator import TrainingEvaluator
+from taxolens.registry.errors import ConfigError, DataError
+from taxolens.registry.evaluators.accumulators import FiringRate, TopImages
+from taxolens.registry.evaluators.base import EvaluationContext, Evaluator
+from taxolens.registry.evaluators.nulls import NeuronLatents
+from taxolens.registry.evaluators.ontological_coverage import OntologicalCoverage
+from taxolens.registry.evaluators.pair_depth import PairDepth
+from taxolens.registry.evaluators.planted import PlantedLatents
+
+D, M = 6, 16
+TREE = tree((2, 2, 2))
+N_CLASSES = len(TREE.classes)
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    return np.repeat(np.arange(N_CLASSES), 10)
+
+
+@pytest.fixture
+def images(labels: np.ndarray) -> Images:
+    generator = np.random.default_rng(0)
+    tokens = generator.normal(size=(len(labels), 1, D)).astype(np.float32)
+    return Images(tokens + 3, tokens[:, 0] * 2)
+
+
+@pytest.fixture
+def sae() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sae = TopKSAE(TopKSAEConfig(d_in=D, d_sae=M, k=4))
+        torch.nn.init.normal_(sae.W_enc)
+        torch.nn.init.normal_(sae.W_dec)
+    return sae.eval()
+
+
+@dataclass(frozen=True)
+class Options:
+    fail: str = ""
+
+
+class Recorder(Evaluator[Options]):
+    """Writes down what it is shown, and fails where it is told to."""
+
+    name = "recorder"
+    description = "for tests"
+    higher_is_better = {"n": None, "mean_z": True, "place": True, "fixed": True}
+    nulls = {"permuted_classes": None, "shuffled": None, "random": None, "neurons": "no meaning"}
+    invariant = frozenset({"fixed"})
+    Options = Options
+    made: list[Recorder] = []
+
+    def __init__(self, context: EvaluationContext, options: Any = None) -> None:
+        super().__init__(context, options)
+        self.rate = context.share(FiringRate)
+        self.batches: list[Any] = []
+        self.calibrated: list[Any] = []
+        self.made.append(self)
+
+    def _maybe_fail(self, when: str) -> None:
+        if self.options.fail in (when, f"{when}@{self.context.source}"):
+            raise ValueError(f"told to fail in {when}")
+
+    def calibrate(self, batch: Any) -> None:
+        self._maybe_fail("calibrate")
+        self.calibrated.append(batch)
+
+    def update(self, batch: Any) -> None:
+        self._maybe_fail("update")
+        self.batches.append(batch)
+
+    def compute(self, *, permutation=None, shuffled=False) -> dict[str, float]:
+        self._maybe_fail("compute")
+        if shuffled:
+            self._maybe_fail("shuffled")
+        z = torch.cat([b.z for b in self.batches])
+        place = 0 if permutation is None else -int(permutation[0]) - 1
+        return {
+            "n": float(len(z)),
+            "mean_z": float(z.mean()),
+            "place": float(place - shuffled),
+            "fixed": 1.0,
+        }
+
+
+def bench(labels: np.ndarray, fail: str = "", **changes: Any) -> Bench:
+    Recorder.made.clear()
+    settings: dict[str, Any] = {
+        "taxonomy": TREE,
+        "split": Split.halves(labels, N_CLASSES, 1),
+        "chosen": {"recorder": (Recorder, Options(fail)), "pair_depth": (PairDepth, {"k": 2})},
+        "n_permutations": 3,
+        "batch_size": 7,
+    }
+    return Bench(**(settings | changes))
+
+
+# Halves -----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(0, 3), st.integers(1, 9))
+def test_halves(labels: list[int], seed: int, size: int) -> None:
+    split = Split.halves(np.array(labels), 6, seed)
+    assert sorted(split.order) == list(range(len(labels)))
+    assert abs(split.n_fit - split.n_score) <= 1
+    fit, score = split.order[: split.n_fit], split.order[split.n_fit :]
+    for c in range(6):
+        assert abs((split.labels[fit] == c).sum() - (split.labels[score] == c).sum()) <= 1
+    assert sorted(split.shuffled) == sorted(labels)
+    passed = list(split.batches(size))
+    assert np.array_equal(np.concatenate([positions for positions, _ in passed]), split.order)
+    halves = [is_fit for positions, is_fit in passed for _ in positions]
+    assert halves == [True] * split.n_fit + [False] * split.n_score
+    assert np.array_equal(split.order, Split.halves(np.array(labels), 6, seed).order)
+    assert set(split.sample(4)) <= set(fit)
+
+
+def test_halves_mix_classes_and_depend_on_the_seed(labels: np.ndarray) -> None:
+    split = Split.halves(labels, N_CLASSES, 0)
+    assert len(set(labels[split.order[:10]])) > 3
+    assert not np.array_equal(split.order, Split.halves(labels, N_CLASSES, 1).order)
+
+
+def test_labels_outside_the_taxonomy_are_named() -> None:
+    with pytest.raises(DataError, match=r"labels outside 0 … 2, .*: -1, 7"):
+        Split.halves(np.array([0, 7, -1]), 3)
+    with pytest.raises(DataError, match="no image left"):
+        Split.halves(np.array([]), 3)
+
+
+# Sources ----------------------------------------------------------------------------------------
+
+
+def test_an_image_s_latents_are_the_largest_of_its_tokens(sae: Any, monkeypatch) -> None:
+    x = torch.randn(5, 3, D, generator=torch.Generator().manual_seed(0))
+    source = SAELatents(sae)
+    nothing = torch.zeros(5, dtype=torch.int64)
+    z = sae.encode(x.flatten(0, 1)).unflatten(0, (5, 3))
+    for aggregate, expected in (("max", z.amax(1)), ("mean", z.mean(1))):
+        for at_once in (2**26, 1):
+            monkeypatch.setattr(measure, "LATENTS_AT_ONCE", at_once)
+            found = image_latents(source, x, aggregate=aggregate, labels=nothing, index=nothing)
+            torch.testing.assert_close(found, expected)
+
+
+def test_tokens_of_one_image_share_its_label() -> None:
+    planted = PlantedLatents(TREE, recall=1.0, false_alarm=0.0, binary=True)
+    labels = torch.tensor([0, 5])
+    x = torch.zeros(2, 3, D)
+    z = image_latents(planted, x, aggregate="max", labels=labels, index=torch.arange(2))
+    expected = TREE.membership[labels.numpy()][:, planted.node]
+    assert np.array_equal(z.bool().numpy(), expected)
+
+
+def test_null_sources_have_the_shape_and_sparsity_of_the_sae(
+    sae: Any, images: Images, labels: np.ndarray
+) -> None:
+    found = bench(labels).null_sources(SAELatents(sae), images)
+    assert list(found) == ["random", "neurons"]
+    random, neurons = found["random"], found["neurons"]
+    x = images.sample(np.arange(len(images)))
+    nothing = torch.zeros(len(x), dtype=torch.int64)
+    z = random.encode(x, labels=nothing, index=nothing)
+    assert z.shape[1] == random.d_sae == M
+    assert (z > 0).sum(1).float().mean() == pytest.approx(4, abs=1)
+    torch.testing.assert_close(random.b_dec, x.mean(0), atol=0.5, rtol=0)
+    assert isinstance(neurons, NeuronLatents) and neurons.d_sae == 2 * D
+
+
+def test_a_null_without_meaning_is_not_computed(sae: Any, images: Images, labels) -> None:
+    chosen = {"recorder": (Recorder, None)}
+    tested = bench(labels, chosen=chosen, nulls=("neurons", "shuffled"))
+    assert tested.null_sources(SAELatents(sae), images) == {}
+    assert tested.names_for("neurons") == []
+
+
+# The pass ---------------------------------------------------------------------------------------
+
+
+def test_one_pass(sae: Any, images: Images, labels: np.ndarray) -> None:
+    tested = bench(labels)
+    seen: list[int] = []
+    done = tested.run(SAELatents(sae), images, progress=seen.append)
+    (recorder,) = Recorder.made
+    assert sum(seen) == len(images)
+    halves = torch.cat([b.is_fit for b in recorder.batches])
+    assert halves.tolist() == sorted(halves.tolist(), reverse=True)
+    assert all(b.is_fit.all() for b in recorder.calibrated)
+    index = torch.cat([b.index for b in recorder.batches]).numpy()
+    assert np.array_equal(index, tested.split.order)
+    batch = recorder.batches[0]
+    torch.testing.assert_close(batch.x, torch.from_numpy(images.tokens[batch.index, 0]))
+    torch.testing.assert_close(batch.mean_patch, torch.from_numpy(images.mean_patch[batch.index]))
+    torch.testing.assert_close(batch.z, sae.encode(batch.x))
+    assert np.array_equal(batch.labels, labels[batch.index])
+    assert done.context.source == "sae" and done.context.sae is sae
+    assert done.context.W_dec is sae.W_dec
+    assert not batch.z.requires_grad
+
+
+def test_every_metric_stands_beside_its_nulls(sae: Any, images: Images, labels) -> None:
+    tested = bench(labels)
+    latents = SAELatents(sae)
+    sources = tested.null_sources(latents, images)
+    nulls = {n: tested.numbers(s, images, tested.names_for(n)) for n, s in sources.items()}
+    done = tested.run(latents, images)
+    found = tested.metrics(done, nulls, {"planted": {"recorder": {"n": 5.0}}})
+    recorder = found["recorder"]
+    assert recorder["n"].value == len(images)
+    assert recorder["n"].controls == {"planted": 5.0}
+    assert recorder["n"].nulls["random"].left_behind is None
+    permuted = recorder["place"].nulls["permuted_classes"]
+    draws = [-int(p[0]) - 1.0 for p in done.context.permutations]
+    assert (permuted.n, permuted.best) == (3, max(draws))
+    assert permuted.mean == pytest.approx(np.mean(draws))
+    assert permuted.left_behind is True
+    assert recorder["place"].nulls["shuffled"].mean == -1
+    assert recorder["mean_z"].nulls["random"].mean != recorder["mean_z"].value
+    assert recorder["mean_z"].nulls["neurons"].reason == "no meaning"
+    assert "does not depend" in str(recorder["fixed"].nulls["permuted_classes"].reason)
+    assert found["pair_depth"]["pair_depth"].nulls["neurons"].n == 1
+
+
+def test_numbers_do_not_depend_on_the_batch_size(sae: Any, images: Images, labels) -> None:
+    chosen = {"coverage": (OntologicalCoverage, None), "pair_depth": (PairDepth, {"k": 4})}
+    found = [
+        bench(labels, chosen=chosen, batch_size=size).run(SAELatents(sae), images)
+        for size in (3, 1000)
+    ]
+    for name in chosen:
+        one, other = (done.compute(name) for done in found)
+        assert one == pytest.approx(other, nan_ok=True)
+
+
+def test_planted_detectors_leave_the_nulls_behind(images: Images, labels: np.ndarray) -> None:
+    planted = PlantedLatents(TREE, recall=1.0, false_alarm=0.0)
+    planted.source = "sae"
+    tested = bench(labels, chosen={"coverage": (OntologicalCoverage, None)})
+    metrics = tested.metrics(tested.run(planted, images))["coverage"]
+    assert metrics["internal_f1"].value == 1.0
+    assert metrics["internal_f1"].nulls["permuted_classes"].left_behind is True
+    assert metrics["internal_f1"].nulls["shuffled"].left_behind is True
+    assert metrics["leaf_f1"].nulls["permuted_classes"].left_behind is None
+
+
+# Failures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["calibrate", "update", "compute"])
+def test_an_evaluator_that_fails_costs_only_itself(sae: Any, images, labels, when: str) -> None:
+    tested = bench(labels, fail=when)
+    done = tested.run(SAELatents(sae), images)
+    found = tested.metrics(done)
+    assert "recorder" not in found and "pair_depth" in found
+    assert done.errors == {"recorder": f"ValueError: told to fail in {when}"}
+
+
+def test_a_failure_under_a_null_keeps_the_value(sae: Any, images: Images, labels) -> None:
+    tested = bench(labels, fail="update@random")
+    latents = SAELatents(sae)
+    random = tested.null_sources(latents, images)["random"]
+    nulls = {"random": tested.numbers(random, images, tested.names_for("random"))}
+    found = tested.metrics(tested.run(latents, images), nulls)["recorder"]["mean_z"]
+    assert found.value > 0
+    assert found.nulls["random"].reason == "failed: ValueError: told to fail in update"
+
+    tested = bench(labels, fail="shuffled")
+    done = tested.run(latents, images)
+    found = tested.metrics(done)["recorder"]["mean_z"]
+    assert found.value > 0 and found.nulls["shuffled"].n == 0
+    assert "recorder" in done.errors
+
+
+def test_wrong_settings_are_not_swallowed(sae: Any, images: Images, labels) -> None:
+    tested = bench(labels, chosen={"pair_depth": (PairDepth, {"k": 1})})
+    with pytest.raises(ConfigError, match="k: a pair needs"):
+        tested.run(SAELatents(sae), images)
+
+
+# During training --------------------------------------------------------------------------------
+
+
+def test_training_evaluator(sae: Any, images: Images, labels: np.ndarray) -> None:
+    chosen = {"recorder": (Recorder, None), "pair_depth": (PairDepth, {"k": 2})}
+    hook = "blocks.0.hook_resid_post"
+    evaluator = TrainingEvaluator({hook: images}, labels, TREE, chosen)
+    sae.cfg.metadata.hook_name = hook
+    before = torch.random.get_rng_state(), np.random.get_state()
+    plain = evaluator(sae, iter(()), ActivationScaler())
+    scaled = evaluator(sae, iter(()), ActivationScaler(scaling_factor=2.0))
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1][1])
+    assert plain["eval/recorder/n"] == len(images)
+    assert "eval/recorder/place/permuted_classes" in plain
+    assert not any(key.endswith(("/random", "/neurons", "/shuffled")) for key in plain)
+    x = torch.from_numpy(images.tokens[:, 0])
+    assert plain["eval/recorder/mean_z"] == pytest.approx(sae.encode(x).mean().item(), rel=1e-4)
+    assert scaled["eval/recorder/mean_z"] == pytest.approx(
+        sae.encode(2 * x).mean().item(), rel=1e-4
+    )
+
+
+# Cards ------------------------------------------------------------------------------------------
+
+
+def placed(*rows: tuple[int, str, float]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["latent", "node", "f1"])
+
+
+def test_most_and_least_specific() -> None:
+    rows = placed(
+        (0, "thing.0", 0.9),  # 4 classes
+        (1, "thing.0.0", 0.8),  # 2 classes
+        (2, "thing.0.0.0", 0.7),
+        (3, "thing.0.0.1", 0.95),
+        (4, "thing.1", 0.2),  # detects its node badly
+    )
+    most, least = cards.pick(rows, TREE, 2)
+    assert most == [3, 2]
+    assert least == [0, 1]
+    assert cards.pick(rows[:1], TREE, 2) == ([0], [])
+    assert cards.pick(rows[:0], TREE) == ([], [])
+    assert not set(cards.pick(rows, TREE, 6)[0]) & set(cards.pick(rows, TREE, 6)[1])
+
+
+def test_a_latent_stands_at_the_node_it_detects_best() -> None:
+    nodes = pd.DataFrame(
+        {"node": ["a", "b", "c", "d"], "latent": [1, 1, -1, 2], "f1": [0.5, 0.9, 0.0, np.nan]}
+    )
+    tables = {"ontological_coverage": {"nodes": nodes}}
+    assert cards.placed_latents(tables).to_dict("records") == [
+        {"latent": 1, "node": "b", "f1": 0.9}
+    ]
+    assert cards.node_f1(tables)["b"] == 0.9
+    heights = {"lch_height": {"latents": pd.DataFrame({"latent": [3], "node": ["thing"]})}}
+    assert cards.placed_latents(heights)["latent"].tolist() == [3]
+    assert cards.placed_latents({}).empty and cards.node_f1({}) == {}
+
+
+def test_cards_show_the_top_images(sae: Any, images: Images, labels: np.ndarray) -> None:
+    tested = bench(labels)
+    done = tested.run(
+        SAELatents(sae),
+        images,
+        prepare=lambda c: (c.share(TopImages, k=cards.TOP_IMAGES), c.share(FiringRate)),
+    )
+    z = sae.encode(torch.from_numpy(images.tokens[:, 0]))
+    latent = int((z > 0).sum(0).argmax())
+    (card,) = cards.make_cards(
+        placed((latent, "thing.0.1", 0.6)),
+        [0],
+        taxonomy=TREE,
+        top=done.context.share(TopImages, k=cards.TOP_IMAGES),
+        rate=done.context.share(FiringRate),
+        image_ids=np.arange(len(images)) + 100,
+    )
+    order = z[:, latent].argsort(descending=True)[: cards.N_IMAGES]
+    assert [image.index - 100 for image in card.images] == order.tolist()
+    assert [image.activation for image in card.images] == pytest.approx(z[order, latent].tolist())
+    assert card.images[0].label == TREE.label(int(TREE.class_nodes[labels[order[0]]]))
+    assert card.fires_on == pytest.approx((z[:, latent] > 0).float().mean().item())
+    assert card.path[0] == "thing" and len(card.path) == 3 and card.generality == 1
