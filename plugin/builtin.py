@@ -18,6 +18,7 @@ from ..registry.evaluators.lch_height import LCHHeight
 from ..registry.evaluators.level_information import LevelInformation
 from ..registry.evaluators.ontological_coverage import OntologicalCoverage
 from ..registry.evaluators.pair_depth import PairDepth
+from ..registry.evaluators.parent_child import ParentChild
 from ..registry.taxonomies.cifar100 import CIFAR100
 from ..registry.taxonomies.imagenet import IMAGENET
 from . import hookspecs
@@ -52,6 +53,7 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(OntologicalCoverage)
     register(PairDepth)
     register(LevelInformation)
+    register(ParentChild)
 
 
 @hookimpl

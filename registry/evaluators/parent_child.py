@@ -22,7 +22,7 @@ from . import summary
 from .accumulators import ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator
 from .logistic import logistic_probes
-from .samples import FiringSample, ImageSample, fires, together
+from .samples import FiringSample, ImageSample, fires, shape, together
 
 DRAWN = 300
 """Latents in the drawing at most."""
@@ -135,7 +135,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
 
     def update(self, batch: EvaluationBatch) -> None:
         for kept in ("pairs", "forest", "edges", "_fired", "_hamming", "reconstructs"):
-            self.__dict__.pop(kept, None)
+            vars(self).pop(kept, None)
 
     @cached_property
     def pairs(self) -> Pairs:
@@ -152,7 +152,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @cached_property
     def forest(self) -> Pairs:
         """One parent for each child."""
-        return nearest_parents(self.pairs, self._fired[0])
+        return nearest_parents(self.pairs, self._fired)
 
     @cached_property
     def edges(self) -> Edges:
@@ -161,11 +161,11 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return measure_edges(fires(sample.z[~sample.is_fit]), self.forest)
 
     @cached_property
-    def _fired(self) -> tuple[np.ndarray, int]:
-        """(m,) images of the fit half on which each latent fires, and images."""
+    def _fired(self) -> np.ndarray:
+        """(m,) images of the fit half on which each latent fires."""
         sample = self._sample
         fit = sample.z[sample.is_fit]
-        return np.bincount(fit.indices, minlength=fit.shape[1]), fit.shape[0]
+        return np.bincount(fit.indices, minlength=shape(fit)[1])
 
     @cached_property
     def _hamming(self) -> pd.DataFrame:
@@ -180,8 +180,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         if not self._probing or decoder is None:
             return passes
         z = fires(self._images.z)
-        fired = np.bincount(z.indices, minlength=z.shape[1])[self.forest.child]
-        able = np.flatnonzero((fired >= 5) & (fired < z.shape[0]))
+        n, m = shape(z)
+        fired = np.bincount(z.indices, minlength=m)[self.forest.child]
+        able = np.flatnonzero((fired >= 5) & (fired < n))
         generator = np.random.default_rng(self.context.seed)
         asked = np.sort(generator.permutation(able)[: self.options.probed])
         if len(asked):
@@ -213,7 +214,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     ) -> dict[str, float]:
         self._check_shuffled(shuffled)
         forest, edges, distances = self.forest, self.edges, self._hamming
-        living = int((self._fired[0] >= self.options.min_fired).sum())
+        living = int((self._fired >= self.options.min_fired).sum())
         precision, recall = self._agreement(permutation, shuffled)
         return {
             "pairs": float(len(self.pairs.child)),
@@ -258,7 +259,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         """`forest`: one row for each child; `parents`: one for each parent."""
         forest, edges = self.forest, self.edges
         parent, child = (self.best_nodes(latents) for latents in forest)
-        fired = self._fired[0]
+        fired = self._fired
         names = np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
         table = {
             "child": forest.child,
@@ -279,7 +280,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def figures(self) -> dict[str, Figure]:
         """`forest`: the latents that fire most, each below its parent; colour: P(p|c)."""
         table = self.tables()["forest"]
-        fired = self._fired[0]
+        fired = self._fired
         latents = np.unique(np.concatenate([self.forest.parent, self.forest.child]))
         latents = latents[np.argsort(-fired[latents], kind="stable")][:DRAWN]
         above = dict(zip(table["child"], table["parent"]))
@@ -319,7 +320,7 @@ def implied_pairs(
     Args:
         firings: (n, m) of zeros and ones.
     """
-    n, m = firings.shape
+    n, m = shape(firings)
     fired = np.bincount(firings.indices, minlength=m)
     children = np.flatnonzero(fired >= max(min_fired, 1))
     found = []
@@ -348,7 +349,7 @@ def measure_edges(firings: sparse.csr_array, forest: Pairs) -> Edges:
     fired = np.diff(columns.indptr)
     both = columns[:, forest.parent].multiply(columns[:, forest.child]).sum(0)
     own, above = fired[forest.child], fired[forest.parent]
-    lift = summary.ratio(both * firings.shape[0], own.astype(float) * above)
+    lift = summary.ratio(both * shape(firings)[0], own.astype(float) * above)
     return Edges(summary.ratio(both, own), summary.ratio(both, above), lift)
 
 
@@ -359,10 +360,10 @@ def hamming(firings: sparse.csr_array, forest: Pairs) -> pd.DataFrame:
         one row for each parent: its number of `children`; `hamming`, the share of images on which
         the two differ; `hamming_relative`, of those on which either fires.
     """
-    n, m = firings.shape
+    n, m = shape(firings)
     parents, group = np.unique(forest.parent, return_inverse=True)
-    shape = (m, len(parents))
-    belongs = sparse.csr_array((np.ones(len(group)), (forest.child, group)), shape=shape)
+    size = (m, len(parents))
+    belongs = sparse.csr_array((np.ones(len(group)), (forest.child, group)), shape=size)
     either = fires(sparse.csr_array(firings @ belongs))
     own = sparse.csr_array(sparse.csc_array(firings)[:, parents])
     both = own.multiply(either).sum(0)

@@ -109,13 +109,20 @@ def together(firings: sparse.csr_array, latents: np.ndarray) -> np.ndarray:
     Args:
         firings: (n, m) of zeros and ones.
     """
-    if firings.nnz > 0.02 * np.prod(firings.shape):  # a product of dense ones is faster by then
+    n, m = shape(firings)
+    if firings.nnz > 0.02 * n * m:  # a product of dense ones is faster by then
         dense = firings.toarray()
         return (dense[:, latents].T @ dense).round().astype(np.int32)
-    chosen = sparse.csr_array(firings[:, latents].T)
-    return (chosen @ firings).toarray().round().astype(np.int32)
+    both = sparse.csr_array(sparse.csr_array(firings[:, latents].T) @ firings)
+    return both.toarray().round().astype(np.int32)
+
+
+def shape(matrix: sparse.csr_array) -> tuple[int, int]:
+    """Rows and columns (scipy's own annotation allows for None)."""
+    n, m = matrix.shape or (0, 0)
+    return n, m
 
 
 def fires(z: sparse.csr_array) -> sparse.csr_array:
     """(n, m) ones where z is above 0."""
-    return sparse.csr_array((np.ones_like(z.data), z.indices, z.indptr), shape=z.shape)
+    return sparse.csr_array((np.ones_like(z.data), z.indices, z.indptr), shape=shape(z))

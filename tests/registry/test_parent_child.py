@@ -1,0 +1,195 @@
+"""`parent_child` against counting by hand, and on planted latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.logistic import best_threshold, logistic_probes
+from taxolens.registry.evaluators.parent_child import (
+    ParentChild,
+    hamming,
+    implied_pairs,
+    measure_edges,
+    near_probe,
+    nearest_parents,
+)
+from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.taxonomies import Taxonomy
+
+Measured = Callable[..., Any]
+
+
+@given(seed=st.integers(0, 10**6), density=st.sampled_from([0.01, 0.2, 0.6]))
+@settings(max_examples=30, deadline=None)
+def test_pairs_edges_and_hamming_are_those_counted_one_by_one(seed: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    n, m = 40, 9
+    fired = rng.random((n, m)) < density
+    fired[:, 1] &= fired[:, 0]  # something to find
+    fired[:, 2] &= fired[:, 1]
+    firings = sparse.csr_array(fired.astype(np.float32))
+
+    pairs = implied_pairs(firings, implication=0.75, ratio=1.5, lift=1.2, min_fired=2, block=4)
+    wanted = []
+    for c in range(m):
+        for p in range(m):
+            both, own, above = (
+                (fired[:, p] & fired[:, c]).sum(),
+                fired[:, c].sum(),
+                fired[:, p].sum(),
+            )
+            bounds = own >= 2 and both / own >= 0.75 and above >= 1.5 * own
+            if bounds and both / own / (above / n) >= 1.2 - 1e-12:
+                wanted.append((p, c))
+    assert list(zip(*pairs)) == wanted
+
+    forest = nearest_parents(pairs, fired.sum(0))
+    by_child: dict[int, list[int]] = {}
+    for p, c in wanted:
+        by_child.setdefault(c, []).append(p)
+    least = {c: min(ps, key=lambda p: (fired[:, p].sum(), p)) for c, ps in by_child.items()}
+    assert dict(zip(forest.child, forest.parent)) == least
+
+    edges = measure_edges(firings, forest)
+    for i, (p, c) in enumerate(zip(*forest)):
+        both = (fired[:, p] & fired[:, c]).mean()
+        assert edges.implication[i] == pytest.approx(both / fired[:, c].mean())
+        assert edges.reverse[i] == pytest.approx(both / fired[:, p].mean())
+        assert edges.lift[i] == pytest.approx(both / fired[:, c].mean() / fired[:, p].mean())
+
+    for row in hamming(firings, forest).itertuples():
+        children = forest.child[forest.parent == row.parent]
+        own, either = fired[:, row.parent], fired[:, children].any(1)
+        assert row.children == len(children)
+        assert row.hamming == pytest.approx((own != either).mean())
+        assert row.hamming_relative == pytest.approx((own != either).sum() / (own | either).sum())
+
+
+def test_no_pair_is_no_forest() -> None:
+    nothing = implied_pairs(sparse.csr_array(np.zeros((5, 3), dtype=np.float32)))
+    assert len(nothing.child) == 0
+    assert len(hamming(sparse.csr_array(np.zeros((5, 3))), nothing)) == 0
+
+
+def planted(taxonomy: Taxonomy, one_batch: Measured, **kwargs: Any) -> tuple[PlantedLatents, Any]:
+    labels = np.repeat(np.arange(len(taxonomy.classes)), 40)
+    latents = PlantedLatents(taxonomy, **kwargs)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    return latents, one_batch(z, labels)
+
+
+def test_node_indicators_give_the_tree_back(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    (evaluator,) = measured(animals, batch, [ParentChild], size=100)
+    numbers = evaluator.compute()
+    assert set(numbers) == set(ParentChild.higher_is_better)
+    assert numbers["implication"] == numbers["holds_share"] == 1.0
+    assert numbers["hamming"] == numbers["hamming_relative"] == 0.0
+    assert numbers["edge_precision"] == numbers["edge_recall"] == 1.0
+    # Species below genus, genus below family; the root fires everywhere, so it is no one's parent.
+    assert numbers["edges"] == 12 + 6
+    for p, c in zip(*evaluator.forest):
+        assert latents.node[p] in animals.parents[latents.node[c]]
+    assert np.isnan(numbers["reconstruction_share"])  # no decoder was given
+
+    permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
+    assert max(n["edge_precision"] for n in permuted) < 0.7
+    for name in ParentChild.invariant - {"reconstruction_share"}:
+        assert {n[name] for n in permuted} == {numbers[name]}
+    assert evaluator.compute(shuffled=True)["edge_precision"] < 0.7
+
+    tables = evaluator.tables()
+    assert tables["forest"]["agrees"].all()
+    assert len(tables["parents"]) == 2 + 6
+    assert len(evaluator.figures()["forest"].data) == 1
+
+
+def test_latents_of_random_classes_form_no_tree(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    _, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0, shuffle_nodes=True)
+    (evaluator,) = measured(animals, batch, [ParentChild])
+    assert evaluator.compute()["edge_recall"] < 0.5
+
+
+def test_the_size_of_a_batch_changes_nothing(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    _, batch = planted(animals, one_batch, recall=0.95, false_alarm=0.01)
+    facts = {"W_dec": torch.randn(21, 5), "options": {"max_images": 300, "probe_images": 200}}
+    one, many = (measured(animals, batch, [ParentChild], size=s, **facts)[0] for s in (480, 7))
+    assert one.compute() == pytest.approx(many.compute(), nan_ok=True)
+    assert 200 < one._sample.z.shape[0] < 400  # about as many as asked for
+
+
+def test_the_condition_on_the_decoder_tells_shared_directions(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """x is made of the latents' own directions: a parent that its child needs is near its probe."""
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    m = latents.d_sae
+    directions = torch.linalg.qr(torch.randn(m, m, generator=torch.Generator().manual_seed(0)))[0]
+    noise = 0.3 * torch.randn(len(batch), m, generator=torch.Generator().manual_seed(1))
+    x = batch.z @ directions + noise
+    batch = replace(batch, x=x)
+    (aligned,) = measured(animals, batch, [ParentChild], W_dec=directions)
+    (elsewhere,) = measured(animals, batch, [ParentChild], W_dec=directions.roll(7, 0))
+    assert aligned.compute()["reconstruction_share"] > 0.6
+    assert elsewhere.compute()["reconstruction_share"] < 0.1
+
+
+def test_both_rows_must_be_near() -> None:
+    decoder = torch.eye(4)
+    direction = torch.tensor([[1.0, 0.9, 0.1, 0.0], [1.0, 0.1, 0.9, 0.0]])
+    assert near_probe(decoder, direction, np.array([[0, 0], [1, 1]]), 2).tolist() == [True, False]
+
+
+def test_logistic_probe_finds_the_direction_that_decides() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 6, generator=generator) * torch.tensor([1.0, 5, 1, 1, 1, 0]) + 3
+    w = torch.tensor([1.0, 0.3, -1, 0, 0, 0])
+    score = x @ w
+    targets = torch.stack([score > score.median(), score > score.quantile(0.95)], dim=1)
+    targets = torch.cat([targets, torch.zeros(2000, 1, dtype=torch.bool)], dim=1)
+    probes = logistic_probes(x, targets, ridge=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(probes.weight[:2], w[None])
+    assert (cosine > 0.97).all()
+    said = x @ probes.weight.T + probes.bias > 0
+    assert (said[:, 0] == targets[:, 0]).float().mean() > 0.97
+    assert probes.weight[2].abs().max() == 0
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_best_threshold_is_the_best_of_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, truth = rng.integers(0, 6, 20).astype(float), rng.random(20) < 0.4
+    truth[0] = True
+    threshold, f1 = best_threshold(scores, truth)
+    tried = [
+        np.sum((scores > t) & truth) * 2 / (np.sum(scores > t) + truth.sum())
+        for t in np.arange(-1.5, 6)
+    ]
+    assert f1 == pytest.approx(max(tried))
+    said = scores > threshold
+    assert 2 * (said & truth).sum() / (said.sum() + truth.sum()) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"implication": 0.0}, "implication: must lie"), ({"ratio": 1.0}, "ratio: must be above 1")],
+)
+def test_options_out_of_range(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParentChild.Options(**options)
