@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,16 +28,14 @@ class EvaluationSlot:
     nothing but its numbers.
 
     Args:
-        evaluators: SAELens's signature, `(sae, data_provider, activation_scaler) -> metrics`.
         open_stream: makes a stream of activations; called only when an evaluator reads one.
+
+    Attributes:
+        evaluators: SAELens's signature, `(sae, data_provider, activation_scaler) -> metrics`.
     """
 
-    def __init__(
-        self,
-        evaluators: Sequence[PerSAEEvaluator],
-        open_stream: Callable[[], ActivationStream],
-    ) -> None:
-        self._evaluators = evaluators
+    def __init__(self, open_stream: Callable[[], ActivationStream]) -> None:
+        self.evaluators: list[PerSAEEvaluator] = []
         self._open_stream = open_stream
 
     def one(
@@ -64,7 +62,7 @@ class EvaluationSlot:
 
     def _evaluate(self, sae: TrainingSAE[Any], scaler: ActivationScaler) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
-        for evaluator in self._evaluators:
+        for evaluator in self.evaluators:
             batches = _OwnBatches(self._open_stream, str(sae.cfg.metadata.hook_name))
             try:
                 metrics |= evaluator(sae, batches, scaler)

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -112,14 +112,13 @@ class StepGate(Iterator[T], Generic[T]):
 
     def paused(self) -> AbstractContextManager[None]:
         """Keep a prefetching thread from using the model meanwhile."""
-        if isinstance(self._source, PrefetchingIterator):
-            return self._source.paused()
-        return nullcontext()
+        return self._store.stream.paused()
 
     def close(self) -> None:
-        """End the iteration and wait for a prefetching thread to end with it."""
-        self._store.close()
+        """End the iteration, and with it a prefetching thread and worker processes."""
+        self._store.end()
         if isinstance(self._source, PrefetchingIterator):
             with suppress(Exception):
                 for _ in self._source:
                     pass
+        self._store.stream.close()

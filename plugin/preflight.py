@@ -18,6 +18,7 @@ from ..hooks.model import hook_d_in, resolve_hook_name
 from ..hooks.tokens import check_tokens, tokens_per_image
 from ..registry.errors import ConfigError
 from ..registry.table import EVALUATORS
+from ..registry.taxonomies.load import load_taxonomy
 
 # Adam keeps two numbers per weight.
 CHECKPOINT_FACTOR = 3
@@ -59,6 +60,17 @@ def check_model(cfg: Any, model: Any) -> None:
                 f"{name}.d_in: given {given}, but activations at {hook_name} have width {found}."
             )
     count_tokens(cfg, model, cfg.tokens)
+
+
+def check_taxonomy(cfg: Any, images: ImageDataset) -> None:
+    """Whether the class tree can be read, and has the classes that evaluation will meet.
+
+    Raises:
+        ConfigError: it cannot, or classes of the images are not in it.
+    """
+    if cfg.taxonomy is not None and cfg.evaluators:
+        has_same_classes = cfg.eval_dataset_path in (None, cfg.dataset_path)
+        load_taxonomy(cfg.taxonomy, classes=(has_same_classes and images.class_names) or None)
 
 
 def count_tokens(cfg: Any, model: Any, tokens: str) -> int:

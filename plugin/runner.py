@@ -60,8 +60,8 @@ class _VisionRun:
     model: Any
     images: ImageDataset
     session: TrainingSession
+    slot: EvaluationSlot
     activations_store: Any
-    evaluator: Any
 
     def _load_inputs(self, override_dataset: Any, override_model: Any) -> None:
         """Model and images, each checked against the config as soon as it is there."""
@@ -92,8 +92,9 @@ class _VisionRun:
                 trust_remote_code=cfg.dataset_trust_remote_code,
                 max_images=cfg.max_images,
             )
+        preflight.check_taxonomy(cfg, self.images)
 
-    def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> EvaluationSlot:
+    def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> None:
         """Put activations, SAEs and the places written to together; find where to go on from."""
         cfg = self.cfg
         for sae in saes.values():
@@ -102,12 +103,12 @@ class _VisionRun:
         identity = _identity(cfg, saes, store.stream)
         self.activations_store = store
         self.session = TrainingSession(cfg, saes, store, identity)
+        self.slot = EvaluationSlot(lambda: self._stream(seed=cfg.seed + 1))
         cache_bytes = preflight.cache_size(cfg, self.model, self.images)
         preflight.check_places(cfg, saes.values(), cache_bytes=cache_bytes)
         find_resume_point(cfg, identity)
         if cfg.verbose:
             logger.info(self._account())
-        return EvaluationSlot(self._evaluators(), lambda: self._stream(seed=cfg.seed + 1))
 
     def _stream(self, **changes: Any) -> ActivationStream:
         cfg = self.cfg
@@ -129,10 +130,13 @@ class _VisionRun:
         )
 
     def _evaluators(self) -> list[Any]:
+        """What runs in SAELens's evaluator slot, which it calls only when it logs to W&B."""
         cfg = self.cfg
+        if not cfg.logger.log_to_wandb:
+            return []
         found = []
         if cfg.evaluators:
-            from .evaluate import make_training_evaluator
+            from .training_evaluator import make_training_evaluator
 
             found.append(make_training_evaluator(cfg, self.model))
         if getattr(cfg, "evaluator", None) is not None:
@@ -196,6 +200,7 @@ class _VisionRun:
             CheckpointError: a checkpoint or the result could not be written.
         """
         cfg = self.cfg
+        self.slot.evaluators = self._evaluators()
         if cfg.logger.log_to_wandb:
             self._start_wandb()
         if cfg.use_cached_activations:
@@ -264,7 +269,8 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
             self.sae = load_training_sae(cfg.from_pretrained_path, cfg.device)
         else:
             self.sae = new_sae(cfg.sae, cfg.seed)
-        self.evaluator = self._connect({"sae": self.sae}, cfg.hook_name).one
+        self._connect({"sae": self.sae}, cfg.hook_name)
+        self.evaluator: Any = self.slot.one
 
     def run_trainer_with_interruption_handling(
         self, trainer: SAETrainer[Any, Any]
@@ -319,7 +325,8 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         self.saes = override_saes or {
             name: new_sae(sae_cfg, cfg.seed) for name, sae_cfg in cfg.saes.items()
         }
-        self.evaluator: Any = self._connect(self.saes, None).many
+        self._connect(self.saes, None)
+        self.evaluator: Any = self.slot.many
 
     def _run_with_interruption_handling(
         self, trainer: MultiSAETrainer
@@ -448,7 +455,8 @@ def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStr
         settings = sae.cfg.to_dict()
         facts[name] = {k: v for k, v in settings.items() if k not in ("metadata", "device")}
         facts[name]["hook_name"] = cfg.sae_hook_names[name]
-    fixed = {"saes": facts, "activations": stream.describe()}
+    activations = {**stream.describe(), "from": "cache" if cfg.use_cached_activations else "model"}
+    fixed = {"saes": facts, "activations": activations}
     training = {name: getattr(cfg, name) for name in TRAINING_SETTINGS}
     # Through JSON, so that it equals what is read back from a checkpoint.
     return RunIdentity(*json.loads(json.dumps([fixed, training], default=str)))

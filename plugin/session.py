@@ -182,9 +182,8 @@ class TrainingSession:
         folder = self._folder_now()
         if folder is None:
             return None
-        if self._trainer.n_training_samples == 0:
-            # Nothing is trained yet: go back to before the norms were estimated.
-            self.store.n_consumed = 0
+        if self._trainer.n_training_samples == 0 and not self._has_estimates():
+            self.store.n_consumed = 0  # an estimate of norms half done starts over
         if not (is_whole(folder) and read_manifest(folder).run == self.identity):
             try:
                 self._trainer.save_checkpoint(checkpoint_name=folder.name)
@@ -192,6 +191,11 @@ class TrainingSession:
                 self._refuse_half_written(error)
                 raise
         return folder
+
+    def _has_estimates(self) -> bool:
+        trainers = getattr(self._trainer, "trainers", {"": self._trainer}).values()
+        scalers = [trainer.activation_scaler for trainer in trainers]
+        return any(s.scaling_factor is not None or s.whitening is not None for s in scalers)
 
     def _keep_what_is_whole(self, gate: StepGate[Any], error: Exception) -> None:
         if isinstance(error, DivergedError):

@@ -38,7 +38,7 @@ class VisionActivationsStore:
         self.hook_name = hook_name
         self.n_consumed = 0
         self._opened = threading.Event()
-        self._closed = False
+        self._ended = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -57,9 +57,9 @@ class VisionActivationsStore:
         """Let batches through."""
         self._opened.set()
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End the iteration, in whatever thread it goes on."""
-        self._closed = True
+        self._ended = True
         self._opened.set()
 
     def save_to_checkpoint(self, checkpoint_path: Path | str) -> None:
@@ -79,7 +79,7 @@ class VisionActivationsStore:
 
     def _next(self) -> dict[str, torch.Tensor]:
         self._opened.wait()
-        if self._closed:
+        if self._ended:
             raise StopIteration
         return next(self.stream)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +13,58 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from taxolens.hooks.images import ImageDataset, load_images
 from taxolens.hooks.model import load_vision_model
 from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.rng import seeded
 from taxolens.plugin.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
 
 WIDTH = 16
 HOOK = "blocks.0.hook_resid_post"
 LAST_HOOK = "blocks.1.hook_resid_post"
 BATCH = 8
+
+
+class MeddlingSAE(TopKTrainingSAE):
+    """A top-k SAE that calls `action` in the middle of one training step, or of one save.
+
+    Its weights and config are those of any other top-k SAE: a run of it can be resumed without.
+    """
+
+    def __init__(
+        self,
+        cfg: TopKTrainingSAEConfig,
+        action: Callable[[], object],
+        *,
+        step: int | None = None,
+        save: int | None = None,
+        final_save: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        with seeded(seed):
+            super().__init__(copy.deepcopy(cfg))
+        self.action = action
+        self.step, self.save, self.final_save = step, save, final_save
+        self.saves = self.final_saves = 0
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if step_input.n_training_steps == self.step:
+            self.action()
+        return super().training_forward_pass(step_input)
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        self.saves += 1
+        if self.saves == self.save:
+            self.action()
+        return super().save_model(path)
+
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        self.final_saves += 1
+        if self.final_saves == self.final_save:
+            self.action()
+        return super().save_inference_model(path)
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +106,22 @@ def vit(vit_folder: Path) -> Any:
     return load_vision_model(vit_folder)
 
 
+@pytest.fixture(scope="session")
+def images(photos: Path) -> ImageDataset:
+    return load_images(photos)
+
+
 @pytest.fixture
-def training(vit: Any, vit_folder: Path, photos: Path, tmp_path: Path) -> SimpleNamespace:
+def training(
+    vit: Any,
+    vit_folder: Path,
+    photos: Path,
+    images: ImageDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> SimpleNamespace:
     """Makers of configs and runners of a run of ten steps, with outputs in `tmp_path`."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # most of the time of such a run
     base = {
         "model_name": str(vit_folder),
         "dataset_path": str(photos),
@@ -99,19 +157,17 @@ def training(vit: Any, vit_folder: Path, photos: Path, tmp_path: Path) -> Simple
         }
         return VisionMultiSAERunnerConfig(**settings)
 
-    def runner(cfg: Any) -> Any:
-        kind = (
-            VisionMultiSAETrainingRunner
-            if isinstance(cfg, VisionMultiSAERunnerConfig)
-            else VisionSAETrainingRunner
-        )
-        return kind(cfg, override_model=vit)
+    def runner(cfg: Any, **overrides: Any) -> Any:
+        is_multi = isinstance(cfg, VisionMultiSAERunnerConfig)
+        kind: Any = VisionMultiSAETrainingRunner if is_multi else VisionSAETrainingRunner
+        return kind(cfg, **{"override_model": vit, "override_dataset": images, **overrides})
 
     return SimpleNamespace(
         sae=sae,
         single=single,
         multi=multi,
         runner=runner,
+        meddling=MeddlingSAE,
         checkpoints=tmp_path / "checkpoints" / "run",
         output=tmp_path / "output",
         folder=tmp_path,

@@ -1,0 +1,266 @@
+"""What cannot work is refused before the long work; what breaks later costs nothing saved."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from PIL import Image
+from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
+from safetensors.torch import load_file
+from taxolens.hooks.images import load_images
+from taxolens.hooks.model import load_vision_model
+from taxolens.plugin import interrupts
+from taxolens.plugin.checkpoints import checkpoints_in
+from taxolens.plugin.runner import VisionSAETrainingRunner
+from taxolens.registry.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    UnknownNameError,
+)
+
+
+def refused(training, error, said, **changes):
+    with pytest.raises(error, match=said):
+        training.runner(training.single(**changes))
+
+
+def test_a_hook_that_does_not_exist_is_answered_with_the_nearest(training):
+    refused(
+        training, UnknownNameError, "blocks.0.hook_resid_post", hook_name="blocks.0.hook_resid_pots"
+    )
+    hooks = {"first": "blocks.0.hook_resid_post", "last": "blocks.7.hook_resid_post"}
+    with pytest.raises(UnknownNameError, match=r"blocks.7.hook_resid_post"):
+        training.runner(training.multi(hook_names=hooks))
+
+
+def test_a_d_in_that_does_not_match_is_named_with_the_width_found(training):
+    said = r"sae\.d_in: given 24, but activations at blocks\.0\.hook_resid_post have width 16"
+    refused(training, ConfigError, said, sae=training.sae(24))
+    with pytest.raises(ConfigError, match=r"last\.d_in: given 24, .*blocks\.1"):
+        training.runner(training.multi(saes={"first": training.sae(), "last": training.sae(24)}))
+
+
+def test_tokens_that_the_model_does_not_have_are_answered_with_those_it_has(training):
+    refused(training, ConfigError, "choose class, mean_patch, patch or all", tokens="register")
+
+
+def test_names_of_evaluators_and_a_tree_for_them_are_checked(training):
+    evaluators = {"evaluators": ["lch_hight"], "taxonomy": "x"}
+    refused(training, UnknownNameError, "'lch_hight'; did you mean 'lch_height'", **evaluators)
+    refused(training, ConfigError, "taxonomy: given none", evaluators=["lch_height"])
+
+
+def test_labels_outside_the_class_tree_are_named(training, tmp_path):
+    tree = tmp_path / "tree.csv"
+    tree.write_text("parent,child\nanimal,cat\nanimal,wolf\n")
+    refused(training, ConfigError, "dog", evaluators=["lch_height"], taxonomy=str(tree))
+
+
+def test_a_device_that_is_not_there_is_named(training):
+    refused(
+        training, ConfigError, "device: given 'cuda:77', which torch cannot use", device="cuda:77"
+    )
+
+
+def test_data_must_be_given_and_hold_images(training, vit, tmp_path):
+    with pytest.raises(ConfigError, match="dataset_path: given none"):
+        VisionSAETrainingRunner(training.single(dataset_path=""), override_model=vit)
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    cfg = training.single(dataset_path=str(tmp_path / "empty"))
+    with pytest.raises((DataError, ConfigError), match="image"):
+        VisionSAETrainingRunner(cfg, override_model=vit)
+    with pytest.raises(ConfigError, match="dataset_path"):
+        VisionSAETrainingRunner(training.single(dataset_path="./typo"), override_model=vit)
+
+
+def test_more_corrupt_images_than_allowed_stop_the_run(training, vit, tmp_path):
+    folder = tmp_path / "photos" / "cat"
+    folder.mkdir(parents=True)
+    for index in range(40):
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
+        if index % 2:
+            (folder / f"{index}.png").write_bytes(b"no picture")
+    cfg = training.single(training_tokens=80)
+    runner = training.runner(cfg, override_dataset=load_images(tmp_path / "photos"))
+    with pytest.raises(DataError, match="corrupt"):
+        runner.run()
+
+
+@pytest.mark.parametrize(
+    ("sae", "said"),
+    [
+        (
+            TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, normalize_activations="layer_norm"),
+            "architecture 'topk' with these settings cannot be trained: .*normalization",
+        ),
+        (TopKTrainingSAEConfig(d_in=16, d_sae=32, k=40), "'topk' .* cannot be trained"),
+        (
+            JumpReLUTrainingSAEConfig(d_in=16, d_sae=32, jumprelu_sparsity_loss_mode="quadratic"),
+            "'jumprelu' .* cannot be built: .*target_l0",
+        ),
+    ],
+    ids=["dead latents", "k", "target_l0"],
+)
+def test_settings_that_saelens_refuses_late_are_refused_early(training, sae, said):
+    refused(training, ConfigError, said, sae=sae)
+
+
+def test_places_that_cannot_be_written_are_named(training, tmp_path):
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file" / "output")
+    refused(training, ConfigError, f"output_path: cannot write into '{place}'", output_path=place)
+    refused(training, ConfigError, "checkpoint_path: cannot write into", checkpoint_path=place)
+
+
+def test_room_on_the_disk_is_counted_before(training, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    weights = (16 * 32 * 2 + 16 + 32) * 4
+    needed = weights + 3 * weights * 4  # the output, three checkpoints and one for an interrupt
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, needed - 1))
+    said = r"output_path, checkpoint_path: 0\.1 MiB needed in .* 0\.1 MiB free.*keep_checkpoints"
+    refused(training, ConfigError, said, n_checkpoints=3)
+    training.runner(training.single(n_checkpoints=3, keep_checkpoints=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, needed))
+    training.runner(training.single(n_checkpoints=3))
+
+
+class TestCheckpointsOfOtherRuns:
+    @pytest.fixture
+    def checkpoint(self, training):
+        training.runner(training.single(n_checkpoints=1)).run()
+        return str(training.checkpoints / "48")
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            (
+                {"sae": JumpReLUTrainingSAEConfig(d_in=16, d_sae=32)},
+                r"saes\.sae\.architecture: found 'topk', wanted 'jumprelu'",
+            ),
+            (
+                {"sae": TopKTrainingSAEConfig(d_in=16, d_sae=64, k=4)},
+                r"saes\.sae\.d_sae: found 32, wanted 64",
+            ),
+            (
+                {"hook_name": "blocks.1.hook_resid_post"},
+                r"saes\.sae\.hook_name: found 'blocks\.0\.hook_resid_post', wanted 'blocks\.1",
+            ),
+            ({"seed": 7}, "seed: found 42, wanted 7"),
+            ({"tokens": "patch"}, "tokens: found 'class', wanted 'patch'"),
+            ({"train_batch_size_tokens": 16}, "found 8, wanted 16"),
+        ],
+        ids=["architecture", "d_sae", "hook", "seed", "tokens", "batch size"],
+    )
+    def test_are_refused_with_the_field_that_differs(self, training, checkpoint, changes, said):
+        refused(training, CheckpointError, said, resume_from_checkpoint=checkpoint, **changes)
+
+    def test_so_are_those_of_other_images(self, training, checkpoint, tmp_path):
+        (tmp_path / "other" / "cat").mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (20, 20)).save(tmp_path / "other" / "cat" / f"{index}.png")
+        other = load_images(tmp_path / "other")
+        with pytest.raises(CheckpointError, match=r"belongs to another run: activations.images: "):
+            cfg = training.single(resume_from_checkpoint=checkpoint)
+            training.runner(cfg, override_dataset=other)
+
+    def test_and_those_of_many_saes(self, training, checkpoint):
+        with pytest.raises(CheckpointError, match=r"saes\.first.*found None"):
+            training.runner(training.multi(resume_from_checkpoint=checkpoint))
+
+    def test_a_changed_learning_rate_is_a_warning(self, training, checkpoint, caplog):
+        training.runner(training.single(resume_from_checkpoint=checkpoint, lr=0.02))
+        assert "lr: found 0.01, wanted 0.02" in caplog.text
+
+    def test_a_fresh_start_into_their_folder_is_refused(self, training, checkpoint):
+        refused(training, ConfigError, "holds checkpoints already.*resume_from_checkpoint='auto'")
+        refused(
+            training,
+            ConfigError,
+            "holds checkpoints already",
+            seed=7,
+            resume_from_checkpoint="auto",
+        )
+
+    def test_truncated_weights_are_recognised(self, training, checkpoint):
+        file = training.checkpoints / "48" / "sae_weights.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        said = r"torn: sae_weights\.safetensors has .* No whole checkpoint comes before it"
+        refused(training, CheckpointError, said, resume_from_checkpoint=checkpoint)
+        said = "from_pretrained_path: .* cannot be loaded"
+        refused(
+            training, CheckpointError, said, from_pretrained_path=checkpoint, checkpoint_id="other"
+        )
+
+    def test_a_path_that_is_no_checkpoint_is_named(self, training):
+        refused(training, CheckpointError, "typo is not a folder", resume_from_checkpoint="typo")
+
+
+@pytest.mark.parametrize("prefetch", [False, 2])
+def test_activations_that_become_nan_stop_the_run_with_a_checkpoint(training, vit_folder, prefetch):
+    training.runner(training.single(checkpoint_id="whole")).run()
+    expected = load_file(training.output / "sae_weights.safetensors")
+    model = load_vision_model(vit_folder)
+
+    def poison():
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+
+    sae = training.meddling(training.sae(), poison, step=4)
+    runner = training.runner(
+        training.single(prefetch_llm_batches=prefetch), override_sae=sae, override_model=model
+    )
+    with pytest.raises(DataError, match=r"blocks\.0\.hook_resid_post"):
+        runner.run()
+    (checkpoint,) = checkpoints_in(training.checkpoints)
+    assert int(checkpoint.name) >= 40
+    training.runner(training.single(resume_from_checkpoint=str(checkpoint))).run()
+    found = load_file(training.output / "sae_weights.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_weights_that_become_nan_are_never_saved(training, monkeypatch, kind):
+    cfg = getattr(training, kind)(n_checkpoints=3)
+    sae = training.meddling(training.sae(), lambda: sae.b_dec.data.fill_(float("nan")), step=4)
+    overrides = {"override_sae": sae}
+    if kind == "multi":
+        other = training.meddling(training.sae(), lambda: None)
+        overrides = {"override_saes": {"first": other, "last": sae}}
+    with pytest.raises(DivergedError, match=r"b_dec is not finite after 48 tokens.*lower lr"):
+        training.runner(cfg, **overrides).run()
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
+    assert not list(training.output.rglob("*.safetensors"))
+
+
+def test_divergence_is_noticed_on_the_way(training, monkeypatch):
+    monkeypatch.setattr(interrupts, "WATCH_EVERY", 3)
+    sae = training.meddling(training.sae(), lambda: sae.b_dec.data.fill_(float("inf")), step=3)
+    with pytest.raises(DivergedError, match="after 40 tokens"):
+        training.runner(training.single(), override_sae=sae).run()
+    assert checkpoints_in(training.checkpoints) == []
+    assert not list(training.output.rglob("*.safetensors"))
+
+
+def test_a_step_that_fails_is_reported_as_it_is(training):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    cfg = training.single(n_checkpoints=3)
+    sae = training.meddling(training.sae(), fail, step=4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        training.runner(cfg, override_sae=sae).run()
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
+
+
+def test_a_config_is_not_changed_by_being_refused(training):
+    cfg = training.single(sae=training.sae(24))
+    before = copy.deepcopy(cfg.to_dict())
+    with pytest.raises(ConfigError):
+        training.runner(cfg)
+    assert cfg.to_dict() == before

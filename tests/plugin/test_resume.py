@@ -1,0 +1,374 @@
+"""A run that was stopped, however, and resumed ends in the same weights to the bit."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.training._interruption import InterruptedException
+from safetensors.torch import load_file
+from taxolens.plugin.checkpoints import checkpoints_in, is_whole, latest_checkpoint
+from taxolens.plugin.interrupts import StepGate, TrainingInterrupted
+from taxolens.plugin.rng import seeded
+from taxolens.registry.errors import CheckpointError
+
+SIZE = {"d_in": 16, "d_sae": 32}
+
+# Between them: a buffer that is trained beside the weights, coefficients and a learning rate that
+# warm up and decay, both estimated normalizations, and dead latents that are revived.
+SAES = {
+    "topk": lambda: TopKTrainingSAEConfig(**SIZE, k=4),
+    "standard": lambda: StandardTrainingSAEConfig(
+        **SIZE, l1_coefficient=0.1, l1_warm_up_steps=7, normalize_activations="covariance_whitening"
+    ),
+    "jumprelu": lambda: JumpReLUTrainingSAEConfig(**SIZE, l0_coefficient=0.1, l0_warm_up_steps=7),
+    "batchtopk": lambda: BatchTopKTrainingSAEConfig(
+        **SIZE, k=4, normalize_activations="expected_average_only_in"
+    ),
+    "matryoshka_batchtopk": lambda: MatryoshkaBatchTopKTrainingSAEConfig(
+        **SIZE, k=4, matryoshka_widths=[8, 32], use_matryoshka_aux_loss=True
+    ),
+}
+SCHEDULE = {
+    "n_checkpoints": 2,
+    "dead_feature_window": 2,
+    "feature_sampling_window": 4,
+    "lr_scheduler_name": "cosineannealing",
+    "lr_warm_up_steps": 3,
+    "lr_decay_steps": 3,
+}
+
+
+def weights(folder):
+    """Everything written for inference, by file."""
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    return {
+        f"{file.relative_to(folder)}:{name}": tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+_whole: dict[str, dict[str, torch.Tensor]] = {}
+
+
+def whole(training, kind="single"):
+    """What the run of the default config writes when nothing stops it; trained once."""
+    if kind not in _whole:
+        output = training.folder / "whole"
+        cfg = getattr(training, kind)(checkpoint_id="whole", output_path=str(output))
+        training.runner(cfg).run()
+        _whole[kind] = weights(output)
+    return _whole[kind]
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    differing = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not differing
+
+
+def assert_every_checkpoint_leads_to(expected, training, make_config, runner=None):
+    checkpoints = checkpoints_in(training.checkpoints)
+    assert len(checkpoints) == SCHEDULE["n_checkpoints"]
+    for checkpoint in checkpoints:
+        cfg = make_config(
+            resume_from_checkpoint=str(checkpoint), output_path=str(training.folder / "again")
+        )
+        (runner or training.runner)(cfg).run()
+        assert_same(weights(training.folder / "again"), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokens", "prefetch"),
+    [
+        ("topk", "class", False),
+        ("topk", "patch", 2),
+        ("standard", "mean_patch", True),
+        ("jumprelu", "all", 3),
+        ("batchtopk", "class", 2),
+        ("matryoshka_batchtopk", "patch", False),
+    ],
+)
+def test_one_sae_resumes_from_any_checkpoint(training, architecture, tokens, prefetch):
+    def config(**changes):
+        return training.single(
+            sae=SAES[architecture](),
+            tokens=tokens,
+            prefetch_llm_batches=prefetch,
+            **SCHEDULE,
+            **changes,
+        )
+
+    training.runner(config()).run()
+    assert_every_checkpoint_leads_to(weights(training.output), training, config)
+
+
+@pytest.mark.parametrize(("tokens", "prefetch"), [("class", False), ("patch", 2)])
+def test_many_saes_resume_from_any_checkpoint(training, tokens, prefetch):
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+
+    def config(**changes):
+        return training.multi(
+            saes={name: make() for name, make in SAES.items()},
+            hook_names={name: hooks[index % 2] for index, name in enumerate(SAES)},
+            tokens=tokens,
+            prefetch_llm_batches=prefetch,
+            **SCHEDULE,
+            **changes,
+        )
+
+    training.runner(config()).run()
+    expected = weights(training.output)
+    assert {name.split("/")[0] for name in expected} == set(SAES)
+    assert_every_checkpoint_leads_to(expected, training, config)
+
+
+def test_training_from_cached_activations_resumes_too(training):
+    def config(**changes):
+        folder = str(training.folder / "activations")
+        return training.multi(
+            use_cached_activations=True, cached_activations_path=folder, **SCHEDULE, **changes
+        )
+
+    training.runner(config()).run()
+    assert_every_checkpoint_leads_to(weights(training.output), training, config)
+    checkpoint = str(training.checkpoints / "32")
+    with pytest.raises(CheckpointError, match=r"activations.from: found 'cache', wanted 'model'"):
+        training.runner(training.multi(**SCHEDULE, resume_from_checkpoint=checkpoint))
+
+
+def test_what_an_architecture_draws_while_it_trains_is_drawn_again(training):
+    class NoisySAE(TopKTrainingSAE):
+        def training_forward_pass(self, step_input):
+            step_input.sae_in = step_input.sae_in + 0.1 * torch.randn_like(step_input.sae_in)
+            return super().training_forward_pass(step_input)
+
+    def runner(cfg):
+        with seeded(0):
+            return training.runner(cfg, override_sae=NoisySAE(SAES["topk"]()))
+
+    def config(**changes):
+        return training.single(prefetch_llm_batches=2, **SCHEDULE, **changes)
+
+    runner(config()).run()
+    torch.manual_seed(99)
+    assert_every_checkpoint_leads_to(weights(training.output), training, config, runner)
+
+
+@pytest.mark.parametrize("prefetch", [False, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_step_stops_after_it_with_a_checkpoint(training, prefetch, number):
+    expected = whole(training)
+    handler = signal.getsignal(number)
+
+    cfg = training.single(prefetch_llm_batches=prefetch)
+    sae = training.meddling(training.sae(), lambda: signal.raise_signal(number), step=4)
+    with pytest.raises(TrainingInterrupted) as stopped:
+        training.runner(cfg, override_sae=sae).run()
+    assert isinstance(stopped.value, InterruptedException)  # what SAELens raises
+    checkpoint = training.checkpoints / "40"
+    assert str(stopped.value) == (
+        f"{number.name}: training stopped after 40 of 80 tokens; "
+        f"resume with resume_from_checkpoint={checkpoint}."
+    )
+    assert signal.getsignal(number) is handler
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["40"]
+
+    training.runner(training.single(resume_from_checkpoint=str(checkpoint))).run()
+    assert_same(weights(training.output), expected)
+
+
+def test_a_run_stopped_again_and_again_resumes_by_itself(training):
+    expected = whole(training, "multi")
+    for step in (2, 3, 7):
+        cfg = training.multi(resume_from_checkpoint="auto")
+        saes = {
+            "first": training.meddling(training.sae(), lambda: None),
+            "last": training.meddling(
+                training.sae(), lambda: signal.raise_signal(signal.SIGTERM), step=step
+            ),
+        }
+        with pytest.raises(TrainingInterrupted):
+            training.runner(cfg, override_saes=saes).run()
+        assert latest_checkpoint(training.checkpoints).name == str(8 * (step + 1))
+    training.runner(training.multi(resume_from_checkpoint="auto")).run()
+    assert_same(weights(training.output), expected)
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize("when", ["while norms are estimated", "after that"])
+def test_a_signal_before_the_first_step_loses_nothing(training, monkeypatch, kind, when):
+    def config(**changes):
+        saes = {"sae": SAES["batchtopk"]()}
+        if kind == "multi":
+            saes = {"saes": {"first": SAES["batchtopk"](), "last": SAES["standard"]()}}
+        return getattr(training, kind)(**saes, **changes)
+
+    training.runner(config(checkpoint_id="whole")).run()
+    expected = weights(training.output)
+
+    served, read = [], StepGate.__next__
+
+    def interrupted(gate):
+        served.append(read(gate))
+        if len(served) == (1 if when == "while norms are estimated" else 2):
+            signal.raise_signal(signal.SIGTERM)
+        return served[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted, match="after 0 of 80"):
+        patch.setattr(StepGate, "__next__", interrupted)
+        training.runner(config(prefetch_llm_batches=2)).run()
+    training.runner(config(resume_from_checkpoint=str(training.checkpoints / "0"))).run()
+    assert_same(weights(training.output), expected)
+
+
+def test_a_second_ctrl_c_stops_at_once(training):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    cfg = training.single(n_checkpoints=4)
+    sae = training.meddling(training.sae(), twice, step=4)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        training.runner(cfg, override_sae=sae).run()
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
+    assert is_whole(training.checkpoints / "24")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_can_be_started_outside_the_main_thread(training):
+    import threading
+
+    results = []
+    cfg = training.single()
+    thread = threading.Thread(target=lambda: results.append(training.runner(cfg).run()))
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+KILLED = """
+    import os, signal, sys
+    from sae_lens import TopKTrainingSAE
+    from taxolens.plugin.config import VisionSAERunnerConfig
+    from taxolens.plugin.rng import seeded
+    from taxolens.plugin.runner import VisionSAETrainingRunner
+
+    class KilledInItsSecondSave(TopKTrainingSAE):
+        saves = 0
+
+        def save_model(self, path):
+            self.saves += 1
+            written = super().save_model(path)
+            if self.saves == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+    cfg = VisionSAERunnerConfig.load(sys.argv[1])
+    with seeded(cfg.seed):
+        sae = KilledInItsSecondSave(cfg.sae)
+    VisionSAETrainingRunner(cfg, override_sae=sae).run()
+"""
+
+
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(training, caplog):
+    expected = whole(training)
+
+    cfg = training.single(n_checkpoints=3, prefetch_llm_batches=2)
+    path = cfg.save(training.folder / "config.yaml")
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["48", "24"]
+
+    cfg = training.single(prefetch_llm_batches=2, resume_from_checkpoint=str(training.checkpoints))
+    training.runner(cfg).run()
+    assert f"{training.checkpoints / '48'} is torn" in caplog.text
+    assert cfg.resume_from_checkpoint == str(training.checkpoints / "24")
+    assert_same(weights(training.output), expected)
+
+
+@pytest.fixture
+def full_disk():
+    """A switch: from then on no file can grow above the number of bytes given."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("n_bytes", [1000, 6000], ids=["the weights", "the optimizer"])
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_a_disk_that_fills_costs_no_earlier_checkpoint(training, full_disk, kind, n_bytes):
+    make = getattr(training, kind)
+    expected = whole(training, kind)
+
+    cfg = make(n_checkpoints=3)
+    meddling = training.meddling(training.sae(), lambda: full_disk(n_bytes), save=2)
+    overrides = {"override_sae": meddling}
+    if kind == "multi":
+        other = training.meddling(training.sae(), lambda: None)
+        overrides = {"override_saes": {"first": other, "last": meddling}}
+    runner = training.runner(cfg, **overrides)
+    with pytest.raises(CheckpointError) as failed:
+        runner.run()
+    full_disk(resource.RLIM_INFINITY)
+    assert f"{training.checkpoints / '48'} could not be written" in str(failed.value)
+    assert f"the last whole one is {training.checkpoints / '24'}." in str(failed.value)
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
+
+    training.runner(make(resume_from_checkpoint=str(training.checkpoints))).run()
+    assert_same(weights(training.output), expected)
+
+
+def test_a_disk_full_at_the_end_leaves_no_half_sae_and_a_way_to_finish(training, full_disk):
+    expected = whole(training)
+
+    output = training.folder / "full"
+    cfg = training.single(n_checkpoints=3, output_path=str(output))
+    sae = training.meddling(training.sae(), lambda: full_disk(1000), final_save=1)
+    runner = training.runner(cfg, override_sae=sae)
+    with pytest.raises(CheckpointError, match="could not be written") as failed:
+        runner.run()
+    full_disk(resource.RLIM_INFINITY)
+    last = training.checkpoints / "64"
+    assert f"Make room, then finish it with resume_from_checkpoint={last}" in str(failed.value)
+    assert not list(output.rglob("*"))
+
+    training.runner(
+        training.single(resume_from_checkpoint=str(last), output_path=str(output))
+    ).run()
+    assert_same(weights(output), expected)
+
+
+def test_what_cannot_be_written_in_its_place_is_written_elsewhere(training, full_disk, monkeypatch):
+    elsewhere = training.folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+
+    class Meddling(training.meddling):
+        def save_inference_model(self, path):
+            if self.final_saves:
+                full_disk(resource.RLIM_INFINITY)
+            return super().save_inference_model(path)
+
+    sae = Meddling(training.sae(), lambda: full_disk(1000), final_save=1)
+    runner = training.runner(training.single(), override_sae=sae)
+    with pytest.raises(CheckpointError, match=r"The trained SAE is in .*elsewhere.* instead"):
+        runner.run()
+    (written,) = elsewhere.iterdir()
+    assert torch.equal(load_file(written / "sae_weights.safetensors")["b_dec"], sae.b_dec)

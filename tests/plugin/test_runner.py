@@ -1,0 +1,319 @@
+"""One run of each kind, and what it writes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+from taxolens.plugin.checkpoints import checkpoints_in
+from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.rehearsal import rehearse
+from taxolens.plugin.runner import load_model, new_sae, required_plugin
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.table import ARCHITECTURES, Architecture
+
+HOOK = "blocks.0.hook_resid_post"
+LAST_HOOK = "blocks.1.hook_resid_post"
+# What an architecture needs beyond widths, where its default does not fit 32 latents.
+SMALL = {"k": 4, "matryoshka_widths": [8, 32]}
+
+
+def small_config(architecture):
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    fields = set(inspect.signature(config_class).parameters)
+    return config_class(
+        d_in=16, d_sae=32, **{name: value for name, value in SMALL.items() if name in fields}
+    )
+
+
+def test_what_is_overridden_in_saelens_is_there():
+    """The names and arguments by which the runners hook into SAELens's."""
+    expected = {
+        LanguageModelSAETrainingRunner.run_trainer_with_interruption_handling: ["trainer"],
+        LanguageModelSAETrainingRunner.save_checkpoint: ["checkpoint_path"],
+        LanguageModelSAETrainingRunner.save_final_sae: [
+            "sae",
+            "output_path",
+            "log_feature_sparsity",
+        ],
+        LanguageModelSAETrainingRunner._set_sae_metadata: [],
+        LanguageModelSAETrainingRunner.run: [],
+        MultiSAETrainingRunner._run_with_interruption_handling: ["trainer"],
+        MultiSAETrainingRunner._save_runner_checkpoint_files: ["checkpoint_path"],
+        MultiSAETrainingRunner._save_final_outputs: ["saes", "trainer"],
+        MultiSAETrainingRunner._set_sae_metadata: [],
+        MultiSAETrainingRunner.run: [],
+        SAETrainer.save_checkpoint: ["checkpoint_name", "base_path", "wandb_aliases"],
+        MultiSAETrainer.save_checkpoint: ["checkpoint_name", "wandb_aliases"],
+    }
+    for method, names in expected.items():
+        assert list(inspect.signature(method).parameters) == ["self", *names], method
+
+
+@pytest.mark.parametrize("architecture", sorted(SAE_TRAINING_CLASS_REGISTRY))
+def test_every_architecture_trains_by_name(training, architecture):
+    cfg = training.single(sae=small_config(architecture), training_tokens=16)
+    sae = training.runner(cfg).run()
+    assert sae.cfg.architecture() == architecture
+    saved = SAE.load_from_disk(training.output)
+    assert saved.cfg.metadata.training_architecture == architecture
+    assert saved.encode(torch.randn(3, 16)).shape == (3, 32)
+    untrained = new_sae(small_config(architecture), cfg.seed).state_dict()
+    trained = sae.state_dict()
+    assert any(not torch.equal(trained[name], untrained[name]) for name in untrained)
+
+
+def test_one_sae_is_written_with_what_is_needed_to_use_it(training):
+    training.runner(training.single(tokens="patch", taxonomy="tree.csv")).run()
+    assert sorted(path.name for path in training.output.iterdir()) == [
+        *("cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
+    ]
+    metadata = SAE.load_from_disk(training.output).cfg.metadata
+    assert metadata.hook_name == HOOK
+    assert metadata.model_class_name == "SAETransformerBridge"
+    assert metadata.context_size == 5
+    assert metadata.tokens == "patch"
+    assert metadata.tokens_per_image == 4
+    assert metadata.model_family == "dinov2"
+    assert metadata.n_images == 10
+    assert metadata.split == "train"
+    assert metadata.taxonomy == "tree.csv"
+    assert metadata.taxolens_version
+    assert "requires_plugin" not in metadata
+    cfg = VisionSAERunnerConfig.load(training.output / "runner_cfg.json")
+    assert (cfg.tokens, cfg.hook_name, cfg.sae.k) == ("patch", HOOK, 4)
+
+
+def test_many_saes_are_written_each_into_its_folder(training):
+    saes = training.runner(training.multi()).run()
+    assert sorted(path.name for path in training.output.iterdir()) == [
+        *("first", "last", "runner_cfg.json")
+    ]
+    for name, hook_name in (("first", HOOK), ("last", LAST_HOOK)):
+        saved = SAE.load_from_disk(training.output / name)
+        assert saved.cfg.metadata.hook_name == hook_name
+        assert torch.equal(saved.b_dec, saes[name].b_dec)
+    cfg = VisionMultiSAERunnerConfig.load(training.output / "runner_cfg.json")
+    assert cfg.sae_hook_names == {"first": HOOK, "last": LAST_HOOK}
+
+
+def test_an_sae_trained_among_others_is_the_one_trained_alone(training):
+    normalized = BatchTopKTrainingSAEConfig(
+        d_in=16, d_sae=32, k=4, normalize_activations="expected_average_only_in"
+    )
+    saes = {"first": normalized, "last": normalized}
+    among = training.runner(training.multi(saes=saes)).run()
+    alone = training.runner(training.single(sae=normalized)).run()
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(among["first"].state_dict()[name], tensor), name
+    assert normalized.normalize_activations == "expected_average_only_in"
+
+
+def test_the_seed_decides_everything_and_touches_nothing_else(training):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = training.runner(training.single(seed=1)).run()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    same = training.runner(training.single(seed=1, prefetch_llm_batches=3)).run()
+    other = training.runner(training.single(seed=2)).run()
+    assert torch.equal(first.W_enc, same.W_enc)
+    assert not torch.equal(first.W_enc, other.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "per_image"), [("class", 1), ("patch", 4), ("all", 5), ("mean_patch", 1)]
+)
+def test_tokens_are_counted_exactly(training, caplog, tokens, per_image):
+    caplog.set_level(logging.INFO)
+    cfg = training.single(tokens=tokens, training_tokens=75, verbose=True, n_checkpoints=1)
+    runner = training.runner(cfg)
+    runner.run()
+    epoch = 10 * per_image
+    assert (
+        f"1 SAE(s) at {HOOK} of {cfg.model_name}; 10 images x {per_image} ({tokens}) = {epoch} "
+        f"tokens an epoch, {80 / epoch:.2f} epochs; 80 tokens = 10 steps x 8."
+    ) in caplog.text
+    state = torch.load(training.checkpoints / "48" / "trainer_state.pt")
+    manifest = json.loads((training.checkpoints / "48" / "checkpoint.json").read_text())
+    assert state["n_training_samples"] == manifest["n_training_samples"] == 48
+    assert manifest["n_training_steps"] == 6
+
+
+def test_only_the_newest_checkpoints_are_kept_when_asked(training):
+    training.runner(training.single(n_checkpoints=5, keep_checkpoints=2)).run()
+    assert [path.name for path in checkpoints_in(training.checkpoints)] == ["72", "64"]
+
+
+def test_the_checkpoint_at_the_end_is_saelens_s_own(training):
+    training.runner(training.single(save_final_checkpoint=True)).run()
+    assert [path.name for path in training.checkpoints.iterdir()] == ["final_80"]
+
+
+def test_no_output_and_no_checkpoints_when_not_wanted(training):
+    cfg = training.single(checkpoint_path=None, output_path=None, n_checkpoints=2)
+    training.runner(cfg).run()
+    assert list(training.folder.iterdir()) == []
+
+
+def test_an_output_folder_keeps_what_else_is_in_it(training):
+    training.output.mkdir()
+    (training.output / "results.json").write_text("{}")
+    for _ in range(2):
+        training.runner(training.single()).run()
+    assert (training.output / "results.json").exists()
+    assert SAE.load_from_disk(training.output)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"autocast": True}, {"autocast_lm": True}, {"dtype": "bfloat16"}], ids=str
+)
+def test_lower_precision_trains(training, changes):
+    sae_dtype = changes.get("dtype", "float32")
+    sae = TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, dtype=sae_dtype)
+    trained = training.runner(training.single(sae=sae, **changes)).run()
+    assert str(trained.W_enc.dtype) == f"torch.{sae_dtype}"
+    assert torch.isfinite(trained.W_enc).all()
+
+
+def test_compile_sae_reaches_torch(training, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **how: compiled.append((fn, how)) or fn)
+    training.runner(training.single(compile_sae=True, sae_compilation_mode="default")).run()
+    ((forward, how),) = compiled
+    assert forward.__name__ == "training_forward_pass"
+    assert how["mode"] == "default"
+
+
+def test_training_goes_on_from_saved_weights(training):
+    training.runner(training.single(n_checkpoints=1)).run()
+    checkpoint = training.checkpoints / "48"
+    cfg = training.single(from_pretrained_path=str(checkpoint), checkpoint_id="tuned")
+    runner = training.runner(cfg)
+    assert torch.equal(runner.sae.W_enc, load_file(checkpoint / "sae_weights.safetensors")["W_enc"])
+    runner.run()
+
+
+def test_saes_can_be_given(training):
+    sae = training.meddling(training.sae(), lambda: None)
+    assert training.runner(training.single(), override_sae=sae).run() is sae
+    with pytest.raises(
+        ConfigError, match=r"override_saes: given \['other'\]; allowed: \['first', 'last'\]"
+    ):
+        training.runner(training.multi(), override_saes={"other": sae})
+
+
+def test_arguments_of_the_model_are_checked(training):
+    more = {"model_from_pretrained_kwargs": {"random_weights": True, "seed": 3}}
+    model = load_model(training.single(**more))
+    assert model.cfg.n_layers == 2
+    with pytest.raises(ConfigError, match=r"given colour; allowed: dtype, .*family"):
+        load_model(training.single(model_from_pretrained_kwargs={"colour": "red"}))
+
+
+def test_an_architecture_saved_as_its_own_says_which_plugin_it_needs(monkeypatch):
+    assert required_plugin(small_config("batchtopk")) is None  # saved as jumprelu
+
+    class Ours(TopKTrainingSAEConfig):
+        @classmethod
+        def architecture(cls):
+            return "jumprelu"
+
+    cfg = Ours(d_in=16, d_sae=32, k=4)
+    entry = Architecture("jumprelu", SAE, Ours, sae_class=SAE, sae_config_class=Ours)
+    monkeypatch.setitem(ARCHITECTURES._entries, "jumprelu", entry)
+    monkeypatch.setitem(ARCHITECTURES._plugins, "jumprelu", "someone")
+    assert required_plugin(cfg) == "someone"
+
+
+class TestEvaluationDuringTraining:
+    @pytest.fixture(autouse=True)
+    def wandb_disabled(self, monkeypatch):
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+
+    @staticmethod
+    def logging_config():
+        return LoggingConfig(log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=2)
+
+    @pytest.mark.parametrize("prefetch", [False, 2])
+    def test_it_leaves_no_trace_in_the_weights(self, training, prefetch):
+        plain = training.runner(training.multi()).run()
+        seen = []
+
+        def evaluator(sae, data_provider, activation_scaler):
+            seen.append((sae.cfg.metadata.hook_name, next(data_provider).shape, sae.training))
+            return {"noise": torch.rand(1).item()}
+
+        cfg = training.multi(
+            logger=self.logging_config(), evaluator=evaluator, prefetch_llm_batches=prefetch
+        )
+        evaluated = training.runner(cfg).run()
+        assert seen == 5 * [(HOOK, (8, 16), False), (LAST_HOOK, (8, 16), False)]
+        for name, sae in plain.items():
+            assert torch.equal(sae.W_enc, evaluated[name].W_enc)
+
+    def test_evaluators_are_named_in_the_config(self, training, monkeypatch):
+        from taxolens.plugin import training_evaluator
+
+        seen = []
+
+        def make_training_evaluator(cfg, model):
+            assert (cfg.evaluators, model) == (["lch_height"], runner.model)
+            return lambda sae, *_: seen.append(sae.cfg.metadata.hook_name) or {}
+
+        monkeypatch.setattr(training_evaluator, "make_training_evaluator", make_training_evaluator)
+        tree = training.folder / "tree.csv"
+        tree.write_text("parent,child\nanimal,cat\nanimal,dog\n")
+        evaluation = {"evaluators": ["lch_height"], "taxonomy": str(tree)}
+        runner = training.runner(training.single(logger=self.logging_config(), **evaluation))
+        runner.run()
+        assert seen == 5 * [HOOK]
+        runner = training.runner(training.multi(logger=self.logging_config(), **evaluation))
+        runner.run()
+        assert seen[5:] == 5 * [HOOK, LAST_HOOK]
+
+    def test_one_that_fails_costs_only_its_numbers(self, training, caplog):
+        def evaluator(sae, data_provider, activation_scaler):
+            raise RuntimeError("no such luck")
+
+        cfg = training.multi(logger=self.logging_config(), evaluator=evaluator)
+        assert set(training.runner(cfg).run()) == {"first", "last"}
+        assert "no such luck" in caplog.text
+
+
+def test_a_rehearsal_leaves_config_and_random_state_alone():
+    cfg = small_config("matryoshka_batchtopk")
+    cfg.matryoshka_widths = [8]
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="final matryoshka level"):
+        rehearse("sae", cfg, "cpu")
+    assert cfg.matryoshka_widths == [8]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_rehearsal_of_a_huge_sae_is_narrow(monkeypatch):
+    monkeypatch.setattr("taxolens.plugin.rehearsal.MAX_WEIGHTS", 100)
+    monkeypatch.setattr("taxolens.plugin.rehearsal.NARROW", 2)
+    built = []
+    monkeypatch.setattr(
+        "taxolens.plugin.rehearsal._train_one_step",
+        lambda sae: built.append(SimpleNamespace(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae)),
+    )
+    rehearse("sae", small_config("topk"), "cpu")
+    assert built == [SimpleNamespace(d_in=2, d_sae=32)]
