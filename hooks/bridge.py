@@ -63,7 +63,9 @@ class VisionBridge(SAETransformerBridge):
 
     @property
     def smallest_image(self) -> tuple[int, int]:
-        """The smallest picture that a hook point is tried out with: two patches by two."""
+        """The smallest picture that it is sure to take; hook points are tried out with it."""
+        if not isinstance(self.embed, VisionEmbeddings):
+            return self.cfg.image_size
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
 
     @property

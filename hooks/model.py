@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..registry.errors import ConfigError
+from ..registry.errors import CheckpointError, ConfigError
 from ..registry.table import VISION_MODELS
 from .bridge import VisionBridge
 from .families import VisionFamily, VisionSource
@@ -77,6 +78,7 @@ def load_vision_model(
     Raises:
         ConfigError: an argument is wrong, or there is no such model; the message names it.
         UnknownNameError: no such family or hook point.
+        CheckpointError: the weights are torn, or not those of the config.
     """
     name = str(name_or_folder)
     _check_choice("attn_implementation", attn_implementation, ATTENTION)
@@ -204,16 +206,18 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
 def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
     try:
         return family.load(source)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"model_name: cannot load {source.name!r}: {error}") from error
+    except (SafetensorError, RuntimeError) as error:  # torn, or of other sizes than its config says
+        raise CheckpointError(f"the weights of {source.name!r} cannot be read: {error}") from error
 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The Hugging Face config, or timm's as a dict."""
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model_name: the folder {name!r} has no config.json.")
     elif not HUB_NAME.fullmatch(name) or folder.exists():
@@ -224,7 +228,7 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **options)
-        if "model_type" not in raw and "architecture" in raw:
+        if raw.get("model_type", "timm_wrapper") == "timm_wrapper" and "architecture" in raw:
             return raw
         return transformers.AutoConfig.from_pretrained(
             name, trust_remote_code=trust_remote_code, **options

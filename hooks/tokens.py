@@ -6,6 +6,7 @@ token that is not the class token counts as a register, so DeiT's distillation t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -100,14 +101,18 @@ def input_size(model: VisionModel) -> tuple[int, int]:
 
     Where that says nothing fixed, the size that the model was trained at.
     """
-    settings = model.preprocessor_config or {}
-    cropped = settings.get("do_center_crop", "crop_size" in settings)
-    for field in ("crop_size", "size") if cropped else ("size",):
+    # a processor fills in what its file leaves out
+    settings = model.processor.to_dict() if model.processor else model.preprocessor_config or {}
+    for field in ("crop_size", "size") if settings.get("do_center_crop") else ("size",):
         size = settings.get(field)
         if isinstance(size, int):
             return size, size
-        if isinstance(size, dict) and "height" in size and "width" in size:
+        if not isinstance(size, Mapping):
+            continue
+        if size.get("height") and size.get("width"):
             return int(size["height"]), int(size["width"])
+        if size.get("shortest_edge") and settings.get("crop_pct"):  # ConvNeXt's crops to it
+            return int(size["shortest_edge"]), int(size["shortest_edge"])
     return model.cfg.image_size
 
 

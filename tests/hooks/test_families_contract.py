@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.hooked_module import find_blocks
-from taxolens.hooks.model import expand_hook_names, from_module, hook_d_in, run_to_hooks
-from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tiny_model
+from taxolens.hooks.model import expand_hook_names, hook_d_in, run_to_hooks
+from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tapped, tiny_model
 
 SIZES = (IMAGE_SIZE, OTHER_SIZE)
 ALL = (*BRIDGED, *WRAPPED)
@@ -25,12 +24,6 @@ def plain_output(model: Any, images: torch.Tensor, **options: Any) -> Any:
         options["interpolate_pos_encoding"] = True
     with torch.no_grad():
         return model(images, **options)
-
-
-@cache
-def tapped(variant: str, attn_implementation: str = "eager") -> Any:
-    """Shared by the tests: each must leave it as it was, or its neighbours fail."""
-    return from_module(tiny_model(variant, attn_implementation=attn_implementation))
 
 
 def sae_at(model: Any, hook_name: str) -> StandardSAE:
@@ -251,7 +244,7 @@ def test_gradients_reach_the_pictures_past_a_hook(variant: str) -> None:
     assert kept[0].grad.any()
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", ["dinov2_swiglu", "clip", "resnet"])
 def test_tapped_model_can_be_copied(variant: str) -> None:
     model = tapped(variant)
     hook = MIDDLE

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from taxolens.hooks.model import from_module
 from torch import nn
 
 IMAGE_SIZE = 32
@@ -90,6 +92,12 @@ def tiny_model(family: str, *, attn_implementation: str = "eager", seed: int = 0
     if getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation(attn_implementation)
     return model.eval()
+
+
+@cache
+def tapped(family: str, attn_implementation: str = "eager") -> Any:
+    """`tiny_model(family)` tapped. Shared by all tests: leave it as it was."""
+    return from_module(tiny_model(family, attn_implementation=attn_implementation))
 
 
 def save_tiny(family: str, folder: str | Path, *, processor: bool = True, seed: int = 0) -> Path:
