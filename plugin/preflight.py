@@ -106,9 +106,7 @@ def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int
     places = {field: Path(getattr(cfg, field)) for field in needed if getattr(cfg, field, None)}
     if not cfg.use_cached_activations:
         places.pop("cached_activations_path", None)
-    for field, place in places.items():
-        _check_writable(field, place)
-    _check_room(places, needed)
+    _check_room({field: _check_writable(field, place) for field, place in places.items()}, needed)
 
 
 def bytes_needed(
@@ -146,11 +144,12 @@ def _check_device(field: str, value: str | None) -> None:
         ) from error
 
 
-def _check_writable(field: str, place: Path) -> None:
+def _check_writable(field: str, place: Path) -> Path:
+    """The folder, or the one that it will be made in: a check leaves nothing behind."""
+    there = next(path for path in (place, *place.absolute().parents) if path.exists())
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        with tempfile.TemporaryFile(dir=there):
+            return there
     except OSError as error:
         raise ConfigError(
             f"{field}: cannot write into {str(place)!r}: {error.strerror}."
