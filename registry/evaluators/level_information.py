@@ -245,7 +245,7 @@ class ClassMoments:
         for sums, counts, labels in zip(self.sums, self.counts, labellings):
             sums.index_add_(0, labels.to(feature.device), feature)
             counts += torch.bincount(labels, minlength=len(counts)).numpy()
-        self.squares += float(feature.square().sum(dtype=torch.float64))
+        self.squares += float(feature.square().sum(1).cpu().double().sum())
         self._gram.clear()
 
     def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:

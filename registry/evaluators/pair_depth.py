@@ -1,6 +1,6 @@
 """`pair_depth`: how deep in the tree the classes of a latent's top images meet, pair by pair.
 
-Pach et al. 2025 (arXiv 2504.02821, §4.3) average the LCA depth over all pairs; leaving out pairs of
+Pach et al. 2025 (arXiv 2504.02821) average the LCA depth over all pairs; leaving out pairs of
 one class is our own definition, and makes the score one that knowing classes alone cannot win.
 """
 

@@ -36,19 +36,19 @@ class RidgeProbe:
     def fit(self, x: Tensor, labellings: Sequence[Tensor]) -> None:
         """See x (n, d) and its labels (n,) of the fit half."""
         if self._gram is None:
-            d, kind = x.shape[1], {"dtype": torch.float64, "device": x.device}
+            d = x.shape[1]
             # Sums about the first batch's mean: raw ones would lose what a large offset drowns.
             self._offset = x.mean(0)
-            self._gram = torch.zeros(d, d, **kind)
-            self._sums = torch.zeros(self.n_labellings, self.n_classes, d, **kind)
-            self._counts = torch.zeros(self.n_labellings, self.n_classes, **kind)
+            self._gram = torch.zeros(d, d, dtype=torch.float64)
+            self._sums = torch.zeros(self.n_labellings, self.n_classes, d, dtype=torch.float64)
+            self._counts = torch.zeros(self.n_labellings, self.n_classes, dtype=torch.float64)
         x = x - self._offset
         self.n += len(x)
-        self._gram += (x.T @ x).double()
-        for i, labels in enumerate(labellings):
-            labels = labels.to(x.device)
-            self._sums[i].index_add_(0, labels, x.double())
-            self._counts[i] += torch.bincount(labels, minlength=self.n_classes)
+        self._gram += (x.T @ x).cpu()
+        own = x.cpu().double()
+        for sums, counts, labels in zip(self._sums, self._counts, labellings):
+            sums.index_add_(0, labels.cpu(), own)
+            counts += torch.bincount(labels.cpu(), minlength=self.n_classes)
         self._weights = None
 
     def predict(self, x: Tensor) -> list[Tensor]:
@@ -58,9 +58,11 @@ class RidgeProbe:
         if self._weights is None:
             self._solve(self._gram)
         assert self._weights is not None
-        z = (x - self._offset - self._mean) / self._scale
-        scores = (torch.addmm(bias, z, weight) for weight, bias in zip(self._weights, self._bias))
-        return [s.argmax(1).cpu() for s in scores]
+        z = (x - self._offset - self._mean.to(x.device)) / self._scale.to(x.device)
+        return [
+            torch.addmm(bias.to(x.device), z, weight.to(x.device)).argmax(1).cpu()
+            for weight, bias in zip(self._weights, self._bias)
+        ]
 
     def _solve(self, gram: Tensor) -> None:
         mean = self._sums[0].sum(0) / self.n
@@ -85,8 +87,7 @@ class NeighbourProbe:
 
     Features are centred on the mean of the database. It keeps at most `per_class` fit images of a
     class, chosen by a hash of their index: memory O(C·d), whatever the number of images. The form
-    of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294, §4.1); centring and cap are
-    our own.
+    of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are our own.
 
     Args:
         n_classes: C.
