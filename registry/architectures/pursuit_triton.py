@@ -51,7 +51,7 @@ def _pursue(  # pragma: no cover - runs on the device
     indices_ptr: Any,
     values_ptr: Any,
     m: Any,
-    k: Any,
+    k: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
     STOP: tl.constexpr,
@@ -71,6 +71,6 @@ def _pursue(  # pragma: no cover - runs on the device
         if STOP:
             repeated = tl.sum((chosen == index).to(tl.int32), axis=0) > 0
             active = tl.where((value <= 0.0) | repeated, 0.0, active)
-            chosen = tl.where((steps == step) & (value > 0.0), index, chosen)
+            chosen = tl.where(steps == step, tl.where(value > 0.0, index, -1), chosen)
         atom = tl.load(gram_ptr + index.to(tl.int64) * m + columns, mask=inside, other=0.0)
         scores = scores - value * atom

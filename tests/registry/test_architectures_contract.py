@@ -367,7 +367,7 @@ def test_cuda_agrees_with_the_cpu(name):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
 
-@every
+@ours_only
 def test_the_command_line_of_saelens_knows_it_by_name(name):
     cfg = _parse_cfg_args(["--architecture", name, "--d_in", "64", "--d_sae", "256"])
     assert type(cfg.sae) is get_sae_training_class(name)[1]

@@ -1,5 +1,7 @@
 """`hsae`: its losses summed latent by latent, its parents chosen by brute force."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ def slow_family_loss(acts, atoms, parents):
 def slow_activations(scores):
     acts = torch.zeros_like(scores)
     for row in range(len(scores)):
-        for start, stop in zip(STARTS, STARTS[1:]):
+        for start, stop in pairwise(STARTS):
             top = start + scores[row, start:stop].argsort(descending=True)[:2]
             acts[row, top] = scores[row, top].relu()
     return acts
@@ -73,7 +75,7 @@ def test_the_whole_loss_written_out(rescale):
     atoms = sae.W_dec / norms[:, None]
     acts = slow_activations(((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms)
     expected, outputs = 0.3 * slow_family_loss(acts, atoms, sae.forest.parents.tolist()), []
-    for start, stop in zip(STARTS, STARTS[1:]):
+    for start, stop in pairwise(STARTS):
         outputs.append(acts[:, start:stop] @ atoms[start:stop] + sae.b_dec)
         expected = expected + (outputs[-1] - x).square().sum(1).mean()
     torch.testing.assert_close(output.loss, expected)
@@ -85,7 +87,7 @@ def test_swapped_latents_are_replaced_by_their_children():
     x = torch.randn(30, 6)
     output = step(sae, x)
     parents = sae.forest.parents.tolist()
-    for level, (start, stop) in enumerate(zip(STARTS, STARTS[1:])):
+    for level, (start, stop) in enumerate(pairwise(STARTS)):
         total = sae.b_dec.expand(30, 6)
         for latent in range(start, stop):
             children = [c for c in range(16) if parents[c] == latent]
