@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from plotly.graph_objects import Figure
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from . import summary
 from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .moments import ClassMoments
 from .probes import NeighbourProbe, RidgeProbe
 
 FEATURES = ("x", "mean_patch", "z")
@@ -147,8 +147,8 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         for feature in self._measures:
             nulls = [self.levels(feature, p) for p in self.context.permutations]
             for measure, values in self.levels(feature).items():
-                if measure.endswith("_accuracy") and not measure.endswith("level_accuracy"):
-                    continue  # of the class: the same at every depth
+                if f"{feature}_{measure}" in self.invariant:
+                    continue  # of the class, so the same at every depth
                 null = np.array([n[measure] for n in nulls] or [np.full(len(values), np.nan)])
                 for i, depth in enumerate(self._cuts):
                     at = null[:, i]
@@ -224,51 +224,6 @@ class _FeatureInformation:
         if self.moments is not None:
             found["variance_share"] = self.moments.variance_share(groups, labelling)
         return found
-
-
-class ClassMoments:
-    """Per-class sums of a feature about a fixed offset, and the total sum of squares."""
-
-    def __init__(self, n_classes: int, n_labellings: int, feature: Tensor) -> None:
-        # Sparse latents keep their zeros; anything dense is taken about the first batch's mean,
-        # or its offset would drown the variance.
-        self.offset = None if float((feature == 0).float().mean()) > 0.5 else feature.mean(0)
-        shape = (n_labellings, n_classes, feature.shape[1])
-        self.sums = torch.zeros(shape, dtype=torch.float32, device=feature.device)
-        self.counts = np.zeros((n_labellings, n_classes))
-        self.squares = 0.0
-        self._gram: dict[int, np.ndarray] = {}
-
-    def update(self, feature: Tensor, labellings: list[Tensor]) -> None:
-        if self.offset is not None:
-            feature = feature - self.offset
-        for sums, counts, labels in zip(self.sums, self.counts, labellings):
-            sums.index_add_(0, labels.to(feature.device), feature)
-            counts += torch.bincount(labels, minlength=len(counts)).numpy()
-        self.squares += float(feature.square().sum(1).cpu().double().sum())
-        self._gram.clear()
-
-    def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:
-        """(L,) between-group over total variance, for groups (L, C).
-
-        Σ_g ‖s_g‖²/n_g − ‖s‖²/n with s the sums; ‖s_g‖² is a sum over the Gram matrix of the classes'
-        sums, which is made once for all cuts and permutations.
-        """
-        if labelling not in self._gram:
-            sums = self.sums[labelling]
-            self._gram[labelling] = (sums @ sums.T).double().cpu().numpy()
-        gram, counts = self._gram[labelling], self.counts[labelling]
-        n = counts.sum()
-        whole = gram.sum() / n if n else np.nan
-        share = np.full(len(groups), np.nan)
-        for i, group in enumerate(groups):
-            _, code = np.unique(group, return_inverse=True)
-            size = np.bincount(code, counts)
-            own = (gram * (code[:, None] == code)).sum(1)  # ⟨s_c, s of c's group⟩
-            squares = np.bincount(code, own)
-            between = np.divide(squares, size, out=np.zeros_like(size), where=size > 0).sum()
-            share[i] = summary.ratio(between - whole, self.squares - whole)
-        return share
 
 
 def read_off(confusion: np.ndarray, groups: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:

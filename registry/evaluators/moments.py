@@ -1,0 +1,54 @@
+"""Class means and variances of a feature, from sums alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import summary
+
+
+class ClassMoments:
+    """Per-class sums of a feature about a fixed offset, and the total sum of squares."""
+
+    def __init__(self, n_classes: int, n_labellings: int, feature: Tensor) -> None:
+        # Sparse latents keep their zeros; anything dense is taken about the first batch's mean,
+        # or its offset would drown the variance.
+        self.offset = None if float((feature == 0).float().mean()) > 0.5 else feature.mean(0)
+        shape = (n_labellings, n_classes, feature.shape[1])
+        self.sums = torch.zeros(shape, dtype=torch.float32, device=feature.device)
+        self.counts = np.zeros((n_labellings, n_classes))
+        self.squares = 0.0
+        self._gram: dict[int, np.ndarray] = {}
+
+    def update(self, feature: Tensor, labellings: list[Tensor]) -> None:
+        if self.offset is not None:
+            feature = feature - self.offset
+        for sums, counts, labels in zip(self.sums, self.counts, labellings):
+            sums.index_add_(0, labels.to(feature.device), feature)
+            counts += torch.bincount(labels, minlength=len(counts)).numpy()
+        self.squares += float(feature.square().sum(1).cpu().double().sum())
+        self._gram.clear()
+
+    def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:
+        """(L,) between-group over total variance, for groups (L, C).
+
+        Σ_g ‖s_g‖²/n_g − ‖s‖²/n with s the sums; ‖s_g‖² is a sum over the Gram matrix of the classes'
+        sums, which is made once for all cuts and permutations.
+        """
+        if labelling not in self._gram:
+            sums = self.sums[labelling]
+            self._gram[labelling] = (sums @ sums.T).double().cpu().numpy()
+        gram, counts = self._gram[labelling], self.counts[labelling]
+        n = counts.sum()
+        whole = gram.sum() / n if n else np.nan
+        share = np.full(len(groups), np.nan)
+        for i, group in enumerate(groups):
+            _, code = np.unique(group, return_inverse=True)
+            size = np.bincount(code, counts)
+            own = (gram * (code[:, None] == code)).sum(1)  # ⟨s_c, s of c's group⟩
+            squares = np.bincount(code, own)
+            between = np.divide(squares, size, out=np.zeros_like(size), where=size > 0).sum()
+            share[i] = summary.ratio(between - whole, self.squares - whole)
+        return share
