@@ -43,9 +43,9 @@ def placed_latents(tables: Tables) -> pd.DataFrame:
     the one it detects best); where coverage was not measured, the LCH of its classes."""
     nodes = tables.get("ontological_coverage", {}).get("nodes")
     if nodes is not None:
-        placed = nodes[(nodes["latent"] >= 0) & nodes["f1"].notna()]
-        placed = placed.sort_values("f1", ascending=False, kind="stable").drop_duplicates("latent")
-        return placed[["latent", "node", "f1"]]
+        placed = nodes.loc[(nodes["latent"] >= 0) & nodes["f1"].notna(), ["latent", "node", "f1"]]
+        best_first = placed.sort_values(by="f1", ascending=False, kind="stable")
+        return best_first.drop_duplicates("latent")
     latents = tables.get("lch_height", {}).get("latents")
     if latents is None:
         return pd.DataFrame({"latent": [], "node": [], "f1": []})

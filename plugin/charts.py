@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -153,7 +154,7 @@ def key(style: Style) -> Markup:
     )
 
 
-def _stroke(style: Style) -> dict[str, object]:
+def _stroke(style: Style) -> dict[str, Any]:
     return {
         "fill": "none",
         "stroke": style.colour,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..registry.evaluators.base import EvaluationContext
 from . import cards
 from .files import write_atomically
 from .measure import Bench, Images, Numbers, SAELatents
-from .results import EvaluatorResult, SAEResult
+from .results import EvaluatorResult, LatentCard, SAEResult
 from .runs import SAEFolder
 
 
@@ -74,7 +74,9 @@ def measure_sae(
                 for t, frame in tables[name].items()
             },
             figures={
-                f: _write(output, Path("figures") / place / f"{name}.{f}.json", figure.to_json())
+                f: _write(
+                    output, Path("figures") / place / f"{name}.{f}.json", str(figure.to_json())
+                )
                 for f, figure in figures[name].items()
             },
             seconds=round(done.seconds[name], 3),
@@ -110,7 +112,7 @@ def _share_card_facts(context: EvaluationContext) -> None:
 
 def _cards(
     bench: Bench, context: EvaluationContext, tables: cards.Tables, rows: np.ndarray
-) -> tuple[Sequence[Any], Sequence[Any]]:
+) -> tuple[list[LatentCard], list[LatentCard]]:
     placed = cards.placed_latents(tables)
     facts = {
         "taxonomy": bench.taxonomy,
