@@ -257,6 +257,7 @@ class _Window:
     place: _Place
     tokens: Batch
     order: Tensor | None
+    counts: tuple[int, int]  # of images read, and of corrupt ones, before it
 
     def __len__(self) -> int:
         return len(next(iter(self.tokens.values()))) if self.tokens else 0
@@ -344,12 +345,13 @@ class _ModelSource:
                 window.copy(offset, end, batch, filled)
                 filled, offset = filled + end - offset, end
                 if filled == size:
-                    place = window.place
-                    position = (place.epoch, place.window, offset)
-                    if offset == len(window):
+                    if offset < len(window):
+                        position = (window.place.epoch, window.place.window, offset)
+                        counts = window.counts
+                    else:
                         position = (*window.following, 0)
-                    mark = (position, len(loader.failures), loader.n_processed, loader.n_failed)
-                    yield batch, mark
+                        counts = (loader.n_processed, loader.n_failed)
+                    yield batch, (position, len(loader.failures), *counts)
                     batch, filled = {}, 0
             offset = 0
 
@@ -359,6 +361,7 @@ class _ModelSource:
         rows = self.batches_per_window * self.loader.batch_size * self.tokens_per_image
         buffers: Batch = {}
         filled = 0
+        counts = (self.loader.n_processed, self.loader.n_failed)
         whole_epoch, any_tokens = first_window == 0, False
         for decoded in self.loader.grouped(self._groups(epoch, first_window, places)):
             place = places.popleft()
@@ -375,8 +378,9 @@ class _ModelSource:
                     filled += n
             if place.ends_window:
                 any_tokens = any_tokens or filled > 0
-                yield self._window(place, {k: t[:filled] for k, t in buffers.items()})
-                filled = 0
+                tokens = {name: buffer[:filled] for name, buffer in buffers.items()}
+                yield _Window(place, tokens, self._order(place, filled), counts)
+                counts, filled = (self.loader.n_processed, self.loader.n_failed), 0
             if place.ends_epoch:
                 if whole_epoch and not any_tokens:
                     self._nothing_readable()
@@ -429,13 +433,11 @@ class _ModelSource:
             for name, tensor in activations.items()
         }
 
-    def _window(self, place: _Place, tokens: Batch) -> _Window:
-        window = _Window(place, tokens, None)
-        if self.tokens_per_image > 1 and len(window):
-            generator = np.random.default_rng([self.delivery.seed, place.epoch, place.window, 1])
-            order = torch.from_numpy(generator.permutation(len(window)))
-            window.order = order.to(self.delivery.device)
-        return window
+    def _order(self, place: _Place, n_tokens: int) -> Tensor | None:
+        if self.tokens_per_image == 1:
+            return None
+        generator = np.random.default_rng([self.delivery.seed, place.epoch, place.window, 1])
+        return torch.from_numpy(generator.permutation(n_tokens)).to(self.delivery.device)
 
     def _nothing_readable(self) -> None:
         shown = "; ".join(f"image {i} ({why})" for i, why in list(self.failures().items())[:3])

@@ -105,7 +105,7 @@ class ImageLoader:
         self.failures: dict[int, str] = {}
         self.n_processed = 0
         self.n_failed = 0
-        self._context = _worker_context() if num_workers else None
+        self._context = worker_context() if num_workers else None
 
     def batches(self, indices: Iterable[Job]) -> Iterator[ImageBatch]:
         """Batches of up to `batch_size` images in the order of `indices`, read lazily.
@@ -258,7 +258,7 @@ def _divergence(found: float, allowed: float) -> float:
     return rest + (0.0 if found == 0.0 else found * math.log(found / allowed))
 
 
-def _worker_context() -> BaseContext:
+def worker_context() -> BaseContext:
     """Processes that inherit nothing: a forked copy of a program with threads can deadlock."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

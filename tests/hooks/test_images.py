@@ -10,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from taxolens.hooks.decode import decode_rgb
+from taxolens.hooks.image_loader import worker_context
 from taxolens.hooks.images import ImageDataset, ImageLoader, load_images
 from taxolens.hooks.preprocess import PilPreprocess
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from tiny_images import class_folders, encoded, hf_dataset, plain
+
+worker_context()  # its server takes long to start: let it while other tests run
 
 
 @pytest.fixture(autouse=True)

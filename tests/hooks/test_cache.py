@@ -1,0 +1,315 @@
+import errno
+import json
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import taxolens  # noqa: F401  (registers the families)
+import torch
+from taxolens.hooks import cache as cache_module
+from taxolens.hooks.cache import ActivationCache
+from taxolens.hooks.extraction import TokenExtractor
+from taxolens.hooks.images import load_images
+from taxolens.hooks.model import from_module
+from taxolens.registry.errors import ConfigError, DataError, UnknownNameError
+from tiny_images import hf_dataset, noise
+from tiny_models import tiny_model
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+CORRUPT = (0, 7)
+N = 11
+
+
+def vision_model(seed=0):
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return from_module(tiny_model("dinov2", seed=seed), processor=processor)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return vision_model()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_images(hf_dataset(N, corrupt=CORRUPT, draw=noise))
+
+
+def build(model, images, path=None, hooks=HOOKS, **options):
+    settings = {"batch_size": 2, "max_corrupt_share": 0.5, "progress": False}
+    return ActivationCache.build(model, images, hooks, path=path, **{**settings, **options})
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.npy"))}
+
+
+class Killed(BaseException):
+    """What `kill -9` does: nothing after it runs."""
+
+
+def kill_in_batch(monkeypatch, number, *, commit=True):
+    """Die after half of a batch is written, with every batch before it committed, or none."""
+    monkeypatch.setattr(cache_module, "COMMIT_SECONDS", 0.0 if commit else 1e9)
+    monkeypatch.setattr(cache_module._Writer, "__exit__", lambda *_: None)
+    append, calls = cache_module._Column.append, iter(range(1_000_000))
+
+    def dying(self, rows):
+        append(self, rows)
+        if next(calls) == 4 * number + 2:  # of four columns: labels, indices, two hook points
+            raise Killed
+
+    monkeypatch.setattr(cache_module._Column, "append", dying)
+
+
+def test_one_forward_pass_for_all_hook_points(model, images, tmp_path, monkeypatch):
+    passes = []
+    call = TokenExtractor.__call__
+
+    def counting(self, batch):
+        passes.append(len(batch))
+        return call(self, batch)
+
+    monkeypatch.setattr(TokenExtractor, "__call__", counting)
+    cache = build(model, images, tmp_path, tokens="patch", mean_patch=True)
+    assert sum(passes) == N - len(CORRUPT) and len(passes) == 6
+    assert cache.complete and len(cache) == N - len(CORRUPT)
+    assert cache.hook_names == HOOKS
+    for name in HOOKS:
+        x = cache.activations(name)
+        assert x.shape == (9, 16, 16) and x.dtype == np.float32
+        assert isinstance(x, np.memmap) and not x.flags.writeable
+        assert np.allclose(cache.mean_patch(name), x.mean(axis=1), atol=1e-5)
+    assert cache.indices.tolist() == [i for i in range(N) if i not in CORRUPT]
+    assert cache.labels.tolist() == [i % 3 for i in cache.indices]
+    assert cache.class_names == ["ant", "bee", "cat"]
+    assert sorted(cache.failures) == list(CORRUPT)
+    assert cache.failures[7].startswith("7.png: cannot identify")
+
+
+def test_opened_again(model, images, tmp_path):
+    built = build(model, images, tmp_path)
+    opened = ActivationCache.open(tmp_path)
+    for name in HOOKS:
+        assert np.array_equal(built.activations(name), opened.activations(name))
+        assert opened.activations(name).shape == (9, 1, 16)
+        assert opened.mean_patch(name) is None
+    assert opened.failures == built.failures and opened.facts == built.facts
+    raw = np.load(tmp_path / f"{HOOKS[0]}.npy")
+    assert np.array_equal(raw, opened.activations(HOOKS[0]))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 4])
+@pytest.mark.parametrize("commit", [True, False])
+def test_resumed_after_a_kill_it_is_the_same_to_the_byte(
+    model, images, tmp_path, monkeypatch, batch, commit
+):
+    build(model, images, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_batch(patch, batch, commit=commit)
+        build(model, images, tmp_path / "killed")
+    if batch and commit:
+        unfinished = ActivationCache.open(tmp_path / "killed")
+        assert not unfinished.complete and 0 < len(unfinished) < 9
+        assert unfinished.activations(HOOKS[0]).shape == (len(unfinished), 1, 16)
+    finished = build(model, images, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sorted(finished.failures) == list(CORRUPT)
+
+
+def test_an_interrupt_keeps_what_is_done(model, images, tmp_path, monkeypatch):
+    call = TokenExtractor.__call__
+
+    def interrupted(self, batch):
+        if 5 in batch.indices.tolist():
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TokenExtractor, "__call__", interrupted)
+        build(model, images, tmp_path)
+    assert ActivationCache.open(tmp_path).indices.tolist() == [1, 2, 3]
+    assert build(model, images, tmp_path).indices.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10]
+
+
+def test_a_finished_cache_is_used_as_it_is(model, images, tmp_path, monkeypatch):
+    build(model, images, tmp_path, mean_patch=True)
+
+    def fail(*_):
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr(TokenExtractor, "__call__", fail)
+    build(model, images, tmp_path)
+    assert build(model, images, tmp_path, hooks=HOOKS[1:]).hook_names == HOOKS
+
+
+def test_an_unfinished_cache_is_finished_with_all_its_hook_points(
+    model, images, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_batch(patch, 2)
+        build(model, images, tmp_path / "killed")
+    cache = build(model, images, tmp_path / "killed", hooks=HOOKS[:1])
+    assert cache.hook_names == HOOKS
+    build(model, images, tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": "patch"}, "tokens: 'class' there, 'patch' wanted"),
+        ({"dtype": "float16"}, "dtype: 'float32' there, 'float16' wanted"),
+        ({"image_size": 48}, "preprocessing: "),
+        ({"hooks": [*HOOKS, "blocks.0.hook_resid_pre"]}, "hook_names: "),
+        ({"mean_patch": True}, "mean_patch: False there, True wanted"),
+        ({"autocast": True}, "autocast: False there, True wanted"),
+    ],
+)
+def test_other_activations_are_refused(model, images, tmp_path_factory, change, message):
+    path = tmp_path_factory.getbasetemp() / "shared_cache"
+    build(model, images, path)
+    with pytest.raises(ConfigError, match=f"(?s)are others: .*{message}"):
+        build(model, images, path, **change)
+
+
+def test_another_model_or_other_images_are_refused(model, images, tmp_path):
+    build(model, images, tmp_path)
+    with pytest.raises(ConfigError, match="are others: model: "):
+        build(vision_model(seed=1), images, tmp_path)
+    with pytest.raises(ConfigError, match="are others: images: "):
+        build(model, load_images(hf_dataset(N, draw=noise)), tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", np.float16), ("bfloat16", np.float32)])
+def test_dtypes(model, images, tmp_path, dtype, stored):
+    cache = build(model, images, tmp_path, dtype=dtype)
+    x = cache.activations(HOOKS[0])
+    assert x.dtype == stored
+    exact = build(model, images).activations(HOOKS[0])
+    assert np.allclose(x, exact, atol=0.05) and not np.array_equal(x, exact)
+    if dtype == "bfloat16":
+        values = torch.from_numpy(np.array(x))
+        assert torch.equal(values, values.bfloat16().float())
+
+
+def test_batches_in_any_order(model, images):
+    cache = build(model, images)
+    x = torch.from_numpy(np.array(cache.activations(HOOKS[1])))
+    batches = list(cache.iter_batches(HOOKS[1], 4))
+    assert [len(batch[0]) for batch in batches] == [4, 4, 1]
+    assert torch.equal(torch.cat([batch[0] for batch in batches]), x)
+    order = np.array([8, 0, 3, 3, 1])
+    batches = list(cache.iter_batches(HOOKS[1], 2, order))
+    assert torch.equal(torch.cat([batch[0] for batch in batches]), x[order])
+    assert torch.equal(
+        torch.cat([batch[2] for batch in batches]), torch.from_numpy(cache.indices[order])
+    )
+    assert torch.cat([batch[1] for batch in batches]).tolist() == cache.labels[order].tolist()
+    half = build(model, images, dtype="float16")
+    assert next(half.iter_batches(HOOKS[0], 3))[0].dtype == torch.float32
+
+
+def test_a_temporary_cache_goes_with_its_object(model, images):
+    cache = build(model, images)
+    path = cache.path
+    assert path.exists() and len(cache) == 9
+    del cache
+    assert not path.exists()
+
+
+def test_mean_patch_as_the_tokens_themselves(model, images):
+    means = build(model, images, tokens="mean_patch", mean_patch=True)
+    both = build(model, images, tokens="class", mean_patch=True)
+    for name in HOOKS:
+        assert means.mean_patch(name).shape == (9, 16)
+        assert np.array_equal(means.mean_patch(name), both.mean_patch(name))
+        assert np.array_equal(means.activations(name)[:, 0], means.mean_patch(name))
+
+
+def test_streamed_images(model, images):
+    streamed = load_images(hf_dataset(N, corrupt=CORRUPT, draw=noise).to_iterable_dataset())
+    cache, expected = build(model, streamed), build(model, images)
+    for name in HOOKS:
+        assert np.array_equal(cache.activations(name), expected.activations(name))
+    assert cache.labels.tolist() == expected.labels.tolist()
+
+
+def test_a_full_disk_is_seen_before_the_work(model, images, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
+        with pytest.raises(DataError, match=r"1,000 bytes free.*need 1,584 bytes, 1,584 of them"):
+            build(model, images, tmp_path)  # 11 images x (2 hook points x 16 x 4 bytes + 2 x 8)
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, monkeypatch):
+    append, calls = cache_module._Column.append, iter(range(1000))
+
+    def full(self, rows):
+        if next(calls) == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module._Column, "append", full)
+        with pytest.raises(DataError, match=r"the disk is full.*What is done is kept"):
+            build(model, images, tmp_path / "full")
+    assert len(ActivationCache.open(tmp_path / "full")) == 3
+    build(model, images, tmp_path / "full")
+    build(model, images, tmp_path / "whole")
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+def test_another_process_writing_is_seen(model, images, tmp_path):
+    with (
+        cache_module._only_writer(tmp_path),
+        pytest.raises(ConfigError, match="another process is building"),
+    ):
+        build(model, images, tmp_path)
+
+
+def test_damage_is_seen(model, images, tmp_path):
+    with pytest.raises(ConfigError, match=r"no cache\.json in"):
+        ActivationCache.open(tmp_path)
+    build(model, images, tmp_path)
+    file = tmp_path / f"{HOOKS[0]}.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"hook_resid_post\.npy cannot be read"):
+        ActivationCache.open(tmp_path).activations(HOOKS[0])
+    index = json.loads((tmp_path / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(
+        json.dumps({**index, "complete": False, "n_seen": 9, "n_rows": 8})
+    )
+    with pytest.raises(DataError, match=r"shorter than cache\.json says"):
+        build(model, images, tmp_path)
+    (tmp_path / "cache.json").write_text("{torn")
+    with pytest.raises(DataError, match="cannot be read"):
+        ActivationCache.open(tmp_path)
+    (tmp_path / "cache.json").write_text("{}")
+    with pytest.raises(DataError, match="not of the kind"):
+        ActivationCache.open(tmp_path)
+
+
+def test_unknown_hook_points_list_the_nearest(model, images):
+    cache = build(model, images)
+    with pytest.raises(UnknownNameError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
+        cache.activations("blocks.11.hook_resid_post")
+
+
+def test_nothing_readable(model, tmp_path):
+    images = load_images(hf_dataset(4, corrupt=range(4)))
+    with pytest.raises(DataError, match="not one image can be read: image 0"):
+        build(model, images, tmp_path)
+
+
+def test_progress_tells_images_per_second(model, images, capsys):
+    build(model, images, progress=True)
+    assert "11/11" in capsys.readouterr().err
+
+
+def test_names_that_are_no_file_names(tmp_path):
+    assert cache_module._file(tmp_path, "a/b.c d").name == "a_b.c_d.npy"
