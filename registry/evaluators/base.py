@@ -62,6 +62,7 @@ class EvaluationBatch:
     index: Tensor  # (n,) int64, position in the evaluation set
     is_fit: Tensor  # (n,) bool: thresholds, latents and probes are chosen here; the rest is scored
     mean_patch: Tensor | None = None  # (n, d)
+    embedding: Tensor | None = None  # (n, e) of an independent image encoder
 
     def __post_init__(self) -> None:
         lengths = {f.name: len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}

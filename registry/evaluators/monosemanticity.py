@@ -1,0 +1,218 @@
+"""`monosemanticity`: how alike the images of a latent look to an independent encoder.
+
+MonoScore of Pach et al. 2025 (arXiv 2504.02821, §3.2), here streamed in linear time.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import summary
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
+
+logger = logging.getLogger(__name__)
+
+ENCODERS = ("auto", "embedding", "model", "mean_patch", "x")
+
+
+@dataclass(frozen=True)
+class MonosemanticityOptions:
+    """encoder: what embeds the images. `embedding`: that of the batches, given by who runs the pass.
+    `model`: the final class token of the model itself, one more forward per image. `mean_patch`
+    and `x`: the activations at the hook point. A path: a .npy of shape (images, e), rows in the
+    order of the evaluation set. `auto`: `embedding` where the batches have it, else `x`, with a
+    warning: it is the SAE's own layer.
+    """
+
+    encoder: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ENCODERS and not self.encoder.endswith(".npy"):
+            raise ConfigError(
+                f"encoder: must be one of {', '.join(ENCODERS)} or a path to a .npy file, got "
+                f"{self.encoder!r}"
+            )
+
+
+class Monosemanticity(Evaluator[MonosemanticityOptions]):
+    """The similarity of a latent's images, weighted by its activation.
+
+    MS_j = Σ_{a<b} ã_a ã_b cos(E_a, E_b) / Σ_{a<b} ã_a ã_b over the pairs of images, ã the activation
+    of latent j scaled to 0 … 1 over all images, E the embedding. With Ê = E/‖E‖ this equals
+    (‖Σ ã Ê‖² − Σ ã²) / ((Σ ã)² − Σ ã²): one sum per latent, whatever the number of images.
+
+    Undefined for a latent that is constant or that only one image activates. The `baseline` is the
+    mean cosine over all pairs of images: what a latent with no preference scores. Memory O(m·e).
+    """
+
+    name = "monosemanticity"
+    description = "how alike the images of a latent look to an independent encoder"
+    higher_is_better = {
+        "monosemanticity": True,
+        "excess": True,
+        "baseline": None,
+        "defined": None,
+        "own_layer": None,
+    }
+    nulls = {
+        **ALL_NULLS,
+        "permuted_classes": "the images are compared with each other, not with the tree",
+        "shuffled": "no label is used",
+    }
+    invariant = frozenset(higher_is_better)
+    Options = MonosemanticityOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: MonosemanticityOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        m = context.d_sae
+        self._own_layer = False
+        self._file: np.ndarray | None = None
+        self._images = 0
+        self._fired = np.zeros(m, dtype=np.int64)
+        self._sum, self._squares = np.zeros(m), np.zeros(m)
+        self._least = torch.full((m,), torch.inf)
+        self._most = torch.zeros(m)
+        self._weighted: Tensor | None = None  # (m, e) Σ z Ê
+        self._embedded: Tensor | None = None  # (e,) Σ Ê
+
+    def update(self, batch: EvaluationBatch) -> None:
+        embedding = self._embed(batch).to(batch.z.device, torch.float32)
+        embedding = torch.nn.functional.normalize(embedding, dim=1)
+        if self._weighted is None or self._embedded is None:
+            size = (self.context.d_sae, embedding.shape[1])
+            self._weighted = torch.zeros(size, dtype=torch.float64)
+            self._embedded = torch.zeros(size[1], dtype=torch.float64)
+        self._embedded += embedding.sum(0, dtype=torch.float64).cpu()
+        self._weighted += weighted_sums(batch, embedding).cpu()
+        _, latents, values = batch.firings
+        m = len(self._fired)
+        self._images += len(batch)
+        self._fired += torch.bincount(latents, minlength=m).numpy()
+        for total, of in ((self._sum, values.double()), (self._squares, values.double().square())):
+            total += torch.bincount(latents, weights=of, minlength=m).numpy()
+        self._least.scatter_reduce_(0, latents, values, "amin")
+        self._most.scatter_reduce_(0, latents, values, "amax")
+
+    def _embed(self, batch: EvaluationBatch) -> Tensor:
+        encoder = self.options.encoder
+        if encoder == "auto":
+            encoder = "x" if batch.embedding is None else "embedding"
+            if encoder == "x" and not self._own_layer and self.context.source == "sae":
+                logger.warning(
+                    "monosemanticity: no independent embedding is given, so images are compared "
+                    "by the activations that the SAE was trained on"
+                )
+        if encoder == "x":
+            self._own_layer = True
+            return batch.x
+        if encoder in ("embedding", "mean_patch"):
+            found: Tensor | None = getattr(batch, encoder)
+            if found is None:
+                raise ConfigError(f"encoder: {encoder!r} was asked for, but the batches have none")
+            return found
+        if encoder == "model":
+            if self.context.intervene is None:
+                raise ConfigError("encoder: 'model' was asked for, but no model is at hand")
+            return self.context.intervene(batch.index).embedding
+        if self._file is None:
+            self._file = read_embeddings(encoder, self.context.n_images)
+        return torch.from_numpy(np.asarray(self._file[batch.index.cpu().numpy()], np.float32))
+
+    def scores(self) -> np.ndarray:
+        """(m,) MS of each latent, NaN where undefined."""
+        if self._weighted is None or self._embedded is None:
+            return np.full(self.context.d_sae, np.nan)
+        always = self._fired == self._images
+        low = np.where(always, self._least.double().numpy(), 0.0)
+        span = self._most.double().numpy() - low
+        scale = np.divide(1.0, span, out=np.zeros_like(span), where=span > 0)
+        whole = (self._sum - self._images * low) * scale
+        squares = self._squares - 2 * low * self._sum + self._images * low**2
+        squares = squares * scale**2
+        # ‖Σ ã Ê‖² = (‖Σ z Ê‖² − 2·low·⟨Σ z Ê, Σ Ê⟩ + low²·‖Σ Ê‖²)·scale²
+        length = self._weighted.square().sum(1).numpy()
+        along = (self._weighted @ self._embedded).numpy()
+        length = length - 2 * low * along + low**2 * float(self._embedded.square().sum())
+        pairs = whole**2 - squares
+        defined = (scale > 0) & (self._fired > 1) & (pairs > 1e-9 * whole**2)
+        return np.where(defined, summary.ratio(length * scale**2 - squares, pairs), np.nan)
+
+    @property
+    def baseline(self) -> float:
+        """The mean cosine over all pairs of images."""
+        if self._embedded is None or self._images < 2:
+            return float("nan")
+        n = self._images
+        return (float(self._embedded.square().sum()) - n) / (n * n - n)
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        scores = self.scores()
+        value = summary.mean(scores)
+        return {
+            "monosemanticity": value,
+            "excess": value - self.baseline,
+            "baseline": self.baseline,
+            "defined": float(np.isfinite(scores).sum()),
+            "own_layer": float(self._own_layer),
+        }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`latents`: one row for each that is defined, the most monosemantic first."""
+        scores = self.scores()
+        latent = np.flatnonzero(np.isfinite(scores))
+        latent = latent[np.argsort(-scores[latent], kind="stable")]
+        table = {"latent": latent, "monosemanticity": scores[latent], "fired": self._fired[latent]}
+        return {"latents": pd.DataFrame(table)}
+
+    def figures(self) -> dict[str, Figure]:
+        """`monosemanticity`: the latents, and where one without preference would lie."""
+        drawing = summary.histograms(
+            "Monosemanticity of latents", "similarity of its images", {"latents": self.scores()}
+        )
+        if np.isfinite(self.baseline):
+            drawing.add_vline(x=self.baseline, line={"color": summary.NULL, "dash": "dot"})
+        return {"monosemanticity": drawing}
+
+
+def weighted_sums(batch: EvaluationBatch, embedding: Tensor) -> Tensor:
+    """(m, e) Σ z Ê over the images of a batch, float64."""
+    rows, latents, values = batch.firings
+    n, m = batch.z.shape
+    if len(values) > 0.05 * n * m:
+        return (batch.z.float().nan_to_num(0.0).clamp(min=0).T @ embedding).double()
+    z = sparse.csr_array((values.numpy(), (latents.numpy(), rows.numpy())), shape=(m, n))
+    return torch.from_numpy(z @ embedding.cpu().numpy()).double()
+
+
+def read_embeddings(path: str, n_images: int) -> np.ndarray:
+    """The rows of a .npy file, memory-mapped.
+
+    Raises:
+        ConfigError: no such file, or another number of rows than images.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"encoder: no file {path!r}")
+    rows = np.load(path, mmap_mode="r")
+    if rows.ndim != 2 or len(rows) != n_images:
+        raise ConfigError(
+            f"encoder: {path!r} must have one row for each of the {n_images} images, got shape "
+            f"{rows.shape}"
+        )
+    return rows
