@@ -1,0 +1,224 @@
+"""`matryoshka_depth`: whether later prefix groups of a dictionary hold more specific latents.
+
+The LCA depth per prefix group is that of Pach et al. 2025 (arXiv 2504.02821, §4.3); trend, groups by
+firing rank and the form over pairs of different classes are our own definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
+
+from ..errors import ConfigError
+from . import summary
+from .accumulators import FiringRate, TopImages
+from .base import EvaluationContext, Evaluator
+from .pair_depth import pair_depths
+from .ranks import spearman
+
+SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
+"""The groups of the paper, as shares of the dictionary."""
+COLUMNS = [
+    "group",
+    "latents",
+    "end",
+    "defined",
+    "depth",
+    "permuted",
+    "different_depth",
+    "different_permuted",
+]
+ORDERS = ("auto", "index", "rate")
+
+
+@dataclass(frozen=True)
+class MatryoshkaDepthOptions:
+    """k: the most activating images of a latent; it is skipped where it fires on fewer.
+    widths: the ends of the prefixes, rising up to d_sae; None takes those of the SAE, else `SHARES`.
+    order: `index`: latents as the SAE numbers them. `rate`: from the most to the least frequent.
+        `auto`: `index` where there are widths, else `rate`.
+    """
+
+    k: int = 16
+    widths: Sequence[int] | None = None
+    order: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.k < 2:
+            raise ConfigError(f"k: a pair needs at least 2 images, got {self.k}")
+        if self.order not in ORDERS:
+            raise ConfigError(f"order: must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        widths = self.widths
+        if widths is not None and (not widths or list(widths) != sorted({*widths} - {0})):
+            raise ConfigError(f"widths: must rise strictly from above 0, got {list(widths)}")
+
+
+class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
+    """Mean LCA depth of the top images of the latents of each prefix group.
+
+    The depth of a latent is the mean over the pairs of its top k images, a pair of one class
+    counting with the depth of that class; `different_*` leave such pairs out and so cannot be won
+    by latents that merely know classes. `gain` is the last group less the first, `trend` the rank
+    correlation over latents of group and depth: both are above 0 where early latents are general
+    and late ones specific.
+
+    An SAE without prefixes, and a Matryoshka SAE that was saved as another architecture without its
+    widths (give them in the options), is grouped by firing rank: `by_rate` is 1. So are the
+    `random` and `neurons` nulls, unless the widths are in the options.
+    """
+
+    name = "matryoshka_depth"
+    description = "whether later prefix groups of the dictionary hold more specific latents"
+    higher_is_better = {
+        "depth": True,
+        "first_depth": None,
+        "last_depth": None,
+        "gain": True,
+        "trend": True,
+        "different_depth": True,
+        "different_gain": True,
+        "different_trend": True,
+        "groups": None,
+        "defined": None,
+        "by_rate": None,
+    }
+    invariant = frozenset({"groups", "defined", "by_rate"})
+    Options = MatryoshkaDepthOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: MatryoshkaDepthOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._top = context.share(TopImages, k=self.options.k)
+        self._rate = context.share(FiringRate)
+        self.widths, self.by_rate = self._prefixes()
+
+    def _prefixes(self) -> tuple[list[int], bool]:
+        """The ends of the groups, and whether they count from the most frequent latent."""
+        d_sae, order = self.context.d_sae, self.options.order
+        given = self.options.widths
+        # Another number of latents (raw neurons) has prefixes of the same shares.
+        widths = [round(w / given[-1] * d_sae) for w in given] if given else None
+        widths = widths or prefix_widths(self.context.sae)
+        by_rate = order == "rate" or (order == "auto" and widths is None)
+        if widths is None:
+            widths = [round(share * d_sae) for share in np.cumsum(SHARES)]
+        ends = sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
+        return ends, by_rate
+
+    @property
+    def group(self) -> np.ndarray:
+        """(m,) the prefix group of each latent."""
+        place = np.arange(self.context.d_sae)
+        if self.by_rate:
+            place[np.argsort(-self._rate.fired, kind="stable")] = np.arange(len(place))
+        return np.searchsorted(self.widths, place, side="right")
+
+    def depths(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) mean depth over all pairs, and over those of different classes; NaN if undefined."""
+        self._check_shuffled(shuffled)
+        labels = self._top.labels(shuffled)
+        lca_depth = self.taxonomy.leaf_lca_depth
+        different = pair_depths(lca_depth, labels, permutation).depth
+        return all_pair_depths(lca_depth, labels, permutation), different
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        group = self.group
+        numbers = {
+            "groups": float(len(self.widths)),
+            "by_rate": float(self.by_rate),
+        }
+        for prefix, depth in zip(("", "different_"), self.depths(permutation, shuffled)):
+            first, last = (summary.mean(depth, group == g) for g in (0, len(self.widths) - 1))
+            known = np.isfinite(depth)
+            numbers[f"{prefix}depth"] = summary.mean(depth)
+            numbers[f"{prefix}gain"] = last - first
+            numbers[f"{prefix}trend"] = spearman(group[known], depth[known])
+            if not prefix:
+                numbers |= {"first_depth": first, "last_depth": last, "defined": float(known.sum())}
+        return numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`groups`: one row for each prefix group, beside the permuted classes."""
+        group = self.group
+        depth, different = self.depths()
+        permuted = [self.depths(p) for p in self.context.permutations]
+        rows = []
+        for g, end in enumerate(self.widths):
+            own = group == g
+            nulls = [[summary.mean(d, own) for d in draw] for draw in permuted]
+            null, different_null = (summary.mean(draws) for draws in zip(*nulls, [np.nan] * 2))
+            rows.append(
+                (
+                    g + 1,
+                    int(own.sum()),
+                    end,
+                    int(np.isfinite(depth[own]).sum()),
+                    summary.mean(depth, own),
+                    null,
+                    summary.mean(different, own),
+                    different_null,
+                )
+            )
+        return {"groups": pd.DataFrame(rows, columns=COLUMNS)}
+
+    def figures(self) -> dict[str, Figure]:
+        """`groups`: depth of each group, and dotted the permuted classes."""
+        table = self.tables()["groups"]
+        of = "firing rank" if self.by_rate else "prefix"
+        drawing = summary.figure("LCA depth of the top images", f"group by {of}", "mean depth")
+        for column, null, name, colour in (
+            ("depth", "permuted", "all pairs", summary.VALUE),
+            ("different_depth", "different_permuted", "different classes", summary.OTHER),
+        ):
+            line = {"color": colour}
+            drawing.add_scatter(x=table["group"], y=table[column], name=name, line=line)
+            drawing.add_scatter(
+                x=table["group"],
+                y=table[null],
+                name=f"{name}, permuted",
+                line={**line, "dash": "dot"},
+            )
+        drawing.update_xaxes(dtick=1)
+        return {"groups": drawing}
+
+
+def prefix_widths(sae: Any) -> list[int] | None:
+    """The ends of the prefixes that an SAE's config names, None where it names none.
+
+    Looked for: `matryoshka_widths` in the config or its metadata (ends), `level_widths` (widths).
+    """
+    cfg = getattr(sae, "cfg", None)
+    for place in (cfg, getattr(cfg, "metadata", None)):
+        if ends := _get(place, "matryoshka_widths"):
+            return [int(w) for w in ends]
+    if widths := _get(cfg, "level_widths"):
+        return np.cumsum(widths).tolist()
+    return None
+
+
+def _get(place: Any, name: str) -> Any:
+    return place.get(name) if isinstance(place, dict) else getattr(place, name, None)
+
+
+def all_pair_depths(
+    lca_depth: np.ndarray, labels: np.ndarray, permutation: np.ndarray | None = None
+) -> np.ndarray:
+    """(m,) mean LCA depth over all pairs of each row of labels (m, k); NaN where one is −1."""
+    first, second = np.triu_indices(labels.shape[1], 1)
+    full = (labels >= 0).all(1)
+    placed = labels[full] if permutation is None else permutation[labels[full]]
+    depth = np.full(len(labels), np.nan)
+    depth[full] = lca_depth[placed[:, first], placed[:, second]].mean(1)
+    return depth

@@ -1,0 +1,138 @@
+"""`matryoshka_depth` against pairs one by one, and on a dictionary sorted by generality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.matryoshka_depth import (
+    MatryoshkaDepth,
+    all_pair_depths,
+    prefix_widths,
+)
+from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.ranks import benjamini_hochberg, spearman
+from taxolens.registry.taxonomies import Taxonomy
+
+Measured = Callable[..., Any]
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_depth_is_the_mean_over_pairs(seed: int, random_dag: Measured) -> None:
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    n_classes = len(taxonomy.classes)
+    labels = rng.integers(-1, n_classes, (6, 4))
+    permutation = rng.permutation(n_classes)
+    found = all_pair_depths(taxonomy.leaf_lca_depth, labels, permutation)
+    for row, depth in zip(labels, found):
+        if (row < 0).any():
+            assert np.isnan(depth)
+            continue
+        pairs = [taxonomy.depth[taxonomy.lch(permutation[list(p)])] for p in combinations(row, 2)]
+        assert depth == pytest.approx(np.mean(pairs))
+
+
+def planted(animals: Taxonomy, one_batch: Measured) -> Any:
+    """Node indicators numbered from the root down."""
+    labels = np.repeat(np.arange(12), 40)
+    latents = PlantedLatents(animals, recall=1.0, false_alarm=0.0)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    return one_batch(z[:, np.argsort(animals.depth[latents.node], kind="stable")], labels)
+
+
+def test_general_latents_first_is_the_ideal(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    options = {"widths": [1, 3, 9, 21]}
+    batch = planted(animals, one_batch)
+    (evaluator,) = measured(animals, batch, [MatryoshkaDepth], size=50, options=options)
+    numbers = evaluator.compute()
+    assert set(numbers) == set(MatryoshkaDepth.higher_is_better)
+    assert numbers["groups"] == 4 and numbers["by_rate"] == 0 and numbers["defined"] == 21
+    assert numbers["last_depth"] == 3.0  # one class each
+    assert numbers["gain"] > 1.5 and numbers["trend"] > 0.95
+    assert numbers["different_trend"] > 0.9
+    table = evaluator.tables()["groups"]
+    assert table["latents"].tolist() == [1, 2, 6, 12]
+    assert (np.diff(table["depth"]) > 0).all()
+    assert table["permuted"][3] == 3.0  # single classes: the same wherever they stand
+    assert table["different_permuted"][2] < table["different_depth"][2]
+    assert len(evaluator.figures()["groups"].data) == 4
+    shuffled = evaluator.compute(shuffled=True)
+    assert abs(shuffled["gain"]) < 0.3
+
+
+def test_without_prefixes_latents_go_by_firing_rank(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    batch = planted(animals, one_batch)
+    (evaluator,) = measured(animals, batch, [MatryoshkaDepth])
+    fired = (batch.z > 0).sum(0)
+    assert evaluator.compute()["by_rate"] == 1.0
+    assert evaluator.widths[-1] == 21
+    for g in range(1, len(evaluator.widths)):
+        assert fired[evaluator.group == g].max() <= fired[evaluator.group == g - 1].min()
+    assert evaluator.compute()["trend"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("cfg", "widths"),
+    [
+        ({"matryoshka_widths": [2, 5]}, [2, 5]),
+        ({"metadata": {"matryoshka_widths": [3, 9]}}, [3, 9]),
+        ({"level_widths": [2, 3, 4]}, [2, 5, 9]),
+        ({}, None),
+    ],
+)
+def test_widths_come_from_the_sae(cfg: dict[str, Any], widths: list[int] | None) -> None:
+    assert prefix_widths(SimpleNamespace(cfg=SimpleNamespace(**cfg))) == widths
+    assert prefix_widths(None) is None
+
+
+def test_the_widths_of_the_sae_are_used(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    sae = SimpleNamespace(cfg=SimpleNamespace(matryoshka_widths=[3, 9]))
+    (evaluator,) = measured(animals, planted(animals, one_batch), [MatryoshkaDepth], sae=sae)
+    assert evaluator.widths == [3, 9, 21]  # what lies beyond the last prefix is a group too
+    assert np.bincount(evaluator.group).tolist() == [3, 6, 12]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 1}, "k: a pair needs"),
+        ({"widths": [4, 2]}, "widths: must rise"),
+        ({"widths": []}, "widths: must rise"),
+        ({"order": "size"}, "order: must be one of"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MatryoshkaDepth.Options(**options)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_ranks_and_discoveries(seed: int) -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 5, 12), rng.integers(0, 5, 12)
+    if len(set(a)) > 1 and len(set(b)) > 1:
+        assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert np.isnan(spearman(a, np.ones(12)))
+    p = rng.random(9)
+    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))
+    with_gap = benjamini_hochberg(np.append(p, np.nan))
+    assert np.isnan(with_gap[-1]) and (with_gap[:-1] == benjamini_hochberg(p)).all()
