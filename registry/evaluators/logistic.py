@@ -16,31 +16,33 @@ class Probes(NamedTuple):
     bias: Tensor  # (k,)
 
 
-def logistic_probes(
-    x: Tensor, targets: Tensor, *, ridge: float = 0.1, penalty: float = 1e-3, steps: int = 60
-) -> Probes:
-    """A logistic regression for each target, positives and negatives weighing the same.
+class LogisticProber:
+    """Logistic regressions on the same x, positives and negatives of each weighing the same.
 
     Solved by accelerated gradient steps (Nesterov 1983) in the coordinates u = (R + ridge·I)^{-1/2}
     (x − mean)/deviation with R the correlations, penalised by penalty/2·‖weight in u‖².
 
     Args:
         x: (n, d).
-        targets: (n, k) bool. One without positives or negatives gets a zero probe.
     """
-    mean, deviation = x.mean(0), x.std(0, unbiased=False)
-    deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
-    z = (x - mean) / deviation
-    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
-    whiten = vectors * (values.clamp(min=0) + ridge).rsqrt() @ vectors.T
-    u = torch.cat([z @ whiten, torch.ones(len(z), 1)], dim=1)
-    y = targets.to(u.dtype)
-    positives, negatives = y.sum(0), (1 - y).sum(0)
-    solvable = (positives > 0) & (negatives > 0)
-    share = 0.5 * (y / positives.clamp(min=1) + (1 - y) / negatives.clamp(min=1))
-    weight = _descend(u, y, share * solvable, penalty, steps)
-    direction = weight[:-1].T @ whiten / deviation
-    return Probes(direction, weight[-1] - direction @ mean)
+
+    def __init__(self, x: Tensor, *, ridge: float = 0.1) -> None:
+        self._mean, deviation = x.mean(0), x.std(0, unbiased=False)
+        self._deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
+        z = (x - self._mean) / self._deviation
+        values, vectors = torch.linalg.eigh(z.T @ z / len(z))
+        self._whiten = vectors * (values.clamp(min=0) + ridge).rsqrt() @ vectors.T
+        self._u = torch.cat([z @ self._whiten, torch.ones(len(z), 1)], dim=1)
+
+    def fit(self, targets: Tensor, *, penalty: float = 1e-3, steps: int = 60) -> Probes:
+        """One probe for each column of targets (n, k) bool; 0 where a column is all one value."""
+        y = targets.to(self._u.dtype)
+        positives, negatives = y.sum(0), (1 - y).sum(0)
+        solvable = (positives > 0) & (negatives > 0)
+        share = 0.5 * (y / positives.clamp(min=1) + (1 - y) / negatives.clamp(min=1))
+        weight = _descend(self._u, y, share * solvable, penalty, steps)
+        direction = weight[:-1].T @ self._whiten / self._deviation
+        return Probes(direction, weight[-1] - direction @ self._mean)
 
 
 def _descend(u: Tensor, y: Tensor, share: Tensor, penalty: float, steps: int) -> Tensor:
@@ -70,29 +72,35 @@ def _largest_curvature(u: Tensor, share: Tensor, rounds: int = 12) -> Tensor:
     return 1.2 * size  # the power method approaches from below
 
 
-def sparse_logistic(z: Tensor, targets: Tensor, *, ridge: float = 1e-3, rounds: int = 12) -> Tensor:
-    """(g, n) the scores of g logistic regressions, each over its own few latents.
+def sparse_logistic(
+    train: Tensor, asked: Tensor, targets: Tensor, *, ridge: float = 1e-3, rounds: int = 12
+) -> Tensor:
+    """(g, a) the scores that g logistic regressions, each over its own few latents, give.
 
     Newton's method; positives and negatives weigh the same. Features are scaled by their largest
     value, and the weights penalised by ridge/2·‖weight‖².
 
     Args:
-        z: (g, n, k).
+        train: (g, n, k) the features fitted on, asked: (g, a, k) those to be scored.
         targets: (g, n) bool, each with positives and negatives.
     """
-    scale = z.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    u = torch.cat([z / scale, torch.ones_like(z[..., :1])], dim=2).double()
-    y = targets.double()
+    scale = train.abs().amax(1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+
+    def features(z: Tensor) -> Tensor:
+        return torch.cat([z / scale, torch.ones_like(z[..., :1])], dim=2).double()
+
+    u, y = features(train), targets.double()
     share = 0.5 * (y / y.sum(1, keepdim=True) + (1 - y) / (1 - y).sum(1, keepdim=True))
     penalty = torch.full((u.shape[2],), ridge, dtype=u.dtype)
-    penalty[-1] = 1e-9
+    penalty[-1] = 1e-6
     weight = torch.zeros(u.shape[0], u.shape[2], dtype=u.dtype)
     for _ in range(rounds):
         p = torch.sigmoid((u @ weight[..., None])[..., 0])
         slope = (u * (share * (p - y))[..., None]).sum(1) + penalty * weight
-        curvature = u.mT @ (u * (share * p * (1 - p))[..., None]) + torch.diag(penalty + 1e-9)
+        curvature = u.mT @ (u * (share * p * (1 - p))[..., None]) + torch.diag(penalty)
         weight = weight - torch.linalg.solve(curvature, slope).clamp(-10, 10)
-    return (u @ weight[..., None])[..., 0]
+    return (features(asked) @ weight[..., None])[..., 0]
 
 
 def best_threshold(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

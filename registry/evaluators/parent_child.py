@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from . import summary
 from .accumulators import ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator
-from .logistic import logistic_probes
+from .logistic import LogisticProber
 from .samples import FiringSample, ImageSample, fires, shape, together
 
 DRAWN = 300
@@ -187,7 +187,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         asked = np.sort(generator.permutation(able)[: self.options.probed])
         if len(asked):
             targets = torch.from_numpy(z[:, self.forest.child[asked]].toarray() > 0)
-            direction = logistic_probes(self._images.x, targets).weight
+            direction = LogisticProber(self._images.x).fit(targets).weight
             passes[asked] = near_probe(
                 decoder.detach().float().cpu(),
                 direction,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.logistic import best_threshold, logistic_probes
+from taxolens.registry.evaluators.logistic import LogisticProber, best_threshold
 from taxolens.registry.evaluators.parent_child import (
     ParentChild,
     hamming,
@@ -162,7 +162,7 @@ def test_logistic_probe_finds_the_direction_that_decides() -> None:
     score = x @ w
     targets = torch.stack([score > score.median(), score > score.quantile(0.95)], dim=1)
     targets = torch.cat([targets, torch.zeros(2000, 1, dtype=torch.bool)], dim=1)
-    probes = logistic_probes(x, targets, ridge=1e-3)
+    probes = LogisticProber(x, ridge=1e-3).fit(targets)
     cosine = torch.nn.functional.cosine_similarity(probes.weight[:2], w[None])
     assert (cosine > 0.97).all()
     said = x @ probes.weight.T + probes.bias > 0

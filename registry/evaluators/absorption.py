@@ -1,0 +1,365 @@
+"""`absorption`: whether a node's latent falls silent where a more specific one speaks for it.
+
+The measure is that of SAEBench (Karvonen et al. 2025, arXiv 2503.09532, after Chanin et al. 2024,
+arXiv 2409.14507), made for the first letters of words; its port to the nodes of a taxonomy is our
+own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import hashing, summary
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .logistic import LogisticProber, best_threshold, f1_score, sparse_logistic
+from .samples import ImageSample, shape
+
+FULL_COSINE, FRACTION_COSINE, LEAST_SHARE, N_ABSORBING = 0.025, 0.1, 0.4, 3
+"""Least cosine of an absorbing latent (full, fraction), least share of the probe's projection that
+it must make up, and how many may share in it: the constants of SAEBench."""
+SALT = 103
+
+
+@dataclass(frozen=True)
+class AbsorptionOptions:
+    """max_images: of the sample on which probes are fitted and absorption is looked for.
+    max_nodes: tried at most, at random.
+    min_images: a node needs so many in either half of the sample.
+    probe_f1: a node is kept where its probe has more on held-out images.
+    main_rise: a main latent is added while F1 rises by this much.
+    max_main: main latents at most.
+    """
+
+    max_images: int = 4096
+    max_nodes: int = 64
+    min_images: int = 15
+    probe_f1: float = 0.6
+    main_rise: float = 0.03
+    max_main: int = 10
+
+    def __post_init__(self) -> None:
+        for field in ("max_images", "max_nodes", "min_images", "max_main"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        for field in ("probe_f1", "main_rise"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must lie in [0, 1), got {getattr(self, field)}")
+
+
+class Probed(NamedTuple):
+    """The probes of the nodes tried."""
+
+    node: np.ndarray  # (k,)
+    member: np.ndarray  # (n, k) whether an image of the sample shows the node
+    said: np.ndarray  # (n, k) whether the probe says so
+    direction: Tensor  # (k, d), of length 1
+    f1: np.ndarray  # (k,) on the score half
+
+
+class Absorbed(NamedTuple):
+    """Per image, each (t,)."""
+
+    full: np.ndarray  # bool
+    fraction: np.ndarray
+
+
+class Absorption(Evaluator[AbsorptionOptions]):
+    """Full and fractional absorption of the nodes with a linear probe.
+
+    For each node v with several classes below it (less than a third of all): a logistic probe w on
+    x, its threshold chosen on fit images that it was not fitted on; v is kept where its F1 on the
+    score half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of
+    their standardised difference of means, added while F1 rises by `main_rise`.
+
+    On the true positives of the probe in the score half, with ŵ = w/‖w‖, P = (x − b_dec)·ŵ > 0 and
+    proj_j = z_j (D_j·ŵ):
+
+    - *full*: no main latent fires; the latent of largest proj has cos(D_j, ŵ) ≥ .025 and makes up
+      at least .4 of P.
+    - *fraction*: A = sum of the 3 largest proj of other latents with cos ≥ .1, M = that of the main
+      latents: 0 if M ≥ P or A/P < .4; 1 if M ≤ 0; else A'/(A' + M) with A' = min(A, P − M).
+
+    A dead SAE scores a perfect 0, and an unexplained rest is no absorption: read both beside
+    `reconstructed_share`, Σ proj / P, and beside `nodes`, how many passed the probe. Everything but
+    the probes is NaN without a decoder. Memory O(max_images·(d + L0) + max_nodes·m).
+    """
+
+    name = "absorption"
+    description = "whether a node's latent falls silent where a more specific one speaks for it"
+    higher_is_better = {
+        "full_absorption": False,
+        "fraction_absorption": False,
+        "reconstructed_share": None,
+        "nodes": None,
+        "nodes_tried": None,
+        "probe_f1": None,
+        "main_f1": None,
+        "main_latents": None,
+    }
+    Options = AbsorptionOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: AbsorptionOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._sample = context.share(ImageSample, max_images=self.options.max_images)
+        self._memo: dict[Any, pd.DataFrame] = {}
+        taxonomy = self.taxonomy
+        distinct = taxonomy.distinct_nodes
+        size = taxonomy.n_leaves[distinct]
+        # From a third of the images on, saying yes to all of them already has an F1 of .5.
+        able = distinct[(size > 1) & (3 * size < len(taxonomy.classes))]
+        chosen = np.random.default_rng(context.seed).permutation(able)
+        self.nodes = np.sort(chosen[: self.options.max_nodes])
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+        for kept in ("_prober", "_halves"):
+            vars(self).pop(kept, None)
+
+    @cached_property
+    def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images on which probes are fitted, on which thresholds are chosen, and the score half."""
+        fit = np.flatnonzero(self._sample.is_fit)
+        held = hashing.uniform(self._sample.index[fit], SALT) < 0.25
+        return fit[~held], fit[held], np.flatnonzero(~self._sample.is_fit)
+
+    @cached_property
+    def _prober(self) -> LogisticProber:
+        return LogisticProber(self._sample.x[torch.from_numpy(self._halves[0])])
+
+    def probe(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Probed:
+        """The probes of the nodes with enough images."""
+        labels = self._sample.labels(shuffled)
+        if permutation is not None:
+            labels = permutation[labels]
+        member = self.taxonomy.membership[labels][:, self.nodes]
+        train, choose, score = self._halves
+        least = self.options.min_images
+        train_, choose_, score_ = (member[rows].sum(0) for rows in self._halves)
+        kept = (train_ + choose_ >= least) & (score_ >= least) & (train_ > 0) & (choose_ > 0)
+        member = member[:, kept]
+        if not member.shape[1]:
+            none = np.zeros(0)
+            return Probed(self.nodes[kept], member, member, torch.zeros(0, 1), none)
+        probes = self._prober.fit(torch.from_numpy(member[train]))
+        scores = (self._sample.x @ probes.weight.T + probes.bias).numpy()
+        threshold = [best_threshold(s[choose], y[choose])[0] for s, y in zip(scores.T, member.T)]
+        said = scores > threshold
+        f1 = np.array([f1_score(a[score], b[score]) for a, b in zip(said.T, member.T)])
+        direction = torch.nn.functional.normalize(probes.weight, dim=1)
+        return Probed(self.nodes[kept], member, said, direction, f1)
+
+    def measure(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> pd.DataFrame:
+        """One row for each node with enough images; its absorption where it passes the probe."""
+        self._check_shuffled(shuffled)
+        key = (None if permutation is None else permutation.tobytes(), shuffled)
+        if key not in self._memo:
+            self._memo[key] = self._measure(self.probe(permutation, shuffled))
+        return self._memo[key]
+
+    def _measure(self, probed: Probed) -> pd.DataFrame:
+        table = pd.DataFrame(
+            {
+                "node": probed.node,
+                "probe_f1": probed.f1,
+                "passed": probed.f1 > self.options.probe_f1,
+            }
+        )
+        numbers = ("full", "fraction", "reconstructed_share", "true_positives", "main_f1")
+        for column in (*numbers, "main_latents", "absorber"):
+            table[column] = np.full(len(table), np.nan)
+        passed = np.flatnonzero(table["passed"])
+        decoder = self.context.W_dec
+        if decoder is None or not len(passed) or not self.context.d_sae:
+            return table
+        decoder = decoder.detach().float().cpu()
+        train, choose, score = self._halves
+        z = self._sample.z
+        mains, main_f1 = main_latents(
+            z[train],
+            z[choose],
+            probed.member[train][:, passed],
+            probed.member[choose][:, passed],
+            rise=self.options.main_rise,
+            most=self.options.max_main,
+        )
+        x = self._sample.x
+        if self.context.b_dec is not None:
+            x = x - self.context.b_dec.detach().float().cpu()
+        gain = (decoder @ probed.direction[passed].T).numpy()
+        cosine = gain / decoder.norm(dim=1).clamp(min=1e-12).numpy()[:, None]
+        for i, v in enumerate(passed):
+            rows = score[(probed.member & probed.said)[score, v]]
+            target = (x[torch.from_numpy(rows)] @ probed.direction[v]).numpy()
+            rows, target = rows[target > 0], target[target > 0]
+            table.loc[v, ["true_positives", "main_latents"]] = len(rows), len(mains[i])
+            table.loc[v, "main_f1"] = main_f1[i]
+            if len(rows):
+                columns, dense = active_part(z[rows], mains[i])
+                main = np.isin(columns, mains[i])
+                found = absorbed(dense, gain[columns, i], cosine[columns, i], main, target)
+                projection = dense * gain[columns, i]
+                table.loc[v, "full"] = found.full.mean()
+                table.loc[v, "fraction"] = found.fraction.mean()
+                table.loc[v, "reconstructed_share"] = projection.sum() / target.sum()
+                others = np.where(main, -np.inf, projection.sum(0))
+                if not main.all():
+                    table.loc[v, "absorber"] = columns[others.argmax()]
+        return table
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        table = self.measure(permutation, shuffled)
+        return {
+            "full_absorption": summary.mean(table["full"]),
+            "fraction_absorption": summary.mean(table["fraction"]),
+            "reconstructed_share": summary.mean(table["reconstructed_share"]),
+            "nodes": float(table["passed"].sum()),
+            "nodes_tried": float(len(table)),
+            "probe_f1": summary.mean(table["probe_f1"]),
+            "main_f1": summary.mean(table["main_f1"]),
+            "main_latents": summary.mean(table["main_latents"]),
+        }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`nodes`: every node tried, beside the permuted classes.
+
+        `absorber` is the latent, not a main one, whose projection is largest in all.
+        """
+        table = self.measure().copy()
+        permuted = [
+            self.measure(p).set_index("node")["fraction"] for p in self.context.permutations
+        ]
+        null = pd.concat([*permuted, pd.Series(dtype=float)]).groupby(level=0).mean()
+        table["permuted_fraction"] = table["node"].map(null).astype(float)
+        taxonomy, node = self.taxonomy, table["node"].to_numpy()
+        table["node"] = [taxonomy.nodes[v] for v in node]
+        table.insert(1, "name", [taxonomy.label(v) for v in node])
+        table.insert(2, "classes", taxonomy.n_leaves[node])
+        return {"nodes": table}
+
+    def figures(self) -> dict[str, Figure]:
+        """`fraction`: of each node by its number of classes, and with permuted classes."""
+        table = self.tables()["nodes"]
+        drawing = summary.figure(
+            "Absorption of each node", "classes below the node", "fraction absorbed"
+        )
+        for column, name, colour in (
+            ("permuted_fraction", "permuted classes", summary.NULL),
+            ("fraction", "nodes", summary.VALUE),
+        ):
+            drawing.add_scatter(
+                x=table["classes"],
+                y=table[column],
+                text=table["name"],
+                name=name,
+                mode="markers",
+                marker={"color": colour, "size": 6},
+            )
+        return {"fraction": drawing}
+
+
+def absorbed(
+    z: np.ndarray, gain: np.ndarray, cosine: np.ndarray, main: np.ndarray, target: np.ndarray
+) -> Absorbed:
+    """Full absorption and its fraction for images of one node.
+
+    Args:
+        z: (t, l) latents, every one that fires on these images among them.
+        gain, cosine: (l,) D_j·ŵ and the cosine of D_j and ŵ.
+        main: (l,) bool, which latents are main ones.
+        target: (t,) P, above 0.
+    """
+    projection = z * gain
+    silent = (z[:, main] == 0).all(1)
+    top = projection.argmax(1)
+    largest = projection[np.arange(len(top)), top]
+    full = silent & (cosine[top] >= FULL_COSINE) & (largest >= LEAST_SHARE * target)
+
+    near = np.where(~main & (cosine >= FRACTION_COSINE), projection, 0.0)
+    count = min(N_ABSORBING, near.shape[1])
+    absorbing = np.partition(near, near.shape[1] - count, axis=1)[:, -count:].sum(1)
+    spoken = projection[:, main].sum(1)
+    bounded = np.minimum(absorbing, target - spoken)
+    both = np.where(spoken > 0, bounded + spoken, 1.0)
+    fraction = np.where(spoken > 0, bounded / both, 1.0)
+    none = (spoken >= target) | (absorbing < LEAST_SHARE * target)
+    return Absorbed(full, np.where(none, 0.0, fraction))
+
+
+def active_part(z: sparse.csr_array, always: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The latents (l,) that fire anywhere in z or are in `always`, and z (t, l) of these, dense."""
+    columns = np.union1d(np.unique(z.indices), always)
+    return columns, sparse.csc_array(z)[:, columns].toarray()
+
+
+def main_latents(
+    train: sparse.csr_array,
+    choose: sparse.csr_array,
+    train_truth: np.ndarray,
+    choose_truth: np.ndarray,
+    *,
+    rise: float = 0.03,
+    most: int = 10,
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The latents that together tell each node, by k-sparse probing, and the F1 they reach.
+
+    Latents are tried in the order of (mean on the node − mean elsewhere) / deviation. The k-th is
+    kept while the F1 of a logistic regression over the first k rises by `rise`, on images that it
+    was not fitted on.
+
+    Args:
+        train, choose: (n, m) latents; truth: (n, g) bool.
+    """
+    k = min(most, shape(train)[1])
+    ordered = order_latents(train, train_truth)[:, :k]
+    chosen = [np.zeros(0, dtype=np.int64)] * len(ordered)
+    best = np.zeros(len(ordered))
+    rising = np.arange(len(ordered))
+    columns = [sparse.csc_array(part) for part in (train, choose)]
+    for size in range(1, k + 1):
+        if not len(rising):
+            break
+        both = [
+            np.stack([part[:, ordered[g, :size]].toarray() for g in rising]) for part in columns
+        ]
+        truth = torch.from_numpy(train_truth[:, rising].T)
+        scores = sparse_logistic(*map(torch.from_numpy, both), truth).numpy()
+        reached = np.array(
+            [best_threshold(s, choose_truth[:, g])[1] for s, g in zip(scores, rising)]
+        )
+        better = reached >= best[rising] + (rise if size > 1 else 0.0)
+        rising, reached = rising[better], reached[better]
+        best[rising] = reached
+        for g in rising:
+            chosen[g] = ordered[g, :size]
+    return chosen, best
+
+
+def order_latents(z: sparse.csr_array, truth: np.ndarray) -> np.ndarray:
+    """(g, m) latents by falling standardised difference of means; z (n, m), truth (n, g) bool."""
+    n = len(truth)
+    inside = truth.sum(0)[:, None]
+    total = z.sum(0)
+    sums = truth.T.astype(np.float32) @ z
+    squares = sparse.csr_array((np.square(z.data), z.indices, z.indptr), shape=shape(z)).sum(0)
+    deviation = np.sqrt((squares / n - (total / n) ** 2).clip(min=0))
+    difference = summary.ratio(sums, inside) - summary.ratio(total - sums, n - inside)
+    score = np.where(deviation > 0, difference / np.where(deviation > 0, deviation, 1), -np.inf)
+    return np.argsort(-score, axis=1, kind="stable")

@@ -1,0 +1,157 @@
+"""`absorption` against the definition image by image, and on dictionaries that absorb by design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.absorption import Absorption, absorbed, main_latents
+from taxolens.registry.taxonomies import Taxonomy
+
+Measured = Callable[..., Any]
+FAMILIES, SPECIES = 5, 4
+TREE = Taxonomy.from_edges(
+    [("root", f"f{f}") for f in range(FAMILIES)]
+    + [(f"f{f}", f"f{f}s{s}") for f in range(FAMILIES) for s in range(SPECIES)]
+)
+
+
+@given(seed=st.integers(0, 10**6), n_latents=st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_equals_the_definition_image_by_image(seed: int, n_latents: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = rng.random((9, n_latents)) * (rng.random((9, n_latents)) < 0.5)
+    cosine = rng.normal(size=n_latents)
+    gain = cosine * (rng.random(n_latents) + 0.5)
+    main = rng.random(n_latents) < 0.3
+    target = rng.random(9) + 0.1
+    found = absorbed(z, gain, cosine, main, target)
+    for i in range(9):
+        projection = [z[i, j] * gain[j] for j in range(n_latents)]
+        top = max(range(n_latents), key=lambda j: projection[j])
+        silent = all(z[i, j] == 0 for j in range(n_latents) if main[j])
+        full = silent and cosine[top] >= 0.025 and projection[top] / target[i] >= 0.4
+        assert found.full[i] == full
+        others = [p for j, p in enumerate(projection) if not main[j] and cosine[j] >= 0.1]
+        a = sum(sorted(others)[-3:])
+        m = sum(p for j, p in enumerate(projection) if main[j])
+        if m >= target[i] or a / target[i] < 0.4:
+            fraction = 0.0
+        elif m <= 0:
+            fraction = 1.0
+        else:
+            fraction = min(a, target[i] - m) / (min(a, target[i] - m) + m)
+        assert found.fraction[i] == pytest.approx(fraction)
+
+
+def world(absorb: bool, one_batch: Measured) -> tuple[Any, torch.Tensor]:
+    """x = family + kind of species; latents are these parts, or species 0 speaks for its family too."""
+    labels = np.repeat(np.arange(len(TREE.classes)), 40)
+    names = [TREE.classes[c] for c in labels]
+    family = np.array([int(n[1]) for n in names])
+    species = np.array([int(n[3]) for n in names])
+    parts = np.eye(FAMILIES + SPECIES, dtype=np.float32)
+    x = parts[family] + parts[FAMILIES + species]
+    x += 0.02 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    leaf = FAMILIES + family * SPECIES + species
+    z = np.zeros((len(labels), FAMILIES + FAMILIES * SPECIES), dtype=np.float32)
+    z[np.arange(len(labels)), leaf] = 1.0
+    speaks = (species > 0) if absorb else np.ones(len(labels), dtype=bool)
+    z[np.arange(len(labels))[speaks], family[speaks]] = 1.0
+    decoder = np.concatenate([parts[:FAMILIES], *[parts[FAMILIES:]] * FAMILIES])
+    if absorb:
+        for f in range(FAMILIES):
+            decoder[FAMILIES + f * SPECIES] += parts[f]
+    return one_batch(z, labels, x=x), torch.from_numpy(decoder)
+
+
+def test_a_dictionary_of_the_true_parts_absorbs_nothing(
+    one_batch: Measured, measured: Measured
+) -> None:
+    batch, decoder = world(False, one_batch)
+    (evaluator,) = measured(TREE, batch, [Absorption], W_dec=decoder, size=100)
+    numbers = evaluator.compute()
+    assert set(numbers) == set(Absorption.higher_is_better)
+    assert numbers["nodes"] == numbers["nodes_tried"] == FAMILIES
+    assert numbers["full_absorption"] == 0.0
+    assert numbers["fraction_absorption"] < 0.01
+    assert numbers["probe_f1"] > 0.95 and numbers["main_f1"] == 1.0
+    assert numbers["main_latents"] == 1.0
+    assert numbers["reconstructed_share"] == pytest.approx(1, abs=0.1)
+
+
+def test_a_species_that_speaks_for_its_family_is_found(
+    one_batch: Measured, measured: Measured
+) -> None:
+    batch, decoder = world(True, one_batch)
+    options = {"main_rise": 0.5}  # else the absorbing latent itself becomes a main one
+    (evaluator,) = measured(TREE, batch, [Absorption], W_dec=decoder, options=options)
+    numbers = evaluator.compute()
+    assert numbers["full_absorption"] == pytest.approx(1 / SPECIES, abs=0.05)
+    assert numbers["fraction_absorption"] == pytest.approx(1 / SPECIES, abs=0.08)
+    table = evaluator.tables()["nodes"]
+    absorbers = {int(name[1]): int(a) for name, a in zip(table["name"], table["absorber"])}
+    assert absorbers == {f: FAMILIES + f * SPECIES for f in range(FAMILIES)}
+    assert len(evaluator.figures()["fraction"].data) == 2
+    shuffled = evaluator.compute(shuffled=True)
+    assert shuffled["nodes"] == 0 and np.isnan(shuffled["full_absorption"])
+
+
+def test_a_dead_dictionary_scores_zero_and_shows_why(
+    one_batch: Measured, measured: Measured
+) -> None:
+    batch, decoder = world(False, one_batch)
+    dead = replace(batch, z=torch.zeros_like(batch.z))
+    (evaluator,) = measured(TREE, dead, [Absorption], W_dec=decoder)
+    numbers = evaluator.compute()
+    assert numbers["full_absorption"] == numbers["fraction_absorption"] == 0.0
+    assert numbers["reconstructed_share"] == 0.0
+
+
+def test_without_the_offset_of_the_decoder_nothing_projects(
+    one_batch: Measured, measured: Measured
+) -> None:
+    """Shifted activations and an equal b_dec give what unshifted ones give."""
+    batch, decoder = world(True, one_batch)
+    (plain,) = measured(TREE, batch, [Absorption], W_dec=decoder)
+    far = replace(batch, x=batch.x - 3.0)
+    offset = torch.full((batch.x.shape[1],), -3.0)
+    (shifted,) = measured(TREE, far, [Absorption], W_dec=decoder, b_dec=offset)
+    assert shifted.compute() == pytest.approx(plain.compute(), abs=1e-3)
+
+
+def test_without_a_decoder_only_the_probes_are_told(
+    one_batch: Measured, measured: Measured
+) -> None:
+    batch, _ = world(False, one_batch)
+    (evaluator,) = measured(TREE, batch, [Absorption])
+    numbers = evaluator.compute()
+    assert numbers["nodes"] == FAMILIES and np.isnan(numbers["full_absorption"])
+
+
+def test_main_latents_are_added_while_they_help() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(400)[:, None] % 4 == 0
+    z = rng.random((400, 6)) * (rng.random((400, 6)) < 0.2)
+    first = np.arange(400) % 16 < 8  # two latents that together hold the truth
+    z[:, 3], z[:, 5] = 2 * (truth[:, 0] & first), truth[:, 0] & ~first
+    z = sparse.csr_array(z.astype(np.float32))
+    mains, f1 = main_latents(z[:300], z[300:], truth[:300], truth[300:])
+    assert set(mains[0]) == {3, 5} and f1[0] == 1.0
+    mains, _ = main_latents(z[:300], z[300:], truth[:300], truth[300:], rise=0.9)
+    assert len(mains[0]) == 1
+
+
+def test_options_out_of_range() -> None:
+    with pytest.raises(ConfigError, match=r"probe_f1: must lie in \[0, 1\), got 1"):
+        Absorption.Options(probe_f1=1)
+    with pytest.raises(ConfigError, match="max_main: must be at least 1"):
+        Absorption.Options(max_main=0)
