@@ -1,0 +1,198 @@
+"""`taxonomic_autocorrelation`: whether a latent is as active on classes that are near in the tree.
+
+Moran's I (Moran 1950, https://doi.org/10.2307/2332142) with tree distances in place of those on a
+map: own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
+from scipy import sparse
+
+from ..errors import ConfigError
+from ..taxonomies.taxonomy import Taxonomy
+from . import summary
+from .accumulators import ClassCounts
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .ranks import benjamini_hochberg
+from .sums import LatentSums
+
+BLOCK = 1024
+"""Latents at a time."""
+
+
+@dataclass(frozen=True)
+class AutocorrelationOptions:
+    """scale: two classes at tree distance t weigh e^(−t/scale).
+    draws: random arrangements of the classes behind each p-value.
+    level: of the false discovery rate.
+    """
+
+    scale: float = 1.0
+    draws: int = 199
+    level: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ConfigError(f"scale: must be above 0, got {self.scale}")
+        if self.draws < 1:
+            raise ConfigError(f"draws: must be at least 1, got {self.draws}")
+        if not 0 < self.level < 1:
+            raise ConfigError(f"level: must lie in (0, 1), got {self.level}")
+
+
+class Autocorrelation(NamedTuple):
+    """Per latent, each (m,); NaN where its class means are all equal."""
+
+    moran_i: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+
+
+class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
+    """Moran's I of each latent's class means over the tree.
+
+    I = (C / ΣW) · Σ_{a≠b} W_ab (y_a − ȳ)(y_b − ȳ) / Σ_a (y_a − ȳ)², y the mean activation on a class
+    and W_ab = e^(−distance/scale) on the primary tree. Without structure it is −1/(C − 1) on
+    average. p: the share of random arrangements of the same class means that reach I, the observed
+    one counted in; q: its false discovery rate over the latents (Benjamini and Hochberg). With few
+    draws few latents can be significant: the smallest p is 1/(draws + 1).
+
+    As W = BBᵀ − 1 with B (C, V) sparse, an arrangement costs C·depth for each latent, not C². The
+    arrangements start from the sorted means and are thus the same for every permuted tree. Memory
+    O(m·(C + draws)).
+    """
+
+    name = "taxonomic_autocorrelation"
+    description = "whether latents are as active on classes that are near in the tree (Moran's I)"
+    higher_is_better = {
+        "moran_i": True,
+        "significant_share": True,
+        "expected": None,
+        "defined": None,
+    }
+    invariant = frozenset({"expected", "defined"})
+    Options = AutocorrelationOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: AutocorrelationOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._sums = context.share(LatentSums)
+        self._factor = weight_factor(self.taxonomy, self.options.scale)
+        self._drawn: dict[Any, np.ndarray] = {}
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._drawn.clear()
+
+    def autocorrelation(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> Autocorrelation:
+        """The per-latent numbers."""
+        self._check_shuffled(shuffled)
+        present = np.flatnonzero(self._classes.all(shuffled))
+        places = present if permutation is None else permutation[present]
+        order = np.argsort(places)
+        factor = sparse.csr_array(self._factor[places[order]])
+        means = self._sums.means(shuffled)[:, present[order]]
+        observed = moran(means, factor)
+        key = (places[order].tobytes(), shuffled)
+        if key not in self._drawn:
+            self._drawn[key] = self._draw(np.sort(means, axis=1), factor)
+        reached = (self._drawn[key] >= observed[:, None] - 1e-9).sum(1)
+        p = np.where(np.isfinite(observed), (1 + reached) / (1 + self.options.draws), np.nan)
+        return Autocorrelation(observed, p, benjamini_hochberg(p))
+
+    def _draw(self, means: np.ndarray, factor: sparse.csr_array) -> np.ndarray:
+        """(m, draws) I of random arrangements."""
+        generator = np.random.default_rng(self.context.seed)
+        drawn = np.empty((len(means), self.options.draws))
+        for i in range(self.options.draws):
+            order = generator.permutation(means.shape[1])
+            drawn[:, i] = moran(means, sparse.csr_array(factor[order]))
+        return drawn
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        found = self.autocorrelation(permutation, shuffled)
+        n_classes = np.count_nonzero(self._classes.all(shuffled))
+        defined = np.isfinite(found.moran_i)
+        return {
+            "moran_i": summary.mean(found.moran_i),
+            "significant_share": summary.mean(found.q <= self.options.level, defined),
+            "expected": -1 / (n_classes - 1) if n_classes > 1 else float("nan"),
+            "defined": float(defined.sum()),
+        }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`latents`: one row for each that is defined, the largest I first."""
+        found = self.autocorrelation()
+        latent = np.flatnonzero(np.isfinite(found.moran_i))
+        latent = latent[np.argsort(-found.moran_i[latent], kind="stable")]
+        table = {"latent": latent, **{k: v[latent] for k, v in found._asdict().items()}}
+        table["significant"] = table["q"] <= self.options.level
+        return {"latents": pd.DataFrame(table)}
+
+    def figures(self) -> dict[str, Figure]:
+        """`moran_i`: of the latents, against the permuted classes."""
+        permuted = [self.autocorrelation(p).moran_i for p in self.context.permutations]
+        return {
+            "moran_i": summary.histograms(
+                "Autocorrelation of latents over the tree",
+                "Moran's I",
+                {
+                    "latents": self.autocorrelation().moran_i,
+                    "permuted classes": np.concatenate([*permuted, np.zeros(0)]),
+                },
+            )
+        }
+
+
+def weight_factor(taxonomy: Taxonomy, scale: float = 1.0) -> sparse.csr_array:
+    """B (C, V) with (BBᵀ)_ab = e^(−tree distance of a and b / scale).
+
+    The distance is depth(a) + depth(b) − 2·depth of where their primary paths part, so each node on
+    a class's path adds what one more shared level adds.
+    """
+    rows, columns, values = [], [], []
+    step = np.sqrt(-np.expm1(-2 / scale))
+    for c, leaf in enumerate(taxonomy.class_nodes):
+        for v in taxonomy.path_to_root(int(leaf)):
+            rows.append(c)
+            columns.append(v)
+            nearness = np.exp((taxonomy.depth[v] - taxonomy.depth[leaf]) / scale)
+            values.append(nearness * (step if v != taxonomy.root else 1.0))
+    size = (len(taxonomy.classes), len(taxonomy.nodes))
+    return sparse.csr_array((values, (rows, columns)), shape=size)
+
+
+def moran(values: np.ndarray, factor: sparse.csr_array) -> np.ndarray:
+    """(m,) Moran's I of each row of values (m, C), weights BBᵀ off the diagonal.
+
+    Args:
+        factor: B (C, V), rows of length 1.
+    """
+    n_classes = values.shape[1]
+    total = float(np.square(factor.sum(0)).sum()) - n_classes
+    found = np.full(len(values), np.nan)
+    if n_classes < 2:
+        return found
+    transposed = sparse.csr_array(factor.T)
+    for start in range(0, len(values), BLOCK):
+        y = values[start : start + BLOCK].T
+        spread = np.ptp(y, axis=0) > 1e-6 * np.abs(y).max(0)  # else only rounding tells classes
+        y = y - y.mean(0)
+        squares = np.square(y).sum(0)
+        near = np.square(transposed @ y).sum(0) - squares
+        index = n_classes / total * summary.ratio(near, squares)
+        found[start : start + BLOCK] = np.where(spread, index, np.nan)
+    return found

@@ -1,0 +1,101 @@
+"""`taxonomic_autocorrelation` against the double sum, and on planted latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.taxonomic_autocorrelation import (
+    TaxonomicAutocorrelation,
+    moran,
+    weight_factor,
+)
+from taxolens.registry.taxonomies import Taxonomy
+
+Measured = Callable[..., Any]
+
+
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.5, 1.0, 3.0]))
+@settings(max_examples=30, deadline=None)
+def test_equals_the_double_sum(seed: int, scale: float, random_dag: Measured) -> None:
+    taxonomy = random_dag(seed).taxonomy()
+    n = len(taxonomy.classes)
+    factor = weight_factor(taxonomy, scale)
+    weights = np.exp(-taxonomy.tree_distance.astype(float) / scale)
+    np.testing.assert_allclose((factor @ factor.T).toarray(), weights, atol=1e-12)
+    if n < 2:
+        return
+    np.fill_diagonal(weights, 0)
+    values = np.random.default_rng(seed).random((3, n))
+    values[2] = 4.0
+    for y, found in zip(values[:2], moran(values, factor)):
+        c = y - y.mean()
+        double = sum(weights[a, b] * c[a] * c[b] for a in range(n) for b in range(n))
+        assert found == pytest.approx(n / weights.sum() * double / (c @ c))
+    assert np.isnan(moran(values, factor)[2])
+
+
+def planted(animals: Taxonomy, one_batch: Measured) -> Any:
+    labels = np.repeat(np.arange(12), 30)
+    latents = PlantedLatents(animals, recall=1.0, false_alarm=0.0)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    several = animals.n_leaves[latents.node] == 6
+    return one_batch(z[:, several], labels)
+
+
+def test_families_are_significant_and_random_sets_are_not(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    options = {"draws": 399}
+    batch = planted(animals, one_batch)
+    (evaluator,) = measured(animals, batch, [TaxonomicAutocorrelation], size=64, options=options)
+    numbers = evaluator.compute()
+    assert numbers["defined"] == 2
+    assert numbers["expected"] == pytest.approx(-1 / 11)
+    assert numbers["moran_i"] > 0.35 and numbers["significant_share"] == 1.0
+    permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
+    assert max(n["moran_i"] for n in permuted) < numbers["moran_i"] - 0.2
+    assert evaluator.compute(shuffled=True)["moran_i"] < numbers["moran_i"]
+    rng = np.random.default_rng(0)
+    sets = rng.permuted(np.tile(np.arange(12) < 6, (60, 1)), axis=1)
+    labels = np.repeat(np.arange(12), 4)
+    random = one_batch(sets.T.astype(np.float32)[labels], labels)
+    (null,) = measured(animals, random, [TaxonomicAutocorrelation], options=options)
+    assert null.compute()["significant_share"] < 0.1
+    table = evaluator.tables()["latents"]
+    assert table["significant"].all() and (table["q"] >= table["p"]).all()
+
+
+def test_p_values_are_uniform_without_structure(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    labels = np.repeat(np.arange(12), 4)
+    z = np.random.default_rng(0).random((12, 400)).astype(np.float32)[labels]
+    (evaluator,) = measured(animals, one_batch(z, labels), [TaxonomicAutocorrelation])
+    p = evaluator.autocorrelation().p
+    assert p.mean() == pytest.approx(0.5, abs=0.06)
+    assert (p <= 0.1).mean() == pytest.approx(0.1, abs=0.05)
+    assert evaluator.compute()["moran_i"] == pytest.approx(-1 / 11, abs=0.02)
+
+
+def test_a_latent_of_one_class_is_never_significant(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """In a balanced tree every arrangement of it is as good: equal values count as reached."""
+    labels = np.repeat(np.arange(12), 4)
+    batch = one_batch(np.eye(12, dtype=np.float32)[labels], labels)
+    (evaluator,) = measured(animals, batch, [TaxonomicAutocorrelation])
+    np.testing.assert_array_equal(evaluator.autocorrelation().p, 1.0)
+
+
+@pytest.mark.parametrize("field", ["scale", "draws", "level"])
+def test_options_out_of_range(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: must"):
+        TaxonomicAutocorrelation.Options(**{field: 0})
