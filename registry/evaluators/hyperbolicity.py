@@ -1,0 +1,190 @@
+"""`hyperbolicity`: how far distances are from those on a tree.
+
+Gromov's four-point δ relative to the diameter, as Khrulkov et al. 2020 (arXiv 1904.02239, §3) and
+the hyperbolic category-discovery work after it use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
+
+from ..errors import ConfigError
+from . import summary
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
+from .samples import ImageSample
+from .sums import ActivationSums, LatentSums
+
+SETS = ("class_means", "images", "decoder", "latent_means")
+
+
+@dataclass(frozen=True)
+class HyperbolicityOptions:
+    """max_points: of a set, at random; time is cubic in it (1,500 points take some seconds each).
+    sample_images: images of the sample of x.
+    bases: base points; the mean over them is reported.
+    draws: Gaussian clouds that each set is compared with.
+    """
+
+    max_points: int = 512
+    sample_images: int = 512
+    bases: int = 4
+    draws: int = 2
+
+    def __post_init__(self) -> None:
+        for field, least in (("max_points", 4), ("sample_images", 4), ("bases", 1), ("draws", 1)):
+            if getattr(self, field) < least:
+                raise ConfigError(f"{field}: must be at least {least}, got {getattr(self, field)}")
+
+
+class Hyperbolicity(Evaluator[HyperbolicityOptions]):
+    """δ_rel = 2δ/diameter: 0 on a tree, 1 at the most.
+
+    With Gromov products (a|b) = ½(d(a,w) + d(b,w) − d(a,b)) at a base point w,
+    δ = max over a, b, c of min((a|c), (c|b)) − (a|b); Euclidean distances. Of four sets: the class
+    means of x, images, the decoder's rows, and the class means of the latents. Beside each the same
+    of a Gaussian cloud of equal size, mean and covariance, and once that of the tree itself.
+
+    No hierarchy score by itself: it sees that a set is tree-like, not that its tree is the
+    taxonomy, and any high-dimensional cloud of nearly equal distances is. The other sources of
+    latents share x, so `class_means` and `images` are NaN there. Memory O(max_points²).
+    """
+
+    name = "hyperbolicity"
+    description = "how far distances between means, images and decoder rows are from a tree's"
+    higher_is_better = {
+        **{f"{kind}_{what}": None for kind in SETS for what in ("delta", "gaussian_delta")},
+        "tree_delta": None,
+    }
+    nulls = {**ALL_NULLS, "permuted_classes": "points are compared with each other, with no tree"}
+    invariant = frozenset(higher_is_better)
+    Options = HyperbolicityOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: HyperbolicityOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._latents = context.share(LatentSums)
+        self._own_x = context.source == "sae"
+        if self._own_x:
+            self._activations = context.share(ActivationSums)
+            self._images = context.share(ImageSample, max_images=self.options.sample_images)
+        self._memo: dict[tuple[str, bool], tuple[float, float]] = {}
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+
+    def points(self, kind: str, shuffled: bool = False) -> np.ndarray:
+        """(n, width) the points of a set, those without a value left out."""
+        if kind == "latent_means":
+            points = self._latents.means(shuffled).T
+        elif kind == "decoder":
+            rows = self.context.W_dec
+            points = np.zeros((0, 1)) if rows is None else rows.detach().double().cpu().numpy()
+        elif not self._own_x:
+            points = np.zeros((0, 1))
+        elif kind == "class_means":
+            points = self._activations.means(shuffled)
+        else:
+            points = self._images.x.double().numpy()
+        points = points[np.isfinite(points).all(1)]
+        if len(points) > self.options.max_points:
+            kept = np.random.default_rng(self.context.seed).permutation(len(points))
+            points = points[np.sort(kept[: self.options.max_points])]
+        return points
+
+    def deltas(self, kind: str, shuffled: bool = False) -> tuple[float, float]:
+        """δ_rel of a set, and of Gaussian clouds like it."""
+        labelled = kind in ("class_means", "latent_means")
+        key = (kind, shuffled and labelled)
+        if key not in self._memo:
+            points = self.points(kind, shuffled)
+            generator = np.random.default_rng(self.context.seed)
+            clouds = [gaussian_like(points, generator) for _ in range(self.options.draws)]
+            gaussian = summary.mean([self._relative(distances(cloud)) for cloud in clouds])
+            self._memo[key] = self._relative(distances(points)), gaussian
+        return self._memo[key]
+
+    def _relative(self, distance: np.ndarray) -> float:
+        return relative_delta(distance, self.options.bases, self.context.seed)
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        self._check_shuffled(shuffled)
+        numbers = {}
+        for kind in SETS:
+            numbers[f"{kind}_delta"], numbers[f"{kind}_gaussian_delta"] = self.deltas(
+                kind, shuffled
+            )
+        return {**numbers, "tree_delta": self._tree_delta()}
+
+    def _tree_delta(self) -> float:
+        most = self.options.max_points
+        kept = np.random.default_rng(self.context.seed).permutation(len(self.taxonomy.classes))
+        kept = np.sort(kept[:most])
+        return self._relative(self.taxonomy.tree_distance[np.ix_(kept, kept)].astype(float))
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`sets`: one row for each set, and one for the tree."""
+        rows = [(kind, len(self.points(kind)), *self.deltas(kind)) for kind in SETS]
+        rows.append(("tree", len(self.taxonomy.classes), self._tree_delta(), float("nan")))
+        return {"sets": pd.DataFrame(rows, columns=["set", "points", "delta", "gaussian_delta"])}
+
+    def figures(self) -> dict[str, Figure]:
+        """`delta`: of each set, beside a Gaussian cloud like it."""
+        table = self.tables()["sets"]
+        drawing = summary.figure("Distance from a tree", "", "2δ / diameter")
+        for column, name, colour in (
+            ("delta", "points", summary.VALUE),
+            ("gaussian_delta", "Gaussian of equal covariance", summary.NULL),
+        ):
+            drawing.add_bar(x=table["set"], y=table[column], name=name, marker={"color": colour})
+        return {"delta": drawing}
+
+
+def distances(points: np.ndarray) -> np.ndarray:
+    """(n, n) Euclidean distances of points (n, width)."""
+    centred = points - points.mean(0) if len(points) else points
+    gram = centred @ centred.T
+    square = np.diag(gram)
+    distance = np.sqrt((square[:, None] + square - 2 * gram).clip(min=0))
+    np.fill_diagonal(distance, 0)
+    return distance
+
+
+def gaussian_like(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """As many points with the same mean and covariance, drawn from a Gaussian."""
+    if not len(points):
+        return points
+    mean = points.mean(0)
+    weights = generator.standard_normal((len(points), len(points)))
+    return mean + weights @ (points - mean) / np.sqrt(len(points))
+
+
+def gromov_delta(distance: np.ndarray, base: int) -> float:
+    """δ at one base point; distance (n, n). Memory O(n²), time O(n³)."""
+    to_base = distance[base]
+    product = (0.5 * (to_base[:, None] + to_base - distance)).astype(np.float32)
+    best = np.full_like(product, -np.inf)
+    through = np.empty_like(product)
+    for row in product:
+        np.minimum(row[:, None], row, out=through)
+        np.maximum(best, through, out=best)
+    best -= product
+    return max(float(best.max()), 0.0)
+
+
+def relative_delta(distance: np.ndarray, bases: int = 4, seed: int = 0) -> float:
+    """2δ/diameter, mean over some base points; NaN for fewer than 4 points or all in one place."""
+    n = len(distance)
+    if n < 4 or not distance.max() > 0:
+        return float("nan")
+    chosen = np.random.default_rng(seed).permutation(n)[:bases]
+    return float(2 * np.mean([gromov_delta(distance, int(w)) for w in chosen]) / distance.max())
