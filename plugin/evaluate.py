@@ -1,77 +1,35 @@
-"""Measuring trained SAEs: every evaluator beside every null, from one forward pass over the images.
-
-results = evaluate_run("output/my_run")
-write_report(results)
-"""
+"""Measuring trained SAEs: every evaluator beside every null, from one forward pass over the images."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import platform
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..hooks.cache import ActivationCache
 from ..hooks.images import ImageDataset
-from ..registry.errors import ConfigError, TaxolensError
-from ..registry.evaluators.base import ALL_NULLS, Evaluator
-from ..registry.evaluators.planted import PlantedLatents
+from ..hooks.model import hook_d_in
+from ..registry.errors import ConfigError
+from ..registry.evaluators.base import Evaluator
 from ..registry.table import EVALUATORS, unknown_name_message
 from ..registry.taxonomies.load import load_taxonomy
-from ..registry.taxonomies.taxonomy import Taxonomy
-from .compare import write_comparison
-from .held_out import (
-    Choice,
-    ModelSetting,
-    activations_of,
-    check_held_out,
-    images_at,
-    tree_name,
-)
-from .measure import AGGREGATES, Bench, Images, Numbers
+from .held_out import Choice, ModelSetting, activations_of, check_held_out, images_at, tree_name
+from .measure import AGGREGATES
 from .measured import measure_sae
-from .results import (
-    NULLS,
-    DatasetInfo,
-    EvaluatorInfo,
-    Results,
-    SAEResult,
-    SkippedImage,
-    TaxonomyInfo,
-)
+from .record import Evaluation, Record
+from .results import NULLS, DatasetInfo, Results
 from .runs import SAEFolder, find_saes
-from .split import Split
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
 __all__ = ["TrainingEvaluator", "evaluate_run", "make_training_evaluator"]
-
-logger = logging.getLogger(__name__)
 
 MAIN_EVALUATORS = ("lch_height", "ontological_coverage", "pair_depth", "level_information")
 ALL = "all"
 CONTROLS = ("planted",)
 ACTIVATIONS_FOLDER = "activations"
-PACKAGES = (
-    "taxolens",
-    "sae-lens",
-    "transformer-lens",
-    "torch",
-    "transformers",
-    "datasets",
-    "numpy",
-)
 
 
 def evaluate_run(
@@ -184,12 +142,14 @@ def evaluate_run(
     record = Record(folder, saes, evaluation, dataset, tree)
     for setting, group in by_model(record.missing()):
         hook_names = list(dict.fromkeys(sae.hook_name for sae in group))
+        model = override_model or setting.load(hook_names, evaluation.device)
+        check_saes(group, model)
         cache = activations_of(
             images,
             hook_names,
             setting,
             folder=folder / ACTIVATIONS_FOLDER,
-            model=override_model or setting.load(hook_names, evaluation.device),
+            model=model,
             batch_size=batch_size,
             num_workers=num_workers,
             max_corrupt_share=max_corrupt_share,
@@ -216,145 +176,6 @@ def evaluate_run(
     if not keep_activations:
         shutil.rmtree(folder / ACTIVATIONS_FOLDER, ignore_errors=True)
     return results
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured, and how: everything that numbers depend on beside SAE and images."""
-
-    chosen: Mapping[str, tuple[type[Evaluator[Any]], Any]]
-    taxonomy: Taxonomy
-    nulls: tuple[str, ...]
-    controls: tuple[str, ...]
-    n_permutations: int
-    seed: int
-    aggregate: str
-    device: str
-
-    def bench(self, cache: ActivationCache) -> Bench:
-        n_classes = len(self.taxonomy.classes)
-        return Bench(
-            taxonomy=self.taxonomy,
-            split=Split.halves(np.asarray(cache.labels), n_classes, self.seed),
-            chosen=self.chosen,
-            nulls=self.nulls,
-            n_permutations=self.n_permutations,
-            seed=self.seed,
-            aggregate=self.aggregate,
-            device=self.device,
-        )
-
-    def control_numbers(self, bench: Bench, images: Images) -> dict[str, dict[str, Numbers | str]]:
-        """Planted detectors know labels, not activations: once for all SAEs is enough."""
-        if "planted" not in self.controls:
-            return {}
-        planted = PlantedLatents(self.taxonomy, seed=self.seed)
-        return {"planted": bench.numbers(planted, images, list(self.chosen))}
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "evaluators": list(self.chosen),
-            "options": {name: asdict(given) for name, (_, given) in self.chosen.items()},
-            "nulls": list(self.nulls),
-            "controls": list(self.controls),
-            "n_permutations": self.n_permutations,
-            "seed": self.seed,
-            "aggregate": self.aggregate,
-        }
-
-
-class Record:
-    """The results as they grow, saved after each SAE."""
-
-    def __init__(
-        self,
-        folder: Path,
-        saes: Sequence[SAEFolder],
-        evaluation: Evaluation,
-        dataset: DatasetInfo,
-        tree: str,
-    ) -> None:
-        self.folder, self.saes, self.evaluation = folder, saes, evaluation
-        self._started = time.perf_counter()
-        facts = [
-            dataset.fingerprint,
-            evaluation.settings(),
-            evaluation.taxonomy.to_json(),
-            versions()["taxolens"],
-        ]
-        self.fingerprints = {sae.id: _digest([*facts, *_facts(sae)]) for sae in saes}
-        self._dataset = dataset
-        self._tree = tree
-        self._found: dict[str, SAEResult] = {}
-        self._take_over()
-
-    def missing(self) -> list[SAEFolder]:
-        """The SAEs that have no numbers yet."""
-        return [sae for sae in self.saes if sae.id not in self._found]
-
-    def dataset_is(self, cache: ActivationCache, split: Split) -> None:
-        skipped = [SkippedImage(int(i), str(why)) for i, why in sorted(cache.failures.items())]
-        self._dataset = replace(
-            self._dataset,
-            n_images=len(split),
-            n_fit=split.n_fit,
-            n_score=split.n_score,
-            skipped=skipped,
-        )
-
-    def add(self, sae: SAEResult) -> None:
-        self._found[sae.id] = sae
-        self._results(complete=False).save(self.folder)
-
-    def finish(self) -> Results:
-        """Write everything, and read it back as any reader would."""
-        self._results(complete=True).save(self.folder)
-        results = Results.load(self.folder)
-        write_comparison(results)
-        return results
-
-    def _take_over(self) -> None:
-        """Keep what an earlier call with the same settings has finished."""
-        try:
-            earlier = Results.load(self.folder)
-        except TaxolensError:
-            return
-        finished = {sae.fingerprint: sae for sae in earlier.saes if not sae.errors}
-        for sae in self.saes:
-            same = finished.get(self.fingerprints[sae.id])
-            if same is not None and _files_exist(self.folder, same):
-                self._found[sae.id] = replace(same, id=sae.id, run=sae.run, name=sae.name)
-        if self._found:
-            self._dataset = replace(
-                earlier.dataset, seen_in_training=self._dataset.seen_in_training
-            )
-            logger.info("%d SAEs are measured already.", len(self._found))
-
-    def _results(self, *, complete: bool) -> Results:
-        evaluation, taxonomy = self.evaluation, self.evaluation.taxonomy
-        return Results(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            settings={**evaluation.settings(), "runs": {s.run: str(s.path) for s in self.saes}},
-            provenance=provenance(evaluation.device, time.perf_counter() - self._started),
-            dataset=self._dataset,
-            taxonomy=TaxonomyInfo(
-                name=self._tree,
-                n_nodes=len(taxonomy.nodes),
-                n_classes=len(taxonomy.classes),
-                max_depth=taxonomy.max_depth,
-                tree=json.loads(taxonomy.to_json()),
-            ),
-            evaluators={
-                name: EvaluatorInfo(
-                    description=cls.description,
-                    directions=dict(cls.higher_is_better),
-                    nulls={**ALL_NULLS, **cls.nulls},
-                )
-                for name, (cls, _) in evaluation.chosen.items()
-            },
-            saes=[self._found[sae.id] for sae in self.saes if sae.id in self._found],
-            complete=complete,
-        )
 
 
 def choose_evaluators(
@@ -388,21 +209,22 @@ def by_model(saes: Sequence[SAEFolder]) -> Iterator[tuple[ModelSetting, list[SAE
     yield from groups.items()
 
 
-@cache
-def versions() -> dict[str, str]:
-    return {package.replace("-", "_"): version(package) for package in PACKAGES}
+def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
+    """Before the forward pass: that every SAE can be loaded and fits its hook point.
 
-
-def provenance(device: str, seconds: float) -> dict[str, Any]:
-    """Versions and machine."""
-    machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    return {
-        **versions(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "device": f"{device} ({machine})",
-        "seconds": round(seconds, 1),
-    }
+    Raises:
+        CheckpointError: torn files.
+        ConfigError: another width, or an architecture that SAELens does not know.
+        UnknownNameError: a hook point that the model does not have.
+    """
+    for sae in saes:
+        d_in = sae.load().cfg.d_in
+        width = hook_d_in(model, sae.hook_name, sae.setting("image_size"))
+        if d_in != width:
+            raise ConfigError(
+                f"{sae.id}: its d_in is {d_in}, but activations at {sae.hook_name} of "
+                f"{sae.model_name} have width {width}"
+            )
 
 
 def _output_folder(runs: str | Path | Sequence[str | Path], given: str | Path | None) -> Path:
@@ -418,17 +240,3 @@ def _check_subset(field_name: str, given: Sequence[str], allowed: Sequence[str])
     for name in given:
         if name not in allowed:
             raise ConfigError(unknown_name_message(field_name, name, allowed))
-
-
-def _facts(sae: SAEFolder) -> list[Any]:
-    """What the numbers of this SAE depend on."""
-    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae))]
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _files_exist(folder: Path, sae: SAEResult) -> bool:
-    files = [f for e in sae.evaluators.values() for f in (*e.tables.values(), *e.figures.values())]
-    return all((folder / file).is_file() for file in files)

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..registry.errors import ConfigError
 from ..registry.evaluators.accumulators import FiringRate, TopImages
 from ..registry.evaluators.base import EvaluationContext
 from . import cards
@@ -44,11 +43,6 @@ def measure_sae(
     """
     started = time.perf_counter()
     sae = folder.load(bench.device)
-    if sae.cfg.d_in != images.d_in:
-        raise ConfigError(
-            f"{folder.id}: its d_in is {sae.cfg.d_in}, but activations at {folder.hook_name} of "
-            f"{folder.model_name} have width {images.d_in}"
-        )
     latents = SAELatents(sae)
     sources = bench.null_sources(latents, images)
     with tqdm(

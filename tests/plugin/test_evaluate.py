@@ -340,11 +340,25 @@ def test_wrong_settings_are_refused_before_the_work(
         evaluate(**settings)
 
 
-def test_d_in_that_does_not_match(evaluate: Any, vit_folder, world: Path, tmp_path: Path) -> None:
+def test_saes_that_do_not_fit_are_refused_before_the_forward_pass(
+    evaluate: Any, vit_folder: Path, world: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("refused too late")
+
+    monkeypatch.setattr(held_out.ActivationCache, "build", never)
     settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
-    save_sae(tmp_path / "sae", HOOKS[0], settings, d_in=12)
-    with pytest.raises(ConfigError, match=r"sae: its d_in is 12, but .* have width 16"):
-        evaluate(tmp_path / "sae", taxonomy=str(world / "validation"))
+    taxonomy = str(world / "validation")
+    save_sae(tmp_path / "narrow", HOOKS[0], settings, d_in=12)
+    with pytest.raises(ConfigError, match=r"narrow: its d_in is 12, but .* have width 16"):
+        evaluate(tmp_path / "narrow", taxonomy=taxonomy)
+    save_sae(tmp_path / "astray", "blocks.7.hook_resid_post", settings)
+    with pytest.raises(UnknownNameError, match=r"blocks\.7\.hook_resid_post"):
+        evaluate(tmp_path / "astray", taxonomy=taxonomy)
+    save_sae(tmp_path / "torn", HOOKS[0], settings)
+    (tmp_path / "torn" / "sae_weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="torn: the SAE cannot be loaded"):
+        evaluate(tmp_path / "torn", taxonomy=taxonomy)
 
 
 def test_no_taxonomy_and_no_held_out_split(
