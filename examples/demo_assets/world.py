@@ -29,7 +29,7 @@ WORLD = {
 }
 SIZE = 64
 OVERSAMPLING = 4  # drawn four times as large and averaged down: smooth edges
-SPLITS = {"train": 0, "validation": 1}
+SPLITS = {"train": 0, "validation": 1, "plain": 2}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def draw_picture(label: int, index: int, split: str) -> Image.Image:
     rng = np.random.default_rng([SPLITS[split], label, index])
     side = SIZE * OVERSAMPLING
     look = Look.random(rng)
+    if split == "plain":
+        return _plain_picture(rng, side, look, label)
     scene = _background(rng, side, look)
     _clutter(rng, scene)
     scale = rng.uniform(0.24, 0.44)
@@ -97,6 +99,25 @@ def draw_picture(label: int, index: int, split: str) -> Image.Image:
     for _ in range(rng.choice([0, 1, 2], p=[0.5, 0.35, 0.15])):
         _occluder(rng, scene)
     return _camera(rng, scene.reduce(OVERSAMPLING))
+
+
+def _plain_picture(rng: np.random.Generator, side: int, look: Look, label: int) -> Image.Image:
+    """The subject alone, large, upright and in the middle of white paper: a first lesson."""
+    scene = Image.new("RGB", (side, side), (255, 255, 255))
+    scale = rng.uniform(0.38, 0.44)
+    pen = Pen(
+        scene,
+        look,
+        rng,
+        centre=(side / 2, side / 2),
+        scale=side * scale,
+        angle=float(rng.normal(0, 0.05)),
+        mirrored=bool(rng.random() < 0.5),
+        stretch=1.0,
+        lean=0.0,
+    )
+    LEAVES[label].draw(pen)
+    return scene.reduce(OVERSAMPLING)
 
 
 def _background(rng: np.random.Generator, side: int, look: Look) -> Image.Image:
