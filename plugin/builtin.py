@@ -14,11 +14,17 @@ from ..registry.architectures.random_matryoshka import RANDOM_MATRYOSHKA
 from ..registry.architectures.simplicial import SIMPLICIAL
 from ..registry.architectures.top_afa import TOP_AFA
 from ..registry.architectures.tree import TREE
+from ..registry.evaluators.absorption import Absorption
+from ..registry.evaluators.hyperbolicity import Hyperbolicity
 from ..registry.evaluators.lch_height import LCHHeight
 from ..registry.evaluators.level_information import LevelInformation
+from ..registry.evaluators.matryoshka_depth import MatryoshkaDepth
+from ..registry.evaluators.monosemanticity import Monosemanticity
 from ..registry.evaluators.ontological_coverage import OntologicalCoverage
 from ..registry.evaluators.pair_depth import PairDepth
 from ..registry.evaluators.parent_child import ParentChild
+from ..registry.evaluators.quasi_orthogonality import QuasiOrthogonality
+from ..registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
 from ..registry.taxonomies.cifar100 import CIFAR100
 from ..registry.taxonomies.imagenet import IMAGENET
 from . import hookspecs
@@ -54,6 +60,12 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(PairDepth)
     register(LevelInformation)
     register(ParentChild)
+    register(MatryoshkaDepth)
+    register(Monosemanticity)
+    register(QuasiOrthogonality)
+    register(TaxonomicAutocorrelation)
+    register(Hyperbolicity)
+    register(Absorption)
 
 
 @hookimpl

@@ -124,7 +124,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
         found = self.autocorrelation(permutation, shuffled)
-        n_classes = np.count_nonzero(self._classes.all(shuffled))
+        n_classes = int(np.count_nonzero(self._classes.all(shuffled)))
         defined = np.isfinite(found.moran_i)
         return {
             "moran_i": summary.mean(found.moran_i),
