@@ -26,7 +26,7 @@ import torch
 from sae_lens import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from taxolens.registry.architectures.mp import MPTrainingSAE, MPTrainingSAEConfig
-from taxolens.registry.architectures.pursuit import GramCache, matching_pursuit
+from taxolens.registry.architectures.pursuit import GramCache, pursuit_path
 from torch import Tensor
 
 STEPS, D_IN = 32, 768
@@ -71,7 +71,7 @@ def encoding(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     atoms, cache = ours.dictionary().detach(), GramCache()
 
     def pursue(**how: object) -> Callable[[], object]:
-        return lambda: matching_pursuit(x, atoms, STEPS, **how).dense(m)  # type: ignore[arg-type]
+        return lambda: pursuit_path(x, atoms, STEPS, **how).dense(m)  # type: ignore[arg-type]
 
     ways = {"encode, frozen weights": lambda: ours.encode(x), "encode, Gram rebuilt": pursue()}
     if args.compiled:
@@ -123,7 +123,7 @@ def train_step(sae: TrainingSAE, x: Tensor) -> Callable[[], object]:
 @torch.no_grad()
 def agreement(x: Tensor, atoms: Tensor) -> float:
     """Share of (input, step) pairs for which both routes choose the same atom."""
-    routes = (matching_pursuit(x, atoms, STEPS, method=m) for m in ("textbook", "gram"))
+    routes = (pursuit_path(x, atoms, STEPS, method=m) for m in ("textbook", "gram"))
     one, two = (route.indices for route in routes)
     return float((one == two).float().mean())
 

@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .pursuit import MAX_GRAM_BYTES, Codes, GramCache, matching_pursuit
+from .pursuit import MAX_GRAM_BYTES, Codes, GramCache, matching_pursuit, pursuit_path
 from .pursuit_training import PursuitTrainingSAE
 from .unit_dictionary import check_pursuit_config
 
@@ -92,19 +92,26 @@ class MPTrainingSAE(PursuitTrainingSAE[MPTrainingSAEConfig]):
 
     @override
     def pursue(self, x: Tensor, atoms: Tensor, correlations: Tensor, step: int | None) -> Codes:
-        return matching_pursuit(
-            x,
-            atoms,
-            self.cfg.k,
-            correlations=correlations,
-            residual_threshold=self.cfg.residual_threshold,
-            stop_on_duplicate=self.cfg.stop_on_duplicate_support,
-            allowed=self._allowed_atoms(step),
+        return matching_pursuit(x, atoms, self.cfg.k, **self._how(correlations, step))
+
+    @override
+    def dense_codes(self, x: Tensor, atoms: Tensor, correlations: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
+            return super().dense_codes(x, atoms, correlations)
+        path = pursuit_path(x, atoms, self.cfg.k, **self._how(correlations, None))
+        return path.dense(self.cfg.d_sae)
+
+    def _how(self, correlations: Tensor, step: int | None) -> dict[str, Any]:
+        return {
+            "correlations": correlations,
+            "residual_threshold": self.cfg.residual_threshold,
+            "stop_on_duplicate": self.cfg.stop_on_duplicate_support,
+            "allowed": self._allowed_atoms(step),
             # While weights change at every step a kept Gram matrix would only cost memory.
-            cache=self.gram_cache if step is None else None,
-            max_gram_bytes=self.cfg.max_gram_bytes,
-            compiled=self.cfg.compile_encoder,
-        )
+            "cache": self.gram_cache if step is None else None,
+            "max_gram_bytes": self.cfg.max_gram_bytes,
+            "compiled": self.cfg.compile_encoder,
+        }
 
     def _allowed_atoms(self, step: int | None) -> Tensor | None:
         if step is None or self.cfg.atom_dropout == 0:

@@ -6,8 +6,9 @@ product a step. The same numbers follow from c = D r alone: c <- c - a G_j with 
 G = D D^T, one row of G a step, which is the update of Batch-OMP (Rubinstein et al. 2008, section 3).
 
 What is exact: the path through the dictionary (which atom at which step, ties to the lowest index,
-early stops) is that of the textbook loop, up to rounding where two atoms tie within it. Values and
-gradients are then computed along that path from the residual itself, as the textbook loop does.
+early stops) is that of the textbook loop, up to rounding where two atoms tie within it. Where a
+gradient is wanted, values and gradients are computed along that path from the residual itself, as
+the textbook loop does; without one the values come from the correlations and agree to rounding.
 
 What it costs in memory, beside input and output: G (m^2 numbers, refused above `max_gram_bytes`),
 the correlations (n m) and, where a gradient is asked for, O(n d): the backward pass rebuilds each
@@ -41,6 +42,11 @@ class Path(NamedTuple):
     indices: Tensor
     values: Tensor
 
+    def dense(self, d_sae: int) -> Tensor:
+        """The codes as (n, d_sae); an atom chosen twice carries the sum."""
+        zeros = self.values.new_zeros(self.values.shape[0], d_sae)
+        return zeros.scatter_add(1, self.indices, self.values)
+
 
 class Codes(NamedTuple):
     """A path and what it leaves: `residual` (n, d) is x minus the sum of values times atoms."""
@@ -51,8 +57,7 @@ class Codes(NamedTuple):
 
     def dense(self, d_sae: int) -> Tensor:
         """The codes as (n, d_sae); an atom chosen twice carries the sum."""
-        zeros = self.values.new_zeros(self.values.shape[0], d_sae)
-        return zeros.scatter_add(1, self.indices, self.values)
+        return Path(self.indices, self.values).dense(d_sae)
 
 
 @dataclass
@@ -90,7 +95,18 @@ class GramCache:
         return {"gram": None, "fingerprint": None}
 
 
-def matching_pursuit(
+def matching_pursuit(x: Tensor, atoms: Tensor, k: int, **how: Any) -> Codes:
+    """Matching pursuit of each row of `x`, differentiable in `x` and `atoms` for a fixed path.
+
+    Takes what `pursuit_path` takes.
+    """
+    path = pursuit_path(x, atoms, k, **how)
+    values, residual = _AlongPath.apply(x, atoms, path.indices, path.values > 0)  # type: ignore[misc]
+    return Codes(path.indices, values, residual)
+
+
+@torch.no_grad()
+def pursuit_path(
     x: Tensor,
     atoms: Tensor,
     k: int,
@@ -103,8 +119,8 @@ def matching_pursuit(
     method: Method = "auto",
     max_gram_bytes: int = MAX_GRAM_BYTES,
     compiled: bool = False,
-) -> Codes:
-    """Matching pursuit of each row of `x`, differentiable in `x` and `atoms` for a fixed path.
+) -> Path:
+    """The path of matching pursuit, without gradients: all that encoding needs.
 
     Args:
         x: inputs, bias removed, (n, d), float32 or float64.
@@ -120,21 +136,15 @@ def matching_pursuit(
         compiled: fuse the Gram update and the arg-max with torch.compile (CPU; needs a C++
             compiler, and some seconds at each new shape). On CUDA a Triton kernel is used anyway.
     """
-    with torch.no_grad():
-        fixed_x, fixed_atoms = x.detach(), atoms.detach()
-        if correlations is None:
-            correlations = fixed_x @ fixed_atoms.T
-        correlations = correlations.detach()
-        if allowed is not None:
-            correlations = correlations.masked_fill(~allowed, -torch.inf)
-        gram = _choose_gram(fixed_x, fixed_atoms, k, cache, method, max_gram_bytes)
-        stop = _Stop(residual_threshold, stop_on_duplicate)
-        if gram is None:
-            path = _textbook_path(fixed_x, fixed_atoms, k, correlations, stop, allowed)
-        else:
-            path = _gram_path(fixed_x, fixed_atoms, gram, k, correlations, stop, compiled)
-    values, residual = _AlongPath.apply(x, atoms, path.indices, path.values > 0)  # type: ignore[misc]
-    return Codes(path.indices, values, residual)
+    x, atoms = x.detach(), atoms.detach()
+    correlations = x @ atoms.T if correlations is None else correlations.detach()
+    if allowed is not None:
+        correlations = correlations.masked_fill(~allowed, -torch.inf)
+    gram = _choose_gram(x, atoms, k, cache, method, max_gram_bytes)
+    stop = _Stop(residual_threshold, stop_on_duplicate)
+    if gram is None:
+        return _textbook_path(x, atoms, k, correlations, stop, allowed)
+    return _gram_path(x, atoms, gram, k, correlations, stop, compiled)
 
 
 def gram_matrix(atoms: Tensor, block: int = 2048) -> Tensor:

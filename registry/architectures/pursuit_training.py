@@ -35,31 +35,38 @@ class PursuitTrainingSAE(UnitDictionary, TrainingSAE[T_TRAINING_SAE_CONFIG]):
     def pursue(self, x: Tensor, atoms: Tensor, correlations: Tensor, step: int | None) -> Codes:
         """Codes of centred inputs (n, d_in), in full precision; `step` is None outside training."""
 
-    @torch.compiler.disable(recursive=True)
-    def _codes(self, centred: Tensor, step: int | None) -> tuple[Codes, Tensor]:
-        with full_precision(centred.device):
-            atoms = self.dictionary()
-            x = centred.to(atoms.dtype)
-            with torch.no_grad():
-                correlations = x @ atoms.T
-            return self.pursue(x, atoms, correlations, step), correlations
+    def dense_codes(self, x: Tensor, atoms: Tensor, correlations: Tensor) -> Tensor:
+        """Codes (n, d_sae) of centred inputs outside training."""
+        return self.pursue(x, atoms, correlations, None).dense(self.cfg.d_sae)
+
+    def _prepare(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (n, d_in), unit rows and their products, in full precision."""
+        atoms = self.dictionary()
+        x = centred.reshape(-1, self.cfg.d_in).to(atoms.dtype)
+        return x, atoms, (x.detach() @ atoms.detach().T)
 
     @override
+    @torch.compiler.disable(recursive=True)
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         centred = self.process_sae_in(x)
-        codes, correlations = self._codes(centred.reshape(-1, self.cfg.d_in), None)
+        with full_precision(centred.device):
+            flat, atoms, correlations = self._prepare(centred)
+            codes = self.dense_codes(flat, atoms, correlations)
         shape = (*centred.shape[:-1], self.cfg.d_sae)
         hidden_pre = correlations.to(self.dtype).reshape(shape)
         self.hook_sae_acts_pre(hidden_pre)
-        acts = codes.dense(self.cfg.d_sae).to(self.dtype).reshape(shape)
+        acts = codes.to(self.dtype).reshape(shape)
         return self.hook_sae_acts_post(acts), hidden_pre
 
     @override
+    @torch.compiler.disable(recursive=True)
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         step = self.clock.tick()
         self.project_rows()
         centred = self.process_sae_in(step_input.sae_in)
-        codes, correlations = self._codes(centred, step)
+        with full_precision(centred.device):
+            x, atoms, correlations = self._prepare(centred)
+            codes = self.pursue(x, atoms, correlations, step)
         hidden_pre = correlations.to(self.dtype)
         self.hook_sae_acts_pre(hidden_pre)
         with torch.no_grad():  # the loss reaches the codes through the residual

@@ -11,6 +11,7 @@ from taxolens.registry.architectures.pursuit import (
     gram_matrix,
     gram_pays,
     matching_pursuit,
+    pursuit_path,
 )
 
 METHODS = ("textbook", "gram")
@@ -178,3 +179,11 @@ def test_empty_batches_and_single_steps(problem):
         assert matching_pursuit(x[:0], atoms, 3, method=method).values.shape == (0, 3)
         one = matching_pursuit(x, atoms, 1, method=method)
         assert torch.equal(one.indices[:, 0], (x @ atoms.T).argmax(dim=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_path_alone_has_the_same_codes(problem, method):
+    x, atoms = problem
+    path = pursuit_path(x, atoms, 9, method=method)
+    torch.testing.assert_close(path.dense(70), slow_pursuit(x, atoms, 9)[0])
+    assert not path.values.requires_grad
