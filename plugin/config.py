@@ -24,6 +24,7 @@ from sae_lens.config import (
     T_TRAINING_SAE_CONFIG,
     LanguageModelSAERunnerConfig,
     LoggingConfig,
+    dict_field,
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
@@ -82,11 +83,21 @@ class VisionFields:
     batches), `hook_head_index` and `model_kwargs`.
 
     Args:
+        model_name (str): A model on the Hugging Face hub, or a local folder.
+        model_class_name (str): Recorded in the SAE's metadata; the loader finds the model's family by itself.
+        dataset_path (str): An image dataset: a hub name, a folder of class folders, parquet or arrow files, or a saved dataset.
+        streaming (bool): Stream the dataset in place of downloading it first.
+        context_size (int): Set by the runner: the number of tokens that the model gives an image.
+        prepend_bos (bool): Without meaning for images.
+        n_batches_in_buffer (int): Forward passes over images whose tokens are shuffled together.
+        store_batch_size_prompts (int): Images in one forward pass.
+        resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the furthest checkpoint under checkpoint_path that fits this run, and a fresh start when there is none.
+        model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
         tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
         split (str): The split of the dataset that is trained on.
         image_column (str, optional): The column that holds the images. Defaults to the only image column.
         label_column (str, optional): The column that holds the labels. Defaults to the only label column.
-        max_images (int, optional): Use only the first images of the split.
+        max_images (int, optional): Use only this many images of the split: a fixed random choice, or the first that come when streaming.
         image_size (int, optional): Height and width in pixels of what the model sees. Defaults to the model's own.
         num_workers (int): Worker processes that decode images. 0 decodes in the main process.
         max_corrupt_share (float): Corrupt images are skipped and counted; a larger share than this stops the run.
@@ -98,11 +109,21 @@ class VisionFields:
         evaluators (list[str]): Evaluators that run during training, whenever SAELens evaluates (which needs W&B logging).
         eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
         eval_split (str, optional): The held-out split of the evaluation.
-        eval_max_images (int, optional): Evaluate on only the first images of the held-out split.
+        eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
         keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
     """
 
+    model_name: str = "facebook/dinov2-small"
+    model_class_name: str = "SAETransformerBridge"
+    dataset_path: str = ""
+    streaming: bool = False
+    context_size: int = 1
+    prepend_bos: bool = False
+    n_batches_in_buffer: int = 20
+    store_batch_size_prompts: int = 32
+    resume_from_checkpoint: str | None = None
+    model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)
     tokens: str = "class"
     split: str = "train"
     image_column: str | None = None
@@ -194,24 +215,11 @@ class VisionSAERunnerConfig(VisionFields, LanguageModelSAERunnerConfig[T_TRAININ
 
     Args:
         sae (T_TRAINING_SAE_CONFIG): The SAE: any training config that SAELens knows. Its d_in must be the width at the hook point.
-        model_name (str): A model on the Hugging Face hub, a timm name, or a local folder.
-        model_class_name (str): Recorded in the SAE's metadata; the loader finds the model's family by itself.
         hook_name (str): The TransformerLens hook point.
-        dataset_path (str): An image dataset: a hub name, a folder of class folders, parquet or arrow files, or a saved dataset.
-        streaming (bool): Stream the dataset in place of downloading it first.
-        context_size (int): Set by the runner: the number of tokens that the model gives an image.
-        store_batch_size_prompts (int): Images in one forward pass.
-        n_batches_in_buffer (int): Batches of images whose tokens are shuffled together.
-        model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
-        resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the newest checkpoint under checkpoint_path that fits this run, and a fresh start when there is none.
     """
 
-    model_name: str = "facebook/dinov2-small"
-    model_class_name: str = "SAETransformerBridge"
+    sae: T_TRAINING_SAE_CONFIG
     hook_name: str = "blocks.11.hook_resid_post"
-    streaming: bool = False
-    context_size: int = 1
-    prepend_bos: bool = False
 
     @property
     def sae_configs(self) -> dict[str, TrainingSAEConfig]:
@@ -243,11 +251,6 @@ class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
         verbose (bool): Say how many images, tokens and steps the run has.
     """
 
-    model_name: str = "facebook/dinov2-small"
-    model_class_name: str = "SAETransformerBridge"
-    streaming: bool = False
-    context_size: int = 1
-    prepend_bos: bool = False
     verbose: bool = True
 
     @property

@@ -32,7 +32,8 @@ class Interrupts:
 
     SAELens raises out of the handler itself, which can leave weights and optimizer half updated.
     A second Ctrl-C raises KeyboardInterrupt at once. The handlers that were there before come
-    back at the end. Outside the main thread Python allows no handlers, so there are none.
+    back at the end. A signal that the process ignores stays ignored, and outside the main thread,
+    where Python allows no handlers, there are none.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -44,6 +45,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
-    *("dead_feature_window", "feature_sampling_window"),
+    *("dead_feature_window", "feature_sampling_window", "compile_llm"),
 )
 
 
@@ -79,6 +79,8 @@ class _VisionRun:
         self.model = override_model if override_model is not None else load_model(cfg)
         preflight.check_model(cfg, self.model)
         _rehearse_each_once(cfg)
+        if cfg.compile_llm:
+            compile_model(self.model, cfg.llm_compilation_mode)
         cfg.context_size = max(preflight.token_counts(cfg, self.model, "all").values())
         if isinstance(override_dataset, ImageDataset):
             self.images = override_dataset
@@ -377,6 +379,14 @@ def load_model(cfg: Any) -> Any:
 def _name_of(loaded: Any) -> str | None:
     """What a model or images were loaded as; None where they were made in another way."""
     return getattr(getattr(loaded, "cfg", loaded), "model_name", getattr(loaded, "name", None))
+
+
+def compile_model(model: Any, mode: str | None) -> None:
+    """Have torch compile the model's forward pass when it first runs.
+
+    SAELens compiles `run_with_cache`, which is not the way activations are read here.
+    """
+    getattr(model, "original_model", model).compile(mode=mode)
 
 
 def new_sae(sae_cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:

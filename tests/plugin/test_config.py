@@ -2,6 +2,8 @@ import dataclasses
 import inspect
 import json
 import logging
+import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -274,3 +276,14 @@ def test_wandb_refusing_a_file_costs_a_warning(caplog, tmp_path):
     assert isinstance(cfg.logger, VisionLoggingConfig)
     cfg.logger.log(None, tmp_path / "weights", tmp_path / "cfg", None)
     assert "W&B did not take the SAE" in caplog.text
+
+
+def test_wandb_gets_names_that_it_allows(monkeypatch):
+    logged = []
+    monkeypatch.setattr(LoggingConfig, "log", lambda self, trainer, *_: logged.append(trainer))
+    sae = SimpleNamespace(get_name=lambda: f"sae_/my models/{'x' * 200}/vït_blocks.0")
+    single().logger.log(SimpleNamespace(sae=sae, cfg="cfg"), "weights", "cfg.json", None)
+    (trainer,) = logged
+    assert trainer.cfg == "cfg"
+    assert re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", trainer.sae.get_name())
+    assert trainer.sae.get_name().endswith("v_t_blocks.0")

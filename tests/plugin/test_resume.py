@@ -21,7 +21,7 @@ from sae_lens import (
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 from taxolens.plugin.checkpoints import checkpoints_in, is_whole, latest_checkpoint
-from taxolens.plugin.interrupts import StepGate, TrainingInterrupted
+from taxolens.plugin.interrupts import Interrupts, StepGate, TrainingInterrupted
 from taxolens.plugin.rng import seeded
 from taxolens.registry.errors import CheckpointError
 
@@ -122,10 +122,12 @@ def test_one_sae_resumes_from_any_checkpoint(training, architecture, tokens, pre
 def test_many_saes_resume_from_any_checkpoint(training, tokens, prefetch):
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 
+    names = ["standard", "jumprelu", "batchtopk"]
+
     def config(**changes):
         return training.multi(
-            saes={name: make() for name, make in SAES.items()},
-            hook_names={name: hooks[index % 2] for index, name in enumerate(SAES)},
+            saes={name: SAES[name]() for name in names},
+            hook_names={name: hooks[index % 2] for index, name in enumerate(names)},
             tokens=tokens,
             prefetch_llm_batches=prefetch,
             **SCHEDULE,
@@ -134,7 +136,7 @@ def test_many_saes_resume_from_any_checkpoint(training, tokens, prefetch):
 
     training.runner(config()).run()
     expected = weights(training.output)
-    assert {name.split("/")[0] for name in expected} == set(SAES)
+    assert {name.split("/")[0] for name in expected} == set(names)
     assert_every_checkpoint_leads_to(expected, training, config)
 
 
@@ -250,6 +252,17 @@ def test_a_second_ctrl_c_stops_at_once(training):
     assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
     assert is_whole(training.checkpoints / "24")
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+        assert interrupts.received is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_can_be_started_outside_the_main_thread(training):

@@ -201,6 +201,15 @@ def test_compile_sae_reaches_torch(training, monkeypatch):
     assert how["mode"] == "default"
 
 
+def test_compile_llm_reaches_torch(training, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **how: compiled.append((module, how))
+    )
+    runner = training.runner(training.single(compile_llm=True, llm_compilation_mode="default"))
+    assert compiled == [(runner.model.original_model, {"mode": "default"})]
+
+
 def test_training_goes_on_from_saved_weights(training):
     training.runner(training.single(n_checkpoints=1)).run()
     checkpoint = training.checkpoints / "48"
