@@ -1,0 +1,181 @@
+"""Models that are tapped at their named submodules: what differs from the families' bridges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import taxolens  # noqa: F401  (registers the families)
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.hooked_module import find_blocks
+from taxolens.hooks.model import expand_hook_names, from_module, hook_d_in, run_to_hooks
+from taxolens.registry.errors import ConfigError, UnknownNameError
+from tiny_models import pictures, tapped, tiny_model
+from torch import nn
+
+
+class Residual(nn.Module):
+    """As torchvision and timm write it: one ReLU used twice, all of it in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.norm(self.conv(x)))
+        out += x
+        return self.relu(out - 0.5)
+
+
+class ResNet(nn.Module):
+    def __init__(self, block: type[nn.Module] = Residual) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.layer1 = nn.Sequential(block(6), block(6))
+        self.layer2 = nn.Sequential(block(6))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer2(self.layer1(self.stem(x))).mean((2, 3)))
+
+
+def resnet(seed: int = 0) -> ResNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ResNet().eval()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_plain_module_of_torch(layout: Any) -> None:
+    images = pictures().to(memory_format=layout)
+    plain = resnet().to(memory_format=layout)
+    model = from_module(resnet().to(memory_format=layout), model_name="own")
+    assert (model.family, model.cfg.n_layers, model.cfg.model_name) == ("wrapped", 3, "own")
+    with torch.no_grad():
+        output, cached = model.run_with_cache(images)
+        assert torch.equal(output, plain(images))
+        first = plain.layer1[0](plain.stem(images))
+    assert torch.equal(cached["blocks.0.hook_resid_post"], first.flatten(2).transpose(1, 2))
+    assert torch.equal(cached["blocks.0.hook_resid_post"], cached["layer1.0.hook_out"])
+    assert torch.equal(cached["blocks.1.hook_resid_pre"], cached["blocks.0.hook_resid_post"])
+
+
+def test_what_was_kept_is_not_written_over() -> None:
+    """`norm` is overwritten by its ReLU, and the ReLU's result by `+=`, in the model as it came."""
+    images, plain = pictures(), resnet()
+    with torch.no_grad():
+        stem = plain.stem(images)
+        norm = plain.layer1[0].norm(plain.layer1[0].conv(stem))
+        expected = norm.flatten(2).transpose(1, 2).clone()
+    names = ["layer1.0.norm.hook_out", "layer1.0.hook_out"]
+    assert torch.equal(run_to_hooks(from_module(resnet()), images, names)[names[0]], expected)
+
+
+def test_of_a_submodule_used_twice_the_last_use_counts() -> None:
+    model, images = from_module(resnet()), pictures()
+    name = "layer1.0.relu.hook_out"
+    _, cached = model.run_with_cache(images, names_filter=name)
+    assert torch.equal(run_to_hooks(model, images, [name])[name], cached[name])
+    assert torch.equal(
+        cached[name], run_to_hooks(model, images, ["layer1.0.hook_out"])["layer1.0.hook_out"]
+    )
+
+
+def test_pooled_features_are_one_token() -> None:
+    model = from_module(resnet())
+    got = run_to_hooks(model, pictures(3), ["head.hook_in", "head.hook_out"])
+    assert [tuple(acts.shape) for acts in got.values()] == [(3, 1, 6), (3, 1, 5)]
+    assert hook_d_in(model, "head.hook_in") == 6
+
+
+def test_hook_points_fire_in_the_order_of_execution() -> None:
+    names = expand_hook_names(from_module(resnet()), ["head.hook_in", "blocks.*.hook_resid_post"])
+    assert names == [*(f"blocks.{i}.hook_resid_post" for i in range(3)), "head.hook_in"]
+
+
+@pytest.mark.parametrize("variant", ["resnet", "convnext", "dinov3_convnext", "beit"])
+def test_an_edit_at_a_hook_point_reaches_the_output(variant: str) -> None:
+    """The output is what comes of the edited feature map, in the layout that the model has."""
+    model, images = tapped(variant), pictures()
+    name = "blocks.0.hook_resid_post"
+    with torch.no_grad():
+        same = model.run_with_hooks(images, fwd_hooks=[(name, lambda acts, hook: acts.clone())])
+        other = model.run_with_hooks(images, fwd_hooks=[(name, lambda acts, hook: acts.flip(-1))])
+        assert torch.equal(same, model(images))
+        assert not torch.allclose(other, same)
+
+
+def test_an_edit_at_an_entry_reaches_the_output() -> None:
+    model, images = from_module(resnet()), pictures()
+    with torch.no_grad():
+        zero = model.run_with_hooks(
+            images, fwd_hooks=[("head.hook_in", lambda acts, hook: acts * 0)]
+        )
+        assert torch.equal(zero, model.original_model.head.bias.expand(2, 5))
+
+
+def test_an_sae_at_a_point_that_is_not_there() -> None:
+    sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=8))
+    sae.cfg.metadata.hook_name = "blocks.5.hook_resid_post"
+    for variant in ("resnet", "dinov2"):
+        with pytest.raises(UnknownNameError, match=r"unknown hook 'blocks\.5\.hook_resid_post'"):
+            tapped(variant).add_sae(sae)
+
+
+@pytest.mark.parametrize("variant", ["resnet", "dinov2"])
+def test_saes_in_a_cache(variant: str) -> None:
+    model = tapped(variant)
+    name = "blocks.0.hook_resid_post"
+    sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=8))
+    sae.cfg.metadata.hook_name = name
+    latents = f"{name}.hook_sae_acts_post"
+    _, cached = model.run_with_cache_with_saes(pictures(), saes=[sae], names_filter=[latents])
+    before = run_to_hooks(model, pictures(), [name])[name]
+    torch.testing.assert_close(cached[latents], sae.encode(before))
+
+
+def test_the_outermost_list_of_like_modules_are_the_blocks() -> None:
+    assert find_blocks(resnet()) == ["layer1.0", "layer1.1", "layer2.0"]
+    assert find_blocks(tiny_model("resnet")) == ["encoder.stages.0", "encoder.stages.1"]
+    assert find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
+
+
+def test_a_model_that_calls_other_parts_blocks() -> None:
+    """EfficientNet's `blocks` are stages of blocks: "blocks.0" stays what the model calls so."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(
+                nn.Sequential(Residual(3), Residual(3)), nn.Sequential(Residual(3))
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x)
+
+    model = from_module(Nested().eval())
+    assert find_blocks(Nested()) == ["blocks.0.0", "blocks.0.1", "blocks.1.0"]
+    assert model.cfg.n_layers == 0
+    with pytest.raises(UnknownNameError, match="no list of blocks"):
+        hook_d_in(model, "blocks.0.hook_resid_post")
+    assert hook_d_in(model, "blocks.0.hook_out") == 3
+
+
+def test_a_submodule_with_a_name_that_is_taken() -> None:
+    class Clash(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hooks = nn.Linear(3, 3)
+
+    with pytest.raises(ConfigError, match="has a submodule 'hooks'"):
+        from_module(Clash())
+
+
+def test_moving_it_moves_what_the_config_says() -> None:
+    model = from_module(resnet())
+    assert model.to(torch.float64).cfg.dtype == torch.float64
+    assert model.to("meta").cfg.device == "meta"
+    assert len(list(model.parameters())) == len(list(resnet().parameters()))
