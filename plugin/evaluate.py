@@ -16,7 +16,15 @@ from ..registry.errors import ConfigError
 from ..registry.evaluators.base import Evaluator
 from ..registry.table import EVALUATORS, unknown_name_message
 from ..registry.taxonomies.load import load_taxonomy
-from .held_out import Choice, ModelSetting, activations_of, check_held_out, images_at, tree_name
+from .held_out import (
+    Choice,
+    ModelSetting,
+    activations_of,
+    check_held_out,
+    images_at,
+    last_block,
+    tree_name,
+)
 from .measure import AGGREGATES
 from .measured import measure_sae
 from .record import Evaluation, Record
@@ -140,13 +148,17 @@ def evaluate_run(
         seen_in_training=seen,
     )
     record = Record(folder, saes, evaluation, dataset, tree)
-    for setting, group in by_model(record.missing()):
+    for setting, group in by_model(saes):
+        missing = record.missing(group)
+        if not missing:
+            continue
         hook_names = list(dict.fromkeys(sae.hook_name for sae in group))
         model = override_model or setting.load(hook_names, evaluation.device)
-        check_saes(group, model)
+        check_saes(missing, model)
+        embedder = last_block(model) if evaluation.wants_embedding else None
         cache = activations_of(
             images,
-            hook_names,
+            list(dict.fromkeys([*hook_names, *([embedder] if embedder else [])])),
             setting,
             folder=folder / ACTIVATIONS_FOLDER,
             model=model,
@@ -158,12 +170,12 @@ def evaluate_run(
         bench = evaluation.bench(cache)
         record.dataset_is(cache, bench.split)
         planted = evaluation.control_numbers(bench, images_at(cache, hook_names[0]))
-        for sae in group:
+        for sae in missing:
             record.add(
                 measure_sae(
                     bench,
                     sae,
-                    images_at(cache, sae.hook_name),
+                    images_at(cache, sae.hook_name, embedder),
                     fingerprint=record.fingerprints[sae.id],
                     controls=planted,
                     dataset=images,

@@ -13,7 +13,7 @@ from typing import Any
 from ..hooks.cache import ActivationCache
 from ..hooks.extraction import model_fingerprint
 from ..hooks.images import ImageDataset, load_images
-from ..hooks.model import hook_n_tokens, load_vision_model
+from ..hooks.model import hook_n_tokens, load_vision_model, resolve_hook_name
 from ..registry.errors import ConfigError
 from .measure import Images
 from .runs import SAEFolder
@@ -192,8 +192,28 @@ def activations_of(
     )
 
 
-def images_at(cache: ActivationCache, hook_name: str) -> Images:
-    return Images(cache.activations(hook_name), cache.mean_patch(hook_name))
+def last_block(model: Any) -> str | None:
+    """The hook point after the model's last block, where there is one of the usual name."""
+    name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    try:
+        resolve_hook_name(model, name)
+    except ConfigError:
+        return None
+    return name
+
+
+def images_at(cache: ActivationCache, hook_name: str, embedder: str | None = None) -> Images:
+    """The images at a hook point.
+
+    Args:
+        embedder: the hook point whose class token (mean patch token where the cache is of other
+            tokens) embeds the images; without effect for itself: it would not be independent.
+    """
+    embedding = None
+    if embedder is not None and embedder != hook_name:
+        tokens = cache.activations(embedder)
+        embedding = tokens[:, 0] if tokens.shape[1] == 1 else cache.mean_patch(embedder)
+    return Images(cache.activations(hook_name), cache.mean_patch(hook_name), embedding)
 
 
 def _real(path: str) -> str:

@@ -41,10 +41,12 @@ class Images:
     Args:
         tokens: (n, k, d), memory-mapped or not.
         mean_patch: (n, d), where the model has patches.
+        embedding: (n, e), the images as the model's last block sees them.
     """
 
     tokens: np.ndarray
     mean_patch: np.ndarray | None = None
+    embedding: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,13 +55,15 @@ class Images:
     def d_in(self) -> int:
         return self.tokens.shape[-1]
 
-    def read(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None]:
+    def read(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """tokens, mean_patch and embedding of the images at `positions`."""
         mean_patch = None if self.mean_patch is None else _rows(self.mean_patch, positions)
-        return _rows(self.tokens, positions), mean_patch
+        embedding = None if self.embedding is None else _rows(self.embedding, positions)
+        return _rows(self.tokens, positions), mean_patch, embedding
 
     def sample(self, positions: np.ndarray) -> Tensor:
         """(SAMPLE_TOKENS or fewer, d): tokens spread evenly over the images at `positions`."""
-        tokens, _ = self.read(positions)
+        tokens, *_ = self.read(positions)
         tokens = tokens.reshape(-1, self.d_in)
         return tokens[:: -(-len(tokens) // SAMPLE_TOKENS)]
 
@@ -299,7 +303,7 @@ class Bench:
     def _batch(
         self, source: LatentSource, images: Images, positions: np.ndarray, is_fit: bool
     ) -> EvaluationBatch:
-        tokens, mean_patch = images.read(positions)
+        tokens, mean_patch, embedding = images.read(positions)
         tokens = tokens.to(self.device)
         labels = torch.from_numpy(self.split.labels[positions])
         index = torch.from_numpy(positions)
@@ -312,6 +316,7 @@ class Bench:
             index=index,
             is_fit=torch.full((len(positions),), is_fit),
             mean_patch=mean_patch,
+            embedding=embedding,
         )
 
 

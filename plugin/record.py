@@ -56,6 +56,10 @@ class Evaluation:
     aggregate: str
     device: str
 
+    @property
+    def wants_embedding(self) -> bool:
+        return any(cls.wants_embedding for cls, _ in self.chosen.values())
+
     def bench(self, cache: ActivationCache) -> Bench:
         n_classes = len(self.taxonomy.classes)
         return Bench(
@@ -113,9 +117,9 @@ class Record:
         self._found: dict[str, SAEResult] = {}
         self._take_over()
 
-    def missing(self) -> list[SAEFolder]:
-        """The SAEs that have no numbers yet."""
-        return [sae for sae in self.saes if sae.id not in self._found]
+    def missing(self, saes: Sequence[SAEFolder]) -> list[SAEFolder]:
+        """Those of the SAEs that have no numbers yet."""
+        return [sae for sae in saes if sae.id not in self._found]
 
     def dataset_is(self, cache: ActivationCache, split: Split) -> None:
         skipped = [SkippedImage(int(i), str(why)) for i, why in sorted(cache.failures.items())]

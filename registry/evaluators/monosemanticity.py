@@ -71,6 +71,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         "shuffled": "no label is used",
     }
     invariant = frozenset(higher_is_better)
+    wants_embedding = True
     Options = MonosemanticityOptions
 
     def __init__(

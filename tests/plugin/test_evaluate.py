@@ -150,6 +150,27 @@ def test_one_forward_pass_serves_all_hook_points(evaluate: Any, monkeypatch) -> 
     assert calls == [list(HOOKS)]
 
 
+def test_the_last_block_embeds_the_images_for_evaluators_that_want_it(
+    evaluate: Any, run: Path, monkeypatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+    measure_sae = module.measure_sae
+
+    def spied(bench: Any, sae: Any, images: Any, **settings: Any) -> Any:
+        seen[sae.hook_name] = images
+        return measure_sae(bench, sae, images, **settings)
+
+    monkeypatch.setattr(module, "measure_sae", spied)
+    monkeypatch.setattr(module.EVALUATORS["lch_height"], "wants_embedding", True)
+    evaluate(evaluators="lch_height")
+    assert seen[HOOKS[1]].embedding is None
+    last = seen[HOOKS[1]].tokens[:, 0]
+    assert np.array_equal(seen[HOOKS[0]].embedding, last)
+    seen.clear()
+    evaluate(run / HOOKS[0], evaluators="lch_height", output_path=tmp_path / "alone")
+    assert np.array_equal(seen[HOOKS[0]].embedding, last)
+
+
 def test_numbers_repeat_and_follow_the_seed(evaluate: Any, tmp_path: Path) -> None:
     def numbers(name: str, **changes: Any) -> dict[str, float]:
         results = evaluate(output_path=tmp_path / name, **changes)

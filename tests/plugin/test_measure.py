@@ -40,7 +40,7 @@ def labels() -> np.ndarray:
 def images(labels: np.ndarray) -> Images:
     generator = np.random.default_rng(0)
     tokens = generator.normal(size=(len(labels), 1, D)).astype(np.float32)
-    return Images(tokens + 3, tokens[:, 0] * 2)
+    return Images(tokens + 3, tokens[:, 0] * 2, tokens[:, 0] + 4)
 
 
 @pytest.fixture
@@ -212,6 +212,7 @@ def test_one_pass(sae: Any, images: Images, labels: np.ndarray) -> None:
     torch.testing.assert_close(batch.x, torch.from_numpy(images.tokens[batch.index, 0]))
     torch.testing.assert_close(batch.mean_patch, torch.from_numpy(images.mean_patch[batch.index]))
     torch.testing.assert_close(batch.z, sae.encode(batch.x))
+    torch.testing.assert_close(batch.embedding, batch.x + 1)
     assert np.array_equal(batch.labels, labels[batch.index])
     assert done.context.source == "sae" and done.context.sae is sae
     assert done.context.W_dec is sae.W_dec
