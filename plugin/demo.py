@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ def run_demo(output_path: str | Path, *, progress: bool = True, **settings: obje
         "cached_activations_path": str(folder / "training_activations"),
     }
     folder.mkdir(parents=True, exist_ok=True)
+    # Those of an earlier version of the package would be refused.
+    shutil.rmtree(places["cached_activations_path"], ignore_errors=True)
     with _environment(ENVIRONMENT | {"WANDB_DIR": str(folder)}):
         job = Job(gather(preset=PRESET, flags={**places, **settings}))
         job.train()

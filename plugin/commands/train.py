@@ -60,7 +60,6 @@ examples:
 """
 
 
-
 def run(args: list[str]) -> None:
     if not args or "-h" in args or "--help" in args:
         print(HELP, end="")
@@ -92,6 +91,8 @@ def run(args: list[str]) -> None:
     if not command.json:
         if command.dry_run:
             print("\n".join(described(plan)))
+        else:
+            print(f"SAEs: {plan['output_path']}")
         if evaluated is not None:
             outcome.show(*evaluated)
     if evaluated is not None:
