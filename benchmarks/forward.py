@@ -17,12 +17,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-import torch
-from transformers import Dinov2Config, Dinov2Model
-
 import taxolens  # noqa: F401
+import torch
 from taxolens.hooks.model import from_module, run_to_hooks
 from taxolens.hooks.tokens import select_tokens
+from transformers import Dinov2Config, Dinov2Model
 
 BARS = {"one hook": 1.05, "all blocks' class tokens": 1.10, "stop at block 8 of 12": 0.80}
 
@@ -84,13 +83,17 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{platform.machine()}, {args.device} {device_name(args.device)}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {args.dtype}, {args.images} images at 224 px, ViT-S/14, "
-          f"{args.rounds} rounds; plain forward {statistics.median(reference) * 1e3:.0f} ms")
+    print(
+        f"{platform.machine()}, {args.device} {device_name(args.device)}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {args.dtype}, {args.images} images at 224 px, ViT-S/14, "
+        f"{args.rounds} rounds; plain forward {statistics.median(reference) * 1e3:.0f} ms"
+    )
     for name, row in rows.items():
         verdict = "within" if row["median"] <= row["bar"] else "ABOVE"
-        print(f"{name:26} {row['median']:.3f}x  ({row['lowest']:.3f} to {row['highest']:.3f})  "
-              f"{verdict} the bar of {row['bar']:.2f}x")
+        print(
+            f"{name:26} {row['median']:.3f}x  ({row['lowest']:.3f} to {row['highest']:.3f})  "
+            f"{verdict} the bar of {row['bar']:.2f}x"
+        )
 
 
 def synchronise(device: str) -> None:

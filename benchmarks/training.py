@@ -19,14 +19,13 @@ import time
 
 import datasets
 import numpy as np
+import taxolens
 import torch
 from PIL import Image
 from sae_lens import LoggingConfig, StandardTrainingSAEConfig
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
-import taxolens
 from taxolens.hooks.images import load_images
 from taxolens.hooks.model import from_module
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 BAR = 1.3
 
@@ -47,7 +46,9 @@ def main() -> None:
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14
     )
     plain = Dinov2Model._from_config(config, attn_implementation="sdpa").eval().to(args.device)
-    processor = BitImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
+    )
     model = from_module(plain, processor=processor, family="dinov2")
     with tempfile.TemporaryDirectory() as folder:
         pictures = draw(args.images, folder)
@@ -59,12 +60,16 @@ def main() -> None:
                 if round_number >= 0:
                     seconds[len(hook_names)].append(took)
     ratios = [twelve / one for one, twelve in zip(seconds[1], seconds[12])]
-    print(f"{platform.machine()}, {args.device}, torch {torch.__version__}, {torch.get_num_threads()} "
-          f"threads, {args.images * args.epochs} images at 224 px, ViT-S/14, d_sae 3072; "
-          f"one SAE {statistics.median(seconds[1]):.1f} s, twelve {statistics.median(seconds[12]):.1f} s")
+    print(
+        f"{platform.machine()}, {args.device}, torch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, {args.images * args.epochs} images at 224 px, ViT-S/14, d_sae 3072; "
+        f"one SAE {statistics.median(seconds[1]):.1f} s, twelve {statistics.median(seconds[12]):.1f} s"
+    )
     verdict = "within" if statistics.median(ratios) <= BAR else "ABOVE"
-    print(f"twelve SAEs against one    {statistics.median(ratios):.3f}x  "
-          f"({min(ratios):.3f} to {max(ratios):.3f})  {verdict} the bar of {BAR:.2f}x")
+    print(
+        f"twelve SAEs against one    {statistics.median(ratios):.3f}x  "
+        f"({min(ratios):.3f} to {max(ratios):.3f})  {verdict} the bar of {BAR:.2f}x"
+    )
 
 
 def draw(n: int, folder: str) -> str:

@@ -1,10 +1,10 @@
 """The house: imports run one way, every package is listed, nothing stray lies at the root."""
 
 import ast
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"plugin": 2, "hooks": 1, "registry": 0}

@@ -230,7 +230,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
             "full_absorption": summary.mean(table["full"]),
             "fraction_absorption": summary.mean(table["fraction"]),
             "reconstructed_share": summary.mean(table["reconstructed_share"]),
-            "nodes": float(table["passed"].sum()),
+            "nodes": float(np.sum(table["passed"].to_numpy())),
             "nodes_tried": float(len(table)),
             "probe_f1": summary.mean(table["probe_f1"]),
             "main_f1": summary.mean(table["main_f1"]),
@@ -246,8 +246,9 @@ class Absorption(Evaluator[AbsorptionOptions]):
         permuted = [
             self.measure(p).set_index("node")["fraction"] for p in self.context.permutations
         ]
-        null = pd.concat([*permuted, pd.Series(dtype=float)]).groupby(level=0).mean()
-        table["permuted_fraction"] = table["node"].map(null).astype(float)
+        null: Any = pd.concat([*permuted, pd.Series(dtype=float)])
+        mean: Any = null.groupby(level=0).mean()
+        table["permuted_fraction"] = mean.reindex(table["node"]).to_numpy(dtype=float)
         taxonomy, node = self.taxonomy, table["node"].to_numpy()
         table["node"] = [taxonomy.nodes[v] for v in node]
         table.insert(1, "name", [taxonomy.label(v) for v in node])

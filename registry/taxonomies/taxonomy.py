@@ -229,7 +229,8 @@ class Taxonomy:
         if not below:
             raise ConfigError("class_ids: the LCH of no class is undefined")
         best_first = self.by_preference[::-1]
-        return int(best_first[self.membership[below].all(0)[best_first].argmax()])
+        above_all = np.all(self.membership[below], axis=0)
+        return int(best_first[np.argmax(above_all[best_first])])
 
     def lch_many(
         self, sets: BoolArray | sparse.csr_array, permutation: IntArray | None = None

@@ -16,9 +16,7 @@ from taxolens.registry.errors import DuplicateNameError
 from taxolens.registry.table import Architecture, Loader, TaxonomySource
 
 ROOT = Path(__file__).resolve().parents[2]
-HOOKS = [
-    name for name, member in vars(hookspecs).items() if hasattr(member, "taxolens_spec")
-]
+HOOKS = [name for name, member in vars(hookspecs).items() if hasattr(member, "taxolens_spec")]
 
 
 @pytest.fixture
@@ -94,7 +92,10 @@ def topk(name: str) -> Architecture:
 def test_register_architectures(plugin) -> None:
     plugin("mine", register_architectures=lambda register: register(topk("my_topk")))
     assert taxolens.ARCHITECTURES.plugin_of("my_topk") == "mine"
-    assert SAE_TRAINING_CLASS_REGISTRY["my_topk"][0] is taxolens.ARCHITECTURES["my_topk"].training_class
+    assert (
+        SAE_TRAINING_CLASS_REGISTRY["my_topk"][0]
+        is taxolens.ARCHITECTURES["my_topk"].training_class
+    )
 
 
 def test_register_vision_models(plugin) -> None:
@@ -162,7 +163,15 @@ def test_a_hook_that_raises_is_named_and_skipped(plugin) -> None:
 
 def test_a_real_package_plugs_in_without_touching_us(tmp_path: Path) -> None:
     """Install the example package, a broken one and a blocked one, and look from a new process."""
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     source = tmp_path / "source"
     source.mkdir()
     for file in ("pyproject.toml", "taxolens_example_plugin.py"):

@@ -16,7 +16,7 @@ def test_register_and_read() -> None:
 def test_duplicate_names_both_plugins() -> None:
     table: Table[int] = Table("evaluator")
     table.register("pair_depth", 1, plugin="first")
-    with pytest.raises(DuplicateNameError, match="'pair_depth'.*'first'.*'second'"):
+    with pytest.raises(DuplicateNameError, match=r"'pair_depth'.*'first'.*'second'"):
         table.register("pair_depth", 2, plugin="second")
     assert table["pair_depth"] == 1
 
@@ -25,7 +25,9 @@ def test_unknown_name_lists_the_nearest() -> None:
     table: Table[int] = Table("evaluator")
     for name in ("pair_depth", "lch_height", "stability"):
         table.register(name, 0)
-    with pytest.raises(UnknownNameError, match="unknown evaluator 'pair_dept'; did you mean 'pair_depth'"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown evaluator 'pair_dept'; did you mean 'pair_depth'\?"
+    ):
         table["pair_dept"]
     with pytest.raises(ConfigError, match="Known: lch_height, pair_depth, stability"):
         table["zzz"]

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
+import taxolens
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-
-import taxolens
 from taxolens.hooks.families.dinov2 import Dinov2Adapter
 from taxolens.registry.evaluators.accumulators import FiringRate
 
