@@ -275,18 +275,19 @@ class Report:
                 found.append((series, saes, max(saes, key=_mean_f1)))
         return found[:MAX_DRAWN_TREES]
 
-    def figures(self) -> list[dict[str, str]]:
-        """The evaluators' own figures as JSON for plotly.js."""
+    @cached_property
+    def figures(self) -> dict[str, list[tuple[str, Markup]]]:
+        """figure -> (SAE, its Plotly JSON) for every SAE that has it, the last layer first."""
+        found: dict[str, list[tuple[str, Markup]]] = {}
         if not self.interactive or self.results.folder is None:
-            return []
-        found = []
-        for sae in self.results.saes:
+            return found
+        for sae in reversed([sae for series in self.series for sae in series]):
             for evaluator, result in sae.evaluators.items():
                 for name, file in result.figures.items():
                     path = self.results.folder / file
                     if path.is_file() and path.stat().st_size <= MAX_FIGURE_BYTES:
-                        title = f"{evaluator} / {name} — {self.describe(sae)}"
-                        found.append({"title": title, "json": _script_json(path)})
+                        figure = (self.describe(sae), _script_json(path))
+                        found.setdefault(f"{evaluator} / {name}", []).append(figure)
         return found
 
     def plotly_js(self) -> Markup:

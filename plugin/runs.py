@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,14 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
 
 from ..registry.errors import CheckpointError, ConfigError
 from .series import layer_of, natural_key
@@ -62,6 +66,8 @@ class SAEFolder:
     def load(self, device: str = "cpu") -> SAE[Any]:
         """Raises CheckpointError where the weights are torn or not those of the config."""
         try:
+            if (self.path / ACTIVATION_SCALER_CFG_FILENAME).exists():
+                return load_checkpoint(self.path, device)
             sae = SAE.load_from_disk(self.path, device=device)
         except KeyError as error:
             needed = self.setting("requires_plugin")
@@ -78,6 +84,26 @@ class SAEFolder:
         if not found:
             raise ConfigError(f"{self.path / SAE_CFG_FILENAME}: metadata has no {name!r}")
         return found
+
+
+def load_checkpoint(path: Path, device: str = "cpu") -> SAE[Any]:
+    """A SAE that is still in training, as it would be saved now: what scales its inputs folded into
+    its weights."""
+    sae = TrainingSAE.load_from_disk(path, device=device)
+    scaler = ActivationScaler()
+    scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        whitening = scaler.whitening
+        sae.fold_activation_whitening(
+            mean=whitening.mean,
+            whitening_matrix=whitening.matrix,
+            unwhitening_matrix=whitening.inverse_matrix,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return SAE.load_from_disk(folder, device=device).eval()
 
 
 def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:

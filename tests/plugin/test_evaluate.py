@@ -417,6 +417,21 @@ def test_blocks_come_in_natural_order_and_checkpoints_do_not_count(tmp_path: Pat
     assert checkpoint.name == "500"
 
 
+def test_a_checkpoint_is_read_with_what_scales_its_inputs(tmp_path: Path) -> None:
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=16, d_sae=24, k=4, normalize_activations="expected_average_only_in"
+        )
+    )
+    sae.save_model(tmp_path)
+    ActivationScaler(scaling_factor=3.0).save(str(tmp_path / "activation_scaler.json"))
+    (tmp_path / "trainer_state.pt").touch()
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    loaded = find_saes(tmp_path)[0].load()
+    assert not isinstance(loaded, TopKTrainingSAE)
+    torch.testing.assert_close(loaded.decode(loaded.encode(x)), sae.eval()(3 * x) / 3)
+
+
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     for seed in ("a", "b"):
         save_sae(tmp_path / seed / "out", HOOKS[0], {})
