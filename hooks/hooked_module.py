@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..registry.errors import ConfigError
 from .points import resolve_hook_name
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
+LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @dataclass
@@ -47,6 +47,47 @@ class Site(nn.Module):
 
     def __getitem__(self, part: int | str) -> nn.Module:
         return self._modules[str(part)]  # type: ignore[return-value]
+
+
+Place = tuple[Site, str]  # where a hook point, or the SAE in its place, is an attribute
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A submodule and the hook points that its input and its output pass."""
+
+    submodule: nn.Module
+    entry: list[Place]
+    exit: list[Place]
+    channels_last: bool
+
+    def on_entry(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or not isinstance(arguments[0], Tensor):
+            return None
+        return (self._pass(self.entry, arguments[0]), *arguments[1:])
+
+    def on_exit(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._pass(self.exit, output)
+        hidden = getattr(output, "last_hidden_state", None)
+        if isinstance(hidden, Tensor):
+            output.last_hidden_state = self._pass(self.exit, hidden)
+        elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            values = [self._pass(self.exit, output[0]), *output[1:]]
+            return getattr(output, "_make", type(output))(values)  # named tuples have _make
+        return output
+
+    def _pass(self, places: list[Place], value: Tensor) -> Tensor:
+        """`value` past the hook points; the very same tensor where nothing changed it."""
+        for place in filter(_is_listened_to, places):
+            tokens = _to_tokens(value, self.channels_last)
+            if tokens is None:
+                return value
+            changed = getattr(*place)(tokens)
+            # with gradients on, what follows must depend on the very tensor that a hook saw
+            if changed is not tokens or (torch.is_grad_enabled() and tokens.requires_grad):
+                value = _from_tokens(changed, value, self.channels_last)
+        return value
 
 
 class HookedVisionModel(HookedRootModule):
@@ -86,6 +127,7 @@ class HookedVisionModel(HookedRootModule):
         self._acts_to_saes: dict[str, Any] = {}
         self._transcoder_output_hooks: dict[str, str] = {}
         self._roots: list[str] = []
+        self._taps: list[Tap] = []
         blocks = {name: i for i, name in enumerate(find_blocks(module))}
         named = _block_names_are_free(module, list(blocks))
         cfg.n_layers = len(blocks) if named else 0
@@ -129,7 +171,7 @@ class HookedVisionModel(HookedRootModule):
         }
 
     def lean(self) -> AbstractContextManager[None]:
-        """As `VisionBridge.lean`; here a tap that nobody listens to costs next to nothing."""
+        """As `VisionBridge.lean`; here it is always so."""
         return nullcontext()
 
     def forward(
@@ -144,7 +186,8 @@ class HookedVisionModel(HookedRootModule):
 
         With `return_type` None: nothing, for the sake of the hooks.
         """
-        output = self.original_model(input if pixel_values is None else pixel_values, **options)
+        with self._listening():
+            output = self.original_model(input if pixel_values is None else pixel_values, **options)
         if return_type is None:
             return None
         for field in ("logits", "last_hidden_state"):
@@ -189,8 +232,22 @@ class HookedVisionModel(HookedRootModule):
         for site, point in (*entry, *exit):
             setattr(site, point, HookPoint())
         channels_last = _channels_last(self.original_model, submodule)
-        submodule.register_forward_pre_hook(partial(_on_entry, entry, channels_last))
-        submodule.register_forward_hook(partial(_on_exit, exit, channels_last))
+        self._taps.append(Tap(submodule, entry, exit, channels_last))
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Within, the submodules pass their hook points; those that nobody listens to are spared."""
+        handles = []
+        try:
+            for tap in self._taps:
+                if any(map(_is_listened_to, tap.entry)):
+                    handles.append(tap.submodule.register_forward_pre_hook(tap.on_entry))
+                if any(map(_is_listened_to, tap.exit)):
+                    handles.append(tap.submodule.register_forward_hook(tap.on_exit))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _site(self, name: str) -> Site:
         root, *parts = name.split(".")
@@ -213,22 +270,28 @@ class HookedVisionModel(HookedRootModule):
 def find_blocks(module: nn.Module) -> list[str]:
     """The names of the outermost lists' members, where these are of one class and not torch's own.
 
-    "encoder.layer.0", ... of a transformer; "encoder.stages.0", ... of Hugging Face's ResNet.
+    "encoder.layer.0", ... of a transformer; "encoder.stages.0", ... of Hugging Face's ResNet. Of
+    several such classes, the one that holds the most parameters.
     """
-    return list(_blocks_under(module, ""))
+    kinds: dict[type[nn.Module], list[str]] = {}
+    for name, member in _members(module, ""):
+        kinds.setdefault(type(member), []).append(name)
+
+    def n_parameters(names: list[str]) -> int:
+        return sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
+
+    return max(kinds.values(), key=n_parameters, default=[])
 
 
-def _blocks_under(module: nn.Module, prefix: str) -> Iterator[str]:
+def _members(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        members = (
-            list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
-        )
-        kinds = {type(member) for member in members}
-        if len(kinds) == 1 and not next(iter(kinds)).__module__.startswith("torch.nn"):
-            yield from (f"{path}.{member}" for member, _ in child.named_children())
+        path = f"{prefix}{name}."
+        members = dict(child.named_children()) if isinstance(child, LISTS) else {}
+        kinds = {type(member) for member in members.values()}
+        if len(kinds) == 1 and not kinds.pop().__module__.startswith("torch.nn"):
+            yield from ((path + number, member) for number, member in members.items())
         else:
-            yield from _blocks_under(child, f"{path}.")
+            yield from _members(child, path)
 
 
 def _block_names_are_free(module: nn.Module, blocks: list[str]) -> bool:
@@ -243,49 +306,9 @@ def _channels_last(model: nn.Module, submodule: nn.Module) -> bool:
     )
 
 
-def _on_entry(
-    points: list[tuple[Site, str]],
-    channels_last: bool,
-    module: nn.Module,
-    arguments: tuple[Any, ...],
-) -> tuple[Any, ...] | None:
-    if not arguments or not isinstance(arguments[0], Tensor):
-        return None
-    changed = _pass(points, channels_last, arguments[0])
-    return None if changed is arguments[0] else (changed, *arguments[1:])
-
-
-def _on_exit(
-    points: list[tuple[Site, str]],
-    channels_last: bool,
-    module: nn.Module,
-    arguments: tuple[Any, ...],
-    output: Any,
-) -> Any:
-    if isinstance(output, Tensor):
-        return _pass(points, channels_last, output)
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return type(output)([_pass(points, channels_last, output[0]), *output[1:]])
-    hidden = getattr(output, "last_hidden_state", None)
-    if isinstance(hidden, Tensor):
-        setattr(output, "last_hidden_state", _pass(points, channels_last, hidden))  # noqa: B010
-    return output
-
-
-def _pass(points: list[tuple[Site, str]], channels_last: bool, value: Tensor) -> Tensor:
-    """`value` past the hook points; the very same tensor where nothing changed it."""
-    for site, name in points:
-        point = getattr(site, name)
-        if isinstance(point, HookPoint) and not point.has_hooks():
-            continue
-        tokens = _to_tokens(value, channels_last)
-        if tokens is None:
-            return value
-        changed = point(tokens)
-        # with gradients on, what follows must depend on the very tensor that a hook saw
-        if changed is not tokens or (torch.is_grad_enabled() and tokens.requires_grad):
-            value = _from_tokens(changed, value, channels_last)
-    return value
+def _is_listened_to(place: Place) -> bool:
+    point = place[0]._modules[place[1]]
+    return not isinstance(point, HookPoint) or bool(point.fwd_hooks or point.bwd_hooks)
 
 
 def _to_tokens(value: Tensor, channels_last: bool) -> Tensor | None:

@@ -149,7 +149,7 @@ def firings(
     model: VisionModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
 ) -> dict[str, Firing]:
     """What fires in a forward pass of one black picture, by canonical name; kept with the model."""
-    size = _as_pair(image_size) if image_size is not None else model.smallest_image
+    size = as_pair(image_size) if image_size is not None else model.smallest_image
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
         kept[size] = _trace(model, size)
@@ -255,5 +255,6 @@ def _never_fires(model: VisionModel, name: str) -> str:
     return f"hook {name!r} never fires in a forward pass of {model.cfg.model_name}."
 
 
-def _as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """224 -> (224, 224); [224, 192] -> (224, 192): (height, width) in pixels."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -7,13 +7,14 @@ token that is not the class token counts as a register, so DeiT's distillation t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..registry.errors import ConfigError
 from ..registry.table import unknown_name_message
-from .points import hook_n_tokens
+from .points import as_pair, hook_n_tokens
 
 if TYPE_CHECKING:
     from .points import VisionModel
@@ -56,13 +57,15 @@ def tokens_per_image(
     """
     check_tokens(model, tokens)
     cfg = model.cfg
+    if hook_name is not None and cfg.patch_size is None and cfg.n_prefix_tokens:
+        _check_grid(model, hook_name, image_size)
     if tokens in ("class", "mean_patch"):
         return 1
     if tokens == "register":
         return cfg.n_register_tokens
     size = input_size(model) if image_size is None else image_size
     if cfg.patch_size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = as_pair(size)
         n_patches = (height // cfg.patch_size) * (width // cfg.patch_size)
     else:
         n_patches = _traced_tokens(model, hook_name, size) - cfg.n_prefix_tokens
@@ -123,6 +126,20 @@ def _possible(model: VisionModel) -> list[str]:
     if model.cfg.has_class_token:
         choices.insert(0, "class")
     return choices
+
+
+def _check_grid(
+    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None
+) -> None:
+    """A wrapped model's prefix tokens were told by names: the rest must be a square grid then."""
+    height, width = input_size(model) if image_size is None else as_pair(image_size)
+    n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
+    if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:
+        raise ConfigError(
+            f"hook_names: {model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix "
+            f"tokens, but without them the {n_patches} tokens at {hook_name!r} are no square grid; "
+            "choose another hook point."
+        )
 
 
 def _traced_tokens(model: VisionModel, hook_name: str | None, size: int | tuple[int, int]) -> int:

@@ -20,6 +20,8 @@ from transformer_lens.model_bridge.generalized_components.vision_classifier_head
     VisionClassifierHeadBridge,
 )
 
+from ..points import as_pair
+
 
 class VisionEmbeddings(GeneralizedComponent):
     """Hugging Face's embeddings: pictures (B, 3, H, W) -> tokens (B, T, d), prefix tokens first.
@@ -213,13 +215,6 @@ class VisionAdapter(ArchitectureAdapter):
             parts[f"ls{number}"] = GeneralizedComponent(name=scale)
             aliases["hook_attn_out" if number == 1 else "hook_mlp_out"] = f"ls{number}.hook_out"
         return VisionBlock(name=name, submodules=parts, hook_alias_overrides=aliases or None)
-
-
-def as_pair(size: Any) -> tuple[int, int]:
-    """224 -> (224, 224); [224, 192] -> (224, 192): (height, width) in pixels."""
-    if isinstance(size, (list, tuple)):
-        return int(size[0]), int(size[1])
-    return int(size), int(size)
 
 
 def _has(module: nn.Module, path: str) -> bool:

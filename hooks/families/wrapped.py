@@ -9,11 +9,12 @@ from torch import nn
 
 from ...registry.errors import ConfigError
 from ..hooked_module import HookedVisionModel, WrappedConfig
-from .adapter import as_pair
+from ..points import as_pair
 from .family import VisionFamily, VisionSource, load_transformers
 
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 REGISTERS = ("register_tokens", "reg_token", "distillation_token", "dist_token")
+POOLING = ("head", "pool", "attn_pool", "decoder")  # whose tokens are not in the blocks
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as Pillow numbers them
 
 
@@ -25,9 +26,13 @@ def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> Hook
     config: Any = getattr(module, "config", None)
     timm_config: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
     prefix = {
-        name.rpartition(".")[2]: parameter.shape for name, parameter in module.named_parameters()
+        name.rpartition(".")[2]: parameter.shape
+        for name, parameter in module.named_parameters()
+        if not name.startswith(POOLING)
     }
-    widths = getattr(config, "hidden_sizes", None) or [getattr(module, "num_features", 0)]
+    widths = getattr(config, "hidden_sizes", None) or [
+        getattr(config, "hidden_dim", None) or getattr(module, "num_features", 0)
+    ]
     channels, *size = timm_config.get("input_size", (3, 224, 224))
     cfg = WrappedConfig(
         model_name=model_name,

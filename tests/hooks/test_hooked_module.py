@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import taxolens  # noqa: F401  (registers the families)
@@ -10,6 +10,7 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.hooked_module import find_blocks
 from taxolens.hooks.model import expand_hook_names, from_module, hook_d_in, run_to_hooks
+from taxolens.hooks.tokens import tokens_per_image
 from taxolens.registry.errors import ConfigError, UnknownNameError
 from tiny_models import pictures, tapped, tiny_model
 from torch import nn
@@ -140,6 +141,8 @@ def test_saes_in_a_cache(variant: str) -> None:
 def test_the_outermost_list_of_like_modules_are_the_blocks() -> None:
     assert find_blocks(resnet()) == ["layer1.0", "layer1.1", "layer2.0"]
     assert find_blocks(tiny_model("resnet")) == ["encoder.stages.0", "encoder.stages.1"]
+    lists = nn.ModuleDict({"a": nn.ModuleList([nn.Identity()]), "b": ResNet()})
+    assert find_blocks(lists) == ["b.layer1.0", "b.layer1.1", "b.layer2.0"]
     assert find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
 
 
@@ -162,6 +165,44 @@ def test_a_model_that_calls_other_parts_blocks() -> None:
     with pytest.raises(UnknownNameError, match="no list of blocks"):
         hook_d_in(model, "blocks.0.hook_resid_post")
     assert hook_d_in(model, "blocks.0.hook_out") == 3
+
+
+def test_tuples_pass_with_their_first_member() -> None:
+    class Pair(NamedTuple):
+        features: torch.Tensor
+        rest: str
+
+    class Split(nn.Module):
+        def forward(self, x: torch.Tensor) -> Pair:
+            return Pair(x + 1, "kept")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split = Split()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+            pair = self.split(x)
+            return pair.features, pair.rest
+
+    model, images = from_module(Model().eval()), pictures()
+    hooks = [("split.hook_out", lambda acts, hook: acts * 0)]
+    assert torch.equal(model.run_with_hooks(images, fwd_hooks=hooks), images * 0)
+    assert torch.equal(model(images), images + 1)
+
+
+def test_a_prefix_that_the_grid_contradicts() -> None:
+    """A class token by its name, but not among the tokens: better no number than a wrong one."""
+
+    class Odd(ResNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 6))
+
+    model = from_module(Odd().eval())
+    model.cfg.image_size = (32, 32)
+    with pytest.raises(ConfigError, match=r"seems to have 1 prefix tokens.*63 tokens at"):
+        tokens_per_image(model, "class", None, "blocks.0.hook_resid_post")
 
 
 def test_a_submodule_with_a_name_that_is_taken() -> None:
