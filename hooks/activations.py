@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,9 +36,13 @@ GATHERED_BYTES = 1 << 28  # read from a cache at once, in the order of the file
 
 
 class _Source(Protocol):
-    """Where batches come from: a model that reads images, or a cache."""
+    """Where batches come from: a model that reads images, or a cache.
+
+    Once `stopped` is set, batches end at the next opportunity.
+    """
 
     tokens_per_image: int
+    stopped: threading.Event
 
     def start(self) -> State: ...
     def batches(self, state: State) -> Iterator[tuple[Batch, Any]]: ...
@@ -136,11 +142,13 @@ class ActivationStream(Iterator[Batch]):
             per_image = tokens_per_image(model, tokens, image_size, self.hook_names[0])
             batches = 1 if per_image == 1 else n_batches_in_buffer
             self._source = _ModelSource(loader, extractor, delivery, per_image, batches)
+        self._ended = False
         self._lock = threading.RLock()
         self._batches: Iterator[tuple[Batch, Any]] | None = None
         self._start = self._source.start()
         self._marks: deque[tuple[int, Any]] = deque(maxlen=STATES_KEPT)
         self._n_served = 0
+        _streams.add(self)
 
     @property
     def tokens_per_image(self) -> int:
@@ -154,6 +162,8 @@ class ActivationStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         with self._lock:
+            if self._ended:
+                raise StopIteration
             if self._batches is None:
                 self._batches = self._source.batches(self._start)
             batch, mark = next(self._batches)
@@ -213,13 +223,24 @@ class ActivationStream(Iterator[Batch]):
             yield
 
     def close(self) -> None:
-        """End the worker processes. The next batch starts them again, at the same place."""
+        """End the worker processes. The next batch starts them again, at the same place.
+
+        A batch that another thread is waiting for is given up after the forward pass under way:
+        there, the iteration ends.
+        """
+        self._source.stopped.set()
         with self._lock:
+            self._source.stopped.clear()
             if self._marks:
                 self._start = self._source.state(self._marks[-1][1])
                 self._marks.clear()
                 self._n_served = 0
             self._close()
+
+    def end(self) -> None:
+        """Close for good: there are no more batches."""
+        self._ended = True
+        self.close()
 
     def _close(self) -> None:
         if isinstance(self._batches, Generator):
@@ -228,6 +249,16 @@ class ActivationStream(Iterator[Batch]):
 
     def _signed(self, state: State) -> State:
         return {**state, "stream": self._source.describe()}
+
+
+_streams: weakref.WeakSet[ActivationStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_streams() -> None:
+    """A daemon thread that is cut off in the middle of a forward pass takes the process with it."""
+    for stream in list(_streams):
+        stream.end()
 
 
 @dataclass(frozen=True)
@@ -293,6 +324,7 @@ class _ModelSource:
         self.delivery = delivery
         self.tokens_per_image = tokens_per_image
         self.batches_per_window = batches_per_window
+        self.stopped = threading.Event()
         self._description: dict[str, Any] | None = None
 
     def start(self) -> State:
@@ -364,6 +396,8 @@ class _ModelSource:
         counts = (self.loader.n_processed, self.loader.n_failed)
         whole_epoch, any_tokens = first_window == 0, False
         for decoded in self.loader.grouped(self._groups(epoch, first_window, places)):
+            if self.stopped.is_set():
+                return
             place = places.popleft()
             if len(decoded):
                 tokens = self._tokens(decoded)
@@ -457,6 +491,7 @@ class _CacheSource:
         self.cache = cache
         self.delivery = delivery
         self.tokens = tokens
+        self.stopped = threading.Event()
         self._columns = {name: cache.tensor(name, tokens).flatten(0, 1) for name in hook_names}
         if not self._columns:
             raise ConfigError("hook_names: none given.")
@@ -486,7 +521,7 @@ class _CacheSource:
         position, size = int(state["position"]), self.delivery.batch_size
         row_bytes = sum(c.shape[-1] * c.element_size() for c in self._columns.values())
         at_once = size * max(1, min(GATHERED_BYTES // row_bytes, self.n_tokens) // size)
-        while True:
+        while not self.stopped.is_set():
             gathered = self._gather(self._rows(position, at_once))
             for start in range(0, at_once, size):
                 position += size

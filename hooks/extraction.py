@@ -126,14 +126,17 @@ class TokenExtractor:
 def model_fingerprint(model: VisionModel) -> str:
     """16 hex digits that follow every weight, the same on any device.
 
-    Weights are summed as integers, bit patterns for numbers, which is exact in any order.
+    Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order.
     """
     digest = hashlib.sha256(str(getattr(model, "family", "")).encode())
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in sorted(model.original_model.state_dict().items()):
         flat = tensor.detach().contiguous().flatten()
-        bits = flat.view(integers[flat.element_size()])
-        ends = bits[:: max(1, len(bits) // 16)][:16].tolist()
-        total = int(bits.sum(dtype=torch.int64))
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), total, ends)).encode())
+        data = flat.view(torch.uint8)
+        if data.storage_offset() % 8:
+            data = data.clone()
+        whole = len(data) // 8 * 8
+        words = data[:whole].view(torch.int64)
+        some = [*words[:: max(1, len(words) // 16)][:16].tolist(), *data[whole:].tolist()]
+        facts = (name, tuple(tensor.shape), str(tensor.dtype), int(words.sum()), some)
+        digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]

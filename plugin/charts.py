@@ -191,9 +191,11 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
+    if size < 1e-9:  # rounding, not a number worth its digits
+        return "0"
     if size >= 1000 or (value == round(value) and size >= 10):
         return f"{value:,.0f}"
-    if 0 < size < 0.0005:
+    if size < 0.0005:
         return f"{value:.0e}".replace("-", "−")
     text = f"{value:.3f}" if size < 1 else f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"
     return text.replace("-", "−")

@@ -87,7 +87,9 @@ def _dispatch(args: list[str]) -> int:
 
 def versions() -> str:
     """One line: taxolens and the three libraries that a bug report should name."""
-    others = ", ".join(f"{name} {version(name)}" for name in ("sae-lens", "transformer-lens", "torch"))
+    others = ", ".join(
+        f"{name} {version(name)}" for name in ("sae-lens", "transformer-lens", "torch")
+    )
     return f"taxolens {version('taxolens')} ({others})"
 
 

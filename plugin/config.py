@@ -123,7 +123,7 @@ class VisionFields:
     n_batches_in_buffer: int = 20
     store_batch_size_prompts: int = 32
     resume_from_checkpoint: str | None = None
-    model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)  # noqa: RUF009
+    model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)
     tokens: str = "class"
     split: str = "train"
     image_column: str | None = None

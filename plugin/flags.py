@@ -170,7 +170,9 @@ class _Parser(ArgumentParser):
 
     def _unknown(self, arg: str) -> str:
         name = arg.partition("=")[0].removeprefix("--")
-        having = [a for a, (_, c) in SAE_TRAINING_CLASS_REGISTRY.items() if name in c.__dataclass_fields__]
+        having = [
+            a for a, (_, c) in SAE_TRAINING_CLASS_REGISTRY.items() if name in c.__dataclass_fields__
+        ]
         if having:
             return f"--{name} is a flag of --architecture {', '.join(sorted(having))} only."
         known = {flag for flag in self._option_string_actions if flag.startswith("--")}

@@ -9,11 +9,16 @@ from .results import MetricResult, NullResult
 
 Numbers = Mapping[str, float]
 
+ROUNDING = 1e-9
+
 
 def beats(value: float, null: float, higher_is_better: bool | None) -> bool | None:
-    """Whether `value` is strictly better than `null`; None where that has no meaning."""
+    """Whether `value` is better than `null`, by more than rounding; None where that has no
+    meaning."""
     if higher_is_better is None or not (math.isfinite(value) and math.isfinite(null)):
         return None
+    if math.isclose(value, null, rel_tol=ROUNDING, abs_tol=ROUNDING):
+        return False
     return value > null if higher_is_better else value < null
 
 

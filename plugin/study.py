@@ -130,12 +130,19 @@ class Study:
                     "epochs: the number of images is unknown before they are streamed; give "
                     "training_tokens instead."
                 )
-            batch = runner.get("train_batch_size_tokens", VisionSAERunnerConfig.train_batch_size_tokens)
+            batch = runner.get(
+                "train_batch_size_tokens", VisionSAERunnerConfig.train_batch_size_tokens
+            )
             runner["training_tokens"] = max(batch, round(self.epochs * tokens_per_epoch))
         if len(widths) * len(self.saes) == 1:
             ((hook_name, d_in),) = widths.items()
             (choice,) = self.saes.values()
-            return self._build(VisionSAERunnerConfig, runner, sae=choice.config(d_in, hook_name), hook_name=hook_name)
+            return self._build(
+                VisionSAERunnerConfig,
+                runner,
+                sae=choice.config(d_in, hook_name),
+                hook_name=hook_name,
+            )
         saes, hook_names = {}, {}
         for hook_name, d_in in widths.items():
             for name, choice in self.saes.items():
@@ -310,8 +317,10 @@ def _sae_choice(
 
 def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(key), sorted(known), n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else (
-        "`taxolens train --help_all` lists the names."
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else ("`taxolens train --help_all` lists the names.")
     )
     return f"{source}: unknown key {shown!r}; {hint}"
 
@@ -319,7 +328,11 @@ def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str
 def _hints(config_class: type[Any]) -> dict[str, Any]:
     """The public fields of a dataclass with their types."""
     hints = typing.get_type_hints(config_class)
-    return {f.name: hints[f.name] for f in dataclasses.fields(config_class) if f.init and not f.name.startswith("_")}
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(config_class)
+        if f.init and not f.name.startswith("_")
+    }
 
 
 def _runner_hints() -> dict[str, Any]:

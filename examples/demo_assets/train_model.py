@@ -308,7 +308,9 @@ def main() -> None:
     print(f"{len(labels)} pictures drawn in {drawing:.0f} s", flush=True)
 
     model = build_model(args).to(args.device)
-    steps = train(model, pixels, labels, (plain_pixels, plain_labels), args, deadline=start + args.max_seconds)
+    steps = train(
+        model, pixels, labels, (plain_pixels, plain_labels), args, deadline=start + args.max_seconds
+    )
     save(model, args.out)
 
     # measured as it is shipped: read back from the rounded file

@@ -19,7 +19,10 @@ examples:
 def run(args: list[str]) -> None:
     parser = shell.Parser(prog="taxolens demo", description=HELP, epilog=EXAMPLES)
     parser.add_argument(
-        "--output_path", metavar="PATH", default="demo_report", help="folder; demo_report by default"
+        "--output_path",
+        metavar="PATH",
+        default="demo_report",
+        help="folder; demo_report by default",
     )
     parser.add_argument("--json", action="store_true", help="places and numbers as JSON on stdout")
     options = parser.parse_args(args)

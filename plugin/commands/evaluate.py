@@ -35,7 +35,9 @@ def run(args: list[str]) -> None:
         if wandb["log_to_wandb"]:
             from ..wandb_log import log_results
 
-            log_results(results, report=report, project=wandb["wandb_project"], name=wandb["run_name"])
+            log_results(
+                results, report=report, project=wandb["wandb_project"], name=wandb["run_name"]
+            )
         if as_json:
             print_json(outcome.as_dict(results, report))
     if not as_json:
@@ -52,13 +54,20 @@ def _parser() -> shell.Parser:
         argument_default=None,
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a run's output_path, a checkpoint, or an SAE folder")
+    add(
+        "runs", nargs="+", metavar="RUN", help="a run's output_path, a checkpoint, or an SAE folder"
+    )
     add("--output_path", metavar="PATH", help="where everything goes; by default into the run")
     add("--json", action="store_true", help="places and headline numbers as JSON on stdout")
     add("--static", action="store_true", help="no interactive figures in the report (5 MB less)")
 
     add = parser.add_argument_group("what is measured").add_argument
-    add("--evaluators", nargs="+", metavar="NAME", help="names of `taxolens list evaluators`, or all")
+    add(
+        "--evaluators",
+        nargs="+",
+        metavar="NAME",
+        help="names of `taxolens list evaluators`, or all",
+    )
     add(
         "--options",
         type=_options,

@@ -45,7 +45,9 @@ def _table(kind: str, rows: list[Row]) -> Any:
     for column in ("description", "source", "plugin"):
         table.add_column(column, style="dim" if column != "description" else "", overflow="fold")
     for row in rows:
-        table.add_row(*(shell.escape(str(row[c])) for c in ("name", "description", "source", "plugin")))
+        table.add_row(
+            *(shell.escape(str(row[c])) for c in ("name", "description", "source", "plugin"))
+        )
     return table
 
 

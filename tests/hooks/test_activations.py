@@ -245,6 +245,24 @@ def test_from_a_background_thread_while_states_are_asked_for(model, images):
         assert stream.state_after(30)["position"] != stream.state_after(1)["position"]
 
 
+def test_closing_frees_a_thread_that_waits_for_a_batch(model, images):
+    stream = stream_of(model, images, train_batch_size_tokens=10**7)  # never comes
+    ended = threading.Event()
+
+    def read():
+        for _ in stream:
+            pass
+        ended.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    stream.end()
+    thread.join(60)
+    assert ended.is_set()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
 def test_states_not_served_or_long_gone_are_refused(model, images, monkeypatch):
     monkeypatch.setattr("taxolens.hooks.activations.STATES_KEPT", 4)
     stream = stream_of(model, images)

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from taxolens.plugin import cli, flags
 from taxolens.plugin.commands import demo, evaluate, report, shell, train
 from taxolens.plugin.commands import list as list_command
+from taxolens.plugin.demo import run_demo
+from taxolens.plugin.table import HEADLINES, summary_rows
 from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.presets import PRESETS
 
@@ -53,7 +56,9 @@ def world(tmp_path_factory) -> Path:
         for shade, name in enumerate(CLASSES):
             (folder / split / name).mkdir(parents=True)
             for index in range(n):
-                pixels = generator.integers(40 * shade, 40 * shade + 100, (20, 20, 3), dtype=np.uint8)
+                pixels = generator.integers(
+                    40 * shade, 40 * shade + 100, (20, 20, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
     return folder
 
@@ -200,7 +205,12 @@ def test_while_it_works_only_json_reaches_stdout(capsys):
         print_json({"number": 1.5, "undefined": float("nan"), "where": Path("a"), "many": (1, 2)})
     logging.getLogger("sae_lens").info("afterwards")
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == {"number": 1.5, "undefined": None, "where": "a", "many": [1, 2]}
+    assert json.loads(captured.out) == {
+        "number": 1.5,
+        "undefined": None,
+        "where": "a",
+        "many": [1, 2],
+    }
     assert captured.err == "chatter\na step\nanother\n"
 
 
@@ -251,7 +261,9 @@ def test_list_everything(taxolens):
 
 def flags_in(text):
     words = text.replace(",", " ").split()
-    return {word for word in words if word.startswith("--") and word not in ("--help_all", "--json")}
+    return {
+        word for word in words if word.startswith("--") and word not in ("--help_all", "--json")
+    }
 
 
 def test_the_short_help_names_only_flags_that_exist():
@@ -262,7 +274,14 @@ def test_the_short_help_names_only_flags_that_exist():
 def test_the_long_help_has_every_field_and_the_architectures_own(taxolens):
     code, out, _ = taxolens("train", "--help_all", "--architecture", "topk")
     assert code == 0
-    for flag in ("--lr float", "--tokens str", "--k int", "--wandb_project", "--d_sae", "--hook_names"):
+    for flag in (
+        "--lr float",
+        "--tokens str",
+        "--k int",
+        "--wandb_project",
+        "--d_sae",
+        "--hook_names",
+    ):
         assert flag in out
     assert "Number of top features to keep active" in out
     assert "Data Generating Function" not in out  # a comment in SAELens's source
@@ -270,7 +289,9 @@ def test_the_long_help_has_every_field_and_the_architectures_own(taxolens):
 
 
 def test_flags_are_laid_over_the_file(study):
-    command = flags.parse(["--config", str(study), "--k", "2", "--hook_names", "blocks.0.hook_resid_post"])
+    command = flags.parse(
+        ["--config", str(study), "--k", "2", "--hook_names", "blocks.0.hook_resid_post"]
+    )
     assert command.study.saes[""].fields["k"] == 2
     assert command.study.hook_names == ("blocks.0.hook_resid_post",)
     assert command.study.epochs == 2
@@ -317,7 +338,10 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
         (["--eval_split", "tset"], "tset"),
         (["--device", "cuda:7"], "device"),
         (["--lr", "-1"], "lr: given -1.0"),
-        (["--from_pretrained_path", "sae"], "from_pretrained_path: no meaning for more than one SAE"),
+        (
+            ["--from_pretrained_path", "sae"],
+            "from_pretrained_path: no meaning for more than one SAE",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_training(taxolens, study, args, message):
@@ -349,8 +373,15 @@ def test_train_evaluate_report(taxolens, study, tmp_path):
     assert {row["evaluator"] for row in told["summary"]} >= {"pair_depth", "ontological_coverage"}
 
     code, out, err = taxolens(
-        "evaluate", output, "--evaluators", "pair_depth", "--output_path", tmp_path / "again",
-        "--n_permutations", 3, "--json",
+        "evaluate",
+        output,
+        "--evaluators",
+        "pair_depth",
+        "--output_path",
+        tmp_path / "again",
+        "--n_permutations",
+        3,
+        "--json",
     )
     assert code == 0, err
     assert {row["evaluator"] for row in json.loads(out)["summary"]} == {"pair_depth"}
@@ -399,3 +430,19 @@ def test_the_demo_hands_its_folder_on(taxolens, monkeypatch, tmp_path):
     assert (code, err) == (1, "error: stop here\n")
     assert asked == [str(tmp_path / "demo")]
     assert demo.HELP and evaluate.HELP and report.HELP
+
+
+def test_the_demo_in_miniature(tmp_path):
+    small = {"max_images": 154, "eval_max_images": 308, "epochs": 4.0}
+    made = run_demo(tmp_path, progress=False, hook_names=["blocks.{0,7}.hook_resid_post"], **small)
+    assert [sae.hook_name for sae in made.results.saes] == [
+        "blocks.0.hook_resid_post",
+        "blocks.7.hook_resid_post",
+    ]
+    rows = summary_rows(made.results)
+    assert {row["metric"] for row in rows} == {headline.metric for headline in HEADLINES}
+    assert made.results.dataset.split == "validation"
+    assert made.results.errors == {}
+    assert made.report == tmp_path / "report.html"
+    assert list(made.wandb_folder.glob("offline-run-*/*.wandb"))
+    assert "WANDB_DIR" not in os.environ

@@ -157,7 +157,9 @@ def test_model_loads_as_float32_and_beats_chance_by_far_on_held_out_pictures(spl
     assert pixels.shape[1:] == (3, 64, 64)
     with torch.no_grad():
         predicted = model(pixels).logits.argmax(dim=1)
-    assert (predicted == torch.tensor(dataset["label"])).float().mean() > 0.35  # 77 classes: chance is 0.013
+    assert (
+        predicted == torch.tensor(dataset["label"])
+    ).float().mean() > 0.35  # 77 classes: chance is 0.013
     assert tuple(model.config.id2label.values()) == tuple(
         splits["validation"].features["label"].names
     )

@@ -154,6 +154,8 @@ def test_no_direction_no_verdict() -> None:
     assert beats(1.0, 0.0, None) is None
     assert beats(math.nan, 0.0, True) is None
     assert beats(1.0, 1.0, True) is False
+    assert beats(1e-15, 0.0, True) is False
+    assert beats(-1e-15, 0.0, False) is False
     assert null_result(1.0, [0.5], None).left_behind is None
 
 

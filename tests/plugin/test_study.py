@@ -46,7 +46,9 @@ def test_many_hook_points_make_the_multi_config_and_each_its_own_width():
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
-    path = write(tmp_path, "lr: 3e-4\nk: 9\ndataset_path: photos\nlogger:\n  run_name: of the file\n")
+    path = write(
+        tmp_path, "lr: 3e-4\nk: 9\ndataset_path: photos\nlogger:\n  run_name: of the file\n"
+    )
     study = gather(preset="laptop", config=path, flags={"k": 5})
     assert study.runner["lr"] == 3e-4  # YAML reads 3e-4 as text
     assert study.runner["max_images"] == 20_000
@@ -92,7 +94,9 @@ def test_several_saes_at_every_hook_point(tmp_path):
           sparse: {architecture: topk, k: 4, d_sae: 99}
         """,
     )
-    config = gather(config=path).config({"blocks.0.hook_resid_post": 8, "blocks.1.hook_resid_post": 8})
+    config = gather(config=path).config(
+        {"blocks.0.hook_resid_post": 8, "blocks.1.hook_resid_post": 8}
+    )
     assert list(config.saes) == [
         f"blocks.{block}.hook_resid_post.{name}" for block in (0, 1) for name in ("relu", "sparse")
     ]
@@ -104,9 +108,18 @@ def test_several_saes_at_every_hook_point(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trainig_tokens: 5", r"study\.yaml: unknown key 'trainig_tokens'; did you mean 'training_tokens'"),
-        ("logger: {wandb_projct: a}", "unknown key 'logger.wandb_projct'; did you mean 'wandb_project'"),
-        ("sae: {l1_coeficient: 2}", "unknown key 'sae.l1_coeficient'; did you mean 'l1_coefficient'"),
+        (
+            "trainig_tokens: 5",
+            r"study\.yaml: unknown key 'trainig_tokens'; did you mean 'training_tokens'",
+        ),
+        (
+            "logger: {wandb_projct: a}",
+            "unknown key 'logger.wandb_projct'; did you mean 'wandb_project'",
+        ),
+        (
+            "sae: {l1_coeficient: 2}",
+            "unknown key 'sae.l1_coeficient'; did you mean 'l1_coefficient'",
+        ),
         ("sae: 5", "sae: expected `name: value` lines, got 5"),
         ("zzzzzz: 1", "--help_all"),
         ("lr: fast", "lr: expected float, got 'fast'"),
@@ -189,7 +202,15 @@ def test_values_become_what_the_field_asks_for(hint, value, expected):
 
 @pytest.mark.parametrize(
     ("hint", "value"),
-    [(int, True), (int, 2.5), (float, "x"), (bool, 1), (str, 3), (int | None, "x"), (list[int], ["a"])],
+    [
+        (int, True),
+        (int, 2.5),
+        (float, "x"),
+        (bool, 1),
+        (str, 3),
+        (int | None, "x"),
+        (list[int], ["a"]),
+    ],
 )
 def test_values_that_cannot_are_refused(hint, value):
     with pytest.raises(ConfigError, match="field: expected"):

@@ -42,12 +42,16 @@ def text_of(results, width=100):
 
 def rows_of(results):
     """layer -> cells of its row."""
-    lines = [line.strip().removeprefix("pair depth").strip() for line in text_of(results).splitlines()]
+    lines = [
+        line.strip().removeprefix("pair depth").strip() for line in text_of(results).splitlines()
+    ]
     return {line[0]: line.split("  ") for line in lines if line[:1].isdigit()}
 
 
 def test_every_number_stands_beside_its_nulls(results):
-    cells = {layer: [c.strip() for c in row if c.strip()] for layer, row in rows_of(results).items()}
+    cells = {
+        layer: [c.strip() for c in row if c.strip()] for layer, row in rows_of(results).items()
+    }
     assert cells == {
         "0": ["0", "0.400", "0.500 (0.500)", "0.010", "0.450", "–", "permuted, random"],
         "1": ["1", "0.600", "0.500 (0.550)", "0.010", "0.700", "–", "random"],
