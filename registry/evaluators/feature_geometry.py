@@ -1,0 +1,427 @@
+"""`feature_geometry`: do directions of nodes, and of latents, stand to each other as the tree says?
+
+Hierarchical orthogonality is that of Park et al. 2024 (arXiv 2406.01506, §4), made for words;
+conditional orthogonality and Babel function are those of MP-SAE (Costa et al. 2025, arXiv
+2506.03093); effective rank that of Roy and Vetterli 2007. The ports are our own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import summary
+from .accumulators import ClassCounts, FiringHistogram
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .ontological_coverage import find_detectors
+from .samples import ImageSample
+
+RANK_IMAGES, COACTIVE_IMAGES, BLOCK = 1024, 256, 1024
+
+
+@dataclass(frozen=True)
+class FeatureGeometryOptions:
+    """max_images: of the sample of x and z.
+    min_images: a node needs so many in the sample, half of them in either half.
+    node_images: at most so many of a node are read for its direction.
+    max_edges: (parent, child) edges that are looked at, at random.
+    detector_f1: a latent stands for a node where its firing has this F1 on the score half.
+    babel: how many rows are summed in the Babel function.
+    max_latents: decoder rows that it is computed over, at random among those that fire.
+    """
+
+    max_images: int = 8192
+    min_images: int = 50
+    node_images: int = 256
+    max_edges: int = 200
+    detector_f1: float = 0.3
+    babel: int = 16
+    max_latents: int = 4096
+
+    def __post_init__(self) -> None:
+        for field in ("max_images", "min_images", "node_images", "max_edges", "babel"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        if self.max_latents < 2:
+            raise ConfigError(f"max_latents: must be at least 2, got {self.max_latents}")
+        if not 0 <= self.detector_f1 <= 1:
+            raise ConfigError(f"detector_f1: must lie in [0, 1], got {self.detector_f1}")
+
+
+class Directions(NamedTuple):
+    """The vectors of the nodes, in whitened coordinates."""
+
+    vector: np.ndarray  # (V, d), NaN where a node has too few images
+    own: np.ndarray  # (V,) mean of x·ℓ/‖ℓ‖² over held-out images of the node; 1 is ideal
+    other: np.ndarray  # (V,) the same over the other held-out images; 0 is ideal
+
+
+class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
+    """Orthogonality of what a child adds, of node vectors on x and of latents that detect nodes.
+
+    On x, whitened by the Ledoit–Wolf covariance of the fit half: node v has the direction
+    d = Σ_v⁻¹ m (m its mean, Σ_v its Ledoit–Wolf covariance), d̂ = d/‖d‖ and the vector ℓ = (m·d̂)d̂.
+
+    - `hierarchy_cosine`: |cos(ℓ_child − ℓ_parent, ℓ_parent)|, mean over the edges of the collapsed
+      tree below its root; `random_parent_cosine`: with a random other node as parent.
+      A child's images are its parent's too, so permuted classes are near 0 as well: this number
+      tells nodes from noise, and not this tree from another.
+    - `parent_length`: ‖ℓ_parent‖/‖ℓ_child‖, mean over the edges (own definition): what the children
+      share. Means of unrelated classes are short, so permuted classes fall behind.
+    - `projection_own`, `projection_other`: x·ℓ/‖ℓ‖² on held-out images of the node and on others.
+
+    Of the decoder: `parent_cosine`, `sibling_cosine`, `random_cosine`: |cos(D_a, D_b)| of the latents
+    that best detect a node and its parent, two children of one node, and of random pairs;
+    `detected_edges` counts the first. `coherence` and `babel` = μ₁(1), μ₁(r), with
+    μ₁(r) = max_j of the r largest |D_i·D_j|, summed (unit rows); `coactive_babel`: of the rows that
+    fire on an image, largest sum over the others, mean over images. `effective_rank` = exp(entropy
+    of the eigenvalues of zᵀz).
+
+    The other sources of latents share x, so its numbers are NaN there. Memory
+    O(max_images·(d + L0) + d² + m·C).
+    """
+
+    name = "feature_geometry"
+    description = (
+        "whether a child's direction is orthogonal to its parent's, in x and in the decoder"
+    )
+    higher_is_better = {
+        "hierarchy_cosine": False,
+        "random_parent_cosine": None,
+        "parent_length": True,
+        "projection_own": True,
+        "projection_other": None,
+        "edges": None,
+        "parent_cosine": False,
+        "sibling_cosine": None,
+        "random_cosine": None,
+        "detected_edges": None,
+        "coherence": False,
+        "babel": False,
+        "coactive_babel": False,
+        "effective_rank": None,
+    }
+    invariant = frozenset(
+        {"random_cosine", "coherence", "babel", "coactive_babel", "effective_rank"}
+    )
+    Options = FeatureGeometryOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: FeatureGeometryOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._firings = context.share(FiringHistogram, survival=(1.0,))
+        self._sample = context.share(ImageSample, max_images=self.options.max_images)
+        self._memo: dict[Any, Any] = {}
+        self._tree = self.taxonomy.collapsed()
+        self._edges = self._choose_edges()
+
+    def _choose_edges(self) -> np.ndarray:
+        """(E, 2) parent and child in the collapsed tree, the root's left out."""
+        edges = [(p, v) for v, ps in enumerate(self._tree.parents) for p in ps if p != 0]
+        order = np.random.default_rng(self.context.seed).permutation(len(edges))
+        chosen = np.sort(order[: self.options.max_edges])
+        return np.array(edges, dtype=np.int64).reshape(-1, 2)[chosen]
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+        for kept in ("_whitened", "_fixed"):
+            vars(self).pop(kept, None)
+
+    @cached_property
+    def _whitened(self) -> np.ndarray:
+        """(n, d) the sample of x, centred and whitened as its fit half says."""
+        x = self._sample.x.double().numpy()
+        fit = x[self._sample.is_fit]
+        if len(fit) < 2:
+            return np.full_like(x, np.nan)
+        mean = fit.mean(0)
+        centred = fit - mean
+        shrinkage, scale = ledoit_wolf(centred)
+        covariance = (1 - shrinkage) * centred.T @ centred / len(fit)
+        covariance[np.diag_indices_from(covariance)] += shrinkage * scale
+        values, vectors = np.linalg.eigh(covariance)
+        large = values > 1e-9 * max(values.max(), 1e-30)
+        root = np.where(large, 1 / np.sqrt(np.where(large, values, 1)), 0)
+        return (x - mean) @ (vectors * root) @ vectors.T
+
+    def directions(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> Directions:
+        """The vectors of the nodes of the edges, on the fit half, and how held-out images lie."""
+        labels = self._sample.labels(shuffled)
+        member = self._tree.membership[labels if permutation is None else permutation[labels]]
+        x, fit = self._whitened, self._sample.is_fit
+        n_nodes = len(self._tree.nodes)
+        vector = np.full((n_nodes, x.shape[1]), np.nan)
+        own, other = np.full((2, n_nodes), np.nan)
+        least = self.options.min_images
+        for v in np.unique(self._edges):
+            images, held = member[:, v] & fit, member[:, v] & ~fit
+            if min(images.sum(), held.sum()) < max(least / 2, 2):
+                continue
+            rows = np.flatnonzero(images)[: self.options.node_images]
+            found = node_vector(x[rows])
+            length = found @ found
+            if length > 0:
+                vector[v] = found
+                along = x[~fit] @ found / length
+                own[v] = along[member[~fit, v]].mean()
+                other[v] = summary.mean(along[~member[~fit, v]])
+        return Directions(vector, own, other)
+
+    def _on_x(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
+        names = (
+            "hierarchy_cosine",
+            "random_parent_cosine",
+            "parent_length",
+            "projection_own",
+            "projection_other",
+        )
+        if self.context.source != "sae":
+            return {**dict.fromkeys(names, float("nan")), "edges": 0.0}
+        found = self.directions(permutation, shuffled)
+        cosines = added_cosines(found.vector, self._edges)
+        random = added_cosines(found.vector, self._random_parents)
+        length, (parent, child) = np.linalg.norm(found.vector, axis=1), self._edges.T
+        return {
+            "hierarchy_cosine": summary.mean(np.abs(cosines)),
+            "random_parent_cosine": summary.mean(np.abs(random)),
+            "parent_length": summary.mean(summary.ratio(length[parent], length[child])),
+            "projection_own": summary.mean(found.own),
+            "projection_other": summary.mean(found.other),
+            "edges": float(np.isfinite(cosines).sum()),
+        }
+
+    @cached_property
+    def _random_parents(self) -> np.ndarray:
+        """(E, 2) the edges, the parent replaced by another that is not above the child."""
+        generator = np.random.default_rng(self.context.seed + 1)
+        members = self._tree.membership
+        pairs = []
+        parents = np.unique(self._edges[:, 0])
+        for _, child in self._edges:
+            above = (members[:, parents] | ~members[:, [child]]).all(0)
+            others = parents[~above]
+            others = others[others != child]
+            if len(others):
+                pairs.append((int(generator.choice(others)), int(child)))
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+    def detectors(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> np.ndarray:
+        """(V,) the latent that stands for each node of the collapsed tree, −1 where none does."""
+        members = self._tree.membership
+        found = find_detectors(
+            self._firings.fit(shuffled),
+            self._firings.score(shuffled),
+            members if permutation is None else members[permutation],
+            self._classes.fit(shuffled),
+            self._classes.score(shuffled),
+            1.0,
+        )
+        return np.where(found.f1 >= self.options.detector_f1, found.latent, -1)
+
+    @cached_property
+    def _rows(self) -> Tensor | None:
+        """(m, d) the decoder, rows of length 1."""
+        if self.context.W_dec is None:
+            return None
+        rows = self.context.W_dec.detach().float().cpu()
+        return torch.nn.functional.normalize(rows, dim=1)
+
+    def _of_latents(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
+        names = ("parent_cosine", "sibling_cosine")
+        if self._rows is None:
+            return {**dict.fromkeys(names, float("nan")), "detected_edges": 0.0}
+        latent = self.detectors(permutation, shuffled)
+        parents = pair_cosines(self._rows, latent[self._edges])
+        siblings = pair_cosines(self._rows, latent[self._siblings])
+        return {
+            "parent_cosine": summary.mean(parents),
+            "sibling_cosine": summary.mean(siblings),
+            "detected_edges": float(np.isfinite(parents).sum()),
+        }
+
+    @cached_property
+    def _siblings(self) -> np.ndarray:
+        """(S, 2) for each chosen edge, the child and another child of its parent."""
+        generator = np.random.default_rng(self.context.seed + 2)
+        pairs = []
+        for parent, child in self._edges:
+            others = [v for v in self._tree.children[parent] if v != child]
+            if others:
+                pairs.append((int(child), int(generator.choice(others))))
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _fixed(self) -> dict[str, float]:
+        """What depends on no label."""
+        numbers = dict.fromkeys(self.invariant, float("nan"))
+        sample, generator = self._sample, np.random.default_rng(self.context.seed + 3)
+        z = sample.z
+        numbers["effective_rank"] = effective_rank(z[:RANK_IMAGES].toarray())
+        living = np.unique(z.indices)
+        if self._rows is None or len(living) < 2:
+            return numbers
+        pairs = generator.choice(living, size=(1000, 2))
+        numbers["random_cosine"] = summary.mean(pair_cosines(self._rows, pairs))
+        chosen = np.sort(generator.permutation(living)[: self.options.max_latents])
+        sums = babel(self._rows[torch.from_numpy(chosen)], (1, self.options.babel))
+        numbers["coherence"], numbers["babel"] = sums
+        coactive = []
+        for i in range(min(COACTIVE_IMAGES, len(z.indptr) - 1)):
+            active = z.indices[z.indptr[i] : z.indptr[i + 1]]
+            if len(active) > 1:
+                rows = self._rows[torch.from_numpy(active.astype(np.int64))]
+                gram = (rows @ rows.T).abs().fill_diagonal_(0)
+                coactive.append(float(gram.sum(1).max()))
+        numbers["coactive_babel"] = summary.mean(coactive)
+        return numbers
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        self._check_shuffled(shuffled)
+        key = (None if permutation is None else permutation.tobytes(), shuffled)
+        if key not in self._memo:
+            self._memo[key] = {
+                **self._on_x(permutation, shuffled),
+                **self._of_latents(permutation, shuffled),
+                **self._fixed,
+            }
+        return dict(self._memo[key])
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`edges`: one row for each (parent, child) that was looked at."""
+        tree, (parent, child) = self._tree, self._edges.T
+        nan = np.full(len(parent), np.nan)
+        cosine, latent = nan, np.full(len(tree.nodes), -1)
+        if self.context.source == "sae":
+            cosine = added_cosines(self.directions().vector, self._edges)
+        of_latents = nan
+        if self._rows is not None:
+            latent = self.detectors()
+            of_latents = pair_cosines(self._rows, latent[self._edges])
+        table = {
+            "parent": [tree.label(v) for v in parent],
+            "child": [tree.label(v) for v in child],
+            "cosine": cosine,
+            "parent_latent": latent[parent],
+            "child_latent": latent[child],
+            "latent_cosine": of_latents,
+        }
+        return {"edges": pd.DataFrame(table)}
+
+    def figures(self) -> dict[str, Figure]:
+        """`cosine`: of what each child adds to its parent, and with permuted classes."""
+        size = self._tree.n_leaves[self._edges[:, 0]]
+        drawing = summary.figure(
+            "Orthogonality of child and parent",
+            "classes below the parent",
+            "cos(ℓ child − ℓ parent, ℓ parent)",
+        )
+        draws = self.context.permutations[: 1 if self.context.source == "sae" else 0]
+        drawn = [added_cosines(self.directions(p).vector, self._edges) for p in draws]
+        for values, name, colour in (
+            *((v, "permuted classes", summary.NULL) for v in drawn),
+            (self.tables()["edges"]["cosine"], "edges", summary.VALUE),
+        ):
+            drawing.add_scatter(
+                x=size, y=values, name=name, mode="markers", marker={"color": colour, "size": 5}
+            )
+        return {"cosine": drawing}
+
+
+def ledoit_wolf(centred: np.ndarray) -> tuple[float, float]:
+    """The shrinkage towards scale·I, and the scale, for centred points (n, d).
+
+    Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4; from the (n, n) Gram matrix
+    where that is the smaller one.
+    """
+    n, d = centred.shape
+    gram = centred @ centred.T if n < d else centred.T @ centred
+    scale = float(np.square(centred).sum() / n / d)
+    squares = float(np.square(gram).sum() / n**2)  # ‖S‖²
+    fourth = float(np.square(np.square(centred).sum(1)).sum() / n)
+    spread = (squares - d * scale**2) / d
+    noise = min((fourth - squares) / n / d, spread)
+    return (noise / spread if spread > 1e-12 * scale**2 else 1.0), scale
+
+
+def node_vector(x: np.ndarray) -> np.ndarray:
+    """(d,) ℓ = (m·d̂)d̂ of a node's images x (n, d), d = Σ⁻¹m.
+
+    The inverse by the Woodbury identity: n is far below d for most nodes.
+    """
+    n, d = x.shape
+    mean = x.mean(0)
+    centred = x - mean
+    shrinkage, scale = ledoit_wolf(centred)
+    ridge = shrinkage * scale
+    weight = (1 - shrinkage) / n
+    if not ridge > 1e-9 * scale:  # no shrinkage: the pseudo-inverse
+        direction = np.linalg.pinv(centred.T @ centred / n + ridge * np.eye(d)) @ mean
+    elif weight > 0:
+        inner = np.eye(n) * (ridge / weight) + centred @ centred.T
+        direction = (mean - centred.T @ np.linalg.solve(inner, centred @ mean)) / ridge
+    else:
+        direction = mean
+    length = np.linalg.norm(direction)
+    if not length > 0:
+        return np.zeros(d)
+    unit = direction / length
+    return (mean @ unit) * unit
+
+
+def added_cosines(vector: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """(E,) cos(ℓ_child − ℓ_parent, ℓ_parent) of edges (E, 2), parent first; NaN where undefined."""
+    parent, child = vector[edges[:, 0]], vector[edges[:, 1]]
+    added = child - parent
+    lengths = np.linalg.norm(added, axis=1) * np.linalg.norm(parent, axis=1)
+    return summary.ratio((added * parent).sum(1), lengths)
+
+
+def pair_cosines(rows: Tensor, pairs: np.ndarray) -> np.ndarray:
+    """(P,) |cos| of pairs (P, 2) of unit rows; NaN for −1 and for a latent with itself."""
+    first, second = pairs.T
+    cosine = np.full(len(pairs), np.nan)
+    told = np.flatnonzero((first >= 0) & (second >= 0) & (first != second))
+    a, b = (rows[torch.from_numpy(side[told].astype(np.int64))] for side in (first, second))
+    cosine[told] = (a * b).sum(1).abs().numpy()
+    return cosine
+
+
+def babel(rows: Tensor, sizes: tuple[int, ...]) -> list[float]:
+    """μ₁(r) of unit rows (l, d) for each r of `sizes`: max over j of its r largest |D_i·D_j|."""
+    most = [0.0] * len(sizes)
+    for start in range(0, len(rows), BLOCK):
+        gram = (rows[start : start + BLOCK] @ rows.T).abs()
+        own = torch.arange(len(gram))
+        gram[own, own + start] = 0
+        largest = gram.topk(min(max(sizes), gram.shape[1]), dim=1).values.cumsum(1)
+        for i, r in enumerate(sizes):
+            most[i] = max(most[i], float(largest[:, min(r, largest.shape[1]) - 1].max()))
+    return most
+
+
+def effective_rank(z: np.ndarray) -> float:
+    """exp(entropy of the eigenvalues of zᵀz) of latents (n, m); NaN where all are 0."""
+    if not z.any():
+        return float("nan")
+    z = z.astype(np.float64)
+    values = np.linalg.eigvalsh(z @ z.T if len(z) < z.shape[1] else z.T @ z).clip(min=0)
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
