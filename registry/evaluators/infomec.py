@@ -1,0 +1,391 @@
+"""`infomec`: modularity, compactness and explicitness, with the depths of the tree as factors.
+
+InfoM, InfoC and InfoE are those of Hsu et al. 2023, "Disentanglement via latent quantization" (arXiv
+2305.18378, §4); taking the groups at each depth as factors is our own definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+from scipy.special import xlogy
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..taxonomies.taxonomy import Taxonomy
+from . import summary
+from .accumulators import SURVIVAL, ClassCounts, FiringHistogram
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .samples import ImageSample, shape
+
+BLOCK = 1024
+"""Latents at a time."""
+
+
+@dataclass(frozen=True)
+class InfoMECOptions:
+    """levels: a latent is cut into "silent" and as many levels, at the activations that these shares
+        of its firings reach; each must be one of `accumulators.SURVIVAL`.
+    max_images: of the sample for InfoE.
+    probe_latents: InfoE reads the most variable latents only, as many as this.
+    steps: of its regression, at most.
+    """
+
+    levels: tuple[float, ...] = (1.0, 0.5, 0.125)
+    max_images: int = 4096
+    probe_latents: int = 512
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        levels = tuple(self.levels)
+        object.__setattr__(self, "levels", levels)
+        falling = list(levels) == sorted(set(levels), reverse=True)
+        if not falling or not levels or levels[0] != 1.0 or not set(levels) <= set(SURVIVAL):
+            raise ConfigError(
+                f"levels: must fall from 1.0, each one of {', '.join(map(str, SURVIVAL))}; got "
+                f"{levels}"
+            )
+        for field in ("max_images", "probe_latents", "steps"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+
+
+class Information(NamedTuple):
+    """What the latents tell of the factors, each (n_s, m); NaN where a factor has no entropy."""
+
+    nested: np.ndarray  # I(s_i; z_j) / H(s_i)
+    added: np.ndarray  # the same given the cut above
+
+    @classmethod
+    def of(cls, mutual: np.ndarray, entropy: np.ndarray) -> Information:
+        """From I (n_s, m) and H (n_s,) of nested factors, the coarsest first."""
+        more = np.diff(mutual, axis=0, prepend=0).clip(min=0)
+        more[more <= 1e-9] = 0.0
+        grown = np.diff(entropy, prepend=0)
+        grown[grown <= 1e-9] = 0.0
+        return cls(summary.ratio(mutual, entropy[:, None]), summary.ratio(more, grown[:, None]))
+
+
+class InfoMEC(Evaluator[InfoMECOptions]):
+    """Does a latent tell of one depth only, is a depth told by few latents, and can it be read off?
+
+    Factors s_i: the group of an image at each distinct cut of the tree, from coarse to the classes.
+    z_j is cut into levels. The cuts are nested, unlike the factors that the measure was made for:
+    who knows the group at a depth knows all above it. So what counts is what a depth *adds*,
+    A_ij = (I(s_i; z_j) − I(s_{i−1}; z_j)) / (H(s_i) − H(s_{i−1})), which by the chain rule is the
+    normalised information given the cut above (own definition).
+
+    - `infom` = (mean over active latents of max_i A_ij / Σ_i A_ij − 1/n_s) / (1 − 1/n_s).
+    - `infoc` = (mean over factors of max_j A_ij / Σ_j A_ij − 1/n_a) / (1 − 1/n_a), n_a latents with
+      any information.
+    - `infoe` = mean over factors of (H₀ − H)/H₀: H₀ the entropy of the factor, H the cross-entropy
+      of a logistic regression on held-out images. One regression predicts the *class*; the
+      probability of a group is the sum over its classes, so a permuted tree needs no second fit.
+    - `nested_infom`, `nested_infoc`: the published forms, with I(s_i; z_j) / H(s_i) in place of A.
+      They have no direction: indicators of the nodes themselves score *below* indicators of random
+      class sets, because a hierarchical latent tells of several depths at once.
+
+    Even so no set of node indicators is fully modular: an indicator of one of many nodes at a depth
+    tells something of the depths above. The excess over permuted classes is what counts. I is
+    biased upwards by about levels·groups/(2·images): the shuffled null shows by how much.
+    `infoc` falls with the number of latents that know anything at all. Memory
+    O(m·T·C + max_images·L0).
+    """
+
+    name = "infomec"
+    description = "modularity, compactness and explicitness of latents for the depths of the tree"
+    higher_is_better = {
+        "infom": True,
+        "infoc": True,
+        "infoe": True,
+        "nested_infom": None,
+        "nested_infoc": None,
+        "factors": None,
+        "active": None,
+    }
+    invariant = frozenset({"factors"})
+    Options = InfoMECOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: InfoMECOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._histogram = context.share(FiringHistogram, survival=SURVIVAL)
+        self._sample = context.share(ImageSample, max_images=self.options.max_images)
+        self._counts: dict[bool, sparse.csr_array] = {}
+        self._log_odds: dict[bool, Tensor] = {}
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._counts.clear()
+        self._log_odds.clear()
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """The cuts that are factors: each groups the classes in another way, none is one group."""
+        return factor_depths(self.taxonomy)
+
+    def groups(self, permutation: np.ndarray | None = None) -> np.ndarray:
+        """(n_s, C) the group of each class under each factor, numbered from 0."""
+        place = np.arange(len(self.taxonomy.classes)) if permutation is None else permutation
+        cuts = [np.unique(self.taxonomy.cut(t)[place], return_inverse=True)[1] for t in self.depths]
+        return np.array(cuts, dtype=np.int64).reshape(len(cuts), len(place))
+
+    def information(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> Information:
+        """What each latent tells of each factor."""
+        self._check_shuffled(shuffled)
+        images = self._classes.all(shuffled)
+        n_levels = len(self.options.levels)
+        if shuffled not in self._counts:
+            self._counts[shuffled] = level_counts(self._histogram, self.options.levels, shuffled)
+        found = [
+            mutual_information(self._counts[shuffled], n_levels, images, group)
+            for group in self.groups(permutation)
+        ]
+        mutual = np.array([i for i, _ in found]).reshape(len(found), self.context.d_sae)
+        entropy = np.array([h for _, h in found])
+        return Information.of(mutual, entropy)
+
+    def explicitness(
+        self, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> np.ndarray:
+        """(n_s,) (H₀ − H)/H₀ of each factor; NaN without held-out images of two groups."""
+        score = ~self._sample.is_fit
+        labels = self._sample.labels(shuffled)[score]
+        if not len(labels) or score.all():
+            return np.full(len(self.depths), np.nan)
+        if shuffled not in self._log_odds:
+            self._log_odds[shuffled] = self._regress(shuffled)
+        return np.array(
+            [
+                explained(self._log_odds[shuffled], labels, group)
+                for group in self.groups(permutation)
+            ]
+        )
+
+    def _regress(self, shuffled: bool) -> Tensor:
+        """(a, C) log-probabilities of the classes for the score half of the sample."""
+        sample = self._sample
+        fit = sample.is_fit
+        known = sample.z[fit]
+        squares = np.bincount(known.indices, np.square(known.data), self.context.d_sae)
+        mean = np.bincount(known.indices, known.data, self.context.d_sae) / max(fit.sum(), 1)
+        spread = squares / max(fit.sum(), 1) - mean**2
+        chosen = np.sort(np.argsort(-spread, kind="stable")[: self.options.probe_latents])
+        z = torch.from_numpy(sparse.csc_array(sample.z)[:, chosen].toarray())
+        labels = torch.from_numpy(sample.labels(shuffled))
+        fitted = torch.from_numpy(fit)
+        return class_log_odds(
+            z[fitted],
+            labels[fitted],
+            z[~fitted],
+            len(self.taxonomy.classes),
+            steps=self.options.steps,
+        )
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        information = self.information(permutation, shuffled)
+        return {
+            "infom": modularity(information.added),
+            "infoc": compactness(information.added),
+            "infoe": summary.mean(self.explicitness(permutation, shuffled)),
+            "nested_infom": modularity(information.nested),
+            "nested_infoc": compactness(information.nested),
+            "factors": float(len(self.depths)),
+            "active": float((np.nan_to_num(information.nested).sum(0) > 0).sum()),
+        }
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`factors`: one row for each depth; `latents`: for each active one the depth it tells."""
+        information = np.nan_to_num(self.information().added)
+        permutations = self.context.permutations
+        permuted = [self.explicitness(p) for p in permutations]
+        null = np.array(permuted).reshape(len(permuted), len(self.depths))
+        groups = self.groups()
+        factors = {
+            "depth": self.depths,
+            "groups": [len(np.unique(g)) for g in groups],
+            "explicitness": self.explicitness(),
+            "permuted": [summary.mean(column) for column in null.T],
+        }
+        if self.context.d_sae:
+            factors["best_latent"] = information.argmax(1)
+            factors["best_information"] = information.max(1)
+        total = information.sum(0)
+        latent = np.flatnonzero(total > 0)
+        latents: dict[str, Any] = {"latent": latent}
+        if len(self.depths):
+            latents["depth"] = np.array(self.depths)[information[:, latent].argmax(0)]
+            latents["information"] = information[:, latent].max(0)
+            latents["share"] = latents["information"] / total[latent]
+        return {"factors": pd.DataFrame(factors), "latents": pd.DataFrame(latents)}
+
+    def figures(self) -> dict[str, Figure]:
+        """`explicitness`: of each depth, and dotted with permuted classes."""
+        table = self.tables()["factors"]
+        drawing = summary.figure(
+            "What a linear read-out of the latents explains", "depth of the cut", "(H₀ − H)/H₀"
+        )
+        for column, name, line in (
+            ("explicitness", "latents", {"color": summary.VALUE}),
+            ("permuted", "permuted classes", {"color": summary.NULL, "dash": "dot"}),
+        ):
+            drawing.add_scatter(x=table["depth"], y=table[column], name=name, line=line)
+        return {"explicitness": drawing}
+
+
+def factor_depths(taxonomy: Taxonomy) -> list[int]:
+    """The depths whose cuts differ in their number of groups, from two groups up to the classes."""
+    depths, last = [], 1
+    for t in range(1, taxonomy.max_depth + 1):
+        groups = len(np.unique(taxonomy.cut(t)))
+        if groups > last:
+            depths.append(t)
+            last = groups
+    return depths
+
+
+def level_counts(
+    histogram: FiringHistogram, levels: Sequence[float], shuffled: bool = False
+) -> sparse.csr_array:
+    """(m·L, C) images of both halves that put each latent into each level, lowest level first."""
+    survival = np.array(histogram.thresholds.survival)
+    level = np.searchsorted(-np.array(levels), -survival, side="right") - 1
+    parts = []
+    counts = histogram.counts[int(shuffled)]
+    for start in range(0, counts.shape[1], BLOCK):
+        block = counts[:, start : start + BLOCK]
+        merged = torch.zeros(block.shape[1], len(levels), block.shape[3], dtype=torch.int32)
+        for half in block:
+            for t, into in enumerate(level):
+                merged[:, into] += half[:, t]
+        parts.append(sparse.csr_array(merged.flatten(0, 1).numpy()))
+    n_classes = counts.shape[3]
+    empty = sparse.csr_array((0, n_classes), dtype=np.int32)
+    return sparse.csr_array(sparse.vstack([*parts, empty], format="csr"))
+
+
+def mutual_information(
+    counts: sparse.csr_array, n_levels: int, images: np.ndarray, group: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """I(s; z_j) of each latent (m,), and H(s), in nats; s is the group of an image's class.
+
+    Only nonzero counts are looked at.
+
+    Args:
+        counts: (m·L, C) images in each level of a latent's firing; the rest are silent.
+        images: (C,) of each class.
+        group: (C,) numbered from 0.
+    """
+    n_groups = int(group.max(initial=-1)) + 1
+    size = np.bincount(group, images, n_groups)
+    n = size.sum()
+    m = shape(counts)[0] // n_levels
+    entropy = _nlogn(n) - _nlogn(size).sum()  # all in images · nats
+    if entropy <= 1e-9 * max(n, 1):
+        return np.zeros(m), 0.0
+    belongs = sparse.csr_array(
+        (np.ones(len(group)), (np.arange(len(group)), group)), shape=(len(group), n_groups)
+    )
+    joint = sparse.csr_array(counts @ belongs)  # (m·L, G)
+    row = np.repeat(np.arange(m * n_levels), np.diff(joint.indptr))
+    fires = sparse.csr_array(
+        (joint.data, (row // n_levels, joint.indices)), shape=(m, n_groups)
+    )  # levels of one latent and group add up
+    fires.sum_duplicates()
+    latent = np.repeat(np.arange(m), np.diff(fires.indptr))
+    whole = size[fires.indices]
+    silent = _nlogn(size).sum() + np.bincount(latent, _nlogn(whole - fires.data) - _nlogn(whole), m)
+    in_cells = np.bincount(row // n_levels, _nlogn(joint.data), m) + silent
+    level_size = np.bincount(row, joint.data, m * n_levels).reshape(m, n_levels)
+    in_levels = _nlogn(level_size).sum(1) + _nlogn(n - level_size.sum(1))
+    mutual = _nlogn(n) - in_levels - _nlogn(size).sum() + in_cells
+    return np.where(mutual > 1e-9 * n, mutual / n, 0.0), float(entropy / n)
+
+
+def _nlogn(counts: Any) -> Any:
+    return xlogy(counts, counts)
+
+
+def modularity(information: np.ndarray) -> float:
+    """InfoM of information (n_s, m); NaN with fewer than two factors or without an active latent."""
+    information = information[np.isfinite(information).all(1)]
+    n_factors = len(information)
+    total = information.sum(0)
+    if n_factors < 2 or not (total > 0).any():
+        return float("nan")
+    share = information.max(0)[total > 0] / total[total > 0]
+    return float((share.mean() - 1 / n_factors) / (1 - 1 / n_factors))
+
+
+def compactness(information: np.ndarray) -> float:
+    """InfoC of information (n_s, m); NaN with fewer than two active latents."""
+    information = information[np.isfinite(information).all(1)]
+    n_active = int((information.sum(0) > 0).sum())
+    if n_active < 2:
+        return float("nan")
+    total = information.sum(1)
+    share = summary.mean(information.max(1)[total > 0] / total[total > 0])
+    return float((share - 1 / n_active) / (1 - 1 / n_active))
+
+
+def explained(log_odds: Tensor, labels: np.ndarray, group: np.ndarray) -> float:
+    """(H₀ − H)/H₀ of one factor, from log-probabilities of the classes (a, C)."""
+    truth = group[labels]
+    share = np.bincount(truth) / len(truth)
+    entropy = -xlogy(share, share).sum()
+    if entropy <= 1e-9:
+        return float("nan")
+    belongs = torch.from_numpy(group[None] == truth[:, None])
+    right = log_odds.masked_fill(~belongs, -torch.inf).logsumexp(1)
+    return float((entropy + right.double().mean().item()) / entropy)
+
+
+def class_log_odds(
+    z: Tensor, labels: Tensor, asked: Tensor, n_classes: int, *, steps: int = 100
+) -> Tensor:
+    """(a, C) log-probabilities of the classes by multinomial logistic regression.
+
+    Accelerated gradient steps from the classes' frequencies on; about every fourth image is held
+    back, and the step that predicts those best is the one used. Features are standardised, but for the
+    mean: zeros stay zeros.
+
+    Args:
+        z: (n, k) fitted on, with labels (n,); asked: (a, k).
+    """
+    held = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.25
+    scale = z.square().mean(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.inf)
+    u = z / scale
+    frequency = torch.bincount(labels, minlength=n_classes) + 0.5
+    prior = (frequency / frequency.sum()).log()
+    target = torch.nn.functional.one_hot(labels[~held], n_classes).to(u.dtype)
+    known, n = u[~held], max(int((~held).sum()), 1)
+    step = 1 / (0.5 * float(torch.linalg.matrix_norm(known, 2) ** 2 if u.numel() else 1) / n + 1e-3)
+    weight = torch.zeros(u.shape[1], n_classes)
+    ahead, best, least, momentum = weight, weight, torch.inf, 1.0
+    for _ in range(steps):
+        odds = torch.softmax(known @ ahead + prior, dim=1)
+        following = ahead - step * (known.T @ (odds - target) / n)
+        grown = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = following + (momentum - 1) / grown * (following - weight)
+        weight, momentum = following, grown
+        if held.any():
+            loss = float(torch.nn.functional.cross_entropy(u[held] @ weight + prior, labels[held]))
+            best, least = (weight, loss) if loss < least else (best, least)
+    best = best if held.any() else weight
+    return torch.log_softmax(asked / scale @ best + prior, dim=1)
