@@ -1,0 +1,290 @@
+"""`tree_probe`: a linear map under which distances between class means become those in the tree.
+
+The distance probe of Hewitt and Manning 2019 (https://aclanthology.org/N19-1419) and the AST-Probe
+(arXiv 2206.11719), ported to taxonomies and fitted in closed form: own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
+from scipy.sparse.csgraph import minimum_spanning_tree
+from scipy.spatial.distance import pdist, squareform
+
+from ..errors import ConfigError
+from . import summary
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .ranks import spearman
+from .sums import ActivationSums, LatentSums
+
+FEATURES = ("x", "z")
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class TreeProbeOptions:
+    """splits: random divisions of the classes into those fitted on and those asked.
+    asked_share: of the classes, those asked in each split.
+    rank: dimensions of the map at most.
+    """
+
+    splits: int = 5
+    asked_share: float = 0.3
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        for field in ("splits", "rank"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        if not 0 < self.asked_share < 1:
+            raise ConfigError(f"asked_share: must lie in (0, 1), got {self.asked_share}")
+
+
+class Split(NamedTuple):
+    """One division of the places in the tree, and the tree over those asked."""
+
+    fitted: np.ndarray
+    asked: np.ndarray
+    members: np.ndarray  # (asked, nodes) of the collapsed tree over the places asked
+    edges: frozenset[tuple[int, int]]  # between these nodes
+
+
+class Fitted(NamedTuple):
+    """What a probe reached; means over the splits."""
+
+    spearman: float  # on classes it was not fitted on
+    euclidean: float  # the same pairs by plain Euclidean distance
+    in_sample: float  # on the classes it was fitted on
+    uuas: float
+    euclidean_uuas: float
+    ceiling: float
+
+
+UNDEFINED = Fitted(*[float("nan")] * 6)
+
+
+class TreeProbe(Evaluator[TreeProbeOptions]):
+    """Rank correlation of probed and tree distances, on classes that the probe was not fitted on.
+
+    The probe is B with ‖B(h_a − h_b)‖² ≈ tree distance of a and b, h the class means. Square roots
+    of tree distances are Euclidean, so classical scaling places the classes fitted on at points
+    whose squared distances *are* those of the tree; B is the ridge regression of these points on h,
+    its ridge chosen by leave-one-class-out error.
+
+    - `*_spearman`: over the pairs of asked classes, mean over the splits; `*_euclidean`: of plain
+      distances; `*_excess`: the difference. `*_in_sample`: on the classes fitted on, to show what
+      it is worth: it nears its ceiling for any tree.
+    - `ceiling`: the most that a correlation with distances that never tie can reach. Most pairs of
+      classes are equally far in a tree, so this is well below 1.
+    - `*_uuas`: of the edges of the collapsed tree over the asked classes, those found by the
+      minimum spanning tree of probed distances, where a node stands at the mean of its classes.
+      Between the leaves alone the spanning tree is not unique. Each inner node being a mean of what
+      lies below, plain distances are a strong null: `*_euclidean_uuas`.
+
+    `x_*` describes the model and not the SAE; `z_*` are the class means of the latents. The other
+    sources of latents share x, so `x_*` is NaN there. NaN where fewer than 4 classes are asked or
+    fitted on. Memory O(C·(d + m) + C²).
+    """
+
+    name = "tree_probe"
+    description = "a linear map under which distances between class means are those in the tree"
+    higher_is_better = {
+        **{
+            f"{feature}_{measure}": better
+            for feature in FEATURES
+            for measure, better in (
+                ("spearman", True),
+                ("euclidean", True),
+                ("excess", True),
+                ("in_sample", None),
+                ("uuas", True),
+                ("euclidean_uuas", True),
+            )
+        },
+        "ceiling": None,
+    }
+    Options = TreeProbeOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: TreeProbeOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._sums: dict[str, ActivationSums | LatentSums] = {"z": context.share(LatentSums)}
+        if context.source == "sae":
+            self._sums["x"] = context.share(ActivationSums)
+        self._memo: dict[Any, Fitted] = {}
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+
+    @cached_property
+    def splits(self) -> list[Split]:
+        """The same places of the tree for every permutation, so that each asks the same of it."""
+        n_classes = len(self.taxonomy.classes)
+        n_asked = round(self.options.asked_share * n_classes)
+        if n_asked < 4 or n_classes - n_asked < 4:
+            return []
+        generator = np.random.default_rng(self.context.seed)
+        splits = []
+        for _ in range(self.options.splits):
+            order = generator.permutation(n_classes)
+            splits.append(self._split(np.sort(order[n_asked:]), np.sort(order[:n_asked])))
+        return splits
+
+    def _split(self, fitted: np.ndarray, asked: np.ndarray) -> Split:
+        below = self.taxonomy.restrict([self.taxonomy.classes[c] for c in asked]).collapsed()
+        pairs = [(p, v) for v, p in enumerate(below.primary_parent.tolist()) if p >= 0]
+        return Split(fitted, asked, below.membership, frozenset(pairs))
+
+    def fitted(
+        self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> Fitted:
+        """The probe of one feature."""
+        self._check_shuffled(shuffled)
+        key = (feature, None if permutation is None else permutation.tobytes(), shuffled)
+        if key not in self._memo:
+            self._memo[key] = self._fit(feature, permutation, shuffled)
+        return self._memo[key]
+
+    def _fit(self, feature: str, permutation: np.ndarray | None, shuffled: bool) -> Fitted:
+        if feature not in self._sums:
+            return UNDEFINED
+        means = self._sums[feature].means(shuffled)
+        means = (means.T if feature == "z" else means).astype(np.float64)
+        if permutation is not None:  # the class that stands at each place
+            means = means[np.argsort(permutation)]
+        found = [self._ask(means, split) for split in self.splits] or [UNDEFINED]
+        return Fitted(*(summary.mean(column) for column in zip(*found)))
+
+    def _ask(self, means: np.ndarray, split: Split) -> Fitted:
+        known = np.all(np.isfinite(means), axis=1)
+        fitted = split.fitted[known[split.fitted]]
+        seen = known[split.asked]
+        asked = split.asked[seen]
+        if min(len(fitted), len(asked)) < 4 or not means.shape[1]:
+            return UNDEFINED
+        distance = self.taxonomy.tree_distance.astype(np.float64)
+        among = distance[np.ix_(fitted, fitted)]
+        coordinates = scaled_points(among, self.options.rank)
+        mapped = ridge_map(
+            means[fitted], coordinates, np.concatenate([means[fitted], means[asked]])
+        )
+        own, new = mapped[: len(fitted)], mapped[len(fitted) :]
+        wanted = squareform(distance[np.ix_(asked, asked)], checks=False)
+        uuas, plain_uuas = float("nan"), float("nan")
+        if seen.all():
+            uuas, plain_uuas = spanned(new, split), spanned(means[asked], split)
+        return Fitted(
+            spearman(pdist(new, "sqeuclidean"), wanted),
+            spearman(pdist(means[asked], "sqeuclidean"), wanted),
+            spearman(pdist(own, "sqeuclidean"), squareform(among, checks=False)),
+            uuas,
+            plain_uuas,
+            tie_ceiling(wanted),
+        )
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        numbers = {}
+        for feature in FEATURES:
+            found = self.fitted(feature, permutation, shuffled)._asdict()
+            ceiling = found.pop("ceiling")
+            numbers |= {f"{feature}_{k}": v for k, v in found.items()}
+            numbers[f"{feature}_excess"] = found["spearman"] - found["euclidean"]
+            if feature == "z":
+                numbers["ceiling"] = ceiling
+        return numbers
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`features`: what was reached on x and on z, beside the permuted classes."""
+        rows = []
+        for feature in FEATURES:
+            null = [self.fitted(feature, p) for p in self.context.permutations]
+            for measure, value in self.fitted(feature)._asdict().items():
+                permuted = summary.mean([getattr(n, measure) for n in null])
+                rows.append((feature, measure, value, permuted))
+        return {"features": pd.DataFrame(rows, columns=["feature", "measure", "value", "permuted"])}
+
+    def figures(self) -> dict[str, Figure]:
+        """`spearman`: of probe and plain distance, beside the permuted classes."""
+        table = self.tables()["features"]
+        table = table[table["measure"].isin(["spearman", "euclidean"])]
+        drawing = summary.figure("Tree distance between classes", "", "rank correlation")
+        for column, name, colour in (
+            ("value", "classes", summary.VALUE),
+            ("permuted", "permuted classes", summary.NULL),
+        ):
+            drawing.add_bar(
+                x=table["feature"] + ", " + table["measure"],
+                y=table[column],
+                name=name,
+                marker={"color": colour},
+            )
+        return {"spearman": drawing}
+
+
+def scaled_points(distance: np.ndarray, rank: int) -> np.ndarray:
+    """(n, r) centred points with squared distances nearest to `distance` (classical scaling)."""
+    centred = distance - distance.mean(0)
+    gram = -0.5 * (centred - centred.mean(1, keepdims=True))
+    values, vectors = np.linalg.eigh(gram)
+    kept = np.argsort(-values)[: min(rank, len(values))]
+    kept = kept[values[kept] > 1e-9 * max(values.max(), 1e-30)]
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def ridge_map(known: np.ndarray, points: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """(a, r) where a ridge regression of `points` (n, r) on `known` (n, w) puts `asked` (a, w).
+
+    The ridge, relative to the mean squared length of `known`, is the one of `RIDGES` with the least
+    leave-one-out error.
+    """
+    mean = known.mean(0)
+    centred = known - mean
+    values, vectors = np.linalg.eigh(centred @ centred.T)
+    values = values.clip(min=0)
+    scale = values.mean()
+    if not scale > 0:
+        return np.zeros((len(asked), points.shape[1]))
+    turned = vectors.T @ points
+    best, least = None, np.inf
+    for ridge in RIDGES:
+        weight = 1 / (values + ridge * scale)
+        # The mean is estimated too: it takes part of each point's own weight, 1/n.
+        leverage = 1 / len(known) + (vectors**2 * (values * weight)).sum(1)
+        rest = points - vectors @ ((values * weight)[:, None] * turned)
+        error = np.square(rest / (1 - leverage).clip(min=1e-6)[:, None]).sum()
+        if error < least:
+            best, least = vectors @ (weight[:, None] * turned), error
+    assert best is not None
+    return (asked - mean) @ (centred.T @ best)
+
+
+def tie_ceiling(values: np.ndarray) -> float:
+    """The largest rank correlation with values (n,) of anything without ties: √(1 − Σ(t³ − t)/(n³ − n)),
+    t the sizes of the ties.
+    """
+    n = float(len(values))
+    ties = np.unique(values, return_counts=True)[1].astype(float)
+    return float(np.sqrt(1 - (ties**3 - ties).sum() / (n**3 - n)))
+
+
+def spanned(points: np.ndarray, split: Split) -> float:
+    """The share of the tree's edges that the minimum spanning tree of the nodes' points has."""
+    if not split.edges:
+        return float("nan")
+    members = split.members.astype(np.float64)
+    nodes = members.T @ points / members.sum(0)[:, None]
+    # A distance of 0 means "no edge" to scipy.
+    distance = squareform(pdist(nodes)) + 1e-12
+    first, second = minimum_spanning_tree(np.triu(distance, 1)).nonzero()
+    found = set(zip(first.tolist(), second.tolist()))
+    return float(np.mean([(min(e), max(e)) in found for e in split.edges]))

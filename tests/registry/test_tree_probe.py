@@ -1,0 +1,146 @@
+"""`tree_probe`: its parts against plain computation, and class means laid out as the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import pdist, squareform
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.ranks import spearman
+from taxolens.registry.evaluators.tree_probe import (
+    RIDGES,
+    TreeProbe,
+    ridge_map,
+    scaled_points,
+    tie_ceiling,
+)
+from taxolens.registry.taxonomies import Taxonomy
+
+Measured = Callable[..., Any]
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_scaled_points_have_the_tree_distances(seed: int, random_dag: Measured) -> None:
+    taxonomy = random_dag(seed).taxonomy()
+    distance = taxonomy.tree_distance.astype(float)
+    points = scaled_points(distance, 99)
+    if len(distance) > 1:
+        np.testing.assert_allclose(squareform(pdist(points, "sqeuclidean")), distance, atol=1e-8)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_the_ridge_is_the_one_of_least_error_with_one_left_out(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    known, points = rng.normal(size=(9, 4)), rng.normal(size=(9, 2))
+    known[:, 0] += points[:, 0]
+    asked = rng.normal(size=(3, 4))
+    scale = np.linalg.eigvalsh((known - known.mean(0)) @ (known - known.mean(0)).T).mean()
+
+    def fit(x: np.ndarray, y: np.ndarray, at: np.ndarray, ridge: float) -> np.ndarray:
+        c = x - x.mean(0)
+        w = np.linalg.solve(c.T @ c + ridge * scale * np.eye(4), c.T @ (y - y.mean(0)))
+        return (at - x.mean(0)) @ w + y.mean(0)
+
+    points -= points.mean(0)
+    errors = []
+    for ridge in RIDGES:
+        rest = [
+            points[i] - fit(np.delete(known, i, 0), np.delete(points, i, 0), known[i], ridge)
+            for i in range(9)
+        ]
+        errors.append(np.square(rest).sum())
+    wanted = fit(known, points, asked, RIDGES[int(np.argmin(errors))])
+    np.testing.assert_allclose(ridge_map(known, points, asked), wanted, atol=1e-8)
+
+
+def test_the_ceiling_is_reached_by_the_same_order_without_ties() -> None:
+    values = np.array([2, 2, 4, 4, 4, 6])
+    assert tie_ceiling(values) == pytest.approx(spearman(values, np.arange(6)))
+    assert tie_ceiling(np.arange(5)) == 1.0 and tie_ceiling(np.ones(5)) == 0.0
+
+
+def wide_tree() -> Taxonomy:
+    """4 orders of 3 families of 3 species."""
+    edges = []
+    for o in range(4):
+        edges.append(("root", f"o{o}"))
+        for f in range(3):
+            edges.append((f"o{o}", f"o{o}f{f}"))
+            edges += [(f"o{o}f{f}", f"o{o}f{f}s{s}") for s in range(3)]
+    return Taxonomy.from_edges(edges)
+
+
+def laid_out(tree: Taxonomy, one_batch: Measured, *, loud: float = 0.0) -> Any:
+    """x: a direction for each order and family, under `loud` directions that tell nothing.
+
+    All classes of a family share its direction, so what is learnt of one holds for the next.
+    """
+    labels = np.repeat(np.arange(36), 12)
+    rng = np.random.default_rng(0)
+    order, family = labels // 9, labels // 3
+    means = np.concatenate([np.eye(4)[order], 0.7 * np.eye(12)[family]], axis=1)
+    noise = loud * rng.normal(size=(36, 6))[labels]
+    x = np.concatenate([means, noise], axis=1) + 0.01 * rng.normal(size=(len(labels), 22))
+    z = np.maximum(x, 0).astype(np.float32)
+    return one_batch(z, labels, x=torch.from_numpy(x.astype(np.float32)))
+
+
+def test_means_laid_out_as_the_tree_are_the_ideal(one_batch: Measured, measured: Measured) -> None:
+    tree = wide_tree()
+    (evaluator,) = measured(tree, laid_out(tree, one_batch), [TreeProbe], size=90)
+    numbers = evaluator.compute()
+    assert set(numbers) == set(TreeProbe.higher_is_better)
+    assert numbers["x_spearman"] > 0.95 * numbers["ceiling"]
+    assert numbers["x_euclidean"] > 0.95 * numbers["ceiling"]
+    assert numbers["x_uuas"] > 0.8
+    assert numbers["z_spearman"] > 0.9 * numbers["ceiling"]
+    permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
+    assert max(n["x_spearman"] for n in permuted) < 0.4
+    assert np.mean([n["x_spearman"] for n in permuted]) == pytest.approx(0, abs=0.25)
+    assert max(n["x_uuas"] for n in permuted) < numbers["x_uuas"]
+    assert evaluator.compute(shuffled=True)["x_spearman"] < 0.4
+    assert len(evaluator.tables()["features"]) == 12
+    assert len(evaluator.figures()["spearman"].data) == 2
+
+
+def test_the_probe_sees_below_what_is_loud(one_batch: Measured, measured: Measured) -> None:
+    tree = wide_tree()
+    (evaluator,) = measured(tree, laid_out(tree, one_batch, loud=2.0), [TreeProbe])
+    numbers = evaluator.compute()
+    assert numbers["x_euclidean"] < 0.4
+    assert numbers["x_spearman"] > numbers["x_euclidean"] + 0.3
+    assert numbers["x_excess"] == numbers["x_spearman"] - numbers["x_euclidean"]
+
+
+def test_in_sample_it_fits_anything(one_batch: Measured, measured: Measured) -> None:
+    """Why only classes that it was not fitted on count."""
+    tree = wide_tree()
+    labels = np.repeat(np.arange(36), 4)
+    x = torch.randn(36, 200, generator=torch.Generator().manual_seed(0))[torch.from_numpy(labels)]
+    batch = one_batch(np.ones((len(labels), 2), dtype=np.float32), labels, x=x)
+    (evaluator,) = measured(tree, batch, [TreeProbe])
+    numbers = evaluator.compute()
+    assert numbers["x_in_sample"] > 0.7
+    assert abs(numbers["x_spearman"]) < 0.25
+
+
+def test_few_classes_are_undefined(one_batch: Measured, measured: Measured) -> None:
+    tree = Taxonomy.from_edges([("r", c) for c in "abcdef"])
+    labels = np.repeat(np.arange(6), 4)
+    (evaluator,) = measured(tree, one_batch(np.eye(6)[labels], labels), [TreeProbe])
+    assert all(np.isnan(value) for value in evaluator.compute().values())
+
+
+def test_options_out_of_range() -> None:
+    with pytest.raises(ConfigError, match=r"asked_share: must lie in \(0, 1\), got 1"):
+        TreeProbe.Options(asked_share=1)
+    with pytest.raises(ConfigError, match="rank: must be at least 1"):
+        TreeProbe.Options(rank=0)
