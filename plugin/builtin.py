@@ -15,7 +15,9 @@ from ..registry.architectures.simplicial import SIMPLICIAL
 from ..registry.architectures.top_afa import TOP_AFA
 from ..registry.architectures.tree import TREE
 from ..registry.evaluators.absorption import Absorption
+from ..registry.evaluators.feature_geometry import FeatureGeometry
 from ..registry.evaluators.hyperbolicity import Hyperbolicity
+from ..registry.evaluators.infomec import InfoMEC
 from ..registry.evaluators.lch_height import LCHHeight
 from ..registry.evaluators.level_information import LevelInformation
 from ..registry.evaluators.matryoshka_depth import MatryoshkaDepth
@@ -25,6 +27,7 @@ from ..registry.evaluators.pair_depth import PairDepth
 from ..registry.evaluators.parent_child import ParentChild
 from ..registry.evaluators.quasi_orthogonality import QuasiOrthogonality
 from ..registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
+from ..registry.evaluators.tree_probe import TreeProbe
 from ..registry.taxonomies.cifar100 import CIFAR100
 from ..registry.taxonomies.imagenet import IMAGENET
 from . import hookspecs
@@ -66,6 +69,9 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(TaxonomicAutocorrelation)
     register(Hyperbolicity)
     register(Absorption)
+    register(FeatureGeometry)
+    register(InfoMEC)
+    register(TreeProbe)
 
 
 @hookimpl
