@@ -52,6 +52,14 @@ SCHEDULE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_listened_to():
+    """A process started in the background inherits an ignored SIGINT, and would never see one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def weights(folder):
     """Everything written for inference, by file."""
     files = sorted(folder.rglob("*.safetensors"))
