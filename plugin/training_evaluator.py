@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..registry.errors import ConfigError
 from ..registry.evaluators.base import Evaluator
 from ..registry.table import EVALUATORS
 from ..registry.taxonomies.load import load_taxonomy
@@ -85,6 +86,9 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
             `eval_dataset_path` (else dataset_path) and `eval_split` (else validation or test), at
             most `eval_max_images` (2,000) of them.
         model: the tapped vision model.
+
+    Raises:
+        ConfigError: these are the images of the training.
     """
     choice = Choice(
         dataset_path=cfg.eval_dataset_path or cfg.dataset_path,
@@ -93,7 +97,12 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
         label_column=cfg.label_column,
         max_images=cfg.eval_max_images or MAX_TRAINING_IMAGES,
     )
-    images, _ = choice.load()
+    images, split = choice.load()
+    if (choice.dataset_path, split) == (cfg.dataset_path, cfg.split):
+        raise ConfigError(
+            f"eval_split: given {split!r}, which is trained on; allowed: a held-out split, or "
+            "another eval_dataset_path."
+        )
     images.require_labels()
     taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
     chosen = {name: (EVALUATORS[name], None) for name in cfg.evaluators}

@@ -485,3 +485,6 @@ def test_training_evaluator_reads_the_held_out_images(training: Any, world: Path
     assert "eval/ontological_coverage/internal_f1" in metrics
     assert "eval/ontological_coverage/internal_f1/permuted_classes" in metrics
     assert all(isinstance(value, float) for value in metrics.values())
+    cfg.eval_split = "train"
+    with pytest.raises(ConfigError, match="eval_split: given 'train', which is trained on"):
+        make_training_evaluator(cfg, vit)

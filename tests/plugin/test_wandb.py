@@ -7,10 +7,12 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
 from results_factory import make_results
+from sae_lens import LoggingConfig
 from taxolens.plugin.results import Results
 from taxolens.plugin.wandb_log import ensure_wandb, flat_metrics, log_results
 from taxolens.registry.errors import ConfigError
@@ -144,6 +146,33 @@ def test_an_active_run_is_used_and_left_open(results: Results) -> None:
     assert read.config["lr"] == 1
     assert read.config["evaluation"]["taxonomy"] == "tree"
     assert read.logged("blocks.0.hook_resid_post/eval/pair_depth/pair_depth")
+
+
+def test_training_logs_losses_evaluations_config_and_saes(
+    training: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run of SAELens's trainer over many SAEs, read back."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    cfg = training.multi(
+        evaluators=["pair_depth"],
+        taxonomy=str(photos),
+        eval_split="train[:80%]",
+        logger=LoggingConfig(
+            wandb_project="p", run_name="study", wandb_log_frequency=1, eval_every_n_wandb_logs=5
+        ),
+    )
+    training.runner(cfg).run()
+    (file,) = Path(os.environ["WANDB_DIR"]).rglob("offline-run-*/*.wandb")
+    run = OfflineRun(file.parent)
+    assert run.run.display_name == "study" and run.run.project == "p"
+    assert run.config["training_tokens"] == cfg.training_tokens
+    for name in ("first", "last"):
+        losses = run.logged(f"{name}/losses/overall_loss")
+        assert len(losses) == 10 and all(math.isfinite(loss) for loss in losses)
+        assert len(run.logged(f"{name}/eval/pair_depth/defined")) == 2
+        assert run.logged(f"{name}/eval/pair_depth/defined/permuted_classes")
+    assert "model" in {artifact.type for artifact in run.artifacts.values()}
 
 
 # When W&B fails ---------------------------------------------------------------------------------
