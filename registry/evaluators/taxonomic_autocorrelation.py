@@ -22,7 +22,7 @@ from .base import EvaluationBatch, EvaluationContext, Evaluator
 from .ranks import benjamini_hochberg
 from .sums import LatentSums
 
-BLOCK = 1024
+BLOCK = 256
 """Latents at a time."""
 
 
@@ -103,21 +103,23 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         order = np.argsort(places)
         factor = sparse.csr_array(self._factor[places[order]])
         means = self._sums.means(shuffled)[:, present[order]]
-        observed = moran(means, factor)
+        observed = moran(standardised(means), factor)
         key = (places[order].tobytes(), shuffled)
         if key not in self._drawn:
             self._drawn[key] = self._draw(np.sort(means, axis=1), factor)
-        reached = (self._drawn[key] >= observed[:, None] - 1e-9).sum(1)
+        # Draws are kept in single precision: a hair more than its rounding, as equal ones tie.
+        reached = (self._drawn[key] >= observed[:, None] - 1e-6).sum(1)
         p = np.where(np.isfinite(observed), (1 + reached) / (1 + self.options.draws), np.nan)
         return Autocorrelation(observed, p, benjamini_hochberg(p))
 
     def _draw(self, means: np.ndarray, factor: sparse.csr_array) -> np.ndarray:
         """(m, draws) I of random arrangements."""
         generator = np.random.default_rng(self.context.seed)
-        drawn = np.empty((len(means), self.options.draws))
+        drawn = np.empty((len(means), self.options.draws), dtype=np.float32)
+        blocks = standardised(means)
         for i in range(self.options.draws):
             order = generator.permutation(means.shape[1])
-            drawn[:, i] = moran(means, sparse.csr_array(factor[order]))
+            drawn[:, i] = moran(blocks, sparse.csr_array(factor[order]))
         return drawn
 
     def compute(
@@ -175,24 +177,38 @@ def weight_factor(taxonomy: Taxonomy, scale: float = 1.0) -> sparse.csr_array:
     return sparse.csr_array((values, (rows, columns)), shape=size)
 
 
-def moran(values: np.ndarray, factor: sparse.csr_array) -> np.ndarray:
-    """(m,) Moran's I of each row of values (m, C), weights BBᵀ off the diagonal.
+def standardised(values: np.ndarray) -> list[np.ndarray]:
+    """The rows of values (m, C), centred and of length 1, as columns of blocks (C, b).
 
-    Args:
-        factor: B (C, V), rows of length 1.
+    NaN where a row is constant.
     """
-    n_classes = values.shape[1]
-    total = float(np.square(factor.sum(0)).sum()) - n_classes
-    found = np.full(len(values), np.nan)
-    if n_classes < 2:
-        return found
-    transposed = sparse.csr_array(factor.T)
+    blocks = []
     for start in range(0, len(values), BLOCK):
         y = values[start : start + BLOCK].T
-        spread = np.ptp(y, axis=0) > 1e-6 * np.abs(y).max(0)  # else only rounding tells classes
-        y = y - y.mean(0)
-        squares = np.square(y).sum(0)
-        near = np.square(transposed @ y).sum(0) - squares
-        index = n_classes / total * summary.ratio(near, squares)
-        found[start : start + BLOCK] = np.where(spread, index, np.nan)
-    return found
+        if len(y):
+            spread = np.ptp(y, axis=0) > 1e-6 * np.abs(y).max(0)  # else it is rounding that differs
+            y = y - y.mean(0)
+            y = np.where(spread, y / np.where(spread, np.sqrt(np.square(y).sum(0)), 1), np.nan)
+        blocks.append(np.ascontiguousarray(y))
+    return blocks
+
+
+def moran(blocks: list[np.ndarray], factor: sparse.csr_array) -> np.ndarray:
+    """(m,) Moran's I, weights BBᵀ off the diagonal.
+
+    Args:
+        blocks: what `standardised` makes of the values (m, C).
+        factor: B (C, V), rows of length 1.
+    """
+    # A column of one class weighs nothing but the diagonal: left out, nothing large cancels.
+    shared = sparse.csr_array(factor[:, np.diff(sparse.csc_array(factor).indptr) > 1])
+    own = np.asarray(shared.multiply(shared).sum(1))
+    total = float(np.square(shared.sum(0)).sum() - own.sum())
+    if len(own) < 2 or total <= 0:
+        return np.full(sum(block.shape[1] for block in blocks), np.nan)
+    groups = sparse.csr_array(shared.T)
+    near = [np.zeros(0)]
+    for block in blocks:
+        sums = np.asarray(groups @ block)
+        near.append(np.einsum("vj,vj->j", sums, sums) - own @ np.square(block))
+    return len(own) / total * np.concatenate(near)

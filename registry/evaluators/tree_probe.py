@@ -120,6 +120,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         if context.source == "sae":
             self._sums["x"] = context.share(ActivationSums)
         self._memo: dict[Any, Fitted] = {}
+        self._placed: dict[bytes, np.ndarray] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
         self._memo.clear()
@@ -172,7 +173,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             return UNDEFINED
         distance = self.taxonomy.tree_distance.astype(np.float64)
         among = distance[np.ix_(fitted, fitted)]
-        coordinates = scaled_points(among, self.options.rank)
+        coordinates = self._coordinates(fitted)
         mapped = ridge_map(
             means[fitted], coordinates, np.concatenate([means[fitted], means[asked]])
         )
@@ -189,6 +190,14 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             plain_uuas,
             tie_ceiling(wanted),
         )
+
+    def _coordinates(self, places: np.ndarray) -> np.ndarray:
+        """`scaled_points` of these places, the same for every permutation."""
+        key = places.tobytes()
+        if key not in self._placed:
+            distance = self.taxonomy.tree_distance[np.ix_(places, places)].astype(np.float64)
+            self._placed[key] = scaled_points(distance, self.options.rank)
+        return self._placed[key]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False

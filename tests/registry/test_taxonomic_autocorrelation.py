@@ -15,6 +15,7 @@ from taxolens.registry.evaluators.planted import PlantedLatents
 from taxolens.registry.evaluators.taxonomic_autocorrelation import (
     TaxonomicAutocorrelation,
     moran,
+    standardised,
     weight_factor,
 )
 from taxolens.registry.taxonomies import Taxonomy
@@ -35,11 +36,11 @@ def test_equals_the_double_sum(seed: int, scale: float, random_dag: Measured) ->
     np.fill_diagonal(weights, 0)
     values = np.random.default_rng(seed).random((3, n))
     values[2] = 4.0
-    for y, found in zip(values[:2], moran(values, factor)):
+    for y, found in zip(values[:2], moran(standardised(values), factor)):
         c = y - y.mean()
         double = sum(weights[a, b] * c[a] * c[b] for a in range(n) for b in range(n))
         assert found == pytest.approx(n / weights.sum() * double / (c @ c))
-    assert np.isnan(moran(values, factor)[2])
+    assert np.isnan(moran(standardised(values), factor)[2])
 
 
 def planted(animals: Taxonomy, one_batch: Measured) -> Any:
