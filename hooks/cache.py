@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "taxolens.activations/1"
 INDEX_FILE = "cache.json"
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # EDQUOT: the user's share
 COMMIT_SECONDS = 15.0  # at most this much work is lost when the process is killed
 
 
@@ -387,7 +388,7 @@ class _Writer:
             self._columns[name] = _Column(file, array.shape[1:], array.dtype, self._n_rows)
 
     def _explained(self, error: OSError, total: int | None) -> Exception:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             return DataError(f"cache {self.folder} cannot be written: {error}")
         needed = ""
         if total is not None:

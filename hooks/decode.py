@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,11 +27,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; the pixels are what counts
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return _to_rgb(_upright(image))
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _to_rgb(_upright(image))
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         reason = str(error).split(" <_io.BytesIO", 1)[0] or type(error).__name__
         raise ValueError(reason) from error

@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -263,6 +263,8 @@ def worker_context() -> BaseContext:
     """Processes that inherit nothing: a forked copy of a program with threads can deadlock."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # not everywhere
+
     # The server imports what workers need once, in the background, and forks them from there.
     room = __name__.rpartition(".")[0]
     forkserver.set_forkserver_preload([f"{room}.images", f"{room}.preprocess"])
@@ -272,6 +274,7 @@ def worker_context() -> BaseContext:
 
 def _prepare_worker(_: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.simplefilter("ignore")  # about odd metadata of pictures, once from each worker
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
     threading.Thread(target=_exit_with_parent, daemon=True).start()
