@@ -52,8 +52,9 @@ class ClassCounts(Accumulator):
 class Thresholds(Accumulator):
     """Per latent, the activations that a given share of its firings reaches, from the calibration.
 
-    `values (m, T)` rises along T. The first threshold is 0: the latent fires at all. A latent that
-    never fired in the calibration sample takes the quantiles of all firings pooled.
+    `values (m, T)` rises along T. The first threshold is 0: the latent fires at all. The others lie
+    halfway between two firings, so that the rounding of z decides nothing. A latent that never
+    fired in the calibration sample takes the quantiles of all firings pooled.
     """
 
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
@@ -76,8 +77,10 @@ class Thresholds(Accumulator):
     def _quantiles(self, ordered: np.ndarray, start: np.ndarray, counts: np.ndarray) -> np.ndarray:
         out = np.zeros((len(counts), len(self.survival)), dtype=np.float32)
         for t, share in enumerate(self.survival[1:], 1):
-            at = np.minimum(((1 - share) * counts).astype(int), counts - 1)
-            out[counts > 0, t] = ordered[(start + at)[counts > 0]]
+            at = np.minimum(((1 - share) * counts).astype(int), counts - 1)[counts > 0]
+            here = start[counts > 0] + at
+            below = np.where(at > 0, ordered[here - 1], 0)
+            out[counts > 0, t] = (ordered[here] + below) / 2
         return out
 
     def update(self, batch: EvaluationBatch) -> None:

@@ -119,10 +119,11 @@ def test_thresholds_are_quantiles_of_the_firings(gathered, seed):
         for share, threshold in zip(SURVIVAL[1:], values[j, 1:]):
             if len(fired):  # at least the share reaches it; without its ties, no more than that
                 assert (fired >= threshold).mean() >= share - 1e-9
-                assert (fired > threshold).mean() <= share + 1e-9
+                assert (fired > threshold).sum() < share * len(fired) + 1 - 1e-9
+                assert (fired == threshold).sum() != 1, "rounding would decide"
     pooled = fit[fit > 0]
     if len(pooled):  # latent 0 never fires
-        assert (pooled > values[0, 2]).mean() <= 0.2 + 1e-9
+        assert (pooled > values[0, 2]).sum() < 0.2 * len(pooled) + 1 - 1e-9
 
 
 @few
