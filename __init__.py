@@ -6,12 +6,12 @@ every installed plugin, selectable by name in SAELens and TransformerLens.
 
 from taxolens.hooks.families import VisionFamily
 from taxolens.hooks.model import load_vision_model
-from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
-from taxolens.plugin.evaluate import evaluate_run
+from taxolens.plugin.evaluation.evaluate import evaluate_run
 from taxolens.plugin.hookspecs import hookimpl
 from taxolens.plugin.manager import load_plugins
-from taxolens.plugin.report import write_report
-from taxolens.plugin.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
+from taxolens.plugin.reporting.report import write_report
+from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
 from taxolens.registry.table import (
     ARCHITECTURES,

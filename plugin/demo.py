@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .job import Job
-from .results import Results
+from .reporting.results import Results
 from .study import Settings, gather
 
 PRESET = "demo"

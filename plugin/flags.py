@@ -22,8 +22,8 @@ from simple_parsing import ArgumentParser
 
 from ..registry.errors import ConfigError
 from .commands import shell
-from .config import VisionSAERunnerConfig, training_config_class
 from .study import Settings, Study, architecture_of, layers, study_from
+from .training.config import VisionSAERunnerConfig, training_config_class
 
 # Help for what has no default of its own; the empty format keeps argparse from adding one.
 FOUND_LATER = {

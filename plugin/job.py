@@ -10,14 +10,14 @@ from ..hooks.model import expand_hook_names, hook_d_in
 from ..hooks.tokens import check_tokens, tokens_per_image
 from ..registry.errors import ConfigError
 from ..registry.taxonomies.load import load_taxonomy
-from . import preflight
-from .config import VisionSAERunnerConfig
-from .evaluate import choose_evaluators, evaluate_run
-from .held_out import Choice
-from .report import write_report
-from .results import Results
-from .runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner, load_model
+from .evaluation.evaluate import choose_evaluators, evaluate_run
+from .evaluation.held_out import Choice
+from .reporting.report import write_report
+from .reporting.results import Results
 from .study import Study
+from .training import preflight
+from .training.config import VisionSAERunnerConfig
+from .training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner, load_model
 
 Runner = VisionSAETrainingRunner | VisionMultiSAETrainingRunner
 Facts = dict[str, Any]
@@ -120,7 +120,7 @@ class Job:
         )
         report = write_report(results)
         if cfg.logger.log_to_wandb:
-            from .wandb_log import log_results
+            from .reporting.wandb_log import log_results
 
             log_results(
                 results,

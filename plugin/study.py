@@ -29,7 +29,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from ..registry.errors import ConfigError
 from ..registry.presets import load_preset, read_settings
 from . import demo_assets
-from .config import (
+from .training.config import (
     VisionMultiSAERunnerConfig,
     VisionSAERunnerConfig,
     training_config_class,

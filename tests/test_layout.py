@@ -8,6 +8,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"plugin": 2, "hooks": 1, "registry": 0}
+PLUGIN_ROOMS = {"training": 2, "evaluation": 1, "reporting": 0}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -35,6 +36,17 @@ def test_imports_run_one_way(path: Path) -> None:
         if parts[0] == "taxolens" and len(parts) > 1:
             assert parts[1] in ROOMS, f"{path} imports {module}, which is in no room"
             assert ROOMS[parts[1]] <= own_level, f"{path} imports {module}: against the direction"
+
+
+@pytest.mark.parametrize("room", PLUGIN_ROOMS)
+def test_rooms_of_the_plugin_import_one_way_too(room: str) -> None:
+    for path in sorted((ROOT / "plugin" / room).rglob("*.py")):
+        for module in imported_modules(path):
+            parts = module.split(".")
+            if parts[:2] == ["taxolens", "plugin"]:
+                assert parts[2] in {*PLUGIN_ROOMS, "files"}, f"{path} imports {module}"
+                level = PLUGIN_ROOMS.get(parts[2], 0)
+                assert level <= PLUGIN_ROOMS[room], f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -27,13 +27,13 @@ def run(args: list[str]) -> None:
     wandb = {key: given.pop(key) for key in ("log_to_wandb", "wandb_project", "run_name")}
     settings = {key: value for key, value in given.items() if value is not None}
     with shell.working() as print_json:
-        from ..evaluate import evaluate_run
-        from ..report import write_report
+        from ..evaluation.evaluate import evaluate_run
+        from ..reporting.report import write_report
 
         results = evaluate_run(settings.pop("runs"), **settings)
         report = write_report(results, interactive=not static)
         if wandb["log_to_wandb"]:
-            from ..wandb_log import log_results
+            from ..reporting.wandb_log import log_results
 
             log_results(
                 results, report=report, project=wandb["wandb_project"], name=wandb["run_name"]

@@ -9,13 +9,13 @@ from ...registry.errors import TaxolensError
 from . import shell
 
 if TYPE_CHECKING:
-    from ..results import Results
+    from ..reporting.results import Results
 
 
 def as_dict(results: Results, report: Path) -> dict[str, Any]:
     """For `--json`: where everything lies, and the headline numbers beside their nulls."""
-    from ..results import RESULTS_FILENAME
-    from ..table import summary_rows
+    from ..reporting.results import RESULTS_FILENAME
+    from ..reporting.table import summary_rows
 
     return {
         "results": _place(results) / RESULTS_FILENAME,
@@ -27,7 +27,7 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 
 def show(results: Results, report: Path) -> None:
     """The summary table on stdout, and where the rest is."""
-    from ..table import legend, summary_table, verdict
+    from ..reporting.table import legend, summary_table, verdict
 
     console = shell.console()
     console.print(summary_table(results))

@@ -27,8 +27,8 @@ def run(args: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="where it is, and the headline numbers")
     options = parser.parse_args(args)
     with shell.working() as print_json:
-        from ..report import write_report
-        from ..results import Results
+        from ..reporting.report import write_report
+        from ..reporting.results import Results
 
         results = Results.load(options.results)
         report = write_report(results, options.output_path, interactive=not options.static)

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..registry.evaluators.accumulators import FiringRate, TopImages
-from ..registry.taxonomies.taxonomy import Taxonomy
-from .files import write_atomically
-from .results import LatentCard, TopImage
+from ...registry.evaluators.accumulators import FiringRate, TopImages
+from ...registry.taxonomies.taxonomy import Taxonomy
+from ..files import write_atomically
+from ..reporting.results import LatentCard, TopImage
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..hooks.images import ImageDataset
-from ..hooks.model import hook_d_in
-from ..registry.errors import ConfigError
-from ..registry.evaluators.base import Evaluator
-from ..registry.table import EVALUATORS, unknown_name_message
-from ..registry.taxonomies.load import load_taxonomy
+from ...hooks.images import ImageDataset
+from ...hooks.model import hook_d_in
+from ...registry.errors import ConfigError
+from ...registry.evaluators.base import Evaluator
+from ...registry.table import EVALUATORS, unknown_name_message
+from ...registry.taxonomies.load import load_taxonomy
+from ..reporting.results import NULLS, DatasetInfo, Results
 from .held_out import (
     Choice,
     ModelSetting,
@@ -28,7 +29,6 @@ from .held_out import (
 from .measure import AGGREGATES
 from .measured import measure_sae
 from .record import Evaluation, Record
-from .results import NULLS, DatasetInfo, Results
 from .runs import SAEFolder, find_saes
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 

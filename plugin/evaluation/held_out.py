@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hooks.cache import ActivationCache
-from ..hooks.extraction import model_fingerprint
-from ..hooks.images import ImageDataset, load_images
-from ..hooks.model import hook_n_tokens, load_vision_model, resolve_hook_name
-from ..registry.errors import ConfigError
+from ...hooks.cache import ActivationCache
+from ...hooks.extraction import model_fingerprint
+from ...hooks.images import ImageDataset, load_images
+from ...hooks.model import hook_n_tokens, load_vision_model, resolve_hook_name
+from ...registry.errors import ConfigError
 from .measure import Images
 from .runs import SAEFolder
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..registry.errors import ConfigError
-from ..registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
-from ..registry.evaluators.nulls import LatentSource, NeuronLatents, RandomLatents
-from ..registry.taxonomies.taxonomy import Taxonomy
+from ...registry.errors import ConfigError
+from ...registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
+from ...registry.evaluators.nulls import LatentSource, NeuronLatents, RandomLatents
+from ...registry.taxonomies.taxonomy import Taxonomy
+from ..reporting.results import NULLS, MetricResult
 from .nulls import with_nulls
-from .results import NULLS, MetricResult
 from .split import Split
 
 logger = logging.getLogger(__name__)

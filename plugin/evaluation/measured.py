@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..registry.evaluators.accumulators import FiringRate, TopImages
-from ..registry.evaluators.base import EvaluationContext
+from ...registry.evaluators.accumulators import FiringRate, TopImages
+from ...registry.evaluators.base import EvaluationContext
+from ..files import write_atomically
+from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import cards
-from .files import write_atomically
 from .measure import Bench, Images, Numbers, SAELatents
-from .results import EvaluatorResult, LatentCard, SAEResult
 from .runs import SAEFolder
 
 

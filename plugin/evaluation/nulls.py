@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from .results import MetricResult, NullResult
+from ..reporting.results import MetricResult, NullResult
 
 Numbers = Mapping[str, float]
 

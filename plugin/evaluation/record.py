@@ -18,15 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..hooks.cache import ActivationCache
-from ..registry.errors import TaxolensError
-from ..registry.evaluators.base import ALL_NULLS, Evaluator
-from ..registry.evaluators.planted import PlantedLatents
-from ..registry.taxonomies.taxonomy import Taxonomy
-from .compare import write_comparison
+from ...hooks.cache import ActivationCache
+from ...registry.errors import TaxolensError
+from ...registry.evaluators.base import ALL_NULLS, Evaluator
+from ...registry.evaluators.planted import PlantedLatents
+from ...registry.taxonomies.taxonomy import Taxonomy
+from ..reporting.compare import write_comparison
+from ..reporting.results import (
+    DatasetInfo,
+    EvaluatorInfo,
+    Results,
+    SAEResult,
+    SkippedImage,
+    TaxonomyInfo,
+)
 from .held_out import ModelSetting
 from .measure import Bench, Images, Numbers
-from .results import DatasetInfo, EvaluatorInfo, Results, SAEResult, SkippedImage, TaxonomyInfo
 from .runs import SAEFolder
 from .split import Split
 

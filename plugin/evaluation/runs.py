@@ -22,8 +22,8 @@ from sae_lens.constants import (
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from ..registry.errors import CheckpointError, ConfigError
-from .series import layer_of, natural_key
+from ...registry.errors import CheckpointError, ConfigError
+from ..reporting.series import layer_of, natural_key
 
 
 @dataclass(frozen=True)

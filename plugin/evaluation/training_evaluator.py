@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..registry.errors import ConfigError
-from ..registry.evaluators.base import Evaluator
-from ..registry.table import EVALUATORS
-from ..registry.taxonomies.load import load_taxonomy
-from ..registry.taxonomies.taxonomy import Taxonomy
+from ...registry.errors import ConfigError
+from ...registry.evaluators.base import Evaluator
+from ...registry.table import EVALUATORS
+from ...registry.taxonomies.load import load_taxonomy
+from ...registry.taxonomies.taxonomy import Taxonomy
+from ..reporting.wandb_log import metric_items
 from .held_out import Choice, ModelSetting, activations_of, images_at
 from .measure import Bench, Images, SAELatents
 from .split import Split
-from .wandb_log import metric_items
 
 TRAINING_PERMUTATIONS = 3
 MAX_TRAINING_IMAGES = 2000

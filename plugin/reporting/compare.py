@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import write_atomically
+from ..files import write_atomically
 from .report import Report
 from .results import Results
 from .table import Headline

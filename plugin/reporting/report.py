@@ -15,10 +15,10 @@ import plotly.offline
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..registry.taxonomies.taxonomy import Taxonomy
+from ...registry.taxonomies.taxonomy import Taxonomy
+from ..files import write_atomically
 from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
-from .files import write_atomically
 from .results import NULLS, LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
 from .table import COLUMNS, HEADLINES, Headline

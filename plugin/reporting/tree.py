@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..registry.taxonomies.taxonomy import Taxonomy
+from ...registry.taxonomies.taxonomy import Taxonomy
 from .charts import GRID, INK, element, number, svg
 
 STEPS = (

@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.io
 import wandb
 
-from ..registry.errors import ConfigError
+from ...registry.errors import ConfigError
 from .results import RESULTS_FILENAME, MetricResult, Results, SAEResult
 from .series import Series, all_series
 

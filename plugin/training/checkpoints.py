@@ -23,8 +23,8 @@ import torch
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from ..registry.errors import CheckpointError
-from .files import write_atomically
+from ...registry.errors import CheckpointError
+from ..files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
-from ..hooks.tokens import TOKEN_CHOICES
-from ..registry.errors import ConfigError, UnknownNameError
-from ..registry.table import unknown_name_message
+from ...hooks.tokens import TOKEN_CHOICES
+from ...registry.errors import ConfigError, UnknownNameError
+from ...registry.table import unknown_name_message
 
 logger = logging.getLogger(__name__)
 

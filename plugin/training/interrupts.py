@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 
-from ..registry.errors import TaxolensError
+from ...registry.errors import TaxolensError
 from .store import VisionActivationsStore
 
 logger = logging.getLogger(__name__)

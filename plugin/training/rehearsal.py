@@ -22,7 +22,7 @@ from sae_lens.saes.sae import (
     TrainStepInput,
 )
 
-from ..registry.errors import ConfigError
+from ...registry.errors import ConfigError
 from .rng import set_apart
 
 N_SAMPLES = 4

@@ -22,12 +22,12 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
-from ..hooks.activations import ActivationStream
-from ..hooks.cache import ActivationCache
-from ..hooks.images import ImageDataset, load_images
-from ..hooks.model import load_vision_model
-from ..registry.errors import CheckpointError, ConfigError
-from ..registry.table import ARCHITECTURES
+from ...hooks.activations import ActivationStream
+from ...hooks.cache import ActivationCache
+from ...hooks.images import ImageDataset, load_images
+from ...hooks.model import load_vision_model
+from ...registry.errors import CheckpointError, ConfigError
+from ...registry.table import ARCHITECTURES
 from . import preflight
 from .checkpoints import (
     RunIdentity,
@@ -138,7 +138,7 @@ class _VisionRun:
             return []
         found = []
         if cfg.evaluators:
-            from .training_evaluator import make_training_evaluator
+            from ..evaluation.training_evaluator import make_training_evaluator
 
             found.append(make_training_evaluator(cfg, self.model))
         if getattr(cfg, "evaluator", None) is not None:
@@ -210,7 +210,7 @@ class _VisionRun:
         return super().run()  # type: ignore[misc]  # SAELens's
 
     def _start_wandb(self) -> None:
-        from .wandb_log import ensure_wandb
+        from ..reporting.wandb_log import ensure_wandb
 
         cfg = self.cfg
         ensure_wandb(

@@ -23,7 +23,7 @@ from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..registry.errors import CheckpointError, DivergedError
+from ...registry.errors import CheckpointError, DivergedError
 from .checkpoints import (
     RunIdentity,
     is_whole,

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..hooks.activations import ActivationStream
-from ..registry.errors import CheckpointError
-from .files import write_atomically
+from ...hooks.activations import ActivationStream
+from ...registry.errors import CheckpointError
+from ..files import write_atomically
 
 STREAM_STATE_FILENAME = "activations_store_state.json"
 

@@ -17,9 +17,9 @@ from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from taxolens.hooks.images import ImageDataset, load_images
 from taxolens.hooks.model import load_vision_model
-from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
-from taxolens.plugin.rng import seeded
-from taxolens.plugin.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
+from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.training.rng import seeded
+from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
 
 WIDTH = 16
 HOOK = "blocks.0.hook_resid_post"

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image
-from taxolens.plugin.nulls import with_nulls
-from taxolens.plugin.results import (
+from taxolens.plugin.evaluation.nulls import with_nulls
+from taxolens.plugin.reporting.results import (
     DatasetInfo,
     EvaluatorInfo,
     EvaluatorResult,

@@ -13,9 +13,9 @@ from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
 from safetensors.torch import load_file
 from taxolens.hooks.images import load_images
 from taxolens.hooks.model import load_vision_model
-from taxolens.plugin import interrupts
-from taxolens.plugin.checkpoints import checkpoints_in
-from taxolens.plugin.runner import VisionSAETrainingRunner
+from taxolens.plugin.training import interrupts
+from taxolens.plugin.training.checkpoints import checkpoints_in
+from taxolens.plugin.training.runner import VisionSAETrainingRunner
 from taxolens.registry.errors import (
     CheckpointError,
     ConfigError,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from taxolens.plugin.checkpoints import (
+from taxolens.plugin.training.checkpoints import (
     MANIFEST_FILENAME,
     RunIdentity,
     check_same_run,
@@ -16,7 +16,7 @@ from taxolens.plugin.checkpoints import (
     write_manifest,
     written_whole,
 )
-from taxolens.plugin.rng import load_rng_state, save_rng_state, seeded
+from taxolens.plugin.training.rng import load_rng_state, save_rng_state, seeded
 from taxolens.registry.errors import CheckpointError
 
 RUN = RunIdentity(
@@ -187,7 +187,7 @@ def test_an_sae_moved_halfway_cannot_be_loaded(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("taxolens.plugin.checkpoints.os.replace", killed)
+    monkeypatch.setattr("taxolens.plugin.training.checkpoints.os.replace", killed)
     with pytest.raises(KeyboardInterrupt), written_whole(tmp_path) as partial:
         sae_files(partial, "new")
     assert not (tmp_path / "sae" / "cfg.json").exists()

@@ -13,7 +13,7 @@ from taxolens.plugin import cli, flags
 from taxolens.plugin.commands import demo, evaluate, report, shell, train
 from taxolens.plugin.commands import list as list_command
 from taxolens.plugin.demo import run_demo
-from taxolens.plugin.table import HEADLINES, summary_rows
+from taxolens.plugin.reporting.table import HEADLINES, summary_rows
 from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.presets import PRESETS
 

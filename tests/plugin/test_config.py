@@ -16,7 +16,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
     TranscoderConfig,
 )
-from taxolens.plugin.config import (
+from taxolens.plugin.training.config import (
     VisionFields,
     VisionLoggingConfig,
     VisionMultiSAERunnerConfig,

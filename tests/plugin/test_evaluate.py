@@ -15,13 +15,13 @@ from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images import load_images
-from taxolens.plugin import evaluate as module
-from taxolens.plugin import held_out
-from taxolens.plugin.evaluate import evaluate_run, make_training_evaluator
-from taxolens.plugin.report import write_report
-from taxolens.plugin.results import NULLS, Results
-from taxolens.plugin.runner import VisionMultiSAETrainingRunner
-from taxolens.plugin.runs import find_saes
+from taxolens.plugin.evaluation import evaluate as module
+from taxolens.plugin.evaluation import held_out
+from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
+from taxolens.plugin.evaluation.runs import find_saes
+from taxolens.plugin.reporting.report import write_report
+from taxolens.plugin.reporting.results import NULLS, Results
+from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from results_factory import tree
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
-from taxolens.plugin import cards, measure
-from taxolens.plugin.measure import Bench, Images, SAELatents, image_latents
-from taxolens.plugin.split import Split
-from taxolens.plugin.training_evaluator import TrainingEvaluator
+from taxolens.plugin.evaluation import cards, measure
+from taxolens.plugin.evaluation.measure import Bench, Images, SAELatents, image_latents
+from taxolens.plugin.evaluation.split import Split
+from taxolens.plugin.evaluation.training_evaluator import TrainingEvaluator
 from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.evaluators.accumulators import FiringRate, TopImages
 from taxolens.registry.evaluators.base import EvaluationContext, Evaluator

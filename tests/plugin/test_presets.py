@@ -1,6 +1,6 @@
 import pytest
-from taxolens.plugin.config import VisionMultiSAERunnerConfig
 from taxolens.plugin.study import gather
+from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
 from taxolens.registry.presets import PRESETS, describe_preset, load_preset, read_settings
 

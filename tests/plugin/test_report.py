@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from results_factory import make_results, tree
-from taxolens.plugin import charts
-from taxolens.plugin.compare import write_comparison
-from taxolens.plugin.report import Report, write_report
-from taxolens.plugin.results import NullResult, Results
-from taxolens.plugin.series import all_series, layer_of, natural_key
-from taxolens.plugin.tree import NOT_SCORED, Icicle, colour
+from taxolens.plugin.reporting import charts
+from taxolens.plugin.reporting.compare import write_comparison
+from taxolens.plugin.reporting.report import Report, write_report
+from taxolens.plugin.reporting.results import NullResult, Results
+from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
+from taxolens.plugin.reporting.tree import NOT_SCORED, Icicle, colour
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from results_factory import make_results
-from taxolens.plugin import results as module
+from taxolens.plugin.evaluation.nulls import beats, null_result, with_nulls
 from taxolens.plugin.files import write_atomically
-from taxolens.plugin.nulls import beats, null_result, with_nulls
-from taxolens.plugin.results import SCHEMA, Results
+from taxolens.plugin.reporting import results as module
+from taxolens.plugin.reporting.results import SCHEMA, Results
 from taxolens.registry.errors import DataError
 
 DOCS = Path(__file__).parents[2] / "docs" / "results.md"

@@ -20,9 +20,9 @@ from sae_lens import (
 )
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
-from taxolens.plugin.checkpoints import checkpoints_in, is_whole, latest_checkpoint
-from taxolens.plugin.interrupts import Interrupts, StepGate, TrainingInterrupted
-from taxolens.plugin.rng import seeded
+from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, latest_checkpoint
+from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingInterrupted
+from taxolens.plugin.training.rng import seeded
 from taxolens.registry.errors import CheckpointError
 
 SIZE = {"d_in": 16, "d_sae": 32}
@@ -287,9 +287,9 @@ def test_a_run_can_be_started_outside_the_main_thread(training):
 KILLED = """
     import os, signal, sys
     from sae_lens import TopKTrainingSAE
-    from taxolens.plugin.config import VisionSAERunnerConfig
-    from taxolens.plugin.rng import seeded
-    from taxolens.plugin.runner import VisionSAETrainingRunner
+    from taxolens.plugin.training.config import VisionSAERunnerConfig
+    from taxolens.plugin.training.rng import seeded
+    from taxolens.plugin.training.runner import VisionSAETrainingRunner
 
     class KilledInItsSecondSave(TopKTrainingSAE):
         saves = 0

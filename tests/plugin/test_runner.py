@@ -21,10 +21,10 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
-from taxolens.plugin.checkpoints import checkpoints_in
-from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
-from taxolens.plugin.rehearsal import rehearse
-from taxolens.plugin.runner import load_model, new_sae, required_plugin
+from taxolens.plugin.training.checkpoints import checkpoints_in
+from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from taxolens.plugin.training.rehearsal import rehearse
+from taxolens.plugin.training.runner import load_model, new_sae, required_plugin
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.table import ARCHITECTURES, Architecture
 
@@ -317,11 +317,11 @@ def test_a_rehearsal_leaves_config_and_random_state_alone():
 
 
 def test_a_rehearsal_of_a_huge_sae_is_narrow(monkeypatch):
-    monkeypatch.setattr("taxolens.plugin.rehearsal.MAX_WEIGHTS", 100)
-    monkeypatch.setattr("taxolens.plugin.rehearsal.NARROW", 2)
+    monkeypatch.setattr("taxolens.plugin.training.rehearsal.MAX_WEIGHTS", 100)
+    monkeypatch.setattr("taxolens.plugin.training.rehearsal.NARROW", 2)
     built = []
     monkeypatch.setattr(
-        "taxolens.plugin.rehearsal._train_one_step",
+        "taxolens.plugin.training.rehearsal._train_one_step",
         lambda sae: built.append(SimpleNamespace(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae)),
     )
     rehearse("sae", small_config("topk"), "cpu")

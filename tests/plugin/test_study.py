@@ -1,7 +1,7 @@
 import pytest
 from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
-from taxolens.plugin.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.plugin.study import gather, typed
+from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
 
 HOOK = "blocks.3.hook_resid_post"

@@ -5,8 +5,15 @@ import math
 import pytest
 from results_factory import make_results
 from rich.console import Console
-from taxolens.plugin.results import EvaluatorResult, MetricResult, NullResult
-from taxolens.plugin.table import HEADLINES, Headline, legend, summary_rows, summary_table, verdict
+from taxolens.plugin.reporting.results import EvaluatorResult, MetricResult, NullResult
+from taxolens.plugin.reporting.table import (
+    HEADLINES,
+    Headline,
+    legend,
+    summary_rows,
+    summary_table,
+    verdict,
+)
 from taxolens.registry.table import EVALUATORS
 
 HEADLINE = Headline("pair_depth", "pair_depth", "pair depth", "where classes meet")

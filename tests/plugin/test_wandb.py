@@ -13,8 +13,8 @@ import pytest
 import wandb
 from results_factory import make_results
 from sae_lens import LoggingConfig
-from taxolens.plugin.results import Results
-from taxolens.plugin.wandb_log import ensure_wandb, flat_metrics, log_results
+from taxolens.plugin.reporting.results import Results
+from taxolens.plugin.reporting.wandb_log import ensure_wandb, flat_metrics, log_results
 from taxolens.registry.errors import ConfigError
 from wandb_reader import OfflineRun
 
@@ -155,7 +155,7 @@ def test_training_logs_losses_evaluations_config_and_saes(
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     cfg = training.multi(
-        evaluators=["pair_depth"],
+        evaluators=["lch_height"],
         taxonomy=str(photos),
         eval_split="train[:80%]",
         logger=LoggingConfig(
@@ -170,7 +170,8 @@ def test_training_logs_losses_evaluations_config_and_saes(
     for name in ("first", "last"):
         losses = run.logged(f"{name}/losses/overall_loss")
         assert len(losses) == 10 and all(math.isfinite(loss) for loss in losses)
-        assert len(run.logged(f"{name}/eval/pair_depth/defined")) == 2
+        assert len(run.logged(f"{name}/eval/lch_height/height")) == 2
+        assert len(run.logged(f"{name}/eval/lch_height/height/permuted_classes")) == 2
     assert "model" in {artifact.type for artifact in run.artifacts.values()}
 
 

@@ -1,0 +1,1 @@
+"""Measuring trained SAEs on held-out images, each number beside its nulls."""

@@ -1,0 +1,1 @@
+"""What a measurement leaves: results.json, tables, the report, W&B."""

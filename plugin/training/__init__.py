@@ -1,0 +1,1 @@
+"""Training through SAELens: configs, the runners and what keeps a run whole."""
