@@ -47,7 +47,7 @@ def draw(taxonomy: Taxonomy, spread: float) -> tuple[torch.Tensor, np.ndarray]:
     fires = torch.zeros(N_IMAGES, N_FEATURES)
     for place, feature in enumerate(top):
         fires[root == place, feature] = 1.0
-    for p, children in PARENTS.items():
+    for children in PARENTS.values():
         for place, c in enumerate(children):
             fires[:, c] = (child == place).float()  # gated by the parent below
     nodes = [
