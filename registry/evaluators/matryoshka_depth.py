@@ -150,7 +150,9 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`groups`: one row for each prefix group, beside the permuted classes."""
+        """`groups`: one row for each prefix group, beside the permuted classes; `latents`: one for
+        each latent that is defined, in the order of the dictionary.
+        """
         group = self.group
         depth, different = self.depths()
         permuted = [self.depths(p) for p in self.context.permutations]
@@ -171,7 +173,15 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
                     different_null,
                 )
             )
-        return {"groups": pd.DataFrame(rows, columns=COLUMNS)}
+        latent = np.flatnonzero(np.isfinite(depth))
+        latents = {
+            "latent": latent,
+            "group": group[latent] + 1,
+            "fired": self._rate.fired[latent],
+            "depth": depth[latent],
+            "different_depth": different[latent],
+        }
+        return {"groups": pd.DataFrame(rows, columns=COLUMNS), "latents": pd.DataFrame(latents)}
 
     def figures(self) -> dict[str, Figure]:
         """`groups`: depth of each group, and dotted the permuted classes."""

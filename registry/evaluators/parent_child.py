@@ -26,6 +26,8 @@ from .samples import FiringSample, ImageSample, fires, shape, together
 
 DRAWN = 300
 """Latents in the drawing at most."""
+BLOCK = 1024
+"""Latents at a time."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         members = self.taxonomy.membership[:, self._nodes]
         if permutation is not None:
             members = members[permutation]
-        fired = self._firings.fired(shuffled)[latents]
-        return best_nodes(fired, self._classes.all(shuffled), members)
+        known, place = np.unique(latents, return_inverse=True)
+        fired = self._firings.fired(shuffled, known)
+        return best_nodes(fired, self._classes.all(shuffled), members)[place]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -235,7 +238,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def _agreement(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> tuple[float, float]:
-        parent, child = (self.best_nodes(js, permutation, shuffled) for js in self.forest)
+        ends = np.stack(self.forest)
+        parent, child = self.best_nodes(ends.ravel(), permutation, shuffled).reshape(ends.shape)
         return (
             summary.mean(self._above[parent, child] & (parent > 0)),
             recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
@@ -313,7 +317,7 @@ def implied_pairs(
     ratio: float = 2.0,
     lift: float = 1.0,
     min_fired: int = 1,
-    block: int = 1024,
+    block: int = BLOCK,
 ) -> Pairs:
     """All pairs of latents that meet the bounds, by child and then parent.
 
@@ -326,12 +330,12 @@ def implied_pairs(
     found = []
     for start in range(0, len(children), block):
         child = children[start : start + block]
-        both, own = together(firings, child), fired[child][:, None]
+        at, parent, both = together(firings, child)
+        own, above = fired[child[at]], fired[parent]
         # In whole numbers but for a hair, or rounding would decide at a bound like 0.9 · 10.
-        holds = (both >= implication * own - 1e-9) & (fired >= ratio * own - 1e-9)
-        holds &= both * n >= lift * own * fired - 1e-9
-        at, parent = np.nonzero(holds)
-        found.append(np.stack([parent, child[at]]))
+        holds = (both >= implication * own - 1e-9) & (above >= ratio * own - 1e-9)
+        holds &= both * n >= lift * own * above - 1e-9
+        found.append(np.stack([parent[holds], child[at[holds]]]))
     parent, child = np.concatenate([*found, np.zeros((2, 0), dtype=np.int64)], axis=1)
     return Pairs(parent, child)
 
@@ -403,9 +407,13 @@ def best_nodes(fired: np.ndarray, images: np.ndarray, members: np.ndarray) -> np
         members: (C, N) whether a class lies below a node.
     """
     belongs = sparse.csr_array(members.astype(np.float32))
-    hits = fired.astype(np.float32) @ belongs
-    f1 = 2 * hits / np.maximum(fired.sum(1, keepdims=True) + images @ belongs, 1)
-    return f1.argmax(1)
+    positives = images @ belongs
+    best = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(fired), BLOCK):
+        block = fired[start : start + BLOCK].astype(np.float32)
+        f1 = 2 * (block @ belongs) / np.maximum(block.sum(1, keepdims=True) + positives, 1)
+        best.append(f1.argmax(1))
+    return np.concatenate(best)
 
 
 def recall_of(wanted: np.ndarray, found: np.ndarray) -> float:
