@@ -19,6 +19,7 @@ from ...registry.taxonomies.load import load_taxonomy
 from ..reporting.results import NULLS, DatasetInfo, Results
 from .held_out import (
     Choice,
+    Interventions,
     ModelSetting,
     activations_of,
     check_held_out,
@@ -167,6 +168,11 @@ def evaluate_run(
             max_corrupt_share=max_corrupt_share,
             progress=progress,
         )
+        interventions = None
+        if evaluation.wants_intervention:
+            interventions = Interventions(
+                model, images, cache, setting, evaluation.taxonomy, batch_size
+            )
         bench = evaluation.bench(cache)
         record.dataset_is(cache, bench.split)
         planted = evaluation.control_numbers(bench, images_at(cache, hook_names[0]))
@@ -175,7 +181,7 @@ def evaluate_run(
                 measure_sae(
                     bench,
                     sae,
-                    images_at(cache, sae.hook_name, embedder),
+                    images_at(cache, sae.hook_name, embedder, interventions),
                     fingerprint=record.fingerprints[sae.id],
                     controls=planted,
                     dataset=images,

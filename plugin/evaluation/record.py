@@ -67,6 +67,10 @@ class Evaluation:
     def wants_embedding(self) -> bool:
         return any(cls.wants_embedding for cls, _ in self.chosen.values())
 
+    @property
+    def wants_intervention(self) -> bool:
+        return any(cls.wants_intervention for cls, _ in self.chosen.values())
+
     def bench(self, cache: ActivationCache) -> Bench:
         n_classes = len(self.taxonomy.classes)
         return Bench(
@@ -85,6 +89,7 @@ class Evaluation:
         if "planted" not in self.controls:
             return {}
         planted = PlantedLatents(self.taxonomy, seed=self.seed)
+        images = replace(images, no_intervention="planted detectors have no directions in x")
         return {"planted": bench.numbers(planted, images, list(self.chosen))}
 
     def settings(self) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class EvaluationBatch:
     is_fit: Tensor  # (n,) bool: thresholds, latents and probes are chosen here; the rest is scored
     mean_patch: Tensor | None = None  # (n, d)
     embedding: Tensor | None = None  # (n, e) of an independent image encoder
+    tokens: Tensor | None = None  # (n, k, d) the tokens that x is the mean of; None: x alone
 
     def __post_init__(self) -> None:
         lengths = {f.name: len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
@@ -104,7 +105,8 @@ class InterventionResult(NamedTuple):
 class Intervention(Protocol):
     """Runs the model with the activation at the hook point edited; implemented outside registry/.
 
-    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none.
+    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none;
+    None without a classification head, and where no output stands for a class.
     """
 
     logit_classes: np.ndarray | None
@@ -155,7 +157,11 @@ class EvaluationContext:
     W_dec: Tensor | None = None  # (m, d)
     b_dec: Tensor | None = None  # (d,)
     sae: Any = None
+    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """(n, d) activations of tokens -> (n, m) their latents and (n, d) what is decoded from them."""
     intervene: Intervention | None = None
+    no_intervention: str = "no model is at hand"
+    """Why `intervene` is None, where it is."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
@@ -220,6 +226,9 @@ class Evaluator(ABC, Generic[O]):
     """Metrics that do not depend on where a class stands in the tree: permuting changes none."""
     wants_embedding: ClassVar[bool] = False
     """Whether `EvaluationBatch.embedding` is worth a whole forward pass through the model."""
+    wants_intervention: ClassVar[bool] = False
+    """Whether `EvaluationContext.intervene` is called: each call is a forward pass, so an option
+    must bound the images. Where it is None the evaluator gives NaN for what it cannot measure."""
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(
