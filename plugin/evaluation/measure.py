@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...registry.errors import ConfigError
-from ...registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
+from ...registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator, Peer
 from ...registry.evaluators.nulls import LatentSource, NeuronLatents, RandomLatents
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import NULLS, MetricResult
@@ -84,6 +84,9 @@ class SAELatents:
         x = x.to(self.sae.device, self.sae.dtype)
         z = self.sae.encode(x if self.scale is None else self.scale(x))
         return (z.to_dense() if z.is_sparse else z).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.sae.decode(z.to(self.sae.dtype)).float()
 
 
 def image_latents(
@@ -179,6 +182,7 @@ class Bench:
         images: Images,
         names: Sequence[str] | None = None,
         *,
+        peers: Sequence[Peer] = (),
         prepare: Callable[[EvaluationContext], Any] | None = None,
         progress: Progress | None = None,
     ) -> Pass:
@@ -186,6 +190,7 @@ class Bench:
 
         Args:
             names: the evaluators that take part; all by default.
+            peers: other SAEs to compare with.
             prepare: called with the context before the pass, to share accumulators of one's own.
             progress: called with the number of images after each batch.
         """
@@ -202,6 +207,8 @@ class Bench:
             W_dec=getattr(source, "W_dec", None),
             b_dec=getattr(source, "b_dec", None),
             sae=getattr(source, "sae", None),
+            peers=peers,
+            **_spliced(source),
         )
         if prepare is not None:
             prepare(context)
@@ -230,10 +237,11 @@ class Bench:
         images: Images,
         names: Sequence[str],
         *,
+        peers: Sequence[Peer] = (),
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
         """evaluator -> its numbers over another source of latents, or why it has none."""
-        done = self.run(source, images, names, progress=progress)
+        done = self.run(source, images, names, peers=peers, progress=progress)
         found: dict[str, Numbers | str] = {}
         for name in names:
             numbers = done.compute(name)
@@ -318,6 +326,17 @@ class Bench:
             mean_patch=mean_patch,
             embedding=embedding,
         )
+
+
+def _spliced(source: Any) -> dict[str, Any]:
+    """`encode` and `decode` of a source whose latents come from x and lead back to it."""
+    if not hasattr(source, "decode") or getattr(source, "scale", None) is not None:
+        return {}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return {
+        "encode": lambda x: source.encode(x, labels=nothing, index=nothing),
+        "decode": source.decode,
+    }
 
 
 def _rows(array: np.ndarray, positions: np.ndarray) -> Tensor:

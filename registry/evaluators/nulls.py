@@ -62,6 +62,9 @@ class NeuronLatents:
         centred = x.float() - self.mean
         return torch.cat([centred, -centred], dim=-1).relu_()
 
+    def decode(self, z: Tensor) -> Tensor:
+        return z @ self.W_dec + self.b_dec
+
 
 class RandomLatents:
     """An untrained SAE: random unit directions, b_dec = mean of x, one threshold that gives `l0`.
@@ -106,3 +109,6 @@ class RandomLatents:
     def encode(self, x: Tensor, **_: Any) -> Tensor:
         pre = (x.float() - self.b_dec) @ self.W_dec.T
         return torch.where(pre > self.threshold, pre, torch.zeros_like(pre))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z @ self.W_dec + self.b_dec

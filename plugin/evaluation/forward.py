@@ -1,0 +1,88 @@
+"""The activations of all SAEs of an evaluation: one forward pass per model, made when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...hooks.cache import ActivationCache
+from ...hooks.images import ImageDataset
+from .held_out import ModelSetting, activations_of, images_at, last_block
+from .measure import Images
+from .runs import SAEFolder
+
+
+class Forward:
+    """What the SAEs of one model have in common: the model, and the images as it sees them.
+
+    Args:
+        setting: of the model.
+        saes: those that read its activations.
+        images: the evaluation set.
+        embeds: also keep the class tokens of the last block, which embed the images.
+        override_model: in place of the one that the setting names.
+        device: of the model.
+        build: more arguments of `activations_of`.
+    """
+
+    def __init__(
+        self,
+        setting: ModelSetting,
+        saes: Sequence[SAEFolder],
+        images: ImageDataset,
+        *,
+        embeds: bool,
+        override_model: Any,
+        device: str,
+        folder: Path,
+        **build: Any,
+    ) -> None:
+        self.setting, self.saes, self.images = setting, saes, images
+        self._embeds, self._override, self._device = embeds, override_model, device
+        self._build = {"folder": folder, **build}
+
+    @cached_property
+    def model(self) -> Any:
+        hook_names = list(dict.fromkeys(sae.hook_name for sae in self.saes))
+        return self._override or self.setting.load(hook_names, self._device)
+
+    @cached_property
+    def _embedder(self) -> str | None:
+        return last_block(self.model) if self._embeds else None
+
+    @cached_property
+    def cache(self) -> ActivationCache:
+        hook_names = [*(sae.hook_name for sae in self.saes), self._embedder]
+        wanted = list(dict.fromkeys(name for name in hook_names if name))
+        return activations_of(self.images, wanted, self.setting, model=self.model, **self._build)
+
+    def images_at(self, hook_name: str) -> Images:
+        """The images at a hook point of one of the SAEs."""
+        return images_at(self.cache, hook_name, self._embedder)
+
+    def release(self) -> None:
+        """Forget the model; the activations stay."""
+        if "cache" in vars(self):
+            vars(self).pop("model", None)
+
+
+class Forwards:
+    """The `Forward` of every model of the SAEs."""
+
+    def __init__(self, saes: Sequence[SAEFolder], images: ImageDataset, **settings: Any) -> None:
+        groups: dict[ModelSetting, list[SAEFolder]] = {}
+        for sae in saes:
+            groups.setdefault(ModelSetting.of(sae), []).append(sae)
+        self._all = {s: Forward(s, group, images, **settings) for s, group in groups.items()}
+
+    def __iter__(self) -> Iterator[Forward]:
+        """One after the other; the model of each is released when the next one is asked for."""
+        for forward in self._all.values():
+            yield forward
+            forward.release()
+
+    def images_of(self, sae: SAEFolder) -> Images:
+        """The images at the hook point of an SAE, whatever its model."""
+        return self._all[ModelSetting.of(sae)].images_at(sae.hook_name)
