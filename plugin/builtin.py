@@ -27,6 +27,7 @@ from ..registry.evaluators.pair_depth import PairDepth
 from ..registry.evaluators.parent_child import ParentChild
 from ..registry.evaluators.quasi_orthogonality import QuasiOrthogonality
 from ..registry.evaluators.stability import Stability
+from ..registry.evaluators.supervised_dictionary import SupervisedDictionary
 from ..registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
 from ..registry.evaluators.tree_probe import TreeProbe
 from ..registry.taxonomies.cifar100 import CIFAR100
@@ -74,6 +75,7 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(InfoMEC)
     register(TreeProbe)
     register(Stability)
+    register(SupervisedDictionary)
 
 
 @hookimpl
