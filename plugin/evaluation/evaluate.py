@@ -145,6 +145,8 @@ def evaluate_run(
         saes,
         images,
         embeds=evaluation.wants_embedding,
+        intervenes=evaluation.wants_intervention,
+        taxonomy=evaluation.taxonomy,
         override_model=override_model,
         device=evaluation.device,
         folder=folder / ACTIVATIONS_FOLDER,
@@ -160,13 +162,13 @@ def evaluate_run(
         check_saes(missing, forward.model)
         bench = evaluation.bench(forward.cache)
         record.dataset_is(forward.cache, bench.split)
-        planted = evaluation.control_numbers(bench, forwards.images_of(forward.saes[0]))
+        planted = evaluation.control_numbers(bench, forward.images_at(forward.saes[0].hook_name))
         for sae in missing:
             record.add(
                 measure_sae(
                     bench,
                     sae,
-                    forwards.images_of(sae),
+                    forward.images_at(sae.hook_name),
                     fingerprint=record.fingerprints[sae.id],
                     controls=planted,
                     peers=evaluation.peers_of(sae, saes, forwards.images_of),

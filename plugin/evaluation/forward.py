@@ -9,7 +9,8 @@ from typing import Any
 
 from ...hooks.cache import ActivationCache
 from ...hooks.images import ImageDataset
-from .held_out import ModelSetting, activations_of, images_at, last_block
+from ...registry.taxonomies.taxonomy import Taxonomy
+from .held_out import Interventions, ModelSetting, activations_of, images_at, last_block
 from .measure import Images
 from .runs import SAEFolder
 
@@ -22,6 +23,9 @@ class Forward:
         saes: those that read its activations.
         images: the evaluation set.
         embeds: also keep the class tokens of the last block, which embed the images.
+        intervenes: also run the model with its activations edited, where it is asked for that.
+        taxonomy: its classes are looked for among the model's outputs.
+        batch_size: images in one forward pass.
         override_model: in place of the one that the setting names.
         device: of the model.
         build: more arguments of `activations_of`.
@@ -34,14 +38,19 @@ class Forward:
         images: ImageDataset,
         *,
         embeds: bool,
+        intervenes: bool,
+        taxonomy: Taxonomy,
+        batch_size: int,
         override_model: Any,
         device: str,
         folder: Path,
         **build: Any,
     ) -> None:
         self.setting, self.saes, self.images = setting, saes, images
-        self._embeds, self._override, self._device = embeds, override_model, device
-        self._build = {"folder": folder, **build}
+        self._embeds, self._intervenes, self._taxonomy = embeds, intervenes, taxonomy
+        self._override, self._device = override_model, device
+        self._batch_size = batch_size
+        self._build = {"folder": folder, "batch_size": batch_size, **build}
 
     @cached_property
     def model(self) -> Any:
@@ -58,14 +67,27 @@ class Forward:
         wanted = list(dict.fromkeys(name for name in hook_names if name))
         return activations_of(self.images, wanted, self.setting, model=self.model, **self._build)
 
+    @cached_property
+    def _interventions(self) -> Interventions | None:
+        if not self._intervenes:
+            return None
+        return Interventions(
+            self.model, self.images, self.cache, self.setting, self._taxonomy, self._batch_size
+        )
+
     def images_at(self, hook_name: str) -> Images:
         """The images at a hook point of one of the SAEs."""
-        return images_at(self.cache, hook_name, self._embedder)
+        return images_at(self.cache, hook_name, self._embedder, self._interventions)
+
+    def peers_at(self, hook_name: str) -> Images:
+        """The same for an SAE that another one is compared with: the model is not run again."""
+        return images_at(self.cache, hook_name)
 
     def release(self) -> None:
         """Forget the model; the activations stay."""
         if "cache" in vars(self):
-            vars(self).pop("model", None)
+            for kept in ("model", "_interventions"):
+                vars(self).pop(kept, None)
 
 
 class Forwards:
@@ -83,6 +105,7 @@ class Forwards:
             yield forward
             forward.release()
 
-    def images_of(self, sae: SAEFolder) -> Images:
-        """The images at the hook point of an SAE, whatever its model."""
-        return self._all[ModelSetting.of(sae)].images_at(sae.hook_name)
+    def images_of(self, peer: SAEFolder) -> Images:
+        """The images at the hook point of an SAE that another one, maybe of another model, is
+        compared with."""
+        return self._all[ModelSetting.of(peer)].peers_at(peer.hook_name)

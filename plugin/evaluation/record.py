@@ -69,6 +69,10 @@ class Evaluation:
         return any(cls.wants_embedding for cls, _ in self.chosen.values())
 
     @property
+    def wants_intervention(self) -> bool:
+        return any(cls.wants_intervention for cls, _ in self.chosen.values())
+
+    @property
     def wants_peers(self) -> bool:
         return any(cls.wants_peers for cls, _ in self.chosen.values())
 
@@ -105,6 +109,7 @@ class Evaluation:
         if "planted" not in self.controls:
             return {}
         planted = PlantedLatents(self.taxonomy, seed=self.seed)
+        images = replace(images, no_intervention="planted detectors have no directions in x")
         return {"planted": bench.numbers(planted, images, list(self.chosen))}
 
     def settings(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class EvaluationBatch:
     is_fit: Tensor  # (n,) bool: thresholds, latents and probes are chosen here; the rest is scored
     mean_patch: Tensor | None = None  # (n, d)
     embedding: Tensor | None = None  # (n, e) of an independent image encoder
+    tokens: Tensor | None = None  # (n, k, d) the tokens that x is the mean of; None: x alone
 
     def __post_init__(self) -> None:
         lengths = {f.name: len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
@@ -105,7 +106,8 @@ class InterventionResult(NamedTuple):
 class Intervention(Protocol):
     """Runs the model with the activation at the hook point edited; implemented outside registry/.
 
-    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none.
+    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none;
+    None without a classification head, and where no output stands for a class.
     """
 
     logit_classes: np.ndarray | None
@@ -179,11 +181,11 @@ class EvaluationContext:
     W_dec: Tensor | None = None  # (m, d)
     b_dec: Tensor | None = None  # (d,)
     sae: Any = None
-    encode: Callable[[Tensor], Tensor] | None = None
-    """(n, d) activations of single tokens -> (n, m); None where latents do not come from x alone."""
-    decode: Callable[[Tensor], Tensor] | None = None
-    """(n, m) -> (n, d)."""
+    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """(n, d) activations of tokens -> (n, m) their latents and (n, d) what is decoded from them."""
     intervene: Intervention | None = None
+    no_intervention: str = "no model is at hand"
+    """Why `intervene` is None, where it is."""
     peers: Sequence[Peer] = ()
     """Other SAEs to compare with, for evaluators that have `wants_peers`."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
@@ -252,6 +254,9 @@ class Evaluator(ABC, Generic[O]):
     """Whether `EvaluationBatch.embedding` is worth a whole forward pass through the model."""
     wants_peers: ClassVar[bool] = False
     """Whether its numbers depend on `EvaluationContext.peers`."""
+    wants_intervention: ClassVar[bool] = False
+    """Whether `EvaluationContext.intervene` is called: each call is a forward pass, so an option
+    must bound the images. Where it is None the evaluator gives NaN for what it cannot measure."""
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(

@@ -171,6 +171,81 @@ def test_the_last_block_embeds_the_images_for_evaluators_that_want_it(
     assert np.array_equal(seen[HOOKS[0]].embedding, last)
 
 
+@pytest.fixture
+def contexts(monkeypatch) -> list[Any]:
+    """The contexts that an evaluator which asks for interventions is given."""
+    cls, seen = module.EVALUATORS["lch_height"], []
+    init = cls.__init__
+
+    def spied(self: Any, context: Any, options: Any = None) -> None:
+        seen.append(context)
+        init(self, context, options)
+
+    monkeypatch.setattr(cls, "__init__", spied)
+    monkeypatch.setattr(cls, "wants_intervention", True)
+    return seen
+
+
+def test_evaluators_can_intervene_at_the_images_and_tokens_of_the_sae(
+    evaluate: Any, run: Path, world: Path, tmp_path: Path, contexts: list[Any], monkeypatch
+) -> None:
+    """Positions are those of the batches, also where a corrupt picture has none."""
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    (broken / "validation" / CLASSES[0] / "1.png").write_bytes(b"no picture")
+    images: dict[str, Any] = {}
+    measure_sae = module.measure_sae
+
+    def spied(bench: Any, sae: Any, at: Any, **settings: Any) -> Any:
+        images[sae.hook_name] = at
+        return measure_sae(bench, sae, at, **settings)
+
+    monkeypatch.setattr(module, "measure_sae", spied)
+    evaluate(
+        evaluators="lch_height",
+        dataset_path=str(broken),
+        taxonomy=str(broken / "validation"),
+        max_corrupt_share=0.5,
+        controls=["planted"],
+    )
+    sources = [context.source for context in contexts]
+    assert sources == ["planted", *2 * ["random", "neurons", "sae"]]
+    planted, *of_saes = contexts
+    assert planted.intervene is None and "detectors" in planted.no_intervention
+    for context, hook in zip(of_saes, np.repeat(HOOKS, 3)):
+        seen: list[torch.Tensor] = []
+
+        def edit(x: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(x)
+            return x
+
+        index = torch.tensor([30, 0, 2])
+        result = context.intervene(index, edit)
+        expected = torch.from_numpy(images[hook].tokens[index])
+        torch.testing.assert_close(torch.cat(seen), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(result.embedding, context.intervene(index).embedding)
+        assert result.logits is None and context.intervene.logit_classes is None
+        z, decoded = context.reconstruct(expected[:, 0])
+        assert z.shape == (3, context.d_sae) and decoded.shape == (3, 16)
+
+
+def test_without_need_no_picture_is_kept_for_interventions(evaluate: Any, monkeypatch) -> None:
+    monkeypatch.setattr(module, "Interventions", None)
+    assert evaluate(evaluators="lch_height").errors == {}
+
+
+def test_a_model_that_cannot_be_intervened_in_gives_a_reason(
+    evaluate: Any, contexts: list[Any], monkeypatch, caplog
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("it has no blocks")
+
+    monkeypatch.setattr(held_out, "ModelIntervention", refuse)
+    assert evaluate(evaluators="lch_height").errors == {}
+    assert {(c.intervene, c.no_intervention) for c in contexts} == {(None, "it has no blocks")}
+    assert f"no interventions at {HOOKS[0]}: it has no blocks" in caplog.text
+
+
 def test_numbers_repeat_and_follow_the_seed(evaluate: Any, tmp_path: Path) -> None:
     def numbers(name: str, **changes: Any) -> dict[str, float]:
         results = evaluate(output_path=tmp_path / name, **changes)
