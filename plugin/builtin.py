@@ -26,6 +26,7 @@ from ..registry.evaluators.ontological_coverage import OntologicalCoverage
 from ..registry.evaluators.pair_depth import PairDepth
 from ..registry.evaluators.parent_child import ParentChild
 from ..registry.evaluators.quasi_orthogonality import QuasiOrthogonality
+from ..registry.evaluators.reconstruction import Reconstruction
 from ..registry.evaluators.stability import Stability
 from ..registry.evaluators.supervised_dictionary import SupervisedDictionary
 from ..registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
@@ -76,6 +77,7 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(TreeProbe)
     register(Stability)
     register(SupervisedDictionary)
+    register(Reconstruction)
 
 
 @hookimpl
