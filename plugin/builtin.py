@@ -27,6 +27,8 @@ from ..registry.evaluators.pair_depth import PairDepth
 from ..registry.evaluators.parent_child import ParentChild
 from ..registry.evaluators.quasi_orthogonality import QuasiOrthogonality
 from ..registry.evaluators.reconstruction import Reconstruction
+from ..registry.evaluators.stability import Stability
+from ..registry.evaluators.supervised_dictionary import SupervisedDictionary
 from ..registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
 from ..registry.evaluators.tree_probe import TreeProbe
 from ..registry.taxonomies.cifar100 import CIFAR100
@@ -73,6 +75,8 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(FeatureGeometry)
     register(InfoMEC)
     register(TreeProbe)
+    register(Stability)
+    register(SupervisedDictionary)
     register(Reconstruction)
 
 

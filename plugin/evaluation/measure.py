@@ -21,6 +21,7 @@ from ...registry.evaluators.base import (
     EvaluationContext,
     Evaluator,
     Intervention,
+    Peer,
 )
 from ...registry.evaluators.nulls import LatentSource, NeuronLatents, RandomLatents
 from ...registry.taxonomies.taxonomy import Taxonomy
@@ -200,6 +201,7 @@ class Bench:
         images: Images,
         names: Sequence[str] | None = None,
         *,
+        peers: Sequence[Peer] = (),
         prepare: Callable[[EvaluationContext], Any] | None = None,
         progress: Progress | None = None,
     ) -> Pass:
@@ -207,6 +209,7 @@ class Bench:
 
         Args:
             names: the evaluators that take part; all by default.
+            peers: other SAEs to compare with.
             prepare: called with the context before the pass, to share accumulators of one's own.
             progress: called with the number of images after each batch.
         """
@@ -223,6 +226,7 @@ class Bench:
             W_dec=getattr(source, "W_dec", None),
             b_dec=getattr(source, "b_dec", None),
             sae=getattr(source, "sae", None),
+            peers=peers,
             reconstruct=getattr(source, "reconstruct", None),
             intervene=images.intervene,
             no_intervention=images.no_intervention,
@@ -254,10 +258,11 @@ class Bench:
         images: Images,
         names: Sequence[str],
         *,
+        peers: Sequence[Peer] = (),
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
         """evaluator -> its numbers over another source of latents, or why it has none."""
-        done = self.run(source, images, names, progress=progress)
+        done = self.run(source, images, names, peers=peers, progress=progress)
         found: dict[str, Numbers | str] = {}
         for name in names:
             numbers = done.compute(name)

@@ -152,6 +152,18 @@ class Report:
             for name in names
         ]
 
+    def notes(self, evaluator: str) -> list[tuple[str, str]]:
+        """(note, the SAEs it is about) of one evaluator."""
+        found: dict[str, list[str]] = {}
+        for sae in self.results.saes:
+            for note in sae.evaluators[evaluator].notes if evaluator in sae.evaluators else []:
+                found.setdefault(note, []).append(sae.id)
+        everything = len(self.results.saes)
+        return [
+            (note, "every SAE" if len(saes) == everything > 1 else ", ".join(saes))
+            for note, saes in found.items()
+        ]
+
     # Charts -------------------------------------------------------------------------------------
 
     @cached_property

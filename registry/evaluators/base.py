@@ -32,6 +32,7 @@ from . import hashing
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+    from scipy import sparse
 
     from ..taxonomies.taxonomy import Taxonomy
 
@@ -122,6 +123,29 @@ class Intervention(Protocol):
         ...
 
 
+class Peer(Protocol):
+    """Another SAE of the same evaluation, over the same images; implemented outside registry/."""
+
+    name: str
+    relation: str
+    """In one word what it shares with the SAE that is measured: "seed", "hook", "layer", "model"."""
+
+    @property
+    def same_space(self) -> bool:
+        """Whether the decoder rows of the two are directions of one space."""
+        ...
+
+    @property
+    def W_dec(self) -> Tensor | None:
+        """(m', d)"""
+        ...
+
+    def latents(self, index: np.ndarray) -> sparse.csr_array:
+        """(n, m') its latents above 0, of the images at positions `index` (n,) of the evaluation
+        set."""
+        ...
+
+
 class Accumulator(ABC):
     """Statistics of one pass that several evaluators read; its size never depends on the images."""
 
@@ -162,6 +186,8 @@ class EvaluationContext:
     intervene: Intervention | None = None
     no_intervention: str = "no model is at hand"
     """Why `intervene` is None, where it is."""
+    peers: Sequence[Peer] = ()
+    """Other SAEs to compare with, for evaluators that have `wants_peers`."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
@@ -226,6 +252,8 @@ class Evaluator(ABC, Generic[O]):
     """Metrics that do not depend on where a class stands in the tree: permuting changes none."""
     wants_embedding: ClassVar[bool] = False
     """Whether `EvaluationBatch.embedding` is worth a whole forward pass through the model."""
+    wants_peers: ClassVar[bool] = False
+    """Whether its numbers depend on `EvaluationContext.peers`."""
     wants_intervention: ClassVar[bool] = False
     """Whether `EvaluationContext.intervene` is called: each call is a forward pass, so an option
     must bound the images. Where it is None the evaluator gives NaN for what it cannot measure."""
@@ -272,6 +300,10 @@ class Evaluator(ABC, Generic[O]):
     def figures(self) -> dict[str, Figure]:
         """Drawings by name."""
         return {}
+
+    def notes(self) -> list[str]:
+        """Sentences a reader of the numbers needs: why some are undefined, what was left out."""
+        return []
 
     def _check_shuffled(self, shuffled: bool) -> None:
         if shuffled and not self.context.shuffled:
