@@ -8,7 +8,6 @@ take their place, and all that follows from it, is our own definition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,13 +28,14 @@ from .base import (
     Intervention,
     InterventionResult,
 )
+from .image_positions import ImagePositions
 from .logistic import best_threshold, f1_score
 from .ontological_coverage import Detectors, find_detectors
+from .readout import kl_divergence
 from .samples import ImageSample
 
 SPLICED = ("sufficiency", "necessity", "control")
 OVER_SPLIT = 10  # latents of one attribute
-MODEL_BATCH = 16  # images in one run of the model
 LATENT_BLOCK = 1024
 ROUNDING = 1e-9  # of cosines
 
@@ -131,6 +131,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         "latents": None,
         "spliced_images": None,
     }
+    wants_intervention = True
     invariant = frozenset(
         {*SPLICED, *(f"supervised_{metric}" for metric in SPLICED), "latents", "spliced_images"}
     )
@@ -145,6 +146,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
         self._sample = context.share(ImageSample, max_images=self.options.max_images)
+        self._images = context.share(ImagePositions, max_images=self.options.spliced_images)
         self.nodes = self.taxonomy.distinct_nodes[self.taxonomy.distinct_nodes != 0]
         self._memo: dict[Any, Found] = {}
         self._spliced: Spliced | None = None
@@ -239,25 +241,22 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
     def _why_not_spliced(self) -> str:
         context = self.context
         if context.intervene is None:
-            return "no model is at hand"
-        if context.encode is None or context.decode is None:
-            return "these latents do not lead back to activations"
+            return context.no_intervention
+        if context.reconstruct is None or context.W_dec is None:
+            return f"the latents ({context.source}) cannot be decoded"
+        if not len(self._images.index(fit=False)) or not self._sample.is_fit.any():
+            return "there is no image in one of the halves"
         return ""
 
     @torch.no_grad()
     def _splice(self) -> Spliced:
-        intervene, encode, decode = self.context.intervene, self.context.encode, self.context.decode
-        assert intervene is not None and encode is not None and decode is not None
-        rows = np.flatnonzero(~self._sample.is_fit)
-        # The sample is in the order in which the images came, which mixes the classes.
-        rows = rows[: self.options.spliced_images]
-        index, labels = self._sample.index[rows], self._sample.labels()[rows]
-        if not len(rows):
-            return NOTHING
+        intervene, reconstruct = self.context.intervene, self.context.reconstruct
+        assert intervene is not None and reconstruct is not None
+        index, labels = self._images.index(fit=False), self._images.labels(fit=False)
         x, untouched = run(intervene, index)
         supervised = self.found().supervised
         mean = torch.from_numpy(supervised.mean).float().expand_as(x)
-        rebuilt = torch.cat([decode(encode(part)).cpu() for part in tokens(x)]).view_as(x)
+        rebuilt = torch.cat([reconstruct(part)[1].cpu() for part in tokens(x)]).view_as(x)
         partner, paired = partners(labels)
         vectors = torch.from_numpy(supervised.of_class).float()[:, None]
         by_class = torch.nan_to_num(vectors)
@@ -266,9 +265,8 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
             "sufficiency": rebuilt,
             "necessity": mean + x - rebuilt,
             "patched": x[partner],
+            "control": self._swap(x, x[partner]),
         }
-        if self.context.W_dec is not None:
-            replaced["control"] = self._swap(encode, x, x[partner])
         if self.context.source == "sae":
             replaced["supervised_sufficiency"] = mean + by_class[labels]
             replaced["supervised_necessity"] = x - by_class[labels]
@@ -290,13 +288,14 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         }
         return Spliced(index, labels, labels[partner], shares, agree, untouched.logits is not None)
 
-    def _swap(self, encode: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+    def _swap(self, x: Tensor, target: Tensor) -> Tensor:
         """x (n, k, d) with a few latents of each token as on the target."""
-        assert self.context.W_dec is not None
-        rows = self.context.W_dec.detach().float().cpu()
+        reconstruct, W_dec = self.context.reconstruct, self.context.W_dec
+        assert reconstruct is not None and W_dec is not None
+        rows = W_dec.detach().float().cpu()
         parts = []
         for own, other in zip(tokens(x), tokens(target)):
-            change = encode(other).cpu() - encode(own).cpu()
+            change = reconstruct(other)[0].cpu() - reconstruct(own)[0].cpu()
             parts.append(greedy_swap(own, other, change, rows, self.options.swaps))
         return torch.cat(parts).view_as(x)
 
@@ -508,28 +507,23 @@ def run(
         the activations that were there, (n, k, d); what the model gave.
     """
     seen: list[Tensor] = []
-    logits: list[Tensor] = []
-    embedding: list[Tensor] = []
-    for start in range(0, len(index), MODEL_BATCH):
-        part = slice(start, start + MODEL_BATCH)
 
-        def edit(x: Tensor, part: slice = part) -> Tensor:
-            seen.append(x.detach().float().cpu())
-            return x if replacement is None else replacement[part].to(x.device, x.dtype)
+    def edit(x: Tensor) -> Tensor:
+        start = sum(map(len, seen))  # the model runs a few images at a time, in order
+        seen.append(x.detach().float().cpu())
+        if replacement is None:
+            return x
+        return replacement[start : start + len(x)].to(x.device, x.dtype)
 
-        result = intervene(torch.from_numpy(index[part]), edit)
-        if result.logits is not None:
-            logits.append(result.logits.float().cpu())
-        embedding.append(result.embedding.float().cpu())
-    given = InterventionResult(torch.cat(logits) if logits else None, torch.cat(embedding))
+    given = intervene(torch.from_numpy(index), edit)
     return torch.cat(seen), given
 
 
 def divergence(untouched: InterventionResult, other: InterventionResult) -> np.ndarray:
     """(n,) KL divergence of the logits; without any, 1 − cosine of the embeddings."""
     if untouched.logits is not None and other.logits is not None:
-        p, q = untouched.logits.log_softmax(1), other.logits.log_softmax(1)
-        return (p.exp() * (p - q)).sum(1).double().numpy()
+        before, after = (r.double().log_softmax(1) for r in (untouched.logits, other.logits))
+        return kl_divergence(before, after).numpy()
     return 1 - cosine(untouched, other)
 
 

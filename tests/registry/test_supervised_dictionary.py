@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.base import InterventionResult
 from taxolens.registry.evaluators.supervised_dictionary import (
     SupervisedDictionary,
     best_nodes,
@@ -22,25 +21,14 @@ from taxolens.registry.evaluators.supervised_dictionary import (
     held_out_f1,
     partners,
 )
-from torch import Tensor
 
 Measured = Callable[..., Any]
 SEEDS = st.integers(0, 10**6)
 
 
-class LinearModel:
-    """Images are activations x (n, k, d); behind the hook point a linear map and maybe a head."""
-
-    def __init__(self, x: Tensor, mapped: Tensor, head: Tensor | None = None) -> None:
-        self.x, self.mapped, self.head = x, mapped, head
-        self.logit_classes = None if head is None else np.arange(head.shape[1])
-        self.images = 0
-
-    def __call__(self, index: Tensor, edit: Any = None) -> InterventionResult:
-        self.images += len(index)
-        x = self.x[index] if edit is None else edit(self.x[index])
-        embedding = (x.mean(1) - 3) @ self.mapped
-        return InterventionResult(None if self.head is None else embedding @ self.head, embedding)
+def rebuilding(encode: Measured, decode: Measured) -> Measured:
+    """`reconstruct` of an SAE with these two halves."""
+    return lambda x: ((z := encode(x)), decode(z))
 
 
 # The parts ---------------------------------------------------------------------------------------
@@ -149,33 +137,39 @@ def world(animals: Any) -> dict[str, Any]:
     directions = torch.linalg.qr(torch.randn(24, len(nodes), generator=generator)).Q.T
     codes = members[labels] * (2 + 0.1 * torch.rand(len(labels), 1, generator=generator))
     noise = 0.05 * torch.randn(len(labels), 24, generator=generator)
-    x = 3 + codes @ directions + noise
+    basis = torch.linalg.svd(directions).Vh
+    offset = 3 * basis[-1]  # at right angles to all that the head reads
+    x = offset + codes @ directions + noise
     head = torch.linalg.pinv(members @ directions)  # class logits are largest for the own class
     return {
         "labels": labels,
         "x": x,
         "codes": codes,
         "directions": directions,
-        "offset": torch.full((24,), 3.0),
-        "model": LinearModel(x[:, None], torch.eye(24), 20 * head),
+        "offset": offset,
+        "head": 20 * head,
         "nodes": nodes,
     }
 
 
 @pytest.fixture
-def spliced(world: dict[str, Any], animals: Any, one_batch: Measured, measured: Measured) -> Any:
+def spliced(
+    world: dict[str, Any], animals: Any, one_batch: Measured, measured: Measured, toy_model: Any
+) -> Any:
     """The evaluator of an SAE with one latent per node, or of another."""
+
+    with_head = toy_model(world["x"][:, None], torch.eye(24), world["head"], np.arange(12))
 
     def call(*, z: Any = None, model: Any = None, options: Any = None, **facts: Any) -> Any:
         D, offset = world["directions"], world["offset"]
         given = {
             "W_dec": D,
-            "encode": lambda x: ((x - offset) @ D.T - 0.5).relu() * 4 / 3,
-            "decode": lambda z: z @ D + offset,
-            "intervene": world["model"] if model is None else model,
+            "reconstruct": rebuilding(
+                lambda x: ((x - offset) @ D.T - 0.5).relu() * 4 / 3, lambda z: z @ D + offset
+            ),
+            "intervene": with_head if model is None else model,
             **facts,
         }
-        z = given["encode"](world["x"]) if z is None and given["encode"] else z
         z = world["codes"] if z is None else z
         batch = one_batch(z, world["labels"], x=world["x"])
         (evaluator,) = measured(animals, batch, [SupervisedDictionary], options=options, **given)
@@ -199,7 +193,7 @@ def test_latents_that_are_the_nodes_are_ideal(spliced: Any, world: Any) -> None:
 def test_an_sae_that_gives_the_mean_is_worth_nothing(spliced: Any, world: Any) -> None:
     mean = world["x"].mean(0)
     numbers = spliced(
-        encode=lambda x: torch.zeros(len(x), 20), decode=lambda z: mean.expand(len(z), -1)
+        reconstruct=rebuilding(lambda x: torch.zeros(len(x), 20), lambda z: mean.expand(len(z), -1))
     ).compute()
     assert numbers["sufficiency"] == pytest.approx(0, abs=0.1)
     assert numbers["necessity"] == pytest.approx(0, abs=0.1)
@@ -213,7 +207,7 @@ def test_a_lossless_dictionary_without_sparse_control(spliced: Any, world: Any) 
     mean = world["x"].mean(0)
     encode = lambda x: torch.cat([x - mean, mean - x], dim=1).relu()  # noqa: E731
     z = encode(world["x"])
-    neurons = {"encode": encode, "decode": lambda z: z @ axes + mean, "W_dec": axes}
+    neurons = {"reconstruct": rebuilding(encode, lambda z: z @ axes + mean), "W_dec": axes}
     numbers = spliced(z=z, **neurons, source="neurons").compute()
     assert numbers["sufficiency"] == pytest.approx(1) == numbers["necessity"]
     assert numbers["control"] < 0.9
@@ -222,8 +216,8 @@ def test_a_lossless_dictionary_without_sparse_control(spliced: Any, world: Any) 
     assert all(math.isnan(numbers[k]) for k in supervised)
 
 
-def test_without_a_head_the_embedding_judges(spliced: Any, world: Any) -> None:
-    model = LinearModel(world["x"][:, None], torch.eye(24))
+def test_without_a_head_the_embedding_judges(spliced: Any, world: Any, toy_model: Any) -> None:
+    model = toy_model(world["x"][:, None], torch.eye(24))
     evaluator = spliced(model=model)
     numbers = evaluator.compute()
     for metric in ("sufficiency", "necessity", "control"):
@@ -235,7 +229,8 @@ def test_without_a_model_the_rest_is_there_and_the_reason_too(spliced: Any) -> N
     with_model = spliced().compute()
     for changes, reason in (
         ({"intervene": None}, "no model is at hand"),
-        ({"encode": None, "decode": None}, "do not lead back"),
+        ({"intervene": None, "no_intervention": "it is too large"}, "it is too large"),
+        ({"reconstruct": None}, r"latents (sae) cannot be decoded"),
     ):
         evaluator = spliced(**changes)
         numbers = evaluator.compute()
@@ -247,8 +242,8 @@ def test_without_a_model_the_rest_is_there_and_the_reason_too(spliced: Any) -> N
         assert "control" not in evaluator.tables()
 
 
-def test_images_through_the_model_are_bounded(spliced: Any, world: Any) -> None:
-    model = LinearModel(world["x"][:, None], torch.eye(24))
+def test_images_through_the_model_are_bounded(spliced: Any, world: Any, toy_model: Any) -> None:
+    model = toy_model(world["x"][:, None], torch.eye(24))
     evaluator = spliced(model=model, options={"spliced_images": 10})
     numbers = evaluator.compute()
     evaluator.compute(permutation=np.random.default_rng(0).permutation(12))
@@ -259,10 +254,10 @@ def test_images_through_the_model_are_bounded(spliced: Any, world: Any) -> None:
     assert model.images == 15 * 10
 
 
-def test_every_token_is_replaced(spliced: Any, world: Any) -> None:
+def test_every_token_is_replaced(spliced: Any, world: Any, toy_model: Any) -> None:
     offsets = torch.randn(1, 3, 24, generator=torch.Generator().manual_seed(1))
     offsets -= offsets.mean(1, keepdim=True)
-    model = LinearModel(world["x"][:, None] + 0.1 * offsets, torch.eye(24))
+    model = toy_model(world["x"][:, None] + 0.1 * offsets, torch.eye(24))
     assert spliced(model=model).compute()["sufficiency"] > 0.9
 
 
