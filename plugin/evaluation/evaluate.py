@@ -169,7 +169,7 @@ def evaluate_run(
         )
         bench = evaluation.bench(cache)
         record.dataset_is(cache, bench.split)
-        planted = evaluation.control_numbers(bench, images_at(cache, hook_names[0]))
+        planted = evaluation.control_numbers(bench, images_at(cache, hook_names[0], embedder))
         for sae in missing:
             record.add(
                 measure_sae(

@@ -105,6 +105,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
     name = "parent_child"
     description = "latents that fire only where another fires, and whether the tree agrees"
     higher_is_better = {
+        "edge_precision": True,
+        "edge_recall": True,
         "pairs": None,
         "edges": None,
         "child_share": None,
@@ -114,10 +116,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "hamming": False,
         "hamming_relative": False,
         "reconstruction_share": True,
-        "edge_precision": True,
-        "edge_recall": True,
     }
-    invariant = frozenset(higher_is_better) - {"edge_precision", "edge_recall"}
+    label_free = frozenset(higher_is_better) - {"edge_precision", "edge_recall"}
+    invariant = label_free
     Options = ParentChildOptions
 
     def __init__(
@@ -220,6 +221,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
         living = int((self._fired >= self.options.min_fired).sum())
         precision, recall = self._agreement(permutation, shuffled)
         return {
+            "edge_precision": precision,
+            "edge_recall": recall,
             "pairs": float(len(self.pairs.child)),
             "edges": float(len(forest.child)),
             "child_share": len(forest.child) / living if living else float("nan"),
@@ -231,8 +234,6 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "hamming": summary.mean(distances["hamming"]),
             "hamming_relative": summary.mean(distances["hamming_relative"]),
             "reconstruction_share": summary.mean(self.reconstructs),
-            "edge_precision": precision,
-            "edge_recall": recall,
         }
 
     def _agreement(
