@@ -22,7 +22,7 @@ from .pair_depth import pair_depths
 from .ranks import spearman
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
-"""The groups of the paper, as shares of the dictionary."""
+"""The groups of the paper, as shares of the dictionary; by firing rank of those that have a depth."""
 COLUMNS = [
     "group",
     "latents",
@@ -98,20 +98,21 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         super().__init__(context, options)
         self._top = context.share(TopImages, k=self.options.k)
         self._rate = context.share(FiringRate)
-        self.widths, self.by_rate = self._prefixes()
-
-    def _prefixes(self) -> tuple[list[int], bool]:
-        """The ends of the groups, and whether they count from the most frequent latent."""
-        d_sae, order = self.context.d_sae, self.options.order
-        given = self.options.widths
+        given, order = self.options.widths, self.options.order
         # Another number of latents (raw neurons) has prefixes of the same shares.
-        widths = [round(w / given[-1] * d_sae) for w in given] if given else None
-        widths = widths or prefix_widths(self.context.sae)
-        by_rate = order == "rate" or (order == "auto" and widths is None)
+        widths = [round(w / given[-1] * context.d_sae) for w in given] if given else None
+        self._widths = widths or prefix_widths(context.sae)
+        self.by_rate = order == "rate" or (order == "auto" and self._widths is None)
+
+    @property
+    def widths(self) -> list[int]:
+        """The ends of the groups."""
+        d_sae, widths = self.context.d_sae, self._widths
         if widths is None:
-            widths = [round(share * d_sae) for share in np.cumsum(SHARES)]
-        ends = sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
-        return ends, by_rate
+            # Rare latents come last by rate: of all, they alone could fill the last group.
+            able = int((self._rate.fired >= self.options.k).sum()) if self.by_rate else d_sae
+            widths = [round(share * able) for share in np.cumsum(SHARES)[:-1]]
+        return sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
 
     @property
     def group(self) -> np.ndarray:

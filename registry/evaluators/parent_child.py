@@ -117,6 +117,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
     name = "parent_child"
     description = "latents that fire only where another fires, and whether the tree agrees"
     higher_is_better = {
+        "edge_precision": True,
+        "edge_recall": True,
         "pairs": None,
         "edges": None,
         "child_share": None,
@@ -126,8 +128,6 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "hamming": False,
         "hamming_relative": False,
         "reconstruction_share": True,
-        "edge_precision": True,
-        "edge_recall": True,
         "recorded_edges": None,
         "recorded_found": None,
         "recorded_implication": True,
@@ -139,7 +139,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "rewired_reconstruction_share": None,
         "rewired_edge_precision": None,
     }
-    invariant = frozenset(n for n in higher_is_better if "edge_" not in n)
+    label_free = frozenset(n for n in higher_is_better if "edge_" not in n)
+    invariant = label_free
     Options = ParentChildOptions
 
     def __init__(
@@ -276,6 +277,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
         living = int((self._fired >= self.options.min_fired).sum())
         precision, recall = self._agreement(forest, permutation, shuffled)
         return {
+            "edge_precision": precision,
+            "edge_recall": recall,
             "pairs": float(len(self.pairs.child)),
             "edges": float(len(forest.child)),
             "child_share": len(forest.child) / living if living else float("nan"),
@@ -287,8 +290,6 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "hamming": summary.mean(distances["hamming"]),
             "hamming_relative": summary.mean(distances["hamming_relative"]),
             "reconstruction_share": summary.mean(self.reconstructs),
-            "edge_precision": precision,
-            "edge_recall": recall,
             **self._compute_recorded(permutation, shuffled),
         }
 
