@@ -238,7 +238,7 @@ def test_a_model_with_a_head_and_a_model_without(
     """Splicing and steering from the command's own entry point, SAEs, null latents and all."""
     settings: dict[str, Any] = {
         "evaluators": ["reconstruction", "detection"],
-        "options": {"detection": {"n_latents": 3, "n_directions": 2, "min_fired": 2}},
+        "options": {"detection": {"n_latents": 3, "n_directions": 2, "min_fired": 2, "kl": 1e-4}},
     }
     names = load_images(world, split="validation").class_names
     model = from_module(tiny_model("vit_classifier"))
@@ -257,7 +257,7 @@ def test_a_model_with_a_head_and_a_model_without(
             assert steering["steering_rank"].nulls["permuted_classes"].n == 2
             assert steering["steering"].nulls["random"].n == 1
             table = pd.read_csv(results.folder / sae.evaluators["detection"].tables["steering"])
-            assert table["kl"].to_numpy() == pytest.approx(1e-3, rel=0.06)
+            assert table["kl"].to_numpy() == pytest.approx(1e-4, rel=0.06)
 
 
 def test_without_need_no_picture_is_kept_for_interventions(evaluate: Any, monkeypatch) -> None:
