@@ -2,10 +2,16 @@
 
     python benchmarks/evaluators.py [--images 50000] [--latents 12288] [--d_in 1536] [--l0 32]
 
+*Count-based* are those that read nothing but which latents fire on which images, and how strongly:
+firings per class and threshold, the top images, firings together. They fit nothing and look neither at
+x nor at the decoder (the decoder is withheld here, so `parent_child` leaves out its probes of x).
+`--evaluators` takes any others, which are then given the decoder.
+
 The taxonomy is ImageNet-1k's. z is synthetic: on each image some latents that know its class, some at
 random. Timed are the encoder of a ReLU SAE on activations of that shape (its cheapest form: no top-k),
-and everything the evaluators do: calibration, every update, and computing value, shuffled null and
-permuted-classes null. Bars: ratio 1.0 or less, peak memory 4 GiB or less.
+and everything the evaluators do: the search for the nonzeros of z, calibration, every update, and
+computing value, shuffled null and permuted-classes null. Bars: ratio 1.0 or less, peak memory 4 GiB or
+less.
 """
 
 from __future__ import annotations
@@ -21,7 +27,13 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext
 
-COUNT_BASED = ("lch_height", "ontological_coverage", "pair_depth")
+COUNT_BASED = (
+    "lch_height",
+    "ontological_coverage",
+    "pair_depth",
+    "parent_child",
+    "matryoshka_depth",
+)
 BARS = {"ratio": 1.0, "peak GiB": 4.0}
 
 
@@ -32,6 +44,7 @@ def main() -> None:
     parser.add_argument("--d_in", type=int, default=1536)
     parser.add_argument("--l0", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--permutations", type=int, default=10, help="of the classes, as the null")
     parser.add_argument("--evaluators", nargs="*", default=COUNT_BASED)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -48,17 +61,22 @@ def main() -> None:
         args.images,
         args.d_in,
         args.latents,
+        n_permutations=args.permutations,
         class_counts=np.bincount(labels, minlength=n_classes),
-        W_dec=sae.W_dec.detach(),
+        W_dec=None if set(args.evaluators) <= set(COUNT_BASED) else sae.W_dec.detach(),
+        b_dec=sae.b_dec.detach(),
     )
     evaluators = {name: taxolens.EVALUATORS[name](context) for name in args.evaluators}
 
-    seconds = {"encoding": 0.0, "shared counts": 0.0} | dict.fromkeys(evaluators, 0.0)
+    seconds = dict.fromkeys(("encoding", "nonzeros", "shared counts", *evaluators), 0.0)
 
     def timed(what: str, started: float) -> None:
         seconds[what] += time.perf_counter() - started
 
     def update(batch: EvaluationBatch) -> None:
+        started = time.perf_counter()
+        _ = batch.firings  # found once, then kept with the batch
+        timed("nonzeros", started)
         started = time.perf_counter()
         if batch.index[0] == 0:
             context.calibrate(batch)

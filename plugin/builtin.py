@@ -15,6 +15,7 @@ from ..registry.architectures.simplicial import SIMPLICIAL
 from ..registry.architectures.top_afa import TOP_AFA
 from ..registry.architectures.tree import TREE
 from ..registry.evaluators.absorption import Absorption
+from ..registry.evaluators.detection import Detection
 from ..registry.evaluators.feature_geometry import FeatureGeometry
 from ..registry.evaluators.hyperbolicity import Hyperbolicity
 from ..registry.evaluators.infomec import InfoMEC
@@ -78,6 +79,7 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(Stability)
     register(SupervisedDictionary)
     register(Reconstruction)
+    register(Detection)
 
 
 @hookimpl

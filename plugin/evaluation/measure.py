@@ -292,7 +292,9 @@ class Bench:
                 for null in self.nulls
             }
             seen = {c: n for c in controls if isinstance(n := controls[c].get(name), dict)}
-            found[name] = with_nulls(values, draws, cls.higher_is_better, seen, cls.invariant)
+            found[name] = with_nulls(
+                values, draws, cls.higher_is_better, seen, cls.invariant, cls.label_free
+            )
         return found
 
     def null_sources(self, sae: LatentSource, images: Images) -> dict[str, LatentSource]:

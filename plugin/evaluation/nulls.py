@@ -43,6 +43,7 @@ def with_nulls(
     directions: Mapping[str, bool | None],
     controls: Mapping[str, Numbers] = {},
     invariant: Collection[str] = (),
+    label_free: Collection[str] = (),
 ) -> dict[str, MetricResult]:
     """Put every metric of `values` beside its nulls.
 
@@ -53,11 +54,14 @@ def with_nulls(
         controls: control -> the same metrics under it.
         invariant: metrics that do not depend on where a class stands in the tree: to compare one
             with itself under permuted classes says nothing.
+        label_free: metrics that use no label: the same for shuffled labels.
     """
 
     def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
         if null_name == "permuted_classes" and metric in invariant:
             return NullResult(reason="does not depend on where a class stands in the tree")
+        if null_name == "shuffled" and metric in label_free:
+            return NullResult(reason="no label is used")
         if isinstance(found, str):
             return NullResult(reason=found)
         numbers = [draw[metric] for draw in found if metric in draw]

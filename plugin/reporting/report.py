@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import plotly.offline
@@ -26,6 +26,7 @@ from .table import COLUMNS, HEADLINES, Headline
 from .tree import Icicle, scale
 
 REPORT_FILENAME = "report.html"
+UNTELLING = ("model", "checkpoint", "best", "final")  # of a folder
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_FIGURE_BYTES = 2_000_000
 MAX_DRAWN_TREES = 4
@@ -67,6 +68,12 @@ class Report:
         self.interactive = interactive
         self.series = all_series(results)
         self.headlines = headlines(results)
+
+    @property
+    def subject(self) -> str:
+        """The models, a local one by the end of its path."""
+        names = dict.fromkeys(short_name(sae.model_name) for sae in self.results.saes)
+        return " and ".join(names) or "the model"
 
     # Numbers ------------------------------------------------------------------------------------
 
@@ -384,3 +391,12 @@ def _script_json(path: Path) -> Markup:
     layout.setdefault("margin", {"l": 60, "r": 20, "t": 40, "b": 50})
     text = json.dumps(figure, ensure_ascii=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def short_name(model_name: str) -> str:
+    """``vit`` for ``/data/vit``, ``demo_assets/model`` for a folder that is called model; a name on
+    the hub as it is."""
+    path = PurePath(model_name)
+    if len(path.parts) <= 2 and not path.is_absolute():
+        return model_name
+    return "/".join(path.parts[-2:]) if path.name in UNTELLING else path.name

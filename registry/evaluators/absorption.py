@@ -33,7 +33,7 @@ SALT = 103
 @dataclass(frozen=True)
 class AbsorptionOptions:
     """max_images: of the sample on which probes are fitted and absorption is looked for.
-    max_nodes: tried at most, at random.
+    max_nodes: tried at most, at random; None tries every one.
     min_images: a node needs so many in either half of the sample.
     probe_f1: a node is kept where its probe has more on held-out images.
     main_rise: a main latent is added while F1 rises by this much.
@@ -41,7 +41,7 @@ class AbsorptionOptions:
     """
 
     max_images: int = 4096
-    max_nodes: int = 64
+    max_nodes: int | None = None
     min_images: int = 15
     probe_f1: float = 0.6
     main_rise: float = 0.03
@@ -49,8 +49,9 @@ class AbsorptionOptions:
 
     def __post_init__(self) -> None:
         for field in ("max_images", "max_nodes", "min_images", "max_main"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {value}")
         for field in ("probe_f1", "main_rise"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"{field}: must lie in [0, 1), got {getattr(self, field)}")
@@ -91,7 +92,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
 
     A dead SAE scores a perfect 0, and an unexplained rest is no absorption: read both beside
     `reconstructed_share`, Σ proj / P, and beside `nodes`, how many passed the probe. Everything but
-    the probes is NaN without a decoder. Memory O(max_images·(d + L0) + max_nodes·m).
+    the probes is NaN without a decoder. Memory O(max_images·(d + L0) + nodes·m).
     """
 
     name = "absorption"

@@ -131,11 +131,14 @@ class FiringHistogram(Accumulator):
     def n_bins(self) -> int:
         return self.counts.shape[3]
 
-    def fired(self, shuffled: bool = False) -> np.ndarray:
-        """(m, C) images of both halves on which the latent fires at all."""
-        _, _, m, n_bins, n_classes = self.counts.shape
+    def fired(self, shuffled: bool = False, latents: np.ndarray | None = None) -> np.ndarray:
+        """(m, C) images of both halves on which the latent fires at all; or of some `latents` (l,)."""
+        counts = self.counts[int(shuffled)]
+        if latents is not None:
+            counts = counts[:, torch.from_numpy(latents)]
+        _, m, n_bins, n_classes = counts.shape
         fired = torch.zeros(m, n_classes, dtype=torch.int32)
-        for half in self.counts[int(shuffled)]:
+        for half in counts:
             for t in range(n_bins):  # a sum() over both would widen all the counts at once
                 fired += half[:, t]
         return fired.numpy()

@@ -250,6 +250,8 @@ class Evaluator(ABC, Generic[O]):
     """For each of `NULLS`: None where it is computed, else why it has no meaning here."""
     invariant: ClassVar[frozenset[str]] = frozenset()
     """Metrics that do not depend on where a class stands in the tree: permuting changes none."""
+    label_free: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that use no label at all: shuffling changes none."""
     wants_embedding: ClassVar[bool] = False
     """Whether `EvaluationBatch.embedding` is worth a whole forward pass through the model."""
     wants_peers: ClassVar[bool] = False

@@ -109,9 +109,10 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         "coactive_babel": False,
         "effective_rank": None,
     }
-    invariant = frozenset(
+    label_free = frozenset(
         {"random_cosine", "coherence", "babel", "coactive_babel", "effective_rank"}
     )
+    invariant = label_free
     Options = FeatureGeometryOptions
 
     def __init__(

@@ -62,6 +62,11 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
     }
     nulls = {**ALL_NULLS, "permuted_classes": "points are compared with each other, with no tree"}
     invariant = frozenset(higher_is_better)
+    label_free = invariant - {
+        f"{kind}_{what}"
+        for kind in ("class_means", "latent_means")
+        for what in ("delta", "gaussian_delta")
+    }
     Options = HyperbolicityOptions
 
     def __init__(

@@ -103,15 +103,15 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     name = "infomec"
     description = "modularity, compactness and explicitness of latents for the depths of the tree"
     higher_is_better = {
+        "infoe": True,
         "infom": True,
         "infoc": True,
-        "infoe": True,
         "nested_infom": None,
         "nested_infoc": None,
         "factors": None,
         "active": None,
     }
-    invariant = frozenset({"factors"})
+    invariant = label_free = frozenset({"factors"})
     Options = InfoMECOptions
 
     def __init__(
@@ -200,9 +200,9 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     ) -> dict[str, float]:
         information = self.information(permutation, shuffled)
         return {
+            "infoe": summary.mean(self.explicitness(permutation, shuffled)),
             "infom": modularity(information.added),
             "infoc": compactness(information.added),
-            "infoe": summary.mean(self.explicitness(permutation, shuffled)),
             "nested_infom": modularity(information.nested),
             "nested_infoc": compactness(information.nested),
             "factors": float(len(self.depths)),
@@ -240,6 +240,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         drawing = summary.figure(
             "What a linear read-out of the latents explains", "depth of the cut", "(H₀ − H)/H₀"
         )
+        drawing.update_xaxes(dtick=1)
         for column, name, line in (
             ("explicitness", "latents", {"color": summary.VALUE}),
             ("permuted", "permuted classes", {"color": summary.NULL, "dash": "dot"}),

@@ -67,7 +67,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     A latent whose S_j is empty is undefined and left out, never 0. Read `height` and `generality`
     with `single_class_share`: a latent of one class has height 0, so few and narrow latents make a
     low mean. The gaps say how much lower a latent of several classes lies than random sets of as
-    many classes.
+    many classes. The metrics are those of the chosen rule; the tables compare all.
     """
 
     name = "lch_height"
@@ -91,40 +91,45 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         options: LCHHeightOptions | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(context, options)
-        self._sets: dict[bool, sparse.csr_array] = {}  # (m, C), kept for the permutations
+        self._sets: dict[Any, sparse.csr_array] = {}  # (m, C), kept for the permutations
         self._classes = context.share(ClassCounts)
-        self._by_rank = self.options.rule.startswith("topk")
-        if self._by_rank:
-            self._top = context.share(TopImages, k=self.options.k)
-        else:
-            self._firings = context.share(FiringHistogram, survival=(1.0,))
+        self._top = context.share(TopImages, k=self.options.k)
+        self._firings = context.share(FiringHistogram, survival=(1.0,))
 
     def update(self, batch: EvaluationBatch) -> None:
         self._sets.clear()
 
-    def assign(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Assignment:
-        """The node of each latent under the chosen rule."""
+    def assign(
+        self,
+        permutation: np.ndarray | None = None,
+        shuffled: bool = False,
+        rule: str | None = None,
+    ) -> Assignment:
+        """The node of each latent under `rule`, None for the chosen one."""
         self._check_shuffled(shuffled)
-        options = self.options
+        options, rule = self.options, rule or self.options.rule
         counts = self._classes.all(shuffled)
-        if self._by_rank:
+        if rule.startswith("topk"):
             smallest = counts[counts > 0].min(initial=2 * options.k)
             labels = top_labels(self._top, max(1, min(options.k, int(smallest) // 2)), shuffled)
             if permutation is not None:
                 labels = np.where(labels >= 0, permutation[labels], -1)
-            keep = options.keep if options.rule == "topk" else 1.0
-            return smallest_holding(self.taxonomy, labels, keep)
-        tau = options.tau if options.rule == "frequency" else 0.0
-        if shuffled not in self._sets:
+            return smallest_holding(self.taxonomy, labels, options.keep if rule == "topk" else 1.0)
+        if (rule, shuffled) not in self._sets:
             fired = self._firings.fired(shuffled)
-            self._sets[shuffled] = sparse.csr_array(frequent_classes(fired, counts, tau))
-        sets = self._sets[shuffled]
+            tau = options.tau if rule == "frequency" else 0.0
+            sets = frequent_classes(fired, counts, tau)
+            self._sets[rule, shuffled] = sparse.csr_array(sets)
+        sets = self._sets[rule, shuffled]
         return Assignment(self.taxonomy.lch_many(sets, permutation), np.diff(sets.indptr))
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
-        node, size = self.assign(permutation, shuffled)
+        return self._numbers(self.assign(permutation, shuffled))
+
+    def _numbers(self, assignment: Assignment) -> dict[str, float]:
+        node, size = assignment
         node, size = node[node >= 0], size[node >= 0]
         height, generality = self.taxonomy.height[node], self.taxonomy.generality[node]
         random_height, random_generality = self._random()
@@ -144,8 +149,18 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         return random_sets(self.taxonomy, self.options.repeats, self.context.seed)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: one row for each latent that is defined."""
-        node, size = self.assign()
+        """`latents`: one row for each latent that the chosen rule defines, with its node under the
+        other rules; `nodes`: how many latents each rule puts at a node; `rules`: what each gives.
+        """
+        assigned = {rule: self.assign(rule=rule) for rule in RULES}
+        return {
+            "latents": self._latent_table(assigned),
+            "nodes": self._node_table(assigned),
+            "rules": self._rule_table(assigned),
+        }
+
+    def _latent_table(self, assigned: dict[str, Assignment]) -> pd.DataFrame:
+        node, size = assigned[self.options.rule]
         latent = np.flatnonzero(node >= 0)
         node, size = node[latent], size[latent]
         taxonomy = self.taxonomy
@@ -160,20 +175,49 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
             "random_generality": self._random()[1][size],
             "depth": taxonomy.depth[node],
         }
-        return {"latents": pd.DataFrame(table)}
+        for rule in RULES:
+            if rule != self.options.rule:
+                others = assigned[rule].node[latent]
+                table[f"by_{rule}"] = [taxonomy.label(v) if v >= 0 else None for v in others]
+        return pd.DataFrame(table)
+
+    def _node_table(self, assigned: dict[str, Assignment]) -> pd.DataFrame:
+        taxonomy = self.taxonomy
+        counts = {
+            rule: np.bincount(found.node[found.node >= 0], minlength=len(taxonomy.nodes))
+            for rule, found in assigned.items()
+        }
+        node = np.flatnonzero(np.any(list(counts.values()), axis=0))
+        node = node[np.argsort(-taxonomy.n_leaves[node], kind="stable")]
+        table = {
+            "node": [taxonomy.nodes[v] for v in node],
+            "name": [taxonomy.label(v) for v in node],
+            "classes": taxonomy.n_leaves[node],
+            "depth": taxonomy.depth[node],
+            "height": taxonomy.height[node],
+        }
+        return pd.DataFrame(table | {rule: count[node] for rule, count in counts.items()})
+
+    def _rule_table(self, assigned: dict[str, Assignment]) -> pd.DataFrame:
+        rows = []
+        for rule, found in assigned.items():
+            nulls = [self._numbers(self.assign(p, rule=rule)) for p in self.context.permutations]
+            permuted = summary.mean([n["generality_gap"] for n in nulls])
+            row = {"rule": rule, **self._numbers(found), "permuted_generality_gap": permuted}
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def figures(self) -> dict[str, Figure]:
         """`generality`: of the latents of several classes, against random class sets."""
-        table = self.tables()["latents"]
-        several = table["classes"].to_numpy() > 1
-        observed, expected = (table[c].to_numpy(float) for c in ("generality", "random_generality"))
+        node, size = self.assign()
+        node, size = node[size > 1], size[size > 1]
         return {
             "generality": summary.histograms(
                 "Generality of latents of several classes",
                 "log₂ classes below the LCH",
                 {
-                    "latents": observed[several],
-                    "random sets of the same size": expected[several],
+                    "latents": self.taxonomy.generality[node],
+                    "random sets of the same size": self._random()[1][size],
                 },
             )
         }

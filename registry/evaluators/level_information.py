@@ -166,6 +166,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         figures = {}
         for measure in table["measure"].unique():
             drawing = summary.figure(measure.replace("_", " "), "depth of the cut", "")
+            drawing.update_xaxes(dtick=1)
             for feature, colour in zip(FEATURES, (summary.VALUE, summary.OTHER, "#4a7c3f")):
                 of = table[(table["measure"] == measure) & (table["feature"] == feature)]
                 line = {"color": colour}

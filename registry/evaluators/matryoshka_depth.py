@@ -22,7 +22,7 @@ from .pair_depth import pair_depths
 from .ranks import spearman
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
-"""The groups of the paper, as shares of the dictionary."""
+"""The groups of the paper, as shares of the dictionary; by firing rank of those that have a depth."""
 COLUMNS = [
     "group",
     "latents",
@@ -98,20 +98,21 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         super().__init__(context, options)
         self._top = context.share(TopImages, k=self.options.k)
         self._rate = context.share(FiringRate)
-        self.widths, self.by_rate = self._prefixes()
-
-    def _prefixes(self) -> tuple[list[int], bool]:
-        """The ends of the groups, and whether they count from the most frequent latent."""
-        d_sae, order = self.context.d_sae, self.options.order
-        given = self.options.widths
+        given, order = self.options.widths, self.options.order
         # Another number of latents (raw neurons) has prefixes of the same shares.
-        widths = [round(w / given[-1] * d_sae) for w in given] if given else None
-        widths = widths or prefix_widths(self.context.sae)
-        by_rate = order == "rate" or (order == "auto" and widths is None)
+        widths = [round(w / given[-1] * context.d_sae) for w in given] if given else None
+        self._widths = widths or prefix_widths(context.sae)
+        self.by_rate = order == "rate" or (order == "auto" and self._widths is None)
+
+    @property
+    def widths(self) -> list[int]:
+        """The ends of the groups."""
+        d_sae, widths = self.context.d_sae, self._widths
         if widths is None:
-            widths = [round(share * d_sae) for share in np.cumsum(SHARES)]
-        ends = sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
-        return ends, by_rate
+            # Rare latents come last by rate: of all, they alone could fill the last group.
+            able = int((self._rate.fired >= self.options.k).sum()) if self.by_rate else d_sae
+            widths = [round(share * able) for share in np.cumsum(SHARES)[:-1]]
+        return sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
 
     @property
     def group(self) -> np.ndarray:
@@ -150,7 +151,9 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`groups`: one row for each prefix group, beside the permuted classes."""
+        """`groups`: one row for each prefix group, beside the permuted classes; `latents`: one for
+        each latent that is defined, in the order of the dictionary.
+        """
         group = self.group
         depth, different = self.depths()
         permuted = [self.depths(p) for p in self.context.permutations]
@@ -171,7 +174,15 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
                     different_null,
                 )
             )
-        return {"groups": pd.DataFrame(rows, columns=COLUMNS)}
+        latent = np.flatnonzero(np.isfinite(depth))
+        latents = {
+            "latent": latent,
+            "group": group[latent] + 1,
+            "fired": self._rate.fired[latent],
+            "depth": depth[latent],
+            "different_depth": different[latent],
+        }
+        return {"groups": pd.DataFrame(rows, columns=COLUMNS), "latents": pd.DataFrame(latents)}
 
     def figures(self) -> dict[str, Figure]:
         """`groups`: depth of each group, and dotted the permuted classes."""

@@ -70,7 +70,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         "permuted_classes": "the images are compared with each other, not with the tree",
         "shuffled": "no label is used",
     }
-    invariant = frozenset(higher_is_better)
+    invariant = label_free = frozenset(higher_is_better)
     wants_embedding = True
     Options = MonosemanticityOptions
 

@@ -1,7 +1,7 @@
 """`parent_child`: which latents fire only where another fires, and whether the tree agrees.
 
 Implication and the test against the decoder are those of Tree SAE (arXiv 2605.07922), the Hamming
-distance that of HSAE (arXiv 2602.11881); forest and agreement are our own definition.
+distance that of HSAE (arXiv 2602.11881); forest, agreement and rewiring are our own definition.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from .samples import FiringSample, ImageSample, fires, shape, together
 
 DRAWN = 300
 """Latents in the drawing at most."""
+BLOCK = 1024
+"""Latents at a time."""
+REWIRINGS = 5
+"""Draws behind each `rewired_` number."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Edges(NamedTuple):
 
 
 class ParentChild(Evaluator[ParentChildOptions]):
-    """The forest of latents by implication, and its agreement with the taxonomy.
+    """The forest of latents by implication, and that of the SAE itself, against the taxonomy.
 
     A pair: c fires on `min_fired` images, P(p|c) ≥ `implication`, p fires `ratio` times as often
     and with `lift`. Of several parents the *forest* keeps the one that fires least. Pairs are
@@ -97,12 +101,24 @@ class ParentChild(Evaluator[ParentChildOptions]):
       child's, and is not the root. `edge_recall`: of the (parent, child) edges of the collapsed
       tree below its root, those that some forest edge stands for.
 
+    An SAE that has a forest of its own (`parents` in its config, as `tree` and `hsae` write it) has
+    that one measured too, over the edges whose child fires `min_fired` times on the fit half; NaN
+    for all other SAEs.
+
+    - `recorded_edges`: these edges; `recorded_found`: the share of them that are edges of the forest
+      by implication too. The other `recorded_` numbers are those above, over these edges.
+    - `rewired_implication`, `rewired_reconstruction_share`, `rewired_edge_precision`: the same after
+      children of equal depth exchanged their parents at random, mean over draws: what a forest of
+      this shape over these latents has by chance.
+
     Memory O(max_images·L0 + probe_images·d + m·L0).
     """
 
     name = "parent_child"
     description = "latents that fire only where another fires, and whether the tree agrees"
     higher_is_better = {
+        "edge_precision": True,
+        "edge_recall": True,
         "pairs": None,
         "edges": None,
         "child_share": None,
@@ -112,10 +128,19 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "hamming": False,
         "hamming_relative": False,
         "reconstruction_share": True,
-        "edge_precision": True,
-        "edge_recall": True,
+        "recorded_edges": None,
+        "recorded_found": None,
+        "recorded_implication": True,
+        "recorded_hamming_relative": False,
+        "recorded_reconstruction_share": True,
+        "recorded_edge_precision": True,
+        "recorded_edge_recall": True,
+        "rewired_implication": None,
+        "rewired_reconstruction_share": None,
+        "rewired_edge_precision": None,
     }
-    invariant = frozenset(higher_is_better) - {"edge_precision", "edge_recall"}
+    label_free = frozenset(n for n in higher_is_better if "edge_" not in n)
+    invariant = label_free
     Options = ParentChildOptions
 
     def __init__(
@@ -134,7 +159,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._nodes = distinct[np.argsort(-self.taxonomy.n_leaves[distinct], kind="stable")]
 
     def update(self, batch: EvaluationBatch) -> None:
-        for kept in ("pairs", "forest", "edges", "_fired", "_hamming", "reconstructs"):
+        for kept in KEPT:
             vars(self).pop(kept, None)
 
     @cached_property
@@ -155,10 +180,37 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return nearest_parents(self.pairs, self._fired)
 
     @cached_property
+    def recorded(self) -> Pairs:
+        """The edges of the SAE's own forest whose child is alive."""
+        parents = self._parents
+        child = np.flatnonzero((parents >= 0) & (self._fired >= self.options.min_fired))
+        return Pairs(parents[child], child)
+
+    @cached_property
+    def rewired(self) -> list[Pairs]:
+        """`recorded` with the parents of children of equal depth exchanged, once per draw."""
+        generator = np.random.default_rng(self.context.seed)
+        depth = depths(self._parents)[self.recorded.child]
+        return [rewire(self.recorded, depth, generator) for _ in range(REWIRINGS)]
+
+    @cached_property
     def edges(self) -> Edges:
         """The forest on the score half."""
+        return measure_edges(self._scored, self.forest)
+
+    @cached_property
+    def recorded_edges(self) -> Edges:
+        """The SAE's own forest on the score half."""
+        return measure_edges(self._scored, self.recorded)
+
+    @property
+    def _scored(self) -> sparse.csr_array:
         sample = self._sample
-        return measure_edges(fires(sample.z[~sample.is_fit]), self.forest)
+        return fires(sample.z[~sample.is_fit])
+
+    @cached_property
+    def _parents(self) -> np.ndarray:
+        return recorded_parents(self.context.sae, self.context.d_sae)
 
     @cached_property
     def _fired(self) -> np.ndarray:
@@ -169,31 +221,38 @@ class ParentChild(Evaluator[ParentChildOptions]):
 
     @cached_property
     def _hamming(self) -> pd.DataFrame:
-        sample = self._sample
-        return hamming(fires(sample.z[~sample.is_fit]), self.forest)
+        return hamming(self._scored, self.forest)
 
     @cached_property
     def reconstructs(self) -> np.ndarray:
         """(E,) whether an edge passes Tree SAE's condition: 1, 0, or NaN where it was not asked."""
-        passes = np.full(len(self.forest.child), np.nan)
+        return self._condition([self.forest])[0]
+
+    @cached_property
+    def recorded_reconstructs(self) -> list[np.ndarray]:
+        """The same for `recorded`, then for each of `rewired`."""
+        return self._condition([self.recorded, *self.rewired])
+
+    def _condition(self, forests: list[Pairs]) -> list[np.ndarray]:
+        """Tree SAE's condition for several forests over the same children, with one probe each."""
+        child = forests[0].child
+        passes = [np.full(len(child), np.nan) for _ in forests]
         decoder = self.context.W_dec
         if not self._probing or decoder is None:
             return passes
         z = fires(self._images.z)
         n, m = shape(z)
-        fired = np.bincount(z.indices, minlength=m)[self.forest.child]
+        fired = np.bincount(z.indices, minlength=m)[child]
         able = np.flatnonzero((fired >= 5) & (fired < n))
         generator = np.random.default_rng(self.context.seed)
         asked = np.sort(generator.permutation(able)[: self.options.probed])
         if len(asked):
-            targets = torch.from_numpy(z[:, self.forest.child[asked]].toarray() > 0)
+            targets = torch.from_numpy(z[:, child[asked]].toarray() > 0)
             direction = LogisticProber(self._images.x).fit(targets).weight
-            passes[asked] = near_probe(
-                decoder.detach().float().cpu(),
-                direction,
-                np.stack([self.forest.parent[asked], self.forest.child[asked]]),
-                self.options.nearest,
-            )
+            rows = decoder.detach().float().cpu()
+            for forest, passed in zip(forests, passes):
+                pairs = np.stack([forest.parent[asked], child[asked]])
+                passed[asked] = near_probe(rows, direction, pairs, self.options.nearest)
         return passes
 
     def best_nodes(
@@ -206,8 +265,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         members = self.taxonomy.membership[:, self._nodes]
         if permutation is not None:
             members = members[permutation]
-        fired = self._firings.fired(shuffled)[latents]
-        return best_nodes(fired, self._classes.all(shuffled), members)
+        known, place = np.unique(latents, return_inverse=True)
+        fired = self._firings.fired(shuffled, known)
+        return best_nodes(fired, self._classes.all(shuffled), members)[place]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -215,8 +275,10 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._check_shuffled(shuffled)
         forest, edges, distances = self.forest, self.edges, self._hamming
         living = int((self._fired >= self.options.min_fired).sum())
-        precision, recall = self._agreement(permutation, shuffled)
+        precision, recall = self._agreement(forest, permutation, shuffled)
         return {
+            "edge_precision": precision,
+            "edge_recall": recall,
             "pairs": float(len(self.pairs.child)),
             "edges": float(len(forest.child)),
             "child_share": len(forest.child) / living if living else float("nan"),
@@ -228,14 +290,47 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "hamming": summary.mean(distances["hamming"]),
             "hamming_relative": summary.mean(distances["hamming_relative"]),
             "reconstruction_share": summary.mean(self.reconstructs),
-            "edge_precision": precision,
-            "edge_recall": recall,
+            **self._compute_recorded(permutation, shuffled),
+        }
+
+    def _compute_recorded(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
+        if not len(self.recorded.child):
+            names = [n for n in self.higher_is_better if n.startswith(("recorded_", "rewired_"))]
+            return dict.fromkeys(names, float("nan"))
+        precision, recall = self._agreement(self.recorded, permutation, shuffled)
+        rewired = [self._agreement(forest, permutation, shuffled)[0] for forest in self.rewired]
+        return {
+            **self._recorded_facts,
+            "recorded_edge_precision": precision,
+            "recorded_edge_recall": recall,
+            "rewired_edge_precision": summary.mean(rewired),
+        }
+
+    @cached_property
+    def _recorded_facts(self) -> dict[str, float]:
+        """What the tree has no part in."""
+        recorded, scored = self.recorded, self._scored
+        own, *chance = (summary.mean(passed) for passed in self.recorded_reconstructs)
+        implied = [measure_edges(scored, forest).implication for forest in self.rewired]
+        edges = np.stack([recorded.parent, recorded.child], axis=1)
+        return {
+            "recorded_edges": float(len(recorded.child)),
+            "recorded_found": recall_of(edges, np.stack(self.forest, axis=1)),
+            "recorded_implication": summary.mean(self.recorded_edges.implication),
+            "recorded_hamming_relative": summary.mean(
+                hamming(scored, recorded)["hamming_relative"]
+            ),
+            "recorded_reconstruction_share": own,
+            "rewired_implication": summary.mean(implied),
+            "rewired_reconstruction_share": summary.mean(chance),
         }
 
     def _agreement(
-        self, permutation: np.ndarray | None = None, shuffled: bool = False
+        self, forest: Pairs, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> tuple[float, float]:
-        parent, child = (self.best_nodes(js, permutation, shuffled) for js in self.forest)
+        ends = np.stack(self.forest)
+        parent, child = self.best_nodes(ends.ravel(), permutation, shuffled).reshape(ends.shape)
+        parent, child = (self.best_nodes(latents, permutation, shuffled) for latents in forest)
         return (
             summary.mean(self._above[parent, child] & (parent > 0)),
             recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
@@ -256,26 +351,37 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return np.array([edge for edge in edges if edge[0] != 0], dtype=np.int64).reshape(-1, 2)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`forest`: one row for each child; `parents`: one for each parent."""
-        forest, edges = self.forest, self.edges
-        parent, child = (self.best_nodes(latents) for latents in forest)
-        fired = self._fired
-        names = np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
-        table = {
-            "child": forest.child,
-            "parent": forest.parent,
-            "child_name": names[child],
-            "parent_name": names[parent],
-            "agrees": self._above[parent, child] & (parent > 0),
-            "child_fired": fired[forest.child],
-            "parent_fired": fired[forest.parent],
-            **edges._asdict(),
-            "reconstructs": self.reconstructs,
-        }
+        """`forest`: one row for each child; `parents`: one for each parent; `recorded`: as `forest`,
+        where the SAE has a forest of its own."""
+        tables = {"forest": self._rows(self.forest, self.edges, self.reconstructs)}
         parents = self._hamming.copy()
         nodes = self.best_nodes(parents["parent"].to_numpy())
-        parents.insert(1, "name", names[nodes])
-        return {"forest": pd.DataFrame(table), "parents": parents}
+        parents.insert(1, "name", self._names[nodes])
+        tables["parents"] = parents
+        if len(self.recorded.child):
+            passes = self.recorded_reconstructs[0]
+            tables["recorded"] = self._rows(self.recorded, self.recorded_edges, passes)
+        return tables
+
+    def _rows(self, forest: Pairs, edges: Edges, passes: np.ndarray) -> pd.DataFrame:
+        parent, child = (self.best_nodes(latents) for latents in forest)
+        return pd.DataFrame(
+            {
+                "child": forest.child,
+                "parent": forest.parent,
+                "child_name": self._names[child],
+                "parent_name": self._names[parent],
+                "agrees": self._above[parent, child] & (parent > 0),
+                "child_fired": self._fired[forest.child],
+                "parent_fired": self._fired[forest.parent],
+                **edges._asdict(),
+                "reconstructs": passes,
+            }
+        )
+
+    @cached_property
+    def _names(self) -> np.ndarray:
+        return np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
 
     def figures(self) -> dict[str, Figure]:
         """`forest`: the latents that fire most, each below its parent; colour: P(p|c)."""
@@ -306,6 +412,55 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return {"forest": drawing}
 
 
+KEPT = (
+    "pairs",
+    "forest",
+    "edges",
+    "recorded",
+    "rewired",
+    "recorded_edges",
+    "reconstructs",
+    "recorded_reconstructs",
+    "_fired",
+    "_hamming",
+    "_recorded_facts",
+)
+"""What is computed once, from all images seen so far."""
+
+
+def recorded_parents(sae: Any, m: int) -> np.ndarray:
+    """(m,) the latent above each latent in the forest that an SAE has of its own, −1 where none.
+
+    Read from the forest by which the SAE fires, where it has one, or else from its config.
+    """
+    own: Any = getattr(getattr(sae, "forest", None), "parents", None)
+    parents = own if own is not None else getattr(getattr(sae, "cfg", None), "parents", None)
+    if parents is None or len(parents) != m:
+        return np.full(m, -1)
+    return np.array([int(parent) for parent in parents], dtype=np.int64)
+
+
+def depths(parents: np.ndarray) -> np.ndarray:
+    """(m,) how many ancestors each latent has; `parents` (m,) holds −1 at a root."""
+    depth, above = np.zeros_like(parents), parents
+    for _ in range(len(parents)):  # as many rounds as the longest chain; circles end here
+        inner = above >= 0
+        if not inner.any():
+            break
+        depth = depth + inner
+        above = np.where(inner, parents[above], -1)
+    return depth
+
+
+def rewire(forest: Pairs, depth: np.ndarray, generator: np.random.Generator) -> Pairs:
+    """The forest after children of equal `depth` (E,) exchanged their parents at random."""
+    parent = forest.parent.copy()
+    for level in np.unique(depth):
+        here = np.flatnonzero(depth == level)
+        parent[here] = parent[generator.permutation(here)]
+    return Pairs(parent, forest.child)
+
+
 def implied_pairs(
     firings: sparse.csr_array,
     *,
@@ -313,7 +468,7 @@ def implied_pairs(
     ratio: float = 2.0,
     lift: float = 1.0,
     min_fired: int = 1,
-    block: int = 1024,
+    block: int = BLOCK,
 ) -> Pairs:
     """All pairs of latents that meet the bounds, by child and then parent.
 
@@ -326,12 +481,12 @@ def implied_pairs(
     found = []
     for start in range(0, len(children), block):
         child = children[start : start + block]
-        both, own = together(firings, child), fired[child][:, None]
+        at, parent, both = together(firings, child)
+        own, above = fired[child[at]], fired[parent]
         # In whole numbers but for a hair, or rounding would decide at a bound like 0.9 · 10.
-        holds = (both >= implication * own - 1e-9) & (fired >= ratio * own - 1e-9)
-        holds &= both * n >= lift * own * fired - 1e-9
-        at, parent = np.nonzero(holds)
-        found.append(np.stack([parent, child[at]]))
+        holds = (both >= implication * own - 1e-9) & (above >= ratio * own - 1e-9)
+        holds &= both * n >= lift * own * above - 1e-9
+        found.append(np.stack([parent[holds], child[at[holds]]]))
     parent, child = np.concatenate([*found, np.zeros((2, 0), dtype=np.int64)], axis=1)
     return Pairs(parent, child)
 
@@ -403,9 +558,13 @@ def best_nodes(fired: np.ndarray, images: np.ndarray, members: np.ndarray) -> np
         members: (C, N) whether a class lies below a node.
     """
     belongs = sparse.csr_array(members.astype(np.float32))
-    hits = fired.astype(np.float32) @ belongs
-    f1 = 2 * hits / np.maximum(fired.sum(1, keepdims=True) + images @ belongs, 1)
-    return f1.argmax(1)
+    positives = images @ belongs
+    best = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(fired), BLOCK):
+        block = fired[start : start + BLOCK].astype(np.float32)
+        f1 = 2 * (block @ belongs) / np.maximum(block.sum(1, keepdims=True) + positives, 1)
+        best.append(f1.argmax(1))
+    return np.concatenate(best)
 
 
 def recall_of(wanted: np.ndarray, found: np.ndarray) -> float:

@@ -63,7 +63,7 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         "permuted_classes": "norms are compared with each other, with no tree",
         "shuffled": "no label is used",
     }
-    invariant = frozenset(higher_is_better)
+    invariant = label_free = frozenset(higher_is_better)
     Options = QuasiOrthogonalityOptions
 
     def __init__(

@@ -6,6 +6,8 @@ cap is met on average: a sample of 1,000 may hold 1,030.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -103,8 +105,16 @@ class ImageSample(FiringSample):
         return self._x[0]
 
 
-def together(firings: sparse.csr_array, latents: np.ndarray) -> np.ndarray:
-    """(b, m) on how many images each of `latents` (b,) fires together with every other.
+class Together(NamedTuple):
+    """Pairs of latents that fire on some image both, each (P,); by the first, then the second."""
+
+    first: np.ndarray
+    second: np.ndarray
+    images: np.ndarray  # how many
+
+
+def together(firings: sparse.csr_array, latents: np.ndarray) -> Together:
+    """Each of `latents` (b,), told by its place there, with every latent that fires where it does.
 
     Args:
         firings: (n, m) of zeros and ones.
@@ -112,9 +122,13 @@ def together(firings: sparse.csr_array, latents: np.ndarray) -> np.ndarray:
     n, m = shape(firings)
     if firings.nnz > 0.02 * n * m:  # a product of dense ones is faster by then
         dense = firings.toarray()
-        return (dense[:, latents].T @ dense).round().astype(np.int32)
+        both = dense[:, latents].T @ dense
+        first, second = np.nonzero(both)
+        return Together(first, second, both[first, second].round().astype(np.int64))
     both = sparse.csr_array(sparse.csr_array(firings[:, latents].T) @ firings)
-    return both.toarray().round().astype(np.int32)
+    both.sort_indices()
+    first = np.repeat(np.arange(len(latents)), np.diff(both.indptr))
+    return Together(first, both.indices, both.data.round().astype(np.int64))
 
 
 def shape(matrix: sparse.csr_array) -> tuple[int, int]:

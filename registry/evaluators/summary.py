@@ -35,11 +35,12 @@ def figure(title: str, x: str, y: str) -> go.Figure:
     return go.Figure(
         layout=go.Layout(
             template="none",
-            title={"text": title, "font": {"size": 15}},
+            title={"text": title, "font": {"size": 15}, "x": 0, "xref": "paper", "xanchor": "left"},
             xaxis={"title": x},
             yaxis={"title": y},
-            margin={"l": 60, "r": 20, "t": 50, "b": 50},
-            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+            margin={"l": 60, "r": 20, "t": 50, "b": 90},
+            # Below the axis: above it, six entries would lie on the title.
+            legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left"},
             font={"size": 12},
         )
     )

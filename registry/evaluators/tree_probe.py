@@ -22,7 +22,7 @@ from .base import EvaluationBatch, EvaluationContext, Evaluator
 from .ranks import spearman
 from .sums import ActivationSums, LatentSums
 
-FEATURES = ("x", "z")
+FEATURES = ("z", "x")
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images import load_images
+from taxolens.hooks.model import from_module
 from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import held_out
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
@@ -23,6 +25,7 @@ from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import NULLS, Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from tiny_models import tiny_model
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 CLASSES = tuple(
@@ -227,6 +230,34 @@ def test_evaluators_can_intervene_at_the_images_and_tokens_of_the_sae(
         assert result.logits is None and context.intervene.logit_classes is None
         z, decoded = context.reconstruct(expected[:, 0])
         assert z.shape == (3, context.d_sae) and decoded.shape == (3, 16)
+
+
+def test_a_model_with_a_head_and_a_model_without(
+    evaluate: Any, run: Path, world: Path, tmp_path: Path
+) -> None:
+    """Splicing and steering from the command's own entry point, SAEs, null latents and all."""
+    settings: dict[str, Any] = {
+        "evaluators": ["reconstruction", "detection"],
+        "options": {"detection": {"n_latents": 3, "n_directions": 2, "min_fired": 2}},
+    }
+    names = load_images(world, split="validation").class_names
+    model = from_module(tiny_model("vit_classifier"))
+    model.original_model.config.id2label = dict(enumerate(names[:5]))
+    with_head = evaluate(override_model=model, **settings)
+    without = evaluate(output_path=tmp_path / "without", **settings)
+    assert with_head.errors == without.errors == {}
+    for results, has_head in ((with_head, True), (without, False)):
+        for sae in results.saes:
+            costs = sae.evaluators["reconstruction"].metrics
+            assert math.isfinite(costs["ce_loss_with_sae"].value) == has_head
+            assert math.isfinite(costs["embedding_cossim_with_sae"].value)
+            assert costs["explained_variance"].nulls["random"].n == 1
+            steering = sae.evaluators["detection"].metrics
+            assert math.isfinite(steering["steering"].value)
+            assert steering["steering_rank"].nulls["permuted_classes"].n == 2
+            assert steering["steering"].nulls["random"].n == 1
+            table = pd.read_csv(results.folder / sae.evaluators["detection"].tables["steering"])
+            assert table["kl"].to_numpy() == pytest.approx(1e-3, rel=0.06)
 
 
 def test_without_need_no_picture_is_kept_for_interventions(evaluate: Any, monkeypatch) -> None:

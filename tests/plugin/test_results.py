@@ -167,16 +167,23 @@ def test_undefined_draws_are_left_out() -> None:
 
 def test_with_nulls_puts_reasons_where_there_are_no_numbers() -> None:
     found = with_nulls(
-        {"a": 1.0, "b": 2.0},
-        {"permuted_classes": [{"a": 0.5, "b": 2.0}, {"a": 1.5, "b": 2.0}], "random": "no latents"},
-        {"a": True, "b": True},
+        {"a": 1.0, "b": 2.0, "c": 3.0},
+        {
+            "permuted_classes": [{"a": 0.5, "b": 2.0}, {"a": 1.5, "b": 2.0}],
+            "random": "no latents",
+            "shuffled": [{"a": 0.0, "b": 0.0, "c": 3.0}],
+        },
+        {"a": True, "b": True, "c": True},
         controls={"planted": {"a": 3.0}},
         invariant=["b"],
+        label_free=["c"],
     )
     assert found["a"].missed == ["permuted_classes"]
     assert found["a"].nulls["random"].reason == "no latents"
     assert found["a"].controls == {"planted": 3.0}
     assert found["b"].missed == []
+    assert found["c"].missed == []
+    assert found["c"].nulls["shuffled"].reason == "no label is used"
     assert "does not depend" in str(found["b"].nulls["permuted_classes"].reason)
 
 

@@ -52,6 +52,7 @@ def test_it_says_what_it_is(evaluator_class):
         assert reason is None or len(reason) > 10
     assert set(evaluator_class.higher_is_better.values()) <= {True, False, None}
     assert evaluator_class.invariant <= set(evaluator_class.higher_is_better)
+    assert evaluator_class.label_free <= evaluator_class.invariant
 
 
 def test_it_gives_the_metrics_it_names(evaluator_class, animals, planted_batch, measured):
@@ -78,6 +79,9 @@ def test_a_permutation_that_moves_nothing_changes_nothing(
     for name in evaluator_class.invariant:
         assert same({name: moved[name]}, {name: value[name]}), name
     assert same(evaluator.compute(), value)  # and asking changed nothing
+    shuffled = evaluator.compute(shuffled=True)
+    for name in evaluator_class.label_free:
+        assert same({name: shuffled[name]}, {name: value[name]}), name
     if evaluator_class.nulls["permuted_classes"] is None:
         assert not same(moved, value)
 

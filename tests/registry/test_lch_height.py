@@ -55,6 +55,51 @@ def test_sets_of_classes_against_loops(random_dag, one_batch, measured, seed, ru
                 assert numbers[name] == pytest.approx(expected, nan_ok=True)
 
 
+@few
+@given(seed=st.integers(0, 10**6), keep=st.sampled_from([0.5, 0.9, 1.0]))
+def test_the_smallest_node_against_loops(random_dag, seed, keep):
+    taxonomy = random_dag(seed).taxonomy()
+    labels = np.random.default_rng(seed).integers(0, len(taxonomy.classes), (5, 4))
+    labels[4] = -1
+    found = smallest_holding(taxonomy, labels, keep)
+    for row, node, size in zip(labels[:4], found.node, found.size):
+        held = {
+            v: int(taxonomy.membership[row, v].sum())
+            for v in range(len(taxonomy.nodes))
+            if taxonomy.membership[row, v].sum() >= keep * 4 - 1e-6
+        }
+        least = min(held, key=lambda v: (taxonomy.n_leaves[v], -taxonomy.depth[v], v))
+        assert node == least
+        assert size == len({c for c in row if taxonomy.membership[c, least]})
+        if keep == 1.0:
+            lch = taxonomy.lch(row)
+            assert taxonomy.n_leaves[node] <= taxonomy.n_leaves[lch]
+    assert found.node[4] == -1 and found.size[4] == 0
+
+
+def test_the_tables_compare_all_rules(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 40)
+    _, z = planted(animals, labels, recall=0.8, false_alarm=0.01)
+    batch = one_batch(z, labels)
+    (evaluator,) = measured(animals, batch, [LCHHeight])
+    tables = evaluator.tables()
+    rules = tables["rules"].set_index("rule")
+    names = np.array([animals.label(v) for v in range(len(animals.nodes))])
+    for rule in ("frequency", "topk", "topk_strict", "any"):
+        (alone,) = measured(animals, batch, [LCHHeight], options={"rule": rule})
+        numbers = alone.compute()
+        assert rules.loc[rule, list(numbers)].to_dict() == pytest.approx(numbers, nan_ok=True)
+        node = alone.assign().node
+        assert tables["nodes"][rule].sum() == (node >= 0).sum()
+        assert dict(zip(tables["nodes"]["node"], tables["nodes"][rule]))["animal"] == (
+            (node == 0).sum()
+        )
+        if rule != "frequency":
+            assert tables["latents"][f"by_{rule}"].tolist() == names[node].tolist()
+    assert rules.loc["frequency", "permuted_generality_gap"] < 0.3
+    assert rules.loc["frequency", "generality_gap"] > 0.5
+
+
 @pytest.mark.parametrize("rule", ["frequency", "topk", "topk_strict", "any"])
 def test_node_indicators_are_put_at_their_nodes(animals, one_batch, measured, rule):
     labels = np.repeat(np.arange(12), 40)

@@ -67,6 +67,11 @@ def test_general_latents_first_is_the_ideal(
     assert (np.diff(table["depth"]) > 0).all()
     assert table["permuted"][3] == 3.0  # single classes: the same wherever they stand
     assert table["different_permuted"][2] < table["different_depth"][2]
+    latents = evaluator.tables()["latents"]
+    assert latents["latent"].tolist() == list(range(21))
+    assert latents.groupby("group")["depth"].mean().tolist() == pytest.approx(
+        table["depth"].tolist()
+    )
     assert len(evaluator.figures()["groups"].data) == 4
     shuffled = evaluator.compute(shuffled=True)
     assert abs(shuffled["gain"]) < 0.3

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.quasi_orthogonality import QuasiOrthogonality
 from taxolens.registry.taxonomies import Taxonomy
@@ -15,16 +17,22 @@ from taxolens.registry.taxonomies import Taxonomy
 Measured = Callable[..., Any]
 
 
-def random_case(one_batch: Measured, n: int = 60) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    rng = np.random.default_rng(0)
+def random_case(
+    one_batch: Measured, n: int = 60, seed: int = 0
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
     z = (rng.random((n, 8)) * (rng.random((n, 8)) < 0.4)).astype(np.float32)
     x = torch.from_numpy(rng.normal(size=(n, 5)).astype(np.float32))
     W_dec, b_dec = torch.from_numpy(rng.normal(size=(8, 5))), torch.from_numpy(rng.normal(size=5))
     return one_batch(z, np.arange(n) % 12, x=x), W_dec, b_dec
 
 
-def test_equals_the_formula(animals: Taxonomy, one_batch: Measured, measured: Measured) -> None:
-    batch, W_dec, b_dec = random_case(one_batch)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_equals_the_formula(
+    seed: int, animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    batch, W_dec, b_dec = random_case(one_batch, seed=seed)
     (evaluator,) = measured(animals, batch, [QuasiOrthogonality], W_dec=W_dec, b_dec=b_dec, size=7)
     gaps, bounds, active, norms = [], [], [], []
     for x, z in zip(batch.x.double(), batch.z.double()):
