@@ -248,10 +248,9 @@ class Report:
 
     def figure(self, headline: Headline) -> Markup:
         """The chart as a document of its own: title, direction and legend with it."""
-        source = f"{headline.evaluator} / {headline.metric}"
         return charts.captioned(
             self.chart(headline),
-            title=source if headline.title == source else f"{headline.title} ({source})",
+            title=f"{headline.evaluator} / {headline.metric}",
             subtitle=self.direction(headline),
             legend=self.lines,
         )
