@@ -36,10 +36,11 @@ def show(results: Results, report: Path) -> None:
     console.print(summary_table(results))
     for text in (legend(results), verdict(results)):
         console.print(text, highlight=False, markup=False)
-    metrics = _place(results) / METRICS_FOLDER
-    told = {"a table and a figure for every metric": metrics, "report": report}
-    for what, where in told.items():
-        console.print(f"{what}: {where}", highlight=False, soft_wrap=True)
+    told = [f"report: {report}"]
+    if (metrics := _place(results) / METRICS_FOLDER).is_dir():
+        told.insert(0, f"a table and a figure for every metric: {metrics}")
+    for line in told:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def raise_errors(results: Results) -> None:
