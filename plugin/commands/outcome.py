@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 def as_dict(results: Results, report: Path) -> dict[str, Any]:
     """For `--json`: where everything lies, and the headline numbers beside their nulls."""
+    from ..reporting.compare import METRICS_FOLDER
     from ..reporting.results import RESULTS_FILENAME
     from ..reporting.table import summary_rows
 
     return {
         "results": _place(results) / RESULTS_FILENAME,
         "report": report,
+        "metrics": _place(results) / METRICS_FOLDER,
         "errors": results.errors,
         "summary": summary_rows(results),
     }
@@ -27,13 +29,18 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 
 def show(results: Results, report: Path) -> None:
     """The summary table on stdout, and where the rest is."""
+    from ..reporting.compare import METRICS_FOLDER
     from ..reporting.table import legend, summary_table, verdict
 
     console = shell.console()
     console.print(summary_table(results))
     for text in (legend(results), verdict(results)):
         console.print(text, highlight=False, markup=False)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    told = [f"report: {report}"]
+    if (metrics := _place(results) / METRICS_FOLDER).is_dir():
+        told.insert(0, f"a table and a figure for every metric: {metrics}")
+    for line in told:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def raise_errors(results: Results) -> None:

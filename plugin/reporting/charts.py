@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup
 
 INK, MUTED, GRID = "#1d1d21", "#6c6c75", "#e4e4e8"
+FONT = "Inter, Helvetica, Segoe UI, Liberation Sans, Arial, sans-serif"
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,31 @@ def dots(rows: Mapping[str, Sequence[Line]], *, label: str) -> Markup:
                     title = f"{name}: {line.label} {number(value)}"
                     frame.parts.append(mark(line.style, frame.at_x(value), y, title))
     return frame.svg(label)
+
+
+def captioned(
+    chart: Markup, *, title: str, subtitle: str, legend: Sequence[tuple[Style, str]]
+) -> Markup:
+    """A chart as a document of its own, on white: its title above it, its legend below it."""
+    width, height = map(float, str(chart).split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split())
+    top, row = 40.0, 17.0
+    longest = max([len(title) * 1.15, len(subtitle), *(len(words) + 8 for _, words in legend)])
+    frame = Frame((0, 1), (0, 1))
+    frame.width = math.ceil(max(width, 24 + 6 * longest))
+    frame.height = math.ceil(top + height + row * len(legend) + 10)
+    frame.add("rect", width=frame.width, height=frame.height, fill="#fff")
+    frame.add("text", title, x=12, y=18, fill=INK, font_size=12.5, font_weight=600)
+    _text(frame, subtitle, 12, 33, anchor="start")
+    placed = f'<svg y="{top:g}" width="{width:g}" height="{height:g}"'
+    frame.parts.append(str(chart).replace("<svg", placed, 1))
+    for i, (style, words) in enumerate(legend):
+        y = top + height + row * (i + 0.5)
+        sample = element("path", d="M1 7h32", **_stroke(style)) + mark(style, 17, 7)
+        frame.parts.append(f'<g transform="translate(12 {y - 7:g})">{sample}</g>')
+        _text(frame, words, 54, y + 4, anchor="start", fill=INK)
+    document = str(frame.svg(f"{title}, {subtitle}"))
+    shown = f'<svg width="{frame.width}" height="{frame.height}" font-family="{FONT}"'
+    return Markup(document.replace("<svg", shown, 1))
 
 
 def key(style: Style) -> Markup:

@@ -18,7 +18,8 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     """Write ``metrics/<evaluator>.<metric>.csv`` and ``.svg`` for every metric.
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
-    nulls; the figure is the report's.
+    nulls; the figure is the report's, with a title and a legend. What an earlier evaluation left
+    there of metrics that these results do not have is removed.
 
     Args:
         folder: the results folder; by default where the results were read from.
@@ -28,12 +29,17 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     """
     target = (folder or results.folder or Path()) / METRICS_FOLDER
     report = Report(results)
+    written = set()
     for evaluator, metric in results.metric_names():
         headline = Headline(evaluator, metric, f"{evaluator} / {metric}")
         stem = f"{evaluator}.{metric}"
         table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
         write_atomically(target / f"{stem}.csv", table, sync=False)
-        write_atomically(target / f"{stem}.svg", report.chart(headline), sync=False)
+        write_atomically(target / f"{stem}.svg", report.figure(headline), sync=False)
+        written |= {f"{stem}.csv", f"{stem}.svg"}
+    for file in [*target.glob("*.csv"), *target.glob("*.svg")]:
+        if file.name not in written:
+            file.unlink()
     return target
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
@@ -29,6 +30,7 @@ UNTELLING = ("model", "checkpoint", "best", "final")  # of a folder
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_FIGURE_BYTES = 2_000_000
 MAX_DRAWN_TREES = 4
+MORE_DASHES = ("7 2 1 2", "1 2")
 
 
 def write_report(
@@ -120,7 +122,13 @@ class Report:
         return bool(judged) and all(judged)
 
     def place(self, sae: SAEResult) -> str:
-        return sae.hook_name if sae.layer is None else f"layer {sae.layer}"
+        return f"layer {sae.layer}" if self._by_layer else sae.hook_name
+
+    @cached_property
+    def _by_layer(self) -> bool:
+        """Whether the layer tells the SAEs of every series apart (stages of a CNN repeat it)."""
+        layers = [[sae.layer for sae in series] for series in self.series]
+        return all(None not in here and len(set(here)) == len(here) for here in layers)
 
     def side_by_side(self, headline: Headline) -> list[tuple[str, list[MetricResult | None]]]:
         """(place, its number in every series), for comparing."""
@@ -174,19 +182,22 @@ class Report:
     # Charts -------------------------------------------------------------------------------------
 
     @cached_property
-    def legend(self) -> list[tuple[Markup, str]]:
-        """(line sample, words) of the charts."""
+    def lines(self) -> list[tuple[Style, str]]:
+        """(style, words) of the lines of the charts."""
         if self.compares and self.layered:
             return [
-                (charts.key(style), series.label)
+                (style, series.label)
                 for series, style in zip(self.series, _styles(len(self.series)), strict=True)
-            ] + [(charts.key(_faint(VALUE)), "thin: the same under permuted classes")]
+            ] + [(_faint(VALUE), "thin: the same under permuted classes")]
         computed = [
             n for n in NULLS if any(n in m.nulls and m.nulls[n].n for *_, m in self.results.rows())
         ]
-        return [(charts.key(VALUE), "the SAE")] + [
-            (charts.key(NULL_STYLES[name]), COLUMNS.get(name, name)) for name in computed
-        ]
+        return [(VALUE, "the SAE"), *((NULL_STYLES[n], COLUMNS.get(n, n)) for n in computed)]
+
+    @property
+    def legend(self) -> list[tuple[Markup, str]]:
+        """(line sample, words) of the charts."""
+        return [(charts.key(style), words) for style, words in self.lines]
 
     @property
     def layered(self) -> bool:
@@ -228,12 +239,20 @@ class Report:
                 ]
             lines += found
         x_ticks = {x: text for series in self.series for x, text in _positions(series)}
-        layered = all(sae.layer is not None for sae in self.results.saes)
         return charts.curves(
             lines,
             label=label,
             x_ticks=dict(sorted(x_ticks.items())),
-            x_title="layer" if layered else "hook point",
+            x_title="layer" if self._by_layer else "hook point",
+        )
+
+    def figure(self, headline: Headline) -> Markup:
+        """The chart as a document of its own: title, direction and legend with it."""
+        return charts.captioned(
+            self.chart(headline),
+            title=f"{headline.evaluator} / {headline.metric}",
+            subtitle=self.direction(headline),
+            legend=self.lines,
         )
 
     def _lines(self, series: Series, headline: Headline, style: Style) -> list[Line]:
@@ -339,7 +358,15 @@ def _positions(series: Series) -> list[tuple[float, str]]:
 
 
 def _styles(n: int) -> list[Style]:
-    return [VALUE] if n == 1 else [RUN_STYLES[i % len(RUN_STYLES)] for i in range(n)]
+    """As many, told apart by marker and colour, and from the ninth on by dashes."""
+    if n == 1:
+        return [VALUE]
+    found = []
+    for i in range(n):
+        again, which = divmod(i, len(RUN_STYLES))
+        dashes = MORE_DASHES[(again - 1) % len(MORE_DASHES)] if again else RUN_STYLES[which].dashes
+        found.append(replace(RUN_STYLES[which], dashes=dashes))
+    return found
 
 
 def _faint(style: Style) -> Style:

@@ -57,10 +57,16 @@ def all_series(results: Results) -> list[Series]:
         saes.sort(key=lambda sae: natural_key(sae.hook_name))
         found.append((key if len(saes) > 1 else _own_key(saes[0]), saes))
     varying = [i for i in range(3) if len({key[i] for key, _ in found}) > 1]
-    return [
-        Series(" · ".join(dict.fromkeys(key[i] for i in varying or [2] if key[i])), saes)
-        for key, saes in found
+    labels = [
+        " · ".join(dict.fromkeys(key[i] for i in varying or [2] if key[i])) for key, _ in found
     ]
+    kinds = [" and ".join(dict.fromkeys(sae.architecture for sae in saes)) for _, saes in found]
+    if len(set(kinds)) > 1:  # the name of a run need not say what was trained
+        labels = [
+            label if kind in label or not kind else f"{label} ({kind})"
+            for label, kind in zip(labels, kinds, strict=True)
+        ]
+    return [Series(label, saes) for label, (_, saes) in zip(labels, found, strict=True)]
 
 
 Key = tuple[str, str, str]  # run, name and hook point

@@ -384,11 +384,17 @@ def test_train_evaluate_report(taxolens, study, tmp_path):
         "--json",
     )
     assert code == 0, err
-    assert {row["evaluator"] for row in json.loads(out)["summary"]} == {"pair_depth"}
+    told = json.loads(out)
+    assert {row["evaluator"] for row in told["summary"]} == {"pair_depth"}
+    assert {f.name for f in Path(told["metrics"]).glob("pair_depth.pair_depth.*")} == {
+        "pair_depth.pair_depth.csv",
+        "pair_depth.pair_depth.svg",
+    }
 
     code, out, err = taxolens("report", tmp_path / "again", "--static")
     assert code == 0, err
     assert "pair depth" in out and "permuted" in out
+    assert f"a table and a figure for every metric: {tmp_path / 'again' / 'metrics'}" in out
     assert (tmp_path / "again" / "report.html").exists()
 
 

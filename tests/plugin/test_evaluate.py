@@ -329,6 +329,74 @@ def test_all_evaluators_and_their_options(evaluate: Any) -> None:
     assert results.settings["options"]["pair_depth"] == {"k": 4}
 
 
+def test_seeds_are_compared_and_measured_anew_with_other_peers(
+    evaluate: Any, run: Path, tmp_path: Path
+) -> None:
+    def measure(*runs: Path, **changes: Any) -> Results:
+        given = {"evaluators": "stability", "output_path": tmp_path / "c", **changes}
+        return evaluate(list(runs), **given)
+
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    stable = measure(run, other).saes[0].evaluators["stability"]
+    # The copy is the same SAE: everything is found again, and far more than by random latents.
+    for metric in ("decoder_cosine", "activation_correlation", "one_to_one_r2", "relative_cosine"):
+        number = stable.metrics[metric]
+        assert number.value == pytest.approx(1, abs=0.01), metric
+        assert number.nulls["random"].left_behind and number.nulls["permuted_classes"].reason
+    assert stable.metrics["peers"].value == 1
+    assert stable.notes == [f"Compared with other/{HOOKS[0]} (seed)."]
+
+    first = measure(run, other)
+    shutil.rmtree(other / HOOKS[0])
+    settings = json.loads((run / "runner_cfg.json").read_text())
+    save_sae(other / HOOKS[0], HOOKS[0], settings, seed=9)
+    second = measure(run, other)
+    changed = [a.fingerprint != b.fingerprint for a, b in zip(first.saes, second.saes)]
+    assert changed == [True, False, True, False]
+    value = second.saes[0].evaluators["stability"].metrics["decoder_cosine"]
+    assert value.value < 0.99
+    # What does not look at peers does not care.
+    plain = [measure(*runs, evaluators="pair_depth") for runs in ((run,), (run, other))]
+    assert plain[0].saes[0].fingerprint == plain[1].saes[0].fingerprint
+
+
+def test_layers_of_one_run_are_compared_and_one_sae_alone_is_told_so(
+    evaluate: Any, run: Path, tmp_path: Path
+) -> None:
+    results = evaluate(evaluators="stability")
+    notes = [sae.evaluators["stability"].notes for sae in results.saes]
+    assert notes == [[f"Compared with {HOOKS[1 - i]} (layer)."] for i in (0, 1)]
+    assert math.isfinite(results.saes[0].evaluators["stability"].metrics["decoder_cosine"].value)
+    alone = evaluate(run / HOOKS[0], evaluators="stability", output_path=tmp_path / "alone")
+    stable = alone.saes[0].evaluators["stability"]
+    assert alone.errors == {} and math.isnan(stable.metrics["decoder_cosine"].value)
+    assert "no other SAE to compare with" in stable.notes[0]
+    page = write_report(alone, interactive=False).read_text()
+    assert "no other SAE to compare with" in page
+
+
+def test_models_are_compared_by_what_needs_no_common_space(
+    evaluate: Any, run: Path, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "other_vit"
+    shutil.copytree(vit_folder, copied)
+    settings = {
+        "model_name": str(copied),
+        "dataset_path": str(world),
+        "taxonomy": str(world / "validation"),
+    }
+    save_sae(tmp_path / "elsewhere", HOOKS[0], settings, seed=0)
+    results = evaluate(
+        [run / HOOKS[0], tmp_path / "elsewhere"], evaluators="stability", override_model=None
+    )
+    for sae in results.saes:
+        numbers = sae.evaluators["stability"].metrics
+        assert math.isnan(numbers["decoder_cosine"].value)
+        assert numbers["relative_cosine"].value == pytest.approx(1, abs=0.01)
+        assert "(model)" in sae.evaluators["stability"].notes[0]
+
+
 # Resuming ---------------------------------------------------------------------------------------
 
 

@@ -171,6 +171,37 @@ def test_one_table_and_one_figure_per_metric(tmp_path: Path) -> None:
     assert "two neurons" in header and len(rows) == 2
     svg = (folder / "pair_depth.pair_depth.svg").read_text()
     assert svg.startswith("<svg") and svg.count("<polyline") == 4
+    Page(svg)  # nested as it should be
+    for text in (">one<", ">two<", "pair_depth / pair_depth", "higher is better"):
+        assert text in svg  # it is read without the report around it
+
+
+def test_what_is_no_longer_measured_is_not_left_beside_the_rest(tmp_path: Path) -> None:
+    results = make_results(tmp_path, n_layers=1)
+    folder = write_comparison(results)
+    (folder / "mine.txt").touch()
+    pair = {"pair_depth": results.saes[0].evaluators["pair_depth"]}
+    write_comparison(replace(results, saes=[replace(results.saes[0], evaluators=pair)]))
+    assert {f.name for f in folder.iterdir()} == {
+        "pair_depth.pair_depth.csv",
+        "pair_depth.pair_depth.svg",
+        "mine.txt",
+    }
+
+
+def test_stages_of_a_cnn_have_a_row_each(results: Results) -> None:
+    hooks = ["layer1.0.hook_out", "layer1.1.hook_out", "layer2.0.hook_out"]
+    saes = [sae_like(results, id=h, name=h, hook_name=h, layer=layer_of(h)) for h in hooks]
+    report = Report(replace(results, saes=saes))
+    rows = report.side_by_side(report.headlines[0])
+    assert [place for place, _ in rows] == hooks and all(row[0] for _, row in rows)
+
+
+def test_many_series_are_told_apart(tmp_path: Path) -> None:
+    runs = tuple(f"seed{i}" for i in range(12))
+    report = Report(make_results(tmp_path, n_layers=2, runs=runs))
+    styles = [style for style, _ in report.lines]
+    assert len(set(styles)) == len(styles) == 13
 
 
 # Series -----------------------------------------------------------------------------------------
@@ -206,6 +237,14 @@ def test_kinds_of_sae_make_a_curve_each(results: Results) -> None:
 def test_single_runs_of_the_same_layer_stand_for_themselves(results: Results) -> None:
     saes = [sae_like(results, id=run, run=run, name=run) for run in ("seed0", "seed1")]
     assert names_of(results, *saes) == {"seed0": ["seed0"], "seed1": ["seed1"]}
+
+
+def test_architectures_are_named_where_they_differ(results: Results) -> None:
+    saes = [
+        sae_like(results, id=run, run=run, name=run, architecture=kind)
+        for run, kind in (("a", "topk"), ("b", "standard"), ("old topk", "topk"))
+    ]
+    assert list(names_of(results, *saes)) == ["a (topk)", "b (standard)", "old topk"]
 
 
 def test_stages_of_a_cnn_make_one_curve(results: Results) -> None:
