@@ -43,7 +43,8 @@ class MPTrainingSAEConfig(TrainingSAEConfig):
         atom_dropout: share of the atoms left out at each training step, in [0, 1).
         seed: of the atom dropout.
         max_gram_bytes: largest Gram matrix (d_sae^2 numbers) the fast encoder may hold.
-        compile_encoder: fuse the encoder's inner loop with torch.compile on the CPU.
+        compile_encoder: fuse the encoder's inner loop with torch.compile on the CPU; takes some
+            seconds once, and is left out, with a line in the log, where there is no C++ compiler.
     """
 
     k: int = 32

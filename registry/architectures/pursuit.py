@@ -11,23 +11,30 @@ gradient is wanted, values and gradients are computed along that path from the r
 the textbook loop does; without one the values come from the correlations and agree to rounding.
 
 What it costs in memory, beside input and output: G (m^2 numbers, refused above `max_gram_bytes`),
-the correlations (n m) and, where a gradient is asked for, O(n d): the backward pass rebuilds each
-residual instead of keeping all k of them.
+the correlations (n m), on the CPU the scores of one block of rows (`ROW_BLOCK` m, or `FUSED_BLOCK` m
+where compiled), on CUDA a second n m without the kernel and, where a gradient is asked for, O(n d):
+the backward pass rebuilds each residual instead of keeping all k of them.
 """
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 Method = Literal["auto", "gram", "textbook"]
 
 MAX_GRAM_BYTES = 2**30
 # Rows handled together on the CPU, so that their correlations stay in a core's L2 cache.
 ROW_BLOCK = 64
+# The same for the compiled update, which reads each matrix once: large enough to hide the calls, and
+# one shape for any size of batch, as each is compiled anew.
+FUSED_BLOCK = 256
 PATH_BLOCK = 256
 # Multiply-adds that take as long as one element of the Gram update; measured on a Xeon with AVX-512
 # (1.9 ns against 0.0105 ns). On CUDA an estimate from bandwidth against FP32 throughput.
@@ -133,8 +140,9 @@ def pursuit_path(
         cache: keeps the Gram matrix between calls with an unchanged dictionary.
         method: "textbook", "gram", or "auto", which picks the cheaper one by shape.
         max_gram_bytes: a larger Gram matrix is never built.
-        compiled: fuse the Gram update and the arg-max with torch.compile (CPU; needs a C++
-            compiler, and some seconds at each new shape). On CUDA a Triton kernel is used anyway.
+        compiled: fuse the Gram update and the arg-max with torch.compile (CPU), which takes some
+            seconds for each m. Without a C++ compiler that is logged, and the plain update is used.
+            On CUDA a Triton kernel is used anyway.
     """
     x, atoms = x.detach(), atoms.detach()
     correlations = x @ atoms.T if correlations is None else correlations.detach()
@@ -249,17 +257,26 @@ def _gram_path(
         if kernel is not None and kernel.fits(gram):
             kernel.pursue(correlations, gram, path.indices, path.values, stop.on_duplicate)
             return path
-    update = _compiled_update() if compiled and not x.is_cuda else _update
-    # The compiled update reads each matrix once, so it gains nothing from small blocks.
-    block = x.shape[0] if x.is_cuda or compiled else ROW_BLOCK
-    for start in range(0, x.shape[0], max(block, 1)):
-        rows = slice(start, start + block)
+    for rows, update in _row_blocks(x, compiled):
         part = Path(path.indices[rows], path.values[rows])
         _gram_rows(x[rows], atoms, gram, correlations[rows], stop, part, update)
     return path
 
 
 Update = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _row_blocks(x: Tensor, compiled: bool) -> Iterator[tuple[slice, Update]]:
+    """Rows handled together and what handles them; what is left of full blocks is not compiled."""
+    n = x.shape[0]
+    if x.is_cuda:
+        yield slice(0, n), _update
+        return
+    fused = n - n % FUSED_BLOCK if compiled else 0
+    for start in range(0, fused, FUSED_BLOCK):
+        yield slice(start, start + FUSED_BLOCK), _fused_update
+    for start in range(fused, n, ROW_BLOCK):
+        yield slice(start, start + ROW_BLOCK), _update
 
 
 def _gram_rows(
@@ -304,9 +321,28 @@ def _fusable_update(
     return new.amax(dim=1), new.argmax(dim=1)
 
 
-@functools.cache
-def _compiled_update() -> Update:
-    return torch.compile(_fusable_update, dynamic=False)
+class _FusedUpdate:
+    """As `_update`, in one pass over the scores where that can be compiled."""
+
+    compiled: Update | None = None
+    impossible = False
+
+    def __call__(
+        self, scores: Tensor, gram: Tensor, index: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.impossible:
+            return _update(scores, gram, index, value)
+        if self.compiled is None:
+            self.compiled = torch.compile(_fusable_update, dynamic=False)
+        try:
+            return self.compiled(scores, gram, index, value)
+        except Exception as error:  # no compiler, or one that fails: it would each time
+            logger.info("the fused pursuit cannot be compiled, the plain one is used: %s", error)
+            self.impossible = True
+            return _update(scores, gram, index, value)
+
+
+_fused_update = _FusedUpdate()
 
 
 @functools.cache

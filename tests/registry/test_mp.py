@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sae_lens import SAE
 from sae_lens.saes.matching_pursuit_sae import _encode_matching_pursuit
 from sae_lens.saes.sae import TrainStepInput
 from taxolens.registry.architectures.mp import MPTrainingSAE, MPTrainingSAEConfig
@@ -67,6 +68,18 @@ def test_fewer_steps_at_inference_are_a_prefix():
         long = sae.encode(x)
     assert (short != 0).sum(1).max() <= 2
     assert ((long != 0) | (short == 0)).all()
+
+
+def test_a_saved_one_can_be_run_at_fewer_steps(tmp_path):
+    sae, x = make(), torch.randn(20, 10)
+    step(sae, x)
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        for k in (5, 3, 1):
+            sae.cfg.k = loaded.cfg.max_iterations = k
+            torch.testing.assert_close(loaded.encode(x), sae.eval().encode(x))
+            assert (loaded.encode(x) != 0).sum(1).max() <= k
 
 
 def test_atom_dropout_leaves_out_atoms_in_training_only():

@@ -1,5 +1,8 @@
 """The fast pursuit against a per-sample numpy loop and against autograd through SAELens's loop."""
 
+import logging
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +78,49 @@ def test_ties_go_to_the_lowest_atom(method):
     assert codes.indices[0].tolist() == [0, 1, 3]
     assert codes.indices[1, :2].tolist() == [4, 5]
     assert codes.values[1].tolist() == [3.0, 3.0, 0.0]
+
+
+@pytest.fixture
+def tied():
+    """Integers, each atom five times: exact products, and nothing but ties."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.eye(16).repeat(5, 1)[torch.randperm(80, generator=generator)]
+    return torch.randint(-2, 4, (2 * 32 + 5, 16), generator=generator).float(), atoms
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.parametrize(("threshold", "duplicate"), [(0, False), (2.5, True)])
+def test_the_fused_update_takes_the_path_of_the_textbook(tied, monkeypatch, threshold, duplicate):
+    monkeypatch.setattr(pursuit, "FUSED_BLOCK", 32)
+    monkeypatch.setattr(pursuit, "_fused_update", fused := pursuit._FusedUpdate())
+    how = {"residual_threshold": threshold, "stop_on_duplicate": duplicate}
+    x, atoms = tied
+    expected = pursuit_path(x, atoms, 6, method="textbook", **how)
+    path = pursuit_path(x, atoms, 6, method="gram", compiled=True, **how)
+    active = expected.values > 0
+    assert torch.equal(path.values, expected.values)
+    assert torch.equal(path.indices[active], expected.indices[active])
+    assert fused.compiled is not None
+    assert not fused.impossible
+
+
+def test_what_cannot_be_compiled_is_logged_once_and_done_plainly(tied, monkeypatch, caplog):
+    def no_compiler(function, **_):
+        def fail(*_):
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    monkeypatch.setattr(pursuit, "FUSED_BLOCK", 32)
+    monkeypatch.setattr(pursuit, "_fused_update", pursuit._FusedUpdate())
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with caplog.at_level(logging.INFO, logger=pursuit.__name__):
+        path = pursuit_path(*tied, 6, method="gram", compiled=True)
+    assert [record.message for record in caplog.records] == [
+        "the fused pursuit cannot be compiled, the plain one is used: no C++ compiler"
+    ]
+    expected = pursuit_path(*tied, 6, method="textbook")
+    assert torch.equal(path.values, expected.values)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,7 @@
 """`top_afa` against a loop over samples and over every possible k."""
 
 import torch
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from taxolens.registry.architectures.top_afa import (
     TopAFATrainingSAE,
     TopAFATrainingSAEConfig,
@@ -58,3 +58,8 @@ def test_the_encoder_has_no_bias_of_its_own():
     sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(d_in=6, d_sae=20))
     assert not sae.b_enc.requires_grad
     assert not sae.b_enc.any()
+
+
+def test_the_afa_loss_warms_up():
+    cfg = TopAFATrainingSAEConfig(d_in=6, d_sae=20, afa_coefficient=1 / 16, afa_warm_up_steps=10)
+    assert TopAFATrainingSAE(cfg).get_coefficients() == {"afa": TrainCoefficientConfig(1 / 16, 10)}
