@@ -15,6 +15,7 @@ from ..registry.architectures.simplicial import SIMPLICIAL
 from ..registry.architectures.top_afa import TOP_AFA
 from ..registry.architectures.tree import TREE
 from ..registry.evaluators.absorption import Absorption
+from ..registry.evaluators.detection import Detection
 from ..registry.evaluators.feature_geometry import FeatureGeometry
 from ..registry.evaluators.hyperbolicity import Hyperbolicity
 from ..registry.evaluators.infomec import InfoMEC
@@ -26,6 +27,9 @@ from ..registry.evaluators.ontological_coverage import OntologicalCoverage
 from ..registry.evaluators.pair_depth import PairDepth
 from ..registry.evaluators.parent_child import ParentChild
 from ..registry.evaluators.quasi_orthogonality import QuasiOrthogonality
+from ..registry.evaluators.reconstruction import Reconstruction
+from ..registry.evaluators.stability import Stability
+from ..registry.evaluators.supervised_dictionary import SupervisedDictionary
 from ..registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
 from ..registry.evaluators.tree_probe import TreeProbe
 from ..registry.taxonomies.cifar100 import CIFAR100
@@ -72,6 +76,10 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
     register(FeatureGeometry)
     register(InfoMEC)
     register(TreeProbe)
+    register(Stability)
+    register(SupervisedDictionary)
+    register(Reconstruction)
+    register(Detection)
 
 
 @hookimpl

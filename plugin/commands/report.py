@@ -12,7 +12,8 @@ Writes report.html, one file that opens without a network, from the results of a
 EXAMPLES = """\
 examples:
   taxolens report output/my_run
-  taxolens report output/my_run/results.json --output_path shared/report.html"""
+  taxolens report output/my_run/results.json --output_path shared/report.html
+  taxolens report output/my_run --wandb_dashboard my-team/my-project"""
 
 
 def run(args: list[str]) -> None:
@@ -24,6 +25,11 @@ def run(args: list[str]) -> None:
     parser.add_argument(
         "--static", action="store_true", help="leave the interactive figures out (5 MB less)"
     )
+    parser.add_argument(
+        "--wandb_dashboard",
+        metavar="PROJECT",
+        help="also save a W&B workspace for these metrics; needs wandb-workspaces and a key",
+    )
     parser.add_argument("--json", action="store_true", help="where it is, and the headline numbers")
     options = parser.parse_args(args)
     with shell.working() as print_json:
@@ -32,6 +38,11 @@ def run(args: list[str]) -> None:
 
         results = Results.load(options.results)
         report = write_report(results, options.output_path, interactive=not options.static)
+        if options.wandb_dashboard:
+            from ..reporting.wandb_dashboard import save_dashboard
+
+            address = save_dashboard(results, options.wandb_dashboard)
+            shell.print_notes([f"W&B dashboard: {address}"])
         if options.json:
             print_json(outcome.as_dict(results, report))
     if not options.json:

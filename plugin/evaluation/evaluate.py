@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,8 @@ from ...registry.evaluators.base import Evaluator
 from ...registry.table import EVALUATORS, unknown_name_message
 from ...registry.taxonomies.load import load_taxonomy
 from ..reporting.results import NULLS, DatasetInfo, Results
-from .held_out import (
-    Choice,
-    ModelSetting,
-    activations_of,
-    check_held_out,
-    images_at,
-    last_block,
-    tree_name,
-)
+from .forward import Forwards
+from .held_out import Choice, check_held_out, tree_name
 from .measure import AGGREGATES
 from .measured import measure_sae
 from .record import Evaluation, Record
@@ -148,38 +141,39 @@ def evaluate_run(
         seen_in_training=seen,
     )
     record = Record(folder, saes, evaluation, dataset, tree)
-    for setting, group in by_model(saes):
-        missing = record.missing(group)
+    forwards = Forwards(
+        saes,
+        images,
+        embeds=evaluation.wants_embedding,
+        intervenes=evaluation.wants_intervention,
+        taxonomy=evaluation.taxonomy,
+        override_model=override_model,
+        device=evaluation.device,
+        folder=folder / ACTIVATIONS_FOLDER,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        max_corrupt_share=max_corrupt_share,
+        progress=progress,
+    )
+    for forward in forwards:
+        missing = record.missing(forward.saes)
         if not missing:
             continue
-        hook_names = list(dict.fromkeys(sae.hook_name for sae in group))
-        model = override_model or setting.load(hook_names, evaluation.device)
-        check_saes(missing, model)
-        embedder = last_block(model) if evaluation.wants_embedding else None
-        cache = activations_of(
-            images,
-            list(dict.fromkeys([*hook_names, *([embedder] if embedder else [])])),
-            setting,
-            folder=folder / ACTIVATIONS_FOLDER,
-            model=model,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            max_corrupt_share=max_corrupt_share,
-            progress=progress,
-        )
-        bench = evaluation.bench(cache)
-        record.dataset_is(cache, bench.split)
-        planted = evaluation.control_numbers(bench, images_at(cache, hook_names[0], embedder))
+        check_saes(missing, forward.model)
+        bench = evaluation.bench(forward.cache)
+        record.dataset_is(forward.cache, bench.split)
+        planted = evaluation.control_numbers(bench, forward.images_at(forward.saes[0].hook_name))
         for sae in missing:
             record.add(
                 measure_sae(
                     bench,
                     sae,
-                    images_at(cache, sae.hook_name, embedder),
+                    forward.images_at(sae.hook_name),
                     fingerprint=record.fingerprints[sae.id],
                     controls=planted,
+                    peers=evaluation.peers_of(sae, saes, forwards.images_of),
                     dataset=images,
-                    rows=np.asarray(cache.indices),
+                    rows=np.asarray(forward.cache.indices),
                     output=folder,
                     progress=progress,
                 )
@@ -211,14 +205,6 @@ def choose_evaluators(
     if options:
         raise ConfigError(unknown_name_message("evaluator in options", next(iter(options)), names))
     return chosen
-
-
-def by_model(saes: Sequence[SAEFolder]) -> Iterator[tuple[ModelSetting, list[SAEFolder]]]:
-    """SAEs that can share one forward pass."""
-    groups: dict[ModelSetting, list[SAEFolder]] = {}
-    for sae in saes:
-        groups.setdefault(ModelSetting.of(sae), []).append(sae)
-    yield from groups.items()
 
 
 def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:

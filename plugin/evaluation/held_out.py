@@ -6,15 +6,18 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...hooks.cache import ActivationCache
 from ...hooks.extraction import model_fingerprint
 from ...hooks.images import ImageDataset, load_images
+from ...hooks.intervention import ModelIntervention, Pictures
 from ...hooks.model import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
+from ...registry.evaluators.base import Intervention
+from ...registry.taxonomies.taxonomy import Taxonomy
 from .measure import Images
 from .runs import SAEFolder
 
@@ -202,18 +205,61 @@ def last_block(model: Any) -> str | None:
     return name
 
 
-def images_at(cache: ActivationCache, hook_name: str, embedder: str | None = None) -> Images:
+class Interventions:
+    """Runs a model with its activations edited, at one hook point of a cache after another."""
+
+    def __init__(
+        self,
+        model: Any,
+        images: ImageDataset,
+        cache: ActivationCache,
+        setting: ModelSetting,
+        taxonomy: Taxonomy,
+        batch_size: int,
+    ) -> None:
+        self._model, self._taxonomy, self._batch_size = model, taxonomy, batch_size
+        self._tokens = setting.tokens
+        self._pictures = Pictures.of(model, images, cache.indices, setting.image_size)
+
+    def at(self, hook_name: str) -> tuple[Intervention | None, str]:
+        """The intervention there; None, and why, where the model cannot be run so."""
+        try:
+            intervene = ModelIntervention(
+                self._model,
+                self._pictures,
+                hook_name,
+                self._tokens,
+                taxonomy=self._taxonomy,
+                batch_size=self._batch_size,
+            )
+        except ConfigError as error:
+            logger.warning("no interventions at %s: %s", hook_name, error)
+            return None, str(error)
+        return intervene, ""
+
+
+def images_at(
+    cache: ActivationCache,
+    hook_name: str,
+    embedder: str | None = None,
+    interventions: Interventions | None = None,
+) -> Images:
     """The images at a hook point.
 
     Args:
         embedder: the hook point whose class token (mean patch token where the cache is of other
             tokens) embeds the images; without effect for itself: it would not be independent.
+        interventions: where an evaluator asks for them.
     """
     embedding = None
     if embedder is not None and embedder != hook_name:
         tokens = cache.activations(embedder)
         embedding = tokens[:, 0] if tokens.shape[1] == 1 else cache.mean_patch(embedder)
-    return Images(cache.activations(hook_name), cache.mean_patch(hook_name), embedding)
+    images = Images(cache.activations(hook_name), cache.mean_patch(hook_name), embedding)
+    if interventions is None:
+        return images
+    intervene, reason = interventions.at(hook_name)
+    return replace(images, intervene=intervene, no_intervention=reason)
 
 
 def _real(path: str) -> str:

@@ -12,10 +12,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from ...registry.errors import ConfigError
-from ...registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
+from ...registry.evaluators.base import (
+    EvaluationBatch,
+    EvaluationContext,
+    Evaluator,
+    Intervention,
+    Peer,
+)
 from ...registry.evaluators.nulls import LatentSource, NeuronLatents, RandomLatents
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import NULLS, MetricResult
@@ -42,11 +49,15 @@ class Images:
         tokens: (n, k, d), memory-mapped or not.
         mean_patch: (n, d), where the model has patches.
         embedding: (n, e), the images as the model's last block sees them.
+        intervene: runs the model on them with the activations here edited.
+        no_intervention: why it is None, where it is.
     """
 
     tokens: np.ndarray
     mean_patch: np.ndarray | None = None
     embedding: np.ndarray | None = None
+    intervene: Intervention | None = None
+    no_intervention: str = "no evaluator asked for the model"
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -69,21 +80,32 @@ class Images:
 
 
 class SAELatents:
-    """The latents of a SAE. A training SAE needs its activation scaler, `scale`."""
+    """The latents of a SAE. A training SAE needs its `activation_scaler`, SAELens's."""
 
     source = "sae"
 
-    def __init__(self, sae: Any, scale: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, sae: Any, activation_scaler: Any = None) -> None:
         self.sae = sae
-        self.scale = scale
+        self.scaler = ActivationScaler() if activation_scaler is None else activation_scaler
         self.d_sae: int = sae.cfg.d_sae
         self.W_dec: Tensor | None = getattr(sae, "W_dec", None)
         self.b_dec: Tensor | None = getattr(sae, "b_dec", None)
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
-        x = x.to(self.sae.device, self.sae.dtype)
-        z = self.sae.encode(x if self.scale is None else self.scale(x))
-        return (z.to_dense() if z.is_sparse else z).float()
+        return self._encode(x)[1]
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d) -> (n, m) latents and (n, d) what is decoded from them, on the scale of x.
+
+        In one go, as a SAE that normalises at run time keeps in between what it took away.
+        """
+        encoded, z = self._encode(x)
+        return z, self.scaler.unscale(self.sae.decode(encoded)).float()
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents as the SAE gives them, and dense."""
+        z = self.sae.encode(self.scaler.scale(x.to(self.sae.device, self.sae.dtype)))
+        return z, (z.to_dense() if z.is_sparse else z).float()
 
 
 def image_latents(
@@ -179,6 +201,7 @@ class Bench:
         images: Images,
         names: Sequence[str] | None = None,
         *,
+        peers: Sequence[Peer] = (),
         prepare: Callable[[EvaluationContext], Any] | None = None,
         progress: Progress | None = None,
     ) -> Pass:
@@ -186,6 +209,7 @@ class Bench:
 
         Args:
             names: the evaluators that take part; all by default.
+            peers: other SAEs to compare with.
             prepare: called with the context before the pass, to share accumulators of one's own.
             progress: called with the number of images after each batch.
         """
@@ -202,6 +226,10 @@ class Bench:
             W_dec=getattr(source, "W_dec", None),
             b_dec=getattr(source, "b_dec", None),
             sae=getattr(source, "sae", None),
+            peers=peers,
+            reconstruct=getattr(source, "reconstruct", None),
+            intervene=images.intervene,
+            no_intervention=images.no_intervention,
         )
         if prepare is not None:
             prepare(context)
@@ -230,10 +258,11 @@ class Bench:
         images: Images,
         names: Sequence[str],
         *,
+        peers: Sequence[Peer] = (),
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
         """evaluator -> its numbers over another source of latents, or why it has none."""
-        done = self.run(source, images, names, progress=progress)
+        done = self.run(source, images, names, peers=peers, progress=progress)
         found: dict[str, Numbers | str] = {}
         for name in names:
             numbers = done.compute(name)
@@ -319,6 +348,7 @@ class Bench:
             is_fit=torch.full((len(positions),), is_fit),
             mean_patch=mean_patch,
             embedding=embedding,
+            tokens=tokens,
         )
 
 

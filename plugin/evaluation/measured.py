@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ...registry.evaluators.accumulators import FiringRate, TopImages
-from ...registry.evaluators.base import EvaluationContext
+from ...registry.evaluators.base import EvaluationContext, Peer
 from ..files import write_atomically
 from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import cards
@@ -27,6 +27,7 @@ def measure_sae(
     *,
     fingerprint: str,
     controls: Mapping[str, Mapping[str, Numbers | str]],
+    peers: Sequence[Peer] = (),
     dataset: Any,
     rows: np.ndarray,
     output: Path,
@@ -37,6 +38,7 @@ def measure_sae(
     Args:
         images: the activations at its hook point.
         controls: control -> evaluator -> numbers, or why there are none.
+        peers: other SAEs to compare with.
         dataset: the `ImageDataset`, for thumbnails.
         rows: (n,) position in the evaluation set -> row of the dataset.
         output: the results folder.
@@ -50,13 +52,18 @@ def measure_sae(
     ) as bar:
         # The nulls first: only the SAE's own pass stays in memory for its tables.
         nulls = {
-            name: bench.numbers(source, images, bench.names_for(name), progress=bar.update)
+            name: bench.numbers(
+                source, images, bench.names_for(name), peers=peers, progress=bar.update
+            )
             for name, source in sources.items()
         }
-        done = bench.run(latents, images, prepare=_share_card_facts, progress=bar.update)
+        done = bench.run(
+            latents, images, peers=peers, prepare=_share_card_facts, progress=bar.update
+        )
     metrics = bench.metrics(done, nulls, controls)
     tables = {name: done.attempt(name, lambda e: e.tables()) or {} for name in bench.chosen}
     figures = {name: done.attempt(name, lambda e: e.figures()) or {} for name in bench.chosen}
+    notes = {name: done.attempt(name, lambda e: e.notes()) or [] for name in bench.chosen}
     most, least = _cards(bench, done.context, tables, rows)
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
@@ -75,6 +82,7 @@ def measure_sae(
             },
             seconds=round(done.seconds[name], 3),
             error=done.errors.get(name),
+            notes=notes[name],
         )
         for name in bench.chosen
     }

@@ -7,10 +7,10 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..reporting.results import (
 )
 from .held_out import ModelSetting
 from .measure import Bench, Images, Numbers
+from .peers import PeerSAE, find_peers
 from .runs import SAEFolder
 from .split import Split
 
@@ -67,6 +68,29 @@ class Evaluation:
     def wants_embedding(self) -> bool:
         return any(cls.wants_embedding for cls, _ in self.chosen.values())
 
+    @property
+    def wants_intervention(self) -> bool:
+        return any(cls.wants_intervention for cls, _ in self.chosen.values())
+
+    @property
+    def wants_peers(self) -> bool:
+        return any(cls.wants_peers for cls, _ in self.chosen.values())
+
+    def peers_of(
+        self, sae: SAEFolder, saes: Sequence[SAEFolder], images_of: Callable[[SAEFolder], Images]
+    ) -> list[PeerSAE]:
+        """The other SAEs that one is compared with, where an evaluator wants that."""
+        return [
+            PeerSAE(
+                peer,
+                relation,
+                partial(images_of, peer),
+                aggregate=self.aggregate,
+                device=self.device,
+            )
+            for peer, relation in (find_peers(sae, saes) if self.wants_peers else [])
+        ]
+
     def bench(self, cache: ActivationCache) -> Bench:
         n_classes = len(self.taxonomy.classes)
         return Bench(
@@ -85,6 +109,7 @@ class Evaluation:
         if "planted" not in self.controls:
             return {}
         planted = PlantedLatents(self.taxonomy, seed=self.seed)
+        images = replace(images, no_intervention="planted detectors have no directions in x")
         return {"planted": bench.numbers(planted, images, list(self.chosen))}
 
     def settings(self) -> dict[str, Any]:
@@ -118,11 +143,19 @@ class Record:
             evaluation.taxonomy.to_json(),
             versions()["taxolens"],
         ]
-        self.fingerprints = {sae.id: _digest([*facts, *_facts(sae)]) for sae in saes}
+        own = {sae.id: _facts(sae) for sae in saes}
+        self.fingerprints = {
+            sae.id: _digest([*facts, *own[sae.id], *self._facts_of_peers(sae, own)]) for sae in saes
+        }
         self._dataset = dataset
         self._tree = tree
         self._found: dict[str, SAEResult] = {}
         self._take_over()
+
+    def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
+        """Nothing where no evaluator looks at them: other SAEs then make no number stale."""
+        peers = find_peers(sae, self.saes) if self.evaluation.wants_peers else []
+        return [[peer.id, relation, *facts[peer.id]] for peer, relation in peers]
 
     def missing(self, saes: Sequence[SAEFolder]) -> list[SAEFolder]:
         """Those of the SAEs that have no numbers yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +21,16 @@ from .split import Split
 
 TRAINING_PERMUTATIONS = 3
 MAX_TRAINING_IMAGES = 2000
+NO_INTERVENTION = "the model is not run again in evaluations during training"
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingEvaluator:
     """Measures a SAE that is being trained, on held-out activations kept in memory.
+
+    The model is not run again: of an evaluator that intervenes in it, what that needs is NaN, and
+    left out of what is logged.
 
     Called as SAELens calls an evaluator of one SAE; `__call__` gives the flat metrics
     ``eval/<evaluator>/<metric>`` and ``eval/<evaluator>/<metric>/permuted_classes``. Only this null
@@ -106,6 +113,9 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
     images.require_labels()
     taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
     chosen = {name: (EVALUATORS[name], None) for name in cfg.evaluators}
+    for name, (evaluator, _) in chosen.items():
+        if evaluator.wants_intervention:
+            logger.warning("%s: %s; what needs it is left out.", name, NO_INTERVENTION)
     hook_names = cfg.unique_hook_names
     setting = ModelSetting(cfg.model_name, cfg.tokens, cfg.image_size)
     cache = activations_of(
@@ -126,7 +136,11 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
 def in_memory(images: Images) -> Images:
     """The same activations without the files behind them."""
     patch = images.mean_patch
-    return Images(np.array(images.tokens), None if patch is None else np.array(patch))
+    return Images(
+        np.array(images.tokens),
+        None if patch is None else np.array(patch),
+        no_intervention=NO_INTERVENTION,
+    )
 
 
 def _devices(sae: Any) -> list[Any]:

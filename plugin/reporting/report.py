@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import plotly.offline
@@ -25,6 +25,7 @@ from .table import COLUMNS, HEADLINES, Headline
 from .tree import Icicle, scale
 
 REPORT_FILENAME = "report.html"
+UNTELLING = ("model", "checkpoint", "best", "final")  # of a folder
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_FIGURE_BYTES = 2_000_000
 MAX_DRAWN_TREES = 4
@@ -65,6 +66,12 @@ class Report:
         self.interactive = interactive
         self.series = all_series(results)
         self.headlines = headlines(results)
+
+    @property
+    def subject(self) -> str:
+        """The models, a local one by the end of its path."""
+        names = dict.fromkeys(short_name(sae.model_name) for sae in self.results.saes)
+        return " and ".join(names) or "the model"
 
     # Numbers ------------------------------------------------------------------------------------
 
@@ -150,6 +157,18 @@ class Report:
                 ],
             )
             for name in names
+        ]
+
+    def notes(self, evaluator: str) -> list[tuple[str, str]]:
+        """(note, the SAEs it is about) of one evaluator."""
+        found: dict[str, list[str]] = {}
+        for sae in self.results.saes:
+            for note in sae.evaluators[evaluator].notes if evaluator in sae.evaluators else []:
+                found.setdefault(note, []).append(sae.id)
+        everything = len(self.results.saes)
+        return [
+            (note, "every SAE" if len(saes) == everything > 1 else ", ".join(saes))
+            for note, saes in found.items()
         ]
 
     # Charts -------------------------------------------------------------------------------------
@@ -344,3 +363,12 @@ def _script_json(path: Path) -> Markup:
     layout.setdefault("margin", {"l": 60, "r": 20, "t": 40, "b": 50})
     text = json.dumps(figure, ensure_ascii=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def short_name(model_name: str) -> str:
+    """``vit`` for ``/data/vit``, ``demo_assets/model`` for a folder that is called model; a name on
+    the hub as it is."""
+    path = PurePath(model_name)
+    if len(path.parts) <= 2 and not path.is_absolute():
+        return model_name
+    return "/".join(path.parts[-2:]) if path.name in UNTELLING else path.name

@@ -61,13 +61,15 @@ class MetricResult:
 @dataclass(frozen=True)
 class EvaluatorResult:
     """What one evaluator said of one SAE. `tables` (CSV) and `figures` (Plotly JSON) map names to
-    files, relative to the results folder; `error` says why an evaluator has no numbers."""
+    files, relative to the results folder; `error` says why an evaluator has no numbers, `notes` what
+    a reader of them needs to know."""
 
     metrics: dict[str, MetricResult] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def log_results(
             run.config.update({"evaluation": _config(results)}, allow_val_change=True)
         run.define_metric("layers/*", step_metric="layers/layer")
         run.log(flat_metrics(results))
-        for series, prefix in _prefixed_series(results):
+        for series, prefix in prefixed_series(results):
             if prefix:
                 run.define_metric(f"{prefix}layers/*", step_metric=f"{prefix}layers/layer")
             for row in layer_rows(series):
@@ -156,18 +156,19 @@ def layer_rows(series: Series) -> Iterator[dict[str, float]]:
         yield row
 
 
-def _prefixed_series(results: Results) -> list[tuple[Series, str]]:
+def prefixed_series(results: Results) -> list[tuple[Series, str]]:
+    """The curves over layers, and what the keys of each start with."""
     found = [series for series in all_series(results) if len(series) > 1]
     return [(series, f"{series.label}/" if len(found) > 1 else "") for series in found]
 
 
 def _charts(results: Results) -> Iterator[tuple[str, Any]]:
     """Per metric one chart over layers that shows the value and its nulls together."""
-    for series, prefix in _prefixed_series(results):
+    for series, prefix in prefixed_series(results):
         rows = list(layer_rows(series))
         for evaluator, metric in results.metric_names():
             key = f"layers/{evaluator}/{metric}"
-            lines = [k for k in dict.fromkeys(k for row in rows for k in row) if _below(k, key)]
+            lines = [k for k in dict.fromkeys(k for row in rows for k in row) if is_below(k, key)]
             if lines:
                 yield (
                     f"{prefix}charts/{evaluator}/{metric}",
@@ -181,7 +182,8 @@ def _charts(results: Results) -> Iterator[tuple[str, Any]]:
                 )
 
 
-def _below(name: str, key: str) -> bool:
+def is_below(name: str, key: str) -> bool:
+    """Whether `name` is the key of a metric or of one of its nulls."""
     return name == key or name.startswith(f"{key}/")
 
 

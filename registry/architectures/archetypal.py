@@ -9,9 +9,10 @@ with A (n_candidates, d_in) candidate points among the data and mu a scalar. W a
 in their sets by projection after each step (W as in the authors' code: negative entries to 0, rows
 divided by their sum), the gradient passing the projection unchanged.
 
-Deviations: A comes from the activation stream itself. It starts as rows of the first batch and is
-refined by mini-batch k-means over the first `candidate_steps` training steps, then frozen; the
-paper runs k-means beforehand over a fixed set. W starts as one candidate per latent, the encoder as
+Deviations: A comes from the activation stream itself. It starts as rows of the first batch (and of
+the next ones, where it has more candidates than a batch has rows) and is refined by mini-batch
+k-means over the first `candidate_steps` training steps, then frozen; the paper runs k-means
+beforehand over a fixed set. W starts as one candidate per latent, the encoder as
 the projection onto it. `delta` is in the units of the activations.
 
 Memory: W has d_sae * n_candidates parameters.
@@ -170,17 +171,23 @@ class ArchetypalDictionary(SAE[Any]):
 
     @torch.no_grad()
     def learn_candidates(self, x: Tensor, step: int) -> None:
-        """Take candidates from the first batch, and refine them with the next ones."""
+        """Take candidates from the first batches, and refine them with the next ones."""
         if step >= max(self.cfg.candidate_steps, 1):
             return
         x = x.to(self.candidates.dtype)
-        if step == 0:
-            generator = self.clock.generator(0, self.device)
-            self.candidates.copy_(seed_centroids(x, self.candidates.shape[0], generator))
+        # Before the first step that is all of them; later those beyond the rows seen so far, which
+        # repeat others and so have never been the nearest to a point.
+        idle = self.candidate_counts == 0
+        if bool(idle.any()):
+            generator = self.clock.generator(step, self.device)
+            self.candidates[idle] = seed_centroids(x, int(idle.sum()), generator)
         update_centroids(self.candidates, self.candidate_counts, x)
-        if step == 0:
-            atoms = self.dictionary()
-            self.W_enc.data.copy_((atoms / atoms.square().sum(1, keepdim=True).clamp_min(1e-12)).T)
+        if bool(idle.any()):
+            latents = idle[torch.arange(self.cfg.d_sae, device=self.device) % len(idle)]
+            atoms = self.dictionary()[latents]
+            self.W_enc.data[:, latents] = (
+                atoms / atoms.square().sum(1, keepdim=True).clamp_min(1e-12)
+            ).T
 
     def set_candidates(self, points: Tensor) -> None:
         """Use these points (n_candidates, d_in) and learn none.

@@ -32,6 +32,7 @@ from . import hashing
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+    from scipy import sparse
 
     from ..taxonomies.taxonomy import Taxonomy
 
@@ -63,6 +64,7 @@ class EvaluationBatch:
     is_fit: Tensor  # (n,) bool: thresholds, latents and probes are chosen here; the rest is scored
     mean_patch: Tensor | None = None  # (n, d)
     embedding: Tensor | None = None  # (n, e) of an independent image encoder
+    tokens: Tensor | None = None  # (n, k, d) the tokens that x is the mean of; None: x alone
 
     def __post_init__(self) -> None:
         lengths = {f.name: len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
@@ -104,7 +106,8 @@ class InterventionResult(NamedTuple):
 class Intervention(Protocol):
     """Runs the model with the activation at the hook point edited; implemented outside registry/.
 
-    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none.
+    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none;
+    None without a classification head, and where no output stands for a class.
     """
 
     logit_classes: np.ndarray | None
@@ -117,6 +120,29 @@ class Intervention(Protocol):
         `edit` maps the activations of the chosen tokens (n, k, d) to those that replace them;
         None runs the model untouched.
         """
+        ...
+
+
+class Peer(Protocol):
+    """Another SAE of the same evaluation, over the same images; implemented outside registry/."""
+
+    name: str
+    relation: str
+    """In one word what it shares with the SAE that is measured: "seed", "hook", "layer", "model"."""
+
+    @property
+    def same_space(self) -> bool:
+        """Whether the decoder rows of the two are directions of one space."""
+        ...
+
+    @property
+    def W_dec(self) -> Tensor | None:
+        """(m', d)"""
+        ...
+
+    def latents(self, index: np.ndarray) -> sparse.csr_array:
+        """(n, m') its latents above 0, of the images at positions `index` (n,) of the evaluation
+        set."""
         ...
 
 
@@ -155,7 +181,13 @@ class EvaluationContext:
     W_dec: Tensor | None = None  # (m, d)
     b_dec: Tensor | None = None  # (d,)
     sae: Any = None
+    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """(n, d) activations of tokens -> (n, m) their latents and (n, d) what is decoded from them."""
     intervene: Intervention | None = None
+    no_intervention: str = "no model is at hand"
+    """Why `intervene` is None, where it is."""
+    peers: Sequence[Peer] = ()
+    """Other SAEs to compare with, for evaluators that have `wants_peers`."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
@@ -222,6 +254,11 @@ class Evaluator(ABC, Generic[O]):
     """Metrics that use no label at all: shuffling changes none."""
     wants_embedding: ClassVar[bool] = False
     """Whether `EvaluationBatch.embedding` is worth a whole forward pass through the model."""
+    wants_peers: ClassVar[bool] = False
+    """Whether its numbers depend on `EvaluationContext.peers`."""
+    wants_intervention: ClassVar[bool] = False
+    """Whether `EvaluationContext.intervene` is called: each call is a forward pass, so an option
+    must bound the images. Where it is None the evaluator gives NaN for what it cannot measure."""
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(
@@ -265,6 +302,10 @@ class Evaluator(ABC, Generic[O]):
     def figures(self) -> dict[str, Figure]:
         """Drawings by name."""
         return {}
+
+    def notes(self) -> list[str]:
+        """Sentences a reader of the numbers needs: why some are undefined, what was left out."""
+        return []
 
     def _check_shuffled(self, shuffled: bool) -> None:
         if shuffled and not self.context.shuffled:

@@ -62,12 +62,18 @@ class NeuronLatents:
         centred = x.float() - self.mean
         return torch.cat([centred, -centred], dim=-1).relu_()
 
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d) -> (n, m) z and (n, d) z W_dec + mean, which is x."""
+        z = self.encode(x)
+        return z, z @ self.W_dec + self.mean
+
 
 class RandomLatents:
     """An untrained SAE: random unit directions, b_dec = mean of x, one threshold that gives `l0`.
 
     z = p where p = (x − b_dec) W_enc exceeds the threshold, else 0: a JumpReLU SAE with
-    W_dec = W_encᵀ (own definition).
+    W_dec = W_encᵀ (own definition). Decoded as it is, the sum of all that fires would be far too
+    long: x̂ = b_dec + scale·z W_dec, with the scale that has the least squared error.
 
     Args:
         mean: (d,) mean of x.
@@ -77,6 +83,7 @@ class RandomLatents:
     """
 
     source = "random"
+    scale = 1.0
 
     def __init__(self, mean: Tensor, threshold: float, d_sae: int, seed: int = 0) -> None:
         self.b_dec = mean.detach().float()
@@ -101,8 +108,17 @@ class RandomLatents:
         pre = ((x.float() - latents.b_dec) @ latents.W_dec.T).flatten()
         if n_kept < len(pre):
             latents.threshold = max(float(torch.topk(pre, n_kept + 1).values[-1]), 0.0)
+        decoded = latents.encode(x) @ latents.W_dec
+        square = float(decoded.square().sum())
+        if square:
+            latents.scale = float((decoded * (x.float() - latents.b_dec)).sum()) / square
         return latents
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
         pre = (x.float() - self.b_dec) @ self.W_dec.T
         return torch.where(pre > self.threshold, pre, torch.zeros_like(pre))
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d) -> (n, m) z and (n, d) x̂."""
+        z = self.encode(x)
+        return z, self.b_dec + self.scale * (z @ self.W_dec)

@@ -1,7 +1,7 @@
 """`parent_child`: which latents fire only where another fires, and whether the tree agrees.
 
 Implication and the test against the decoder are those of Tree SAE (arXiv 2605.07922), the Hamming
-distance that of HSAE (arXiv 2602.11881); forest and agreement are our own definition.
+distance that of HSAE (arXiv 2602.11881); forest, agreement and rewiring are our own definition.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ DRAWN = 300
 """Latents in the drawing at most."""
 BLOCK = 1024
 """Latents at a time."""
+REWIRINGS = 5
+"""Draws behind each `rewired_` number."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Edges(NamedTuple):
 
 
 class ParentChild(Evaluator[ParentChildOptions]):
-    """The forest of latents by implication, and its agreement with the taxonomy.
+    """The forest of latents by implication, and that of the SAE itself, against the taxonomy.
 
     A pair: c fires on `min_fired` images, P(p|c) ≥ `implication`, p fires `ratio` times as often
     and with `lift`. Of several parents the *forest* keeps the one that fires least. Pairs are
@@ -99,6 +101,16 @@ class ParentChild(Evaluator[ParentChildOptions]):
       child's, and is not the root. `edge_recall`: of the (parent, child) edges of the collapsed
       tree below its root, those that some forest edge stands for.
 
+    An SAE that has a forest of its own (`parents` in its config, as `tree` and `hsae` write it) has
+    that one measured too, over the edges whose child fires `min_fired` times on the fit half; NaN
+    for all other SAEs.
+
+    - `recorded_edges`: these edges; `recorded_found`: the share of them that are edges of the forest
+      by implication too. The other `recorded_` numbers are those above, over these edges.
+    - `rewired_implication`, `rewired_reconstruction_share`, `rewired_edge_precision`: the same after
+      children of equal depth exchanged their parents at random, mean over draws: what a forest of
+      this shape over these latents has by chance.
+
     Memory O(max_images·L0 + probe_images·d + m·L0).
     """
 
@@ -116,8 +128,18 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "hamming": False,
         "hamming_relative": False,
         "reconstruction_share": True,
+        "recorded_edges": None,
+        "recorded_found": None,
+        "recorded_implication": True,
+        "recorded_hamming_relative": False,
+        "recorded_reconstruction_share": True,
+        "recorded_edge_precision": True,
+        "recorded_edge_recall": True,
+        "rewired_implication": None,
+        "rewired_reconstruction_share": None,
+        "rewired_edge_precision": None,
     }
-    label_free = frozenset(higher_is_better) - {"edge_precision", "edge_recall"}
+    label_free = frozenset(n for n in higher_is_better if "edge_" not in n)
     invariant = label_free
     Options = ParentChildOptions
 
@@ -137,7 +159,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._nodes = distinct[np.argsort(-self.taxonomy.n_leaves[distinct], kind="stable")]
 
     def update(self, batch: EvaluationBatch) -> None:
-        for kept in ("pairs", "forest", "edges", "_fired", "_hamming", "reconstructs"):
+        for kept in KEPT:
             vars(self).pop(kept, None)
 
     @cached_property
@@ -158,10 +180,37 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return nearest_parents(self.pairs, self._fired)
 
     @cached_property
+    def recorded(self) -> Pairs:
+        """The edges of the SAE's own forest whose child is alive."""
+        parents = self._parents
+        child = np.flatnonzero((parents >= 0) & (self._fired >= self.options.min_fired))
+        return Pairs(parents[child], child)
+
+    @cached_property
+    def rewired(self) -> list[Pairs]:
+        """`recorded` with the parents of children of equal depth exchanged, once per draw."""
+        generator = np.random.default_rng(self.context.seed)
+        depth = depths(self._parents)[self.recorded.child]
+        return [rewire(self.recorded, depth, generator) for _ in range(REWIRINGS)]
+
+    @cached_property
     def edges(self) -> Edges:
         """The forest on the score half."""
+        return measure_edges(self._scored, self.forest)
+
+    @cached_property
+    def recorded_edges(self) -> Edges:
+        """The SAE's own forest on the score half."""
+        return measure_edges(self._scored, self.recorded)
+
+    @property
+    def _scored(self) -> sparse.csr_array:
         sample = self._sample
-        return measure_edges(fires(sample.z[~sample.is_fit]), self.forest)
+        return fires(sample.z[~sample.is_fit])
+
+    @cached_property
+    def _parents(self) -> np.ndarray:
+        return recorded_parents(self.context.sae, self.context.d_sae)
 
     @cached_property
     def _fired(self) -> np.ndarray:
@@ -172,31 +221,38 @@ class ParentChild(Evaluator[ParentChildOptions]):
 
     @cached_property
     def _hamming(self) -> pd.DataFrame:
-        sample = self._sample
-        return hamming(fires(sample.z[~sample.is_fit]), self.forest)
+        return hamming(self._scored, self.forest)
 
     @cached_property
     def reconstructs(self) -> np.ndarray:
         """(E,) whether an edge passes Tree SAE's condition: 1, 0, or NaN where it was not asked."""
-        passes = np.full(len(self.forest.child), np.nan)
+        return self._condition([self.forest])[0]
+
+    @cached_property
+    def recorded_reconstructs(self) -> list[np.ndarray]:
+        """The same for `recorded`, then for each of `rewired`."""
+        return self._condition([self.recorded, *self.rewired])
+
+    def _condition(self, forests: list[Pairs]) -> list[np.ndarray]:
+        """Tree SAE's condition for several forests over the same children, with one probe each."""
+        child = forests[0].child
+        passes = [np.full(len(child), np.nan) for _ in forests]
         decoder = self.context.W_dec
         if not self._probing or decoder is None:
             return passes
         z = fires(self._images.z)
         n, m = shape(z)
-        fired = np.bincount(z.indices, minlength=m)[self.forest.child]
+        fired = np.bincount(z.indices, minlength=m)[child]
         able = np.flatnonzero((fired >= 5) & (fired < n))
         generator = np.random.default_rng(self.context.seed)
         asked = np.sort(generator.permutation(able)[: self.options.probed])
         if len(asked):
-            targets = torch.from_numpy(z[:, self.forest.child[asked]].toarray() > 0)
+            targets = torch.from_numpy(z[:, child[asked]].toarray() > 0)
             direction = LogisticProber(self._images.x).fit(targets).weight
-            passes[asked] = near_probe(
-                decoder.detach().float().cpu(),
-                direction,
-                np.stack([self.forest.parent[asked], self.forest.child[asked]]),
-                self.options.nearest,
-            )
+            rows = decoder.detach().float().cpu()
+            for forest, passed in zip(forests, passes):
+                pairs = np.stack([forest.parent[asked], child[asked]])
+                passed[asked] = near_probe(rows, direction, pairs, self.options.nearest)
         return passes
 
     def best_nodes(
@@ -219,7 +275,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._check_shuffled(shuffled)
         forest, edges, distances = self.forest, self.edges, self._hamming
         living = int((self._fired >= self.options.min_fired).sum())
-        precision, recall = self._agreement(permutation, shuffled)
+        precision, recall = self._agreement(forest, permutation, shuffled)
         return {
             "edge_precision": precision,
             "edge_recall": recall,
@@ -234,12 +290,45 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "hamming": summary.mean(distances["hamming"]),
             "hamming_relative": summary.mean(distances["hamming_relative"]),
             "reconstruction_share": summary.mean(self.reconstructs),
+            **self._compute_recorded(permutation, shuffled),
+        }
+
+    def _compute_recorded(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
+        if not len(self.recorded.child):
+            names = [n for n in self.higher_is_better if n.startswith(("recorded_", "rewired_"))]
+            return dict.fromkeys(names, float("nan"))
+        precision, recall = self._agreement(self.recorded, permutation, shuffled)
+        rewired = [self._agreement(forest, permutation, shuffled)[0] for forest in self.rewired]
+        return {
+            **self._recorded_facts,
+            "recorded_edge_precision": precision,
+            "recorded_edge_recall": recall,
+            "rewired_edge_precision": summary.mean(rewired),
+        }
+
+    @cached_property
+    def _recorded_facts(self) -> dict[str, float]:
+        """What the tree has no part in."""
+        recorded, scored = self.recorded, self._scored
+        own, *chance = (summary.mean(passed) for passed in self.recorded_reconstructs)
+        implied = [measure_edges(scored, forest).implication for forest in self.rewired]
+        edges = np.stack([recorded.parent, recorded.child], axis=1)
+        return {
+            "recorded_edges": float(len(recorded.child)),
+            "recorded_found": recall_of(edges, np.stack(self.forest, axis=1)),
+            "recorded_implication": summary.mean(self.recorded_edges.implication),
+            "recorded_hamming_relative": summary.mean(
+                hamming(scored, recorded)["hamming_relative"]
+            ),
+            "recorded_reconstruction_share": own,
+            "rewired_implication": summary.mean(implied),
+            "rewired_reconstruction_share": summary.mean(chance),
         }
 
     def _agreement(
-        self, permutation: np.ndarray | None = None, shuffled: bool = False
+        self, forest: Pairs, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> tuple[float, float]:
-        ends = np.stack(self.forest)
+        ends = np.stack(forest)
         parent, child = self.best_nodes(ends.ravel(), permutation, shuffled).reshape(ends.shape)
         return (
             summary.mean(self._above[parent, child] & (parent > 0)),
@@ -261,26 +350,37 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return np.array([edge for edge in edges if edge[0] != 0], dtype=np.int64).reshape(-1, 2)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`forest`: one row for each child; `parents`: one for each parent."""
-        forest, edges = self.forest, self.edges
-        parent, child = (self.best_nodes(latents) for latents in forest)
-        fired = self._fired
-        names = np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
-        table = {
-            "child": forest.child,
-            "parent": forest.parent,
-            "child_name": names[child],
-            "parent_name": names[parent],
-            "agrees": self._above[parent, child] & (parent > 0),
-            "child_fired": fired[forest.child],
-            "parent_fired": fired[forest.parent],
-            **edges._asdict(),
-            "reconstructs": self.reconstructs,
-        }
+        """`forest`: one row for each child; `parents`: one for each parent; `recorded`: as `forest`,
+        where the SAE has a forest of its own."""
+        tables = {"forest": self._rows(self.forest, self.edges, self.reconstructs)}
         parents = self._hamming.copy()
         nodes = self.best_nodes(parents["parent"].to_numpy())
-        parents.insert(1, "name", names[nodes])
-        return {"forest": pd.DataFrame(table), "parents": parents}
+        parents.insert(1, "name", self._names[nodes])
+        tables["parents"] = parents
+        if len(self.recorded.child):
+            passes = self.recorded_reconstructs[0]
+            tables["recorded"] = self._rows(self.recorded, self.recorded_edges, passes)
+        return tables
+
+    def _rows(self, forest: Pairs, edges: Edges, passes: np.ndarray) -> pd.DataFrame:
+        parent, child = (self.best_nodes(latents) for latents in forest)
+        return pd.DataFrame(
+            {
+                "child": forest.child,
+                "parent": forest.parent,
+                "child_name": self._names[child],
+                "parent_name": self._names[parent],
+                "agrees": self._above[parent, child] & (parent > 0),
+                "child_fired": self._fired[forest.child],
+                "parent_fired": self._fired[forest.parent],
+                **edges._asdict(),
+                "reconstructs": passes,
+            }
+        )
+
+    @cached_property
+    def _names(self) -> np.ndarray:
+        return np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
 
     def figures(self) -> dict[str, Figure]:
         """`forest`: the latents that fire most, each below its parent; colour: P(p|c)."""
@@ -309,6 +409,55 @@ class ParentChild(Evaluator[ParentChildOptions]):
             )
         )
         return {"forest": drawing}
+
+
+KEPT = (
+    "pairs",
+    "forest",
+    "edges",
+    "recorded",
+    "rewired",
+    "recorded_edges",
+    "reconstructs",
+    "recorded_reconstructs",
+    "_fired",
+    "_hamming",
+    "_recorded_facts",
+)
+"""What is computed once, from all images seen so far."""
+
+
+def recorded_parents(sae: Any, m: int) -> np.ndarray:
+    """(m,) the latent above each latent in the forest that an SAE has of its own, −1 where none.
+
+    Read from the forest by which the SAE fires, where it has one, or else from its config.
+    """
+    own: Any = getattr(getattr(sae, "forest", None), "parents", None)
+    parents = own if own is not None else getattr(getattr(sae, "cfg", None), "parents", None)
+    if parents is None or len(parents) != m:
+        return np.full(m, -1)
+    return np.array([int(parent) for parent in parents], dtype=np.int64)
+
+
+def depths(parents: np.ndarray) -> np.ndarray:
+    """(m,) how many ancestors each latent has; `parents` (m,) holds −1 at a root."""
+    depth, above = np.zeros_like(parents), parents
+    for _ in range(len(parents)):  # as many rounds as the longest chain; circles end here
+        inner = above >= 0
+        if not inner.any():
+            break
+        depth = depth + inner
+        above = np.where(inner, parents[above], -1)
+    return depth
+
+
+def rewire(forest: Pairs, depth: np.ndarray, generator: np.random.Generator) -> Pairs:
+    """The forest after children of equal `depth` (E,) exchanged their parents at random."""
+    parent = forest.parent.copy()
+    for level in np.unique(depth):
+        here = np.flatnonzero(depth == level)
+        parent[here] = parent[generator.permutation(here)]
+    return Pairs(parent, forest.child)
 
 
 def implied_pairs(

@@ -67,17 +67,31 @@ def _is_usual_order(
     return fits >= 0.9 * len(synsets)
 
 
+def synsets(labels: Sequence[str]) -> list[str | None]:
+    """The synset of each label, read as `imagenet` reads them; None where there is no single one."""
+    taxonomy, words = _wordnet()
+    if _is_usual_order(labels, taxonomy.classes, words):
+        return list(taxonomy.classes)
+    fitting = map(_fitting, labels)
+    return [found[0] if len(found) == 1 else None for found in fitting]
+
+
+def _fitting(label: str) -> list[str]:
+    if label in _wordnet().words:
+        return [label]
+    by_all, by_any = _by_words()
+    return by_all.get(_words(label)) or by_any.get(label.replace("_", " "), [])
+
+
 def _synset(label: str) -> str:
     taxonomy, words = _wordnet()
-    if label in words:
-        return label
-    by_all, by_any = _by_words()
-    found = by_all.get(_words(label)) or by_any.get(label.replace("_", " "), [])
+    found = _fitting(label)
     if len(found) > 1:
         meant = ", ".join(f"{s} ({', '.join(words[s])})" for s in found)
         raise ConfigError(f"class {label!r} fits several ImageNet synsets: {meant}. Use the id.")
     if not found:
-        message = unknown_name_message("ImageNet class", label, [*taxonomy.classes, *by_any])
+        known = [*taxonomy.classes, *_by_words()[1]]
+        message = unknown_name_message("ImageNet class", label, known)
         raise ConfigError(
             f"{message.split(' Known:')[0].rstrip('.')}. A class is a WordNet 3.0 synset id of the "
             "ImageNet-1k tree or its words; give another tree as a .csv or .json of parent,child."

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images import load_images
+from taxolens.hooks.model import from_module
 from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import held_out
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
@@ -23,6 +25,7 @@ from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import NULLS, Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from tiny_models import tiny_model
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 CLASSES = tuple(
@@ -169,6 +172,109 @@ def test_the_last_block_embeds_the_images_for_evaluators_that_want_it(
     seen.clear()
     evaluate(run / HOOKS[0], evaluators="lch_height", output_path=tmp_path / "alone")
     assert np.array_equal(seen[HOOKS[0]].embedding, last)
+
+
+@pytest.fixture
+def contexts(monkeypatch) -> list[Any]:
+    """The contexts that an evaluator which asks for interventions is given."""
+    cls, seen = module.EVALUATORS["lch_height"], []
+    init = cls.__init__
+
+    def spied(self: Any, context: Any, options: Any = None) -> None:
+        seen.append(context)
+        init(self, context, options)
+
+    monkeypatch.setattr(cls, "__init__", spied)
+    monkeypatch.setattr(cls, "wants_intervention", True)
+    return seen
+
+
+def test_evaluators_can_intervene_at_the_images_and_tokens_of_the_sae(
+    evaluate: Any, run: Path, world: Path, tmp_path: Path, contexts: list[Any], monkeypatch
+) -> None:
+    """Positions are those of the batches, also where a corrupt picture has none."""
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    (broken / "validation" / CLASSES[0] / "1.png").write_bytes(b"no picture")
+    images: dict[str, Any] = {}
+    measure_sae = module.measure_sae
+
+    def spied(bench: Any, sae: Any, at: Any, **settings: Any) -> Any:
+        images[sae.hook_name] = at
+        return measure_sae(bench, sae, at, **settings)
+
+    monkeypatch.setattr(module, "measure_sae", spied)
+    evaluate(
+        evaluators="lch_height",
+        dataset_path=str(broken),
+        taxonomy=str(broken / "validation"),
+        max_corrupt_share=0.5,
+        controls=["planted"],
+    )
+    sources = [context.source for context in contexts]
+    assert sources == ["planted", *2 * ["random", "neurons", "sae"]]
+    planted, *of_saes = contexts
+    assert planted.intervene is None and "detectors" in planted.no_intervention
+    for context, hook in zip(of_saes, np.repeat(HOOKS, 3)):
+        seen: list[torch.Tensor] = []
+
+        def edit(x: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(x)
+            return x
+
+        index = torch.tensor([30, 0, 2])
+        result = context.intervene(index, edit)
+        expected = torch.from_numpy(images[hook].tokens[index])
+        torch.testing.assert_close(torch.cat(seen), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(result.embedding, context.intervene(index).embedding)
+        assert result.logits is None and context.intervene.logit_classes is None
+        z, decoded = context.reconstruct(expected[:, 0])
+        assert z.shape == (3, context.d_sae) and decoded.shape == (3, 16)
+
+
+def test_a_model_with_a_head_and_a_model_without(
+    evaluate: Any, run: Path, world: Path, tmp_path: Path
+) -> None:
+    """Splicing and steering from the command's own entry point, SAEs, null latents and all."""
+    settings: dict[str, Any] = {
+        "evaluators": ["reconstruction", "detection"],
+        "options": {"detection": {"n_latents": 3, "n_directions": 2, "min_fired": 2}},
+    }
+    names = load_images(world, split="validation").class_names
+    model = from_module(tiny_model("vit_classifier"))
+    model.original_model.config.id2label = dict(enumerate(names[:5]))
+    with_head = evaluate(override_model=model, **settings)
+    without = evaluate(output_path=tmp_path / "without", **settings)
+    assert with_head.errors == without.errors == {}
+    for results, has_head in ((with_head, True), (without, False)):
+        for sae in results.saes:
+            costs = sae.evaluators["reconstruction"].metrics
+            assert math.isfinite(costs["ce_loss_with_sae"].value) == has_head
+            assert math.isfinite(costs["embedding_cossim_with_sae"].value)
+            assert costs["explained_variance"].nulls["random"].n == 1
+            steering = sae.evaluators["detection"].metrics
+            assert math.isfinite(steering["steering"].value)
+            assert steering["steering_rank"].nulls["permuted_classes"].n == 2
+            assert steering["steering"].nulls["random"].n == 1
+            table = pd.read_csv(results.folder / sae.evaluators["detection"].tables["steering"])
+            assert table["kl"].to_numpy() == pytest.approx(1e-3, rel=0.06)
+
+
+def test_without_need_no_picture_is_kept_for_interventions(evaluate: Any, monkeypatch) -> None:
+    monkeypatch.setattr(module, "Interventions", None)
+    assert evaluate(evaluators="lch_height").errors == {}
+
+
+def test_a_model_that_cannot_be_intervened_in_gives_a_reason(
+    evaluate: Any, contexts: list[Any], monkeypatch, caplog
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("it has no blocks")
+
+    monkeypatch.setattr(held_out, "ModelIntervention", refuse)
+    assert evaluate(evaluators="lch_height").errors == {}
+    assert {(c.intervene, c.no_intervention) for c in contexts} == {(None, "it has no blocks")}
+    assert f"no interventions at {HOOKS[0]}: it has no blocks" in caplog.text
 
 
 def test_numbers_repeat_and_follow_the_seed(evaluate: Any, tmp_path: Path) -> None:

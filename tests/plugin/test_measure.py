@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from results_factory import tree
-from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.plugin.evaluation import cards, measure
 from taxolens.plugin.evaluation.measure import Bench, Images, SAELatents, image_latents
@@ -163,6 +163,25 @@ def test_an_image_s_latents_are_the_largest_of_its_tokens(sae: Any, monkeypatch)
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("normalise", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("factor", [None, 3.0])
+def test_what_is_decoded_is_on_the_scale_of_x(normalise: str, factor: float | None) -> None:
+    """A dictionary of all directions and their negatives gives x back, however it is normalised."""
+    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=2 * D, normalize_activations=normalise))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc.zero_(), sae.b_dec.zero_()
+    x = 5 + torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    source = SAELatents(sae, None if factor is None else ActivationScaler(scaling_factor=factor))
+    with torch.no_grad():
+        z, decoded = source.reconstruct(x)
+        assert torch.equal(z, source.encode(x))
+    torch.testing.assert_close(decoded, x, atol=1e-4, rtol=1e-4)
+    if normalise == "none":
+        torch.testing.assert_close(z[:, :D], (x * (factor or 1.0)).relu())
+
+
 def test_tokens_of_one_image_share_its_label() -> None:
     planted = PlantedLatents(TREE, recall=1.0, false_alarm=0.0, binary=True)
     labels = torch.tensor([0, 5])
@@ -213,6 +232,8 @@ def test_one_pass(sae: Any, images: Images, labels: np.ndarray) -> None:
     torch.testing.assert_close(batch.mean_patch, torch.from_numpy(images.mean_patch[batch.index]))
     torch.testing.assert_close(batch.z, sae.encode(batch.x))
     torch.testing.assert_close(batch.embedding, batch.x + 1)
+    torch.testing.assert_close(batch.tokens, torch.from_numpy(images.tokens[batch.index]))
+    assert done.context.intervene is None and "no evaluator" in done.context.no_intervention
     assert np.array_equal(batch.labels, labels[batch.index])
     assert done.context.source == "sae" and done.context.sae is sae
     assert done.context.W_dec is sae.W_dec

@@ -13,7 +13,7 @@ import pytest
 from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
-from taxolens.plugin.reporting.report import Report, write_report
+from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
 from taxolens.plugin.reporting.tree import NOT_SCORED, Icicle, colour
@@ -276,3 +276,16 @@ def test_ticks_are_round_and_few() -> None:
     assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert charts.ticks(0.13, 0.17) == [0.13, 0.14, 0.15, 0.16, 0.17]
     assert charts.ticks(2, 2) == [2]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("facebook/dinov2-base", "facebook/dinov2-base"),
+        ("/data/vits/my-vit", "my-vit"),
+        ("/lib/demo_assets/model", "demo_assets/model"),
+        ("resnet", "resnet"),
+    ],
+)
+def test_models_are_called_by_a_short_name(given: str, shown: str) -> None:
+    assert short_name(given) == shown

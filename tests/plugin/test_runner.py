@@ -278,7 +278,7 @@ class TestEvaluationDuringTraining:
             assert torch.equal(sae.W_enc, evaluated[name].W_enc)
 
     def test_evaluators_are_named_in_the_config(self, training, monkeypatch):
-        from taxolens.plugin import training_evaluator
+        from taxolens.plugin.evaluation import training_evaluator
 
         seen = []
 

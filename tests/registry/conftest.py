@@ -13,6 +13,7 @@ from taxolens.registry.evaluators.base import (
     EvaluationBatch,
     EvaluationContext,
     Evaluator,
+    InterventionResult,
     stream,
 )
 from taxolens.registry.taxonomies import Taxonomy
@@ -96,6 +97,38 @@ def make_pass(
     fit = split(batch, int(batch.is_fit.sum()))[0]
     stream(context, evaluators, split(batch, size or len(batch)), calibration=fit)
     return evaluators
+
+
+class ToyModel:
+    """An `Intervention` in a line: what the tokens become goes through two matrices.
+
+    x (n, k, d) are the activations of the whole evaluation set; embedding = mean token @ A, logits
+    = embedding @ B, where there is a B.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        to_embedding: torch.Tensor,
+        to_logits: torch.Tensor | None = None,
+        logit_classes: np.ndarray | None = None,
+    ) -> None:
+        self.x, self.to_embedding, self.to_logits = x, to_embedding, to_logits
+        self.logit_classes = logit_classes
+        self.images = 0
+
+    def __call__(self, index: torch.Tensor, edit: Any = None) -> InterventionResult:
+        self.images += len(index)
+        x = self.x[index]
+        embedding = (x if edit is None else edit(x)).mean(1) @ self.to_embedding
+        return InterventionResult(
+            None if self.to_logits is None else embedding @ self.to_logits, embedding
+        )
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> type[ToyModel]:
+    return ToyModel
 
 
 @pytest.fixture(scope="session")

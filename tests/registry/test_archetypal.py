@@ -28,7 +28,7 @@ KINDS = {
 def make(kind="topk", **settings):
     torch.manual_seed(0)
     sae_class, config_class, extra, _ = KINDS[kind]
-    return sae_class(config_class(d_in=5, d_sae=12, n_candidates=7, **{**extra, **settings}))
+    return sae_class(config_class(d_in=5, d_sae=12, **{"n_candidates": 7, **extra, **settings}))
 
 
 def step(sae, x, kind="topk"):
@@ -81,6 +81,21 @@ def test_candidates_come_from_the_data_and_then_stay():
     learned = sae.candidates.clone()
     step(sae, torch.randn(40, 5))
     assert torch.equal(sae.candidates, learned)
+
+
+def test_more_candidates_than_a_batch_has_rows_come_from_the_next_batches():
+    sae = make(n_candidates=12, candidate_steps=4)
+    batches = torch.randn(4, 5, 5)
+    step(sae, batches[0])
+    assert len(sae.candidates.unique(dim=0)) == 5
+    for batch in batches[1:]:
+        step(sae, batch)
+    assert len(sae.candidates.unique(dim=0)) == 12
+    assert (sae.candidate_counts > 0).all()
+    # every encoder column was the projection onto its atom when the atom last moved to new data
+    late = make(n_candidates=12, candidate_steps=1)
+    step(late, torch.randn(40, 5))
+    torch.testing.assert_close((late.W_enc.T * late.W_dec).sum(1), torch.ones(12))
 
 
 def test_given_candidates_are_kept():

@@ -15,12 +15,15 @@ import torch
 import yaml
 from sae_lens import SAE, LoggingConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.llm_sae_training_runner import _run_cli
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
+from taxolens.hooks.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
 from taxolens.registry.table import ARCHITECTURES
+from tiny_models import pictures, tapped
+from tiny_text import save_tiny_text
 
 load_plugins()
 
@@ -37,34 +40,39 @@ class Case:
     whitening: bool = True
     fold_W_dec_norm: bool = True
     trains_in_bfloat16: bool = True
+    revives_dead_latents: bool = False
     silent_hooks: frozenset[str] = frozenset()
     needs_samples_for_loss: int = 60  # training steps until the loss must have fallen
     lr: float = 3e-3
 
 
 PURSUIT = {"whitening": False, "fold_W_dec_norm": False}
+REVIVED = {"revives_dead_latents": True}
 
 CASES: dict[str, Case] = {
     "mp": Case(
         {"k": 4, "atom_dropout": 0.1, "residual_threshold": 0.01}, "matching_pursuit", **PURSUIT
     ),
     "omp": Case({"k": 3, "residual_threshold": 0.01}, **PURSUIT),
-    "top_afa": Case({"afa_warm_up_steps": 3}, whitening=False),
-    "archetypal_topk": Case({"k": 4, "candidate_steps": 3, "n_candidates": 16}, "topk"),
+    "top_afa": Case({"afa_warm_up_steps": 3}, whitening=False, **REVIVED),
+    "archetypal_topk": Case({"k": 4, "candidate_steps": 3, "n_candidates": 16}, "topk", **REVIVED),
     "archetypal_jumprelu": Case({"l0_coefficient": 0.01, "candidate_steps": 3}, "jumprelu"),
-    "nested_topk": Case({"k": 4, "ks": [1, 2, 4]}, "topk"),
+    "nested_topk": Case({"k": 4, "ks": [1, 2, 4]}, "topk", **REVIVED),
     "random_matryoshka": Case(
-        {"k": 4.0, "n_prefixes": 3, "topk_threshold_lr": 0.5}, "jumprelu", same_at_inference=False
+        {"k": 4.0, "n_prefixes": 3, "topk_threshold_lr": 0.5},
+        "jumprelu",
+        same_at_inference=False,
+        **REVIVED,
     ),
-    "tree": Case({"k": 6, "level_widths": [4, 8, 12], "reallocate_every": 3}),
-    "hsae": Case({"k": 3, "level_widths": [4, 8, 12], "reassign_every": 3}),
+    "tree": Case({"k": 6, "level_widths": [4, 8, 12], "reallocate_every": 3}, **REVIVED),
+    "hsae": Case({"k": 3, "level_widths": [4, 8, 12], "reassign_every": 3}, **REVIVED),
     "codebook": Case({"k": 2, "kmeans_init": 0}, **PURSUIT, lr=3e-2),
     "qlae": Case(),
     "simplicial": Case({"group_size": 6}, fold_W_dec_norm=False, lr=1e-2),
     # SAELens's own
     "standard": Case({"l1_coefficient": 0.01, "l1_warm_up_steps": 3}, "standard"),
     "gated": Case({"l1_coefficient": 0.01}, "gated", trains_in_bfloat16=False),
-    "topk": Case({"k": 4}, "topk"),
+    "topk": Case({"k": 4}, "topk", **REVIVED),
     "abstopk": Case({"k": 4}, "abstopk"),
     "jumprelu": Case({"l0_coefficient": 0.01, "l0_warm_up_steps": 3}, "jumprelu"),
     "batchtopk": Case({"k": 4.0, "topk_threshold_lr": 0.5}, "jumprelu", same_at_inference=False),
@@ -89,7 +97,8 @@ ours_only = pytest.mark.parametrize("name", OURS, ids=str)
 
 def config(name: str, **overrides: Any) -> TrainingSAEConfig:
     config_class = get_sae_training_class(name)[1]
-    return config_class(d_in=D_IN, d_sae=D_SAE, **{**CASES[name].settings, **overrides})
+    sizes = {"d_in": D_IN, "d_sae": D_SAE}
+    return config_class(**{**sizes, **CASES[name].settings, **overrides})
 
 
 def build(name: str, seed: int = 0, **overrides: Any) -> TrainingSAE[Any]:
@@ -174,6 +183,27 @@ def test_gradients_are_finite_and_reach_the_dictionary(name):
     assert gradients
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+# So that two inputs leave some latents silent, some of them with a positive pre-activation.
+SPARSER = {"hsae": {"k": 1}, "top_afa": {"decoder_init_norm": 2.0}}
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.revives_dead_latents])
+def test_latents_that_never_fire_have_a_gradient_once_they_count_as_dead(name):
+    def encoder_gradient(dead: torch.Tensor | None) -> torch.Tensor:
+        sae = trained(name, **SPARSER.get(name, {}))
+        with torch.no_grad():
+            silent = ~(sae.encode(few) != 0).any(0)
+        sae.training_forward_pass(
+            step_input(few, sae, silent if dead is None else dead)
+        ).loss.backward()
+        return sae.W_enc.grad[:, silent].abs().sum(0)
+
+    few = planted(2)
+    alive = encoder_gradient(torch.zeros(D_SAE, dtype=torch.bool))
+    assert len(alive) and not alive.any()
+    assert encoder_gradient(None).any()
 
 
 @every
@@ -349,6 +379,57 @@ def test_ablating_a_latent_by_hook_changes_the_output(name):
 
 
 @every
+def test_spliced_into_a_vision_model_and_out_again(name, tmp_path):
+    model, images, hook = tapped("vit"), pictures(), "blocks.0.hook_resid_post"
+    # norms of 1 where they can be chosen, so that one latent shows in what the model gives
+    loud = {} if config(name).decoder_init_norm is None else {"decoder_init_norm": 1.0}
+    made = build(name, d_in=model.cfg.d_model, **loud).eval()
+    made.cfg.metadata.hook_name = hook
+    made.save_inference_model(tmp_path)
+    sae = SAE.load_from_disk(tmp_path)
+
+    def ablate(acts: torch.Tensor, hook: Any = None) -> torch.Tensor:
+        return acts * (torch.arange(D_SAE) != latent)
+
+    with torch.no_grad():
+        untouched = model(images)
+        x = run_to_hooks(model, images, [hook])[hook]
+        acts = sae.encode(x)
+        latent = int(acts.abs().sum((0, 1)).argmax())
+        assert acts[..., latent].any()
+
+        model.add_sae(sae)
+        spliced = model(images)
+        expected = model_from(model, hook, sae(x), images)
+        model.reset_saes()
+        assert not torch.allclose(spliced, untouched, atol=1e-3)
+        torch.testing.assert_close(spliced, expected)
+
+        model.add_sae(sae, use_error_term=True)
+        torch.testing.assert_close(model(images), untouched, rtol=1e-4, atol=1e-4)
+        model.reset_saes()
+
+        if not CASES[name].silent_hooks:
+            # SAELens's matching pursuit has no hook on its codes; the trained `mp` has.
+            model.add_sae(made if name == "mp" else sae, use_error_term=True)
+            point = f"{hook}.hook_sae_acts_post"
+            ablated = model.run_with_hooks(images, fwd_hooks=[(point, ablate)])
+            model.reset_saes()
+            without = x - sae.decode(acts) + sae.decode(ablate(acts))
+            expected = model_from(model, hook, without, images)
+            assert not torch.allclose(ablated, untouched, atol=1e-3)
+            torch.testing.assert_close(ablated, expected, rtol=1e-4, atol=1e-4)
+
+        assert model.acts_to_saes == {}
+        assert torch.equal(model(images), untouched)
+
+
+def model_from(model: Any, hook: str, x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """What the model gives with `x` in the place of its activations at `hook`."""
+    return model.run_with_hooks(images, fwd_hooks=[(hook, lambda *_, **__: x)])
+
+
+@every
 def test_the_meta_device(name):
     sae = build(name, device="meta")
     assert {p.device.type for p in sae.parameters()} == {"meta"}
@@ -367,37 +448,92 @@ def test_cuda_agrees_with_the_cpu(name):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_text(tmp_path_factory.mktemp("text"), width=D_IN)
+
+
+def text_flags(name: str, text: Path, output: Path) -> list[str]:
+    """SAELens's command line for a few steps of `name` on the tiny text model."""
+    flags: dict[str, Any] = {
+        "architecture": name,
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        **CASES[name].settings,
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": text / "model",
+        "hook_name": "transformer.h.0",
+        "dataset_path": text / "sentences",
+        "is_dataset_tokenized": False,
+        "streaming": False,
+        "context_size": 16,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 8,
+        "train_batch_size_tokens": BATCH,
+        "training_tokens": 4 * BATCH,
+        "dead_feature_window": 2,
+        "log_to_wandb": False,
+        "output_path": output,
+        "checkpoint_path": output / "checkpoints",
+    }
+    return [
+        part
+        for flag, value in flags.items()
+        for part in (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
 @ours_only
-def test_the_command_line_of_saelens_knows_it_by_name(name):
-    cfg = _parse_cfg_args(["--architecture", name, "--d_in", "64", "--d_sae", "256"])
-    assert type(cfg.sae) is get_sae_training_class(name)[1]
-    assert (cfg.sae.d_in, cfg.sae.d_sae) == (64, 256)
+def test_the_command_line_of_saelens_trains_it_on_text(name, tiny_text, tmp_path):
+    _run_cli(text_flags(name, tiny_text, tmp_path))
+    sae = SAE.load_from_disk(tmp_path)
+    assert sae.cfg.architecture() == (CASES[name].saved_as or name)
+    assert sae.cfg.metadata.training_architecture == name
+    assert sae.cfg.metadata.hook_name == "transformer.h.0"
+    torch.manual_seed(42)  # the runner's seed
+    untrained = get_sae_training_class(name)[0](config(name))
+    assert not torch.allclose(sae.W_dec, untrained.W_dec)
+    with torch.no_grad():
+        assert torch.isfinite(sae(planted(6))).all()
 
 
-def test_saved_as_built_ins_they_load_without_this_package(tmp_path: Path):
-    names = [name for name in OURS if CASES[name].saved_as]
+def test_the_command_line_of_saelens_in_a_process_of_its_own(tiny_text, tmp_path):
+    """As the docs have it: SAELens's module, run after `import taxolens`."""
+    run = "import runpy, taxolens; runpy.run_module('sae_lens.llm_sae_training_runner', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", run, *text_flags("mp", tiny_text, tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert SAE.load_from_disk(tmp_path).cfg.metadata.training_architecture == "mp"
+
+
+def test_without_this_package_built_ins_load_and_the_others_say_what_they_need(tmp_path: Path):
     x = planted(BATCH, seed=50)
     torch.save(x, tmp_path / "x.pt")
-    for name in names:
-        sae = trained(name)
-        sae.save_inference_model(tmp_path / name)
-        if CASES[name].same_at_inference:
-            with torch.no_grad():
-                torch.save(sae(x), tmp_path / name / "expected.pt")
+    for name in OURS:
+        trained(name).save_inference_model(tmp_path / name)
+        with torch.no_grad():
+            torch.save(SAE.load_from_disk(tmp_path / name)(x), tmp_path / name / "expected.pt")
     script = """
-        import sys, torch
+        import json, sys, torch
         from pathlib import Path
         from sae_lens import SAE
         folder = Path(sys.argv[1])
         x = torch.load(folder / "x.pt")
         for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+            cfg = json.loads((path / "cfg.json").read_text())
+            if cfg["metadata"].get("requires_plugin"):
+                try:
+                    SAE.load_from_disk(path)
+                except KeyError as error:
+                    print(path.name, "needs", cfg["metadata"]["requires_plugin"], error)
+                continue
             with torch.no_grad():
                 out = SAE.load_from_disk(path)(x)
-            if (path / "expected.pt").exists():
-                torch.testing.assert_close(
-                    out, torch.load(path / "expected.pt"), atol=1e-5, rtol=1e-4
-                )
-            print(path.name)
+            torch.testing.assert_close(out, torch.load(path / "expected.pt"))
+            print(path.name, "loads")
         assert not any(module.startswith("taxolens") for module in sys.modules)
     """
     done = subprocess.run(
@@ -406,7 +542,11 @@ def test_saved_as_built_ins_they_load_without_this_package(tmp_path: Path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == sorted(names)
+    expected = [
+        f"{name} loads" if CASES[name].saved_as else f"{name} needs taxolens {name!r}"
+        for name in sorted(OURS)
+    ]
+    assert done.stdout.splitlines() == expected
 
 
 def test_every_registered_architecture_is_under_contract():

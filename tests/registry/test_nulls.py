@@ -51,6 +51,21 @@ def test_random_latents_match_the_sparsity(l0):
     assert not torch.equal(latents.W_dec, RandomLatents.fit(X, 100, l0, seed=2).W_dec)
 
 
+def test_null_latents_are_decoded_as_well_as_they_can_be():
+    z, decoded = NeuronLatents.fit(X).reconstruct(X)
+    assert torch.allclose(decoded, X, atol=1e-5) and z.shape == (500, 24)
+    latents = RandomLatents.fit(X, 100, 3.2, seed=1)
+    z, decoded = latents.reconstruct(X)
+    assert torch.equal(z, latents.encode(X))
+
+    def error(scale: float) -> float:
+        return float((X - latents.b_dec - scale * z @ latents.W_dec).square().sum())
+
+    assert error(latents.scale) == pytest.approx(float((X - decoded).square().sum()), rel=1e-4)
+    assert error(latents.scale) < min(error(latents.scale * s) for s in (0.98, 1.02))
+    assert RandomLatents.fit(X, 100, 0).scale == 1.0  # nothing fires
+
+
 def test_random_latents_never_fire_below_zero():
     z = RandomLatents.fit(X, 100, 90).encode(X)  # more than half would need that
     assert (z >= 0).all() and 45 < (z > 0).sum(1).float().mean() < 55

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import SAE
 from scipy import sparse
+from taxolens.registry.architectures.hsae import HSAETrainingSAE, HSAETrainingSAEConfig
+from taxolens.registry.architectures.tree import TreeTrainingSAE, TreeTrainingSAEConfig
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.logistic import LogisticProber, best_threshold
 from taxolens.registry.evaluators.parent_child import (
+    Pairs,
     ParentChild,
     best_nodes,
+    depths,
     hamming,
     implied_pairs,
     measure_edges,
     near_probe,
     nearest_parents,
     recall_of,
+    recorded_parents,
+    rewire,
 )
 from taxolens.registry.evaluators.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
@@ -132,8 +140,9 @@ def test_node_indicators_give_the_tree_back(
 
     permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
     assert max(n["edge_precision"] for n in permuted) < 0.7
-    for name in ParentChild.invariant - {"reconstruction_share"}:
-        assert {n[name] for n in permuted} == {numbers[name]}
+    for name in ParentChild.invariant:
+        if np.isfinite(numbers[name]):  # no decoder was given, and no forest recorded
+            assert {n[name] for n in permuted} == {numbers[name]}
     assert evaluator.compute(shuffled=True)["edge_precision"] < 0.7
 
     tables = evaluator.tables()
@@ -174,6 +183,149 @@ def test_the_condition_on_the_decoder_tells_shared_directions(
     (elsewhere,) = measured(animals, batch, [ParentChild], W_dec=directions.roll(7, 0))
     assert aligned.compute()["reconstruction_share"] > 0.6
     assert elsewhere.compute()["reconstruction_share"] < 0.1
+
+
+def sae_with(parents: list[int]) -> Any:
+    return SimpleNamespace(cfg=SimpleNamespace(parents=parents))
+
+
+def true_parents(taxonomy: Taxonomy, latents: PlantedLatents) -> list[int]:
+    """For each planted latent the one of its node's parent; families are roots."""
+    at = {node: latent for latent, node in enumerate(latents.node)}
+    above = [taxonomy.parents[node] for node in latents.node]
+    root = next(latent for latent, nodes in enumerate(above) if not nodes)
+    found = [at[nodes[0]] if nodes else -1 for nodes in above]
+    return [-1 if parent == root else parent for parent in found]
+
+
+def test_the_forest_that_an_sae_records_is_measured_beside_the_one_by_implication(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    true = true_parents(animals, latents)
+    (evaluator,) = measured(animals, batch, [ParentChild], sae=sae_with(true), size=100)
+    numbers = evaluator.compute()
+    assert numbers["recorded_edges"] == 12 + 6
+    for name in ("found", "implication", "edge_precision", "edge_recall"):
+        assert numbers[f"recorded_{name}"] == 1.0, name
+    assert numbers["recorded_hamming_relative"] == 0.0
+    assert numbers["rewired_implication"] < 0.6
+    assert numbers["rewired_edge_precision"] < 0.6
+    permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
+    assert max(n["recorded_edge_precision"] for n in permuted) < 0.7
+    assert {n["recorded_implication"] for n in permuted} == {1.0}
+    table = evaluator.tables()["recorded"]
+    assert dict(zip(table["child"], table["parent"])) == {
+        child: parent for child, parent in enumerate(true) if parent >= 0
+    }
+    assert table["agrees"].all()
+
+
+def test_a_wrong_recorded_forest_does_not_pass_for_the_right_one(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    true = np.array(true_parents(animals, latents))
+    genera = np.unique(true[depths(true) == 2])
+    wrong = true.copy()
+    for here, elsewhere in zip(genera, np.roll(genera, 1)):
+        wrong[true == here] = elsewhere  # every species below a genus that is not its own
+    (evaluator,) = measured(animals, batch, [ParentChild], sae=sae_with(wrong.tolist()))
+    numbers = evaluator.compute()
+    assert numbers["implication"] == numbers["edge_precision"] == 1.0
+    assert numbers["recorded_edges"] == 12 + 6
+    for name in ("found", "implication", "edge_precision"):
+        assert numbers[f"recorded_{name}"] == pytest.approx(6 / 18), name  # genera below families
+    assert numbers["recorded_edge_recall"] == pytest.approx(6 / 18)
+
+
+def test_without_a_recorded_forest_its_numbers_are_undefined(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    _, batch = planted(animals, one_batch)
+    for sae in (None, sae_with([]), sae_with([-1] * 21), sae_with([-1, 0])):
+        (evaluator,) = measured(animals, batch, [ParentChild], sae=sae)
+        numbers = evaluator.compute()
+        of_its_own = {n: v for n, v in numbers.items() if n.startswith(("recorded", "rewired"))}
+        assert len(of_its_own) == 10
+        assert np.isnan(list(of_its_own.values())).all()
+        assert "recorded" not in evaluator.tables()
+
+
+def test_the_condition_on_the_decoder_tells_the_recorded_forest_from_a_rewired_one(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    m = latents.d_sae
+    directions = torch.linalg.qr(torch.randn(m, m, generator=torch.Generator().manual_seed(0)))[0]
+    noise = 0.3 * torch.randn(len(batch), m, generator=torch.Generator().manual_seed(1))
+    batch = replace(batch, x=batch.z @ directions + noise)
+    sae = sae_with(true_parents(animals, latents))
+    (evaluator,) = measured(animals, batch, [ParentChild], W_dec=directions, sae=sae)
+    numbers = evaluator.compute()
+    assert numbers["recorded_reconstruction_share"] > 0.6
+    assert numbers["rewired_reconstruction_share"] < numbers["recorded_reconstruction_share"] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("training_class", "config_class", "extra"),
+    [
+        (TreeTrainingSAE, TreeTrainingSAEConfig, {"level_k": [2, 3, 4]}),
+        (HSAETrainingSAE, HSAETrainingSAEConfig, {"k": 3}),
+    ],
+    ids=["tree", "hsae"],
+)
+def test_it_reads_what_tree_and_hsae_save(
+    training_class: Any,
+    config_class: Any,
+    extra: dict[str, Any],
+    tmp_path: Any,
+    animals: Taxonomy,
+    one_batch: Measured,
+    measured: Measured,
+) -> None:
+    torch.manual_seed(0)
+    made = training_class(config_class(d_in=8, d_sae=16, level_widths=[3, 5, 8], **extra))
+    if hasattr(made, "reassign"):
+        made.reassign()
+    made.save_inference_model(tmp_path)
+    sae = SAE.load_from_disk(tmp_path)
+    parents = made.forest.parents.numpy()
+    assert np.array_equal(recorded_parents(made, 16), parents)
+    assert np.array_equal(recorded_parents(sae, 16), parents)
+    assert np.array_equal(recorded_parents(sae_with(sae.cfg.parents), 16), parents)
+
+    labels = np.repeat(np.arange(12), 40)
+    x = torch.randn(len(labels), 8)
+    with torch.no_grad():
+        z = sae.encode(x)
+    batch = one_batch(z, labels, x=x)
+    facts = {"sae": sae, "W_dec": sae.W_dec}
+    (evaluator,) = measured(animals, batch, [ParentChild], **facts)
+    numbers = evaluator.compute()
+    fired = (batch.z[batch.is_fit] > 0).sum(0).numpy()
+    assert numbers["recorded_edges"] == ((parents >= 0) & (fired >= 10)).sum() > 0
+    if training_class is TreeTrainingSAE:  # a child fires only where its parent does
+        assert numbers["recorded_implication"] == 1.0
+    else:
+        assert numbers["recorded_implication"] < 1.0
+    assert numbers["rewired_implication"] < 1.0
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_rewiring_keeps_families_and_depths(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parents = np.array([rng.integers(-1, child) if child else -1 for child in range(30)])
+    depth = depths(parents)
+    for child, parent in enumerate(parents):
+        assert depth[child] == (0 if parent < 0 else depth[parent] + 1)
+    child = np.flatnonzero(parents >= 0)
+    forest = Pairs(parents[child], child)
+    other = rewire(forest, depth[child], rng)
+    assert np.array_equal(other.child, child)
+    assert np.array_equal(np.sort(other.parent), np.sort(forest.parent))
+    assert np.array_equal(depth[other.parent], depth[forest.parent])
 
 
 def test_both_rows_must_be_near() -> None:

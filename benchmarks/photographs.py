@@ -1,0 +1,271 @@
+"""Every architecture on the activations of a ViT for real photographs, where no truth is known.
+
+    python benchmarks/photographs.py --model FOLDER --dataset FOLDER [--cache FOLDER] [--results FILE]
+
+The dataset has a training and a validation split, with WordNet synsets as class names. SAEs are
+trained on training images, for the class token of the last block and for the patch tokens of one
+middle block, and measured on validation images:
+
+- R², L0 and dead latents over the tokens;
+- how much of the ImageNet tree has a detector (`ontological_coverage`, internal nodes), and
+  `absorption`, each beside what it gives when the classes are permuted over the same tree;
+- stability: the mean cosine of decoder rows, matched one to one, between the SAEs of two seeds,
+  latents that fire only; beside it two random dictionaries of as many rows.
+
+`random` and `neurons` are the two sources of latents that a trained SAE must beat. Activations are
+centred and scaled to a mean norm of √d. Each result is appended to the file of results as it comes,
+and what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import taxolens
+import torch
+from architectures import NAMES, Budget, Schedule, train
+from scipy.optimize import linear_sum_assignment
+from taxolens.hooks.cache import ActivationCache
+from taxolens.hooks.images import load_images
+from taxolens.hooks.model import load_vision_model
+from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.measure import Bench, Images, SAELatents
+from taxolens.plugin.evaluation.split import Split
+from taxolens.registry.evaluators.nulls import NeuronLatents, RandomLatents
+from torch import Tensor
+
+NULL_SOURCES = ("random", "neurons")
+METRICS = {
+    "coverage": ("ontological_coverage", "internal_f1"),
+    "absorption": ("absorption", "fraction_absorption"),
+}
+COLUMNS = ("r2", "l0", "dead", "coverage", "coverage_null", "absorption", "absorption_null",
+           "absorption_nodes", "stability", "stability_null", "cpu_seconds")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Activations at one hook point, centred and scaled.
+
+    Args:
+        train: (n, d), in random order.
+        images: the validation images, (n, k, d).
+        labels: (n,) of the validation images.
+    """
+
+    train: Tensor
+    images: Images
+    labels: np.ndarray
+
+    @classmethod
+    def read(cls, train: ActivationCache, validation: ActivationCache, hook_name: str) -> Tokens:
+        x = train.tensor(hook_name).flatten(0, 1).float()
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+        mean = x.mean(dim=0)
+        scale = x.shape[1] ** 0.5 / (x - mean).norm(dim=1).mean()
+        held_out = (validation.tensor(hook_name).float() - mean) * scale
+        return cls((x - mean) * scale, Images(held_out.numpy()), np.asarray(validation.labels))
+
+    def batches(self, size: int, seed: int) -> Iterator[Tensor]:
+        """Endless passes over the training tokens, each in another order."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.train), generator=generator)
+            for rows in order[: len(order) // size * size].split(size):
+                yield self.train[rows]
+
+    def sample(self, n: int) -> Tensor:
+        """(n or fewer, d) validation tokens, spread evenly."""
+        x = torch.from_numpy(self.images.tokens).flatten(0, 1)
+        return x[:: -(-len(x) // n)]
+
+
+def activations(args: argparse.Namespace) -> dict[str, Tokens]:
+    """kind of token -> activations, from the cache or from the photographs."""
+    model = load_vision_model(args.model)
+    wanted = {
+        "class": (args.class_hook, args.class_images),
+        "patch": (args.patch_hook, args.patch_images),
+    }
+    found = {}
+    for kind in args.tokens:
+        hook_name, counts = wanted[kind]
+        caches = [
+            ActivationCache.build(
+                model,
+                load_images(args.dataset, split=split, max_images=count or None),
+                [hook_name],
+                path=args.cache / f"{kind}-{split}",
+                tokens=kind,
+            )
+            for split, count in zip(("train", "validation"), counts)
+        ]
+        found[kind] = Tokens.read(*caches, hook_name)
+    return found
+
+
+def measure(source: Any, bench: Bench, tokens: Tokens) -> dict[str, float]:
+    """Coverage and absorption, beside their means under permuted classes."""
+    numbers: dict[str, float] = {}
+    metrics = bench.metrics(bench.run(source, tokens.images))
+    for name, (evaluator, metric) in METRICS.items():
+        result = metrics[evaluator][metric]
+        numbers[name] = result.value
+        numbers[f"{name}_null"] = result.nulls["permuted_classes"].mean
+    numbers["absorption_nodes"] = metrics["absorption"]["nodes"].value
+    return numbers
+
+
+@torch.no_grad()
+def describe(sae: Any, x: Tensor) -> tuple[dict[str, float], Tensor]:
+    """R², L0 and dead latents over tokens x (n, d), and which latents fire (m,)."""
+    z = sae.encode(x)
+    z = z.to_dense() if z.is_sparse else z
+    error = (sae.decode(z) - x).square().sum()
+    fires = (z != 0).any(dim=0)
+    numbers = {
+        "r2": float(1 - error / (x - x.mean(dim=0)).square().sum()),
+        "l0": float((z != 0).sum(dim=1).float().mean()),
+        "dead": float((~fires).float().mean()),
+    }
+    return numbers, fires
+
+
+def matched_cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine of the rows of a and b, matched one to one so that it is largest."""
+    cosine = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
+    return float(cosine.numpy()[linear_sum_assignment(cosine.numpy(), maximize=True)].mean())
+
+
+def stability(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Of two decoders (m, d), and of two random ones of that shape."""
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(part.shape, generator=generator) for part in (first, second)]
+    return {"stability": matched_cosine(first, second), "stability_null": matched_cosine(*random)}
+
+
+def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: Path) -> Any:
+    """The numbers of one SAE; its decoder rows that fire are kept in `decoder`."""
+    d = tokens.train.shape[1]
+    sample = tokens.sample(20_000)
+    seconds = 0.0
+    if name == "neurons":
+        source: Any = NeuronLatents.fit(tokens.train)
+        numbers: dict[str, float] = {}
+    elif name == "random":
+        source = RandomLatents.fit(tokens.train[:4096], args.d_sae, args.l0, seed=seed)
+        numbers = {"l0": float((source.encode(sample) > 0).sum(dim=1).float().mean())}
+    else:
+        eighth = args.d_sae // 8
+        levels = (eighth // 2, eighth + eighth // 2, args.d_sae - 2 * eighth)
+        budget = Budget(d, args.d_sae, args.l0, levels)
+        schedule = Schedule(args.steps, batch=args.batch, lr=1e-3, dead_window=200)
+        sae, seconds = train(name, budget, schedule, tokens.batches(args.batch, seed), seed)
+        numbers, fires = describe(sae, sample)
+        np.save(decoder, sae.W_dec.detach()[fires].numpy())
+        source = SAELatents(sae)
+    if seed == 0:  # another seed is there for stability
+        numbers |= measure(source, bench, tokens)
+    return numbers | {"cpu_seconds": seconds}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One table for each kind of token: means over the seeds."""
+    frame = pd.DataFrame(rows).reindex(columns=["tokens", "architecture", "seed", *COLUMNS])
+    order = {name: at for at, name in enumerate([*NAMES, *NULL_SOURCES])}
+    parts = []
+    for kind, group in frame.groupby("tokens"):
+        parts.append(f"\n{kind} tokens")
+        parts.append("| architecture | seeds | " + " | ".join(COLUMNS) + " |")
+        parts.append("| --- " * (len(COLUMNS) + 2) + "|")
+        for name, runs in sorted(group.groupby("architecture"), key=lambda item: order[item[0]]):
+            cells = []
+            for column in COLUMNS:
+                digits = {"l0": 1, "cpu_seconds": 0, "absorption_nodes": 0}.get(column, 3)
+                value = runs[column].mean()
+                cells.append("–" if np.isnan(value) else f"{value:.{digits}f}")
+            parts.append(f"| `{name}` | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--cache", type=Path, default=Path("photographs-cache"))
+    parser.add_argument("--results", type=Path, default=Path("photographs.jsonl"))
+    parser.add_argument("--taxonomy", default="imagenet")
+    parser.add_argument("--tokens", nargs="*", default=["class", "patch"])
+    parser.add_argument("--class-hook", default="blocks.11.hook_resid_post")
+    parser.add_argument("--patch-hook", default="blocks.6.hook_resid_post")
+    counts = {"type": int, "nargs": 2, "metavar": ("TRAIN", "VALIDATION"), "help": "0: all images"}
+    parser.add_argument("--class-images", default=(0, 0), **counts)
+    parser.add_argument("--patch-images", default=(1500, 2020), **counts)
+    parser.add_argument("--architectures", nargs="*", default=[*NAMES, *NULL_SOURCES])
+    parser.add_argument("--seeds", type=int, default=2, help="all but the first for stability")
+    parser.add_argument("--d-sae", type=int, default=1536)
+    parser.add_argument("--l0", type=float, default=16)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--permutations", type=int, default=3)
+    parser.add_argument("--probed-nodes", type=int, default=64)
+    parser.add_argument("--only-cache", action="store_true", help="stop before training")
+    parser.add_argument("--only-print", action="store_true", help="the tables of what is there")
+    args = parser.parse_args()
+
+    rows = []
+    if args.results.exists():
+        rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+    if args.only_print:
+        print(table(rows))
+        return
+    done = {(row["tokens"], row["architecture"], row["seed"]) for row in rows}
+    found = activations(args)
+    if args.only_cache:
+        return
+    classes = load_images(args.dataset, split="validation").class_names
+    tree = taxolens.load_taxonomy(args.taxonomy, classes=classes)
+    chosen = choose_evaluators(
+        [evaluator for evaluator, _ in METRICS.values()],
+        {"absorption": {"max_nodes": args.probed_nodes}},
+    )
+    benches = {
+        kind: Bench(
+            tree,
+            Split.halves(tokens.labels, len(tree.classes)),
+            chosen,
+            nulls=("permuted_classes",),
+            n_permutations=args.permutations,
+            batch_size=64,
+        )
+        for kind, tokens in found.items()
+    }
+    decoders = args.results.with_suffix(".decoders")
+    decoders.mkdir(exist_ok=True)
+    for kind, seed, name in itertools.product(found, range(args.seeds), args.architectures):
+        if (kind, name, seed) in done or (name in NULL_SOURCES and seed):
+            continue
+        file = decoders / f"{kind}-{name}-{seed}.npy"
+        row = {"tokens": kind, "architecture": name, "seed": seed}
+        row |= run(name, seed, found[kind], benches[kind], args, file)
+        before = file.with_name(f"{kind}-{name}-{seed - 1}.npy")
+        if file.exists() and before.exists():
+            both = [torch.from_numpy(np.load(path)) for path in (before, file)]
+            row |= stability(*both)
+        rows.append(row)
+        with args.results.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

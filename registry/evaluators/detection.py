@@ -1,0 +1,490 @@
+"""`detection`: the tree as explanation of a latent, tested on other images and in the model.
+
+Automatic interpretability (Bills et al. 2023; its detection score is that of Paulo et al. 2024,
+arXiv 2410.13928) with the nodes of a taxonomy in place of sentences; the forms are our own
+definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import hashing, summary
+from .accumulators import ClassCounts, FiringHistogram
+from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .image_positions import ImagePositions
+from .readout import ProbeReadout, Readout, class_probabilities, head_of, kl_divergence
+
+BLOCK = 2**22
+"""Cells of (latents × nodes) held at a time."""
+SALT = 104
+NEAR = 0.05
+"""A steering strength is found when its KL is this near to the one asked for, relatively."""
+STEPS = 12
+LEAP = 8.0
+"""By how much a strength may change in one step of the search."""
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """min_fired: latents that fire on fewer images of the fit half are not explained.
+    detected: the balanced accuracy from which an explanation counts as right.
+    n_latents: how many are steered; 0 leaves the model alone.
+    n_directions: random directions beside them.
+    max_images: of the score half, on which they are steered.
+    kl: nats between untouched and steered outputs, mean over the images.
+    probe_images: of the fit half, for the probe that stands in for a missing head.
+    """
+
+    min_fired: int = 5
+    detected: float = 0.75
+    n_latents: int = 16
+    n_directions: int = 8
+    max_images: int = 32
+    kl: float = 0.1
+    probe_images: int = 512
+
+    def __post_init__(self) -> None:
+        for field in ("min_fired", "max_images", "probe_images"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        for field in ("n_latents", "n_directions"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"{field}: must be at least 0, got {getattr(self, field)}")
+        if not 0.5 <= self.detected <= 1:
+            raise ConfigError(f"detected: must lie in [0.5, 1], got {self.detected}")
+        if not self.kl > 0:
+            raise ConfigError(f"kl: must be above 0, got {self.kl}")
+
+
+class Explanations(NamedTuple):
+    """The node of each latent and how well it tells where the latent fires; each (m,)."""
+
+    node: np.ndarray  # −1 where the latent is not explained
+    fit_f1: np.ndarray  # on the images of the choice; the rest on the others
+    recall: np.ndarray  # of the images below the node, where it fires
+    false_alarms: np.ndarray  # of the other images
+    f1: np.ndarray
+
+    @property
+    def balanced_accuracy(self) -> np.ndarray:
+        return (self.recall + 1 - self.false_alarms) / 2
+
+
+class Steered(NamedTuple):
+    """What steering along a few directions, each at the same KL, did to the classes."""
+
+    latent: np.ndarray  # (s,) −1 for a random direction
+    strength: np.ndarray  # (s,) length of what was added to each token; NaN where KL is not reached
+    kl: np.ndarray  # (s,)
+    change: np.ndarray  # (s, C) of each class's probability, mean over the images
+
+
+class Detection(Evaluator[DetectionOptions]):
+    """Each latent is explained by a node v: it fires (z > 0) if and only if the image is below v.
+
+    The explanation has the best F1 on the fit half, among the nodes with distinct classes, the root
+    left out; `group_*` have it among nodes of several classes, which is the same question for every
+    latent and every tree. `balanced_accuracy` = ½(recall + 1 − false alarms) on the score half,
+    mean over the latents explained; `f1` is harder on rare nodes; `detected_share`: of them from
+    `detected` on; `group_share`: whose best node is a group.
+
+    *Intervention*: a decoder row of length 1 times a strength is added to the chosen tokens, the
+    strength such that KL(untouched‖steered) is `kl`. `steering` = mean change of the explaining
+    node's probability (the sum of the outputs below it), over a random sample of latents;
+    `steering_other`: what the other latents of the sample do to the same node;
+    `steering_direction`: what random directions do; `steering_excess` = steering − steering_other;
+    `steering_rank`: the share of the other latents that raise the node less (.5 by chance).
+    Outputs are those of the model's own head, or of a linear probe on the final embedding
+    (`ProbeReadout`) where no head knows the classes. NaN without decoder rows or a model at hand;
+    the table `steering` says why.
+    """
+
+    name = "detection"
+    description = "whether a latent's best node tells where it fires, and what steering it does"
+    higher_is_better = {
+        "balanced_accuracy": True,
+        "f1": True,
+        "detected_share": True,
+        "group_balanced_accuracy": True,
+        "group_f1": True,
+        "group_share": None,
+        "latents": None,
+        "steering": True,
+        "steering_other": None,
+        "steering_direction": None,
+        "steering_excess": True,
+        "steering_rank": True,
+        "group_steering": True,
+        "group_steering_excess": True,
+        "group_steering_rank": True,
+        "steered": None,
+    }
+    invariant = frozenset({"latents", "steered"})
+    wants_intervention = True
+    Options = DetectionOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: DetectionOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._firings = context.share(FiringHistogram, survival=(1.0,))
+        self._images = context.share(ImagePositions, max_images=self.options.max_images)
+        self._probed = context.share(ImagePositions, max_images=self.options.probe_images)
+        self._length = [0.0, 0]  # Σ‖x − a mean‖, images: where the search for a strength begins
+        self._mean: Tensor | None = None
+        taxonomy = self.taxonomy
+        nodes = taxonomy.distinct_nodes[taxonomy.distinct_nodes != taxonomy.root]
+        # of equally good nodes the smallest explains
+        self.nodes = nodes[np.argsort(taxonomy.n_leaves[nodes], kind="stable")]
+        self.groups = self.nodes[taxonomy.n_leaves[self.nodes] > 1]
+        self._memo: dict[Any, Explanations] = {}
+        self._steered: Steered | None = None
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+        self._steered = None
+        x = batch.x.float()
+        if self._mean is None:
+            self._mean = x.mean(0)
+        self._length[0] += float((x - self._mean).norm(dim=1).sum())
+        self._length[1] += len(x)
+
+    # Explaining --------------------------------------------------------------------------------
+
+    def explain(
+        self, nodes: np.ndarray, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> Explanations:
+        """The best of `nodes` (N,) for each latent."""
+        self._check_shuffled(shuffled)
+        key = (nodes.tobytes(), None if permutation is None else permutation.tobytes(), shuffled)
+        if key not in self._memo:
+            self._memo[key] = find_explanations(
+                self._firings.fit(shuffled),
+                self._firings.score(shuffled)[:, 0],
+                self._members(nodes, permutation),
+                self._classes.fit(shuffled),
+                self._classes.score(shuffled),
+                nodes,
+                self.options.min_fired,
+            )
+        return self._memo[key]
+
+    def _members(self, nodes: np.ndarray, permutation: np.ndarray | None) -> np.ndarray:
+        members = self.taxonomy.membership[:, nodes]
+        return members if permutation is None else members[permutation]
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        best = self.explain(self.nodes, permutation, shuffled)
+        group = self.explain(self.groups, permutation, shuffled)
+        explained = best.node >= 0
+        several = self.taxonomy.n_leaves[best.node] > 1
+        found = best.balanced_accuracy
+        detected = np.where(np.isfinite(found), found >= self.options.detected, np.nan)
+        numbers = {
+            "balanced_accuracy": summary.mean(found),
+            "f1": summary.mean(best.f1),
+            "detected_share": summary.mean(detected),
+            "group_balanced_accuracy": summary.mean(group.balanced_accuracy),
+            "group_f1": summary.mean(group.f1),
+            "group_share": summary.mean(several, explained),
+            "latents": float(explained.sum()),
+        }
+        for prefix, explanations in (("", best), ("group_", group)):
+            own, others, random, rank = self.effects(explanations.node, permutation)
+            numbers |= {
+                f"{prefix}steering": summary.mean(own),
+                f"{prefix}steering_excess": summary.mean(own - others),
+                f"{prefix}steering_rank": summary.mean(rank),
+            }
+            if not prefix:
+                numbers["steering_other"] = summary.mean(others)
+                numbers["steering_direction"] = summary.mean(random)
+        steered = self.steered()
+        numbers["steered"] = float(np.isfinite(steered.strength[steered.latent >= 0]).sum())
+        return numbers
+
+    # Steering ----------------------------------------------------------------------------------
+
+    def effects(
+        self, node: np.ndarray, permutation: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """For each latent that was steered (s,): what it did to its node, what the others did,
+        what random directions did, and its rank among the others.
+
+        Args:
+            node: (m,) the node that explains each latent.
+        """
+        latent, strength, _, change = self.steered()
+        of_latents = (latent >= 0) & np.isfinite(strength)
+        of_directions = (latent < 0) & np.isfinite(strength)
+        explained = node[latent[of_latents]] if of_latents.any() else np.zeros(0, dtype=np.int64)
+        members = self._members(explained, permutation).astype(float)  # (C, s)
+        by_latent = change[of_latents] @ members  # (s steered, s nodes)
+        own = np.diagonal(by_latent)
+        n = len(own)
+        apart = ~np.eye(n, dtype=bool)
+        less = (by_latent < own) + 0.5 * (by_latent == own)
+        others = summary.ratio((by_latent * apart).sum(0), n - 1 if n > 1 else 0)
+        rank = summary.ratio((less * apart).sum(0), n - 1 if n > 1 else 0)
+        by_direction = change[of_directions] @ members
+        random = summary.ratio(by_direction.sum(0), len(by_direction))
+        unknown = explained < 0
+        return tuple(np.where(unknown, np.nan, v) for v in (own, others, random, rank))  # pyright: ignore[reportReturnType]
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is steered; "" where it is."""
+        if self.context.intervene is None:
+            return self.context.no_intervention
+        if self.context.W_dec is None:
+            return f"the latents ({self.context.source}) have no decoder rows"
+        if not self.options.n_latents:
+            return "n_latents is 0"
+        if not len(self._images.index(fit=False)):
+            return "there is no image in the score half"
+        if head_of(self.context.intervene) is None and not len(self._probed.index(fit=True)):
+            return "there is no head, and no image in the fit half to fit a probe on"
+        return ""
+
+    def steered(self) -> Steered:
+        """The sample of latents and the random directions, each at its strength."""
+        if self._steered is None:
+            nothing = np.zeros(0)
+            empty = np.zeros((0, len(self.taxonomy.classes)))
+            none = Steered(nothing.astype(np.int64), nothing, nothing, empty)
+            self._steered = none if self.reason else self._steer()
+        return self._steered
+
+    def sample(self) -> np.ndarray:
+        """The latents to be steered: at random among those that can be explained."""
+        fired = np.asarray(self._firings.fit().sum(1)).ravel()
+        latents = np.flatnonzero(fired >= self.options.min_fired)
+        order = np.argsort(hashing.uniform(latents, SALT + self.context.seed), kind="stable")
+        return np.sort(latents[order[: self.options.n_latents]])
+
+    def _steer(self) -> Steered:
+        intervene, rows = self.context.intervene, self.context.W_dec
+        assert intervene is not None and rows is not None
+        readout = self._readout()
+        n_classes = len(self.taxonomy.classes)
+        index = torch.from_numpy(self._images.index(fit=False))
+        clean = readout(intervene(index))
+        before = class_probabilities(clean, readout.classes, n_classes)
+
+        def outputs(direction: Tensor, strength: float) -> Tensor:
+            return readout(intervene(index, lambda x: x + strength * direction.to(x)))
+
+        latents = self.sample()
+        generator = torch.Generator().manual_seed(self.context.seed)
+        random = torch.randn(self.options.n_directions, self.context.d_in, generator=generator)
+        chosen = rows.detach().float().cpu()[torch.from_numpy(latents)]
+        directions = torch.cat([chosen, random])
+        start = self._length[0] / max(self._length[1], 1)
+        found = Steered(
+            np.append(latents, np.full(len(random), -1)),
+            np.full(len(directions), np.nan),
+            np.full(len(directions), np.nan),
+            np.full((len(directions), n_classes), np.nan),
+        )
+        for i, direction in enumerate(directions):
+            length = float(direction.norm())
+            if not length > 0:
+                continue
+            unit = direction / length
+            strength, steered = find_strength(
+                lambda s, unit=unit: outputs(unit, s), clean, self.options.kl, start
+            )
+            if steered is None:
+                continue
+            found.strength[i] = start = strength  # the next one will be much alike
+            found.kl[i] = float(kl_divergence(clean, steered).mean())
+            after = class_probabilities(steered, readout.classes, n_classes)
+            found.change[i] = (after - before).mean(0).numpy()
+        return found
+
+    def _readout(self) -> Readout:
+        intervene = self.context.intervene
+        assert intervene is not None
+        head = head_of(intervene)
+        if head is not None:
+            return head
+        embedding = intervene(torch.from_numpy(self._probed.index(fit=True))).embedding
+        labels = torch.from_numpy(self._probed.labels(fit=True))
+        return ProbeReadout(embedding, labels, len(self.taxonomy.classes))
+
+    # Showing -----------------------------------------------------------------------------------
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`latents`: the explanation of each. `steering`: of each that was steered, or why none."""
+        best, group = self.explain(self.nodes), self.explain(self.groups)
+        latent = np.flatnonzero(best.node >= 0)
+        latents = {
+            "latent": latent,
+            **self._described(best.node[latent]),
+            "fit_f1": best.fit_f1[latent],
+            "balanced_accuracy": best.balanced_accuracy[latent],
+            "recall": best.recall[latent],
+            "false_alarms": best.false_alarms[latent],
+            "f1": best.f1[latent],
+            "permuted_balanced_accuracy": self._permuted()[latent],
+            **{f"group_{k}": v for k, v in self._described(group.node[latent]).items()},
+            "group_balanced_accuracy": group.balanced_accuracy[latent],
+        }
+        return {"latents": pd.DataFrame(latents), "steering": self._steering_table(best)}
+
+    def _described(self, nodes: np.ndarray) -> dict[str, Any]:
+        taxonomy = self.taxonomy
+        return {
+            "node": [taxonomy.nodes[v] if v >= 0 else "" for v in nodes],
+            "name": [taxonomy.label(v) if v >= 0 else "" for v in nodes],
+            "classes": np.where(nodes >= 0, taxonomy.n_leaves[nodes], 0),
+        }
+
+    def _permuted(self) -> np.ndarray:
+        """(m,) mean balanced accuracy of each latent under the permuted classes."""
+        nulls = [
+            self.explain(self.nodes, p).balanced_accuracy for p in self.context.permutations
+        ] or [np.full(self.context.d_sae, np.nan)]
+        return np.mean(nulls, axis=0)
+
+    def _steering_table(self, best: Explanations) -> pd.DataFrame:
+        latent, strength, kl, _ = self.steered()
+        reached = (latent >= 0) & np.isfinite(strength)
+        if not reached.any():
+            reason = self.reason or f"no direction reaches a KL of {self.options.kl:g}"
+            return pd.DataFrame({"latent": [-1], "reason": [reason]})
+        own, others, random, rank = self.effects(best.node)
+        table = {
+            "latent": latent[reached],
+            **self._described(best.node[latent[reached]]),
+            "strength": strength[reached],
+            "kl": kl[reached],
+            "change": own,
+            "change_by_others": others,
+            "change_by_random_directions": random,
+            "rank": rank,
+        }
+        return pd.DataFrame(table)
+
+    def figures(self) -> dict[str, Figure]:
+        """`balanced_accuracy`: beside that under permuted classes. `steering`: own against others."""
+        found = self.explain(self.nodes).balanced_accuracy
+        drawings = {
+            "balanced_accuracy": summary.histograms(
+                "How well a node tells where its latent fires",
+                "balanced accuracy on held-out images",
+                {"latents": found, "permuted classes": self._permuted()},
+            )
+        }
+        table = self._steering_table(self.explain(self.nodes))
+        if "change" in table:
+            drawing = summary.figure(
+                f"Steering at a KL of {self.options.kl:g}",
+                "what other latents do to the node's probability",
+                "what its latent does",
+            )
+            drawing.add_scatter(
+                x=table["change_by_others"],
+                y=table["change"],
+                text=table["name"],
+                mode="markers",
+                name="latents",
+                marker={"color": summary.VALUE},
+            )
+            drawings["steering"] = drawing
+        return drawings
+
+
+def find_explanations(
+    fit: sparse.csr_array,
+    score: Tensor,
+    members: np.ndarray,
+    fit_images: np.ndarray,
+    score_images: np.ndarray,
+    nodes: np.ndarray,
+    min_fired: int,
+) -> Explanations:
+    """Choose a node for each latent on the fit half by F1; score it on the other.
+
+    Args:
+        fit, score: (m, C) images of each class on which each latent fires, in the halves.
+        members: (C, N) whether a class lies below a node.
+        fit_images, score_images: (C,) images of each class in the halves.
+        nodes: (N,); of equally good ones the first is taken.
+        min_fired: a latent that fires on fewer images of the fit half is left out.
+    """
+    m = score.shape[0]
+    belongs = sparse.csr_array(members.astype(np.float32))
+    fit_positives, positives = fit_images @ belongs, score_images @ belongs
+    n = score_images.sum()
+    at, fit_f1 = np.zeros(m, dtype=np.int64), np.full(m, np.nan)
+    hits, fired = np.zeros(m), np.zeros(m)
+    fit_fired = np.asarray(fit.sum(1)).ravel()
+    explained = (fit_fired >= min_fired) & (len(nodes) > 0)
+    size = max(1, BLOCK // max(len(nodes), 1))
+    for start in range(0, m if explained.any() else 0, size):
+        rows = slice(start, min(start + size, m))
+        both = (fit[rows] @ belongs).toarray().astype(np.float64)
+        f1 = 2 * both / np.maximum(fit_fired[rows, None] + fit_positives, 1)
+        at[rows] = f1.argmax(1)
+        fit_f1[rows] = f1.max(1)
+        scored = score[rows].to(torch.float64).numpy()
+        fired[rows] = scored.sum(1)
+        hits[rows] = (scored * members[:, at[rows]].T).sum(1)
+    chosen = positives[at] if len(nodes) else np.zeros(m)
+    nan = np.nan
+    return Explanations(
+        node=np.where(explained, nodes[at] if len(nodes) else -1, -1),
+        fit_f1=np.where(explained, fit_f1, nan),
+        recall=np.where(explained, summary.ratio(hits, chosen), nan),
+        false_alarms=np.where(explained, summary.ratio(fired - hits, n - chosen), nan),
+        f1=np.where(explained & (chosen > 0), summary.ratio(2 * hits, fired + chosen), nan),
+    )
+
+
+def find_strength(
+    outputs: Callable[[float], Tensor], clean: Tensor, kl: float, start: float
+) -> tuple[float, Tensor | None]:
+    """The strength at which the mean KL(clean ‖ steered) is `kl`, and the steered outputs there.
+
+    KL grows about as the square of the strength: each step goes where that would lead, and halves
+    the bracket (on a logarithmic scale) where it would lead out of it. None where `STEPS` steps do
+    not reach it.
+
+    Args:
+        outputs: strength -> log-probabilities (n, O).
+        start: the first strength tried, above 0.
+    """
+    low, high = 0.0, np.inf
+    strength = start if start > 0 else 1.0
+    for _ in range(STEPS):
+        steered = outputs(strength)
+        found = float(kl_divergence(clean, steered).mean())
+        if abs(found / kl - 1) <= NEAR:
+            return strength, steered
+        if found < kl:
+            low = strength
+        else:
+            high = strength
+        leap = LEAP if found <= 0 else float(np.clip(np.sqrt(kl / found), 1 / LEAP, LEAP))
+        following = strength * leap
+        if not low < following < high:
+            following = np.sqrt(low * high) if low > 0 else high / LEAP
+        strength = float(following)
+    return float("nan"), None

@@ -1,0 +1,349 @@
+"""`reconstruction`: how well x is given back, how sparsely, and what the model loses by it.
+
+SAELens's own evals (6.54, `sae_lens/evals.py`), under its names, for tokens of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import summary
+from .accumulators import FiringRate
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, InterventionResult
+from .image_positions import ImagePositions
+from .readout import class_probabilities, head_of, kl_divergence
+
+TINY = 1e-6
+"""An ablation that costs less than this leaves nothing to recover."""
+
+
+@dataclass(frozen=True)
+class ReconstructionOptions:
+    """max_images: of the score half, on which the SAE is spliced in.
+    almost_dead, dense: shares of the tokens; a latent that fires on fewer, or on more.
+    """
+
+    max_images: int = 256
+    almost_dead: float = 1e-7
+    dense: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.max_images < 1:
+            raise ConfigError(f"max_images: must be at least 1, got {self.max_images}")
+        for field in ("almost_dead", "dense"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ConfigError(f"{field}: must lie in [0, 1], got {getattr(self, field)}")
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """The model's outputs with something in place of the activations, means over the images."""
+
+    ce_loss: float  # nats; NaN where no head knows the classes
+    accuracy: float
+    kl_div: float  # from the untouched outputs; NaN without a head
+    cossim: float  # of the final embedding with the untouched one
+    change: float  # ‖difference‖ / ‖untouched‖
+
+
+class Reconstruction(Evaluator[ReconstructionOptions]):
+    """Quality, sparsity and downstream cost of x̂, the decoded latents; over tokens, not images.
+
+    `mse` = mean ‖x − x̂‖²; `fvu` = mse / total variance of x, `explained_variance` = 1 − fvu;
+    `cossim`, mean cos(x, x̂); `l2_ratio`, mean ‖x̂‖/‖x‖; `relative_reconstruction_bias` =
+    mean ‖x̂‖² / mean x·x̂. `l0`: latents above 0 on a token, `l0_image` on any token of an image.
+    `dead_share`: latents that fire on no token; `almost_dead_share`, on a share below 1e-7 (the
+    same on fewer than 10 million tokens); `dense_share`, above 1 %.
+
+    Splicing replaces the chosen tokens at the hook point by x̂; ablation by 0, mean ablation by
+    their mean over the fit half. `ce_loss_without_sae`, `_with_sae`, `_with_ablation`,
+    `_with_mean_ablation`: the model's own head against the true class, −log Σ of the outputs that
+    stand for it. `ce_loss_score` = (ablated − spliced)/(ablated − clean), `ce_loss_score_mean` the
+    same for mean ablation; `kl_div_score` = 1 − KL(clean‖spliced)/KL(clean‖ablated). For any model
+    (own definition): `embedding_cossim_*` of the final embedding with the untouched one,
+    `embedding_change` = ‖difference‖/‖untouched‖, `embedding_score` = 1 − (1 − cos spliced)/(1 −
+    cos ablated). NaN where there is no head, no decoder or no model at hand; the table `splicing`
+    says which.
+
+    The `random` null is decoded at the scale of least squared error (see `RandomLatents`).
+    """
+
+    name = "reconstruction"
+    description = "how well the activations are given back, and what the model loses by it"
+    higher_is_better = {
+        "explained_variance": True,
+        "fvu": False,
+        "mse": False,
+        "cossim": True,
+        "l2_ratio": None,
+        "relative_reconstruction_bias": None,
+        "l0": None,
+        "l0_image": None,
+        "dead_share": False,
+        "almost_dead_share": False,
+        "dense_share": None,
+        "ce_loss_without_sae": None,
+        "ce_loss_with_sae": False,
+        "ce_loss_with_ablation": None,
+        "ce_loss_with_mean_ablation": None,
+        "ce_loss_score": True,
+        "ce_loss_score_mean": True,
+        "accuracy_without_sae": None,
+        "accuracy_with_sae": True,
+        "accuracy_with_ablation": None,
+        "accuracy_with_mean_ablation": None,
+        "kl_div_with_sae": False,
+        "kl_div_with_ablation": None,
+        "kl_div_score": True,
+        "embedding_cossim_with_sae": True,
+        "embedding_cossim_with_ablation": None,
+        "embedding_cossim_with_mean_ablation": None,
+        "embedding_change": False,
+        "embedding_score": True,
+        "embedding_score_mean": True,
+        "images": None,
+    }
+    nulls = {
+        **ALL_NULLS,
+        "permuted_classes": "no tree enters",
+        "shuffled": "but for the head's cross-entropy no label is used",
+        "neurons": "x⁺ and (−x)⁺ give x back exactly",
+    }
+    invariant = frozenset(higher_is_better)
+    wants_intervention = True
+    Options = ReconstructionOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: ReconstructionOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._rate = context.share(FiringRate)
+        self._images = context.share(ImagePositions, max_images=self.options.max_images)
+        self._tokens = 0
+        self._fired = np.zeros(context.d_sae, dtype=np.int64)  # tokens on which each latent fires
+        self._sums: dict[str, float] = {}
+        self._offset: Tensor | None = None  # of the first batch: raw squares would lose precision
+        self._moved = torch.zeros(context.d_in, dtype=torch.float64)  # Σ (x − offset)
+        self._fit_sum = torch.zeros(context.d_in, dtype=torch.float64)
+        self._fit_tokens = 0
+        self._runs: dict[str, Downstream] | None = None
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._runs = None
+        reconstruct = self.context.reconstruct
+        if reconstruct is None:
+            return
+        tokens = batch.x[:, None] if batch.tokens is None else batch.tokens
+        per_image = max(1, tokens.shape[1])
+        # a batch of many tokens each would not fit as latents all at once
+        for images in torch.arange(len(tokens)).split(max(1, 4096 // per_image)):
+            x = tokens[images].flatten(0, 1)
+            z, decoded = reconstruct(x)
+            self._add(x.double().cpu(), z, decoded.double().cpu())
+        fit = tokens[batch.is_fit.to(tokens.device)].flatten(0, 1)
+        self._fit_sum += fit.sum(0, dtype=torch.float64).cpu()
+        self._fit_tokens += len(fit)
+
+    def _add(self, x: Tensor, z: Tensor, decoded: Tensor) -> None:
+        if self._offset is None:
+            self._offset = x.mean(0)
+        self._tokens += len(x)
+        self._fired += (z > 0).sum(0).cpu().numpy()
+        self._moved += (x - self._offset).sum(0)
+        length, product = x.norm(dim=1), (x * decoded).sum(1)
+        found = decoded.norm(dim=1)
+        for name, values in {
+            "squares": (x - self._offset).square().sum(1),
+            "residual": (x - decoded).square().sum(1),
+            "cossim": product / (length * found).clamp(min=1e-30),
+            "ratio": found / length.clamp(min=1e-30),
+            "decoded": found.square(),
+            "product": product,
+        }.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        numbers = dict.fromkeys(self.higher_is_better, float("nan"))
+        numbers["l0_image"] = self._rate.mean_l0
+        if self._tokens:
+            numbers |= self._quality() | self._sparsity()
+        return numbers | self._costs()
+
+    def _quality(self) -> dict[str, float]:
+        n, sums = self._tokens, self._sums
+        variance = sums["squares"] / n - float((self._moved / n).square().sum())
+        mse = sums["residual"] / n
+        fvu = float(summary.ratio(mse, variance if variance > 1e-12 * sums["squares"] else 0))
+        return {
+            "explained_variance": 1 - fvu,
+            "fvu": fvu,
+            "mse": mse,
+            "cossim": sums["cossim"] / n,
+            "l2_ratio": sums["ratio"] / n,
+            "relative_reconstruction_bias": float(summary.ratio(sums["decoded"], sums["product"])),
+        }
+
+    def _sparsity(self) -> dict[str, float]:
+        density = self.density
+        return {
+            "l0": float(density.sum()),
+            "dead_share": summary.mean(density == 0),
+            "almost_dead_share": summary.mean(density < self.options.almost_dead),
+            "dense_share": summary.mean(density > self.options.dense),
+        }
+
+    @property
+    def density(self) -> np.ndarray:
+        """(m,) share of the tokens on which each latent fires; NaN where nothing was decoded."""
+        return summary.ratio(self._fired, self._tokens)
+
+    # Downstream --------------------------------------------------------------------------------
+
+    def _costs(self) -> dict[str, float]:
+        runs = self.downstream()
+        if not runs:
+            return {}
+        clean, spliced, zero, mean = (runs[run] for run in ("clean", "spliced", "zero", "mean"))
+        return {
+            "ce_loss_without_sae": clean.ce_loss,
+            "ce_loss_with_sae": spliced.ce_loss,
+            "ce_loss_with_ablation": zero.ce_loss,
+            "ce_loss_with_mean_ablation": mean.ce_loss,
+            "ce_loss_score": _recovered(clean.ce_loss, spliced.ce_loss, zero.ce_loss),
+            "ce_loss_score_mean": _recovered(clean.ce_loss, spliced.ce_loss, mean.ce_loss),
+            "accuracy_without_sae": clean.accuracy,
+            "accuracy_with_sae": spliced.accuracy,
+            "accuracy_with_ablation": zero.accuracy,
+            "accuracy_with_mean_ablation": mean.accuracy,
+            "kl_div_with_sae": spliced.kl_div,
+            "kl_div_with_ablation": zero.kl_div,
+            "kl_div_score": _recovered(0.0, spliced.kl_div, zero.kl_div),
+            "embedding_cossim_with_sae": spliced.cossim,
+            "embedding_cossim_with_ablation": zero.cossim,
+            "embedding_cossim_with_mean_ablation": mean.cossim,
+            "embedding_change": spliced.change,
+            "embedding_score": _recovered(-1.0, -spliced.cossim, -zero.cossim),
+            "embedding_score_mean": _recovered(-1.0, -spliced.cossim, -mean.cossim),
+            "images": float(len(self._images.index(fit=False))),
+        }
+
+    def downstream(self) -> dict[str, Downstream]:
+        """ "clean", "spliced", "zero" and "mean" -> what the model gave; {} where it cannot be run."""
+        if self._runs is None:
+            self._runs = {} if self.reason else self._run()
+        return self._runs
+
+    @property
+    def reason(self) -> str:
+        """Why there is no downstream cost; "" where there is."""
+        if self.context.intervene is None:
+            return self.context.no_intervention
+        if self.context.reconstruct is None:
+            return f"the latents ({self.context.source}) cannot be decoded"
+        none = not len(self._images.index(fit=False)) or not self._fit_tokens
+        return "there is no image in one of the halves" if none else ""
+
+    def _run(self) -> dict[str, Downstream]:
+        intervene, reconstruct = self.context.intervene, self.context.reconstruct
+        assert intervene is not None and reconstruct is not None
+        mean = (self._fit_sum / self._fit_tokens).float()
+
+        def splice(x: Tensor) -> Tensor:
+            return reconstruct(x.flatten(0, 1))[1].reshape(x.shape)
+
+        edits: dict[str, Callable[[Tensor], Tensor] | None] = {
+            "clean": None,
+            "spliced": splice,
+            "zero": torch.zeros_like,
+            "mean": lambda x: mean.to(x.device).expand_as(x),
+        }
+        index = torch.from_numpy(self._images.index(fit=False))
+        results = {name: intervene(index, edit) for name, edit in edits.items()}
+        return {name: self._seen(result, results["clean"]) for name, result in results.items()}
+
+    def _seen(self, result: InterventionResult, clean: InterventionResult) -> Downstream:
+        ce_loss = accuracy = kl_div = float("nan")
+        head = head_of(self.context.intervene)
+        if result.logits is not None and clean.logits is not None:
+            before, after = (r.double().log_softmax(1) for r in (clean.logits, result.logits))
+            kl_div = float(kl_divergence(before, after).mean())
+        if head is not None:
+            labels = self._images.labels(fit=False)
+            known = np.flatnonzero(np.isin(labels, head.classes))
+            log_probs = head(result)[known]
+            p = class_probabilities(log_probs, head.classes, len(self.taxonomy.classes))
+            own = p[np.arange(len(known)), labels[known]].clamp(min=1e-300)
+            ce_loss = summary.mean(-own.log().numpy())
+            accuracy = summary.mean(head.classes[log_probs.argmax(1).numpy()] == labels[known])
+        one, other = clean.embedding.double(), result.embedding.double()
+        return Downstream(
+            ce_loss,
+            accuracy,
+            kl_div,
+            cossim=float(torch.cosine_similarity(one, other).mean()),
+            change=summary.mean(summary.ratio((other - one).norm(dim=1), one.norm(dim=1))),
+        )
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`latents`: how often each fires. `splicing`: the four runs, or why there are none."""
+        rows = [
+            {"run": run, **vars(found), "reason": ""} for run, found in self.downstream().items()
+        ]
+        nothing = dict.fromkeys(Downstream.__dataclass_fields__, float("nan"))
+        density = self.density
+        latents = {
+            "latent": np.arange(len(density)),
+            "token_density": density,
+            "image_density": self._rate.rate,
+            "mean_activation": summary.ratio(self._rate.total, self._rate.fired),
+        }
+        return {
+            "latents": pd.DataFrame(latents),
+            "splicing": pd.DataFrame(rows or [{"run": "none", **nothing, "reason": self.reason}]),
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """`density`: how often latents fire. `splicing`: the final embedding of the four runs."""
+        density = self._rate.rate if not self._tokens else self.density
+        drawing = summary.histograms(
+            "How often latents fire (those that do)",
+            "log₁₀ share of the tokens",
+            {"latents": np.log10(density[density > 0])},
+        )
+        drawings = {"density": drawing}
+        if runs := self.downstream():
+            drawing = summary.figure("With something in place of the activations", "", "cosine")
+            drawing.add_bar(
+                x=list(runs),
+                y=[found.cossim for found in runs.values()],
+                name="final embedding, cosine with the untouched",
+                marker={"color": summary.VALUE},
+            )
+            if np.isfinite(runs["clean"].accuracy):
+                drawing.add_bar(
+                    x=list(runs),
+                    y=[found.accuracy for found in runs.values()],
+                    name="accuracy of the model's head",
+                    marker={"color": summary.OTHER},
+                )
+            drawings["splicing"] = drawing
+        return drawings
+
+
+def _recovered(clean: float, spliced: float, ablated: float) -> float:
+    """(ablated − spliced) / (ablated − clean)."""
+    cost = ablated - clean
+    return float(summary.ratio(ablated - spliced, cost if abs(cost) > TINY else 0))

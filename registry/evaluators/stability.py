@@ -1,0 +1,377 @@
+"""`stability`: does another SAE find the same latents?
+
+One-to-one and one-to-many matching are those of convergent learning (Li et al. 2016, arXiv
+1511.07543, made for the units of networks); relative representations are those of Moschella et al.
+2022 (arXiv 2209.15430). The ports to the latents of SAEs are our own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import hashing, summary
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, Peer
+from .samples import FiringSample, fires, shape
+
+SALT = 105
+RIDGE = 1e-3  # of the regressions, relative to the variance of a latent
+MATCHES = ("decoder", "activation")
+
+
+@dataclass(frozen=True)
+class StabilityOptions:
+    """max_images: of the sample on which latents are compared; half of it chooses, half scores.
+    max_latents: of either SAE so many that fire on most images are matched, for the matching takes
+    the cube of their number.
+    regressors: at most so many latents of the peer tell one latent together.
+    anchors: images that the others are described by in a relative representation.
+    same: a pair with this cosine, or correlation, counts as the same latent.
+    """
+
+    max_images: int = 4096
+    max_latents: int = 2048
+    regressors: int = 5
+    anchors: int = 256
+    same: float = 0.7
+
+    def __post_init__(self) -> None:
+        for field in ("max_images", "max_latents", "regressors", "anchors"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        if not 0 < self.same <= 1:
+            raise ConfigError(f"same: must lie in (0, 1], got {self.same}")
+
+
+class Comparison(NamedTuple):
+    """The SAE beside one peer; arrays are over the latents compared, NaN and −1 where undefined."""
+
+    peer: str
+    relation: str
+    latent: np.ndarray  # (a,) of the SAE
+    partner: dict[str, np.ndarray]  # match -> (a,) latent of the peer
+    likeness: dict[str, np.ndarray]  # match -> (a,) cosine, or held-out correlation
+    r2: np.ndarray  # (regressors, a) held-out, by that many latents of the peer or fewer
+    relative_cosine: float
+    relative_mrr: float
+
+
+class Stability(Evaluator[StabilityOptions]):
+    """The SAE beside the other SAEs of the evaluation, its peers; every number a mean over them.
+
+    - `decoder_cosine`: mean cosine of the decoder rows under the one-to-one matching that makes it
+      largest (Hungarian); `decoder_same_share`: pairs of cosine .7 or more. Only between decoders
+      of one space: not across models, and across layers only as far as these share a residual
+      stream.
+    - `activation_correlation`, `activation_same_share`: the same with the correlation of
+      activations over images, pairs chosen on the fit half and correlated on the other.
+    - `agreement`: latents that both matchings give the same partner.
+    - `one_to_one_r2`, `one_to_many_r2`: the share of a latent's held-out variance told linearly by
+      the best one of the peer's latents, and by up to five chosen greedily on the fit half
+      (orthogonal matching pursuit in place of the paper's lasso); a prediction worse than the mean
+      counts 0. Where the second is far above the first, the peer has split or merged the latent.
+    - `relative_cosine`, `relative_mrr`: each held-out image is described by the cosines of its
+      latents with those of the anchors, images of the fit half. The two SAEs' descriptions of the
+      same images are compared: mean cosine, about the mean description; and mean reciprocal rank of
+      an image among all images, by description. The one form for SAEs of other width or model.
+
+    Latents that fire on no fit image of the sample are left out (`latents` are matched), and in wide
+    dictionaries those that fire least. Everything is NaN without a peer. Memory
+    O(max_images·(L0 + max_latents) + max_latents²).
+    """
+
+    name = "stability"
+    description = "whether another SAE (seed, architecture, layer or model) finds the same latents"
+    higher_is_better = {
+        "decoder_cosine": True,
+        "decoder_same_share": True,
+        "activation_correlation": True,
+        "activation_same_share": True,
+        "agreement": True,
+        "one_to_one_r2": True,
+        "one_to_many_r2": True,
+        "relative_cosine": True,
+        "relative_mrr": True,
+        "latents": None,
+        "peers": None,
+    }
+    nulls = {
+        **ALL_NULLS,
+        "permuted_classes": "latents are compared with latents, with no tree",
+        "shuffled": "no label is used",
+    }
+    invariant = frozenset(higher_is_better)
+    wants_peers = True
+    Options = StabilityOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: StabilityOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._sample = context.share(FiringSample, max_images=self.options.max_images)
+        self._found: list[Comparison] | None = None
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._found = None
+
+    def comparisons(self) -> list[Comparison]:
+        """The SAE beside each peer."""
+        if self._found is None:
+            self._found = [self._compare(peer) for peer in self.context.peers]
+        return self._found
+
+    def _compare(self, peer: Peer) -> Comparison:
+        sample, options = self._sample, self.options
+        own, other = sample.z, peer.latents(sample.index)
+        fit = sample.is_fit
+        a = most_firing(own[fit], options.max_latents)
+        b = most_firing(other[fit], options.max_latents)
+        halves = [
+            (
+                torch.from_numpy(own[half][:, a].toarray()),
+                torch.from_numpy(other[half][:, b].toarray()),
+            )
+            for half in (fit, ~fit)
+        ]
+        likeness, partner = {}, {}
+        cosine = self._cosine(peer, a, b)
+        partner["decoder"] = match(cosine)
+        likeness["decoder"] = of_pairs(cosine, partner["decoder"])
+        partner["activation"] = match(correlations(*halves[0]))
+        held_out = correlations(*halves[1], constant=float("nan"))
+        likeness["activation"] = of_pairs(held_out, partner["activation"])
+        found = relative_agreement(*self._described(own, other))
+        return Comparison(
+            peer=peer.name,
+            relation=peer.relation,
+            latent=a,
+            partner={kind: np.append(b, -1)[column] for kind, column in partner.items()},
+            likeness=likeness,
+            r2=regression_r2(*halves[0], *halves[1], options.regressors),
+            relative_cosine=found[0],
+            relative_mrr=found[1],
+        )
+
+    def _cosine(self, peer: Peer, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """(a, b) cosines of decoder rows, NaN where the decoders are not of one space."""
+        own, other = self.context.W_dec, peer.W_dec
+        if own is None or other is None or not peer.same_space or own.shape[1] != other.shape[1]:
+            return np.full((len(a), len(b)), np.nan)
+        rows = [unit(w.detach().float().cpu()[i]) for w, i in ((own, a), (other, b))]
+        return (rows[0] @ rows[1].T).numpy()
+
+    def _described(self, own: sparse.csr_array, other: sparse.csr_array) -> list[np.ndarray]:
+        """(n, anchors) relative representations of the score half, by either SAE."""
+        fit = np.flatnonzero(self._sample.is_fit)
+        drawn = np.argsort(hashing.uniform(self._sample.index[fit], SALT), kind="stable")
+        anchors = fit[drawn[: self.options.anchors]]
+        score = ~self._sample.is_fit
+        return [relative(z[score], z[anchors]) for z in (own, other)]
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        each = [self._numbers(found) for found in self.comparisons()]
+        numbers = {
+            metric: summary.mean([numbers[metric] for numbers in each])
+            for metric in self.higher_is_better
+            if metric != "peers"
+        }
+        return {**numbers, "peers": float(len(each))}
+
+    def _numbers(self, found: Comparison) -> dict[str, float]:
+        numbers = {}
+        for kind, name in zip(MATCHES, ("decoder_cosine", "activation_correlation")):
+            likeness = found.likeness[kind]
+            numbers[name] = summary.mean(likeness)
+            same = likeness >= self.options.same
+            numbers[f"{kind}_same_share"] = summary.mean(same, np.isfinite(likeness))
+        both = [found.partner[kind] for kind in MATCHES]
+        numbers["agreement"] = summary.mean(both[0] == both[1], (both[0] >= 0) & (both[1] >= 0))
+        numbers["one_to_one_r2"] = summary.mean(found.r2[0])
+        numbers["one_to_many_r2"] = summary.mean(found.r2[-1])
+        numbers["relative_cosine"] = found.relative_cosine
+        numbers["relative_mrr"] = found.relative_mrr
+        return {**numbers, "latents": float(len(found.latent))}
+
+    def notes(self) -> list[str]:
+        """With whom the SAE was compared, or why with none."""
+        if not self.context.peers:
+            return [
+                "There is no other SAE to compare with: evaluate two runs (seeds), a run of several "
+                "layers, or SAEs of two models together."
+            ]
+        told = ", ".join(f"{peer.name} ({peer.relation})" for peer in self.context.peers)
+        notes = [f"Compared with {told}."]
+        if not all(peer.same_space for peer in self.context.peers):
+            notes.append("Decoder rows of two models have no common space: no cosine is given.")
+        return notes
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`latents`: every latent compared and its partners; `peers`: the numbers of each peer."""
+        found = self.comparisons()
+        if not found:
+            return {}
+        peers = pd.DataFrame(
+            [{"peer": c.peer, "relation": c.relation, **self._numbers(c)} for c in found]
+        )
+        latents = pd.concat([_latents(c) for c in found], ignore_index=True)
+        return {"peers": peers, **({"latents": latents} if len(latents) else {})}
+
+    def figures(self) -> dict[str, Figure]:
+        """`matches`: how alike matched latents are, by decoder and by activation."""
+        found = self.comparisons()
+        if not found:
+            return {}
+        names = {"decoder": "decoder cosine", "activation": "correlation of activations"}
+        values = {
+            name: np.concatenate([c.likeness[kind] for c in found]) for kind, name in names.items()
+        }
+        drawing = summary.histograms("Latents and their partners", "likeness", values)
+        if not drawing.data:
+            drawing.add_scatter(x=[], y=[], name="no latent is matched")
+        return {"matches": drawing}
+
+
+def _latents(found: Comparison) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "peer": found.peer,
+            "latent": found.latent,
+            "decoder_partner": found.partner["decoder"],
+            "decoder_cosine": found.likeness["decoder"],
+            "activation_partner": found.partner["activation"],
+            "activation_correlation": found.likeness["activation"],
+            "one_to_one_r2": found.r2[0],
+            "one_to_many_r2": found.r2[-1],
+        }
+    )
+
+
+def most_firing(z: sparse.csr_array, most: int) -> np.ndarray:
+    """(≤ most,) the latents of z (n, m) that fire on most images, ascending; none that never does."""
+    fired = np.asarray(fires(z).sum(0)).ravel()
+    order = np.argsort(-fired, kind="stable")[:most]
+    return np.sort(order[fired[order] > 0])
+
+
+def match(likeness: np.ndarray) -> np.ndarray:
+    """(a,) the column of each row of likeness (a, b) in the one-to-one matching of largest sum.
+
+    −1 for rows that are left over, and for all of them where a likeness is NaN.
+    """
+    column = np.full(len(likeness), -1)
+    if np.isfinite(likeness).all():
+        rows, columns = linear_sum_assignment(likeness, maximize=True)
+        column[rows] = columns
+    return column
+
+
+def of_pairs(likeness: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """(a,) the likeness of each row with its column, NaN where it has none."""
+    found = np.full(len(column), np.nan)
+    rows = np.flatnonzero(column >= 0)
+    found[rows] = likeness[rows, column[rows]]
+    return found
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1; those of length 0 stay."""
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def standard(x: Tensor) -> Tensor:
+    """Columns of x (n, w) with mean 0 and length √n; a constant one is 0."""
+    x = x.double()
+    centred = x - x.mean(0) if len(x) else x
+    deviation = centred.square().mean(0).sqrt() if len(x) else torch.zeros(x.shape[1])
+    constant = deviation <= 1e-9 * x.abs().amax(0) if len(x) else deviation == 0
+    return torch.where(constant, 0.0, centred / deviation.masked_fill(constant, 1)).float()
+
+
+def correlations(x: Tensor, y: Tensor, constant: float = 0.0) -> np.ndarray:
+    """(a, b) Pearson correlations of the columns of x (n, a) and y (n, b).
+
+    Args:
+        constant: takes the place of what is undefined, because one of the two does not vary.
+    """
+    x, y = standard(x), standard(y)
+    found = (x.T @ y) / max(len(x), 1)
+    varies = (x != 0).any(0)[:, None] & (y != 0).any(0)
+    return torch.where(varies, found.clamp(-1, 1), constant).numpy()
+
+
+def regression_r2(
+    x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor, regressors: int
+) -> np.ndarray:
+    """(regressors, a) R² of the columns of x (n, a), from the s columns of y (n, b) that orthogonal
+    matching pursuit picks for each, s = 1 …; on the rows held out, never below 0.
+
+    NaN where a column does not vary there. Where the columns run out, the last R² stands.
+    """
+    n_targets, n_sources = x.shape[1], y.shape[1]
+    r2 = np.full((regressors, n_targets), np.nan)
+    if not (len(x) and len(held_x) and n_targets and n_sources):
+        return r2
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    y_scale = y.std(0, correction=0)
+    y_scale = y_scale.masked_fill(y_scale == 0, torch.inf)  # a constant tells nothing
+    source = ((y - y_mean) / y_scale).float()
+    target = (x - x_mean).float()
+    gram = source.T @ source / len(x) + RIDGE * torch.eye(n_sources)
+    moment = target.T @ source / len(x)  # (a, b)
+    held = ((held_y - y_mean) / y_scale).float()
+    total = (held_x - held_x.mean(0)).square().sum(0)
+    varies = total > 1e-9 * held_x.square().sum(0)
+    chosen = torch.zeros(n_targets, 0, dtype=torch.int64)
+    rest = moment.clone()
+    for size in range(1, regressors + 1):
+        if size <= n_sources:
+            told = rest.abs().scatter_(1, chosen, -1.0)
+            chosen = torch.cat([chosen, told.argmax(1, keepdim=True)], dim=1)
+            among = gram[chosen[:, :, None], chosen[:, None, :]]
+            weight = torch.linalg.solve(among, moment.gather(1, chosen))
+            predicted = x_mean.expand(len(held), -1).clone()
+            rest = moment.clone()
+            for column, w in zip(chosen.T, weight.T):
+                predicted += held[:, column] * w
+                rest -= w[:, None] * gram[column]
+        error = (held_x - predicted).square().sum(0)
+        share = 1 - error / total.masked_fill(~varies, 1)
+        r2[size - 1] = torch.where(varies, share.clamp(min=0), torch.nan).numpy()
+    return r2
+
+
+def relative(z: sparse.csr_array, anchors: sparse.csr_array) -> np.ndarray:
+    """(n, A) cosines of the rows of z (n, m) with those of anchors (A, m); 0 with a row of zeros."""
+    dots = np.asarray((z @ anchors.T).toarray(), dtype=np.float64)
+    for axis, rows in ((1, z), (0, anchors)):
+        squares = sparse.csr_array((np.square(rows.data), rows.indices, rows.indptr), shape(rows))
+        length = np.sqrt(np.asarray(squares.sum(1), dtype=np.float64)).ravel()
+        dots /= np.expand_dims(np.where(length > 0, length, 1), axis)
+    return dots
+
+
+def relative_agreement(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Mean cosine of the rows of own and other (n, A), each about its mean row; and the mean of
+    1/rank of row i of `other` among its rows, by cosine with row i of `own` (ties share a rank)."""
+    if len(own) < 2:
+        return float("nan"), float("nan")
+    first, second = (unit(torch.from_numpy(r - r.mean(0))).numpy() for r in (own, other))
+    likeness = first @ second.T
+    same = likeness.diagonal()[:, None]
+    tolerance = 1e-9
+    above = (likeness > same + tolerance).sum(1)
+    equal = (np.abs(likeness - same) <= tolerance).sum(1)
+    return float(likeness.diagonal().mean()), float((1 / (above + (equal + 1) / 2)).mean())

@@ -1,0 +1,550 @@
+"""`supervised_dictionary`: the SAE beside the dictionary that one would write down knowing the labels.
+
+Makelov et al. 2024, "Towards principled evaluations of sparse autoencoders for interpretability and
+control" (arXiv 2405.08366): mean-difference vectors as an upper baseline for approximation, sparse
+control and interpretability. Their attributes are those of a sentence; that the nodes of a taxonomy
+take their place, and all that follows from it, is our own definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from plotly.graph_objects import Figure
+from scipy import sparse
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import summary
+from .accumulators import ClassCounts, FiringHistogram
+from .base import (
+    EvaluationBatch,
+    EvaluationContext,
+    Evaluator,
+    Intervention,
+    InterventionResult,
+)
+from .image_positions import ImagePositions
+from .logistic import best_threshold, f1_score
+from .ontological_coverage import Detectors, find_detectors
+from .readout import kl_divergence
+from .samples import ImageSample
+
+SPLICED = ("sufficiency", "necessity", "control")
+OVER_SPLIT = 10  # latents of one attribute
+LATENT_BLOCK = 1024
+ROUNDING = 1e-9  # of cosines
+
+
+@dataclass(frozen=True)
+class SupervisedDictionaryOptions:
+    """max_images: of the sample of x from which the dictionary is made and on which it is asked.
+    spliced_images: about so many images of the score half run through the model, nine times each.
+    swaps: at most so many latents of a token are set to their counterfactual values.
+    detected: a node counts as found where its best detector has this F1 on the score half.
+    """
+
+    max_images: int = 8192
+    spliced_images: int = 64
+    swaps: int = 4
+    detected: float = 0.5
+
+    def __post_init__(self) -> None:
+        for field in ("max_images", "spliced_images", "swaps"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        if not 0 < self.detected <= 1:
+            raise ConfigError(f"detected: must lie in (0, 1], got {self.detected}")
+
+
+class Supervised(NamedTuple):
+    """The supervised dictionary; N nodes."""
+
+    mean: np.ndarray  # (d,) of x
+    of_class: np.ndarray  # (C, d) u of each class, NaN without images
+    norm: np.ndarray  # (N,) ‖u‖ of each node
+    f1: np.ndarray  # (N,) of x·u as a detector, on the score half
+
+
+class Found(NamedTuple):
+    """What the dictionary and the latents find of the tree."""
+
+    supervised: Supervised
+    detectors: Detectors  # of the latents, per node
+    node: np.ndarray  # (m,) the node that each latent tells best, −1 where it never fires
+    f1: np.ndarray  # (m,) of the latent as detector of that node, on the score half
+    precision: np.ndarray  # (m,)
+
+
+class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
+    """The SAE beside u_v = mean(x | v) − mean(x), v the nodes of the tree, from fit images.
+
+    By splicing into the model, on score images; E[x] is the mean of x:
+
+    - `sufficiency`: x is replaced by its reconstruction x̂; 1 − D(x̂)/D(E[x]), D the mean divergence
+      of what the model gives from what it gives untouched. 1: nothing is lost; 0: as bad as E[x].
+    - `necessity`: x is replaced by E[x] + (x − x̂); D/D(E[x]). 1: what x̂ leaves out says nothing.
+    - `control`: an image shall pass for one of another class. At most four latents are set to the
+      values that they have on that one, chosen greedily to bring x nearest to its x'. The share of
+      pairs in which the model answers as it does when x' itself is put in, among the pairs where
+      that changes the answer.
+    - `supervised_*`: the same for the supervised dictionary: x̂ = E[x] + u_class, and one swap,
+      x + u_class' − u_class.
+
+    D is the KL divergence of the logits, the answer the largest logit; a model without a head has
+    D = 1 − cosine of the embeddings, and answers as x' where its embedding lies nearer (cosine) to
+    that of x' put in than to the untouched one. A SAE of many tokens is spliced in at each of them.
+
+    Without the model, on counts of firings:
+
+    - `interpretability`: over latents that fire, the F1 of their firing for the node that it tells
+      best, chosen on the fit half and scored on the other; `supervised_interpretability`: over
+      nodes, that of x·u_v above a threshold of the fit half.
+    - `detected_share`: of the `supervised_nodes`, those that u_v detects with an F1 of .5, the
+      share that some latent detects too.
+    - `occluded`: of these nodes, how many are missed while a parent or child with a longer u is
+      detected; `occluded_share`: of the pairs of parent and child with one missed, how often it is
+      the one with the shorter u (.5 by chance).
+    - `over_split`: nodes that ten latents or more tell best, each with a precision of .5.
+
+    Nodes with the same classes count once; the root, nodes without images in a half, and nodes where
+    "always yes" reaches F1 .5 are left out. Other sources of latents share x: the supervised numbers
+    are NaN there, and under shuffled labels all that is spliced is. Memory O(max_images·d + m·C).
+    """
+
+    name = "supervised_dictionary"
+    description = "the SAE beside mean-difference vectors of the nodes: approximation, control, F1"
+    higher_is_better = {
+        **dict.fromkeys(SPLICED, True),
+        **{f"supervised_{metric}": True for metric in SPLICED},
+        "interpretability": True,
+        "supervised_interpretability": True,
+        "detected_share": True,
+        "occluded": False,
+        "occluded_share": None,
+        "over_split": False,
+        "supervised_nodes": None,
+        "latents": None,
+        "spliced_images": None,
+    }
+    wants_intervention = True
+    invariant = frozenset(
+        {*SPLICED, *(f"supervised_{metric}" for metric in SPLICED), "latents", "spliced_images"}
+    )
+    Options = SupervisedDictionaryOptions
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        options: SupervisedDictionaryOptions | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context, options)
+        self._classes = context.share(ClassCounts)
+        self._firings = context.share(FiringHistogram, survival=(1.0,))
+        self._sample = context.share(ImageSample, max_images=self.options.max_images)
+        self._images = context.share(ImagePositions, max_images=self.options.spliced_images)
+        self.nodes = self.taxonomy.distinct_nodes[self.taxonomy.distinct_nodes != 0]
+        self._memo: dict[Any, Found] = {}
+        self._spliced: Spliced | None = None
+
+    def update(self, batch: EvaluationBatch) -> None:
+        self._memo.clear()
+        self._spliced = None
+
+    # What is found of the tree ---------------------------------------------------------------------
+
+    def found(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Found:
+        """The supervised dictionary and the latents as detectors of nodes."""
+        self._check_shuffled(shuffled)
+        key = (None if permutation is None else permutation.tobytes(), shuffled)
+        if key not in self._memo:
+            self._memo[key] = self._find(permutation, shuffled)
+        return self._memo[key]
+
+    def _find(self, permutation: np.ndarray | None, shuffled: bool) -> Found:
+        members = self.taxonomy.membership[:, self.nodes]
+        if permutation is not None:
+            members = members[permutation]
+        images = self._classes.fit(shuffled), self._classes.score(shuffled)
+        detectors = find_detectors(
+            self._firings.fit(shuffled), self._firings.score(shuffled), members, *images
+        )
+        scored = np.isfinite(detectors.f1)
+        score = self._firings.score(shuffled)[:, 0].numpy().astype(np.float32)
+        told = best_nodes(self._firings.fit(shuffled), score, members[:, scored], *images)
+        node = np.append(np.flatnonzero(scored), -1)[told[0]]
+        supervised = self._supervise(members, shuffled)
+        supervised.f1[~scored] = np.nan
+        return Found(supervised, detectors, node, *told[1:])
+
+    def _supervise(self, members: np.ndarray, shuffled: bool) -> Supervised:
+        x, fit = self._sample.x.numpy(), self._sample.is_fit
+        labels = self._sample.labels(shuffled)
+        n_classes, d = len(members), x.shape[1]
+        mean = x[fit].mean(0, dtype=np.float64) if fit.any() else np.zeros(d)
+        counts = np.bincount(labels[fit], minlength=n_classes)
+        sums = np.zeros((n_classes, d))
+        np.add.at(sums, labels[fit], x[fit] - mean)
+        inside = members.astype(np.float64)
+        vectors = summary.ratio(inside.T @ sums, (inside.T @ counts)[:, None])  # (N, d)
+        projected = (x - mean) @ vectors.T
+        truth = members[labels]
+        f1 = held_out_f1(projected[fit], truth[fit], projected[~fit], truth[~fit])
+        of_class = summary.ratio(sums, counts[:, None])
+        return Supervised(mean, of_class, np.linalg.norm(vectors, axis=1), f1)
+
+    def _occlusion(self, found: Found) -> tuple[np.ndarray, float]:
+        """(N,) which nodes are occluded, and of the pairs with one missed, the share in which it is
+        the one with the shorter vector."""
+        norm = found.supervised.norm
+        known = found.supervised.f1 >= self.options.detected
+        seen = found.detectors.f1 >= self.options.detected
+        first, second = self._edges.T
+        uneven = known[first] & known[second] & (seen[first] != seen[second])
+        first, second = first[uneven], second[uneven]
+        missed, other = np.where(seen[first], second, first), np.where(seen[first], first, second)
+        shorter = norm[missed] < norm[other]
+        occluded = np.zeros(len(norm), dtype=bool)
+        occluded[missed[shorter]] = True
+        return occluded, summary.mean(shorter)
+
+    @property
+    def _edges(self) -> np.ndarray:
+        """(E, 2) parent and child among `nodes`, in the collapsed tree."""
+        tree = self.taxonomy.collapsed()
+        place = {self.taxonomy.nodes[v]: i for i, v in enumerate(self.nodes)}
+        edges = [
+            (place[tree.nodes[p]], place[tree.nodes[v]])
+            for v, above in enumerate(tree.parents)
+            for p in above
+            if p != 0
+        ]
+        return np.array(edges, dtype=np.int64).reshape(-1, 2)
+
+    def _split_into(self, found: Found) -> np.ndarray:
+        """(N,) how many latents tell each node best and with a precision of .5."""
+        told = found.node[(found.node >= 0) & (found.precision >= 0.5)]
+        return np.bincount(told, minlength=len(self.nodes))
+
+    # Splicing into the model -----------------------------------------------------------------------
+
+    def spliced(self) -> Spliced:
+        """What the model gives for activations that are replaced; nothing where it is not at hand."""
+        if self._spliced is None:
+            self._spliced = self._splice() if not self._why_not_spliced() else NOTHING
+        return self._spliced
+
+    def _why_not_spliced(self) -> str:
+        context = self.context
+        if context.intervene is None:
+            return context.no_intervention
+        if context.reconstruct is None or context.W_dec is None:
+            return f"the latents ({context.source}) cannot be decoded"
+        if not len(self._images.index(fit=False)) or not self._sample.is_fit.any():
+            return "there is no image in one of the halves"
+        return ""
+
+    @torch.no_grad()
+    def _splice(self) -> Spliced:
+        intervene, reconstruct = self.context.intervene, self.context.reconstruct
+        assert intervene is not None and reconstruct is not None
+        index, labels = self._images.index(fit=False), self._images.labels(fit=False)
+        x, untouched = run(intervene, index)
+        supervised = self.found().supervised
+        mean = torch.from_numpy(supervised.mean).float().expand_as(x)
+        rebuilt = torch.cat([reconstruct(part)[1].cpu() for part in tokens(x)]).view_as(x)
+        partner, paired = partners(labels)
+        vectors = torch.from_numpy(supervised.of_class).float()[:, None]
+        by_class = torch.nan_to_num(vectors)
+        replaced: dict[str, Tensor] = {
+            "mean": mean,
+            "sufficiency": rebuilt,
+            "necessity": mean + x - rebuilt,
+            "patched": x[partner],
+            "control": self._swap(x, x[partner]),
+        }
+        if self.context.source == "sae":
+            replaced["supervised_sufficiency"] = mean + by_class[labels]
+            replaced["supervised_necessity"] = x - by_class[labels]
+            change = by_class[labels[partner]] - by_class[labels]
+            replaced["supervised_control"] = x + change
+        results = {name: run(intervene, index, value)[1] for name, value in replaced.items()}
+        lost = divergence(untouched, results["mean"])
+        shares = {}
+        for prefix in ("", "supervised_"):
+            for metric in ("sufficiency", "necessity"):
+                if (given := results.get(prefix + metric)) is not None:
+                    share = float(summary.ratio(divergence(untouched, given).mean(), lost.mean()))
+                    shares[prefix + metric] = 1 - share if metric == "sufficiency" else share
+        changed = paired & differs(results["patched"], untouched)
+        agree = {
+            name: np.where(changed, answers(results[name], untouched, results["patched"]), np.nan)
+            for name in ("control", "supervised_control")
+            if name in results
+        }
+        return Spliced(index, labels, labels[partner], shares, agree, untouched.logits is not None)
+
+    def _swap(self, x: Tensor, target: Tensor) -> Tensor:
+        """x (n, k, d) with a few latents of each token as on the target."""
+        reconstruct, W_dec = self.context.reconstruct, self.context.W_dec
+        assert reconstruct is not None and W_dec is not None
+        rows = W_dec.detach().float().cpu()
+        parts = []
+        for own, other in zip(tokens(x), tokens(target)):
+            change = reconstruct(other)[0].cpu() - reconstruct(own)[0].cpu()
+            parts.append(greedy_swap(own, other, change, rows, self.options.swaps))
+        return torch.cat(parts).view_as(x)
+
+    # Results ---------------------------------------------------------------------------------------
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        numbers = dict.fromkeys(self.higher_is_better, float("nan"))
+        found = self.found(permutation, shuffled)
+        known = found.supervised.f1 >= self.options.detected
+        seen = found.detectors.f1 >= self.options.detected
+        occluded, share = self._occlusion(found)
+        numbers |= {
+            "interpretability": summary.mean(found.f1),
+            "detected_share": summary.mean(seen, known),
+            "occluded": float(occluded.sum()),
+            "occluded_share": share,
+            "over_split": float((self._split_into(found) >= OVER_SPLIT).sum()),
+            "latents": float((found.node >= 0).sum()),
+            "spliced_images": 0.0,
+        }
+        if self.context.source == "sae":
+            numbers["supervised_interpretability"] = summary.mean(found.supervised.f1)
+            numbers["supervised_nodes"] = float(known.sum())
+        if not shuffled:
+            spliced = self.spliced()
+            numbers |= spliced.shares
+            numbers |= {name: summary.mean(agree) for name, agree in spliced.agree.items()}
+            numbers["spliced_images"] = float(len(spliced.index))
+        return numbers
+
+    def notes(self) -> list[str]:
+        """What is missing, and on what the model was judged."""
+        if why := self._why_not_spliced():
+            return [f"Sufficiency, necessity and control are left out: {why}."]
+        if len(self.spliced().index) and not self.spliced().has_logits:
+            return ["The model has no classification head: it is judged by its final embedding."]
+        return []
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`nodes`: the supervised vector and the best latent of each; `latents`: the node that each
+        tells best; `control`: the agreement by the depth at which the two classes meet."""
+        found, taxonomy = self.found(), self.taxonomy
+        nodes = pd.DataFrame(
+            {
+                "node": [taxonomy.nodes[v] for v in self.nodes],
+                "name": [taxonomy.label(v) for v in self.nodes],
+                "classes": taxonomy.n_leaves[self.nodes],
+                "depth": taxonomy.depth[self.nodes],
+                "norm": found.supervised.norm,
+                "supervised_f1": found.supervised.f1,
+                "latent": found.detectors.latent,
+                "f1": found.detectors.f1,
+                "latents": self._split_into(found),
+                "occluded": self._occlusion(found)[0],
+            }
+        ).dropna(subset=["f1"], ignore_index=True)
+        latent = np.flatnonzero(found.node >= 0)
+        of = self.nodes[found.node[latent]]
+        latents = pd.DataFrame(
+            {
+                "latent": latent,
+                "node": [taxonomy.nodes[v] for v in of],
+                "name": [taxonomy.label(v) for v in of],
+                "f1": found.f1[latent],
+                "precision": found.precision[latent],
+            }
+        )
+        tables = {"nodes": nodes, "latents": latents, "control": self._control_table()}
+        return {name: table for name, table in tables.items() if len(table)}
+
+    def _control_table(self) -> pd.DataFrame:
+        spliced = self.spliced()
+        depth = self.taxonomy.leaf_lca_depth[spliced.label, spliced.other_label]
+        asked = np.isfinite([*spliced.agree.values(), np.full(len(depth), np.nan)]).any(0)
+        rows = []
+        for t in np.unique(depth[asked]):
+            at = asked & (depth == t)
+            agree = {name: summary.mean(values, at) for name, values in spliced.agree.items()}
+            rows.append({"depth": int(t), "pairs": int(at.sum()), **agree})
+        return pd.DataFrame(rows)
+
+    def figures(self) -> dict[str, Figure]:
+        """`nodes`: F1 of each node's best latent against that of its supervised vector."""
+        found = self.found()
+        drawing = summary.figure(
+            "Nodes found by latents and by the supervised dictionary", "supervised F1", "latent F1"
+        )
+        ends = [0, 1]
+        drawing.add_scatter(
+            x=ends, y=ends, name="equal", mode="lines", line={"color": summary.NULL, "dash": "dot"}
+        )
+        drawing.add_scatter(
+            x=found.supervised.f1,
+            y=found.detectors.f1,
+            text=[self.taxonomy.label(v) for v in self.nodes],
+            name="nodes",
+            mode="markers",
+            marker={"color": summary.VALUE, "size": 5, "opacity": 0.7},
+        )
+        return {"nodes": drawing}
+
+
+class Spliced(NamedTuple):
+    """What the model gave; empty where it was not run."""
+
+    index: np.ndarray  # (n,) positions of the images
+    label: np.ndarray  # (n,) and the class that each shall pass for:
+    other_label: np.ndarray
+    shares: dict[str, float]
+    agree: dict[str, np.ndarray]  # (n,) 0 or 1, NaN where there is nothing to agree about
+    has_logits: bool
+
+
+EMPTY = np.zeros(0, dtype=np.int64)
+NOTHING = Spliced(EMPTY, EMPTY, EMPTY, {}, {}, False)
+
+
+def best_nodes(
+    fit: sparse.csr_array,
+    score: np.ndarray,
+    members: np.ndarray,
+    fit_images: np.ndarray,
+    score_images: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The node that each latent tells best on the fit half, −1 for a latent that does not fire
+    there on any; its F1 and precision on the other half, NaN where there is none. Each (m,).
+
+    Args:
+        fit, score: (m, C) images of each class on which a latent fires, in the halves.
+        members: (C, N) whether a class lies below a node.
+        fit_images, score_images: (C,) images of each class.
+    """
+    n_latents = len(score)
+    node = np.full(n_latents, -1)
+    inside = members.astype(np.float32)
+    positives = fit_images @ inside
+    for start in range(0, n_latents if members.shape[1] else 0, LATENT_BLOCK):
+        counts = fit[start : start + LATENT_BLOCK]
+        f1 = 2 * (counts @ inside) / np.maximum(counts.sum(1)[:, None] + positives, 1)
+        node[start : start + len(f1)] = np.where(f1.max(1) > 0, f1.argmax(1), -1)
+    told = np.flatnonzero(node >= 0)
+    f1, precision = np.full(n_latents, np.nan), np.full(n_latents, np.nan)
+    of = inside[:, node[told]].T  # (told, C)
+    hits, fired = (score[told] * of).sum(1), score[told].sum(1)
+    f1[told] = summary.ratio(2 * hits, fired + of @ score_images)
+    precision[told] = summary.ratio(hits, fired)
+    return node, f1, precision
+
+
+def held_out_f1(
+    scores: np.ndarray, truth: np.ndarray, held_scores: np.ndarray, held_truth: np.ndarray
+) -> np.ndarray:
+    """(N,) F1 of scores > t for each column on held-out rows, t the best on the others.
+
+    Args:
+        scores, held_scores: (n, N); NaN columns give NaN.
+        truth, held_truth: (n, N) bool.
+    """
+    found = np.full(scores.shape[1], np.nan)
+    for v in np.flatnonzero(np.isfinite(scores).all(0) & truth.any(0)):
+        threshold, _ = best_threshold(scores[:, v], truth[:, v])
+        found[v] = f1_score(held_scores[:, v] > threshold, held_truth[:, v])
+    return found
+
+
+def greedy_swap(x: Tensor, target: Tensor, change: Tensor, rows: Tensor, swaps: int) -> Tensor:
+    """x (n, d) + Σ change_l·D_l over at most `swaps` latents l of each row, taken one after the other
+    as they bring it nearest to the target (n, d); none that would lead away from it.
+
+    Args:
+        change: (n, m) what each latent would change by.
+        rows: (m, d) the decoder.
+    """
+    change = change.clone()
+    lengths = rows.square().sum(1)
+    for _ in range(min(swaps, len(rows))):
+        gain = change * (2 * (target - x) @ rows.T - change * lengths)
+        best = gain.max(1)
+        chosen = best.indices[:, None]
+        step = torch.where(best.values[:, None] > 0, change.gather(1, chosen), 0.0)
+        x = x + step * rows[chosen[:, 0]]
+        change.scatter_(1, chosen, 0.0)
+    return x
+
+
+def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of labels (n,) the next one around that differs, and whether there is one."""
+    n = len(labels)
+    partner = np.arange(n)
+    for step in range(1, n):
+        same = labels[partner] == labels
+        partner[same] = (np.flatnonzero(same) + step) % n
+    return partner, labels[partner] != labels
+
+
+def tokens(x: Tensor) -> tuple[Tensor, ...]:
+    """x (n, k, d) as a few (·, d), so that their latents fit into memory."""
+    return x.flatten(0, 1).split(256)
+
+
+def run(
+    intervene: Intervention, index: np.ndarray, replacement: Tensor | None = None
+) -> tuple[Tensor, InterventionResult]:
+    """Run images with their activations replaced by (n, k, d), or untouched.
+
+    Returns:
+        the activations that were there, (n, k, d); what the model gave.
+    """
+    seen: list[Tensor] = []
+
+    def edit(x: Tensor) -> Tensor:
+        start = sum(map(len, seen))  # the model runs a few images at a time, in order
+        seen.append(x.detach().float().cpu())
+        if replacement is None:
+            return x
+        return replacement[start : start + len(x)].to(x.device, x.dtype)
+
+    given = intervene(torch.from_numpy(index), edit)
+    return torch.cat(seen), given
+
+
+def divergence(untouched: InterventionResult, other: InterventionResult) -> np.ndarray:
+    """(n,) KL divergence of the logits; without any, 1 − cosine of the embeddings."""
+    if untouched.logits is not None and other.logits is not None:
+        before, after = (r.double().log_softmax(1) for r in (untouched.logits, other.logits))
+        return kl_divergence(before, after).numpy()
+    return 1 - cosine(untouched, other)
+
+
+def differs(one: InterventionResult, other: InterventionResult) -> np.ndarray:
+    """(n,) whether the largest logit, without logits the embedding, is another."""
+    if one.logits is not None and other.logits is not None:
+        return (one.logits.argmax(1) != other.logits.argmax(1)).numpy()
+    return cosine(one, other) < 1 - ROUNDING
+
+
+def answers(
+    given: InterventionResult, untouched: InterventionResult, wanted: InterventionResult
+) -> np.ndarray:
+    """(n,) whether the model answers as wanted: with the same largest logit, or without logits with
+    an embedding nearer to the wanted than to the untouched one."""
+    if wanted.logits is not None:
+        return ~differs(given, wanted)
+    return cosine(given, wanted) > cosine(given, untouched) + ROUNDING
+
+
+def cosine(one: InterventionResult, other: InterventionResult) -> np.ndarray:
+    """(n,) of the embeddings."""
+    similarity = torch.nn.functional.cosine_similarity
+    return similarity(one.embedding.double(), other.embedding.double()).numpy()

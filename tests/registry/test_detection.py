@@ -1,0 +1,220 @@
+"""Explanations against brute force, and steering of latents whose effect is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.detection import STEPS, Detection, find_strength
+from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.readout import kl_divergence
+
+LABELS = np.repeat(np.arange(12), 20)
+
+
+@pytest.fixture
+def planted(animals, one_batch, measured) -> Any:
+    """Indicators z of all nodes but the root, one latent each, and x = z @ orthonormal rows."""
+
+    def run(shuffle: bool = False, model: Any = None, **options: Any) -> Detection:
+        source = PlantedLatents(
+            animals, recall=1.0, false_alarm=0.0, binary=True, shuffle_nodes=shuffle
+        )
+        z = source.encode(labels=torch.from_numpy(LABELS), index=torch.arange(len(LABELS)))
+        z = z[:, 1:]
+        rows = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)))[0]
+        rows = rows[: z.shape[1]]
+        batch = one_batch(z, LABELS, x=z @ rows)
+        intervene = None if model is None else model((z @ rows)[:, None], rows)
+        (evaluator,) = measured(
+            animals, batch, [Detection], options=options, W_dec=3 * rows, intervene=intervene
+        )
+        return evaluator
+
+    return run
+
+
+@pytest.fixture
+def knows_the_tree(animals, toy_model) -> Any:
+    """A model whose output for a class is the sum of the directions of all nodes above it."""
+
+    def make(x: torch.Tensor, rows: torch.Tensor) -> Any:
+        members = animals.membership[:, animals.distinct_nodes[1:]].T.astype(np.float32)
+        return toy_model(x, rows.T, torch.from_numpy(members), np.arange(12))
+
+    return make
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_explanations_by_brute_force(seed: int, random_dag, one_batch, measured) -> None:
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(taxonomy.classes), 60)
+    z = np.where(rng.random((60, 6)) < rng.random(6), rng.random((60, 6)), 0).astype(np.float32)
+    batch = one_batch(z, labels)
+    (evaluator,) = measured(taxonomy, batch, [Detection], options={"min_fired": 3})
+    found = evaluator.explain(evaluator.nodes)
+    fit = batch.is_fit.numpy()
+    below = taxonomy.membership[batch.labels.numpy()]
+    fires = batch.z.numpy() > 0
+    for j in range(6):
+        if fires[fit, j].sum() < 3 or not len(evaluator.nodes):
+            assert found.node[j] == -1 and math.isnan(found.f1[j])
+            continue
+
+        def f1(v: int, half: np.ndarray, j: int = j) -> float:
+            hits = (fires[half, j] & below[half, v]).sum()
+            return 2 * hits / (fires[half, j].sum() + below[half, v].sum())
+
+        scores = {v: f1(v, fit) for v in evaluator.nodes}
+        best = max(scores.values())
+        ties = [v for v, score in scores.items() if score == best]
+        v = found.node[j]
+        assert v in ties and found.fit_f1[j] == pytest.approx(best)
+        assert taxonomy.n_leaves[v] == taxonomy.n_leaves[ties].min()
+        inside, outside = below[~fit, v], ~below[~fit, v]
+        if inside.any():
+            recall = fires[~fit, j][inside].mean()
+            assert found.recall[j] == pytest.approx(recall)
+            assert found.f1[j] == pytest.approx(f1(v, ~fit))
+            alarms = fires[~fit, j][outside].mean()
+            expected = (recall + 1 - alarms) / 2
+            assert found.balanced_accuracy[j] == pytest.approx(expected)
+
+
+def test_node_indicators_are_explained_perfectly(planted, animals) -> None:
+    evaluator = planted()
+    found = evaluator.compute()
+    for name in ("balanced_accuracy", "f1", "detected_share"):
+        assert found[name] == 1.0, name
+    explained = evaluator.explain(evaluator.nodes).node
+    assert np.array_equal(explained, animals.distinct_nodes[1:])
+    # the best group of a leaf's latent is its genus, half of which it misses
+    assert found["group_balanced_accuracy"] > 0.8
+    moved = [evaluator.compute(permutation=animals.permutation(s)) for s in range(5)]
+    assert found["group_balanced_accuracy"] > max(m["group_balanced_accuracy"] for m in moved)
+    assert found["group_f1"] > max(m["group_f1"] for m in moved)
+
+
+def test_latents_of_random_classes_are_told_no_better_than_by_another_tree(planted, animals):
+    evaluator = planted(shuffle=True)
+    found = evaluator.compute()["group_balanced_accuracy"]
+    moved = [
+        evaluator.compute(permutation=animals.permutation(s))["group_balanced_accuracy"]
+        for s in range(5)
+    ]
+    assert min(moved) - 0.03 < found < max(moved) + 0.03
+    shuffled = planted().compute(shuffled=True)["balanced_accuracy"]
+    assert shuffled == pytest.approx(0.5, abs=0.12)
+
+
+def test_a_latent_of_a_node_steers_that_node(planted, animals, knows_the_tree) -> None:
+    evaluator = planted(model=knows_the_tree, n_latents=100)
+    found = evaluator.compute()
+    steered = evaluator.steered()
+    assert found["steered"] == (steered.latent >= 0).sum() == animals.distinct_nodes.size - 1
+    assert steered.kl[np.isfinite(steered.kl)] == pytest.approx(0.1, rel=0.051)
+    assert found["steering"] > 0.05 and found["steering_excess"] > 0.05
+    assert abs(found["steering_direction"]) < 0.02
+    assert found["group_steering_rank"] > 0.8 and found["steering_rank"] > 0.85
+    moved = [evaluator.compute(permutation=animals.permutation(s)) for s in range(4)]
+    for name in ("group_steering", "group_steering_rank"):
+        assert found[name] > max(m[name] for m in moved), name
+
+
+def test_effects_by_hand(planted, animals, knows_the_tree) -> None:
+    evaluator = planted(model=knows_the_tree, n_latents=5, n_directions=2, max_images=9)
+    steered = evaluator.steered()
+    model = evaluator.context.intervene
+    index = torch.from_numpy(evaluator._images.index(fit=False))
+    assert len(index) == 9 and (steered.latent < 0).sum() == 2
+    rows = torch.nn.functional.normalize(evaluator.context.W_dec, dim=1)
+
+    def p(strength: float, j: int) -> torch.Tensor:
+        return model(index, lambda x: x + strength * rows[j]).logits.double().softmax(1)
+
+    node = evaluator.explain(evaluator.nodes).node
+    rises: list[list[float]] = []
+    for j, strength in zip(steered.latent[:5], steered.strength):
+        moved = p(strength, j) - p(0.0, j)
+        rises.append(
+            [float(moved[:, animals.leaves(node[i])].sum(1).mean()) for i in steered.latent[:5]]
+        )
+    table = np.array(rises)
+    own, others, _, rank = evaluator.effects(node)
+    assert np.allclose(own, np.diagonal(table), atol=1e-5)
+    apart = ~np.eye(5, dtype=bool)
+    assert np.allclose(others, [table[apart[:, i], i].mean() for i in range(5)], atol=1e-5)
+    less = [np.mean(table[apart[:, i], i] < table[i, i]) for i in range(5)]
+    assert np.allclose(rank, less)
+
+
+def test_without_a_head_a_probe_reads_the_embedding(planted, animals, toy_model) -> None:
+    evaluator = planted(model=lambda x, rows: toy_model(x, rows.T), n_latents=100)
+    found = evaluator.compute()
+    assert evaluator._readout().name == "probe"
+    assert found["steering_rank"] > 0.8 and found["steering_excess"] > 0.02
+    assert evaluator.tables()["steering"]["kl"].to_numpy() == pytest.approx(0.1, rel=0.051)
+    assert set(evaluator.figures()) == {"balanced_accuracy", "steering"}
+
+
+def test_what_is_not_steered_has_a_reason(planted, knows_the_tree) -> None:
+    def reason(**given: Any) -> str:
+        evaluator = planted(**given)
+        found = evaluator.compute()
+        assert math.isnan(found["steering"]) and found["steered"] == 0
+        assert found["balanced_accuracy"] == 1.0
+        return evaluator.tables()["steering"]["reason"].item()
+
+    assert reason() == "no model is at hand"
+    assert reason(model=knows_the_tree, n_latents=0) == "n_latents is 0"
+    assert reason(model=knows_the_tree, kl=1e9) == "no direction reaches a KL of 1e+09"
+
+
+def test_the_strength_of_a_kl() -> None:
+    clean = torch.zeros(3, 4).log_softmax(1)
+    direction = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    calls: list[float] = []
+
+    def outputs(strength: float) -> torch.Tensor:
+        calls.append(strength)
+        return (strength * direction).log_softmax(1)
+
+    for start in (1e-4, 1.0, 1e4):
+        calls.clear()
+        strength, steered = find_strength(outputs, clean, 0.1, start)
+        assert steered is not None and len(calls) <= STEPS
+        assert torch.equal(steered, outputs(strength))
+        assert float(kl_divergence(clean, steered).mean()) == pytest.approx(0.1, rel=0.051)
+    strength, steered = find_strength(lambda s: clean, clean, 0.1, 1.0)
+    assert math.isnan(strength) and steered is None
+
+
+def test_a_step_is_found_by_halving() -> None:
+    """KL that jumps from 0 past the goal and back down to it has no square law to follow."""
+    clean = torch.zeros(1, 2).log_softmax(1)
+
+    def outputs(strength: float) -> torch.Tensor:
+        return torch.tensor([[0.0, 0.9 + 0.1 * strength if strength > 0.5 else 0.0]]).log_softmax(1)
+
+    strength, steered = find_strength(outputs, clean, 0.11, 1e-3)
+    assert steered is not None and strength > 0.5
+
+
+def test_options_are_checked() -> None:
+    for options in (
+        {"min_fired": 0},
+        {"detected": 0.4},
+        {"n_latents": -1},
+        {"max_images": 0},
+        {"kl": 0.0},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            Detection.Options(**options)

@@ -1,0 +1,309 @@
+"""`supervised_dictionary`: its parts against plain computation, and a model that is a linear map."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.supervised_dictionary import (
+    SupervisedDictionary,
+    best_nodes,
+    greedy_swap,
+    held_out_f1,
+    partners,
+)
+
+Measured = Callable[..., Any]
+SEEDS = st.integers(0, 10**6)
+
+
+def rebuilding(encode: Measured, decode: Measured) -> Measured:
+    """`reconstruct` of an SAE with these two halves."""
+    return lambda x: ((z := encode(x)), decode(z))
+
+
+# The parts ---------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_the_best_node_of_each_latent_one_by_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(1, 9, size=(2, 5))
+    fit, score = (rng.integers(0, n + 1, size=(4, 5)) * (rng.random((4, 1)) < 0.8) for n in images)
+    members = rng.random((5, 6)) < 0.4
+    node, f1, precision = best_nodes(
+        sparse.csr_array(fit.astype(np.float32)), score.astype(np.float32), members, *images
+    )
+    for j in range(4):
+        scores = [
+            2 * fit[j, of].sum() / max(fit[j].sum() + images[0, of].sum(), 1) for of in members.T
+        ]
+        if max(scores) == 0:
+            assert node[j] == -1 and math.isnan(f1[j])
+            continue
+        assert scores[node[j]] == pytest.approx(max(scores))
+        of = members[:, node[j]]
+        hits, fired = score[j, of].sum(), score[j].sum()
+        assert f1[j] == pytest.approx(2 * hits / (fired + images[1, of].sum()), nan_ok=True)
+        assert precision[j] == pytest.approx(hits / fired if fired else math.nan, nan_ok=True)
+
+
+@given(seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_one_swap_is_the_best_of_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, target, change, rows = (
+        torch.from_numpy(rng.normal(size=size)) for size in ((3, 4), (3, 4), (3, 6), (6, 4))
+    )
+    found = greedy_swap(x, target, change, rows, 1)
+    for i in range(3):
+        tried = [x[i], *(x[i] + change[i, j] * rows[j] for j in range(6))]
+        nearest = min(float((target[i] - t).norm()) for t in tried)
+        assert float((target[i] - found[i]).norm()) == pytest.approx(nearest)
+
+
+@given(seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_more_swaps_never_lead_away_and_none_is_taken_twice(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, target, change, rows = (
+        torch.from_numpy(rng.normal(size=size)) for size in ((2, 5), (2, 5), (2, 4), (4, 5))
+    )
+    distance = [
+        (target - greedy_swap(x, target, change, rows, k)).norm(dim=1) for k in (0, 1, 2, 4, 9)
+    ]
+    assert all((b <= a + 1e-9).all() for a, b in itertools.pairwise(distance))
+    moved = greedy_swap(x, target, change, rows, 9) - x
+    taken = torch.linalg.lstsq(rows.T, moved.T).solution.T  # 4 rows in 5 dimensions: independent
+    part = taken / change
+    assert (torch.minimum(part.abs(), (part - 1).abs()) < 1e-6).all()
+
+
+def test_orthogonal_latents_swap_all_of_the_difference() -> None:
+    z, other = torch.rand(2, 3, 4, dtype=torch.float64)
+    rows = torch.eye(4, dtype=torch.float64)
+    assert torch.allclose(greedy_swap(z @ rows, other @ rows, other - z, rows, 4), other @ rows)
+
+
+@given(seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_held_out_f1_tries_every_threshold(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, held = rng.integers(0, 5, size=(2, 12, 2)).astype(float)
+    truth, held_truth = rng.random((2, 12, 2)) < 0.5
+    found = held_out_f1(scores, truth, held, held_truth)
+
+    def f1(says: np.ndarray, true: np.ndarray) -> float:
+        whole = says.sum() + true.sum()
+        return 2 * (says & true).sum() / whole if whole else math.nan
+
+    for v in range(2):
+        if not truth[:, v].any():
+            assert math.isnan(found[v])
+            continue
+        on_fit = {t: f1(scores[:, v] > t, truth[:, v]) for t in np.arange(-0.5, 4.5)}
+        best = [t for t, value in on_fit.items() if value == max(on_fit.values())]
+        allowed = [f1(held[:, v] > t, held_truth[:, v]) for t in best]
+        assert any(found[v] == pytest.approx(value, nan_ok=True) for value in allowed)
+
+
+def test_partners_are_of_other_classes() -> None:
+    partner, paired = partners(np.array([3, 3, 5, 3]))
+    assert partner.tolist() == [2, 2, 3, 2] and paired.all()
+    assert not partners(np.array([1, 1]))[1].any()
+    assert partners(np.zeros(0, dtype=int))[0].shape == (0,)
+
+
+# Planted truth -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(animals: Any) -> dict[str, Any]:
+    """Every class has a mean made of directions of its nodes; images scatter little about it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = np.repeat(np.arange(12), 20)
+    nodes = animals.distinct_nodes[animals.distinct_nodes != 0]
+    members = torch.from_numpy(animals.membership[:, nodes].astype(np.float32))
+    directions = torch.linalg.qr(torch.randn(24, len(nodes), generator=generator)).Q.T
+    codes = members[labels] * (2 + 0.1 * torch.rand(len(labels), 1, generator=generator))
+    noise = 0.05 * torch.randn(len(labels), 24, generator=generator)
+    basis = torch.linalg.svd(directions).Vh
+    offset = 3 * basis[-1]  # at right angles to all that the head reads
+    x = offset + codes @ directions + noise
+    head = torch.linalg.pinv(members @ directions)  # class logits are largest for the own class
+    return {
+        "labels": labels,
+        "x": x,
+        "codes": codes,
+        "directions": directions,
+        "offset": offset,
+        "head": 20 * head,
+        "nodes": nodes,
+    }
+
+
+@pytest.fixture
+def spliced(
+    world: dict[str, Any], animals: Any, one_batch: Measured, measured: Measured, toy_model: Any
+) -> Any:
+    """The evaluator of an SAE with one latent per node, or of another."""
+
+    with_head = toy_model(world["x"][:, None], torch.eye(24), world["head"], np.arange(12))
+
+    def call(*, z: Any = None, model: Any = None, options: Any = None, **facts: Any) -> Any:
+        D, offset = world["directions"], world["offset"]
+        given = {
+            "W_dec": D,
+            "reconstruct": rebuilding(
+                lambda x: ((x - offset) @ D.T - 0.5).relu() * 4 / 3, lambda z: z @ D + offset
+            ),
+            "intervene": with_head if model is None else model,
+            **facts,
+        }
+        z = world["codes"] if z is None else z
+        batch = one_batch(z, world["labels"], x=world["x"])
+        (evaluator,) = measured(animals, batch, [SupervisedDictionary], options=options, **given)
+        return evaluator
+
+    return call
+
+
+def test_latents_that_are_the_nodes_are_ideal(spliced: Any, world: Any) -> None:
+    numbers = spliced().compute()
+    for metric in ("sufficiency", "necessity", "control", "interpretability", "detected_share"):
+        assert numbers[metric] > 0.9, metric
+        if metric != "detected_share":
+            assert numbers[f"supervised_{metric}"] > 0.95, metric
+    assert numbers["occluded"] == numbers["over_split"] == 0
+    # Of the root's two children "always yes" already has F1 2/3: they are not asked.
+    assert numbers["supervised_nodes"] == len(world["nodes"]) - 2
+    assert numbers["latents"] == len(world["nodes"]) and numbers["spliced_images"] == 64
+
+
+def test_an_sae_that_gives_the_mean_is_worth_nothing(spliced: Any, world: Any) -> None:
+    mean = world["x"].mean(0)
+    numbers = spliced(
+        reconstruct=rebuilding(lambda x: torch.zeros(len(x), 20), lambda z: mean.expand(len(z), -1))
+    ).compute()
+    assert numbers["sufficiency"] == pytest.approx(0, abs=0.1)
+    assert numbers["necessity"] == pytest.approx(0, abs=0.1)
+    assert numbers["control"] == 0
+    assert numbers["supervised_sufficiency"] > 0.97
+
+
+def test_a_lossless_dictionary_without_sparse_control(spliced: Any, world: Any) -> None:
+    """The neurons rebuild x, but four of them do not carry a class."""
+    axes = torch.cat([torch.eye(24), -torch.eye(24)])
+    mean = world["x"].mean(0)
+    encode = lambda x: torch.cat([x - mean, mean - x], dim=1).relu()  # noqa: E731
+    z = encode(world["x"])
+    neurons = {"reconstruct": rebuilding(encode, lambda z: z @ axes + mean), "W_dec": axes}
+    numbers = spliced(z=z, **neurons, source="neurons").compute()
+    assert numbers["sufficiency"] == pytest.approx(1) == numbers["necessity"]
+    assert numbers["control"] < 0.9
+    assert spliced(z=z, **neurons, options={"swaps": 48}).compute()["control"] == 1
+    supervised = {k for k in numbers if k.startswith("supervised_")}
+    assert all(math.isnan(numbers[k]) for k in supervised)
+
+
+def test_without_a_head_the_embedding_judges(spliced: Any, world: Any, toy_model: Any) -> None:
+    model = toy_model(world["x"][:, None], torch.eye(24))
+    evaluator = spliced(model=model)
+    numbers = evaluator.compute()
+    for metric in ("sufficiency", "necessity", "control"):
+        assert numbers[metric] > 0.9, metric
+    assert "no classification head" in evaluator.notes()[0]
+
+
+def test_without_a_model_the_rest_is_there_and_the_reason_too(spliced: Any) -> None:
+    with_model = spliced().compute()
+    for changes, reason in (
+        ({"intervene": None}, "no model is at hand"),
+        ({"intervene": None, "no_intervention": "it is too large"}, "it is too large"),
+        ({"reconstruct": None}, r"latents (sae) cannot be decoded"),
+    ):
+        evaluator = spliced(**changes)
+        numbers = evaluator.compute()
+        for metric in ("sufficiency", "necessity", "control", "supervised_control"):
+            assert math.isnan(numbers[metric])
+        assert numbers["supervised_interpretability"] == with_model["supervised_interpretability"]
+        assert numbers["detected_share"] == 1
+        assert reason in evaluator.notes()[0]
+        assert "control" not in evaluator.tables()
+
+
+def test_images_through_the_model_are_bounded(spliced: Any, world: Any, toy_model: Any) -> None:
+    model = toy_model(world["x"][:, None], torch.eye(24))
+    evaluator = spliced(model=model, options={"spliced_images": 10})
+    numbers = evaluator.compute()
+    evaluator.compute(permutation=np.random.default_rng(0).permutation(12))
+    evaluator.compute(shuffled=True)
+    evaluator.tables()
+    assert numbers["spliced_images"] == 10 and model.images == 9 * 10
+    spliced(model=model, source="random", options={"spliced_images": 10}).compute()
+    assert model.images == 15 * 10
+
+
+def test_every_token_is_replaced(spliced: Any, world: Any, toy_model: Any) -> None:
+    offsets = torch.randn(1, 3, 24, generator=torch.Generator().manual_seed(1))
+    offsets -= offsets.mean(1, keepdim=True)
+    model = toy_model(world["x"][:, None] + 0.1 * offsets, torch.eye(24))
+    assert spliced(model=model).compute()["sufficiency"] > 0.9
+
+
+def test_a_missing_parent_is_occluded(spliced: Any, world: Any, animals: Any) -> None:
+    genera = [i for i, v in enumerate(world["nodes"]) if animals.height[v] == 1]
+    z = world["codes"].clone()
+    z[:, genera[:2]] = 0
+    strict = {"detected": 0.8}  # a species is a detector of its genus with F1 2/3
+    evaluator = spliced(z=z, options=strict)
+    numbers = evaluator.compute()
+    assert (numbers["occluded"], numbers["occluded_share"]) == (2, 1)
+    assert numbers["detected_share"] == pytest.approx(1 - 2 / numbers["supervised_nodes"])
+    table = evaluator.tables()["nodes"].set_index("node")
+    assert table.index[table["occluded"]].tolist() == [
+        animals.nodes[world["nodes"][g]] for g in genera[:2]
+    ]
+    # A missing species has the longer vector: it is missed, not occluded.
+    leaf = next(i for i, v in enumerate(world["nodes"]) if animals.height[v] == 0)
+    z = world["codes"].clone()
+    z[:, leaf] = 0
+    numbers = spliced(z=z, options=strict).compute()
+    assert (numbers["occluded"], numbers["occluded_share"]) == (0, 0)
+
+
+def test_ten_latents_of_one_node_are_over_splitting(spliced: Any, world: Any) -> None:
+    for copies, expected in ((8, 0), (9, 1)):
+        z = torch.cat([world["codes"], world["codes"][:, -1:].repeat(1, copies)], dim=1)
+        evaluator = spliced(z=z)
+        assert evaluator.compute()["over_split"] == expected
+        assert evaluator.tables()["nodes"]["latents"].max() == copies + 1
+
+
+def test_permuted_classes_and_shuffled_labels_lose_the_tree(spliced: Any, animals: Any) -> None:
+    evaluator = spliced()
+    value = evaluator.compute()
+    permuted = [evaluator.compute(permutation=animals.permutation(i)) for i in range(5)]
+    assert max(n["interpretability"] for n in permuted) < value["interpretability"] - 0.05
+    # Unions of any classes that lie apart have vectors that detect them.
+    assert permuted[0]["supervised_interpretability"] > 0.9
+    shuffled = evaluator.compute(shuffled=True)
+    assert shuffled["interpretability"] < 0.5 and math.isnan(shuffled["sufficiency"])
+
+
+def test_options_are_checked() -> None:
+    for field in ("max_images", "spliced_images", "swaps"):
+        with pytest.raises(ConfigError, match=f"{field}: must be at least 1, got 0"):
+            SupervisedDictionary.Options(**{field: 0})
+    with pytest.raises(ConfigError, match="detected: must lie in"):
+        SupervisedDictionary.Options(detected=0)
