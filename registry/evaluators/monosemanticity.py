@@ -23,6 +23,8 @@ from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
 
 logger = logging.getLogger(__name__)
 
+DENSE = 0.05
+"""From this share of nonzeros on, a product of dense matrices is faster."""
 ENCODERS = ("auto", "embedding", "model", "mean_patch", "x")
 
 
@@ -90,6 +92,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         self._most = torch.zeros(m)
         self._weighted: Tensor | None = None  # (m, e) Σ z Ê
         self._embedded: Tensor | None = None  # (e,) Σ Ê
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def update(self, batch: EvaluationBatch) -> None:
         embedding = self._embed(batch).to(batch.z.device, torch.float32)
@@ -99,7 +102,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
             self._weighted = torch.zeros(size, dtype=torch.float64)
             self._embedded = torch.zeros(size[1], dtype=torch.float64)
         self._embedded += embedding.sum(0, dtype=torch.float64).cpu()
-        self._weighted += weighted_sums(batch, embedding).cpu()
+        self._add(batch, embedding)
         _, latents, values = batch.firings
         m = len(self._fired)
         self._images += len(batch)
@@ -108,6 +111,33 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
             total += torch.bincount(latents, weights=of, minlength=m).numpy()
         self._least.scatter_reduce_(0, latents, values, "amin")
         self._most.scatter_reduce_(0, latents, values, "amax")
+
+    def _add(self, batch: EvaluationBatch, embedding: Tensor) -> None:
+        """Add Σ z Ê of a batch, at once where z is dense; else its firings wait, as every sparse
+        product writes all of (m, e): for as many images as there are latents, at most."""
+        assert self._weighted is not None
+        rows, latents, values = batch.firings
+        n, m = batch.z.shape
+        if len(values) > DENSE * n * m:
+            z = batch.z.float().nan_to_num(0.0).clamp(min=0)
+            self._weighted += (z.T @ embedding).cpu()
+            return
+        self._waiting.append((rows, latents, values, embedding.cpu()))
+        images = sum(len(unit) for *_, unit in self._waiting)
+        firings = sum(len(values) for _, _, values, _ in self._waiting)
+        if images >= m or firings >= self._weighted.numel():
+            self._merge()
+
+    def _merge(self) -> None:
+        if not self._waiting or self._weighted is None:
+            return
+        rows, latents, values, units = zip(*self._waiting)
+        self._waiting = []
+        starts = np.cumsum([0, *(len(unit) for unit in units)])
+        row = torch.cat([r + int(start) for r, start in zip(rows, starts)]).numpy()
+        entries = (torch.cat(values).numpy(), (torch.cat(latents).numpy(), row))
+        z = sparse.csr_array(entries, shape=(len(self._fired), int(starts[-1])))
+        self._weighted += torch.from_numpy(z @ torch.cat(units).numpy())
 
     def _embed(self, batch: EvaluationBatch) -> Tensor:
         encoder = self.options.encoder
@@ -136,6 +166,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
 
     def scores(self) -> np.ndarray:
         """(m,) MS of each latent, NaN where undefined."""
+        self._merge()
         if self._weighted is None or self._embedded is None:
             return np.full(self.context.d_sae, np.nan)
         always = self._fired == self._images
@@ -190,16 +221,6 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         if np.isfinite(self.baseline):
             drawing.add_vline(x=self.baseline, line={"color": summary.NULL, "dash": "dot"})
         return {"monosemanticity": drawing}
-
-
-def weighted_sums(batch: EvaluationBatch, embedding: Tensor) -> Tensor:
-    """(m, e) Σ z Ê over the images of a batch, float64."""
-    rows, latents, values = batch.firings
-    n, m = batch.z.shape
-    if len(values) > 0.05 * n * m:
-        return (batch.z.float().nan_to_num(0.0).clamp(min=0).T @ embedding).double()
-    z = sparse.csr_array((values.numpy(), (latents.numpy(), rows.numpy())), shape=(m, n))
-    return torch.from_numpy(z @ embedding.cpu().numpy()).double()
 
 
 def read_embeddings(path: str, n_images: int) -> np.ndarray:

@@ -328,9 +328,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def _agreement(
         self, forest: Pairs, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> tuple[float, float]:
-        ends = np.stack(self.forest)
+        ends = np.stack(forest)
         parent, child = self.best_nodes(ends.ravel(), permutation, shuffled).reshape(ends.shape)
-        parent, child = (self.best_nodes(latents, permutation, shuffled) for latents in forest)
         return (
             summary.mean(self._above[parent, child] & (parent > 0)),
             recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
