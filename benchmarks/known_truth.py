@@ -338,9 +338,13 @@ class Case:
 
     def schedule(self) -> Schedule:
         if self.experiment == "large":
-            return Schedule(self.steps, batch=512, lr=3e-3, dead_window=self.steps // 15)
+            return Schedule(self.steps, batch=512, lr=3e-3, dead_window=min(1000, self.steps // 5))
         return Schedule(
-            self.steps, batch=200, lr=3e-2, betas=(0.5, 0.9375), dead_window=self.steps // 15
+            self.steps,
+            batch=200,
+            lr=3e-2,
+            betas=(0.5, 0.9375),
+            dead_window=min(1000, self.steps // 5),
         )
 
     def run(self) -> dict[str, Any]:
