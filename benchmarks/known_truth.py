@@ -338,8 +338,14 @@ class Case:
 
     def schedule(self) -> Schedule:
         if self.experiment == "large":
-            return Schedule(self.steps, batch=512, lr=3e-3, dead_window=200)
-        return Schedule(self.steps, batch=200, lr=3e-2, betas=(0.5, 0.9375))
+            return Schedule(self.steps, batch=512, lr=3e-3, dead_window=min(1000, self.steps // 5))
+        return Schedule(
+            self.steps,
+            batch=200,
+            lr=3e-2,
+            betas=(0.5, 0.9375),
+            dead_window=min(1000, self.steps // 5),
+        )
 
     def run(self) -> dict[str, Any]:
         torch.manual_seed(self.seed)

@@ -167,7 +167,9 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
         eighth = args.d_sae // 8
         levels = (eighth // 2, eighth + eighth // 2, args.d_sae - 2 * eighth)
         budget = Budget(d, args.d_sae, args.l0, levels)
-        schedule = Schedule(args.steps, batch=args.batch, lr=1e-3, dead_window=200)
+        schedule = Schedule(
+            args.steps, batch=args.batch, lr=1e-3, dead_window=min(1000, args.steps // 5)
+        )
         sae, seconds = train(name, budget, schedule, tokens.batches(args.batch, seed), seed)
         numbers, fires = describe(sae, sample)
         np.save(decoder, sae.W_dec.detach()[fires].numpy())
