@@ -26,6 +26,7 @@ class Budget:
     Args:
         d_in, d_sae: widths.
         l0: active latents aimed at; where a whole number is asked for, it is rounded up.
+        variance: mean squared norm of the centred activations.
         levels: latents of each level, for architectures that have levels; they sum to d_sae.
         residual_threshold: norm of the residual at which a pursuit stops; 0: never.
     """
@@ -33,6 +34,7 @@ class Budget:
     d_in: int
     d_sae: int
     l0: float
+    variance: float
     levels: tuple[int, ...]
     residual_threshold: float = 0.0
 
@@ -53,7 +55,7 @@ def options(budget: Budget) -> dict[str, dict[str, Any]]:
     stop = budget.residual_threshold
     # With the defaults (bandwidth .05, no pull on dead latents) half of the latents die.
     jumprelu = {
-        "l0_coefficient": 0.05,
+        "l0_coefficient": 0.02 * budget.variance,  # to start with: what an active latent explains
         "jumprelu_init_threshold": 0.1,
         "jumprelu_bandwidth": 0.5,
         "pre_act_loss_coefficient": 3e-3,

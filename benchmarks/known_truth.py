@@ -333,8 +333,8 @@ class Case:
 
     def budget(self) -> Budget:
         if self.experiment == "large":
-            return Budget(128, 512, 10.57, (30, 130, 352))
-        return Budget(20, 20, 1.36, (11, 9), residual_threshold=0.05)
+            return Budget(128, 512, 10.57, 23.0, (30, 130, 352))
+        return Budget(20, 20, 1.36, 2.5, (11, 9), residual_threshold=0.05)
 
     def schedule(self) -> Schedule:
         if self.experiment == "large":

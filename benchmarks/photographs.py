@@ -166,7 +166,7 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
     else:
         eighth = args.d_sae // 8
         levels = (eighth // 2, eighth + eighth // 2, args.d_sae - 2 * eighth)
-        budget = Budget(d, args.d_sae, args.l0, levels)
+        budget = Budget(d, args.d_sae, args.l0, d, levels)
         schedule = Schedule(
             args.steps, batch=args.batch, lr=1e-3, dead_window=min(1000, args.steps // 5)
         )

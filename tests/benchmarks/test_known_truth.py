@@ -106,14 +106,14 @@ def test_features_without_a_latent_count_as_not_found():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_has_settings_and_trains(name):
-    budget = Budget(20, 20, 1.36, (11, 9), residual_threshold=0.05)
+    budget = Budget(20, 20, 1.36, 2.5, (11, 9), residual_threshold=0.05)
     truth = small_truth(0)
     sae, _ = train(name, budget, Schedule(12, 64, 3e-3), truth.batches(64, 0), seed=0)
     assert all(np.isfinite(value) for value in score(sae, truth, n=1000).values())
 
 
 def test_settings_are_for_registered_architectures_only():
-    assert set(options(Budget(8, 16, 2, (4, 12)))) == set(NAMES)
+    assert set(options(Budget(8, 16, 2, 8, (4, 12)))) == set(NAMES)
 
 
 def test_data_do_not_depend_on_the_architecture():
