@@ -440,7 +440,7 @@ def find_explanations(
     size = max(1, BLOCK // max(len(nodes), 1))
     for start in range(0, m if explained.any() else 0, size):
         rows = slice(start, min(start + size, m))
-        both = (fit[rows] @ belongs).toarray().astype(np.float64)
+        both = sparse.csr_array(fit[rows] @ belongs).toarray().astype(np.float64)
         f1 = 2 * both / np.maximum(fit_fired[rows, None] + fit_positives, 1)
         at[rows] = f1.argmax(1)
         fit_f1[rows] = f1.max(1)
