@@ -12,8 +12,7 @@ Writes report.html, one file that opens without a network, from the results of a
 EXAMPLES = """\
 examples:
   taxolens report output/my_run
-  taxolens report output/my_run/results.json --output_path shared/report.html
-  taxolens report output/my_run --wandb_dashboard my-team/my-project"""
+  taxolens report output/my_run/results.json --wandb_dashboard my-team/my-project"""
 
 
 def run(args: list[str]) -> None:

@@ -109,7 +109,8 @@ class Evaluation:
         if "planted" not in self.controls:
             return {}
         planted = PlantedLatents(self.taxonomy, seed=self.seed)
-        images = replace(images, no_intervention="planted detectors have no directions in x")
+        reason = "planted detectors have no directions in x"
+        images = replace(images, intervene=None, no_intervention=reason)
         return {"planted": bench.numbers(planted, images, list(self.chosen))}
 
     def settings(self) -> dict[str, Any]:

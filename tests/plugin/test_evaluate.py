@@ -18,7 +18,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images import load_images
 from taxolens.hooks.model import from_module
 from taxolens.plugin.evaluation import evaluate as module
-from taxolens.plugin.evaluation import held_out
+from taxolens.plugin.evaluation import forward, held_out
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
 from taxolens.plugin.evaluation.runs import find_saes
 from taxolens.plugin.reporting.report import write_report
@@ -261,7 +261,7 @@ def test_a_model_with_a_head_and_a_model_without(
 
 
 def test_without_need_no_picture_is_kept_for_interventions(evaluate: Any, monkeypatch) -> None:
-    monkeypatch.setattr(module, "Interventions", None)
+    monkeypatch.setattr(forward, "Interventions", None)
     assert evaluate(evaluators="lch_height").errors == {}
 
 
