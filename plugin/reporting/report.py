@@ -93,6 +93,11 @@ class Report:
         directed = [
             n for _, n in defined if any(m.left_behind is not None for m in n.nulls.values())
         ]
+        permuted = [
+            null.left_behind
+            for n in directed
+            if (null := n.nulls.get("permuted_classes")) and null.left_behind is not None
+        ]
         lower = self.direction(headline) == "lower is better"
         best = (min if lower else max)(defined, key=lambda f: f[1].value, default=None)
         return {
@@ -101,11 +106,8 @@ class Report:
             "best": best[1].value if best else math.nan,
             "best_at": self.place(best[0]) if best and len(defined) > 1 else "",
             "n": len(directed),
-            "past_permuted": sum(
-                n.nulls["permuted_classes"].left_behind is True
-                for n in directed
-                if "permuted_classes" in n.nulls
-            ),
+            "n_permuted": len(permuted),
+            "past_permuted": sum(permuted),
             "past_all": sum(not n.missed for n in directed),
             "missed": [
                 COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)

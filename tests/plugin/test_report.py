@@ -16,6 +16,7 @@ from taxolens.plugin.reporting.compare import write_comparison
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
+from taxolens.plugin.reporting.table import Headline
 from taxolens.plugin.reporting.tree import NOT_SCORED, Icicle, colour
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -96,6 +97,19 @@ def test_names_are_escaped(static: str) -> None:
     assert "<thing" not in static
     assert "&lt;thing" in static
     assert "<truncated>" not in static
+
+
+def test_a_null_without_meaning_is_not_counted_as_one_that_was_not_left_behind(
+    results: Results,
+) -> None:
+    headline = Headline("pair_depth", "pair_depth", "pair depth")
+    counted = Report(results).verdict(all_series(results)[0], headline)
+    assert counted["n_permuted"] == counted["n"] > 0
+    for sae in results.saes:
+        number = sae.evaluators["pair_depth"].metrics["pair_depth"]
+        number.nulls["permuted_classes"] = NullResult(reason="no class enters")
+    left = Report(results).verdict(all_series(results)[0], headline)
+    assert (left["n_permuted"], left["past_permuted"], left["n"]) == (0, 0, counted["n"])
 
 
 def test_a_null_that_is_not_left_behind_is_said_in_words(results: Results, tmp_path: Path) -> None:
