@@ -290,6 +290,8 @@ def score(sae: Any, truth: Truth, seed: int = 77, n: int = 10_000) -> dict[str, 
     z = z.to_dense() if z.is_sparse else z
     error = (sae.decode(z) - x).square().sum()
     decoder = sae.W_dec.detach()
+    if not (decoder.isfinite().all() and z.isfinite().all()):  # training diverged
+        return dict.fromkeys(COLUMNS[:-1], float("nan"))
     f1 = ClassificationMetricsCalculator(decoder, truth.directions)
     f1.add_batch(z, magnitudes)
     matched = match(z[:1000], magnitudes[:1000])

@@ -141,3 +141,10 @@ def test_a_stopped_run_is_resumed(monkeypatch, tmp_path, capsys):
     assert [json.loads(line)["absorption"] for line in file.read_text().splitlines()] == [
         json.loads(line)["absorption"] for line in lines
     ]
+
+
+def test_training_that_diverged_has_no_scores():
+    truth = small_truth(0)
+    rows = truth.directions.clone()
+    rows[3] = float("nan")
+    assert all(np.isnan(value) for value in score(dictionary_sae(rows), truth, n=100).values())
