@@ -208,10 +208,12 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
 def prefix_widths(sae: Any) -> list[int] | None:
     """The ends of the prefixes that an SAE's config names, None where it names none.
 
-    Looked for: `matryoshka_widths` in the config or its metadata (ends), `level_widths` (widths).
+    Looked for: `matryoshka_widths` (ends) in the config, in its metadata, and in what SAELens keeps
+    there of the training config of an SAE that it saves as another; `level_widths` (widths).
     """
     cfg = getattr(sae, "cfg", None)
-    for place in (cfg, getattr(cfg, "metadata", None)):
+    metadata = _get(cfg, "metadata")
+    for place in (cfg, metadata, _get(metadata, "training_architecture_details")):
         if ends := _get(place, "matryoshka_widths"):
             return [int(w) for w in ends]
     if widths := _get(cfg, "level_widths"):

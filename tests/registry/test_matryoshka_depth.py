@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.matryoshka_depth import (
     MatryoshkaDepth,
@@ -95,6 +97,10 @@ def test_without_prefixes_latents_go_by_firing_rank(
     [
         ({"matryoshka_widths": [2, 5]}, [2, 5]),
         ({"metadata": {"matryoshka_widths": [3, 9]}}, [3, 9]),
+        (
+            {"metadata": {"training_architecture_details": {"matryoshka_widths": [4, 8]}}},
+            [4, 8],
+        ),
         ({"level_widths": [2, 3, 4]}, [2, 5, 9]),
         ({}, None),
     ],
@@ -141,3 +147,10 @@ def test_ranks_and_discoveries(seed: int) -> None:
     np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))
     with_gap = benjamini_hochberg(np.append(p, np.nan))
     assert np.isnan(with_gap[-1]) and (with_gap[:-1] == benjamini_hochberg(p)).all()
+
+
+def test_a_saved_matryoshka_sae_still_has_its_widths(tmp_path: Path) -> None:
+    """SAELens saves it as jumprelu."""
+    cfg = MatryoshkaBatchTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2, matryoshka_widths=[2, 8])
+    MatryoshkaBatchTopKTrainingSAE(cfg).save_inference_model(tmp_path)
+    assert prefix_widths(SAE.load_from_disk(tmp_path)) == [2, 8]
