@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import hashing, summary
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .logistic import LogisticProber, best_threshold, f1_score, sparse_logistic
 from .samples import ImageSample, shape
 
@@ -48,10 +48,7 @@ class AbsorptionOptions:
     max_main: int = 10
 
     def __post_init__(self) -> None:
-        for field in ("max_images", "max_nodes", "min_images", "max_main"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {value}")
+        require_at_least(1, self, "max_images", "max_nodes", "min_images", "max_main")
         for field in ("probe_f1", "main_rise"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"{field}: must lie in [0, 1), got {getattr(self, field)}")

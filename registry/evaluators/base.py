@@ -228,6 +228,18 @@ class NoOptions:
     """For an evaluator with nothing to choose."""
 
 
+def require_at_least(least: int, options: Any, *names: str) -> None:
+    """Refuse options that are too small; one that is None is not set.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: must be at least {least}, got {value}")
+
+
 class Evaluator(ABC, Generic[O]):
     """A measure of latents against a taxonomy: `update()` over batches, then `compute()`.
 

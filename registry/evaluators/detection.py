@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import hashing, summary
 from .accumulators import ClassCounts, FiringHistogram
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .image_positions import ImagePositions
 from .readout import ProbeReadout, Readout, class_probabilities, head_of, kl_divergence
 
@@ -55,12 +55,8 @@ class DetectionOptions:
     probe_images: int = 512
 
     def __post_init__(self) -> None:
-        for field in ("min_fired", "max_images", "probe_images"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
-        for field in ("n_latents", "n_directions"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"{field}: must be at least 0, got {getattr(self, field)}")
+        require_at_least(1, self, "min_fired", "max_images", "probe_images")
+        require_at_least(0, self, "n_latents", "n_directions")
         if not 0.5 <= self.detected <= 1:
             raise ConfigError(f"detected: must lie in [0.5, 1], got {self.detected}")
         if not self.kl > 0:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import summary
 from .accumulators import ClassCounts, FiringHistogram
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .ontological_coverage import find_detectors
 from .samples import ImageSample
 
@@ -47,11 +47,8 @@ class FeatureGeometryOptions:
     max_latents: int = 4096
 
     def __post_init__(self) -> None:
-        for field in ("max_images", "min_images", "node_images", "max_edges", "babel"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
-        if self.max_latents < 2:
-            raise ConfigError(f"max_latents: must be at least 2, got {self.max_latents}")
+        require_at_least(1, self, "max_images", "min_images", "node_images", "max_edges", "babel")
+        require_at_least(2, self, "max_latents")
         if not 0 <= self.detector_f1 <= 1:
             raise ConfigError(f"detector_f1: must lie in [0, 1], got {self.detector_f1}")
 

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from . import summary
 from .accumulators import SURVIVAL, ClassCounts, FiringHistogram
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .samples import ImageSample, shape
 
 BLOCK = 1024
@@ -53,9 +53,7 @@ class InfoMECOptions:
                 f"levels: must fall from 1.0, each one of {', '.join(map(str, SURVIVAL))}; got "
                 f"{levels}"
             )
-        for field in ("max_images", "probe_latents", "steps"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "max_images", "probe_latents", "steps")
 
 
 class Information(NamedTuple):

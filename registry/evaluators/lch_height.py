@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from . import summary
 from .accumulators import ClassCounts, FiringHistogram, TopImages
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 
 RULES = ("frequency", "topk", "topk_strict", "any")
 
@@ -49,9 +49,7 @@ class LCHHeightOptions:
         for field in ("tau", "keep"):
             if not 0 < getattr(self, field) <= 1:
                 raise ConfigError(f"{field}: must lie in (0, 1], got {getattr(self, field)}")
-        for field in ("k", "repeats"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "k", "repeats")
 
 
 class Assignment(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from . import summary
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .moments import ClassMoments
 from .probes import NeighbourProbe, RidgeProbe
 
@@ -39,9 +39,7 @@ class LevelInformationOptions:
     def __post_init__(self) -> None:
         if not self.ridge > 0:
             raise ConfigError(f"ridge: must be above 0, got {self.ridge}")
-        for field in ("neighbours", "neighbours_per_class", "probe_latents"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "neighbours", "neighbours_per_class", "probe_latents")
 
 
 class LevelInformation(Evaluator[LevelInformationOptions]):

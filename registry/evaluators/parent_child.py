@@ -20,7 +20,7 @@ from scipy import sparse
 from ..errors import ConfigError
 from . import summary
 from .accumulators import ClassCounts, FiringHistogram
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .logistic import LogisticProber
 from .samples import FiringSample, ImageSample, fires, shape, together
 
@@ -61,9 +61,7 @@ class ParentChildOptions:
             raise ConfigError(f"implication: must lie in (0, 1], got {self.implication}")
         if not self.ratio > 1:
             raise ConfigError(f"ratio: must be above 1, or pairs form circles; got {self.ratio}")
-        for field in ("min_fired", "max_images", "probe_images", "nearest"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "min_fired", "max_images", "probe_images", "nearest")
 
 
 class Pairs(NamedTuple):

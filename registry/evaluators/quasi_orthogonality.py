@@ -14,9 +14,8 @@ import pandas as pd
 import torch
 from plotly.graph_objects import Figure
 
-from ..errors import ConfigError
 from . import hashing, summary
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 
 BANDS = {"quarter": 0.25, "half": 0.5, "one": 1.0}
 """The c of the bands y = x·√(1/(1 ∓ c))."""
@@ -30,8 +29,7 @@ class QuasiOrthogonalityOptions:
     plot_images: int = 1000
 
     def __post_init__(self) -> None:
-        if self.plot_images < 1:
-            raise ConfigError(f"plot_images: must be at least 1, got {self.plot_images}")
+        require_at_least(1, self, "plot_images")
 
 
 class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):

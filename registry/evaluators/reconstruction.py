@@ -18,7 +18,14 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import summary
 from .accumulators import FiringRate
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, InterventionResult
+from .base import (
+    ALL_NULLS,
+    EvaluationBatch,
+    EvaluationContext,
+    Evaluator,
+    InterventionResult,
+    require_at_least,
+)
 from .image_positions import ImagePositions
 from .readout import class_probabilities, head_of, kl_divergence
 
@@ -37,8 +44,7 @@ class ReconstructionOptions:
     dense: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.max_images < 1:
-            raise ConfigError(f"max_images: must be at least 1, got {self.max_images}")
+        require_at_least(1, self, "max_images")
         for field in ("almost_dead", "dense"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ConfigError(f"{field}: must lie in [0, 1], got {getattr(self, field)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import hashing, summary
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, Peer
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, Peer, require_at_least
 from .samples import FiringSample, fires, shape
 
 SALT = 105
@@ -45,9 +45,7 @@ class StabilityOptions:
     same: float = 0.7
 
     def __post_init__(self) -> None:
-        for field in ("max_images", "max_latents", "regressors", "anchors"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "max_images", "max_latents", "regressors", "anchors")
         if not 0 < self.same <= 1:
             raise ConfigError(f"same: must lie in (0, 1], got {self.same}")
 

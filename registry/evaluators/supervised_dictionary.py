@@ -27,6 +27,7 @@ from .base import (
     Evaluator,
     Intervention,
     InterventionResult,
+    require_at_least,
 )
 from .image_positions import ImagePositions
 from .logistic import best_threshold, f1_score
@@ -54,9 +55,7 @@ class SupervisedDictionaryOptions:
     detected: float = 0.5
 
     def __post_init__(self) -> None:
-        for field in ("max_images", "spliced_images", "swaps"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "max_images", "spliced_images", "swaps")
         if not 0 < self.detected <= 1:
             raise ConfigError(f"detected: must lie in (0, 1], got {self.detected}")
 

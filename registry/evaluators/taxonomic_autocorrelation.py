@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from . import summary
 from .accumulators import ClassCounts
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .ranks import benjamini_hochberg
 from .sums import LatentSums
 
@@ -40,8 +40,7 @@ class AutocorrelationOptions:
     def __post_init__(self) -> None:
         if not self.scale > 0:
             raise ConfigError(f"scale: must be above 0, got {self.scale}")
-        if self.draws < 1:
-            raise ConfigError(f"draws: must be at least 1, got {self.draws}")
+        require_at_least(1, self, "draws")
         if not 0 < self.level < 1:
             raise ConfigError(f"level: must lie in (0, 1), got {self.level}")
 

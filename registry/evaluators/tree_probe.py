@@ -18,7 +18,7 @@ from scipy.spatial.distance import pdist, squareform
 
 from ..errors import ConfigError
 from . import summary
-from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .ranks import spearman
 from .sums import ActivationSums, LatentSums
 
@@ -38,9 +38,7 @@ class TreeProbeOptions:
     rank: int = 64
 
     def __post_init__(self) -> None:
-        for field in ("splits", "rank"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        require_at_least(1, self, "splits", "rank")
         if not 0 < self.asked_share < 1:
             raise ConfigError(f"asked_share: must lie in (0, 1), got {self.asked_share}")
 
