@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from ..errors import ConfigError
 from . import summary
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
+from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .samples import ImageSample
 from .sums import ActivationSums, LatentSums
 
@@ -36,9 +35,8 @@ class HyperbolicityOptions:
     draws: int = 2
 
     def __post_init__(self) -> None:
-        for field, least in (("max_points", 4), ("sample_images", 4), ("bases", 1), ("draws", 1)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field}: must be at least {least}, got {getattr(self, field)}")
+        require_at_least(4, self, "max_points", "sample_images")
+        require_at_least(1, self, "bases", "draws")
 
 
 class Hyperbolicity(Evaluator[HyperbolicityOptions]):
