@@ -175,6 +175,9 @@ class ArchetypalDictionary(SAE[Any]):
         if step >= max(self.cfg.candidate_steps, 1):
             return
         x = x.to(self.candidates.dtype)
+        x = x[x.any(dim=1)]  # an input of zeros is no direction: its atom could not be normalised
+        if not len(x):
+            return
         # Before the first step that is all of them; later those beyond the rows seen so far, which
         # repeat others and so have never been the nearest to a point.
         idle = self.candidate_counts == 0

@@ -98,6 +98,20 @@ def test_more_candidates_than_a_batch_has_rows_come_from_the_next_batches():
     torch.testing.assert_close((late.W_enc.T * late.W_dec).sum(1), torch.ones(12))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_zeros_are_no_candidates(kind):
+    # Nothing fires in some samples of a sparse truth; an atom at 0 made every loss NaN.
+    sae = make(kind, n_candidates=12)
+    before = sae.candidates.clone()
+    step(sae, torch.zeros(40, 5), kind)
+    assert torch.equal(sae.candidates, before)
+    batch = torch.randn(40, 5)
+    batch[::2] = 0
+    output = step(sae, batch, kind)
+    assert sae.candidates.any(dim=1).all()
+    assert output.loss.isfinite()
+
+
 def test_given_candidates_are_kept():
     sae, points = make(), torch.randn(7, 5)
     sae.set_candidates(points)
