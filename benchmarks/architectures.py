@@ -53,18 +53,20 @@ def options(budget: Budget) -> dict[str, dict[str, Any]]:
     halvings = sorted({math.ceil(k / 2**i) for i in range(4)})
     level_k = [max(1, round(k / n_levels))] * n_levels
     stop = budget.residual_threshold
-    # With the defaults (bandwidth .05, no pull on dead latents) half of the latents die.
+    # SAELens's defaults are for activations of one scale: here half of the latents would die, or L0
+    # stay far above the target, so they are in units of what an active latent has to reach.
+    magnitude = math.sqrt(budget.variance / l0)
     jumprelu = {
-        "l0_coefficient": 0.02 * budget.variance,  # to start with: what an active latent explains
-        "jumprelu_init_threshold": 0.1,
-        "jumprelu_bandwidth": 0.5,
+        "l0_coefficient": 0.03 * magnitude**2,  # to start with
+        "jumprelu_init_threshold": 0.3 * magnitude,
+        "jumprelu_bandwidth": 0.3 * magnitude,
         "pre_act_loss_coefficient": 3e-3,
     }
     return {
         # SAELens's
         "standard": {"l1_coefficient": 0.3},
         "gated": {"l1_coefficient": 0.3},
-        "jumprelu": jumprelu,
+        "jumprelu": {**jumprelu, "decoder_init_norm": 0.5},
         "topk": {"k": k},
         "abstopk": {"k": k},
         "batchtopk": {"k": l0},

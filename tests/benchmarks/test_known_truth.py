@@ -36,15 +36,14 @@ def test_every_feature_fires_with_exactly_its_probability():
 
 
 def test_magnitudes_follow_the_regime():
-    magnitudes, _ = small_truth(0, child_mean=0.5, child_std=1 / 400, parent_std=0.25).sample(
-        60_000, seed=2
-    )
-    child, parent = magnitudes[:, 1], magnitudes[:, 0]
-    child, parent = child[child > 0], parent[parent > 0]
+    truth = small_truth(0, child_mean=0.5, child_std=1 / 400, parent_mean=1.0, parent_std=0.25)
+    magnitudes, _ = truth.sample(60_000, seed=2)
+    child, parent, leaf = (column[column > 0] for column in magnitudes[:, [1, 0, 12]].T)
     assert child.mean() == pytest.approx(0.5, abs=1e-3)
     assert child.std() == pytest.approx(1 / 400, rel=0.1)
-    assert parent.mean() == pytest.approx(1.5, abs=0.01)
-    assert parent.std() == pytest.approx(0.25, rel=0.05)
+    for top in (parent, leaf):
+        assert top.mean() == pytest.approx(1.0, abs=0.02)
+        assert top.std() == pytest.approx(0.25, rel=0.05)
 
 
 @pytest.mark.parametrize("correlation", known_truth.CORRELATIONS)
