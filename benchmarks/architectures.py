@@ -130,17 +130,23 @@ class TargetL0Trainer(SAETrainer[Any, Any]):
 
 
 def train(
-    name: str, budget: Budget, schedule: Schedule, batches: Iterator[Tensor], seed: int
+    name: str,
+    budget: Budget,
+    schedule: Schedule,
+    batches: Iterator[Tensor],
+    seed: int,
+    own: dict[str, Any] | None = None,
 ) -> tuple[SAE[Any], float]:
     """A trained SAE as it is saved and loaded, and the CPU seconds that training took.
 
     Args:
         batches: of (schedule.batch, d_in) activations.
         seed: of the initial weights.
+        own: settings beside those of `options`.
     """
     training_class, config_class = get_sae_training_class(name)
     torch.manual_seed(seed)
-    settings = options(budget)[name]
+    settings = options(budget)[name] | (own or {})
     if "seed" in config_class.__dataclass_fields__:
         settings = {"seed": seed, **settings}
     sae = training_class(config_class(d_in=budget.d_in, d_sae=budget.d_sae, **settings))

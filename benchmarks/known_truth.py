@@ -66,6 +66,7 @@ PUBLISHED = {  # child magnitude .1, .5, 1.0; 15 runs
 IMPLICATION, RATIO = 0.9, 2.0  # a candidate pair of the Tree SAE paper (arXiv 2605.07922)
 RANDOM = "random"
 STEPS, LARGE_STEPS = 15_000, 1_500
+LR, LARGE_LR = 3e-2, 3e-3
 POOL = 50_000  # samples of the large truth, drawn once: drawing them costs as much as training
 
 
@@ -313,21 +314,29 @@ def score(sae: Any, truth: Truth, seed: int = 77, n: int = 10_000) -> dict[str, 
 
 @dataclass(frozen=True)
 class Case:
-    """One SAE to train; the fields identify its result."""
+    """One SAE to train; the fields identify its result.
+
+    Args:
+        options: settings of the architecture beside those of `architectures.py`, as JSON.
+    """
 
     experiment: str
     architecture: str
     seed: int
     steps: int
+    lr: float = LR
     correlation: float = 0.0
     child_mean: float = 1.5
     child_std: float = 0.25
     parent_mean: float = 1.5
     parent_std: float = 0.25
+    options: str = "{}"
 
-    @property
-    def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Case:
+        """Of a result; what an older file lacks had the default."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name in row]
+        return cls(**{name: row[name] for name in names})
 
     def truth(self) -> Truth:
         if self.experiment == "large":
@@ -347,15 +356,11 @@ class Case:
         return Budget(20, 20, 1.36, 2.5, (11, 9), residual_threshold=0.05)
 
     def schedule(self) -> Schedule:
+        window = min(1000, self.steps // 5)
         if self.experiment == "large":
-            return Schedule(self.steps, batch=512, lr=3e-3, dead_window=min(1000, self.steps // 5))
-        return Schedule(
-            self.steps,
-            batch=200,
-            lr=3e-2,
-            betas=(0.5, 0.9375),
-            dead_window=min(1000, self.steps // 5),
-        )
+            return Schedule(self.steps, batch=512, lr=self.lr, dead_window=window)
+        betas = (0.5, 0.9375)
+        return Schedule(self.steps, batch=200, lr=self.lr, betas=betas, dead_window=window)
 
     def run(self) -> dict[str, Any]:
         torch.manual_seed(self.seed)
@@ -365,7 +370,8 @@ class Case:
             sae, seconds = untrained(budget), 0.0
         else:
             batches = truth.batches(schedule.batch, self.seed)
-            sae, seconds = train(self.architecture, budget, schedule, batches, self.seed)
+            own = json.loads(self.options)
+            sae, seconds = train(self.architecture, budget, schedule, batches, self.seed, own)
         return dataclasses.asdict(self) | score(sae, truth) | {"cpu_seconds": seconds}
 
 
@@ -402,9 +408,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
                 ]
             else:
                 variants = [{}]
-            steps = args.steps or (LARGE_STEPS if experiment == "large" else STEPS)
+            large = experiment == "large"
+            steps = args.steps or (LARGE_STEPS if large else STEPS)
+            lr = args.lr or (LARGE_LR if large else LR)
             listed += [
-                Case(experiment, name, seed, steps, **variant)
+                Case(experiment, name, seed, steps, lr, options=args.options, **variant)
                 for variant in variants
                 for name in chosen
             ]
@@ -416,15 +424,14 @@ COLUMNS = ("mcc", "f1", "absorption", "pairs", "r2", "l0", "dead", "cpu_seconds"
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One table for each setting: means over the seeds, absorption with its deviation."""
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame([dataclasses.asdict(Case.of(row)) | row for row in rows])
     frame = frame.reindex(columns=[*frame.columns.difference(COLUMNS), *COLUMNS])
-    setting = ["experiment", "steps", "correlation", "child_mean", "child_std",
-               "parent_mean", "parent_std"]  # fmt: skip
+    setting = ["experiment", "steps", "lr", "correlation", "child_mean", "child_std",
+               "parent_mean", "parent_std", "options"]  # fmt: skip
     parts = []
     for values, group in frame.groupby(setting, sort=True):
         named = dict(zip(setting, values))
-        parts.append("\n" + ", ".join(f"{key} {value:g}" if key != "experiment" else value
-                                      for key, value in named.items()))  # fmt: skip
+        parts.append("\n" + ", ".join(f"{key} {value}" for key, value in named.items()))
         parts.append("| architecture | seeds | " + " | ".join(COLUMNS) + " |")
         parts.append("| --- " * (len(COLUMNS) + 2) + "|")
         order = {name: at for at, name in enumerate([*NAMES, RANDOM])}
@@ -440,6 +447,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def _options(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -449,6 +460,11 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="default: 15,000 (large: 1,500)")
+    parser.add_argument("--lr", type=float, help="default: 3e-2 (large: 3e-3)")
+    parser.add_argument(
+        "--options", type=_options, default="{}", metavar="JSON",
+        help="""settings for the architectures, such as '{"atom_dropout": 0.1}'""",
+    )  # fmt: skip
     parser.add_argument("--correlations", type=float, nargs="*", default=[0.0, 0.4, 0.8])
     parser.add_argument("--parent-mean", type=float, default=1.0, help="in `absorption`")
     parser.add_argument("--parent-std", type=float, default=0.25, help="in `absorption`")
@@ -460,10 +476,9 @@ def main() -> None:
     rows = []
     if args.results.exists():
         rows = [json.loads(line) for line in args.results.read_text().splitlines()]
-    fields = [field.name for field in dataclasses.fields(Case)]
-    done = {Case(**{name: row[name] for name in fields}).key for row in rows}
+    done = {Case.of(row) for row in rows}
     for case in [] if args.only_print else cases(args):
-        if case.key in done:
+        if case in done:
             continue
         row = case.run()
         rows.append(row)

@@ -142,6 +142,34 @@ def test_a_stopped_run_is_resumed(monkeypatch, tmp_path, capsys):
     ]
 
 
+def test_settings_of_ones_own_are_a_case_of_their_own(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    command = ["known_truth.py", "hierarchy", "--steps", "5", "--seeds", "1", "--correlations", "0"]
+    command += ["--stds", "0.25", "--architectures", "topk", "--results", str(file)]
+    for own in ([], ["--options", '{"k": 1}'], ["--lr", "0.1"], ["--options", '{ "k":1 }']):
+        monkeypatch.setattr(sys, "argv", command + own)
+        known_truth.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["options"], row["lr"], round(row["l0"])) for row in rows] == [
+        ("{}", 0.03, 2), ('{"k": 1}', 0.03, 1), ("{}", 0.1, 2)]  # fmt: skip
+    assert 'options {"k": 1}' in capsys.readouterr().out
+
+
+def test_results_of_before_a_field_was_added_are_kept(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    command = ["known_truth.py", "hierarchy", "--steps", "5", "--seeds", "1", "--correlations", "0"]
+    command += ["--stds", "0.25", "--architectures", "topk", "--results", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    known_truth.main()
+    row = json.loads(file.read_text())
+    for later in ("lr", "options", "parent_mean"):
+        del row[later]
+    file.write_text(json.dumps(row) + "\n")
+    known_truth.main()
+    assert len(file.read_text().splitlines()) == 1
+    assert "| `topk` | 1 |" in capsys.readouterr().out
+
+
 def test_training_that_diverged_has_no_scores():
     truth = small_truth(0)
     rows = truth.directions.clone()
