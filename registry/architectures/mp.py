@@ -6,7 +6,9 @@ Source: "From Flat to Hierarchical: Extracting Sparse Representations with Match
 Beside SAELens's own `matching_pursuit`, as which a trained SAE is saved:
 - exactly `k` steps are the default, where SAELens stops once an atom is picked twice
   (`stop_on_duplicate_support`, off here: it is no part of the algorithm and changes supports);
-- rows have norm 1 at every step of training, as propositions 3.1-3.3 of the paper need;
+- rows have norm 1 at every step of training, as propositions 3.1-3.3 of the paper need (its public
+  code, github.com/mpsae/MP-SAE, sets them so at the start only). Such rows turn by the learning rate
+  alone, so it wants to be higher: docs/architectures.md has numbers;
 - the encoder is `pursuit.matching_pursuit`, and a training step takes its reconstruction from the
   residual, so no step multiplies by the whole dictionary but the first;
 - `atom_dropout`, an *own definition*: at each training step a random share of the atoms cannot be
