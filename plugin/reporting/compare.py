@@ -12,14 +12,17 @@ from .results import Results
 from .table import Headline
 
 METRICS_FOLDER = "metrics"
+SAES_FILENAME = "saes.csv"
+SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "tokens", "d_in", "d_sae", "l0")
 
 
 def write_comparison(results: Results, folder: Path | None = None) -> Path:
     """Write ``metrics/<evaluator>.<metric>.csv`` and ``.svg`` for every metric.
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
-    nulls; the figure is the report's, with a title and a legend. What an earlier evaluation left
-    there of metrics that these results do not have is removed.
+    nulls; the figure is the report's, with a title and a legend. ``saes.csv`` says what the SAEs
+    are: architecture, tokens, widths and L0. What an earlier evaluation left there of metrics that
+    these results do not have is removed.
 
     Args:
         folder: the results folder; by default where the results were read from.
@@ -29,7 +32,9 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     """
     target = (folder or results.folder or Path()) / METRICS_FOLDER
     report = Report(results)
-    written = set()
+    saes = sae_table(report).to_csv(index=False, float_format="%.6g")
+    write_atomically(target / SAES_FILENAME, saes, sync=False)
+    written = {SAES_FILENAME}
     for evaluator, metric in results.metric_names():
         headline = Headline(evaluator, metric, f"{evaluator} / {metric}")
         stem = f"{evaluator}.{metric}"
@@ -41,6 +46,15 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         if file.name not in written:
             file.unlink()
     return target
+
+
+def sae_table(report: Report) -> pd.DataFrame:
+    """A row per SAE, with the series whose column it is in in the tables of the metrics."""
+    return pd.DataFrame(
+        {"series": series.label, **{name: getattr(sae, name) for name in SAE_COLUMNS}}
+        for series in report.series
+        for sae in series
+    )
 
 
 def comparison_table(report: Report, headline: Headline) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
@@ -178,7 +179,7 @@ def test_one_table_and_one_figure_per_metric(tmp_path: Path) -> None:
     results = make_results(tmp_path / "two", n_layers=2, runs=("one", "two"))
     folder = write_comparison(results)
     names = {f"{evaluator}.{metric}" for evaluator, metric in results.metric_names()}
-    assert {f.stem for f in folder.glob("*.csv")} == names
+    assert {f.stem for f in folder.glob("*.csv")} == names | {"saes"}
     assert {f.stem for f in folder.glob("*.svg")} == names
     header, *rows = (folder / "pair_depth.pair_depth.csv").read_text().splitlines()
     assert header.startswith("place,one,one permuted_classes,one permuted_classes best")
@@ -188,6 +189,10 @@ def test_one_table_and_one_figure_per_metric(tmp_path: Path) -> None:
     Page(svg)  # nested as it should be
     for text in (">one<", ">two<", "pair_depth / pair_depth", "higher is better"):
         assert text in svg  # it is read without the report around it
+    saes = pd.read_csv(folder / "saes.csv")
+    assert saes.series.tolist() == ["one", "one", "two", "two"]
+    assert saes.l0.tolist() == pytest.approx([sae.l0 for sae in results.saes])
+    assert saes.d_sae.tolist() == [sae.d_sae for sae in results.saes]
 
 
 def test_what_is_no_longer_measured_is_not_left_beside_the_rest(tmp_path: Path) -> None:
@@ -199,6 +204,7 @@ def test_what_is_no_longer_measured_is_not_left_beside_the_rest(tmp_path: Path) 
     assert {f.name for f in folder.iterdir()} == {
         "pair_depth.pair_depth.csv",
         "pair_depth.pair_depth.svg",
+        "saes.csv",
         "mine.txt",
     }
 
