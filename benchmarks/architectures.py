@@ -54,14 +54,16 @@ def options(budget: Budget) -> dict[str, dict[str, Any]]:
     level_k = [max(1, round(k / n_levels))] * n_levels
     stop = budget.residual_threshold
     # SAELens's defaults are for activations of one scale: here half of the latents would die, or L0
-    # stay far above the target, so they are in units of what an active latent has to reach.
-    magnitude = math.sqrt(budget.variance / l0)
+    # stay far above the target. So they are in units of what an active latent has to reach, which
+    # for an archetypal one is its share of an atom that is as long as an input.
+    magnitude, share = math.sqrt(budget.variance / l0), 1 / math.sqrt(l0)
     jumprelu = {
         "l0_coefficient": 0.03 * magnitude**2,  # to start with
         "jumprelu_init_threshold": 0.3 * magnitude,
         "jumprelu_bandwidth": 0.3 * magnitude,
         "pre_act_loss_coefficient": 3e-3,
     }
+    of_share = {"jumprelu_init_threshold": 0.3 * share, "jumprelu_bandwidth": share}
     return {
         # SAELens's
         "standard": {"l1_coefficient": 0.3},
@@ -81,7 +83,7 @@ def options(budget: Budget) -> dict[str, dict[str, Any]]:
         "omp": {"k": k, "residual_threshold": stop},
         "top_afa": {},
         "archetypal_topk": {"k": k},
-        "archetypal_jumprelu": jumprelu,
+        "archetypal_jumprelu": {**jumprelu, **of_share},
         "nested_topk": {"k": k, "ks": halvings},
         "random_matryoshka": {"k": l0, "n_prefixes": min(10, budget.d_sae)},
         "tree": {"level_widths": list(budget.levels), "level_k": level_k},

@@ -7,8 +7,9 @@ input straight through, and a codebook loss draws active codes to the input. Tra
 fixed activations, its squared error *is* that loss.
 
 Deviations: a bias b_dec is subtracted and added as in SAELens's SAEs; `kmeans_init` starts the codes
-by k-means steps on the first batch; `replace_dead` puts random inputs of the batch in the place of
-codes that are dead by SAELens's count.
+by k-means steps on the first batch; `replace_dead`, off by default, puts random inputs of the batch
+in the place of codes that are dead by SAELens's count. A code that is an input outdoes the codes
+whose mean was that input: where there are few different inputs, it does harm.
 
 The activation of a chosen code is 1/k, so decoding is linear. Saved as `codebook`; needs taxolens to
 load.
@@ -68,7 +69,7 @@ class CodebookTrainingSAEConfig(PluginTrainingSAEConfig):
 
     k: int = 8
     kmeans_init: int = 10
-    replace_dead: bool = True
+    replace_dead: bool = False
     seed: int = 0
 
     @override

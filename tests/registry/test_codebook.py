@@ -59,14 +59,14 @@ def test_kmeans_starts_codes_on_the_data():
 
 
 def test_dead_codes_move_to_inputs_of_the_batch():
-    sae, x = make(), torch.randn(30, 6)
+    sae, x = make(replace_dead=True), torch.randn(30, 6)
     before = sae.W_dec.detach().clone()
     dead = torch.arange(20) < 4
     step(sae, x, dead)
     for code in sae.W_dec[:4]:
         assert (x == code).all(dim=1).any()
     assert torch.equal(sae.W_dec[4:], before[4:])
-    kept = make(replace_dead=False)
+    kept = make()
     step(kept, x, dead)
     assert torch.equal(kept.W_dec, before)
 
