@@ -43,6 +43,7 @@ from taxolens.registry.evaluators.nulls import NeuronLatents, RandomLatents
 from torch import Tensor
 
 NULL_SOURCES = ("random", "neurons")
+LR = 1e-3
 METRICS = {
     "coverage": ("ontological_coverage", "internal_f1"),
     "absorption": ("absorption", "fraction_absorption"),
@@ -168,7 +169,7 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
         levels = (eighth // 2, eighth + eighth // 2, args.d_sae - 2 * eighth)
         budget = Budget(d, args.d_sae, args.l0, d, levels)
         schedule = Schedule(
-            args.steps, batch=args.batch, lr=1e-3, dead_window=min(1000, args.steps // 5)
+            args.steps, batch=args.batch, lr=args.lr, dead_window=min(1000, args.steps // 5)
         )
         sae, seconds = train(name, budget, schedule, tokens.batches(args.batch, seed), seed)
         numbers, fires = describe(sae, sample)
@@ -180,12 +181,12 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One table for each kind of token: means over the seeds."""
-    frame = pd.DataFrame(rows).reindex(columns=["tokens", "architecture", "seed", *COLUMNS])
+    """One table for each kind of token and learning rate: means over the seeds."""
+    frame = pd.DataFrame(rows).reindex(columns=["tokens", "lr", "architecture", "seed", *COLUMNS])
     order = {name: at for at, name in enumerate([*NAMES, *NULL_SOURCES])}
     parts = []
-    for kind, group in frame.groupby("tokens"):
-        parts.append(f"\n{kind} tokens")
+    for (kind, lr), group in frame.groupby(["tokens", "lr"]):
+        parts.append(f"\n{kind} tokens, lr {lr:g}")
         parts.append("| architecture | seeds | " + " | ".join(COLUMNS) + " |")
         parts.append("| --- " * (len(COLUMNS) + 2) + "|")
         for name, runs in sorted(group.groupby("architecture"), key=lambda item: order[item[0]]):
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--l0", type=float, default=16)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--permutations", type=int, default=3)
     parser.add_argument("--probed-nodes", type=int, default=64)
     parser.add_argument("--only-cache", action="store_true", help="stop before training")
@@ -225,11 +227,13 @@ def main() -> None:
 
     rows = []
     if args.results.exists():
-        rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+        rows = [{"lr": LR} | json.loads(line) for line in args.results.read_text().splitlines()]
     if args.only_print:
         print(table(rows))
         return
-    done = {(row["tokens"], row["architecture"], row["seed"]) for row in rows}
+    done = {
+        (row["tokens"], row["architecture"], row["seed"]) for row in rows if row["lr"] == args.lr
+    }
     found = activations(args)
     if args.only_cache:
         return
@@ -255,10 +259,10 @@ def main() -> None:
     for kind, seed, name in itertools.product(found, range(args.seeds), args.architectures):
         if (kind, name, seed) in done or (name in NULL_SOURCES and seed):
             continue
-        file = decoders / f"{kind}-{name}-{seed}.npy"
-        row = {"tokens": kind, "architecture": name, "seed": seed}
+        stem = f"{kind}-{name}-lr{args.lr:g}"
+        file, before = (decoders / f"{stem}-{n}.npy" for n in (seed, seed - 1))
+        row = {"tokens": kind, "architecture": name, "seed": seed, "lr": args.lr}
         row |= run(name, seed, found[kind], benches[kind], args, file)
-        before = file.with_name(f"{kind}-{name}-{seed - 1}.npy")
         if file.exists() and before.exists():
             both = [torch.from_numpy(np.load(path)) for path in (before, file)]
             row |= stability(*both)

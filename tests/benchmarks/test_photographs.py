@@ -51,3 +51,11 @@ def test_a_run_in_miniature(monkeypatch, tmp_path, capsys):
     photographs.main()
     assert len(file.read_text().splitlines()) == 3
     assert "topk" in NAMES
+
+    monkeypatch.setattr(sys, "argv", [*command, "--lr", "0.01", "--results", str(file)])
+    photographs.main()  # another rate is another result
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["lr"], row["seed"]) for row in rows if row["architecture"] == "topk"] == [
+        (0.001, 0), (0.001, 1), (0.01, 0), (0.01, 1)]  # fmt: skip
+    assert rows[3]["r2"] > rows[0]["r2"]
+    assert "class tokens, lr 0.01" in capsys.readouterr().out
