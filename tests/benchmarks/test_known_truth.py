@@ -142,31 +142,36 @@ def test_a_stopped_run_is_resumed(monkeypatch, tmp_path, capsys):
     ]
 
 
-def test_settings_of_ones_own_are_a_case_of_their_own(monkeypatch, tmp_path, capsys):
-    file = tmp_path / "results.jsonl"
-    command = ["known_truth.py", "hierarchy", "--steps", "5", "--seeds", "1", "--correlations", "0"]
-    command += ["--stds", "0.25", "--architectures", "topk", "--results", str(file)]
-    for own in ([], ["--options", '{"k": 1}'], ["--lr", "0.1"], ["--options", '{ "k":1 }']):
-        monkeypatch.setattr(sys, "argv", command + own)
+@pytest.fixture
+def results_of(monkeypatch, tmp_path):
+    """Runs the smallest experiment with some more arguments; all results there are by then."""
+
+    def run(*arguments: str) -> list[dict]:
+        file = tmp_path / "results.jsonl"
+        command = ["known_truth.py", "hierarchy", "--architectures", "topk", "--correlations", "0"]
+        command += ["--stds", "0.25", "--steps", "5", "--seeds", "1", "--results", str(file)]
+        monkeypatch.setattr(sys, "argv", command + list(arguments))
         known_truth.main()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    return run
+
+
+def test_settings_of_ones_own_are_a_case_of_their_own(results_of, capsys):
+    for own in ([], ["--options", '{"k": 1}'], ["--lr", "0.1"]):
+        results_of(*own)
+    rows = results_of("--options", '{ "k":1 }')  # the same, spelt otherwise
     assert [(row["options"], row["lr"], round(row["l0"])) for row in rows] == [
         ("{}", 0.03, 2), ('{"k": 1}', 0.03, 1), ("{}", 0.1, 2)]  # fmt: skip
     assert 'options {"k": 1}' in capsys.readouterr().out
 
 
-def test_results_of_before_a_field_was_added_are_kept(monkeypatch, tmp_path, capsys):
-    file = tmp_path / "results.jsonl"
-    command = ["known_truth.py", "hierarchy", "--steps", "5", "--seeds", "1", "--correlations", "0"]
-    command += ["--stds", "0.25", "--architectures", "topk", "--results", str(file)]
-    monkeypatch.setattr(sys, "argv", command)
-    known_truth.main()
-    row = json.loads(file.read_text())
+def test_results_of_before_a_field_was_added_are_kept(results_of, tmp_path, capsys):
+    (row,) = results_of()
     for later in ("lr", "options", "parent_mean"):
         del row[later]
-    file.write_text(json.dumps(row) + "\n")
-    known_truth.main()
-    assert len(file.read_text().splitlines()) == 1
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert results_of() == [row]
     assert "| `topk` | 1 |" in capsys.readouterr().out
 
 
