@@ -334,7 +334,8 @@ class Taxonomy:
         return Taxonomy.from_edges(edges, self.classes, self.names)
 
     def restrict(self, classes: Sequence[str]) -> Taxonomy:
-        """The taxonomy of these nodes as classes, in this order, rooted at their own LCH.
+        """The taxonomy of these nodes as classes, in this order, rooted at their own LCH (by the
+        depths of this taxonomy).
 
         Raises:
             ConfigError: an unknown or repeated class.
