@@ -33,7 +33,8 @@ def embedded(taxonomy: Taxonomy, labels: np.ndarray, noise: float, seed: int = 0
 def test_ridge_against_the_normal_equations(seed):
     rng = np.random.default_rng(seed)
     n, d, n_classes, ridge = 80, 6, 4, 0.1
-    x = rng.normal(size=(n, d)) * rng.random(d) * 5 + 100
+    # Beside 100, a spread much below 1 would be lost in single precision.
+    x = rng.normal(size=(n, d)) * rng.uniform(0.5, 5, d) + 100
     labels = rng.integers(0, n_classes - 1, n)  # the last class is never seen
     z = (x - x.mean(0)) / x.std(0)
     onehot = np.eye(n_classes)[labels]
