@@ -108,7 +108,11 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.999)
     warm_up: int = 100
     cool_down: float = 0.2
-    dead_window: int = 1000
+
+    @property
+    def dead_window(self) -> int:
+        """Steps without firing after which a latent is dead: SAELens's, in short runs fewer."""
+        return min(1000, self.steps // 5)
 
 
 class TargetL0Trainer(SAETrainer[Any, Any]):

@@ -168,9 +168,7 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
         eighth = args.d_sae // 8
         levels = (eighth // 2, eighth + eighth // 2, args.d_sae - 2 * eighth)
         budget = Budget(d, args.d_sae, args.l0, d, levels)
-        schedule = Schedule(
-            args.steps, batch=args.batch, lr=args.lr, dead_window=min(1000, args.steps // 5)
-        )
+        schedule = Schedule(args.steps, args.batch, args.lr)
         sae, seconds = train(name, budget, schedule, tokens.batches(args.batch, seed), seed)
         numbers, fires = describe(sae, sample)
         np.save(decoder, sae.W_dec.detach()[fires].numpy())
@@ -231,9 +229,7 @@ def main() -> None:
     if args.only_print:
         print(table(rows))
         return
-    done = {
-        (row["tokens"], row["architecture"], row["seed"]) for row in rows if row["lr"] == args.lr
-    }
+    done = {(row["tokens"], row["architecture"], row["seed"], row["lr"]) for row in rows}
     found = activations(args)
     if args.only_cache:
         return
@@ -257,7 +253,7 @@ def main() -> None:
     decoders = args.results.with_suffix(".decoders")
     decoders.mkdir(exist_ok=True)
     for kind, seed, name in itertools.product(found, range(args.seeds), args.architectures):
-        if (kind, name, seed) in done or (name in NULL_SOURCES and seed):
+        if (kind, name, seed, args.lr) in done or (name in NULL_SOURCES and seed):
             continue
         stem = f"{kind}-{name}-lr{args.lr:g}"
         file, before = (decoders / f"{stem}-{n}.npy" for n in (seed, seed - 1))

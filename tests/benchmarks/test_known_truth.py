@@ -175,6 +175,11 @@ def test_results_of_before_a_field_was_added_are_kept(results_of, tmp_path, caps
     assert "| `topk` | 1 |" in capsys.readouterr().out
 
 
+def test_a_large_result_of_before_had_its_own_rate():
+    row = {"experiment": "large", "architecture": "topk", "seed": 0, "steps": 600}
+    assert known_truth.Case.of(row).lr == 3e-3
+
+
 def test_training_that_diverged_has_no_scores():
     truth = small_truth(0)
     rows = truth.directions.clone()
