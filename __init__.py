@@ -4,8 +4,8 @@ Importing it makes our SAE architectures, vision models, evaluators and taxonomi
 every installed plugin, selectable by name in SAELens and TransformerLens.
 """
 
-from taxolens.hooks.families import VisionFamily
-from taxolens.hooks.model import load_vision_model
+from taxolens.hooks.models.families import VisionFamily
+from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.evaluation.evaluate import evaluate_run
 from taxolens.plugin.hookspecs import hookimpl
 from taxolens.plugin.manager import load_plugins

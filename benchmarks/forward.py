@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import taxolens  # noqa: F401
 import torch
-from taxolens.hooks.model import from_module, run_to_hooks
-from taxolens.hooks.tokens import select_tokens
+from taxolens.hooks.models.load import from_module, run_to_hooks
+from taxolens.hooks.models.tokens import select_tokens
 from transformers import Dinov2Config, Dinov2Model
 
 BARS = {"one hook": 1.05, "all blocks' class tokens": 1.10, "stop at block 8 of 12": 0.80}

@@ -28,7 +28,7 @@ import torch
 from sae_lens import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from taxolens.registry.architectures.mp import MPTrainingSAE, MPTrainingSAEConfig
-from taxolens.registry.architectures.pursuit import GramCache, pursuit_path
+from taxolens.registry.architectures.parts.pursuit import GramCache, pursuit_path
 from torch import Tensor
 
 STEPS, D_IN = 32, 768

@@ -33,13 +33,13 @@ import taxolens
 import torch
 from architectures import NAMES, Budget, Schedule, train
 from scipy.optimize import linear_sum_assignment
-from taxolens.hooks.cache import ActivationCache
-from taxolens.hooks.images import load_images
-from taxolens.hooks.model import load_vision_model
+from taxolens.hooks.activations.cache import ActivationCache
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.models.load import load_vision_model
+from taxolens.plugin.evaluation.bench import Bench, Images, SAELatents
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
-from taxolens.plugin.evaluation.measure import Bench, Images, SAELatents
 from taxolens.plugin.evaluation.split import Split
-from taxolens.registry.evaluators.nulls import NeuronLatents, RandomLatents
+from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, RandomLatents
 from torch import Tensor
 
 NULL_SOURCES = ("random", "neurons")

@@ -23,8 +23,8 @@ import taxolens
 import torch
 from PIL import Image
 from sae_lens import LoggingConfig, StandardTrainingSAEConfig
-from taxolens.hooks.images import load_images
-from taxolens.hooks.model import from_module
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.models.load import from_module
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 BAR = 1.3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..hooks.families import FAMILIES
+from ..hooks.models.families import FAMILIES
 from ..registry.architectures.archetypal import ARCHETYPAL_JUMPRELU, ARCHETYPAL_TOPK
 from ..registry.architectures.codebook import CODEBOOK
 from ..registry.architectures.hsae import HSAE

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pluggy
 
-from ..hooks.families import VisionFamily
+from ..hooks.models.families import VisionFamily
 from ..registry.evaluators.base import Evaluator
 from ..registry.table import Architecture, Loader, TaxonomySource
 

@@ -10,7 +10,7 @@ from transformer_lens.factories.architecture_adapter_factory import (
 )
 from transformer_lens.utilities import architectures as kinds
 
-from ..hooks.families import VisionFamily
+from ..hooks.models.families import VisionFamily
 
 ENTRY_POINT_GROUP = "transformer_lens.architectures"
 

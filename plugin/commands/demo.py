@@ -27,7 +27,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="places and numbers as JSON on stdout")
     options = parser.parse_args(args)
     with shell.working() as print_json:
-        from ..demo import run_demo
+        from ..study.demo import run_demo
 
         demo = run_demo(options.output_path)
         if options.json:

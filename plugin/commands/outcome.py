@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def as_dict(results: Results, report: Path) -> dict[str, Any]:
     """For `--json`: where everything lies, and the headline numbers beside their nulls."""
     from ..reporting.compare import METRICS_FOLDER
+    from ..reporting.metric_table import summary_rows
     from ..reporting.results import RESULTS_FILENAME
-    from ..reporting.table import summary_rows
 
     return {
         "results": _place(results) / RESULTS_FILENAME,
@@ -30,7 +30,7 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 def show(results: Results, report: Path) -> None:
     """The summary table on stdout, and where the rest is."""
     from ..reporting.compare import METRICS_FOLDER
-    from ..reporting.table import legend, summary_table, verdict
+    from ..reporting.metric_table import legend, summary_table, verdict
 
     console = shell.console()
     console.print(summary_table(results))

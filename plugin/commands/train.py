@@ -66,14 +66,14 @@ def run(args: list[str]) -> None:
         return
     if "--help_all" in args:
         with shell.working():
-            from ..flags import full_help
+            from .train_flags import full_help
 
             text = full_help(args)
         print(text, end="")
         return
     with shell.working() as print_json:
-        from ..flags import parse
-        from ..job import Job
+        from ..study.job import Job
+        from .train_flags import parse
 
         command = parse(args)
         job = Job(command.study, evaluate=command.evaluate)

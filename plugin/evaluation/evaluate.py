@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...hooks.images import ImageDataset
-from ...hooks.model import hook_d_in
+from ...hooks.images.dataset import ImageDataset
+from ...hooks.models.load import hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
 from ...registry.table import EVALUATORS, unknown_name_message
 from ...registry.taxonomies.load import load_taxonomy
 from ..reporting.results import NULLS, DatasetInfo, Results
+from .bench import AGGREGATES
 from .forward import Forwards
 from .held_out import Choice, check_held_out, tree_name
-from .measure import AGGREGATES
-from .measured import measure_sae
-from .record import Evaluation, Record
-from .runs import SAEFolder, find_saes
+from .measure_sae import measure_sae
+from .results_folder import Evaluation, Record
+from .sae_folders import SAEFolder, find_saes
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
 __all__ = ["TrainingEvaluator", "evaluate_run", "make_training_evaluator"]

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...hooks.cache import ActivationCache
-from ...hooks.images import ImageDataset
+from ...hooks.activations.cache import ActivationCache
+from ...hooks.images.dataset import ImageDataset
 from ...registry.taxonomies.taxonomy import Taxonomy
+from .bench import Images
 from .held_out import Interventions, ModelSetting, activations_of, images_at, last_block
-from .measure import Images
-from .runs import SAEFolder
+from .sae_folders import SAEFolder
 
 
 class Forward:

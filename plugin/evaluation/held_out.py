@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...hooks.cache import ActivationCache
-from ...hooks.extraction import model_fingerprint
-from ...hooks.images import ImageDataset, load_images
-from ...hooks.intervention import ModelIntervention, Pictures
-from ...hooks.model import hook_n_tokens, load_vision_model, resolve_hook_name
+from ...hooks.activations.cache import ActivationCache
+from ...hooks.activations.extract import model_fingerprint
+from ...hooks.images.dataset import ImageDataset, load_images
+from ...hooks.models.intervention import ModelIntervention, Pictures
+from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Intervention
 from ...registry.taxonomies.taxonomy import Taxonomy
-from .measure import Images
-from .runs import SAEFolder
+from .bench import Images
+from .sae_folders import SAEFolder
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ..reporting.series import natural_key
+from .bench import Images, SAELatents, image_latents
 from .held_out import ModelSetting
-from .measure import Images, SAELatents, image_latents
-from .runs import SAEFolder
+from .sae_folders import SAEFolder
 
 MAX_PEERS = 4
 IMAGES_AT_ONCE = 512

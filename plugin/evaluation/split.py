@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...registry.errors import DataError
-from ...registry.evaluators.nulls import shuffle_labels
+from ...registry.evaluators.parts.null_latents import shuffle_labels
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.wandb_log import metric_items
+from .bench import Bench, Images, SAELatents
 from .held_out import Choice, ModelSetting, activations_of, images_at
-from .measure import Bench, Images, SAELatents
 from .split import Split
 
 TRAINING_PERMUTATIONS = 3

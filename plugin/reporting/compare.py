@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import write_atomically
+from ...registry.files import write_atomically
+from .metric_table import Headline
 from .report import Report
 from .results import Results
-from .table import Headline
 
 METRICS_FOLDER = "metrics"
 SAES_FILENAME = "saes.csv"

@@ -16,14 +16,14 @@ import plotly.offline
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...registry.files import write_atomically
 from ...registry.taxonomies.taxonomy import Taxonomy
-from ..files import write_atomically
 from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
+from .metric_table import COLUMNS, HEADLINES, Headline
 from .results import NULLS, LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
-from .table import COLUMNS, HEADLINES, Headline
-from .tree import Icicle, scale
+from .tree_chart import Icicle, scale
 
 REPORT_FILENAME = "report.html"
 UNTELLING = ("model", "checkpoint", "best", "final")  # of a folder

@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pandas as pd
 
 from ...registry.errors import DataError
-from ..files import write_atomically
+from ...registry.files import write_atomically
 
 SCHEMA = "taxolens.results/1"
 RESULTS_FILENAME = "results.json"

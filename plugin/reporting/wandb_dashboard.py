@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...registry.errors import ConfigError, TaxolensError
+from .metric_table import HEADLINES, Headline
 from .results import Results
-from .table import HEADLINES, Headline
 from .wandb_log import flat_metrics, is_below, layer_rows, prefixed_series
 
 if TYPE_CHECKING:

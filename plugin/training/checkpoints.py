@@ -24,7 +24,7 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from ...registry.errors import CheckpointError
-from ..files import write_atomically
+from ...registry.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,9 @@ from sae_lens.config import (
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 
-from ...hooks.model import expand_hook_names, hook_d_in
+from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...registry.errors import ConfigError
-from ..files import write_atomically
+from ...registry.files import write_atomically
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
-from ...hooks.tokens import TOKEN_CHOICES
+from ...hooks.models.tokens import TOKEN_CHOICES
 from ...registry.errors import ConfigError, UnknownNameError
 from ...registry.table import unknown_name_message
 

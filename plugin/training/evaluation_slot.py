@@ -12,7 +12,7 @@ from sae_lens.multi_sae_training_runner import PerSAEEvaluator
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from ...hooks.activations import ActivationStream
+from ...hooks.activations.stream import ActivationStream
 from .interrupts import StepGate
 from .rng import set_apart
 

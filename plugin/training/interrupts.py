@@ -14,7 +14,7 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 
 from ...registry.errors import TaxolensError
-from .store import VisionActivationsStore
+from .activations_store import VisionActivationsStore
 
 logger = logging.getLogger(__name__)
 

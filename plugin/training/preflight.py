@@ -13,9 +13,9 @@ import torch
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import str_to_dtype
 
-from ...hooks.images import ImageDataset
-from ...hooks.model import hook_d_in, resolve_hook_name
-from ...hooks.tokens import check_tokens, tokens_per_image
+from ...hooks.images.dataset import ImageDataset
+from ...hooks.models.load import hook_d_in, resolve_hook_name
+from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy

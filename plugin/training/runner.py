@@ -22,13 +22,14 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
-from ...hooks.activations import ActivationStream
-from ...hooks.cache import ActivationCache
-from ...hooks.images import ImageDataset, load_images
-from ...hooks.model import load_vision_model
+from ...hooks.activations.cache import ActivationCache
+from ...hooks.activations.stream import ActivationStream
+from ...hooks.images.dataset import ImageDataset, load_images
+from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import ARCHITECTURES
 from . import preflight
+from .activations_store import VisionActivationsStore
 from .checkpoints import (
     RunIdentity,
     check_same_run,
@@ -37,11 +38,10 @@ from .checkpoints import (
     resolve_checkpoint,
 )
 from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from .dry_run import rehearse
 from .evaluation_slot import EvaluationSlot
-from .rehearsal import rehearse
+from .resumable_session import TrainedSAE, TrainingSession
 from .rng import seeded
-from .session import TrainedSAE, TrainingSession
-from .store import VisionActivationsStore
 
 logger = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .kmeans import seed_centroids, update_centroids
-from .step_clock import StepClock
+from .parts.kmeans import seed_centroids, update_centroids
+from .parts.step_clock import StepClock
 
 
 @dataclass

@@ -33,9 +33,9 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .kmeans import seed_centroids, update_centroids
-from .plugin_config import PluginTrainingSAEConfig, refuse_whitening
-from .step_clock import StepClock
+from .parts.kmeans import seed_centroids, update_centroids
+from .parts.plugin_config import PluginTrainingSAEConfig, refuse_whitening
+from .parts.step_clock import StepClock
 
 _WHY_NO_WHITENING = "the same codes are compared with the input and decoded"
 

@@ -31,16 +31,16 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .forest import ROOT, Forest, RecordsForest
-from .levels import (
+from .parts.forest import ROOT, Forest, RecordsForest
+from .parts.levels import (
     check_levels,
     dead_latent_loss,
     level_slices,
     positive_topk,
     split_by_shares,
 )
-from .plugin_config import PluginTrainingSAEConfig, refuse_input_normalisation
-from .step_clock import StepClock
+from .parts.plugin_config import PluginTrainingSAEConfig, refuse_input_normalisation
+from .parts.step_clock import StepClock
 
 # The paper's four levels: 2048, 4096, 8192 and 16384 latents.
 DEFAULT_SHARES = (1, 2, 4, 8)

@@ -29,9 +29,9 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .pursuit import MAX_GRAM_BYTES, Codes, GramCache, matching_pursuit, pursuit_path
-from .pursuit_training import PursuitTrainingSAE
-from .unit_dictionary import check_pursuit_config
+from .parts.pursuit import MAX_GRAM_BYTES, Codes, GramCache, matching_pursuit, pursuit_path
+from .parts.pursuit_training import PursuitTrainingSAE
+from .parts.unit_dictionary import check_pursuit_config
 
 
 @dataclass

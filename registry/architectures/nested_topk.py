@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .plugin_config import refuse_input_normalisation
+from .parts.plugin_config import refuse_input_normalisation
 
 
 @dataclass

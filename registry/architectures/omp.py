@@ -21,11 +21,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..table import Architecture
-from .orthogonal_pursuit import orthogonal_pursuit
-from .plugin_config import PluginTrainingSAEConfig
-from .pursuit import Codes
-from .pursuit_training import PursuitTrainingSAE
-from .unit_dictionary import UnitDictionary, check_pursuit_config, full_precision
+from .parts.orthogonal_pursuit import orthogonal_pursuit
+from .parts.plugin_config import PluginTrainingSAEConfig
+from .parts.pursuit import Codes
+from .parts.pursuit_training import PursuitTrainingSAE
+from .parts.unit_dictionary import UnitDictionary, check_pursuit_config, full_precision
 
 
 @dataclass

@@ -22,8 +22,8 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .plugin_config import refuse_input_normalisation
-from .step_clock import StepClock
+from .parts.plugin_config import refuse_input_normalisation
+from .parts.step_clock import StepClock
 
 
 @dataclass

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .plugin_config import PluginTrainingSAEConfig
+from .parts.plugin_config import PluginTrainingSAEConfig
 
 
 @dataclass

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..table import Architecture
-from .plugin_config import (
+from .parts.plugin_config import (
     PluginTrainingSAEConfig,
     refuse_input_normalisation,
     refuse_whitening,

@@ -26,17 +26,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..table import Architecture
-from .forest import ROOT, Forest, RecordsForest
-from .levels import (
+from .parts.forest import ROOT, Forest, RecordsForest
+from .parts.levels import (
     check_levels,
     dead_latent_loss,
     level_slices,
     positive_topk,
     split_by_shares,
 )
-from .plugin_config import PluginTrainingSAEConfig, refuse_input_normalisation
-from .step_clock import StepClock
-from .tree_growth import TreeGrowth
+from .parts.plugin_config import PluginTrainingSAEConfig, refuse_input_normalisation
+from .parts.step_clock import StepClock
+from .parts.tree_growth import TreeGrowth
 
 # The paper's four levels: 1536, 3072, 9216 and 10752 of 24576 latents.
 DEFAULT_SHARES = (1, 2, 6, 7)

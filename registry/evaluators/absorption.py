@@ -18,11 +18,12 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 from torch import Tensor
 
+from .. import hashing
 from ..errors import ConfigError
-from . import hashing, summary
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .logistic import LogisticProber, best_threshold, f1_score, sparse_logistic
-from .samples import ImageSample, shape
+from .parts import summary
+from .parts.logistic import LogisticProber, best_threshold, f1_score, sparse_logistic
+from .parts.samples import ImageSample, shape
 
 FULL_COSINE, FRACTION_COSINE, LEAST_SHARE, N_ABSORBING = 0.025, 0.1, 0.4, 3
 """Least cosine of an absorbing latent (full, fraction), least share of the probe's projection that

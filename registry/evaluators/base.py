@@ -9,7 +9,7 @@ One pass over the evaluation set feeds every evaluator of one latent source:
     evaluators[0].compute(permutation=p)         # the permuted-classes null, from the same state
     evaluators[0].compute(shuffled=True)         # the shuffled-labels null
 
-The nulls `random` and `neurons` are the same evaluators over other latents (`nulls.py`).
+The nulls `random` and `neurons` are the same evaluators over other latents (`parts/null_latents.py`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import hashing
 from ..errors import ConfigError
 from ..table import unknown_name_message
-from . import hashing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,12 +18,13 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 from torch import Tensor
 
+from .. import hashing
 from ..errors import ConfigError
-from . import hashing, summary
-from .accumulators import ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .image_positions import ImagePositions
-from .readout import ProbeReadout, Readout, class_probabilities, head_of, kl_divergence
+from .parts import summary
+from .parts.accumulators import ClassCounts, FiringHistogram
+from .parts.image_positions import ImagePositions
+from .parts.readout import ProbeReadout, Readout, class_probabilities, head_of, kl_divergence
 
 BLOCK = 2**22
 """Cells of (latents × nodes) held at a time."""

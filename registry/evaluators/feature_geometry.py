@@ -18,11 +18,11 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .ontological_coverage import find_detectors
-from .samples import ImageSample
+from .parts import summary
+from .parts.accumulators import ClassCounts, FiringHistogram
+from .parts.samples import ImageSample
 
 RANK_IMAGES, COACTIVE_IMAGES, BLOCK = 1024, 256, 1024
 

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from . import summary
 from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .samples import ImageSample
-from .sums import ActivationSums, LatentSums
+from .parts import summary
+from .parts.samples import ImageSample
+from .parts.sums import ActivationSums, LatentSums
 
 SETS = ("class_means", "images", "decoder", "latent_means")
 

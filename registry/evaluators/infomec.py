@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
-from . import summary
-from .accumulators import SURVIVAL, ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .samples import ImageSample, shape
+from .parts import summary
+from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram
+from .parts.samples import ImageSample, shape
 
 BLOCK = 1024
 """Latents at a time."""

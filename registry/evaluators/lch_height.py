@@ -16,9 +16,9 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
-from . import summary
-from .accumulators import ClassCounts, FiringHistogram, TopImages
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .parts import summary
+from .parts.accumulators import ClassCounts, FiringHistogram, TopImages
 
 RULES = ("frequency", "topk", "topk_strict", "any")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
-from . import summary
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .moments import ClassMoments
-from .probes import NeighbourProbe, RidgeProbe
+from .parts import summary
+from .parts.moments import ClassMoments
+from .parts.probes import NeighbourProbe, RidgeProbe
 
 FEATURES = ("x", "mean_patch", "z")
 PROBES = ("probe", "knn")

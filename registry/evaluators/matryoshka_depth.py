@@ -15,11 +15,11 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import FiringRate, TopImages
 from .base import EvaluationContext, Evaluator
 from .pair_depth import pair_depths
-from .ranks import spearman
+from .parts import summary
+from .parts.accumulators import FiringRate, TopImages
+from .parts.ranks import spearman
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
 """The groups of the paper, as shares of the dictionary; by firing rank of those that have a depth."""

@@ -18,8 +18,8 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import summary
 from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
+from .parts import summary
 
 logger = logging.getLogger(__name__)
 

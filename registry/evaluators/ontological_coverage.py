@@ -16,9 +16,9 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import SURVIVAL, ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator
+from .parts import summary
+from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram
 
 BLOCK = 2**22
 """About how many nonzeros of (latents × thresholds × nodes) are held at a time."""

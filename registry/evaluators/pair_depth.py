@@ -14,9 +14,9 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import TopImages
 from .base import EvaluationContext, Evaluator
+from .parts import summary
+from .parts.accumulators import TopImages
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import ClassCounts, FiringHistogram
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .logistic import LogisticProber
-from .samples import FiringSample, ImageSample, fires, shape, together
+from .parts import summary
+from .parts.accumulators import ClassCounts, FiringHistogram
+from .parts.logistic import LogisticProber
+from .parts.samples import FiringSample, ImageSample, fires, shape, together
 
 DRAWN = 300
 """Latents in the drawing at most."""

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from plotly.graph_objects import Figure
 
-from . import hashing, summary
+from .. import hashing
 from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .parts import summary
 
 BANDS = {"quarter": 0.25, "half": 0.5, "one": 1.0}
 """The c of the bands y = x·√(1/(1 ∓ c))."""

@@ -16,8 +16,6 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import FiringRate
 from .base import (
     ALL_NULLS,
     EvaluationBatch,
@@ -26,8 +24,10 @@ from .base import (
     InterventionResult,
     require_at_least,
 )
-from .image_positions import ImagePositions
-from .readout import class_probabilities, head_of, kl_divergence
+from .parts import summary
+from .parts.accumulators import FiringRate
+from .parts.image_positions import ImagePositions
+from .parts.readout import class_probabilities, head_of, kl_divergence
 
 TINY = 1e-6
 """An ablation that costs less than this leaves nothing to recover."""

@@ -18,10 +18,11 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from .. import hashing
 from ..errors import ConfigError
-from . import hashing, summary
 from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, Peer, require_at_least
-from .samples import FiringSample, fires, shape
+from .parts import summary
+from .parts.samples import FiringSample, fires, shape
 
 SALT = 105
 RIDGE = 1e-3  # of the regressions, relative to the variance of a latent

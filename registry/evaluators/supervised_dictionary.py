@@ -19,8 +19,6 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import summary
-from .accumulators import ClassCounts, FiringHistogram
 from .base import (
     EvaluationBatch,
     EvaluationContext,
@@ -29,11 +27,13 @@ from .base import (
     InterventionResult,
     require_at_least,
 )
-from .image_positions import ImagePositions
-from .logistic import best_threshold, f1_score
 from .ontological_coverage import Detectors, find_detectors
-from .readout import kl_divergence
-from .samples import ImageSample
+from .parts import summary
+from .parts.accumulators import ClassCounts, FiringHistogram
+from .parts.image_positions import ImagePositions
+from .parts.logistic import best_threshold, f1_score
+from .parts.readout import kl_divergence
+from .parts.samples import ImageSample
 
 SPLICED = ("sufficiency", "necessity", "control")
 OVER_SPLIT = 10  # latents of one attribute

@@ -16,11 +16,11 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
-from . import summary
-from .accumulators import ClassCounts
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .ranks import benjamini_hochberg
-from .sums import LatentSums
+from .parts import summary
+from .parts.accumulators import ClassCounts
+from .parts.ranks import benjamini_hochberg
+from .parts.sums import LatentSums
 
 BLOCK = 256
 """Latents at a time."""

@@ -17,10 +17,10 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
 
 from ..errors import ConfigError
-from . import summary
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .ranks import spearman
-from .sums import ActivationSums, LatentSums
+from .parts import summary
+from .parts.ranks import spearman
+from .parts.sums import ActivationSums, LatentSums
 
 FEATURES = ("z", "x")
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
-from taxolens.hooks.activations import ActivationStream
-from taxolens.hooks.cache import ActivationCache
-from taxolens.hooks.extraction import TokenExtractor, model_fingerprint
-from taxolens.hooks.image_loader import ImageLoader, worker_context
-from taxolens.hooks.images import load_images
-from taxolens.hooks.model import from_module
-from taxolens.hooks.preprocess import preprocess_for
+from taxolens.hooks.activations.cache import ActivationCache
+from taxolens.hooks.activations.extract import TokenExtractor, model_fingerprint
+from taxolens.hooks.activations.stream import ActivationStream
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.loader import ImageLoader, worker_context
+from taxolens.hooks.images.preprocess import preprocess_for
+from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError
 from tiny_images import hf_dataset, noise
 from tiny_models import tiny_model
@@ -264,7 +264,7 @@ def test_closing_frees_a_thread_that_waits_for_a_batch(model, images):
 
 
 def test_states_not_served_or_long_gone_are_refused(model, images, monkeypatch):
-    monkeypatch.setattr("taxolens.hooks.activations.STATES_KEPT", 4)
+    monkeypatch.setattr("taxolens.hooks.activations.stream.STATES_KEPT", 4)
     stream = stream_of(model, images)
     take(stream, 6)
     assert stream.state_after(3) and stream.state_after(0)
@@ -407,7 +407,7 @@ def test_cached_and_fresh_activations_are_the_same_numbers(model, images, cache)
 
 def test_a_cache_is_gathered_in_large_pieces_of_any_size(cache, monkeypatch):
     batches = take(stream_of(None, None, cache=cache), 90)
-    monkeypatch.setattr("taxolens.hooks.activations.GATHERED_BYTES", 3000)
+    monkeypatch.setattr("taxolens.hooks.activations.stream.GATHERED_BYTES", 3000)
     assert equal(take(stream_of(None, None, cache=cache), 90), batches)
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
-from taxolens.hooks import cache as cache_module
-from taxolens.hooks.cache import ActivationCache
-from taxolens.hooks.extraction import TokenExtractor
-from taxolens.hooks.images import load_images
-from taxolens.hooks.model import from_module
+from taxolens.hooks.activations.cache import ActivationCache
+from taxolens.hooks.activations.extract import TokenExtractor
+from taxolens.hooks.activations import cache as cache_module
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, UnknownNameError
 from tiny_images import hf_dataset, noise
 from tiny_models import tiny_model

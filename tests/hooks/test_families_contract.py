@@ -9,8 +9,8 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from taxolens.hooks.hooked_module import find_blocks
-from taxolens.hooks.model import expand_hook_names, hook_d_in, run_to_hooks
+from taxolens.hooks.models.hooked_module import find_blocks
+from taxolens.hooks.models.load import expand_hook_names, hook_d_in, run_to_hooks
 from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tapped, tiny_model
 
 SIZES = (IMAGE_SIZE, OTHER_SIZE)

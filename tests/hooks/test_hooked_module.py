@@ -8,9 +8,9 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from taxolens.hooks.hooked_module import find_blocks
-from taxolens.hooks.model import expand_hook_names, from_module, hook_d_in, run_to_hooks
-from taxolens.hooks.tokens import tokens_per_image
+from taxolens.hooks.models.hooked_module import find_blocks
+from taxolens.hooks.models.load import expand_hook_names, from_module, hook_d_in, run_to_hooks
+from taxolens.hooks.models.tokens import tokens_per_image
 from taxolens.registry.errors import ConfigError, UnknownNameError
 from tiny_models import pictures, tapped, tiny_model
 from torch import nn

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from taxolens.hooks.decode import decode_rgb
-from taxolens.hooks.image_loader import worker_context
-from taxolens.hooks.images import ImageDataset, ImageLoader, load_images
-from taxolens.hooks.preprocess import PilPreprocess
+from taxolens.hooks.images.dataset import ImageDataset, ImageLoader, load_images
+from taxolens.hooks.images.decode import decode_rgb
+from taxolens.hooks.images.loader import worker_context
+from taxolens.hooks.images.preprocess import PilPreprocess
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from tiny_images import class_folders, encoded, hf_dataset, plain
 

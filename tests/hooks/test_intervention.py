@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from taxolens.hooks.images import ImageDataset
-from taxolens.hooks.intervention import ModelIntervention, Pictures, output_names
-from taxolens.hooks.model import from_module, run_to_hooks
+from taxolens.hooks.images.dataset import ImageDataset
+from taxolens.hooks.models.intervention import ModelIntervention, Pictures, output_names
+from taxolens.hooks.models.load import from_module, run_to_hooks
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.taxonomies import Taxonomy
 from tiny_images import hf_dataset, noise
@@ -178,7 +178,7 @@ def test_pictures_are_read_once_and_corrupt_ones_have_no_position() -> None:
 
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from taxolens.hooks import intervention as module
+    from taxolens.hooks.models import intervention as module
 
     monkeypatch.setattr(module, "KEPT_BYTES", IMAGES[0].nbytes)
     kept, made = module._Kept(), []

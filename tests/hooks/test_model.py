@@ -14,9 +14,9 @@ import taxolens  # noqa: F401  (registers the families)
 import torch
 import transformers
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from taxolens.hooks.bridge import VisionBridge
-from taxolens.hooks.hooked_module import HookedVisionModel
-from taxolens.hooks.model import find_family, from_module, load_vision_model, run_to_hooks
+from taxolens.hooks.models.bridge import VisionBridge
+from taxolens.hooks.models.hooked_module import HookedVisionModel
+from taxolens.hooks.models.load import find_family, from_module, load_vision_model, run_to_hooks
 from taxolens.registry.errors import CheckpointError, ConfigError, UnknownNameError
 from tiny_models import pictures, preprocessing, save_tiny, tapped, tiny_model
 

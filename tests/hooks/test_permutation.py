@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from taxolens.hooks.permutation import LazyPermutation
+from taxolens.hooks.activations.permutation import LazyPermutation
 
 
 @settings(deadline=None, max_examples=60)

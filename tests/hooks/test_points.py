@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
-from taxolens.hooks.model import (
+from taxolens.hooks.models.load import (
     expand_hook_names,
     from_module,
     hook_d_in,

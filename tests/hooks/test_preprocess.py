@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from taxolens.hooks.preprocess import (
+from taxolens.hooks.images.preprocess import (
     PilPreprocess,
     ProcessorPreprocess,
     center_crop,

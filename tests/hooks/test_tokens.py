@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
-from taxolens.hooks.model import from_module, run_to_hooks
-from taxolens.hooks.tokens import (
+from taxolens.hooks.models.load import from_module, run_to_hooks
+from taxolens.hooks.models.tokens import (
     TOKEN_CHOICES,
     check_tokens,
     input_size,

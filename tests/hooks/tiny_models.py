@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from taxolens.hooks.model import from_module
+from taxolens.hooks.models.load import from_module
 from torch import nn
 
 IMAGE_SIZE = 32

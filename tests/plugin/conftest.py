@@ -15,8 +15,8 @@ import transformers
 from PIL import Image
 from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from taxolens.hooks.images import ImageDataset, load_images
-from taxolens.hooks.model import load_vision_model
+from taxolens.hooks.images.dataset import ImageDataset, load_images
+from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.plugin.training.rng import seeded
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image
-from taxolens.plugin.evaluation.nulls import with_nulls
+from taxolens.plugin.evaluation.beside_nulls import with_nulls
 from taxolens.plugin.reporting.results import (
     DatasetInfo,
     EvaluatorInfo,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
 from safetensors.torch import load_file
-from taxolens.hooks.images import load_images
-from taxolens.hooks.model import load_vision_model
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.training import interrupts
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.runner import VisionSAETrainingRunner

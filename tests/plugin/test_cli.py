@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from taxolens.plugin import cli, flags
-from taxolens.plugin.commands import demo, evaluate, report, shell, train
+from taxolens.plugin import cli
+from taxolens.plugin.commands import demo, evaluate, report, shell, train, train_flags
 from taxolens.plugin.commands import list as list_command
-from taxolens.plugin.demo import run_demo
-from taxolens.plugin.reporting.table import HEADLINES, summary_rows
+from taxolens.plugin.reporting.metric_table import HEADLINES, summary_rows
+from taxolens.plugin.study.demo import run_demo
 from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.presets import PRESETS
 
@@ -267,7 +267,7 @@ def flags_in(text):
 
 
 def test_the_short_help_names_only_flags_that_exist():
-    full = flags.full_help(["--architecture", "topk"])
+    full = train_flags.full_help(["--architecture", "topk"])
     assert {flag for flag in flags_in(train.HELP) if f"{flag} " not in full} == set()
 
 
@@ -289,21 +289,21 @@ def test_the_long_help_has_every_field_and_the_architectures_own(taxolens):
 
 
 def test_flags_are_laid_over_the_file(study):
-    command = flags.parse(
+    command = train_flags.parse(
         ["--config", str(study), "--k", "2", "--hook_names", "blocks.0.hook_resid_post"]
     )
     assert command.study.saes[""].fields["k"] == 2
     assert command.study.hook_names == ("blocks.0.hook_resid_post",)
     assert command.study.epochs == 2
     assert (command.evaluate, command.dry_run, command.json) == (True, False, False)
-    command = flags.parse(["--config", str(study), "--no_evaluate", "--dry_run", "--json"])
+    command = train_flags.parse(["--config", str(study), "--no_evaluate", "--dry_run", "--json"])
     assert (command.evaluate, command.dry_run, command.json) == (False, True, True)
 
 
 def test_every_architecture_of_saelens_has_flags():
     args = ["--preset", "laptop", "--dataset_path", "photos", "--d_in", "768"]
     for name in SAE_TRAINING_CLASS_REGISTRY:
-        command = flags.parse([*args, "--architecture", name])
+        command = train_flags.parse([*args, "--architecture", name])
         assert command.study.saes[""].architecture == name
         assert command.study.saes[""].fields["d_in"] == 768
 
@@ -431,7 +431,7 @@ def test_the_demo_hands_its_folder_on(taxolens, monkeypatch, tmp_path):
         asked.append(output_path)
         raise DataError("stop here")
 
-    monkeypatch.setattr("taxolens.plugin.demo.run_demo", run_demo)
+    monkeypatch.setattr("taxolens.plugin.study.demo.run_demo", run_demo)
     code, _, err = taxolens("demo", "--output-path", tmp_path / "demo")
     assert (code, err) == (1, "error: stop here\n")
     assert asked == [str(tmp_path / "demo")]

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
-from taxolens.hooks.images import load_images
-from taxolens.hooks.model import from_module
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.models.load import from_module
 from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import forward, held_out
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
-from taxolens.plugin.evaluation.runs import find_saes
+from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import NULLS, Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner

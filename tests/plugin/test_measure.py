@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from results_factory import tree
 from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
-from taxolens.plugin.evaluation import cards, measure
-from taxolens.plugin.evaluation.measure import Bench, Images, SAELatents, image_latents
+from taxolens.plugin.evaluation import bench as bench_module
+from taxolens.plugin.evaluation import latent_cards as cards
+from taxolens.plugin.evaluation.bench import Bench, Images, SAELatents, image_latents
 from taxolens.plugin.evaluation.split import Split
 from taxolens.plugin.evaluation.training_evaluator import TrainingEvaluator
 from taxolens.registry.errors import ConfigError, DataError
-from taxolens.registry.evaluators.accumulators import FiringRate, TopImages
 from taxolens.registry.evaluators.base import EvaluationContext, Evaluator
-from taxolens.registry.evaluators.nulls import NeuronLatents
 from taxolens.registry.evaluators.ontological_coverage import OntologicalCoverage
 from taxolens.registry.evaluators.pair_depth import PairDepth
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.accumulators import FiringRate, TopImages
+from taxolens.registry.evaluators.parts.null_latents import NeuronLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 D, M = 6, 16
 TREE = tree((2, 2, 2))
@@ -158,7 +159,7 @@ def test_an_image_s_latents_are_the_largest_of_its_tokens(sae: Any, monkeypatch)
     z = sae.encode(x.flatten(0, 1)).unflatten(0, (5, 3))
     for aggregate, expected in (("max", z.amax(1)), ("mean", z.mean(1))):
         for at_once in (2**26, 1):
-            monkeypatch.setattr(measure, "LATENTS_AT_ONCE", at_once)
+            monkeypatch.setattr(bench_module, "LATENTS_AT_ONCE", at_once)
             found = image_latents(source, x, aggregate=aggregate, labels=nothing, index=nothing)
             torch.testing.assert_close(found, expected)
 

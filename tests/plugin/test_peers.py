@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from taxolens.plugin.evaluation.peers import MAX_PEERS, find_peers
-from taxolens.plugin.evaluation.runs import SAEFolder
+from taxolens.plugin.evaluation.sae_folders import SAEFolder
 
 
 def sae(run: str, layer: int, **changes: Any) -> SAEFolder:

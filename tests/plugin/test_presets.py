@@ -1,5 +1,5 @@
 import pytest
-from taxolens.plugin.study import gather
+from taxolens.plugin.study.settings import gather
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
 from taxolens.registry.presets import PRESETS, describe_preset, load_preset, read_settings

@@ -14,11 +14,11 @@ import pytest
 from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
+from taxolens.plugin.reporting.metric_table import Headline
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
-from taxolens.plugin.reporting.table import Headline
-from taxolens.plugin.reporting.tree import NOT_SCORED, Icicle, colour
+from taxolens.plugin.reporting.tree_chart import NOT_SCORED, Icicle, colour
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from results_factory import make_results
-from taxolens.plugin.evaluation.nulls import beats, null_result, with_nulls
-from taxolens.plugin.files import write_atomically
+from taxolens.plugin.evaluation.beside_nulls import beats, null_result, with_nulls
 from taxolens.plugin.reporting import results as module
 from taxolens.plugin.reporting.results import SCHEMA, Results
 from taxolens.registry.errors import DataError
+from taxolens.registry.files import write_atomically
 
 DOCS = Path(__file__).parents[2] / "docs" / "results.md"
 

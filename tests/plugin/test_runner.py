@@ -23,7 +23,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
-from taxolens.plugin.training.rehearsal import rehearse
+from taxolens.plugin.training.dry_run import rehearse
 from taxolens.plugin.training.runner import load_model, new_sae, required_plugin
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.table import ARCHITECTURES, Architecture
@@ -317,11 +317,11 @@ def test_a_rehearsal_leaves_config_and_random_state_alone():
 
 
 def test_a_rehearsal_of_a_huge_sae_is_narrow(monkeypatch):
-    monkeypatch.setattr("taxolens.plugin.training.rehearsal.MAX_WEIGHTS", 100)
-    monkeypatch.setattr("taxolens.plugin.training.rehearsal.NARROW", 2)
+    monkeypatch.setattr("taxolens.plugin.training.dry_run.MAX_WEIGHTS", 100)
+    monkeypatch.setattr("taxolens.plugin.training.dry_run.NARROW", 2)
     built = []
     monkeypatch.setattr(
-        "taxolens.plugin.training.rehearsal._train_one_step",
+        "taxolens.plugin.training.dry_run._train_one_step",
         lambda sae: built.append(SimpleNamespace(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae)),
     )
     rehearse("sae", small_config("topk"), "cpu")

@@ -1,6 +1,6 @@
 import pytest
 from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
-from taxolens.plugin.study import gather, typed
+from taxolens.plugin.study.settings import gather, typed
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
 

@@ -5,8 +5,7 @@ import math
 import pytest
 from results_factory import make_results
 from rich.console import Console
-from taxolens.plugin.reporting.results import EvaluatorResult, MetricResult, NullResult
-from taxolens.plugin.reporting.table import (
+from taxolens.plugin.reporting.metric_table import (
     HEADLINES,
     Headline,
     legend,
@@ -14,6 +13,7 @@ from taxolens.plugin.reporting.table import (
     summary_table,
     verdict,
 )
+from taxolens.plugin.reporting.results import EvaluatorResult, MetricResult, NullResult
 from taxolens.registry.table import EVALUATORS
 
 HEADLINE = Headline("pair_depth", "pair_depth", "pair depth", "where classes meet")

@@ -13,7 +13,7 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from taxolens.hooks.families import FAMILIES, VisionFamily, dinov2
+from taxolens.hooks.models.families import FAMILIES, VisionFamily, dinov2
 from taxolens.plugin import transformer_lens_bridge
 from tiny_models import pictures, save_tiny, tiny_model
 from transformer_lens.factories.architecture_adapter_factory import (

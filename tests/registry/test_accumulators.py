@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.accumulators import (
+from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
+from taxolens.registry.evaluators.parts.accumulators import (
     ClassCounts,
     FiringHistogram,
     FiringRate,
     Thresholds,
     TopImages,
 )
-from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
 
 seeds = st.integers(0, 10**6)
 few = settings(max_examples=10, deadline=None)

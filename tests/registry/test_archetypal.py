@@ -11,7 +11,7 @@ from taxolens.registry.architectures.archetypal import (
     ArchetypalTopKTrainingSAE,
     ArchetypalTopKTrainingSAEConfig,
 )
-from taxolens.registry.architectures.kmeans import seed_centroids, update_centroids
+from taxolens.registry.architectures.parts.kmeans import seed_centroids, update_centroids
 from taxolens.registry.errors import ConfigError
 
 KINDS = {

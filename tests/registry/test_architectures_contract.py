@@ -19,7 +19,7 @@ from sae_lens.llm_sae_training_runner import _run_cli
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
-from taxolens.hooks.forward import run_to_hooks
+from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
 from taxolens.registry.table import ARCHITECTURES
 from tiny_models import pictures, tapped

@@ -3,10 +3,7 @@
 import pytest
 import torch
 from sae_lens.saes.sae import TrainStepInput
-from taxolens.registry.architectures.codebook import (
-    CodebookTrainingSAE,
-    CodebookTrainingSAEConfig,
-)
+from taxolens.registry.architectures.codebook import CodebookTrainingSAE, CodebookTrainingSAEConfig
 from taxolens.registry.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.detection import STEPS, Detection, find_strength
-from taxolens.registry.evaluators.planted import PlantedLatents
-from taxolens.registry.evaluators.readout import kl_divergence
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.readout import kl_divergence
 
 LABELS = np.repeat(np.arange(12), 20)
 

@@ -15,7 +15,7 @@ import taxolens
 import torch
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.base import NULLS, EvaluationContext, Evaluator
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 EVALUATORS = dict(taxolens.EVALUATORS)
 

@@ -19,7 +19,7 @@ from taxolens.registry.evaluators.feature_geometry import (
     ledoit_wolf,
     node_vector,
 )
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sae_lens.saes.sae import TrainStepInput
-from taxolens.registry.architectures.forest import ROOT
 from taxolens.registry.architectures.hsae import (
     HSAETrainingSAE,
     HSAETrainingSAEConfig,
     family_loss,
     most_similar_parents,
 )
+from taxolens.registry.architectures.parts.forest import ROOT
 from taxolens.registry.errors import ConfigError
 
 WIDTHS = [3, 5, 8]

@@ -22,7 +22,7 @@ from taxolens.registry.evaluators.infomec import (
     modularity,
     mutual_information,
 )
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]

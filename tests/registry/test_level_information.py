@@ -13,7 +13,7 @@ from taxolens.registry.evaluators.level_information import (
     informative_cuts,
     read_off,
 )
-from taxolens.registry.evaluators.probes import NeighbourProbe, RidgeProbe
+from taxolens.registry.evaluators.parts.probes import NeighbourProbe, RidgeProbe
 from taxolens.registry.taxonomies import Taxonomy
 
 few = settings(max_examples=10, deadline=None)

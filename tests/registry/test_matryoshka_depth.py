@@ -20,8 +20,8 @@ from taxolens.registry.evaluators.matryoshka_depth import (
     all_pair_depths,
     prefix_widths,
 )
-from taxolens.registry.evaluators.planted import PlantedLatents
-from taxolens.registry.evaluators.ranks import benjamini_hochberg, spearman
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.ranks import benjamini_hochberg, spearman
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.hashing import uniform
-from taxolens.registry.evaluators.nulls import NeuronLatents, RandomLatents, shuffle_labels
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.null_latents import (
+    NeuronLatents,
+    RandomLatents,
+    shuffle_labels,
+)
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.hashing import uniform
 
 X = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) * 3 + 5
 

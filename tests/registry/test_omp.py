@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
-from taxolens.registry.architectures.orthogonal_pursuit import (
+from taxolens.registry.architectures.parts.orthogonal_pursuit import (
     non_negative_least_squares,
     orthogonal_pursuit,
 )
-from taxolens.registry.architectures.pursuit import matching_pursuit
+from taxolens.registry.architectures.parts.pursuit import matching_pursuit
 
 
 def slow_omp(x, atoms, k, threshold=0.0):

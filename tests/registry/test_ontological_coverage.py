@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators import ontological_coverage
 from taxolens.registry.evaluators.ontological_coverage import OntologicalCoverage
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 few = settings(max_examples=10, deadline=None)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.pair_depth import PairDepth
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 few = settings(max_examples=10, deadline=None)
 

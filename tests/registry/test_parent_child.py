@@ -17,7 +17,6 @@ from scipy import sparse
 from taxolens.registry.architectures.hsae import HSAETrainingSAE, HSAETrainingSAEConfig
 from taxolens.registry.architectures.tree import TreeTrainingSAE, TreeTrainingSAEConfig
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.logistic import LogisticProber, best_threshold
 from taxolens.registry.evaluators.parent_child import (
     Pairs,
     ParentChild,
@@ -32,7 +31,8 @@ from taxolens.registry.evaluators.parent_child import (
     recorded_parents,
     rewire,
 )
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.logistic import LogisticProber, best_threshold
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]

@@ -31,7 +31,7 @@ import taxolens
 import torch
 from taxolens.registry.evaluators.base import EvaluationBatch, Evaluator
 from taxolens.registry.evaluators.lch_height import random_sets
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]

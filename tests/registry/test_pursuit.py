@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sae_lens.saes.matching_pursuit_sae import _encode_matching_pursuit
-from taxolens.registry.architectures import pursuit
-from taxolens.registry.architectures.pursuit import (
+from taxolens.registry.architectures.parts import pursuit
+from taxolens.registry.architectures.parts.pursuit import (
     GramCache,
     gram_matrix,
     gram_pays,

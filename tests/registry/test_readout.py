@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from taxolens.registry.evaluators.base import InterventionResult
-from taxolens.registry.evaluators.image_positions import ImagePositions
-from taxolens.registry.evaluators.readout import (
+from taxolens.registry.evaluators.parts.image_positions import ImagePositions
+from taxolens.registry.evaluators.parts.readout import (
     PENALTY,
     HeadReadout,
     ProbeReadout,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.taxonomic_autocorrelation import (
     TaxonomicAutocorrelation,
     moran,

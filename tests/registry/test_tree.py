@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
-from taxolens.registry.architectures.forest import ROOT, Forest
+from taxolens.registry.architectures.parts.forest import ROOT, Forest
+from taxolens.registry.architectures.parts.tree_growth import TreeGrowth, fair_quotas
 from taxolens.registry.architectures.tree import (
     TreeTrainingSAE,
     TreeTrainingSAEConfig,
     random_forest,
     tree_activations,
 )
-from taxolens.registry.architectures.tree_growth import TreeGrowth, fair_quotas
 from taxolens.registry.errors import ConfigError
 
 WIDTHS, BUDGETS = [3, 4, 5], [2, 2, 3]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist, squareform
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.ranks import spearman
+from taxolens.registry.evaluators.parts.ranks import spearman
 from taxolens.registry.evaluators.tree_probe import (
     RIDGES,
     TreeProbe,

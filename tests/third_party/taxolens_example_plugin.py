@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import taxolens
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from taxolens.hooks.families.dinov2 import Dinov2Adapter
-from taxolens.registry.evaluators.accumulators import FiringRate
+from taxolens.hooks.models.families.dinov2 import Dinov2Adapter
+from taxolens.registry.evaluators.parts.accumulators import FiringRate
 
 
 @dataclass

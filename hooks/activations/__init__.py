@@ -1,0 +1,1 @@
+"""Activations of images at hook points: extraction, an on-disk cache, a seekable stream."""

@@ -1,0 +1,142 @@
+"""From a batch of images to the chosen tokens at the chosen hook points, in one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...registry.errors import ConfigError, DataError
+from ..models.forward import run_to_hooks
+from ..models.tokens import check_tokens, select_tokens
+
+if TYPE_CHECKING:
+    from ..images.loader import ImageBatch
+    from ..models.load import VisionModel
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def torch_dtype(dtype: str | torch.dtype, field: str = "dtype") -> torch.dtype:
+    """The torch dtype called `dtype`.
+
+    Raises:
+        ConfigError: not one that activations can be kept in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"{field}={name!r}: not known; allowed: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+class TokenExtractor:
+    """One forward pass for all hook points; the tokens chosen, finite and in `dtype`.
+
+    Args:
+        model: a vision model (see `hooks/models/load.py`); put into evaluation mode.
+        hook_names: hook points, in the names under which activations come back.
+        tokens: one of `TOKEN_CHOICES`; with more than one the choices are joined along the tokens,
+            in this order.
+        dtype: of the activations given back.
+        autocast: run the forward pass in bfloat16 where that is safe.
+    """
+
+    def __init__(
+        self,
+        model: VisionModel,
+        hook_names: Sequence[str],
+        tokens: Sequence[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        autocast: bool = False,
+    ) -> None:
+        if not hook_names or len(set(hook_names)) < len(hook_names):
+            raise ConfigError(f"hook_names={list(hook_names)}: one or more, each of them once.")
+        for choice in tokens:
+            check_tokens(model, choice)
+        self.model = model.eval()
+        self.hook_names = list(hook_names)
+        self.tokens = tuple(tokens)
+        self.dtype = dtype
+        self.device = torch.device(str(model.cfg.device))
+        self.autocast = autocast
+
+    @torch.no_grad()  # not inference mode: the trainer saves what comes out for its backward pass
+    def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """{hook name: (b, k, d) on the model's device}, k tokens per image, the same at each hook.
+
+        Raises:
+            DataError: an activation is NaN or infinite; hook point and image are named.
+            ConfigError: the hook points differ in their number of tokens.
+        """
+        context: Any = contextlib.nullcontext()
+        if self.autocast:
+            context = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        pixels = batch.pixel_values.to(self.device, non_blocking=True)
+        with context:
+            activations = run_to_hooks(self.model, pixels, self.hook_names, reduce=self._select)
+        activations = {name: activations[name].to(self.dtype) for name in self.hook_names}
+        counts = {name: tensor.shape[1] for name, tensor in activations.items()}
+        if len(set(counts.values())) > 1:
+            raise ConfigError(
+                f"hook_names: with tokens={'+'.join(self.tokens)!r} the hook points give different "
+                f"numbers of tokens per image ({counts}); choose hook points with the same number, "
+                "or mean_patch."
+            )
+        self._check_finite(activations, batch)
+        return activations
+
+    def _select(self, activation: Tensor) -> Tensor:
+        if activation.ndim != 3:
+            raise ConfigError(
+                f"hook_names: a hook point's activations have the shape {tuple(activation.shape)}; "
+                "allowed: hook points of (images, tokens, width)."
+            )
+        cfg = self.model.cfg
+        chosen = [
+            select_tokens(
+                activation,
+                choice,
+                has_class_token=cfg.has_class_token,
+                n_register_tokens=cfg.n_register_tokens,
+            )
+            for choice in self.tokens
+        ]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+
+    def _check_finite(self, activations: dict[str, Tensor], batch: ImageBatch) -> None:
+        # one number to wait for, however many hook points there are
+        if torch.stack([torch.isfinite(a).all() for a in activations.values()]).all():
+            return
+        for name, tensor in activations.items():
+            bad = ~torch.isfinite(tensor).flatten(1).all(dim=1)
+            if bad.any():
+                first = int(bad.nonzero()[0])
+                raise DataError(
+                    f"the activations at hook point {name!r} are NaN or infinite (in {self.dtype}) "
+                    f"for image {int(batch.indices[first])} ({batch.sources[first]}) and "
+                    f"{int(bad.sum()) - 1} more of the {len(bad)} images of its batch."
+                )
+
+
+def model_fingerprint(model: VisionModel) -> str:
+    """16 hex digits that follow every weight, the same on any device.
+
+    Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order.
+    """
+    digest = hashlib.sha256(str(getattr(model, "family", "")).encode())
+    for name, tensor in sorted(model.original_model.state_dict().items()):
+        flat = tensor.detach().contiguous().flatten()
+        data = flat.view(torch.uint8)
+        if data.storage_offset() % 8:
+            data = data.clone()
+        whole = len(data) // 8 * 8
+        words = data[:whole].view(torch.int64)
+        some = [*words[:: max(1, len(words) // 16)][:16].tolist(), *data[whole:].tolist()]
+        facts = (name, tuple(tensor.shape), str(tensor.dtype), int(words.sum()), some)
+        digest.update(repr(facts).encode())
+    return digest.hexdigest()[:16]

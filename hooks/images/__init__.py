@@ -1,0 +1,1 @@
+"""Images: which they are, how they are read, decoded and preprocessed."""

@@ -1,0 +1,503 @@
+"""Images with their labels, read raw from any `datasets` image dataset and decoded by ourselves.
+
+Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt picture is an error
+of its own (`CorruptImageError`) and never ends a run. `ImageLoader` decodes in worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import datasets
+import fsspec
+import numpy as np
+from datasets import Dataset, IterableDataset
+from PIL import Image
+
+from ...registry.errors import ConfigError, CorruptImageError, DataError
+from .decode import decode_rgb
+from .loader import ImageBatch, ImageLoader
+from .sources import open_dataset, pick_split
+
+__all__ = [
+    "ImageBatch",
+    "ImageDataset",
+    "ImageLoader",
+    "RawImage",
+    "load_images",
+]
+
+logger = logging.getLogger(__name__)
+
+LABEL_COLUMNS = (
+    *("label", "labels", "class", "class_name", "target", "category"),
+    *("synset", "wnid", "fine_label", "cls", "y"),
+)
+SUBSET_SEED = 0  # of the permutation whose first `max_images` entries are kept
+FINGERPRINT_IMAGES = 256
+
+
+class RawImage(NamedTuple):
+    """One undecoded image: its place, its bytes (or the path to read them from) and its label."""
+
+    index: int
+    data: bytes | None
+    path: str | None
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """The part of a map-style `ImageDataset` that worker processes need: raw images by index."""
+
+    data: Dataset
+    column: str
+    rows: np.ndarray | None = None
+
+    def __call__(self, index: int) -> RawImage:
+        row = int(index if self.rows is None else self.rows[index])
+        value = self.data[row][self.column] or {}
+        return RawImage(int(index), value.get("bytes"), value.get("path"))
+
+
+def read_bytes(raw: RawImage) -> bytes:
+    """The encoded bytes of an image, from memory, the disk or a remote address.
+
+    Raises:
+        ValueError: there are none; the message says why.
+    """
+    if raw.data is not None:
+        return raw.data
+    if raw.path is None:
+        raise ValueError("neither bytes nor a path is stored")
+    try:
+        if "://" in raw.path:
+            with fsspec.open(raw.path, "rb") as file:
+                return cast(bytes, file.read())  # type: ignore[attr-defined]
+        return Path(raw.path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be opened: {error}") from error
+
+
+def decode_raw(raw: RawImage, root: str | None = None) -> Image.Image:
+    """Decode one raw image to RGB.
+
+    Raises:
+        CorruptImageError: it cannot be opened or decoded.
+    """
+    try:
+        return decode_rgb(read_bytes(raw))
+    except ValueError as error:
+        raise CorruptImageError(raw.index, source_of(raw, root), str(error)) from error
+
+
+def source_of(raw: RawImage, root: str | None = None) -> str:
+    """How to name an image to a person: its path (relative to the dataset's folder) or its row."""
+    if not raw.path:
+        return f"row {raw.index}"
+    return os.path.relpath(raw.path, root) if root and os.path.isabs(raw.path) else raw.path
+
+
+class ImageDataset:
+    """Images by index (map-style) or in order (streaming), with integer labels and class names.
+
+    Args:
+        data: a `datasets` dataset with a column of images.
+        image_column: its name; found by itself when there is one column of images.
+        label_column: its name; found by itself (see `find_label_column`). May be absent.
+        root: the folder that image paths are named relative to.
+        max_images: keep this many: map-style the first of a seeded permutation of all images (in
+            their own order), streaming the first that come.
+        name: what to call the dataset in messages.
+
+    Raises:
+        ConfigError: a column does not exist or cannot be chosen; the message lists the columns.
+        DataError: there are no images.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | IterableDataset,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        root: str | Path | None = None,
+        max_images: int | None = None,
+        name: str = "dataset",
+    ) -> None:
+        if max_images is not None and max_images < 1:
+            raise ConfigError(f"max_images={max_images}: must be at least 1, or None for all.")
+        self.name = name
+        self.root = None if root is None else os.path.abspath(root)
+        self.is_streaming = isinstance(data, IterableDataset)
+        if isinstance(data, Dataset) and len(data) == 0:
+            raise DataError(f"{name} is empty: it has no images.")
+        features = _features(data, name)
+        self.image_column = find_image_column(features, image_column)
+        self.label_column = find_label_column(features, label_column, self.image_column)
+        self._label_feature = features[self.label_column] if self.label_column else None
+        columns = [c for c in (self.image_column, self.label_column) if c is not None]
+        data = data.select_columns(columns)
+        self._data = _undecoded(data, self.image_column)
+        self._limit = max_images
+        self._rows: np.ndarray | None = None
+        if isinstance(data, Dataset) and max_images is not None and max_images < len(data):
+            order = np.random.default_rng(SUBSET_SEED).permutation(len(data))
+            self._rows = np.sort(order[:max_images])
+
+    def __len__(self) -> int:
+        """Number of images.
+
+        Raises:
+            TypeError: the dataset is streaming; nobody knows.
+        """
+        if isinstance(self._data, IterableDataset):
+            raise TypeError(f"{self.name} is streaming: its length is not known.")
+        return len(self._data) if self._rows is None else len(self._rows)
+
+    def __repr__(self) -> str:
+        size = "streaming" if self.is_streaming else f"{len(self)} images"
+        return f"ImageDataset({self.name!r}, {size}, {len(self.class_names)} classes)"
+
+    @property
+    def map_style(self) -> Dataset:
+        """The `datasets` dataset behind a map-style one.
+
+        Raises:
+            ConfigError: the dataset is streaming.
+        """
+        if isinstance(self._data, IterableDataset):
+            raise ConfigError(
+                f"{self.name} is streaming: its images cannot be asked for by index. "
+                "Load it with streaming=False."
+            )
+        return self._data
+
+    @cached_property
+    def reader(self) -> ImageReader:
+        """Reads raw images by index; picklable, so that worker processes can have it."""
+        data = self.map_style.select_columns([self.image_column])
+        return ImageReader(data, self.image_column, self._rows)
+
+    def decode(self, index: int) -> Image.Image:
+        """Image `index` as an upright RGB image (see `decode.py`).
+
+        Raises:
+            CorruptImageError: it cannot be read.
+        """
+        return decode_raw(self.reader(index), self.root)
+
+    def source(self, index: int) -> str:
+        """How to name image `index` to a person: its path, or its row."""
+        return source_of(self.reader(index), self.root)
+
+    # -- labels ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _labels_and_names(self) -> tuple[np.ndarray, list[str]]:
+        column = self.label_column
+        if column is None:
+            return np.full(len(self), -1, dtype=np.int64), []
+        values = self.map_style.select_columns([column]).with_format("arrow")[:][column]
+        if isinstance(self._label_feature, datasets.ClassLabel):
+            labels = values.to_pandas().fillna(-1).to_numpy().astype(np.int64)
+            names = _names(self._label_feature)
+            if len(labels) and labels.max() >= len(names):
+                raise DataError(
+                    f"label column {column!r}: label {labels.max()} has no name; "
+                    f"{len(names)} names are known."
+                )
+        else:
+            encoded = values.combine_chunks().dictionary_encode()
+            found = encoded.dictionary.to_pylist()
+            order = sorted(range(len(found)), key=lambda i: found[i])
+            rank = np.empty(len(found) + 1, dtype=np.int64)
+            rank[order] = np.arange(len(found))
+            rank[-1] = -1  # of missing labels
+            labels = rank[encoded.indices.to_pandas().fillna(-1).to_numpy().astype(np.int64)]
+            names = [str(found[i]) for i in order]
+        return (labels if self._rows is None else labels[self._rows]), names
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,): index of each image's class in `class_names`; -1 where there is no label."""
+        return self._labels_and_names[0]
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """What the labels mean: the dataset's own names, else the sorted distinct values as text.
+
+        Empty without labels, and for a streaming dataset that does not declare its names.
+        """
+        if not self.is_streaming:
+            return self._labels_and_names[1]
+        return _names(self._label_feature)
+
+    def require_labels(self) -> np.ndarray:
+        """`labels`, where the work ahead needs one for every image.
+
+        Raises:
+            ConfigError: there is no label column.
+            DataError: some images have no label.
+        """
+        if self.label_column is None:
+            raise ConfigError(
+                f"label_column: {self.name} has no column of labels that can be recognised; "
+                f"its image column is {self.image_column!r}. Name the column of classes."
+            )
+        labels = self.labels
+        missing = int((labels < 0).sum())
+        if missing:
+            raise DataError(
+                f"label column {self.label_column!r}: {missing} of {len(labels)} images have no "
+                f"label (the first is image {int(np.argmax(labels < 0))})."
+            )
+        return labels
+
+    # -- streaming ------------------------------------------------------------------------------
+
+    def stream(
+        self, *, seed: int | None = None, epoch: int = 0, skip: int = 0, shuffle_buffer: int = 2000
+    ) -> Iterator[RawImage]:
+        """The images of one epoch of a streaming dataset, raw, after the first `skip`.
+
+        With a `seed` the shards come in an order that `seed` and `epoch` make, and their images
+        through a buffer of `shuffle_buffer`, each time the next image takes the place of a random
+        one. `index` is the place in the stream (within a shard of several: counted from
+        shard * 2**32) whatever the order.
+        """
+        raws = self._streamed(None)
+        if seed is not None:
+            generator = np.random.default_rng([seed, epoch])
+            raws = _shuffled(self._streamed(generator), generator, shuffle_buffer)
+        return islice(raws, skip, None)
+
+    def _streamed(self, generator: np.random.Generator | None) -> Iterator[RawImage]:
+        data = self._data
+        if not isinstance(data, IterableDataset):
+            raise ConfigError(f"{self.name} is not streaming: ask for its images by index.")
+        n_shards = 1 if self._limit is not None else data.num_shards
+        shards = range(n_shards) if generator is None else generator.permutation(n_shards)
+        for shard in shards:
+            part = data if n_shards == 1 else data.shard(n_shards, int(shard))
+            for place, example in enumerate(islice(part, self._limit)):
+                image = example[self.image_column] or {}
+                label = example.get(self.label_column) if self.label_column else None
+                yield RawImage(
+                    int(shard) << 32 | place,
+                    image.get("bytes"),
+                    image.get("path"),
+                    label if isinstance(label, int) else -1,
+                )
+
+    # -- identity -------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell datasets apart, the same wherever the files lie.
+
+        Made of the number of images, all labels, the class names, and names and bytes of 256
+        images spread evenly (streaming: of the first 16).
+        """
+        digest = hashlib.sha256()
+        sample: Iterator[RawImage]
+        if self.is_streaming:
+            digest.update(repr(("streaming", self._limit, self.class_names)).encode())
+            sample = islice(self.stream(), 16)
+        else:
+            digest.update(repr((len(self), self.class_names)).encode())
+            digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+            spread = np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).astype(int))
+            sample = (self.reader(int(index)) for index in spread)
+        for raw in sample:
+            digest.update(os.path.basename(raw.path or "").encode())
+            try:
+                digest.update(hashlib.sha256(read_bytes(raw)).digest())
+            except ValueError:
+                digest.update(b"unreadable")
+        return digest.hexdigest()[:16]
+
+
+def load_images(
+    dataset_path: str | Path | Dataset | IterableDataset | datasets.DatasetDict,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    trust_remote_code: bool = False,
+    max_images: int | None = None,
+) -> ImageDataset:
+    """Images from anything that the `datasets` library can read.
+
+    Args:
+        dataset_path: a dataset on the Hugging Face hub; a folder of class folders (nested ones
+            too: the class is the innermost folder), with or without a folder for each split above
+            them; a parquet, arrow, tar, csv or json file, or a glob pattern of
+            such; a folder of them; a folder written by `save_to_disk`; or a `datasets` object.
+        split: which split; slices such as ``"train[:10%]"`` work unless streaming.
+        name: the configuration of a hub dataset that has several.
+        image_column, label_column: see `ImageDataset`.
+        streaming: read in order without downloading or indexing first.
+        trust_remote_code: passed on to `datasets` (which no longer runs loading scripts).
+        max_images: see `ImageDataset`.
+
+    Raises:
+        ConfigError: no such path, split, configuration or column; the message lists what there is.
+        DataError: no images, a damaged file, or the hub cannot be reached.
+    """
+    options: dict[str, Any] = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "max_images": max_images,
+    }
+    if isinstance(dataset_path, datasets.DatasetDict):
+        dataset_path = pick_split(dataset_path, split)
+    if isinstance(dataset_path, Dataset | IterableDataset):
+        return ImageDataset(dataset_path, **options)
+    data, root = open_dataset(
+        dataset_path,
+        split=split,
+        name=name,
+        streaming=streaming,
+        trust_remote_code=trust_remote_code,
+    )
+    return ImageDataset(data, root=root, name=f"{dataset_path} ({split})", **options)
+
+
+def _shuffled(
+    raws: Iterator[RawImage], generator: np.random.Generator, size: int
+) -> Iterator[RawImage]:
+    buffer = list(islice(raws, size))
+    for raw in raws:
+        place = int(generator.integers(size))
+        yield buffer[place]
+        buffer[place] = raw
+    for place in generator.permutation(len(buffer)):
+        yield buffer[place]
+
+
+def find_image_column(features: Mapping[str, Any], given: str | None) -> str:
+    """The column of images: `given`, else the only one, else "image" among several.
+
+    A column counts when it is declared as images, or holds a struct of bytes and path, or holds
+    bytes. A column of paths has to be named.
+
+    Raises:
+        ConfigError: none or several; the message lists the columns.
+    """
+    if given is not None:
+        _check_column("image_column", given, features)
+        return given
+    found = [name for name, feature in features.items() if _holds_images(feature)]
+    if len(found) == 1 or "image" in found:
+        return "image" if "image" in found else found[0]
+    problem = (
+        f"several columns hold images ({', '.join(found)})" if found else "no column holds images"
+    )
+    raise ConfigError(f"image_column: {problem}; columns: {_listed(features)}. Name the right one.")
+
+
+def find_label_column(
+    features: Mapping[str, Any], given: str | None, image_column: str
+) -> str | None:
+    """The column of labels: `given`; else "label", or the only one, among those declared as
+    classes; else the same among the columns of whole numbers or text with a usual name
+    (`LABEL_COLUMNS`); None when there is none.
+
+    Raises:
+        ConfigError: several, or `given` does not exist; the message lists the columns.
+    """
+    if given is not None:
+        _check_column("label_column", given, features)
+        feature = features[given]
+        if not (isinstance(feature, datasets.ClassLabel) or _holds_scalars(feature)):
+            raise ConfigError(
+                f"label_column={given!r}: holds {feature}; a label is one whole number or text."
+            )
+        return given
+    others = {key: feature for key, feature in features.items() if key != image_column}
+    declared = [k for k, feature in others.items() if isinstance(feature, datasets.ClassLabel)]
+    usual = [k for k in LABEL_COLUMNS if k in others and _holds_scalars(others[k])]
+    found = declared or usual
+    if len(found) > 1 and "label" not in found:
+        raise ConfigError(
+            f"label_column: several columns hold labels ({', '.join(found)}); columns: "
+            f"{_listed(features)}. Name the right one."
+        )
+    return "label" if "label" in found else next(iter(found), None)
+
+
+def _names(feature: Any) -> list[str]:
+    return list(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else []
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and "binary" in feature.dtype
+
+
+def _holds_scalars(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in (
+        *("string", "large_string", "bool"),
+        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    )
+
+
+def _check_column(field: str, given: str, features: Mapping[str, Any]) -> None:
+    if given not in features:
+        raise ConfigError(f"{field}={given!r}: no such column; columns: {_listed(features)}.")
+
+
+def _listed(features: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+
+
+def _kind(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def _undecoded(data: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
+    """`data` with the images in `column` as bytes and path."""
+    wanted = datasets.Image(decode=False)
+    if data.features is None:  # a stream that declares nothing: convert one example at a time
+        return data.map(lambda example: {column: _as_struct(example[column], wanted)})
+    return data if data.features[column] == wanted else data.cast_column(column, wanted)
+
+
+def _as_struct(value: Any, feature: datasets.Image) -> Any:
+    return value if value is None else feature.encode_example(value)
+
+
+def _features(data: Dataset | IterableDataset, name: str) -> Mapping[str, Any]:
+    """The columns of `data` and their types, from its first example where it declares none."""
+    if data.features is not None:
+        return data.features
+    try:
+        example = next(iter(data))
+    except StopIteration:
+        raise DataError(f"{name} is empty: it has no images.") from None
+    return {key: _feature_of(value) for key, value in example.items()}
+
+
+def _feature_of(value: Any) -> Any:
+    if isinstance(value, Image.Image):
+        return datasets.Image()
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return datasets.Image()
+    if isinstance(value, bool | int | str | bytes):
+        dtype = {bool: "bool", int: "int64", str: "string", bytes: "binary"}[type(value)]
+        return datasets.Value(dtype)
+    return value

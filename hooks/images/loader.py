@@ -1,0 +1,295 @@
+"""Decoded, preprocessed batches of images, made in worker processes ahead of the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
+
+if TYPE_CHECKING:
+    from .dataset import ImageDataset, ImageReader, RawImage
+
+logger = logging.getLogger(__name__)
+
+Preprocess: TypeAlias = Callable[[Image.Image], np.ndarray]
+Job: TypeAlias = "int | RawImage"  # an index of a map-style dataset, or a streamed image
+
+MIN_IMAGES = 20  # below this many images a share of corrupt ones says nothing
+FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt images is as allowed
+
+
+@dataclass
+class ImageBatch:
+    """Images that could be decoded, in the order asked for, and what became of the others.
+
+    Attributes:
+        pixel_values: float32 (b, 3, H, W).
+        indices: int64 (b,), place of each image in the dataset.
+        labels: int64 (b,), -1 where there is none.
+        sources: what each image is called (its path or row).
+        failures: (index, source, reason) of each image that is missing here.
+    """
+
+    pixel_values: Tensor
+    indices: Tensor
+    labels: Tensor
+    sources: list[str] = field(default_factory=list)
+    failures: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def pin_memory(self) -> ImageBatch:
+        return replace(self, pixel_values=self.pixel_values.pin_memory())
+
+
+class ImageLoader:
+    """Decodes and preprocesses images, in order, in `num_workers` processes.
+
+    Args:
+        images: the dataset.
+        preprocess: PIL image -> float32 (3, H, W); picklable (see `preprocess.py`).
+        batch_size: images per batch.
+        num_workers: processes that decode ahead; 0 decodes in the calling thread. A script that
+            uses any has to start under ``if __name__ == "__main__":``, as for every Python program
+            that starts processes.
+        max_corrupt_share: the largest share of images, between 0 and 1, that may be corrupt.
+        pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
+
+    A corrupt image is left out of its batch, logged once as a warning and kept in `failures`.
+    Workers are started afresh by a server process that holds neither threads nor a CUDA context,
+    so that iterating from a background thread is safe; they end with the iterator.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        preprocess: Preprocess,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        max_corrupt_share: float = 0.01,
+        pin_memory: bool = False,
+        prefetch_factor: int = 4,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: must be at least 1.")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers={num_workers}: must be 0 or more.")
+        if not 0.0 <= max_corrupt_share <= 1.0:
+            raise ConfigError(f"max_corrupt_share={max_corrupt_share}: must be between 0 and 1.")
+        self.images = images
+        self.preprocess = preprocess
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.max_corrupt_share = max_corrupt_share
+        self.pin_memory = pin_memory
+        self.prefetch_factor = prefetch_factor
+        self.failures: dict[int, str] = {}
+        self.n_processed = 0
+        self.n_failed = 0
+        self._context = worker_context() if num_workers else None
+
+    def batches(self, indices: Iterable[Job]) -> Iterator[ImageBatch]:
+        """Batches of up to `batch_size` images in the order of `indices`, read lazily.
+
+        Raises:
+            DataError: more than `max_corrupt_share` of the images are corrupt.
+            ConfigError: preprocessing leaves images of different sizes.
+        """
+        return (batch for batch in self.grouped(chunks(indices, self.batch_size)) if len(batch))
+
+    def grouped(self, groups: Iterable[Sequence[Job]]) -> Iterator[ImageBatch]:
+        """As `batches`, but exactly one batch, empty if need be, for each group of images."""
+        reader = None if self.images.is_streaming else self.images.reader
+        loader = DataLoader(
+            _DecodeTask(reader, self.preprocess, self.images.root),  # type: ignore[arg-type]
+            batch_sampler=groups,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_prepare_worker if self.num_workers else None,
+            multiprocessing_context=self._context,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            generator=torch.Generator(),  # else each iterator draws from the global one
+        )
+        iterator = iter(loader)
+        try:
+            while True:
+                try:
+                    batch: ImageBatch | str = next(iterator)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    raise _explained(error) from error
+                if isinstance(batch, str):
+                    raise ConfigError(batch)
+                self._account(batch)
+                if not self.images.is_streaming:
+                    batch.labels = torch.from_numpy(self.images.labels[batch.indices.numpy()])
+                yield batch
+        finally:
+            del iterator  # ends the workers
+
+    def _account(self, batch: ImageBatch) -> None:
+        self.n_processed += len(batch) + len(batch.failures)
+        self.n_failed += len(batch.failures)
+        for index, source, reason in batch.failures:
+            if index in self.failures:
+                continue
+            self.failures[index] = f"{source}: {reason}"
+            logger.warning("image %d (%s) is corrupt and left out: %s", index, source, reason)
+        if batch.failures and self._too_many():
+            raise DataError(self._too_many_message())
+
+    def _too_many(self) -> bool:
+        """Whether the share of corrupt images is, or will almost surely be, above the allowed one.
+
+        Certain when those found exceed it for the whole dataset; before, and where the size is
+        not known, by the Chernoff bound on a binomial tail, so that a single corrupt image among
+        the first ones does not end a long run.
+        """
+        share = self.max_corrupt_share
+        n_images = None if self.images.is_streaming else len(self.images)
+        if n_images is not None and n_images < MIN_IMAGES:
+            return False
+        if self.n_processed < MIN_IMAGES:
+            return False
+        if n_images is not None and len(self.failures) > share * n_images:
+            return True
+        found = self.n_failed / self.n_processed
+        if found <= share or (n_images is not None and self.n_processed > n_images):
+            return False
+        return self.n_processed * _divergence(found, share) > -math.log(FALSE_ALARM)
+
+    def _too_many_message(self) -> str:
+        shown = list(self.failures.items())[:5]
+        listed = "; ".join(f"image {index} ({text})" for index, text in shown)
+        more = (
+            f"; and {len(self.failures) - len(shown)} more"
+            if len(shown) < len(self.failures)
+            else ""
+        )
+        return (
+            f"{self.n_failed} of the {self.n_processed} images read so far from {self.images.name} "
+            f"are corrupt, and max_corrupt_share={self.max_corrupt_share:g} allows fewer: "
+            f"{listed}{more}."
+        )
+
+
+@dataclass(frozen=True)
+class _DecodeTask:
+    """What a worker does: images -> one batch, or the reason why they make none."""
+
+    reader: ImageReader | None
+    preprocess: Preprocess
+    root: str | None
+
+    def __getitems__(self, jobs: Sequence[Job]) -> ImageBatch | str:
+        from .dataset import decode_raw, source_of
+
+        pixels: list[np.ndarray] = []
+        done: list[RawImage] = []
+        failures: list[tuple[int, str, str]] = []
+        for job in jobs:
+            raw = self._raw(job)
+            try:
+                pixels.append(self.preprocess(decode_raw(raw, self.root)))
+                done.append(raw)
+            except CorruptImageError as error:
+                failures.append((error.index, error.source, error.reason))
+        if len({array.shape for array in pixels}) > 1:
+            shapes = sorted({array.shape for array in pixels})[:3]
+            return (
+                f"image_size: preprocessing leaves images of different shapes ({shapes}); "
+                "give an image_size."
+            )
+        return ImageBatch(
+            torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, 0, 0),
+            torch.tensor([raw.index for raw in done], dtype=torch.int64),
+            torch.tensor([raw.label for raw in done], dtype=torch.int64),
+            [source_of(raw, self.root) for raw in done],
+            failures,
+        )
+
+    def _raw(self, job: Job) -> RawImage:
+        if isinstance(job, tuple):
+            return job
+        assert self.reader is not None
+        return self.reader(job)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def chunks(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """`jobs` in lists of `size`, the last perhaps shorter, read lazily."""
+    iterator = iter(jobs)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _divergence(found: float, allowed: float) -> float:
+    """Kullback-Leibler divergence of Bernoulli(found) from Bernoulli(allowed), in nats."""
+    if allowed in (0.0, 1.0):
+        return math.inf if found != allowed else 0.0
+    rest = 0.0 if found == 1.0 else (1 - found) * math.log((1 - found) / (1 - allowed))
+    return rest + (0.0 if found == 0.0 else found * math.log(found / allowed))
+
+
+def worker_context() -> BaseContext:
+    """Processes that inherit nothing: a forked copy of a program with threads can deadlock."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # not everywhere
+
+    # The server imports what workers need once, in the background, and forks them from there.
+    room = __name__.rpartition(".")[0]
+    forkserver.set_forkserver_preload([f"{room}.images", f"{room}.preprocess"])
+    forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def _prepare_worker(_: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.simplefilter("ignore")  # about odd metadata of pictures, once from each worker
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """The main process may be killed; torch's own watch sees only the server that forked us."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _explained(error: RuntimeError) -> Exception:
+    if "DataLoader worker" not in str(error) or "Original Traceback" in str(error):
+        return error
+    return TaxolensError(
+        f"a process that decodes images died ({error}). Either it ran out of (shared) memory, or "
+        f'the script {sys.argv[0]!r} starts work outside of `if __name__ == "__main__":`, which '
+        "every Python script that uses worker processes needs. num_workers=0 uses none."
+    )

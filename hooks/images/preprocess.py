@@ -1,0 +1,274 @@
+"""The model's own preprocessing: a PIL image -> float32 (3, H, W), without torchvision.
+
+Image processors of transformers whose steps are the plain ones (resize, centre crop, rescale,
+normalise) are done here with the same operations in the same order, so that the pixel values are
+equal to the bit at about half the cost; any other processor is called as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from ...registry.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_CONFIG = {
+    "size": {"shortest_edge": 256},
+    "resample": 3,
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "image_mean": IMAGENET_MEAN,
+    "image_std": IMAGENET_STD,
+}
+PLAIN_STEPS = ("_preprocess", "preprocess", "resize", "center_crop", "rescale", "normalize")
+
+
+@dataclass(frozen=True)
+class PilPreprocess:
+    """Resize, centre crop, rescale, normalise.
+
+    Attributes:
+        size: (height, width); or one number, the length of the shorter edge; None: as it is.
+        crop: (height, width) of the centre crop, padded with black where the image is smaller.
+        resample: Pillow's number of the interpolation (2 bilinear, 3 bicubic).
+        rescale: factor on the 0..255 pixel values, None: none.
+        mean, std: for each channel, None: no normalisation.
+        resize_rescaled: resize after rescaling, in floating point (DINOv3), not on 8-bit pixels.
+    """
+
+    size: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    resample: int = 2
+    rescale: float | None = 1 / 255
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize_rescaled: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], image_size: int | None = None) -> PilPreprocess:
+        """From what stands in a ``preprocessor_config.json``.
+
+        Raises:
+            ConfigError: a size that the plain steps do not know.
+        """
+        config = {**config, **resized(config, image_size)}
+        size = _size(config) if config.get("do_resize", True) else None
+        crop = None
+        if config.get("do_center_crop"):
+            crop = _pair(config.get("crop_size") or config.get("size"), "crop_size")
+        normalise = config.get("do_normalize", True) and config.get("image_mean") is not None
+        return cls(
+            size=size,
+            crop=crop,
+            resample=int(config.get("resample") or 2),
+            rescale=config.get("rescale_factor", 1 / 255)
+            if config.get("do_rescale", True)
+            else None,
+            mean=_channels(config["image_mean"]) if normalise else None,
+            std=_channels(config["image_std"]) if normalise else None,
+            resize_rescaled=str(config.get("image_processor_type", "")).startswith("DINOv3"),
+        )
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """float32 (3, H, W) of an RGB image."""
+        if self.resize_rescaled:
+            return self._in_floating_point(image)
+        if self.size is not None:
+            height, width = self._target(image.height, image.width)
+            image = image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
+        pixels = np.moveaxis(np.asarray(image), -1, 0)
+        if self.crop is not None:
+            pixels = center_crop(pixels, self.crop)
+        return np.stack([table[channel] for table, channel in zip(self._tables, pixels)])
+
+    @cached_property
+    def _tables(self) -> np.ndarray:
+        """(3, 256) float32: the final value of each 8-bit value in each channel.
+
+        The arithmetic is that of transformers (rescaled in float64, normalised in float32).
+        """
+        values = np.tile(np.arange(256, dtype=np.float32), (3, 1))
+        if self.rescale is not None:
+            values = (values.astype(np.float64) * self.rescale).astype(np.float32)
+        return self._normalised(values)
+
+    def _normalised(self, pixels: np.ndarray) -> np.ndarray:
+        if self.mean is None or self.std is None:
+            return pixels
+        shape = (3,) + (1,) * (pixels.ndim - 1)
+        mean = np.array(self.mean, dtype=np.float32).reshape(shape)
+        return (pixels - mean) / np.array(self.std, dtype=np.float32).reshape(shape)
+
+    def _in_floating_point(self, image: Image.Image) -> np.ndarray:
+        """Rescale, resize, crop, normalise: what torchvision does on floating-point images."""
+        pixels = torch.from_numpy(np.moveaxis(np.array(image), -1, 0).astype(np.float32))
+        if self.rescale is not None:
+            pixels = pixels * self.rescale
+        if self.size is not None:
+            target = self._target(image.height, image.width)
+            if target != (image.height, image.width):
+                mode = {2: "bilinear", 3: "bicubic"}[self.resample]
+                pixels = interpolate(
+                    pixels[None], size=target, mode=mode, align_corners=False, antialias=True
+                )[0]
+        array = pixels.numpy()
+        return self._normalised(center_crop(array, self.crop) if self.crop else array)
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        if not isinstance(self.size, int):
+            assert self.size is not None
+            return self.size
+        longer = int(self.size * max(height, width) / min(height, width))
+        return (longer, self.size) if width <= height else (self.size, longer)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: what was done to the pixels."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class ProcessorPreprocess:
+    """An image processor of transformers, called as it is (Pillow backend)."""
+
+    processor: Any
+    sizes: Mapping[str, Any]
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        pixels = self.processor(image, return_tensors="np", **self.sizes)["pixel_values"][0]
+        return np.asarray(pixels, dtype=np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        config = {**self.processor.to_dict(), **self.sizes}
+        return json.loads(json.dumps(config, sort_keys=True, default=str))
+
+
+def preprocess_for(
+    model: Any, image_size: int | None = None
+) -> PilPreprocess | ProcessorPreprocess:
+    """What turns an RGB image into the input of `model`.
+
+    Args:
+        model: a vision model. Its `processor`, an image processor of transformers, is used; else
+            its `preprocessor_config`, what stands in a ``preprocessor_config.json``; with neither,
+            ImageNet's usual preprocessing at the model's image size, and a warning.
+        image_size: height and width of the result; resizing before a crop keeps its proportion to
+            it. None: the model's own.
+
+    Raises:
+        ConfigError: image_size is not positive, or the processor's sizes cannot be read.
+    """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(
+            f"image_size={image_size}: must be at least 1, or None for the model's own."
+        )
+    processor = getattr(model, "processor", None)
+    settings = getattr(model, "preprocessor_config", None)
+    if processor is not None:
+        settings = processor.to_dict()
+        if getattr(processor, "backend", "pil") == "pil" and not _is_plain(processor, settings):
+            return ProcessorPreprocess(processor, resized(settings, image_size))
+    if settings:
+        return PilPreprocess.from_config(settings, image_size)
+    own = getattr(getattr(model, "cfg", None), "image_size", None) or 224
+    size = image_size or (own if isinstance(own, int) else int(own[0]))
+    logger.warning(
+        "the model has no image processor: its images are resized and cropped to %d x %d and "
+        "normalised with ImageNet's mean and deviation.",
+        size,
+        size,
+    )
+    return PilPreprocess.from_config(DEFAULT_CONFIG, size)
+
+
+def resized(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
+    """The sizes in a processor's config, changed so that its images come out image_size square."""
+    if image_size is None:
+        return {}
+    square = {"height": image_size, "width": image_size}
+    if not config.get("do_center_crop"):
+        size = config.get("size")
+        if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+            # crop_pct: the processor resizes to more than the shortest edge and crops by itself
+            crop = {} if "crop_pct" in config else {"do_center_crop": True, "crop_size": square}
+            return {"size": {"shortest_edge": image_size}, **crop}
+        return {"do_resize": True, "size": square}
+    crop_height, _ = _pair(config.get("crop_size") or config.get("size"), "crop_size")
+    sizes: dict[str, Any] = {"crop_size": square}
+    size = config.get("size")
+    if config.get("do_resize", True) and size is not None:
+        scale = image_size / crop_height
+        if isinstance(size, Mapping):
+            sizes["size"] = {key: round(edge * scale) for key, edge in size.items() if edge}
+        else:
+            sizes["size"] = {"shortest_edge": round(int(size) * scale)}
+    return sizes
+
+
+def center_crop(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+    """The middle of (C, H, W), zero-padded where it is smaller; odd margins as in transformers."""
+    for axis, wanted in ((1, crop[0]), (2, crop[1])):
+        missing = wanted - pixels.shape[axis]
+        if missing > 0:
+            before = math.ceil(missing / 2)
+            margins = [(0, 0)] * 3
+            margins[axis] = (before, missing - before)
+            pixels = np.pad(pixels, margins)
+    top, left = (pixels.shape[1] - crop[0]) // 2, (pixels.shape[2] - crop[1]) // 2
+    return pixels[:, top : top + crop[0], left : left + crop[1]]
+
+
+def _is_plain(processor: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a processor's steps are those of its base class, on sizes that are known here."""
+    # Worker processes import this module, and must not wait for all of transformers.
+    from transformers.image_processing_backends import PilBackend
+
+    own = type(processor)
+    size = config.get("size")
+    return (
+        all(getattr(own, step, None) is getattr(PilBackend, step) for step in PLAIN_STEPS)
+        and not config.get("do_pad")
+        and (
+            not config.get("do_resize", True)
+            or (isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"}))
+        )
+    )
+
+
+def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
+    size = config.get("size")
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        return int(size["shortest_edge"])
+    if isinstance(size, int) and config.get("do_center_crop"):
+        return size
+    return _pair(size, "size")
+
+
+def _pair(size: Any, field: str) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    raise ConfigError(
+        f"{field}={size!r} of the image processor: cannot be read; allowed: a number, "
+        "{'height', 'width'} or {'shortest_edge'}."
+    )
+
+
+def _channels(values: Any) -> tuple[float, ...]:
+    return (float(values),) * 3 if isinstance(values, int | float) else tuple(map(float, values))

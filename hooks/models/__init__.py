@@ -1,0 +1,1 @@
+"""Vision models with hook points: loading, hook names, tokens, forward passes, interventions."""

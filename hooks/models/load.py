@@ -1,0 +1,287 @@
+"""Vision models by name, tapped: loading them, and running them up to the hooks one wants."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ...registry.errors import CheckpointError, ConfigError
+from ...registry.table import VISION_MODELS
+from .bridge import VisionBridge
+from .families import VisionFamily, VisionSource
+from .families.wrapped import timm_preprocessing, wrap
+from .forward import run_to_hooks
+from .hooked_module import HookedVisionModel
+from .points import EAGER_ONLY, expand_hook_names, hook_d_in, hook_n_tokens, resolve_hook_name
+
+__all__ = [
+    "VisionModel",
+    "expand_hook_names",
+    "from_module",
+    "hook_d_in",
+    "hook_n_tokens",
+    "load_vision_model",
+    "resolve_hook_name",
+    "run_to_hooks",
+]
+
+VisionModel: TypeAlias = VisionBridge | HookedVisionModel
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_vision_model(
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "sdpa",
+    family: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    hook_names: Sequence[str] | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> VisionModel:
+    """Load a vision model and tap it.
+
+    Args:
+        name_or_folder: a name on the Hugging Face hub, or a folder with a config.json.
+        attn_implementation: "sdpa" is faster; attention patterns exist with "eager" alone.
+        family: a registered family, where the checkpoint's config does not tell.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint. Never by default.
+        hook_names: hook points, or patterns, that will be wanted: checked before this returns, and
+            as far as possible before any weights are read.
+        random_weights: build the same architecture untrained, as a control; `seed` decides how.
+
+    Returns:
+        A `VisionBridge` for the transformer families, a `HookedVisionModel` for everything else,
+        in evaluation mode. `model.processor` is Hugging Face's image processor (PIL backend), or
+        None where there is none or it needs torchvision; `model.preprocessor_config` has the
+        checkpoint's settings either way.
+
+    Raises:
+        ConfigError: an argument is wrong, or there is no such model; the message names it.
+        UnknownNameError: no such family or hook point.
+        CheckpointError: the weights are torn, or not those of the config.
+    """
+    name = str(name_or_folder)
+    _check_choice("attn_implementation", attn_implementation, ATTENTION)
+    torch_dtype = _torch_dtype(dtype)
+    _check_attention(hook_names or (), attn_implementation)
+    if family is not None:
+        VISION_MODELS[family]
+    config = _read_config(name, revision, trust_remote_code)
+    chosen = VISION_MODELS[family] if family is not None else find_family(config)
+    source = VisionSource(
+        name=name,
+        config=config,
+        dtype=torch_dtype,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        random_weights=random_weights,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = _load(chosen, source)
+    model = from_module(module, family=chosen.name, model_name=name)
+    model.processor, model.preprocessor_config = _read_preprocessing(name, config, revision)
+    model.to(device)
+    if hook_names:
+        expand_hook_names(model, hook_names)
+    return model
+
+
+def from_module(
+    hf_model: nn.Module,
+    *,
+    processor: Any = None,
+    family: str | None = None,
+    model_name: str | None = None,
+) -> VisionModel:
+    """Tap a model that is already built. Its modules are replaced by tapped ones, in place.
+
+    Args:
+        hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
+            taken. A `TransformerBridge` that somebody booted becomes a `VisionBridge`.
+        processor: its image processor; kept as `model.processor`.
+        family: a registered family; None finds it by the model's class or config.
+        model_name: what messages and metadata call it; None takes its config's name.
+
+    Raises:
+        ConfigError: the model is tapped already, or is not of that family.
+    """
+    if isinstance(hf_model, HookedVisionModel):
+        return hf_model
+    if isinstance(hf_model, TransformerBridge):
+        return _adopt(hf_model, processor)
+    if hasattr(hf_model, "vision_model") and hasattr(hf_model, "text_model"):
+        hf_model = hf_model.vision_model  # type: ignore[assignment]
+    if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
+        raise ConfigError(
+            f"{type(hf_model).__name__} is tapped already; use the model that from_module gave."
+        )
+    config: Any = getattr(hf_model, "config", None)
+    chosen = VISION_MODELS[family] if family is not None else find_family(config, hf_model)
+    name = model_name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
+    if chosen.adapter is None:
+        model: VisionModel = wrap(hf_model, name, family=chosen.name)
+    else:
+        model = _bridge(hf_model, chosen, name)
+    model.processor, model.preprocessor_config = processor, _settings(processor)
+    return model
+
+
+def find_family(config: Any, hf_model: nn.Module | None = None) -> VisionFamily:
+    """The family that claims the model's class, its config's architectures or its model type.
+
+    In this order; the last registered of several. "wrapped" where none does.
+    """
+    families = list(VISION_MODELS.values())[::-1]
+    named = [type(hf_model).__name__] if hf_model is not None else []
+    named += getattr(config, "architectures", None) or []
+    for architecture in named:
+        for family in families:
+            if architecture in family.architectures:
+                return family
+    model_type = getattr(config, "model_type", None)
+    matching = (family for family in families if model_type in family.model_types)
+    return next(matching, None) or VISION_MODELS["wrapped"]
+
+
+def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridge:
+    config: Any = hf_model.config
+    dtype = next(hf_model.parameters()).dtype
+    cfg = build_bridge_config_from_hf(config, type(hf_model).__name__, name, dtype)
+    cfg.device = str(next(hf_model.parameters()).device)
+    assert family.adapter is not None
+    adapter = family.adapter(cfg)
+    try:
+        adapter.prepare_model(hf_model)
+        model = VisionBridge(hf_model, adapter)
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"family: given {family.name!r}, but {type(hf_model).__name__} is not built like one "
+            f"({error}); allowed: a family that fits, or 'wrapped' for any model."
+        ) from error
+    model.family = family.name
+    return model
+
+
+def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
+    cfg: Any = bridge.cfg
+    hf_model = bridge.original_model
+    if not getattr(cfg, "is_visual_model", False):
+        raise ConfigError(
+            f"{cfg.model_name} is not a vision model; allowed: one of these families."
+        )
+    family = find_family(hf_model.config, hf_model)
+    if not hasattr(cfg, "n_prefix_tokens") and family.adapter is not None:
+        # TransformerLens's own adapter (ViT, DeiT) says nothing of prefix tokens
+        ours: Any = family.adapter(cfg)
+        ours.describe(hf_model)
+    model = VisionBridge.adopt(bridge)
+    model.family = family.name
+    model.processor = processor or model.processor
+    model.preprocessor_config = _settings(model.processor)
+    return model
+
+
+def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
+    try:
+        return family.load(source)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model_name: cannot load {source.name!r}: {error}") from error
+    except (SafetensorError, RuntimeError) as error:  # torn, or of other sizes than its config says
+        raise CheckpointError(f"the weights of {source.name!r} cannot be read: {error}") from error
+
+
+def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The Hugging Face config, or timm's as a dict."""
+    folder = Path(name)
+    if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model_name: the folder {name!r} has no config.json.")
+    elif not HUB_NAME.fullmatch(name) or folder.exists():
+        raise ConfigError(
+            f"model_name: given {name!r}, which is no folder; allowed: a folder with a config.json, "
+            "or a name on the Hugging Face hub such as facebook/dinov2-base."
+        )
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **options)
+        if raw.get("model_type", "timm_wrapper") == "timm_wrapper" and "architecture" in raw:
+            return raw
+        return transformers.AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model_name: given {name!r}, whose config cannot be read: {error} Allowed: a folder "
+            "with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base."
+        ) from error
+
+
+def _read_preprocessing(
+    name: str, config: Any, revision: str | None
+) -> tuple[Any, dict[str, Any] | None]:
+    """The image processor and its settings, each None where there is none."""
+    if isinstance(config, dict):
+        return None, timm_preprocessing(config)
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
+    except OSError:
+        warnings.warn(
+            f"{name!r} has no preprocessor_config.json: model.processor is None, and pictures are "
+            "preprocessed by defaults.",
+            stacklevel=3,
+        )
+        return None, None
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+    except (ImportError, OSError, ValueError):  # DINOv3's needs torchvision
+        return None, settings
+    return processor, settings
+
+
+def _settings(processor: Any) -> dict[str, Any] | None:
+    return processor.to_dict() if hasattr(processor, "to_dict") else None
+
+
+def _check_attention(hook_names: Sequence[str], attn_implementation: str) -> None:
+    wanting = [name for name in hook_names if name.endswith(EAGER_ONLY)]
+    if wanting and attn_implementation != "eager":
+        raise ConfigError(
+            f"hook {wanting[0]!r} needs attn_implementation='eager'; given {attn_implementation!r}, "
+            "which never forms the attention pattern."
+        )
+
+
+def _check_choice(field: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise ConfigError(f"{field}: given {given!r}; allowed: {', '.join(allowed)}.")
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    _check_choice("dtype", name, DTYPES)
+    return getattr(torch, name)

@@ -1,0 +1,260 @@
+"""Hook points by name: which exist, which fire, in which order, and how wide they are."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from ...registry.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from .bridge import VisionBridge
+    from .hooked_module import HookedVisionModel
+
+    VisionModel = VisionBridge | HookedVisionModel
+
+EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
+
+
+@dataclass
+class Firing:
+    """What a hook point did in one forward pass: its place in the order, times, token shape."""
+
+    order: int
+    times: int
+    shape: tuple[int, ...]
+
+
+def resolve_hook_name(model: VisionModel, name: str) -> str:
+    """The canonical name of the hook point `name`, an alias or canonical already.
+
+    Raises:
+        UnknownNameError: there is none; the nearest names are listed.
+        ConfigError: it is there but never fires, such as attention patterns under sdpa.
+    """
+    canonical = model.aliases.get(name, name)
+    if canonical in firings(model):
+        return canonical
+    if canonical not in model.points():
+        raise UnknownNameError(_unknown_hook(model, name))
+    if canonical not in firings(model, again=True):  # a set_use_... may have been called since
+        raise ConfigError(_never_fires(model, name))
+    return canonical
+
+
+def expand_hook_names(model: VisionModel, patterns: Sequence[str]) -> list[str]:
+    """The hook names that `patterns` stand for, in the order in which they fire.
+
+    A pattern is a name, or has wildcards (`*`, `?`, `[...]`) that stand for one part between dots,
+    `**` for any number of parts, or has alternatives in braces: ``blocks.*.hook_resid_post``,
+    ``blocks.{0,3,11}.hook_resid_post``, ``**.hook_out``. Names keep the spelling of their pattern:
+    an alias stays an alias. Hook points that never fire are left out of a wildcard's matches,
+    unless nothing else matches.
+
+    Raises:
+        UnknownNameError: a pattern matches nothing; the nearest names are listed.
+        ConfigError: all that it matches never fires, or `patterns` is empty.
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise ConfigError(f"hook_names: given {patterns!r}; allowed: a list of one or more names.")
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        names.update(dict.fromkeys(_matches(model, pattern)))
+    fired = firings(model)
+    # several aliases of one point keep the order in which they were asked for
+    return sorted(names, key=lambda name: fired[resolve_hook_name(model, name)].order)
+
+
+def hook_d_in(
+    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None = None
+) -> int:
+    """The width d of the activations (B, T, d) at `hook_name`, by one small forward pass.
+
+    `image_size`, in pixels, matters only where the width depends on it (attention patterns).
+    """
+    name = resolve_hook_name(model, hook_name)
+    return firings(model, image_size)[name].shape[-1]
+
+
+def hook_n_tokens(
+    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None = None
+) -> int:
+    """The number T of tokens of the activations (B, T, d) at `hook_name`, prefix tokens included."""
+    name = resolve_hook_name(model, hook_name)
+    return firings(model, image_size or model.cfg.image_size)[name].shape[1]
+
+
+def as_tokens(activation: Tensor, point: nn.Module) -> Tensor:
+    """(B, T, heads, d_head) -> (B, T, heads * d_head), (B, d) -> (B, 1, d), others as they are."""
+    if activation.ndim == 2:
+        return activation.unsqueeze(1)
+    conversion = getattr(point, "hook_conversion", None)
+    if activation.ndim == 4 and getattr(conversion, "splits_attention_heads", False):
+        return activation.flatten(2)
+    return activation
+
+
+@contextmanager
+def taps(model: VisionModel, names: Sequence[str], tap: Any) -> Iterator[None]:
+    """Call `tap(name, activation (B, T, d))` whenever one of the hook points `names` fires.
+
+    What `tap` returns is not looked at: the forward pass is not changed.
+    """
+    points = model.points()
+    model.context_level += 1
+    level, handles = model.context_level, []
+    try:
+        for name in names:
+            point = points[name]
+            if isinstance(point, HookPoint):
+                point.add_hook(_observer(name, point, tap), level=level)  # type: ignore[arg-type]
+            else:  # an SAE is spliced in: what it puts out
+                handles.append(point.register_forward_hook(_module_observer(name, point, tap)))
+        yield
+    finally:
+        for name in names:
+            point = points[name]
+            if isinstance(point, HookPoint):
+                point.remove_hooks(dir="fwd", level=level)
+        for handle in handles:
+            handle.remove()
+        model.context_level -= 1
+
+
+def _observer(name: str, point: nn.Module, tap: Any) -> Any:
+    def observe(activation: Any, hook: Any) -> None:
+        if isinstance(activation, Tensor):
+            tap(name, as_tokens(activation, point))
+
+    return observe
+
+
+def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
+    def observe(module: Any, arguments: Any, activation: Tensor) -> None:
+        tap(name, as_tokens(activation, point))
+
+    return observe
+
+
+def firings(
+    model: VisionModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
+) -> dict[str, Firing]:
+    """What fires in a forward pass of one black picture, by canonical name; kept with the model."""
+    size = as_pair(image_size) if image_size is not None else model.smallest_image
+    kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
+    if again or size not in kept:
+        kept[size] = _trace(model, size)
+    return kept[size]
+
+
+@torch.no_grad()
+def _trace(model: VisionModel, size: tuple[int, int]) -> dict[str, Firing]:
+    fired: dict[str, Firing] = {}
+
+    def note(name: str, activation: Tensor) -> None:
+        if name in fired:
+            fired[name].times += 1
+            fired[name].shape = tuple(activation.shape)
+        else:
+            fired[name] = Firing(len(fired), 1, tuple(activation.shape))
+
+    cfg = model.cfg
+    picture = torch.zeros(
+        1, getattr(cfg, "n_channels", 3), *size, device=cfg.device, dtype=cfg.dtype
+    )
+    training = model.training
+    model.eval()
+    try:
+        with taps(model, list(model.points()), note):
+            model(picture, return_type=None)
+    finally:
+        model.train(training)
+    return fired
+
+
+def _matches(model: VisionModel, pattern: str) -> list[str]:
+    found: list[str] = []
+    for choice in _braces(pattern):
+        if not any(sign in choice for sign in "*?["):
+            resolve_hook_name(model, choice)
+            found.append(choice)
+            continue
+        # canonical names first, so that an alias is listed only under its own spelling
+        points = model.points()
+        matching = [name for name in (*points, *model.aliases) if _glob(name, choice)]
+        if not matching:
+            raise UnknownNameError(_unknown_hook(model, choice))
+        fired = firings(model)
+        firing = [name for name in matching if model.aliases.get(name, name) in fired]
+        if not firing:
+            resolve_hook_name(model, matching[0])
+        found += firing
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    """ "a.{1,2}.b" -> ["a.1.b", "a.2.b"]."""
+    group = re.search(r"\{([^{}]*)\}", pattern)
+    if group is None:
+        return [pattern]
+    before, after = pattern[: group.start()], pattern[group.end() :]
+    return [
+        name for choice in group[1].split(",") for name in _braces(before + choice.strip() + after)
+    ]
+
+
+def _glob(name: str, pattern: str) -> bool:
+    return _glob_parts(name.split("."), pattern.split("."))
+
+
+def _glob_parts(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_glob_parts(parts[skip:], patterns[1:]) for skip in range(len(parts) + 1))
+    return (
+        bool(parts) and fnmatchcase(parts[0], patterns[0]) and _glob_parts(parts[1:], patterns[1:])
+    )
+
+
+def _unknown_hook(model: VisionModel, name: str) -> str:
+    known = [*model.points(), *model.aliases]
+    # The nearest name is most often that of another block: with numbers out of the way it is found.
+    plain = {re.sub(r"\d+", "0", known_name): known_name for known_name in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or [
+        plain[match]
+        for match in difflib.get_close_matches(re.sub(r"\d+|\*", "0", name), plain, n=3, cutoff=0.4)
+    ]
+    message = f"unknown hook {name!r}"
+    if near:
+        message += f"; did you mean {' or '.join(map(repr, near))}?"
+    blocks = f"blocks 0 to {model.cfg.n_layers - 1}" if model.cfg.n_layers else "no list of blocks"
+    return (
+        f"{message} {model.cfg.model_name} ({model.family}) has {blocks}; `*` stands for one part "
+        "of a name between dots, `**` for any number of them."
+    )
+
+
+def _never_fires(model: VisionModel, name: str) -> str:
+    if name.endswith(EAGER_ONLY):
+        return (
+            f"hook {name!r} needs attn_implementation='eager'; the model was loaded with "
+            f"{model.attn_implementation!r}, which never forms the attention pattern."
+        )
+    if name.endswith("hook_mlp_in"):
+        return f"hook {name!r} fires only after model.set_use_hook_mlp_in(True)."
+    return f"hook {name!r} never fires in a forward pass of {model.cfg.model_name}."
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """224 -> (224, 224); [224, 192] -> (224, 192): (height, width) in pixels."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,0 +1,155 @@
+"""Which of a picture's tokens are looked at.
+
+Prefix tokens come first: the class token where the model has one, then its registers. Every prefix
+token that is not the class token counts as a register, so DeiT's distillation token does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...registry.errors import ConfigError
+from ...registry.table import unknown_name_message
+from .points import as_pair, hook_n_tokens
+
+if TYPE_CHECKING:
+    from .points import VisionModel
+
+TOKEN_CHOICES = ("class", "patch", "register", "all", "mean_patch")
+
+
+def check_tokens(model: VisionModel, tokens: str) -> None:
+    """Whether the model has such tokens.
+
+    Raises:
+        ConfigError: not one of `TOKEN_CHOICES`, or the model has none of them; the message says
+            what to choose.
+    """
+    if tokens not in TOKEN_CHOICES:
+        raise ConfigError(unknown_name_message("tokens", tokens, list(TOKEN_CHOICES)))
+    if tokens not in (possible := _possible(model)):
+        what = "class token" if tokens == "class" else "register tokens"
+        raise ConfigError(
+            f"tokens: given {tokens!r}, but {model.cfg.model_name} ({model.family}) has no {what}; "
+            f"choose {', '.join(possible[:-1])} or {possible[-1]}."
+        )
+
+
+def tokens_per_image(
+    model: VisionModel,
+    tokens: str,
+    image_size: int | tuple[int, int] | None = None,
+    hook_name: str | None = None,
+) -> int:
+    """How many tokens of one picture `tokens` selects.
+
+    Args:
+        image_size: side, or (height, width), of the preprocessed picture in pixels; None takes
+            what the checkpoint's preprocessing makes.
+        hook_name: the hook point; needed for models whose grid shrinks on the way (CNNs).
+
+    Raises:
+        ConfigError: as `check_tokens`, or when the number depends on a hook point not given.
+    """
+    check_tokens(model, tokens)
+    cfg = model.cfg
+    if hook_name is not None and cfg.patch_size is None and cfg.n_prefix_tokens:
+        _check_grid(model, hook_name, image_size)
+    if tokens in ("class", "mean_patch"):
+        return 1
+    if tokens == "register":
+        return cfg.n_register_tokens
+    size = input_size(model) if image_size is None else image_size
+    if cfg.patch_size is not None:
+        height, width = as_pair(size)
+        n_patches = (height // cfg.patch_size) * (width // cfg.patch_size)
+    else:
+        n_patches = _traced_tokens(model, hook_name, size) - cfg.n_prefix_tokens
+    return n_patches + cfg.n_prefix_tokens * (tokens == "all")
+
+
+def select_tokens(
+    activations: Tensor, tokens: str, *, has_class_token: bool, n_register_tokens: int
+) -> Tensor:
+    """(B, T, d) -> (B, k, d): the chosen tokens, or with "mean_patch" the mean over the patches.
+
+    All choices but "mean_patch" are views of `activations`.
+
+    Raises:
+        ConfigError: there are none of them.
+    """
+    n_prefix = int(has_class_token) + n_register_tokens
+    if tokens == "all":
+        return activations
+    if tokens == "class" and has_class_token:
+        return activations[:, :1]
+    if tokens == "register" and n_register_tokens:
+        return activations[:, int(has_class_token) : n_prefix]
+    if tokens in ("patch", "mean_patch") and activations.shape[1] > n_prefix:
+        patches = activations[:, n_prefix:]
+        return patches if tokens == "patch" else patches.mean(dim=1, keepdim=True)
+    raise ConfigError(
+        f"tokens: given {tokens!r}, but of the {activations.shape[1]} tokens there, "
+        f"{int(has_class_token)} is a class token and {n_register_tokens} are registers; "
+        "choose tokens that are there, or all."
+    )
+
+
+def input_size(model: VisionModel) -> tuple[int, int]:
+    """(height, width) in pixels of what the checkpoint's preprocessing makes of any picture.
+
+    Where that says nothing fixed, the size that the model was trained at.
+    """
+    # a processor fills in what its file leaves out
+    settings = model.processor.to_dict() if model.processor else model.preprocessor_config or {}
+    for field in ("crop_size", "size") if settings.get("do_center_crop") else ("size",):
+        size = settings.get(field)
+        if isinstance(size, int):
+            return size, size
+        if not isinstance(size, Mapping):
+            continue
+        if size.get("height") and size.get("width"):
+            return int(size["height"]), int(size["width"])
+        if size.get("shortest_edge") and settings.get("crop_pct"):  # ConvNeXt's crops to it
+            return int(size["shortest_edge"]), int(size["shortest_edge"])
+    return model.cfg.image_size
+
+
+def _possible(model: VisionModel) -> list[str]:
+    choices = ["mean_patch", "patch", "all"]
+    if model.cfg.n_register_tokens:
+        choices.insert(0, "register")
+    if model.cfg.has_class_token:
+        choices.insert(0, "class")
+    return choices
+
+
+def _check_grid(
+    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None
+) -> None:
+    """A wrapped model's prefix tokens were told by names: the rest must be a square grid then."""
+    height, width = input_size(model) if image_size is None else as_pair(image_size)
+    n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
+    if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:
+        raise ConfigError(
+            f"hook_names: {model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix "
+            f"tokens, but without them the {n_patches} tokens at {hook_name!r} are no square grid; "
+            "choose another hook point."
+        )
+
+
+def _traced_tokens(model: VisionModel, hook_name: str | None, size: int | tuple[int, int]) -> int:
+    if hook_name is not None:
+        return hook_n_tokens(model, hook_name, size)
+    blocks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
+    counts = {hook_n_tokens(model, name, size) for name in blocks}
+    if len(counts) != 1:
+        raise ConfigError(
+            f"hook_name: given none, but {model.cfg.model_name} has another number of tokens at "
+            "each of its hook points; name one, or choose the tokens mean_patch."
+        )
+    return counts.pop()

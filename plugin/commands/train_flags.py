@@ -1,0 +1,180 @@
+"""The flags of `taxolens train`, read with simple-parsing as SAELens reads its own.
+
+SAELens's parser gives a whole config, defaults included. Here flags are laid over a preset and a
+file, so that only what was typed may come out: every default is suppressed. simple-parsing cannot
+suppress the default of a subgroup; the architecture is therefore looked up first, and its config
+class takes the place of the subgroup that SAELens has there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import docstring_parser
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from simple_parsing import ArgumentParser
+
+from ...registry.errors import ConfigError
+from ..study.settings import Settings, Study, architecture_of, layers, study_from
+from ..training.config import VisionSAERunnerConfig, training_config_class
+from . import shell
+
+# Help for what has no default of its own; the empty format keeps argparse from adding one.
+FOUND_LATER = {
+    "d_in": "Width of the activations. Defaults to the width at the hook point.%(default).0s",
+    "d_sae": "Number of latents; or give --expansion_factor.%(default).0s",
+}
+
+
+@dataclass
+class StudyFlags:
+    """What `taxolens train` knows beside SAELens's fields.
+
+    Args:
+        preset (str, optional): A packaged study; `taxolens list presets` shows them.
+        config (str, optional): A YAML file with settings by the names of these flags; flags win.
+        architecture (str, optional): The kind of SAE; its own fields become flags. Defaults to standard.
+        hook_names (list[str]): Hook points, or patterns such as blocks.*.hook_resid_post; one forward pass serves all.
+        expansion_factor (float, optional): d_sae as a multiple of d_in.
+        epochs (float, optional): training_tokens as passes over the images.
+        no_evaluate (bool): Stop after training: no evaluation, no report.
+        dry_run (bool): Check everything and print the plan; train nothing.
+        json (bool): Print the plan or the results as JSON on stdout.
+    """
+
+    preset: str | None = None
+    config: str | None = None
+    architecture: str | None = None
+    hook_names: list[str] = field(default_factory=list)
+    expansion_factor: float | None = None
+    epochs: float | None = None
+    no_evaluate: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """A parsed command line: the study, and what to do with it."""
+
+    study: Study
+    evaluate: bool
+    dry_run: bool
+    json: bool
+
+
+def parse(args: Sequence[str]) -> TrainCommand:
+    """Read the flags of `taxolens train`, and the preset and the file that they name.
+
+    Raises:
+        ConfigError: an unknown flag or key (the nearest names are given), a value of the wrong
+            type, or a required setting that is missing.
+    """
+    first = _first_look(args)
+    settings = layers(preset=first.preset, config=first.config)
+    named = {"architecture": first.architecture} if first.architecture else {}
+    architecture = architecture_of([*settings, ("the command line", named)])
+    given = _parser(architecture, only_given=True).parse(args)
+    own = given.pop("study", {})
+    command = {name: own.pop(name, False) for name in ("no_evaluate", "dry_run", "json")}
+    for name in ("preset", "config", "architecture"):
+        own.pop(name, None)
+    flags: Settings = {**named, **own, **given.get("run", {})}
+    study = study_from([*settings, ("the command line", flags)] if flags else settings)
+    return TrainCommand(study, not command["no_evaluate"], command["dry_run"], command["json"])
+
+
+def full_help(args: Sequence[str]) -> str:
+    """Every flag, for the architecture that `args` name."""
+    first = _first_look([arg for arg in args if arg != "--help_all"])
+    named = ("the command line", {"architecture": first.architecture})
+    architecture = architecture_of([*layers(preset=first.preset, config=first.config), named])
+    text = io.StringIO()
+    _parser(architecture, only_given=False).print_help(text, args=[])
+    return text.getvalue()
+
+
+def _first_look(args: Sequence[str]) -> Any:
+    """What decides which other flags there are."""
+    parser = shell.Parser(prog="taxolens train", add_help=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config")
+    parser.add_argument("--architecture")
+    return parser.parse_known_args(list(args))[0]
+
+
+def _parser(architecture: str, *, only_given: bool) -> _Parser:
+    """A parser of every flag; with `only_given` it returns nothing that was not typed."""
+    config_class = training_config_class(architecture)
+    # The widths come from the model later; the parser wants some.
+    sae = field(default_factory=partial(config_class, d_in=512, d_sae=4096))
+    run_class = make_dataclass(
+        "VisionSAERunnerConfig", [("sae", config_class, sae)], bases=(VisionSAERunnerConfig,)
+    )
+    run_class.__doc__ = "SAELens's runner config, and what images need beside it."
+    # It has no source. Said so, simple-parsing does not parse a module to look for it, which it
+    # would do once for each field: seconds.
+    run_class.__module__ = "builtins"
+    suppressed: dict[str, Any] = {"argument_default": argparse.SUPPRESS} if only_given else {}
+    parser = _Parser(
+        prog="taxolens train",
+        usage="taxolens train [--preset NAME] [--config FILE] [FLAG VALUE ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        **suppressed,
+    )
+    default: dict[str, Any] = {"default": argparse.SUPPRESS} if only_given else {}
+    for flags_class, dest in ((StudyFlags, "study"), (run_class, "run")):
+        wrapper = parser.add_arguments(flags_class, dest=dest, **default)
+        for dataclass_wrapper in (wrapper, *wrapper.descendants):
+            documented = _documented(dataclass_wrapper.dataclass)
+            for flag in dataclass_wrapper.fields:
+                flag.help = FOUND_LATER.get(flag.name) or documented.get(flag.name) or " "
+    return parser
+
+
+def _documented(config_class: type[Any]) -> dict[str, str]:
+    """What the docstrings say of each field; a subclass has the last word.
+
+    simple-parsing would prefer the comments beside a field, which SAELens writes for its own
+    developers, and the words of the class that declares a field to those of the one that means it.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(base):
+            for param in docstring_parser.parse(base.__doc__ or "").params:
+                found[param.arg_name] = " ".join((param.description or "").split())
+    return found
+
+
+class _Parser(ArgumentParser):
+    """simple-parsing's parser, with errors as `ConfigError` and the nearest flags named."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See `taxolens train --help`.")
+
+    def parse(self, args: Sequence[str]) -> dict[str, Settings]:
+        try:
+            parsed, rest = self.parse_known_args(list(args))
+        except argparse.ArgumentError as error:
+            raise ConfigError(f"{error}. See `taxolens train --help`.") from error
+        if rest:
+            raise ConfigError(self._unknown(rest[0]))
+        return vars(parsed)
+
+    def _unknown(self, arg: str) -> str:
+        name = arg.partition("=")[0].removeprefix("--")
+        having = [
+            a for a, (_, c) in SAE_TRAINING_CLASS_REGISTRY.items() if name in c.__dataclass_fields__
+        ]
+        if having:
+            return f"--{name} is a flag of --architecture {', '.join(sorted(having))} only."
+        known = {flag for flag in self._option_string_actions if flag.startswith("--")}
+        negations = {f"--no{flag.removeprefix('--')}" for flag in known}
+        return shell.unknown("argument", arg, known - negations)

@@ -1,0 +1,1 @@
+"""What a training run is asked to do: settings from flags, files and presets, made ready as a job."""

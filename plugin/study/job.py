@@ -1,0 +1,161 @@
+"""The work behind `taxolens train`: from a study to trained SAEs, their numbers and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...hooks.images.dataset import load_images
+from ...hooks.models.load import expand_hook_names, hook_d_in
+from ...hooks.models.tokens import check_tokens, tokens_per_image
+from ...registry.errors import ConfigError
+from ...registry.taxonomies.load import load_taxonomy
+from ..evaluation.evaluate import choose_evaluators, evaluate_run
+from ..evaluation.held_out import Choice
+from ..reporting.report import write_report
+from ..reporting.results import Results
+from ..training import preflight
+from ..training.config import VisionSAERunnerConfig
+from ..training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner, load_model
+from .settings import Study
+
+Runner = VisionSAETrainingRunner | VisionMultiSAETrainingRunner
+Facts = dict[str, Any]
+
+
+class Job:
+    """A study made ready: everything loaded and checked, nothing trained yet.
+
+    Settings are checked before the model is loaded, the model before the images, and what the
+    evaluation needs before the training.
+
+    Args:
+        study: what to do.
+        evaluate: also measure the SAEs when they are trained, and write the report.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message names it and what is allowed.
+        DataError: images that cannot be used.
+    """
+
+    def __init__(self, study: Study, *, evaluate: bool = True) -> None:
+        draft = study.draft()
+        if evaluate and draft.output_path is None:
+            raise ConfigError("output_path: given none; the evaluation needs the saved SAEs.")
+        preflight.check_settings(draft, has_dataset=False)
+        self.evaluation = self._plan_evaluation(draft) if evaluate else None
+        model = load_model(draft)
+        check_tokens(model, draft.tokens)
+        hook_names = expand_hook_names(model, study.hook_names)
+        widths = {name: hook_d_in(model, name, draft.image_size) for name in hook_names}
+        images = load_images(
+            draft.dataset_path,
+            split=draft.split,
+            image_column=draft.image_column,
+            label_column=draft.label_column,
+            streaming=draft.streaming,
+            trust_remote_code=draft.dataset_trust_remote_code,
+            max_images=draft.max_images,
+        )
+        self.per_image = tokens_per_image(model, draft.tokens, draft.image_size, hook_names[0])
+        per_epoch = None if images.is_streaming else len(images) * self.per_image
+        config = study.config(widths, tokens_per_epoch=per_epoch)
+        single = isinstance(config, VisionSAERunnerConfig)
+        runner_class = VisionSAETrainingRunner if single else VisionMultiSAETrainingRunner
+        self.runner: Runner = runner_class(
+            config,  # pyright: ignore[reportArgumentType]  # of the runner's own kind
+            override_dataset=images,
+            override_model=model,
+        )
+
+    def plan(self) -> Facts:
+        """How many images, tokens, steps and bytes the training takes. Time is not guessed."""
+        cfg, images = self.runner.cfg, self.runner.images
+        saes = cfg.sae_configs
+        cache_bytes = preflight.cache_size(cfg, self.runner.model, images)
+        plan: Facts = {
+            "model": cfg.model_name,
+            "hook_points": {
+                name: {"d_in": saes[sae].d_in, "d_sae": saes[sae].d_sae}
+                for sae, name in cfg.sae_hook_names.items()
+            },
+            "architectures": sorted({sae.architecture() for sae in saes.values()}),
+            "saes": len(saes),
+            "images": None if images.is_streaming else len(images),
+            "tokens": cfg.tokens,
+            "tokens_per_image": self.per_image,
+            "training_tokens": cfg.training_tokens,
+            "epochs": None
+            if images.is_streaming
+            else cfg.training_tokens / (len(images) * self.per_image),
+            "steps": cfg.total_training_steps,
+            "batch": cfg.train_batch_size_tokens,
+            "bytes": preflight.bytes_needed(
+                cfg, self.runner.session.saes.values(), cache_bytes=cache_bytes
+            ),
+            "output_path": cfg.output_path,
+            "resumes_from": cfg.resume_from_checkpoint,
+            "evaluation": self.evaluation,
+        }
+        return plan
+
+    def train(self) -> None:
+        """Train, and save the SAEs under output_path."""
+        self.runner.run()
+
+    def evaluate(self, *, progress: bool = True) -> tuple[Results, Path]:
+        """Measure what `train` has saved, write the report, and tell W&B: results and report.
+
+        The evaluation is a W&B run of its own, in one group with the training's: the training
+        closes its run when it ends.
+        """
+        cfg = self.runner.cfg
+        results = evaluate_run(
+            cfg.output_path,
+            batch_size=cfg.store_batch_size_prompts,
+            device=cfg.llm_device,
+            num_workers=cfg.num_workers,
+            override_model=self.runner.model,
+            progress=progress,
+        )
+        report = write_report(results)
+        if cfg.logger.log_to_wandb:
+            from ..reporting.wandb_log import log_results
+
+            log_results(
+                results,
+                report=report,
+                project=cfg.logger.wandb_project,
+                entity=cfg.logger.wandb_entity,
+                name=f"{cfg.logger.run_name}-evaluation",
+                group=cfg.logger.run_name,
+            )
+        return results, report
+
+    @staticmethod
+    def _plan_evaluation(cfg: Any) -> Facts:
+        """Whether the evaluation will find its images, its tree and its evaluators."""
+        if not cfg.taxonomy:
+            raise ConfigError(
+                "taxonomy: not given; the evaluation needs a class tree: a name of `taxolens list "
+                "taxonomies`, a folder of nested class folders, or a .csv or .json of parent,child. "
+                "With --no_evaluate the SAEs are only trained."
+            )
+        images, split = Choice(
+            dataset_path=cfg.eval_dataset_path or cfg.dataset_path,
+            split=cfg.eval_split,
+            image_column=cfg.image_column,
+            label_column=cfg.label_column,
+            max_images=cfg.eval_max_images,
+        ).load()
+        images.require_labels()
+        taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
+        return {
+            "dataset_path": cfg.eval_dataset_path or cfg.dataset_path,
+            "split": split,
+            "images": len(images),
+            "taxonomy": cfg.taxonomy,
+            "classes": len(taxonomy.classes),
+            "nodes": len(taxonomy.nodes),
+            "evaluators": list(choose_evaluators(cfg.evaluators or None, None)),
+        }

@@ -1,0 +1,408 @@
+"""A study: what a training run was asked for, put together before a model is loaded.
+
+A preset, a YAML file and the flags of the command line say the same things by the same names,
+those of the runner's config, its SAE config and its logger; what comes later wins. On top of
+SAELens's names a study knows
+
+- `architecture`: the SAE architecture (SAELens: `--architecture`);
+- `hook_names`: hook points, or patterns such as `blocks.*.hook_resid_post`;
+- `expansion_factor`: d_sae as a multiple of d_in, and d_in from the model when it is not given;
+- `epochs`: training_tokens as passes over the images;
+- `saes` (files only): several SAEs for every hook point, `name: {architecture: ..., k: ...}`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union
+
+from sae_lens.config import LoggingConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from ...registry.errors import ConfigError
+from ...registry.presets import load_preset, read_settings
+from .. import demo_assets
+from ..training.config import (
+    VisionMultiSAERunnerConfig,
+    VisionSAERunnerConfig,
+    training_config_class,
+)
+
+Settings = dict[str, Any]
+
+SECTIONS = ("study", "runner", "logger", "sae")
+
+STAND_IN_WIDTH = 1024
+
+# The fields that say the same thing in two ways: naming one in a later source drops the other.
+ALTERNATIVES = (
+    ("hook_name", "hook_names"),
+    ("d_sae", "expansion_factor"),
+    ("training_tokens", "epochs"),
+)
+# Names for what lies inside the package.
+PACKAGED = {
+    "demo:model": demo_assets.model_path,
+    "demo:pictures": demo_assets.dataset_path,
+    "demo:tree": demo_assets.taxonomy_path,
+}
+STUDY_FIELDS = {
+    "architecture": str,
+    "hook_name": str,
+    "hook_names": list[str],
+    "expansion_factor": float,
+    "epochs": float,
+    "saes": dict[str, Any],
+}
+
+
+@dataclass(frozen=True)
+class SAEChoice:
+    """One SAE of a study: its architecture and the fields of its config that were given."""
+
+    architecture: str
+    fields: Settings = field(default_factory=dict)
+    expansion_factor: float | None = None
+
+    def config(self, d_in: int, hook_name: str) -> TrainingSAEConfig:
+        """The SAE config for a hook point of width `d_in`.
+
+        Raises:
+            ConfigError: d_in differs from the one given, or the config refuses a value.
+        """
+        given = self.fields.get("d_in", d_in)
+        if given != d_in:
+            raise ConfigError(f"d_in: {given} was given, but {hook_name} is {d_in} wide.")
+        # A copy: SAELens changes lists such as matryoshka_widths in place.
+        fields = {**copy.deepcopy(self.fields), "d_in": d_in}
+        if self.expansion_factor is not None:
+            fields["d_sae"] = round(self.expansion_factor * d_in)
+        if "d_sae" not in fields:
+            raise ConfigError("d_sae: not given; allowed: a width, or expansion_factor.")
+        config_class = training_config_class(self.architecture)
+        try:
+            return config_class(**fields)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"architecture {self.architecture!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Study:
+    """A training run as asked for.
+
+    Attributes:
+        saes: the SAEs trained at every hook point, by name; the only one is called "".
+        hook_names: hook points and patterns, as written.
+        runner: the given fields of the runner's config; what is missing keeps its default.
+        logger: the given fields of SAELens's LoggingConfig.
+        epochs: passes over the images, when asked for in place of training_tokens.
+    """
+
+    saes: dict[str, SAEChoice]
+    hook_names: tuple[str, ...]
+    runner: Settings
+    logger: Settings
+    epochs: float | None = None
+
+    def config(
+        self, widths: Mapping[str, int], *, tokens_per_epoch: int | None = None
+    ) -> VisionSAERunnerConfig[Any] | VisionMultiSAERunnerConfig:
+        """The runner's config: the single form for one SAE, the multi form for more.
+
+        Args:
+            widths: hook point -> d_in, for every hook point that the patterns stand for.
+            tokens_per_epoch: tokens in one pass over the images; needed when epochs were given.
+
+        Raises:
+            ConfigError: a field is missing, does not fit, or has no meaning for many SAEs.
+        """
+        runner = dict(self.runner)
+        if self.epochs is not None:
+            if tokens_per_epoch is None:
+                raise ConfigError(
+                    "epochs: the number of images is unknown before they are streamed; give "
+                    "training_tokens instead."
+                )
+            batch = runner.get(
+                "train_batch_size_tokens", VisionSAERunnerConfig.train_batch_size_tokens
+            )
+            runner["training_tokens"] = max(batch, round(self.epochs * tokens_per_epoch))
+        if len(widths) * len(self.saes) == 1:
+            ((hook_name, d_in),) = widths.items()
+            (choice,) = self.saes.values()
+            return self._build(
+                VisionSAERunnerConfig,
+                runner,
+                sae=choice.config(d_in, hook_name),
+                hook_name=hook_name,
+            )
+        saes, hook_names = {}, {}
+        for hook_name, d_in in widths.items():
+            for name, choice in self.saes.items():
+                key = f"{hook_name}.{name}" if name else hook_name
+                saes[key], hook_names[key] = choice.config(d_in, hook_name), hook_name
+        return self._build(VisionMultiSAERunnerConfig, runner, saes=saes, hook_names=hook_names)
+
+    def draft(self) -> VisionSAERunnerConfig[Any] | VisionMultiSAERunnerConfig:
+        """The config with patterns in place of hook points, and stand-ins for what only the model
+        and the images tell. What it refuses is wrong whatever they are."""
+        given = (choice.fields.get("d_in") for choice in self.saes.values())
+        width = next((d_in for d_in in given if d_in), STAND_IN_WIDTH)
+        return self.config(dict.fromkeys(self.hook_names, width), tokens_per_epoch=1 << 40)
+
+    def _build(self, config_class: type[Any], runner: Settings, **fields: Any) -> Any:
+        lacking = sorted(set(runner) - {f.name for f in dataclasses.fields(config_class)})
+        if lacking:
+            raise ConfigError(
+                f"{', '.join(lacking)}: no meaning for more than one SAE; leave it out, or name one "
+                "hook point."
+            )
+        logger = LoggingConfig(**self.logger)
+        try:
+            return config_class(**fields, logger=logger, **runner)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def gather(
+    *, preset: str | None = None, config: str | Path | None = None, flags: Settings | None = None
+) -> Study:
+    """The study that a preset, a YAML file and flags describe together; later ones win.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a required setting missing.
+    """
+    return study_from(layers(preset=preset, config=config, flags=flags))
+
+
+def layers(
+    *, preset: str | None = None, config: str | Path | None = None, flags: Settings | None = None
+) -> list[tuple[str, Settings]]:
+    """The sources given, in rising order of precedence, each with a name for error messages."""
+    found: list[tuple[str, Settings]] = []
+    if preset is not None:
+        found.append((f"preset {preset!r}", load_preset(preset)))
+    if config is not None:
+        found.append((str(config), read_settings(Path(config))))
+    if flags:
+        found.append(("the command line", flags))
+    return found
+
+
+def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
+    """The architecture that the last source to name one names; SAELens's default otherwise."""
+    for _, settings in reversed(sources):
+        sae = settings.get("sae")
+        name = settings.get("architecture") or (
+            sae.get("architecture") if isinstance(sae, Mapping) else None
+        )
+        if name:
+            return str(name)
+    return "standard"
+
+
+def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
+    """Check and merge the sources; see `gather`."""
+    final = training_config_class(architecture_of(sources))
+    merged: dict[str, Settings] = {section: {} for section in SECTIONS}
+    for position, (source, settings) in enumerate(sources, start=1):
+        running = training_config_class(architecture_of(sources[:position]))
+        sections = _sections(settings, source, (running, final))
+        _drop_alternatives(merged, sections, source)
+        for section, values in sections.items():
+            merged[section].update(values)
+    return _study(architecture_of(sources), merged)
+
+
+def _sections(
+    settings: Settings, source: str, sae_classes: Sequence[type[Any]]
+) -> dict[str, Settings]:
+    """The settings of one source, checked and sorted into SECTIONS.
+
+    A field of the logger or of the SAE may stand at the top, as among flags, or under `logger:`
+    and `sae:`. A name that both the runner and another section have means the runner's at the top.
+    """
+    hints = {"study": STUDY_FIELDS, "runner": _runner_hints(), "logger": _hints(LoggingConfig)}
+    hints["sae"] = {k: v for cls in sae_classes for k, v in _hints(cls).items() if k != "metadata"}
+    found: dict[str, Settings] = {section: {} for section in SECTIONS}
+    flat = dict(settings)
+    for section in ("logger", "sae"):
+        nested = flat.pop(section, None) or {}
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"{source}: {section}: expected `name: value` lines, got {nested!r}.")
+        for key, value in nested.items():
+            if section == "sae" and key == "architecture":
+                continue
+            if key not in hints[section]:
+                raise ConfigError(_unknown_key(source, f"{section}.{key}", key, hints[section]))
+            found[section][key] = typed(f"{source}: {section}.{key}", value, hints[section][key])
+    for key, value in flat.items():
+        section = next((s for s in SECTIONS if key in hints[s]), None)
+        if section is None:
+            known = {name for section in SECTIONS for name in hints[section]}
+            raise ConfigError(_unknown_key(source, key, key, known | {"logger", "sae"}))
+        found[section][key] = typed(f"{source}: {key}", value, hints[section][key])
+    return found
+
+
+def _drop_alternatives(
+    merged: dict[str, Settings], sections: dict[str, Settings], source: str
+) -> None:
+    """Let this source's way of saying a thing replace the other way in earlier sources."""
+    given = {key for values in sections.values() for key in values}
+    for one, other in ALTERNATIVES:
+        if one in given and other in given:
+            raise ConfigError(f"{source}: {one} and {other} say the same thing; give one of them.")
+        for key, dropped in ((one, other), (other, one)):
+            if key in given:
+                for values in merged.values():
+                    values.pop(dropped, None)
+
+
+def _study(architecture: str, merged: dict[str, Settings]) -> Study:
+    extra, runner, shared = merged["study"], merged["runner"], merged["sae"]
+    for required in ("model_name", "dataset_path"):
+        if not runner.get(required):
+            raise ConfigError(f"{required}: not given; see `taxolens train --help`.")
+    hook_names = extra.get("hook_names") or [n for n in [extra.get("hook_name")] if n]
+    if not hook_names:
+        raise ConfigError(
+            "hook_names: not given; allowed: hook points such as blocks.5.hook_resid_post, or "
+            "patterns such as blocks.*.hook_resid_post."
+        )
+    for key, value in runner.items():
+        if isinstance(value, str) and value in PACKAGED:
+            runner[key] = str(PACKAGED[value]())
+    # The SAE lives where the run does, in its precision, unless it was placed by itself.
+    for key in ("device", "dtype"):
+        if key in runner:
+            shared.setdefault(key, runner[key])
+    factor = extra.get("expansion_factor")
+    saes = {}
+    for name, own in (extra.get("saes") or {"": {}}).items():
+        saes[str(name)] = _sae_choice(str(name), own, architecture, shared, factor)
+    return Study(saes, tuple(hook_names), runner, merged["logger"], extra.get("epochs"))
+
+
+def _sae_choice(
+    name: str, own: Any, architecture: str, shared: Settings, expansion_factor: float | None
+) -> SAEChoice:
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"saes.{name}: expected `name: value` lines, got {own!r}.")
+    architecture = str(own.get("architecture", architecture))
+    hints = _hints(training_config_class(architecture))
+    # What was said about another architecture and has no meaning here is left out: a preset's
+    # l1_coefficient does not stop `--architecture topk`.
+    fields = {key: value for key, value in shared.items() if key in hints}
+    for key, value in own.items():
+        if key == "expansion_factor":
+            expansion_factor = typed(f"saes.{name}.{key}", value, float)
+        elif key in hints:
+            fields[key] = typed(f"saes.{name}.{key}", value, hints[key])
+        elif key != "architecture":
+            raise ConfigError(_unknown_key("saes", f"{name}.{key}", key, hints))
+    if "d_sae" in own:
+        expansion_factor = None
+    return SAEChoice(architecture, fields, expansion_factor)
+
+
+def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(key), sorted(known), n=3, cutoff=0.6)
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else ("`taxolens train --help_all` lists the names.")
+    )
+    return f"{source}: unknown key {shown!r}; {hint}"
+
+
+def _hints(config_class: type[Any]) -> dict[str, Any]:
+    """The public fields of a dataclass with their types."""
+    hints = typing.get_type_hints(config_class)
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(config_class)
+        if f.init and not f.name.startswith("_")
+    }
+
+
+def _runner_hints() -> dict[str, Any]:
+    both = {**_hints(VisionMultiSAERunnerConfig), **_hints(VisionSAERunnerConfig)}
+    placed_elsewhere = {"sae", "saes", "logger", "hook_name", "hook_names"}
+    return {key: hint for key, hint in both.items() if key not in placed_elsewhere}
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that a config field asks for.
+
+    YAML reads `3e-4` as text and a list where a tuple is wanted: both are put right here.
+
+    Raises:
+        ConfigError: it cannot be; the message names the field, the value and the type.
+    """
+    try:
+        return _as(value, hint)
+    except (TypeError, ValueError):
+        shown = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+        shown = shown or str(hint).replace("typing.", "")
+        raise ConfigError(f"{name}: expected {shown}, got {value!r}.") from None
+
+
+def _as(value: Any, hint: Any) -> Any:
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _first_fit(value, members)
+    if origin is Literal:
+        return value if value in members else _refuse()
+    if hint is type(None):
+        return None if value is None else _refuse()
+    if hint is bool:
+        return value if isinstance(value, bool) else _refuse()
+    if hint in (int, float):
+        return _number(value, hint)
+    if hint is str:
+        return value if isinstance(value, str) else _refuse()
+    if hint in (list, tuple) or origin in (list, tuple):
+        if isinstance(value, Mapping):
+            return _refuse()
+        sequence = [value] if isinstance(value, str) else list(value)
+        member = members[0] if members else Any
+        return (origin or hint)(_as(item, member) for item in sequence)
+    if origin is dict or hint is dict:
+        return dict(value) if isinstance(value, Mapping) else _refuse()
+    return value
+
+
+def _first_fit(value: Any, members: Sequence[Any]) -> Any:
+    """The member whose type the value has already, else the first one it can become."""
+    exact = [m for m in members if isinstance(m, type) and type(value) is m]
+    for member in [*exact, *members]:
+        try:
+            return _as(value, member)
+        except (TypeError, ValueError):
+            continue
+    return _refuse()
+
+
+def _number(value: Any, kind: type[Any]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return _refuse()
+    if type(value) is kind:
+        return value
+    number = float(value)
+    if kind is float:
+        return number
+    return int(number) if number.is_integer() else _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise ValueError

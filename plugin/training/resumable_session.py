@@ -1,0 +1,261 @@
+"""One training: fitted so that it can be stopped at any step, and everything it writes whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training._interruption import InterruptedException
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ...registry.errors import CheckpointError, DivergedError
+from .activations_store import VisionActivationsStore
+from .checkpoints import (
+    RunIdentity,
+    is_whole,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_manifest,
+    write_manifest,
+    written_whole,
+)
+from .interrupts import Interrupts, StepGate, TrainingInterrupted
+from .rng import load_rng_state, save_rng_state, seeded
+
+logger = logging.getLogger(__name__)
+
+WRITE_ERRORS = (OSError, SafetensorError)
+
+
+class TrainedSAE(NamedTuple):
+    """An SAE and its (d_sae,) log10 feature sparsity, where known."""
+
+    sae: TrainingSAE[Any]
+    sparsity: torch.Tensor | None
+
+
+class TrainingSession:
+    """Runs one of SAELens's trainers and keeps its files whole.
+
+    Args:
+        cfg: the runner's config.
+        saes: SAE name -> SAE, as trained.
+        store: where the trainer's batches come from.
+        identity: what a checkpoint of this run is known by.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        saes: Mapping[str, TrainingSAE[Any]],
+        store: VisionActivationsStore,
+        identity: RunIdentity,
+    ) -> None:
+        self.cfg = cfg
+        self.saes = saes
+        self.store = store
+        self.identity = identity
+        self._trainer: Any = None
+
+    def fit(self, trainer: Any) -> Any:
+        """Run the trainer; stopped and resumed at any step, it ends in the same weights.
+
+        Args:
+            trainer: an `SAETrainer` or `MultiSAETrainer`, its state loaded when it resumes.
+
+        Raises:
+            TrainingInterrupted: a signal stopped it; the message says where to resume.
+            DivergedError: weights are not finite any more.
+            CheckpointError: a checkpoint could not be written.
+        """
+        self._trainer = trainer
+        interrupts = Interrupts()
+        gate = StepGate(trainer.data_provider, self.store, interrupts, self._check_finite)
+        trainer.data_provider = gate
+        with interrupts, seeded(self.cfg.seed):
+            if self.cfg.resume_from_checkpoint is not None:
+                self._align(trainer)
+                load_rng_state(Path(self.cfg.resume_from_checkpoint))
+            self.store.open()
+            try:
+                return trainer.fit()
+            except InterruptedException as stop:
+                raise TrainingInterrupted(self._stopped(f"{stop}", self._save())) from None
+            except Exception as error:
+                self._keep_what_is_whole(gate, error)
+                raise
+            finally:
+                gate.close()
+
+    def complete_checkpoint(self, folder: Path) -> None:
+        """Make a checkpoint of the files that SAELens has written into `folder`.
+
+        Raises:
+            DivergedError: weights are not finite: a checkpoint to go on from must not be made.
+        """
+        self._check_finite(thorough=True)
+        save_rng_state(folder)
+        n_samples = self._trainer.n_training_samples
+        write_manifest(
+            folder,
+            self.identity,
+            n_training_samples=n_samples,
+            n_training_steps=n_samples // self.cfg.train_batch_size_tokens,
+        )
+        if self.cfg.keep_checkpoints is not None:
+            prune_checkpoints(folder.parent, self.cfg.keep_checkpoints)
+
+    def write_output(self, output_path: str | Path, trained: Mapping[str, TrainedSAE]) -> None:
+        """Write SAEs for inference, each whole or not at all; then log them to W&B.
+
+        Args:
+            trained: folder under `output_path` ("." for itself) -> SAE.
+
+        Raises:
+            DivergedError: weights are not finite.
+            CheckpointError: it cannot be written there; the message says where it is instead.
+        """
+        self._check_finite(thorough=True)
+        try:
+            self._write(Path(output_path), trained)
+        except WRITE_ERRORS as error:
+            message = f"output_path: {str(output_path)!r} could not be written: {error}."
+            raise CheckpointError(f"{message} {self._rescue(trained)}") from error
+        if self.cfg.logger.log_to_wandb:
+            for name, (sae, sparsity) in trained.items():
+                folder = Path(output_path) / name
+                self.cfg.logger.log(
+                    _Logged(sae, self.cfg.to_sae_trainer_config()),
+                    folder / SAE_WEIGHTS_FILENAME,
+                    folder / SAE_CFG_FILENAME,
+                    sparsity_path=None if sparsity is None else folder / SPARSITY_FILENAME,
+                    wandb_aliases=["final_model"],
+                )
+
+    def _write(self, output: Path, trained: Mapping[str, TrainedSAE]) -> None:
+        with written_whole(output) as partial:
+            for name, (sae, sparsity) in trained.items():
+                sae.save_inference_model(partial / name)
+                if sparsity is not None:
+                    save_file({"sparsity": sparsity}, partial / name / SPARSITY_FILENAME)
+            (partial / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()))
+
+    def _rescue(self, trained: Mapping[str, TrainedSAE]) -> str:
+        """A training is hours: put its result where there is room, and say where."""
+        with suppress(*WRITE_ERRORS):
+            folder = Path(tempfile.mkdtemp(prefix="taxolens-"))
+            self._write(folder, trained)
+            return f"The trained SAE is in {folder} instead."
+        last = latest_checkpoint(self.cfg.checkpoint_path) if self.cfg.checkpoint_path else None
+        if last is None:
+            return "No other place had room for it either."
+        return f"Make room, then finish it with resume_from_checkpoint={last}."
+
+    def _align(self, trainer: Any) -> None:
+        """Put right what SAELens restores wrongly: it saves `n_training_steps` before the step
+        counts, and would write the checkpoints that were passed once more."""
+        for each in (trainer, *getattr(trainer, "trainers", {}).values()):
+            each.n_training_steps = each.n_training_samples // self.cfg.train_batch_size_tokens
+        trainer.checkpoint_thresholds = [
+            threshold
+            for threshold in trainer.checkpoint_thresholds
+            if threshold >= trainer.n_training_samples
+        ]
+
+    def _save(self) -> Path | None:
+        """Save a checkpoint of the state between two steps, unless there is one."""
+        folder = self._folder_now()
+        if folder is None:
+            return None
+        if self._trainer.n_training_samples == 0 and not self._has_estimates():
+            self.store.n_consumed = 0  # an estimate of norms half done starts over
+        if not (is_whole(folder) and read_manifest(folder).run == self.identity):
+            try:
+                self._trainer.save_checkpoint(checkpoint_name=folder.name)
+            except Exception as error:
+                self._refuse_half_written(error)
+                raise
+        return folder
+
+    def _has_estimates(self) -> bool:
+        trainers = getattr(self._trainer, "trainers", {"": self._trainer}).values()
+        scalers = [trainer.activation_scaler for trainer in trainers]
+        return any(s.scaling_factor is not None or s.whitening is not None for s in scalers)
+
+    def _keep_what_is_whole(self, gate: StepGate[Any], error: Exception) -> None:
+        if isinstance(error, DivergedError):
+            self._remove_half_written()
+        elif gate.is_between_steps:
+            logger.error(self._stopped(type(error).__name__, self._save()))
+        else:
+            self._refuse_half_written(error)
+
+    def _refuse_half_written(self, error: Exception) -> None:
+        """Raise CheckpointError when `error` came while a checkpoint was being written."""
+        folder = self._remove_half_written()
+        if folder is None:
+            return
+        left = latest_checkpoint(folder.parent)
+        last = f"the last whole one is {left}" if left else "there is none before it"
+        raise CheckpointError(
+            f"checkpoint {folder} could not be written: {error}; {last}."
+        ) from error
+
+    def _remove_half_written(self) -> Path | None:
+        folder = self._folder_now()
+        if folder is None or not folder.is_dir() or is_whole(folder):
+            return None
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def _folder_now(self) -> Path | None:
+        if self.cfg.checkpoint_path is None:
+            return None
+        return Path(self.cfg.checkpoint_path) / str(self._trainer.n_training_samples)
+
+    def _stopped(self, reason: str, saved: Path | None) -> str:
+        done, total = self._trainer.n_training_samples, self.cfg.training_tokens
+        how = (
+            f"resume with resume_from_checkpoint={saved}"
+            if saved is not None
+            else "nothing was saved, since checkpoint_path is none"
+        )
+        return f"{reason}: training stopped after {done:,} of {total:,} tokens; {how}."
+
+    def _check_finite(self, thorough: bool = False) -> None:
+        """Raise DivergedError when weights are not finite.
+
+        Clipping the gradient's norm spreads one NaN to every weight, so that on the way b_dec,
+        which is small, is enough to look at.
+        """
+        for name, sae in self.saes.items():
+            tensors = sae.state_dict() if thorough else {"b_dec": sae.b_dec}
+            for key, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise DivergedError(
+                        f"SAE {name!r}: {key} is not finite after "
+                        f"{self._trainer.n_training_samples:,} tokens: training diverged. Try a "
+                        "lower lr, lr_warm_up_steps, or normalize_activations."
+                    )
+
+
+class _Logged(NamedTuple):
+    """What SAELens's `LoggingConfig.log` reads of a trainer."""
+
+    sae: TrainingSAE[Any]
+    cfg: Any

@@ -1,0 +1,1 @@
+"""Encoders, dictionaries and configs that architectures share. Nothing here is registered."""

@@ -1,0 +1,57 @@
+"""Which latent is the parent of which: a forest over the latents, part of the saved state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ...errors import ConfigError
+
+ROOT = -1
+
+
+class Forest(nn.Module):
+    """`parents` (m,) holds the latent above each latent, or -1 for none."""
+
+    parents: Tensor
+
+    def __init__(self, parents: Sequence[int], d_sae: int, device: torch.device) -> None:
+        super().__init__()
+        self.known = list(parents) or [ROOT] * d_sae
+        if len(self.known) != d_sae or not all(ROOT <= p < i for i, p in enumerate(self.known)):
+            raise ConfigError(
+                f"parents must name for each of the d_sae={d_sae} latents an earlier one, or -1; "
+                f"got {len(self.known)} entries: {self.known[:8]}…"
+            )
+        self.register_buffer("parents", torch.tensor(self.known, device=device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # SAELens's disk loader casts every tensor to the SAE's dtype, in which large indices may
+        # not exist; the config has them too.
+        parents = state_dict.get(prefix + "parents")
+        if parents is not None and parents.is_floating_point():
+            state_dict[prefix + "parents"] = torch.tensor(self.known, device=parents.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RecordsForest(TrainingSAE[Any]):
+    """Mixin: whatever is saved has the forest in its config, as `parents`."""
+
+    forest: Forest
+
+    def record_forest(self) -> None:
+        self.cfg.parents = self.forest.parents.tolist()
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        self.record_forest()
+        return super().save_model(path)
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        self.record_forest()
+        return super().save_inference_model(path)

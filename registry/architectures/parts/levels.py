@@ -1,0 +1,63 @@
+"""Dictionaries cut into levels: widths, budgets, and the auxiliary loss of one level."""
+
+from collections.abc import Sequence
+
+import torch
+from sae_lens.saes.topk_sae import calculate_topk_aux_acts
+from torch import Tensor
+
+from ...errors import ConfigError
+
+
+def split_by_shares(total: int, shares: Sequence[int]) -> list[int]:
+    """`total` in whole parts close to `shares`, each at least 1; the last takes the remainder."""
+    parts = [max(1, total * share // sum(shares)) for share in shares[:-1]]
+    return [*parts, max(1, total - sum(parts))]
+
+
+def check_levels(name: str, d_sae: int, widths: Sequence[int], budgets: Sequence[int]) -> None:
+    """Raises:
+    ConfigError: when the widths do not fill the dictionary, or a budget does not fit its level.
+    """
+    if not widths or min(widths) < 1 or sum(widths) != d_sae:
+        raise ConfigError(
+            f"level_widths of {name} must be positive and sum to d_sae={d_sae}, got {list(widths)} "
+            f"(sum {sum(widths)})."
+        )
+    if len(budgets) != len(widths) or any(not 1 <= k <= w for k, w in zip(budgets, widths)):
+        raise ConfigError(
+            f"{name} needs one k for each of its {len(widths)} levels, each between 1 and the "
+            f"level's width {list(widths)}; got {list(budgets)}."
+        )
+
+
+def level_slices(widths: Sequence[int]) -> list[slice]:
+    """The latents of each level."""
+    ends = torch.tensor(list(widths)).cumsum(0).tolist()
+    return [slice(end - width, end) for end, width in zip(ends, widths)]
+
+
+def positive_topk(scores: Tensor, k: int) -> Tensor:
+    """The k largest positive entries of each row of (..., m), the rest 0."""
+    values, indices = scores.relu().topk(k, dim=-1)
+    return torch.zeros_like(scores).scatter(-1, indices, values)
+
+
+def dead_latent_loss(
+    hidden_pre: Tensor, dead: Tensor | None, atoms: Tensor, residual: Tensor
+) -> Tensor:
+    """The auxiliary loss of Gao et al. (2024, arXiv 2406.04093, appendix A.2), as SAELens scales it:
+    the strongest d/2 dead latents reconstruct what the living ones leave.
+
+    Args:
+        hidden_pre: pre-activations of the level, (n, w).
+        dead: its dead latents, (w,) bool.
+        atoms: its decoder rows in the units of `hidden_pre`, (w, d).
+        residual: what the level leaves of the input, (n, d); no gradient passes it.
+    """
+    if dead is None or (n_dead := int(dead.sum())) == 0:
+        return residual.new_zeros(())
+    k = residual.shape[-1] // 2
+    acts = calculate_topk_aux_acts(min(k, n_dead), hidden_pre, dead)
+    error = (acts @ atoms - residual.detach()).square().sum(dim=-1).mean()
+    return error * min(n_dead / k, 1.0)

@@ -1,0 +1,45 @@
+"""Configs of the architectures that SAELens cannot load by itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens.saes.sae import TrainingSAEConfig
+from typing_extensions import override
+
+from ...errors import ConfigError
+
+
+@dataclass
+class PluginTrainingSAEConfig(TrainingSAEConfig):
+    """A training config whose saved SAE says in its metadata that it needs taxolens to load."""
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        saved = super().get_inference_sae_cfg_dict()
+        saved["metadata"]["requires_plugin"] = "taxolens"
+        return saved
+
+
+def refuse_input_normalisation(cfg: Any) -> None:
+    """For losses over several reconstructions: SAELens undoes these two only once a batch.
+
+    Raises:
+        ConfigError: for a normalisation that is undone from statistics of the single input.
+    """
+    if cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+        raise ConfigError(
+            f"normalize_activations={cfg.normalize_activations!r} is not possible for "
+            f"{cfg.architecture()}, whose loss has several reconstructions of one input. Use "
+            "'none', 'expected_average_only_in' or 'covariance_whitening'."
+        )
+
+
+def refuse_whitening(cfg: Any, why: str) -> None:
+    """Raises:
+    ConfigError: when `cfg` asks for whitening, which after training could not be folded.
+    """
+    if cfg.normalize_activations == "covariance_whitening":
+        raise ConfigError(
+            f"normalize_activations='covariance_whitening' is not possible for "
+            f"{cfg.architecture()}: {why}. Use 'none' or 'expected_average_only_in'."
+        )

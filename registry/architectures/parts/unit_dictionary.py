@@ -1,0 +1,94 @@
+"""What the tied architectures share: a dictionary of unit rows, used to encode and to decode."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from typing_extensions import override
+
+from ...errors import ConfigError
+from .plugin_config import refuse_whitening
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, where the device knows autocast at all."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+class UnitDictionary(SAE[Any]):
+    """Mixin for an SAE whose encoder is the transposed decoder with rows of norm 1.
+
+    The rows are used normalised wherever they are used, so that the gradient with respect to
+    `W_dec` has no part along its row; `project_rows` keeps the stored rows at norm 1 too, without
+    which the optimiser's steps would shrink against growing rows.
+    """
+
+    # As in SAELens's matching pursuit: the base class insists on a W_enc.
+    @property
+    def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.W_dec.T
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "W_enc":
+            super().__setattr__(name, value)
+
+    def dictionary(self) -> Tensor:
+        """Unit rows (d_sae, d_in), in float32 at least: a pursuit in bfloat16 picks other atoms."""
+        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
+        return F.normalize(self.W_dec.to(dtype), dim=-1)
+
+    @torch.no_grad()
+    def project_rows(self) -> None:
+        self.W_dec.data.copy_(self.dictionary())
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        atoms = self.dictionary()
+        return self.output(feature_acts.to(atoms.dtype) @ atoms)
+
+    def output(self, reconstruction: Tensor) -> Tensor:
+        """From the reconstruction of the centred input to the SAE's output, hooks included."""
+        if self.cfg.apply_b_dec_to_input:  # tied: what was not subtracted is not added
+            reconstruction = reconstruction + self.b_dec
+        out = self.hook_sae_recons(reconstruction.to(self.dtype))
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        # Pursuit is homogeneous: unit rows stay, and the codes come out in the units of the input.
+        self.b_dec.data /= scaling_factor
+        self.cfg.residual_threshold /= scaling_factor
+        self.cfg.normalize_activations = "none"
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        raise NotImplementedError(
+            f"{self.cfg.architecture()} has decoder rows of norm 1; there is no norm to fold."
+        )
+
+    @override
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        raise NotImplementedError(
+            f"{self.cfg.architecture()} cannot fold whitening: its encoder is its decoder "
+            "transposed, and whitening would need two different matrices."
+        )
+
+
+def check_pursuit_config(cfg: Any) -> None:
+    """What `mp` and `omp` ask of their configs.
+
+    Raises:
+        ConfigError: naming the field, what was given and what is allowed.
+    """
+    refuse_whitening(cfg, "whitening cannot be folded into a tied encoder")
+    if cfg.k < 1:
+        raise ConfigError(f"k of {cfg.architecture()} must be at least 1, got {cfg.k}.")
+    if cfg.residual_threshold < 0:
+        raise ConfigError(f"residual_threshold must not be negative, got {cfg.residual_threshold}.")

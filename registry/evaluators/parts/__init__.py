@@ -1,0 +1,1 @@
+"""Statistics, samples, probes and null latents that evaluators share. Nothing here is registered."""

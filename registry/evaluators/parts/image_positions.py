@@ -1,0 +1,42 @@
+"""Which images of a pass a model is run on again: a capped sample of positions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import hashing
+from ..base import Accumulator, EvaluationBatch, EvaluationContext
+
+SALT = 103
+
+
+class ImagePositions(Accumulator):
+    """Positions, labels and halves of up to `max_images` images of each half.
+
+    The images of smallest hash, so that the sample depends neither on batches nor on labels.
+    """
+
+    def __init__(self, context: EvaluationContext, max_images: int = 256) -> None:
+        super().__init__(context)
+        self.max_images = max_images
+        # index, true and shuffled label
+        self._columns = [np.zeros((0, 3), dtype=np.int64) for _ in ("score half", "fit half")]
+
+    def update(self, batch: EvaluationBatch) -> None:
+        columns = np.stack(
+            [batch.index.cpu().numpy(), *(batch.labels_of(s).numpy() for s in (False, True))],
+            axis=1,
+        )
+        is_fit = batch.is_fit.cpu().numpy()
+        for half in (False, True):
+            found = np.concatenate([self._columns[half], columns[is_fit == half]])
+            order = np.argsort(hashing.uniform(found[:, 0], SALT), kind="stable")
+            self._columns[half] = found[order[: self.max_images]]
+
+    def index(self, fit: bool) -> np.ndarray:
+        """(n,) positions in the evaluation set, of the fit half or of the score half."""
+        return self._columns[fit][:, 0]
+
+    def labels(self, fit: bool, shuffled: bool = False) -> np.ndarray:
+        """(n,) their classes."""
+        return self._columns[fit][:, 1 + shuffled]

@@ -1,0 +1,149 @@
+"""Linear probe and nearest neighbours in one pass: fitted on the fit half, asked on the other.
+
+Both predict the class. Accuracy at any cut of the tree is then read off the confusion matrix, so a
+permuted tree needs no second fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import hashing
+
+
+class RidgeProbe:
+    """Ridge regression of standardised features on the one-hot classes; the largest wins.
+
+    W = (ZᵀZ + λ·n·I)⁻¹ Zᵀ(Y − Ȳ) with Z the features less their mean over their deviation (own
+    definition; a least-squares linear probe). Memory O(d² + labellings·C·d).
+
+    Args:
+        n_classes: C.
+        n_labellings: how many labellings are fitted at once.
+        ridge: λ, relative to the variance of a feature.
+    """
+
+    def __init__(self, n_classes: int, n_labellings: int = 1, ridge: float = 0.01) -> None:
+        self.n_classes, self.n_labellings, self.ridge = n_classes, n_labellings, ridge
+        self.n = 0
+        self._gram: Tensor | None = None  # (d, d)
+        self._weights: list[Tensor] | None = None
+
+    def fit(self, x: Tensor, labellings: Sequence[Tensor]) -> None:
+        """See x (n, d) and its labels (n,) of the fit half."""
+        if self._gram is None:
+            d = x.shape[1]
+            # Sums about the first batch's mean: raw ones would lose what a large offset drowns.
+            self._offset = x.mean(0)
+            self._gram = torch.zeros(d, d, dtype=torch.float64)
+            self._sums = torch.zeros(self.n_labellings, self.n_classes, d, dtype=torch.float64)
+            self._counts = torch.zeros(self.n_labellings, self.n_classes, dtype=torch.float64)
+        x = x - self._offset
+        self.n += len(x)
+        self._gram += (x.T @ x).cpu()
+        own = x.cpu().double()
+        for sums, counts, labels in zip(self._sums, self._counts, labellings):
+            sums.index_add_(0, labels.cpu(), own)
+            counts += torch.bincount(labels.cpu(), minlength=self.n_classes)
+        self._weights = None
+
+    def predict(self, x: Tensor) -> list[Tensor]:
+        """The class of each of x (n, d) under every labelling; −1 where nothing was fitted."""
+        if self._gram is None:
+            return [torch.full((len(x),), -1, dtype=torch.int64)] * self.n_labellings
+        if self._weights is None:
+            self._solve(self._gram)
+        assert self._weights is not None
+        z = (x - self._offset - self._mean.to(x.device)) / self._scale.to(x.device)
+        return [
+            torch.addmm(bias.to(x.device), z, weight.to(x.device)).argmax(1).cpu()
+            for weight, bias in zip(self._weights, self._bias)
+        ]
+
+    def _solve(self, gram: Tensor) -> None:
+        mean = self._sums[0].sum(0) / self.n
+        covariance = gram / self.n - torch.outer(mean, mean)
+        variance = covariance.diagonal().clamp(min=0)
+        scale = variance.sqrt()
+        scale[scale <= 1e-6 * scale.max()] = torch.inf  # a constant feature tells nothing
+        correlation = covariance / torch.outer(scale, scale)
+        correlation.diagonal().add_(self.ridge)
+        factor = torch.linalg.cholesky(correlation)
+        self._mean, self._scale = mean.float(), scale.float()
+        self._weights, self._bias = [], []
+        for sums, counts in zip(self._sums, self._counts):
+            moments = (sums - counts[:, None] * mean) / scale / self.n
+            self._weights.append(torch.cholesky_solve(moments.T, factor).float())
+            # A class never seen must not win by default where all others are below their prior.
+            self._bias.append(torch.where(counts > 0, counts / self.n, -torch.inf).float())
+
+
+class NeighbourProbe:
+    """The k nearest of a capped database by cosine, votes weighted by exp(cos / temperature).
+
+    Features are centred on the mean of the database. It keeps at most `per_class` fit images of a
+    class, chosen by a hash of their index: memory O(C·d), whatever the number of images. The form
+    of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are our own.
+
+    Args:
+        n_classes: C.
+        n_labellings: how many labellings vote at once.
+        k: neighbours.
+        per_class: images of the database for each class of the first labelling.
+        temperature: of the vote.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        n_labellings: int = 1,
+        k: int = 10,
+        per_class: int = 10,
+        temperature: float = 0.07,
+    ) -> None:
+        self.k, self.temperature = k, temperature
+        self._n_classes = n_classes
+        self._priority = np.full((n_classes, per_class), np.inf)
+        self._labels = torch.zeros(n_labellings, n_classes, per_class, dtype=torch.int64)
+        self._features: Tensor | None = None  # (C, per_class, d)
+        self._ready: Tensor | None = None  # (N, d), centred, of length 1
+
+    def fit(self, x: Tensor, labellings: Sequence[Tensor], index: Tensor) -> None:
+        """See x (n, d), its labels (n,) and its positions (n,) of the fit half."""
+        if self._features is None:
+            shape = (*self._priority.shape, x.shape[1])
+            self._features = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        priority = hashing.uniform(index.cpu().numpy(), salt=1)
+        classes = labellings[0].cpu().numpy()
+        for i in np.flatnonzero(priority < self._priority[classes].max(1)):
+            c = classes[i]
+            slot = int(self._priority[c].argmax())
+            if priority[i] < self._priority[c, slot]:
+                self._priority[c, slot] = priority[i]
+                self._features[c, slot] = x[i]
+                for kept, labels in zip(self._labels, labellings):
+                    kept[c, slot] = labels[i]
+        self._ready = None
+
+    def predict(self, x: Tensor) -> list[Tensor]:
+        """The class of each of x (n, d) under every labelling; −1 where the database is empty."""
+        kept = torch.from_numpy(np.isfinite(self._priority))
+        if self._features is None or not kept.any():
+            return [torch.full((len(x),), -1, dtype=torch.int64)] * len(self._labels)
+        if self._ready is None:
+            features = self._features[kept.to(x.device)]
+            self._mean = features.mean(0)
+            self._ready = torch.nn.functional.normalize(features - self._mean, dim=1)
+        cosine = torch.nn.functional.normalize(x - self._mean, dim=1) @ self._ready.T
+        nearest = cosine.topk(min(self.k, len(self._ready)), dim=1)
+        weight = ((nearest.values - 1) / self.temperature).exp().cpu()
+        predicted = []
+        for labels in self._labels:
+            votes = torch.zeros(len(x), self._n_classes)
+            votes.scatter_add_(1, labels[kept][nearest.indices.cpu()], weight)
+            predicted.append(votes.argmax(1))
+        return predicted

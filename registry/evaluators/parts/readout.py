@@ -1,0 +1,100 @@
+"""What a model says of an image after an intervention, as log-probabilities of classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import Intervention, InterventionResult
+
+PENALTY = 1e-2
+STEPS = 100
+
+
+class HeadReadout:
+    """The model's own classification head.
+
+    `classes (O,)`: the class of each output, −1 where it stands for none of the taxonomy's.
+    """
+
+    name = "head"
+
+    def __init__(self, classes: np.ndarray) -> None:
+        self.classes = classes
+
+    def __call__(self, result: InterventionResult) -> Tensor:
+        """(n, O) log-probabilities of the outputs."""
+        assert result.logits is not None
+        return result.logits.double().log_softmax(1)
+
+
+class ProbeReadout:
+    """A multinomial logistic regression on the final embedding, for models without a head.
+
+    Own definition: features standardised on the images it is fitted on, cross-entropy +
+    PENALTY/2·‖W‖², L-BFGS from 0. Classes without an image have no probability.
+
+    Args:
+        embedding: (n, e) of the untouched model.
+        labels: (n,) classes.
+        n_classes: C.
+    """
+
+    name = "probe"
+
+    def __init__(self, embedding: Tensor, labels: Tensor, n_classes: int) -> None:
+        self.classes = np.arange(n_classes)
+        x = embedding.double()
+        self._mean, deviation = x.mean(0), x.std(0, unbiased=False)
+        self._deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
+        seen = torch.bincount(labels, minlength=n_classes) > 0
+        self._unseen = torch.where(seen, 0.0, -torch.inf).double()
+        self._weight = torch.zeros(x.shape[1], n_classes, dtype=x.dtype, requires_grad=True)
+        self._bias = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
+        solver = torch.optim.LBFGS(
+            [self._weight, self._bias], max_iter=STEPS, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            error = torch.nn.functional.nll_loss(self._log_probs(x), labels)
+            error = error + PENALTY / 2 * self._weight.square().sum()
+            error.backward()
+            return error
+
+        with torch.enable_grad():
+            solver.step(loss)  # pyright: ignore[reportArgumentType]
+        self._weight, self._bias = self._weight.detach(), self._bias.detach()
+
+    def __call__(self, result: InterventionResult) -> Tensor:
+        """(n, C) log-probabilities of the classes."""
+        return self._log_probs(result.embedding.double())
+
+    def _log_probs(self, x: Tensor) -> Tensor:
+        z = (x - self._mean) / self._deviation
+        return (z @ self._weight + self._bias + self._unseen).log_softmax(1)
+
+
+Readout = HeadReadout | ProbeReadout
+
+
+def head_of(intervene: Intervention | None) -> HeadReadout | None:
+    """The head, where there is one that knows some of the classes."""
+    if intervene is None or intervene.logit_classes is None:
+        return None
+    return HeadReadout(intervene.logit_classes)
+
+
+def kl_divergence(clean: Tensor, edited: Tensor) -> Tensor:
+    """(n,) KL(clean ‖ edited) in nats, of log-probabilities (n, O)."""
+    p = clean.exp()
+    return torch.where(p > 0, p * (clean - edited), 0.0).sum(1)
+
+
+def class_probabilities(log_probs: Tensor, classes: np.ndarray, n_classes: int) -> Tensor:
+    """(n, C) the sum over the outputs of each class, from log-probabilities (n, O)."""
+    known = torch.from_numpy(np.flatnonzero(classes >= 0))
+    target = torch.from_numpy(classes)[known]
+    p = torch.zeros(len(log_probs), n_classes, dtype=log_probs.dtype)
+    return p.index_add_(1, target, log_probs[:, known].exp())

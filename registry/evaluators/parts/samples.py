@@ -1,0 +1,142 @@
+"""Capped samples of images, for what no running sum can tell: pairs of latents, probes, geometry.
+
+Whether an image is kept is a hash of its position, so a sample does not depend on the batches. The
+cap is met on average: a sample of 1,000 may hold 1,030.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from ... import hashing
+from ..base import Accumulator, EvaluationBatch, EvaluationContext
+
+SALT = 101
+
+
+class FiringSample(Accumulator):
+    """The firings of about `max_images` images, each image as likely as any other.
+
+    Memory O(max_images · L0).
+    """
+
+    def __init__(self, context: EvaluationContext, max_images: int = 16384) -> None:
+        super().__init__(context)
+        self.max_images = max_images
+        self._columns: list[tuple[np.ndarray, ...]] = []
+        self._parts: list[sparse.csr_array] = []
+
+    def odds(self, labels: np.ndarray) -> np.ndarray | float:
+        """How likely images of these classes (n,) are to be kept."""
+        return self.max_images / max(self.context.n_images, 1)
+
+    def update(self, batch: EvaluationBatch) -> None:
+        labels = batch.labels_of(False).numpy()
+        index = batch.index.cpu().numpy()
+        kept = hashing.uniform(index, SALT) < self.odds(labels)
+        self._keep(batch, kept)
+        columns = (labels, batch.labels_of(True).numpy(), batch.is_fit.cpu().numpy(), index)
+        self._columns.append(tuple(column[kept] for column in columns))
+
+    def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
+        rows, latents, values = (t.numpy() for t in batch.firings)
+        of_kept = kept[rows]
+        pointers = np.append(0, np.cumsum(np.bincount(rows, minlength=len(kept))[kept]))
+        entries = (values[of_kept], latents[of_kept].astype(np.int32), pointers.astype(np.int32))
+        self._parts.append(sparse.csr_array(entries, shape=(int(kept.sum()), batch.z.shape[1])))
+
+    @property
+    def z(self) -> sparse.csr_array:
+        """(n, m) the latents of the images kept."""
+        if len(self._parts) != 1:
+            empty = sparse.csr_array((0, self.context.d_sae), dtype=np.float32)
+            self._parts = [sparse.csr_array(sparse.vstack([*self._parts, empty], format="csr"))]
+        return self._parts[0]
+
+    def labels(self, shuffled: bool = False) -> np.ndarray:
+        """(n,) classes."""
+        return self._column(int(shuffled))
+
+    @property
+    def is_fit(self) -> np.ndarray:
+        """(n,) bool."""
+        return self._column(2)
+
+    @property
+    def index(self) -> np.ndarray:
+        """(n,) positions in the evaluation set."""
+        return self._column(3)
+
+    def _column(self, i: int) -> np.ndarray:
+        empty = np.zeros(0, dtype=bool if i == 2 else np.int64)
+        return np.concatenate([empty, *(columns[i] for columns in self._columns)])
+
+
+class ImageSample(FiringSample):
+    """Activations and firings of about `max_images` images, each class with the same share of them.
+
+    A class with fewer images than its share keeps all. Memory O(max_images · (d + L0)).
+    """
+
+    def __init__(self, context: EvaluationContext, max_images: int = 4096) -> None:
+        super().__init__(context, max_images)
+        self._x: list[Tensor] = []
+
+    def odds(self, labels: np.ndarray) -> np.ndarray | float:
+        counts = self.context.class_counts
+        if counts is None:
+            return super().odds(labels)
+        return self.max_images / np.count_nonzero(counts) / counts[labels]
+
+    def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
+        super()._keep(batch, kept)
+        self._x.append(batch.x[torch.from_numpy(kept).to(batch.x.device)].float().cpu())
+
+    @property
+    def x(self) -> Tensor:
+        """(n, d) the activations of the images kept."""
+        if len(self._x) != 1:
+            self._x = [torch.cat([*self._x, torch.zeros(0, self.context.d_in)])]
+        return self._x[0]
+
+
+class Together(NamedTuple):
+    """Pairs of latents that fire on some image both, each (P,); by the first, then the second."""
+
+    first: np.ndarray
+    second: np.ndarray
+    images: np.ndarray  # how many
+
+
+def together(firings: sparse.csr_array, latents: np.ndarray) -> Together:
+    """Each of `latents` (b,), told by its place there, with every latent that fires where it does.
+
+    Args:
+        firings: (n, m) of zeros and ones.
+    """
+    n, m = shape(firings)
+    if firings.nnz > 0.02 * n * m:  # a product of dense ones is faster by then
+        dense = firings.toarray()
+        both = dense[:, latents].T @ dense
+        first, second = np.nonzero(both)
+        return Together(first, second, both[first, second].round().astype(np.int64))
+    both = sparse.csr_array(sparse.csr_array(firings[:, latents].T) @ firings)
+    both.sort_indices()
+    first = np.repeat(np.arange(len(latents)), np.diff(both.indptr))
+    return Together(first, both.indices, both.data.round().astype(np.int64))
+
+
+def shape(matrix: sparse.csr_array) -> tuple[int, int]:
+    """Rows and columns (scipy's own annotation allows for None)."""
+    n, m = matrix.shape or (0, 0)
+    return n, m
+
+
+def fires(z: sparse.csr_array) -> sparse.csr_array:
+    """(n, m) ones where z is above 0."""
+    return sparse.csr_array((np.ones_like(z.data), z.indices, z.indptr), shape=shape(z))

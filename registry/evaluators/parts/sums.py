@@ -1,0 +1,57 @@
+"""Mean activation and mean latent of each class, gathered once per pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from . import summary
+from .accumulators import ClassCounts
+
+
+class LatentSums(Accumulator):
+    """`sums (labellings, m, C)`: each latent summed over the images of each class."""
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._classes = context.share(ClassCounts)
+        labellings, n_classes = 2 if context.shuffled else 1, len(context.taxonomy.classes)
+        self.sums = torch.zeros(labellings, context.d_sae, n_classes)
+
+    def update(self, batch: EvaluationBatch) -> None:
+        rows, latents, values = batch.firings
+        for shuffled, sums in zip((False, True), self.sums):
+            cell = latents * sums.shape[1] + batch.labels_of(shuffled)[rows]
+            sums.view(-1).scatter_add_(0, cell, values)
+
+    def means(self, shuffled: bool = False) -> np.ndarray:
+        """(m, C), NaN for a class without images."""
+        return summary.ratio(self.sums[int(shuffled)].numpy(), self._classes.all(shuffled))
+
+
+class ActivationSums(Accumulator):
+    """`sums (labellings, C, d)`: x less `offset`, summed over the images of each class.
+
+    The offset is the mean of the first batch: a large one would drown what tells classes apart.
+    """
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._classes = context.share(ClassCounts)
+        labellings, n_classes = 2 if context.shuffled else 1, len(context.taxonomy.classes)
+        self.sums = torch.zeros(labellings, n_classes, context.d_in, dtype=torch.float64)
+        self.offset: Tensor | None = None
+
+    def update(self, batch: EvaluationBatch) -> None:
+        x = batch.x.double()
+        if self.offset is None:
+            self.offset = x.mean(0)
+        x = (x - self.offset).cpu()
+        for shuffled, sums in zip((False, True), self.sums):
+            sums.index_add_(0, batch.labels_of(shuffled), x)
+
+    def means(self, shuffled: bool = False) -> np.ndarray:
+        """(C, d) about the offset, NaN for a class without images."""
+        return summary.ratio(self.sums[int(shuffled)].numpy(), self._classes.all(shuffled)[:, None])
