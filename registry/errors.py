@@ -4,9 +4,40 @@
 every other `TaxolensError` means that the work failed (it exits with 1).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+_NOT_SAID: Any = object()
+
 
 class TaxolensError(Exception):
-    """Base class of every error that taxolens raises on purpose."""
+    """Base class of every error that taxolens raises on purpose.
+
+    The message has one grammar: ``field: problem; given X; allowed: Y.``
+
+    Args:
+        field: the setting, file or object that is wrong; the whole message where it stands alone.
+        problem: what is wrong with it.
+        given: the value that was found, shown by `repr`.
+        allowed: what would be right, or what to do.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        problem: str | None = None,
+        *,
+        given: Any = _NOT_SAID,
+        allowed: str | None = None,
+    ) -> None:
+        parts = [field if problem is None else f"{field}: {problem.rstrip('.')}"]
+        if given is not _NOT_SAID:
+            parts.append(f"given {given!r}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed.rstrip('.')}")
+        # One argument, so that an error crosses process boundaries as it is.
+        super().__init__(parts[0] if problem is None else "; ".join(parts) + ".")
 
 
 class ConfigError(TaxolensError, ValueError):
@@ -38,7 +69,7 @@ class CorruptImageError(DataError):
     """One image that cannot be read. The message names its index, its source and the reason."""
 
     def __init__(self, index: int, source: str, reason: str) -> None:
-        super().__init__(index, source, reason)
+        Exception.__init__(self, index, source, reason)
         self.index = index
         self.source = source
         self.reason = reason

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
+from taxolens.hooks.activations import cache as cache_module
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import TokenExtractor
-from taxolens.hooks.activations import cache as cache_module
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, UnknownNameError
