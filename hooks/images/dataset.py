@@ -25,12 +25,14 @@ from PIL import Image
 from ...registry.errors import ConfigError, CorruptImageError, DataError
 from .decode import decode_rgb
 from .loader import ImageBatch, ImageLoader
+from .source import ImageSource
 from .sources import open_dataset, pick_split
 
 __all__ = [
     "ImageBatch",
     "ImageDataset",
     "ImageLoader",
+    "ImageSource",
     "RawImage",
     "load_images",
 ]
@@ -152,6 +154,28 @@ class ImageDataset:
         if isinstance(data, Dataset) and max_images is not None and max_images < len(data):
             order = np.random.default_rng(SUBSET_SEED).permutation(len(data))
             self._rows = np.sort(order[:max_images])
+
+    @classmethod
+    def of(cls, source: ImageSource, name: str | None = None) -> ImageDataset:
+        """The images of a source. Raises what `load_images` raises."""
+        options: dict[str, Any] = {
+            "image_column": source.image_column,
+            "label_column": source.label_column,
+            "max_images": source.max_images,
+        }
+        data, split = source.dataset_path, source.split or "train"
+        if isinstance(data, datasets.DatasetDict):
+            data = pick_split(data, split)
+        if isinstance(data, Dataset | IterableDataset):
+            return cls(data, **options)
+        opened, root = open_dataset(
+            data,
+            split=split,
+            name=name,
+            streaming=source.streaming,
+            trust_remote_code=source.trust_remote_code,
+        )
+        return cls(opened, root=root, name=source.title, **options)
 
     def __len__(self) -> int:
         """Number of images.
@@ -355,23 +379,16 @@ def load_images(
         ConfigError: no such path, split, configuration or column; the message lists what there is.
         DataError: no images, a damaged file, or the hub cannot be reached.
     """
-    options: dict[str, Any] = {
-        "image_column": image_column,
-        "label_column": label_column,
-        "max_images": max_images,
-    }
-    if isinstance(dataset_path, datasets.DatasetDict):
-        dataset_path = pick_split(dataset_path, split)
-    if isinstance(dataset_path, Dataset | IterableDataset):
-        return ImageDataset(dataset_path, **options)
-    data, root = open_dataset(
+    source = ImageSource(
         dataset_path,
         split=split,
-        name=name,
+        image_column=image_column,
+        label_column=label_column,
         streaming=streaming,
         trust_remote_code=trust_remote_code,
+        max_images=max_images,
     )
-    return ImageDataset(data, root=root, name=f"{dataset_path} ({split})", **options)
+    return ImageDataset.of(source, name)
 
 
 def _shuffled(

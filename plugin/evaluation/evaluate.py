@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...registry.taxonomies.load import load_taxonomy
 from ..reporting.results import NULLS, DatasetInfo, Results
 from .bench import AGGREGATES
 from .forward import Forwards
-from .held_out import Choice, check_held_out, tree_name
+from .held_out import check_held_out, held_out_source, load_held_out, tree_name
 from .measure_sae import measure_sae
 from .results_folder import Evaluation, Record
 from .sae_folders import SAEFolder, find_saes
@@ -103,21 +104,22 @@ def evaluate_run(
     _check_subset("aggregate", [aggregate], AGGREGATES)
     if n_permutations < 1:
         raise ConfigError(f"n_permutations: given {n_permutations}; allowed: 1 or more")
-    choice = Choice.of(
+    source = held_out_source(
         saes,
         dataset_path=dataset_path,
         split=split,
         image_column=image_column,
         label_column=label_column,
         max_images=max_images,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        max_corrupt_share=max_corrupt_share,
     )
     if override_dataset is None:
-        images, split = choice.load()
+        images, source = load_held_out(source)
     else:
-        images, split = override_dataset, split or "given"
-    seen = check_held_out(
-        saes, choice.dataset_path, split, images.fingerprint, allow=allow_train_split
-    )
+        images, source = override_dataset, replace(source, split=split or "given")
+    seen = check_held_out(saes, source, images.fingerprint, allow=allow_train_split)
     images.require_labels()
     tree = tree_name(saes, taxonomy)
     evaluation = Evaluation(
@@ -131,8 +133,8 @@ def evaluate_run(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     dataset = DatasetInfo(
-        path=choice.dataset_path,
-        split=split,
+        path=str(source.dataset_path),
+        split=str(source.split),
         fingerprint=images.fingerprint,
         n_images=len(images),
         n_fit=0,
@@ -150,10 +152,8 @@ def evaluate_run(
         override_model=override_model,
         device=evaluation.device,
         folder=folder / ACTIVATIONS_FOLDER,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        max_corrupt_share=max_corrupt_share,
         progress=progress,
+        **source.decoding,
     )
     for forward in forwards:
         missing = record.missing(forward.saes)

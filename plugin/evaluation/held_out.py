@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...hooks.activations.cache import ActivationCache
 from ...hooks.activations.extract import model_fingerprint
-from ...hooks.images.dataset import ImageDataset, load_images
+from ...hooks.images.dataset import ImageDataset
+from ...hooks.images.source import ImageSource
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
@@ -26,74 +26,58 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SPLITS = ("validation", "test")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which images: what the caller gave, else what the run's config says."""
+def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
+    """The evaluation images of all SAEs: what the caller gave, else what the runs' settings say.
 
-    dataset_path: str
-    split: str | None
-    image_column: str | None
-    label_column: str | None
-    max_images: int | None
-
-    @classmethod
-    def of(cls, saes: Sequence[SAEFolder], **given: Any) -> Choice:
-        """Raises ConfigError where the runs name different images, or none, and none are given."""
-        wanted = {
-            "dataset_path": ("eval_dataset_path", "dataset_path"),
-            "split": ("eval_split",),
-            "image_column": ("image_column",),
-            "label_column": ("label_column",),
-            "max_images": ("eval_max_images",),
-        }
-        found = {
-            name: given[name] if given[name] is not None else one_setting(saes, keys, name)
-            for name, keys in wanted.items()
-        }
-        if not found["dataset_path"]:
-            raise ConfigError("dataset_path: neither given nor in the run's settings")
-        return cls(**found)
-
-    def load(self) -> tuple[ImageDataset, str]:
-        """The images and their split; where none is named, validation or else test."""
-        failures: list[str] = []
-        for split in [self.split] if self.split else HELD_OUT_SPLITS:
-            try:
-                images = load_images(
-                    self.dataset_path,
-                    split=split,
-                    image_column=self.image_column,
-                    label_column=self.label_column,
-                    max_images=self.max_images,
-                )
-                return images, split
-            except ConfigError as error:
-                if self.split:
-                    raise
-                failures.append(str(error))
-        raise ConfigError(
-            f"split: {self.dataset_path} has no split {' or '.join(HELD_OUT_SPLITS)}; name the one "
-            f"to evaluate on, or give another dataset_path. ({failures[0]})"
-        )
-
-
-def one_setting(saes: Sequence[SAEFolder], keys: Iterable[str], name: str) -> Any:
-    """A setting that all runs must share; the first of `keys` that a run has.
+    Args:
+        given: fields of `ImageSource`; those that are None count as not given.
 
     Raises:
-        ConfigError: the runs differ in it.
+        ConfigError: the runs have different images, or none, and none are given.
     """
-    found = [next((v for key in keys if (v := sae.setting(key)) is not None), None) for sae in saes]
-    distinct = list(dict.fromkeys(str(value) for value in found))
+    sources = [ImageSource.of(sae.setting).held_out(sae.setting, **given) for sae in saes]
+    trusted = all(source.trust_remote_code for source in sources)
+    sources = [replace(source, trust_remote_code=trusted) for source in sources]
+    for name in (f.name for f in fields(ImageSource)):
+        _only([getattr(source, name) for source in sources], name)
+    if not sources[0].dataset_path:
+        raise ConfigError("dataset_path: neither given nor in the run's settings")
+    return sources[0]
+
+
+def load_held_out(source: ImageSource) -> tuple[ImageDataset, ImageSource]:
+    """The images, and their source with its split; where it has none, validation or else test."""
+    failures: list[str] = []
+    for split in [source.split] if source.split else HELD_OUT_SPLITS:
+        chosen = replace(source, split=split)
+        try:
+            return ImageDataset.of(chosen), chosen
+        except ConfigError as error:
+            if source.split:
+                raise
+            failures.append(str(error))
+    raise ConfigError(
+        f"split: {source.dataset} has no split {' or '.join(HELD_OUT_SPLITS)}; name the one "
+        f"to evaluate on, or give another dataset_path. ({failures[0]})"
+    )
+
+
+def _only(values: Sequence[Any], name: str) -> Any:
+    """The value that all runs share.
+
+    Raises:
+        ConfigError: they have different ones.
+    """
+    distinct = list(dict.fromkeys(map(str, values)))
     if len(distinct) > 1:
         raise ConfigError(
             f"{name}: the runs have different ones ({', '.join(distinct[:5])}); give one for all"
         )
-    return found[0]
+    return values[0]
 
 
 def check_held_out(
-    saes: Sequence[SAEFolder], dataset_path: str, split: str, fingerprint: str, *, allow: bool
+    saes: Sequence[SAEFolder], source: ImageSource, fingerprint: str, *, allow: bool
 ) -> bool:
     """Whether the images are those of the training, by name or by fingerprint.
 
@@ -101,14 +85,12 @@ def check_held_out(
         ConfigError: they are, and that is not allowed.
     """
     for sae in saes:
-        trained_on = sae.setting("dataset_path"), sae.setting("split", "train")
-        same_name = trained_on[0] and (
-            (_real(trained_on[0]), trained_on[1]) == (_real(dataset_path), split)
-        )
+        trained_on = ImageSource.of(sae.setting)
+        same_name = trained_on.dataset_path and trained_on.same_images(source)
         if same_name or sae.setting("dataset_fingerprint") == fingerprint:
             message = (
-                f"{sae.id} was trained on {trained_on[0]} ({trained_on[1]}), and these are the "
-                "images it would be evaluated on"
+                f"{sae.id} was trained on {trained_on.title}, and these are the images it would be "
+                "evaluated on"
             )
             if not allow:
                 raise ConfigError(
@@ -120,7 +102,7 @@ def check_held_out(
 
 
 def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:
-    name = given or one_setting(saes, ["taxonomy"], "taxonomy")
+    name = given or _only([sae.setting("taxonomy") for sae in saes], "taxonomy")
     if not name:
         raise ConfigError(
             "taxonomy: neither given nor in the run's settings; allowed: a name of `taxolens list "
@@ -260,7 +242,3 @@ def images_at(
         return images
     intervene, reason = interventions.at(hook_name)
     return replace(images, intervene=intervene, no_intervention=reason)
-
-
-def _real(path: str) -> str:
-    return os.path.realpath(path) if Path(path).exists() else path

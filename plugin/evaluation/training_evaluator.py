@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...registry.taxonomies.load import load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.wandb_log import metric_items
 from .bench import Bench, Images, SAELatents
-from .held_out import Choice, ModelSetting, activations_of, images_at
+from .held_out import ModelSetting, activations_of, images_at, load_held_out
 from .split import Split
 
 TRAINING_PERMUTATIONS = 3
@@ -97,17 +98,13 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
     Raises:
         ConfigError: these are the images of the training.
     """
-    choice = Choice(
-        dataset_path=cfg.eval_dataset_path or cfg.dataset_path,
-        split=cfg.eval_split,
-        image_column=cfg.image_column,
-        label_column=cfg.label_column,
-        max_images=cfg.eval_max_images or MAX_TRAINING_IMAGES,
+    source = cfg.held_out_source
+    images, source = load_held_out(
+        replace(source, max_images=source.max_images or MAX_TRAINING_IMAGES)
     )
-    images, split = choice.load()
-    if (choice.dataset_path, split) == (cfg.dataset_path, cfg.split):
+    if source.same_images(cfg.image_source):
         raise ConfigError(
-            f"eval_split: given {split!r}, which is trained on; allowed: a held-out split, or "
+            f"eval_split: given {source.split!r}, which is trained on; allowed: a held-out split, or "
             "another eval_dataset_path."
         )
     images.require_labels()
@@ -124,10 +121,8 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
         setting,
         folder=None,
         model=model,
-        batch_size=cfg.store_batch_size_prompts,
-        num_workers=cfg.num_workers,
-        max_corrupt_share=cfg.max_corrupt_share,
         autocast=cfg.autocast_lm,
+        **source.decoding,
     )
     held_out = {name: in_memory(images_at(cache, name)) for name in hook_names}
     return TrainingEvaluator(held_out, cache.labels, taxonomy, chosen, seed=cfg.seed)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...hooks.images.dataset import load_images
+from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.taxonomies.load import load_taxonomy
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
-from ..evaluation.held_out import Choice
+from ..evaluation.held_out import load_held_out
 from ..reporting.report import write_report
 from ..reporting.results import Results
 from ..training import preflight
@@ -48,15 +48,7 @@ class Job:
         check_tokens(model, draft.tokens)
         hook_names = expand_hook_names(model, study.hook_names)
         widths = {name: hook_d_in(model, name, draft.image_size) for name in hook_names}
-        images = load_images(
-            draft.dataset_path,
-            split=draft.split,
-            image_column=draft.image_column,
-            label_column=draft.label_column,
-            streaming=draft.streaming,
-            trust_remote_code=draft.dataset_trust_remote_code,
-            max_images=draft.max_images,
-        )
+        images = ImageDataset.of(draft.image_source)
         self.per_image = tokens_per_image(model, draft.tokens, draft.image_size, hook_names[0])
         per_epoch = None if images.is_streaming else len(images) * self.per_image
         config = study.config(widths, tokens_per_epoch=per_epoch)
@@ -112,9 +104,8 @@ class Job:
         cfg = self.runner.cfg
         results = evaluate_run(
             cfg.output_path,
-            batch_size=cfg.store_batch_size_prompts,
             device=cfg.llm_device,
-            num_workers=cfg.num_workers,
+            **cfg.held_out_source.decoding,
             override_model=self.runner.model,
             progress=progress,
         )
@@ -141,18 +132,12 @@ class Job:
                 "taxonomies`, a folder of nested class folders, or a .csv or .json of parent,child. "
                 "With --no_evaluate the SAEs are only trained."
             )
-        images, split = Choice(
-            dataset_path=cfg.eval_dataset_path or cfg.dataset_path,
-            split=cfg.eval_split,
-            image_column=cfg.image_column,
-            label_column=cfg.label_column,
-            max_images=cfg.eval_max_images,
-        ).load()
+        images, source = load_held_out(cfg.held_out_source)
         images.require_labels()
         taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
         return {
-            "dataset_path": cfg.eval_dataset_path or cfg.dataset_path,
-            "split": split,
+            "dataset_path": source.dataset_path,
+            "split": source.split,
             "images": len(images),
             "taxonomy": cfg.taxonomy,
             "classes": len(taxonomy.classes),

@@ -29,6 +29,7 @@ from sae_lens.config import (
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 
+from ...hooks.images.source import ImageSource
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.files import write_atomically
@@ -175,6 +176,19 @@ class VisionFields:
     def unique_hook_names(self) -> list[str]:
         """The hook points, each once, in the order of the SAEs."""
         return list(dict.fromkeys(self.sae_hook_names.values()))
+
+    @property
+    def image_source(self) -> ImageSource:
+        """The images that are trained on."""
+        return ImageSource.of(self._setting)
+
+    @property
+    def held_out_source(self) -> ImageSource:
+        """The images that are evaluated on; its split is None where eval_split is."""
+        return self.image_source.held_out(self._setting)
+
+    def _setting(self, name: str) -> Any:
+        return getattr(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types; `from_dict` reads it back."""
@@ -370,7 +384,7 @@ def _default_cache_path(cfg: Any) -> str:
         last = hooks[0]
     else:
         last = f"{len(hooks)}_hooks_{hashlib.sha256(' '.join(hooks).encode()).hexdigest()[:8]}"
-    folders = (cfg.dataset_path, cfg.model_name, f"{last}_{cfg.tokens}")
+    folders = (cfg.image_source.dataset, cfg.model_name, f"{last}_{cfg.tokens}")
     return "/".join(("activations", *(name.strip("/").replace("/", "_") for name in folders)))
 
 

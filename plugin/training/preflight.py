@@ -69,7 +69,7 @@ def check_taxonomy(cfg: Any, images: ImageDataset) -> None:
         ConfigError: it cannot, or classes of the images are not in it.
     """
     if cfg.taxonomy is not None and cfg.evaluators:
-        has_same_classes = cfg.eval_dataset_path in (None, cfg.dataset_path)
+        has_same_classes = cfg.held_out_source.same_dataset(cfg.image_source)
         load_taxonomy(cfg.taxonomy, classes=(has_same_classes and images.class_names) or None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -24,7 +25,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from ...hooks.activations.cache import ActivationCache
 from ...hooks.activations.stream import ActivationStream
-from ...hooks.images.dataset import ImageDataset, load_images
+from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import ARCHITECTURES
@@ -67,7 +68,7 @@ class _VisionRun:
         """Model and images, each checked against the config as soon as it is there."""
         cfg = self.cfg
         for what, override, configured in (
-            ("dataset", override_dataset, f"{cfg.dataset_path} ({cfg.split})"),
+            ("dataset", override_dataset, cfg.image_source.title),
             ("model", override_model, cfg.model_name),
         ):
             if override is not None and _name_of(override) != configured:
@@ -85,15 +86,10 @@ class _VisionRun:
         if isinstance(override_dataset, ImageDataset):
             self.images = override_dataset
         else:
-            self.images = load_images(
-                cfg.dataset_path if override_dataset is None else override_dataset,
-                split=cfg.split,
-                image_column=cfg.image_column,
-                label_column=cfg.label_column,
-                streaming=cfg.streaming,
-                trust_remote_code=cfg.dataset_trust_remote_code,
-                max_images=cfg.max_images,
-            )
+            source = cfg.image_source
+            if override_dataset is not None:
+                source = replace(source, dataset_path=override_dataset)
+            self.images = ImageDataset.of(source)
         preflight.check_taxonomy(cfg, self.images)
 
     def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> None:
@@ -230,12 +226,10 @@ class _VisionRun:
             cfg.unique_hook_names,
             path=cfg.cached_activations_path,
             tokens=cfg.tokens,
-            batch_size=cfg.store_batch_size_prompts,
-            num_workers=cfg.num_workers,
             image_size=cfg.image_size,
             dtype=cfg.dtype,
             autocast=cfg.autocast_lm,
-            max_corrupt_share=cfg.max_corrupt_share,
+            **cfg.image_source.decoding,
         )
 
 

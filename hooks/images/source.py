@@ -1,0 +1,98 @@
+"""`ImageSource`: which images, how they are read and how they are decoded, as one value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+Setting = Callable[[str], Any]  # name of a run's setting -> its value, None where it has none
+
+# What a run's settings call a field that has another name there.
+SETTING_NAMES = {
+    "trust_remote_code": "dataset_trust_remote_code",
+    "batch_size": "store_batch_size_prompts",
+}
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Which images, how they are read and how they are decoded.
+
+    Built once from the settings of a run and handed on. The size of the model's input is not part
+    of it: SAEs of different models are evaluated on the same images.
+
+    Attributes:
+        dataset_path: see `load_images`.
+        split: the split, or a slice of it; None where one that is held out is still to be chosen.
+        image_column, label_column: names of columns; None: found automatically.
+        max_images: number of images to keep; None: all.
+        streaming: read in order without downloading or indexing first.
+        trust_remote_code: passed on to `datasets`.
+        batch_size: images decoded together, for one forward pass.
+        num_workers: processes that decode; 0 decodes in the main process.
+        max_corrupt_share: share of corrupt images, from 0 to 1, above which the work stops.
+    """
+
+    dataset_path: Any = ""
+    split: str | None = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    max_images: int | None = None
+    streaming: bool = False
+    trust_remote_code: bool = False
+    batch_size: int = 32
+    num_workers: int = 0
+    max_corrupt_share: float = 0.01
+
+    @classmethod
+    def of(cls, setting: Setting) -> ImageSource:
+        """The images that a run is trained on, from its settings."""
+        found = {f.name: setting(SETTING_NAMES.get(f.name, f.name)) for f in fields(cls)}
+        return cls(**{name: value for name, value in found.items() if value is not None})
+
+    def held_out(self, setting: Setting, **given: Any) -> ImageSource:
+        """The images that the run is evaluated on: the same but for its `eval_*` settings.
+
+        Args:
+            setting: the run's settings.
+            given: fields that replace what the settings say, except those that are None.
+        """
+        source = replace(
+            self,
+            dataset_path=setting("eval_dataset_path") or self.dataset_path,
+            split=setting("eval_split"),
+            max_images=setting("eval_max_images"),
+            streaming=False,
+        )
+        return replace(source, **{k: value for k, value in given.items() if value is not None})
+
+    @property
+    def dataset(self) -> str:
+        """The dataset without its split."""
+        return str(self.dataset_path)
+
+    @property
+    def title(self) -> str:
+        """The dataset and the split, as messages name them."""
+        return f"{self.dataset} ({self.split})"
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The arguments of `ImageLoader` that are decided here."""
+        names = ("batch_size", "num_workers", "max_corrupt_share")
+        return {name: getattr(self, name) for name in names}
+
+    def same_dataset(self, other: ImageSource) -> bool:
+        """Whether both are of one dataset, be it of different splits."""
+        return _real(self.dataset_path) == _real(other.dataset_path)
+
+    def same_images(self, other: ImageSource) -> bool:
+        """Whether both are the same split of one dataset."""
+        return self.same_dataset(other) and self.split == other.split
+
+
+def _real(path: Any) -> str:
+    return os.path.realpath(path) if Path(path).exists() else str(path)
