@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 Setting = Callable[[str], Any]  # name of a run's setting -> its value, None where it has none
 
-# What a run's settings call a field that has another name there.
-SETTING_NAMES = {
-    "trust_remote_code": "dataset_trust_remote_code",
-    "batch_size": "store_batch_size_prompts",
-}
+# What an SAE's metadata record of the settings of its run, beside SAELens's own dataset_path.
+RECORDED_SETTINGS = ("split", "image_column", "label_column", "eval_dataset_path", "eval_split")
+
+
+def _setting(name: str, default: Any) -> Any:
+    """A field that the settings of a run call `name`."""
+    return field(default=default, metadata={"setting": name})
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,15 @@ class ImageSource:
     label_column: str | None = None
     max_images: int | None = None
     streaming: bool = False
-    trust_remote_code: bool = False
-    batch_size: int = 32
+    trust_remote_code: bool = _setting("dataset_trust_remote_code", False)
+    batch_size: int = _setting("store_batch_size_prompts", 32)
     num_workers: int = 0
     max_corrupt_share: float = 0.01
 
     @classmethod
     def of(cls, setting: Setting) -> ImageSource:
         """The images that a run is trained on, from its settings."""
-        found = {f.name: setting(SETTING_NAMES.get(f.name, f.name)) for f in fields(cls)}
+        found = {f.name: setting(f.metadata.get("setting", f.name)) for f in fields(cls)}
         return cls(**{name: value for name, value in found.items() if value is not None})
 
     def held_out(self, setting: Setting, **given: Any) -> ImageSource:

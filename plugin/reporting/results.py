@@ -164,6 +164,11 @@ class DatasetInfo:
     skipped: list[SkippedImage] = field(default_factory=list)
     seen_in_training: bool = False
 
+    @property
+    def title(self) -> str:
+        """The dataset and what of it, as the report names them."""
+        return f"{self.path} ({self.split})"
+
 
 @dataclass(frozen=True)
 class TaxonomyInfo:

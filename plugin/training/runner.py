@@ -26,6 +26,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from ...hooks.activations.cache import ActivationCache
 from ...hooks.activations.stream import ActivationStream
 from ...hooks.images.dataset import ImageDataset
+from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import ARCHITECTURES
@@ -168,13 +169,9 @@ class _VisionRun:
             "tokens": cfg.tokens,
             "tokens_per_image": preflight.count_tokens(cfg, self.model, cfg.tokens),
             "image_size": cfg.image_size,
-            "split": cfg.split,
-            "image_column": cfg.image_column,
-            "label_column": cfg.label_column,
+            **{name: getattr(cfg, name) for name in RECORDED_SETTINGS},
             "n_images": None if self.images.is_streaming else len(self.images),
             "dataset_fingerprint": self.images.fingerprint,
-            "eval_dataset_path": cfg.eval_dataset_path,
-            "eval_split": cfg.eval_split,
             "taxonomy": cfg.taxonomy,
             "seed": cfg.seed,
         }
