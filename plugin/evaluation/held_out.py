@@ -38,8 +38,9 @@ def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
     sources = [ImageSource.of(sae.setting).held_out(sae.setting, **given) for sae in saes]
     trusted = all(source.trust_remote_code for source in sources)
     sources = [replace(source, trust_remote_code=trusted) for source in sources]
-    for name in (f.name for f in fields(ImageSource)):
-        _only([getattr(source, name) for source in sources], name)
+    for field in fields(ImageSource):
+        name = field.metadata.get("setting", field.name)
+        _only([getattr(source, field.name) for source in sources], name)
     if not sources[0].dataset_path:
         raise ConfigError("dataset_path: neither given nor in the run's settings")
     return sources[0]
