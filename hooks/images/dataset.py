@@ -156,7 +156,7 @@ class ImageDataset:
             self._rows = np.sort(order[:max_images])
 
     @classmethod
-    def of(cls, source: ImageSource, name: str | None = None) -> ImageDataset:
+    def of(cls, source: ImageSource) -> ImageDataset:
         """The images of a source. Raises what `load_images` raises."""
         options: dict[str, Any] = {
             "image_column": source.image_column,
@@ -171,7 +171,7 @@ class ImageDataset:
         opened, root = open_dataset(
             data,
             split=split,
-            name=name,
+            name=source.name,
             streaming=source.streaming,
             trust_remote_code=source.trust_remote_code,
         )
@@ -369,7 +369,8 @@ def load_images(
             them; a parquet, arrow, tar, csv or json file, or a glob pattern of
             such; a folder of them; a folder written by `save_to_disk`; or a `datasets` object.
         split: which split; slices such as ``"train[:10%]"`` work unless streaming.
-        name: the configuration of a hub dataset that has several.
+        name: the configuration of a dataset on the hub, or of a folder with a card, that has
+            several.
         image_column, label_column: see `ImageDataset`.
         streaming: read in order without downloading or indexing first.
         trust_remote_code: passed on to `datasets` (which no longer runs loading scripts).
@@ -381,6 +382,7 @@ def load_images(
     """
     source = ImageSource(
         dataset_path,
+        name,
         split=split,
         image_column=image_column,
         label_column=label_column,
@@ -388,7 +390,7 @@ def load_images(
         trust_remote_code=trust_remote_code,
         max_images=max_images,
     )
-    return ImageDataset.of(source, name)
+    return ImageDataset.of(source)
 
 
 def _shuffled(

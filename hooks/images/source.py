@@ -11,7 +11,10 @@ from typing import Any
 Setting = Callable[[str], Any]  # name of a run's setting -> its value, None where it has none
 
 # What an SAE's metadata record of the settings of its run, beside SAELens's own dataset_path.
-RECORDED_SETTINGS = ("split", "image_column", "label_column", "eval_dataset_path", "eval_split")
+RECORDED_SETTINGS = (
+    *("dataset_name", "split", "image_column", "label_column"),
+    *("eval_dataset_path", "eval_dataset_name", "eval_split"),
+)
 
 
 def _setting(name: str, default: Any) -> Any:
@@ -28,6 +31,7 @@ class ImageSource:
 
     Attributes:
         dataset_path: see `load_images`.
+        name: the configuration of a dataset that has several.
         split: the split, or a slice of it; None where one that is held out is still to be chosen.
         image_column, label_column: names of columns; None: found automatically.
         max_images: number of images to keep; None: all.
@@ -39,6 +43,7 @@ class ImageSource:
     """
 
     dataset_path: Any = ""
+    name: str | None = _setting("dataset_name", None)
     split: str | None = "train"
     image_column: str | None = None
     label_column: str | None = None
@@ -58,28 +63,36 @@ class ImageSource:
     def held_out(self, setting: Setting, **given: Any) -> ImageSource:
         """The images that the run is evaluated on: the same but for its `eval_*` settings.
 
+        A configuration counts for the dataset that it is given with.
+
         Args:
             setting: the run's settings.
             given: fields that replace what the settings say, except those that are None.
         """
-        source = replace(
-            self,
-            dataset_path=setting("eval_dataset_path") or self.dataset_path,
-            split=setting("eval_split"),
-            max_images=setting("eval_max_images"),
-            streaming=False,
+        given = {field: value for field, value in given.items() if value is not None}
+        source = self._at(setting("eval_dataset_path"), setting("eval_dataset_name"))
+        source = source._at(given.pop("dataset_path", None), given.pop("name", None))
+        split, max_images = setting("eval_split"), setting("eval_max_images")
+        return replace(
+            source, **{"streaming": False, "split": split, "max_images": max_images, **given}
         )
-        return replace(source, **{k: value for k, value in given.items() if value is not None})
+
+    def _at(self, path: Any, name: str | None) -> ImageSource:
+        """The same of another dataset; without a `path`, of this one's configuration `name`."""
+        if path is None or _real(path) == _real(self.dataset_path):
+            name = name or self.name
+        return replace(self, dataset_path=path or self.dataset_path, name=name)
 
     @property
     def dataset(self) -> str:
-        """The dataset without its split."""
-        return str(self.dataset_path)
+        """The dataset and its configuration, without the split."""
+        return f"{self.dataset_path}/{self.name}" if self.name else str(self.dataset_path)
 
     @property
     def title(self) -> str:
         """The dataset and the split, as messages name them."""
-        return f"{self.dataset} ({self.split})"
+        name = f"{self.name}, " if self.name else ""
+        return f"{self.dataset_path} ({name}{self.split})"
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -88,8 +101,8 @@ class ImageSource:
         return {name: getattr(self, name) for name in names}
 
     def same_dataset(self, other: ImageSource) -> bool:
-        """Whether both are of one dataset, be it of different splits."""
-        return _real(self.dataset_path) == _real(other.dataset_path)
+        """Whether both are of one configuration of one dataset, be it of different splits."""
+        return self.name == other.name and _real(self.dataset_path) == _real(other.dataset_path)
 
     def same_images(self, other: ImageSource) -> bool:
         """Whether both are the same split of one dataset."""

@@ -60,6 +60,11 @@ def open_dataset(
     """
     text = os.path.expanduser(str(path))
     local = Path(text)
+    saved = (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
+    if name is not None and (glob.has_magic(text) or local.is_file() or saved):
+        raise ConfigError(
+            f"dataset_name: {text} has no configurations; given {name!r}; allowed: none."
+        )
     if glob.has_magic(text):
         files = sorted(glob.glob(text, recursive=True))
         if not files:
@@ -71,7 +76,7 @@ def open_dataset(
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
             raise ConfigError(f"dataset_path={text!r}: there is no such file or folder.")
         return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
-    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+    if saved:
         return _open_saved(local, split, streaming), None
     if _has_card(local) or name is not None:
         return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
@@ -108,7 +113,7 @@ def _load(
     except ArrowException as error:  # some of them are ValueErrors too
         raise DataError(f"{where}: cannot be read: {error}") from error
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"{where}, split={split!r}, name={name!r}: {error}") from error
+        raise ConfigError(f"{where}, split={split!r}, dataset_name={name!r}: {error}") from error
     except (
         OSError,
         DatasetsError,

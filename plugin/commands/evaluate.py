@@ -79,6 +79,7 @@ def _parser() -> shell.Parser:
 
     add = parser.add_argument_group("on which images").add_argument
     add("--dataset_path", metavar="PATH", help="hub name, folder of class folders, parquet files")
+    add("--dataset_name", metavar="NAME", help="the configuration of a dataset with several")
     add("--split", metavar="NAME", help="a held-out one; by default validation, else test")
     add("--image_column", metavar="NAME")
     add("--label_column", metavar="NAME")

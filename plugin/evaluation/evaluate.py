@@ -41,6 +41,7 @@ def evaluate_run(
     options: Mapping[str, Any] | None = None,
     taxonomy: str | None = None,
     dataset_path: str | None = None,
+    dataset_name: str | None = None,
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -71,9 +72,9 @@ def evaluate_run(
         evaluators: names, or "all"; by default what the run's config says, else the main four.
         options: evaluator name -> the fields of its `Options`.
         taxonomy: a registered name, a folder or a file; by default what the run's config says.
-        dataset_path, split, image_column, label_column: the images; by default the config's
-            `eval_dataset_path` (else its dataset_path) and `eval_split` (else validation, else
-            test).
+        dataset_path, dataset_name, split, image_column, label_column: the images; by default the
+            config's `eval_dataset_path` (else its dataset_path), `eval_dataset_name` (else its
+            dataset_name, of the same dataset) and `eval_split` (else validation, else test).
         max_images: measure on this many images.
         nulls: which null controls to compute.
         controls: further controls: "planted", detectors that know the tree (recall .8, false
@@ -107,6 +108,7 @@ def evaluate_run(
     source = held_out_source(
         saes,
         dataset_path=dataset_path,
+        name=dataset_name,
         split=split,
         image_column=image_column,
         label_column=label_column,
@@ -134,6 +136,7 @@ def evaluate_run(
     )
     dataset = DatasetInfo(
         path=str(source.dataset_path),
+        name=source.name,
         split=str(source.split),
         fingerprint=images.fingerprint,
         n_images=len(images),

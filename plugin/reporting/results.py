@@ -163,11 +163,16 @@ class DatasetInfo:
     classes: list[str]
     skipped: list[SkippedImage] = field(default_factory=list)
     seen_in_training: bool = False
+    name: str | None = None
 
     @property
     def title(self) -> str:
         """The dataset and what of it, as the report names them."""
-        return f"{self.path} ({self.split})"
+        return (
+            f"{self.path} ({self.name}, {self.split})"
+            if self.name
+            else f"{self.path} ({self.split})"
+        )
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class VisionFields:
         model_name (str): A model on the Hugging Face hub, or a local folder.
         model_class_name (str): Recorded in the SAE's metadata; the loader finds the model's family by itself.
         dataset_path (str): An image dataset: a hub name, a folder of class folders, parquet or arrow files, or a saved dataset.
+        dataset_name (str, optional): The configuration of a dataset that has several.
         streaming (bool): Stream the dataset in place of downloading it first.
         context_size (int): Set by the runner: the number of tokens that the model gives an image.
         prepend_bos (bool): Without meaning for images.
@@ -109,6 +110,7 @@ class VisionFields:
         taxonomy (str, optional): The class tree that evaluators measure against: a registered name, a folder, or a CSV or JSON file of parent,child.
         evaluators (list[str]): Evaluators that run during training, whenever SAELens evaluates (which needs W&B logging).
         eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
+        eval_dataset_name (str, optional): The configuration of the evaluation's dataset. Defaults to dataset_name where the dataset is the same.
         eval_split (str, optional): The held-out split of the evaluation.
         eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
@@ -118,6 +120,7 @@ class VisionFields:
     model_name: str = "facebook/dinov2-small"
     model_class_name: str = "SAETransformerBridge"
     dataset_path: str = ""
+    dataset_name: str | None = None
     streaming: bool = False
     context_size: int = 1
     prepend_bos: bool = False
@@ -140,6 +143,7 @@ class VisionFields:
     taxonomy: str | None = None
     evaluators: list[str] = field(default_factory=list)
     eval_dataset_path: str | None = None
+    eval_dataset_name: str | None = None
     eval_split: str | None = None
     eval_max_images: int | None = None
     checkpoint_id: str | None = None

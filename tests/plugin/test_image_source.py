@@ -8,7 +8,10 @@ from typing import Any
 
 import datasets
 import pytest
+from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.source import ImageSource
+from taxolens.plugin.commands import evaluate as evaluate_command
+from taxolens.plugin.commands import train_flags
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
@@ -17,18 +20,22 @@ from taxolens.registry.errors import ConfigError
 from tiny_images import hf_dataset, noise
 
 CLASSES = ("ant", "bee", "oak", "elm")
-EVALUATORS = ["ontological_coverage"]
+SIZES = {"small": 10, "large": 20}
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset with a card, its pictures of four classes in a training and a held-out split."""
+    """A dataset with a card: "small" and "large" pictures of four classes, both with a training and
+    a held-out split."""
     folder = tmp_path_factory.mktemp("repository")
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
-    for seed, (split, n) in enumerate({"train": 8, "validation": 16}.items()):
-        data = hf_dataset(n, names=CLASSES, draw=lambda i, seed=seed: noise(1000 * seed + i))
-        data.to_parquet(folder / f"{split}.parquet")
-        card += f"  - {{split: {split}, path: {split}.parquet}}\n"
+    card = "---\nconfigs:\n"
+    for seed, (name, size) in enumerate(SIZES.items()):
+        card += f"- config_name: {name}\n  data_files:\n"
+        for split, n in {"train": 8, "validation": 16}.items():
+            first = 1000 * seed + n
+            data = hf_dataset(n, CLASSES, draw=lambda i: noise(first + i, (size, size)))  # noqa: B023
+            data.to_parquet(folder / f"{name}-{split}.parquet")
+            card += f"  - {{split: {split}, path: {name}-{split}.parquet}}\n"
     (folder / "README.md").write_text(card + "---\n")
     (folder / "tree.csv").write_text(
         "parent,child\nanimal,ant\nanimal,bee\nplant,oak\nplant,elm\nthing,animal\nthing,plant\n"
@@ -58,8 +65,9 @@ def settings(training: Any, repository: Path) -> dict[str, Any]:
     return {
         **{name: getattr(base, name) for name in (*names, "hook_name", "output_path")},
         "dataset_path": str(repository),
+        "dataset_name": "large",
         "taxonomy": str(repository / "tree.csv"),
-        "evaluators": EVALUATORS,
+        "evaluators": ["ontological_coverage"],
         "architecture": "topk",
         "d_sae": 32,
         "k": 4,
@@ -88,21 +96,33 @@ def reads(calls: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
     return found
 
 
-def test_trust_in_remote_code_reaches_every_place(
+def test_trust_and_configuration_reach_every_place(
     train: Any, asked: list[dict[str, Any]], vit: Any
 ) -> None:
-    what = ("split", "trust_remote_code")
+    what = ("name", "split", "trust_remote_code")
+    training, held_out = ("large", "train", True), ("large", "validation", True)
     job = train(dataset_trust_remote_code=True)
-    assert reads(asked, *what) == [("validation", True), ("train", True)]
+    assert reads(asked, *what) == [held_out, training]
     cfg = job.runner.cfg
     VisionSAETrainingRunner(cfg, override_model=vit)
-    assert reads(asked, *what) == [("train", True)]
+    assert reads(asked, *what) == [training]
     make_training_evaluator(cfg, vit)
-    assert reads(asked, *what) == [("validation", True)]
-    job.evaluate(progress=False)
-    assert reads(asked, *what) == [("validation", True)]
+    assert reads(asked, *what) == [held_out]
+    results, _ = job.evaluate(progress=False)
+    assert reads(asked, *what) == [held_out]
+    assert results.dataset.title == f"{cfg.dataset_path} (large, validation)"
+    assert not results.dataset.seen_in_training
     evaluate_run(cfg.output_path, override_model=vit, progress=False, n_permutations=1)
-    assert reads(asked, *what) == [("validation", True)]
+    assert reads(asked, *what) == [held_out]
+
+
+def test_the_configuration_is_recorded_in_the_metadata_of_the_sae(train: Any, vit: Any) -> None:
+    cfg = train().runner.cfg
+    (Path(cfg.output_path) / "runner_cfg.json").unlink()
+    common = {"override_model": vit, "progress": False, "n_permutations": 1}
+    assert evaluate_run(cfg.output_path, **common).dataset.name == "large"
+    other = evaluate_run(cfg.output_path, dataset_name="small", **common)
+    assert other.dataset.name == "small"
 
 
 def test_without_trust_none_is_given(train: Any, asked: list[dict[str, Any]], vit: Any) -> None:
@@ -174,6 +194,68 @@ def test_same_images_are_of_the_same_split_of_the_same_folder(
     assert not source.same_images(ImageSource("photos", split="test"))
     assert source.same_dataset(ImageSource("photos", split="test"))
     assert not source.same_dataset(ImageSource("pictures"))
+    assert not source.same_dataset(ImageSource("photos", "large"))
+
+
+def test_another_configuration_of_the_split_trained_on_is_held_out(
+    train: Any, asked: list[dict[str, Any]], vit: Any
+) -> None:
+    cfg = train(eval_dataset_name="small", eval_split="train").runner.cfg
+    assert reads(asked, "name", "split") == [("small", "train"), ("large", "train")]
+    make_training_evaluator(cfg, vit)
+    assert reads(asked, "name", "split") == [("small", "train")]
+    common = {"override_model": vit, "progress": False, "n_permutations": 1}
+    assert not evaluate_run(cfg.output_path, **common).dataset.seen_in_training
+    with pytest.raises(ConfigError, match=r"was trained on .* \(large, train\)"):
+        evaluate_run(cfg.output_path, dataset_name="large", **common)
+    cfg.eval_dataset_name = None
+    with pytest.raises(ConfigError, match="eval_split: given 'train', which is trained on"):
+        make_training_evaluator(cfg, vit)
+
+
+def test_a_configuration_counts_for_the_dataset_it_is_given_with() -> None:
+    trained = run_settings(dataset_path="photos", dataset_name="large")
+    source = ImageSource.of(trained)
+    assert source.title == "photos (large, train)" and source.dataset == "photos/large"
+    assert source.held_out(trained).name == "large"
+    assert source.held_out(trained, dataset_path="other").name is None
+    assert source.held_out(trained, dataset_path="other", name="few").name == "few"
+    elsewhere = run_settings(eval_dataset_path="other", eval_dataset_name="few")
+    assert source.held_out(elsewhere).dataset == "other/few"
+    assert source.held_out(elsewhere, name="many").dataset == "other/many"
+    assert source.held_out(elsewhere, dataset_path="third").dataset == "third"
+    assert source.held_out(run_settings(eval_dataset_path="other")).dataset == "other"
+
+
+def test_a_dataset_without_configurations_refuses_one(tmp_path: Path) -> None:
+    data = hf_dataset(3)
+    data.to_parquet(tmp_path / "data.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "data.parquet", tmp_path / "*.parquet", tmp_path / "saved"):
+        with pytest.raises(ConfigError, match=r"dataset_name: .* has no configurations; given 'a'"):
+            load_images(path, name="a")
+
+
+def test_the_configuration_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--dataset_path", "photos", "--dataset_name", "large", "--hook_name", "blocks.0"]
+    study = train_flags.parse([*flags, "--model_name", "vit", "--eval_dataset_name", "small"]).study
+    assert (study.runner["dataset_name"], study.runner["eval_dataset_name"]) == ("large", "small")
+
+    def evaluate(*_: Any, dataset_name: str, **__: Any) -> Any:
+        raise ConfigError(f"dataset_name is {dataset_name}")
+
+    monkeypatch.setattr("taxolens.plugin.evaluation.evaluate.evaluate_run", evaluate)
+    with pytest.raises(ConfigError, match="dataset_name is large"):
+        evaluate_command.run(["runs/one", "--dataset_name", "large"])
+
+
+def test_two_configurations_have_two_default_caches(training: Any) -> None:
+    one, other = (
+        training.single(use_cached_activations=True, dataset_path="photos", dataset_name=name)
+        for name in (None, "large")
+    )
+    assert Path(one.cached_activations_path).parts[:2] == ("activations", "photos")
+    assert Path(other.cached_activations_path).parts[:2] == ("activations", "photos_large")
 
 
 def test_runs_that_trust_differently_are_evaluated_together(train: Any, vit: Any) -> None:
