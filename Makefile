@@ -1,11 +1,12 @@
 # make demo: install, run the main job on the embedded pictures, leave a report
 # make test: install, then lint, type-check and run every test
+# make test-latest, make test-lowest: every test on the newest and the lowest allowed versions
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install install-dev demo test lint types build clean
+.PHONY: install install-dev demo test test-latest test-lowest lint types build clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -31,6 +32,22 @@ types: install-dev
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Each in a fresh environment, without constraints.txt. "Lowest" is the lower bound of every
+# dependency in pyproject.toml; what those depend on is the newest that they allow. torch alone stays
+# pinned in both: its other versions need the CUDA packages on most indexes. Where an index has CPU
+# builds of all: make test-lowest TORCH=torch==2.6.0
+TORCH ?= torch==2.13.0
+BOUNDS_latest := true
+BOUNDS_lowest := grep -oE '"[a-z-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | tr -d '"' \
+	| sed -E 's/(\[[a-z]+\])?>=/==/' | grep -v '^torch==' | sort -u
+
+test-latest test-lowest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	{ echo "$(TORCH)"; $(BOUNDS_$*); } > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-$*/constraints.txt -e ".[dev]"
+	.venv-$*/bin/python -m pytest
 
 build: install-dev
 	$(BIN)/python -m build

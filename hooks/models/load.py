@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -176,9 +177,17 @@ def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridg
         adapter.prepare_model(hf_model)
         model = VisionBridge(hf_model, adapter)
     except (AttributeError, ValueError) as error:
+        kind = type(hf_model).__name__
+        if kind in family.architectures:
+            needed = next(r for r in requires("taxolens") or () if r.startswith("transformers"))
+            raise ConfigError(
+                f"family: {family.name!r} does not fit how transformers builds {kind} ({error}); "
+                f"given transformers {transformers.__version__}; allowed: the {needed} that "
+                "taxolens requires, or family='wrapped'."
+            ) from error
         raise ConfigError(
-            f"family: given {family.name!r}, but {type(hf_model).__name__} is not built like one "
-            f"({error}); allowed: a family that fits, or 'wrapped' for any model."
+            f"family: given {family.name!r}, but {kind} is not built like one ({error}); allowed: "
+            "a family that fits, or 'wrapped' for any model."
         ) from error
     model.family = family.name
     return model

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,21 @@ def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) 
     with pytest.raises(ConfigError) as error:
         load_vision_model(folder, **options)
     assert message in str(error.value)
+
+
+def test_a_transformers_that_builds_the_family_differently_is_named() -> None:
+    """As transformers before 5.18, whose DINOv2 called the projections `query`, `key`, `value`."""
+    model = tiny_model("dinov2")
+    for block in model.encoder.layer:
+        block.attention.query = block.attention._modules.pop("q_proj")
+    needed = next(r for r in requires("taxolens") or () if r.startswith("transformers"))
+    with pytest.raises(ConfigError) as error:
+        from_module(model)
+    assert str(error.value) == (
+        "family: 'dinov2' does not fit how transformers builds Dinov2Model ('Dinov2Attention' "
+        f"object has no attribute 'q_proj'); given transformers {transformers.__version__}; "
+        f"allowed: the {needed} that taxolens requires, or family='wrapped'."
+    )
 
 
 def test_wrong_settings_are_refused_before_anything_is_read() -> None:

@@ -294,6 +294,20 @@ def test_folding_the_activation_norm_keeps_the_function(name):
 
 
 @every
+def test_folding_the_activation_norm_keeps_what_is_saved(name, tmp_path):
+    """BatchTopK's threshold is used by the saved SAE alone, and must be folded too."""
+    sae = trained(name, normalize_activations="expected_average_only_in")
+    sae.save_inference_model(tmp_path / "scaled")
+    sae.fold_activation_norm_scaling_factor(0.5)
+    sae.save_inference_model(tmp_path / "folded")
+    scaled, folded = (SAE.load_from_disk(tmp_path / kind) for kind in ("scaled", "folded"))
+    x = planted(BATCH, seed=50)
+    with torch.no_grad():
+        assert torch.equal(folded.encode(x) != 0, scaled.encode(x * 0.5) != 0)
+        torch.testing.assert_close(folded(x), scaled(x * 0.5) / 0.5, atol=1e-5, rtol=1e-4)
+
+
+@every
 def test_folding_whitening_keeps_the_function_or_is_refused(name):
     if not CASES[name].whitening:
         with pytest.raises(ValueError, match="covariance_whitening"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 from taxolens.registry.architectures.random_matryoshka import (
     RandomMatryoshkaTrainingSAE,
@@ -56,6 +57,25 @@ def test_prefixes_depend_on_seed_and_step_alone():
     torch.manual_seed(123)
     assert [one.draw_prefixes(s) for s in range(5)] == [two.draw_prefixes(s) for s in range(5)]
     assert one.draw_prefixes(3) != one.draw_prefixes(4)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("scale", [0.2, 5.0])
+def test_what_is_saved_after_folding_fires_the_same_latents(rescale, scale, tmp_path):
+    """sae-lens before 6.54.12 left the threshold in the units of the scaled input."""
+    normalize = "expected_average_only_in"
+    sae = make(rescale_acts_by_decoder_norm=rescale, normalize_activations=normalize)
+    x = torch.randn(100, 6)
+    # the saved JumpReLU by hand, on the input as the trainer scaled it
+    pre = (x * scale - sae.b_dec * sae.cfg.apply_b_dec_to_input) @ sae.W_enc + sae.b_enc
+    pre = pre * (sae.W_dec.norm(dim=-1) if rescale else 1)
+    sae.topk_threshold = pre.detach().quantile(0.8).double()  # between two of them
+    expected = pre > sae.topk_threshold
+    sae.fold_activation_norm_scaling_factor(scale)
+    sae.save_inference_model(tmp_path)
+    fired = SAE.load_from_disk(tmp_path).encode(x) > 0
+    assert 0.1 < expected.float().mean() < 0.3
+    assert torch.equal(fired, expected)
 
 
 def test_one_prefix_is_batchtopk():
