@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...registry.errors import ConfigError, DataError
+from ..images.loader import ImageBatch
 from ..models.forward import run_to_hooks
+from ..models.tapped import TappedModel
 from ..models.tokens import check_tokens, select_tokens
-
-if TYPE_CHECKING:
-    from ..images.loader import ImageBatch
-    from ..models.load import VisionModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,7 +45,7 @@ class TokenExtractor:
 
     def __init__(
         self,
-        model: VisionModel,
+        model: TappedModel,
         hook_names: Sequence[str],
         tokens: Sequence[str],
         *,
@@ -123,7 +121,7 @@ class TokenExtractor:
                 )
 
 
-def model_fingerprint(model: VisionModel) -> str:
+def model_fingerprint(model: TappedModel) -> str:
     """16 hex digits that follow every weight, the same on any device.
 
     Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order.

@@ -7,105 +7,26 @@ of its own (`CorruptImageError`) and never ends a run. `ImageLoader` decodes in 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from ...registry.errors import ConfigError, CorruptImageError, DataError
-from .decode import decode_rgb
-from .loader import ImageBatch, ImageLoader
+from ...registry.errors import ConfigError, DataError
+from .columns import declared_names, features_of, find_image_column, find_label_column, undecoded
+from .raw import ImageReader, RawImage, decode_raw, read_bytes, source_of
 from .source import ImageSource
 from .sources import open_dataset, pick_split
 
-__all__ = [
-    "ImageBatch",
-    "ImageDataset",
-    "ImageLoader",
-    "ImageSource",
-    "RawImage",
-    "load_images",
-]
-
-logger = logging.getLogger(__name__)
-
-LABEL_COLUMNS = (
-    *("label", "labels", "class", "class_name", "target", "category"),
-    *("synset", "wnid", "fine_label", "cls", "y"),
-)
 SUBSET_SEED = 0  # of the permutation whose first `max_images` entries are kept
 FINGERPRINT_IMAGES = 256
-
-
-class RawImage(NamedTuple):
-    """One undecoded image: its place, its bytes (or the path to read them from) and its label."""
-
-    index: int
-    data: bytes | None
-    path: str | None
-    label: int = -1
-
-
-@dataclass(frozen=True)
-class ImageReader:
-    """The part of a map-style `ImageDataset` that worker processes need: raw images by index."""
-
-    data: Dataset
-    column: str
-    rows: np.ndarray | None = None
-
-    def __call__(self, index: int) -> RawImage:
-        row = int(index if self.rows is None else self.rows[index])
-        value = self.data[row][self.column] or {}
-        return RawImage(int(index), value.get("bytes"), value.get("path"))
-
-
-def read_bytes(raw: RawImage) -> bytes:
-    """The encoded bytes of an image, from memory, the disk or a remote address.
-
-    Raises:
-        ValueError: there are none; the message says why.
-    """
-    if raw.data is not None:
-        return raw.data
-    if raw.path is None:
-        raise ValueError("neither bytes nor a path is stored")
-    try:
-        if "://" in raw.path:
-            with fsspec.open(raw.path, "rb") as file:
-                return cast(bytes, file.read())  # type: ignore[attr-defined]
-        return Path(raw.path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be opened: {error}") from error
-
-
-def decode_raw(raw: RawImage, root: str | None = None) -> Image.Image:
-    """Decode one raw image to RGB.
-
-    Raises:
-        CorruptImageError: it cannot be opened or decoded.
-    """
-    try:
-        return decode_rgb(read_bytes(raw))
-    except ValueError as error:
-        raise CorruptImageError(raw.index, source_of(raw, root), str(error)) from error
-
-
-def source_of(raw: RawImage, root: str | None = None) -> str:
-    """How to name an image to a person: its path (relative to the dataset's folder) or its row."""
-    if not raw.path:
-        return f"row {raw.index}"
-    return os.path.relpath(raw.path, root) if root and os.path.isabs(raw.path) else raw.path
 
 
 class ImageDataset:
@@ -142,13 +63,13 @@ class ImageDataset:
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
             raise DataError(f"{name} is empty: it has no images.")
-        features = _features(data, name)
+        features = features_of(data, name)
         self.image_column = find_image_column(features, image_column)
         self.label_column = find_label_column(features, label_column, self.image_column)
         self._label_feature = features[self.label_column] if self.label_column else None
         columns = [c for c in (self.image_column, self.label_column) if c is not None]
         data = data.select_columns(columns)
-        self._data = _undecoded(data, self.image_column)
+        self._data = undecoded(data, self.image_column)
         self._limit = max_images
         self._rows: np.ndarray | None = None
         if isinstance(data, Dataset) and max_images is not None and max_images < len(data):
@@ -233,7 +154,7 @@ class ImageDataset:
         values = self.map_style.select_columns([column]).with_format("arrow")[:][column]
         if isinstance(self._label_feature, datasets.ClassLabel):
             labels = values.to_pandas().fillna(-1).to_numpy().astype(np.int64)
-            names = _names(self._label_feature)
+            names = declared_names(self._label_feature)
             if len(labels) and labels.max() >= len(names):
                 raise DataError(
                     f"label column {column!r}: label {labels.max()} has no name; "
@@ -263,7 +184,7 @@ class ImageDataset:
         """
         if not self.is_streaming:
             return self._labels_and_names[1]
-        return _names(self._label_feature)
+        return declared_names(self._label_feature)
 
     def require_labels(self) -> np.ndarray:
         """`labels`, where the work ahead needs one for every image.
@@ -403,120 +324,3 @@ def _shuffled(
         buffer[place] = raw
     for place in generator.permutation(len(buffer)):
         yield buffer[place]
-
-
-def find_image_column(features: Mapping[str, Any], given: str | None) -> str:
-    """The column of images: `given`, else the only one, else "image" among several.
-
-    A column counts when it is declared as images, or holds a struct of bytes and path, or holds
-    bytes. A column of paths has to be named.
-
-    Raises:
-        ConfigError: none or several; the message lists the columns.
-    """
-    if given is not None:
-        _check_column("image_column", given, features)
-        return given
-    found = [name for name, feature in features.items() if _holds_images(feature)]
-    if len(found) == 1 or "image" in found:
-        return "image" if "image" in found else found[0]
-    problem = (
-        f"several columns hold images ({', '.join(found)})" if found else "no column holds images"
-    )
-    raise ConfigError(f"image_column: {problem}; columns: {_listed(features)}. Name the right one.")
-
-
-def find_label_column(
-    features: Mapping[str, Any], given: str | None, image_column: str
-) -> str | None:
-    """The column of labels: `given`; else "label", or the only one, among those declared as
-    classes; else the same among the columns of whole numbers or text with a usual name
-    (`LABEL_COLUMNS`); None when there is none.
-
-    Raises:
-        ConfigError: several, or `given` does not exist; the message lists the columns.
-    """
-    if given is not None:
-        _check_column("label_column", given, features)
-        feature = features[given]
-        if not (isinstance(feature, datasets.ClassLabel) or _holds_scalars(feature)):
-            raise ConfigError(
-                f"label_column={given!r}: holds {feature}; a label is one whole number or text."
-            )
-        return given
-    others = {key: feature for key, feature in features.items() if key != image_column}
-    declared = [k for k, feature in others.items() if isinstance(feature, datasets.ClassLabel)]
-    usual = [k for k in LABEL_COLUMNS if k in others and _holds_scalars(others[k])]
-    found = declared or usual
-    if len(found) > 1 and "label" not in found:
-        raise ConfigError(
-            f"label_column: several columns hold labels ({', '.join(found)}); columns: "
-            f"{_listed(features)}. Name the right one."
-        )
-    return "label" if "label" in found else next(iter(found), None)
-
-
-def _names(feature: Any) -> list[str]:
-    return list(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else []
-
-
-def _holds_images(feature: Any) -> bool:
-    if isinstance(feature, datasets.Image):
-        return True
-    if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"}
-    return isinstance(feature, datasets.Value) and "binary" in feature.dtype
-
-
-def _holds_scalars(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in (
-        *("string", "large_string", "bool"),
-        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
-    )
-
-
-def _check_column(field: str, given: str, features: Mapping[str, Any]) -> None:
-    if given not in features:
-        raise ConfigError(f"{field}={given!r}: no such column; columns: {_listed(features)}.")
-
-
-def _listed(features: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
-
-
-def _kind(feature: Any) -> str:
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-def _undecoded(data: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
-    """`data` with the images in `column` as bytes and path."""
-    wanted = datasets.Image(decode=False)
-    if data.features is None:  # a stream that declares nothing: convert one example at a time
-        return data.map(lambda example: {column: _as_struct(example[column], wanted)})
-    return data if data.features[column] == wanted else data.cast_column(column, wanted)
-
-
-def _as_struct(value: Any, feature: datasets.Image) -> Any:
-    return value if value is None else feature.encode_example(value)
-
-
-def _features(data: Dataset | IterableDataset, name: str) -> Mapping[str, Any]:
-    """The columns of `data` and their types, from its first example where it declares none."""
-    if data.features is not None:
-        return data.features
-    try:
-        example = next(iter(data))
-    except StopIteration:
-        raise DataError(f"{name} is empty: it has no images.") from None
-    return {key: _feature_of(value) for key, value in example.items()}
-
-
-def _feature_of(value: Any) -> Any:
-    if isinstance(value, Image.Image):
-        return datasets.Image()
-    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        return datasets.Image()
-    if isinstance(value, bool | int | str | bytes):
-        dtype = {bool: "bool", int: "int64", str: "string", bytes: "binary"}[type(value)]
-        return datasets.Value(dtype)
-    return value

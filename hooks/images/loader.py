@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
+from .raw import ImageReader, Job, RawImage, decode_raw, source_of
 
-if TYPE_CHECKING:
-    from .dataset import ImageDataset, ImageReader, RawImage
+if TYPE_CHECKING:  # not needed by the worker processes
+    from .dataset import ImageDataset
 
 logger = logging.getLogger(__name__)
 
 Preprocess: TypeAlias = Callable[[Image.Image], np.ndarray]
-Job: TypeAlias = "int | RawImage"  # an index of a map-style dataset, or a streamed image
 
 MIN_IMAGES = 20  # below this many images a share of corrupt ones says nothing
 FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt images is as allowed
@@ -204,8 +204,6 @@ class _DecodeTask:
     root: str | None
 
     def __getitems__(self, jobs: Sequence[Job]) -> ImageBatch | str:
-        from .dataset import decode_raw, source_of
-
         pixels: list[np.ndarray] = []
         done: list[RawImage] = []
         failures: list[tuple[int, str, str]] = []

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .points import firings, resolve_hook_name, taps
-
-if TYPE_CHECKING:
-    from .points import VisionModel
+from .tapped import TappedModel
 
 
 class _Done(Exception):
@@ -21,7 +18,7 @@ class _Done(Exception):
 
 @torch.no_grad()
 def run_to_hooks(
-    model: VisionModel,
+    model: TappedModel,
     pixel_values: Tensor,
     hook_names: Sequence[str],
     *,

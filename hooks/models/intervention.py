@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +14,14 @@ from transformer_lens.hook_points import HookPoint
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import InterventionResult
 from ...registry.taxonomies.outputs import classes_of_outputs
+from ...registry.taxonomies.taxonomy import Taxonomy
+from ..images.dataset import ImageDataset
 from ..images.preprocess import preprocess_for
 from .bridge import VisionBridge
 from .forward import run_to_hooks
 from .points import as_tokens, firings, resolve_hook_name, taps
+from .tapped import TappedModel
 from .tokens import check_tokens, select_tokens
-
-if TYPE_CHECKING:
-    from ...registry.taxonomies.taxonomy import Taxonomy
-    from ..images.dataset import ImageDataset
-    from .load import VisionModel
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -46,7 +44,7 @@ class Pictures:
 
     @classmethod
     def of(
-        cls, model: VisionModel, images: ImageDataset, rows: np.ndarray, image_size: int | None
+        cls, model: TappedModel, images: ImageDataset, rows: np.ndarray, image_size: int | None
     ) -> Pictures:
         """As the model takes them."""
         return cls(images, rows, preprocess_for(model, image_size))
@@ -91,7 +89,7 @@ class ModelIntervention:
 
     def __init__(
         self,
-        model: VisionModel,
+        model: TappedModel,
         pictures: Callable[[Sequence[int]], Tensor],
         hook_name: str,
         tokens: str,
@@ -243,7 +241,7 @@ class ModelIntervention:
             self._block = None
 
 
-def output_names(model: VisionModel) -> list[str] | None:
+def output_names(model: TappedModel) -> list[str] | None:
     """What the outputs of the model's classification head are called; None without head or names."""
     cfg = model.cfg
     picture = torch.zeros(1, getattr(cfg, "n_channels", 3), *model.smallest_image)
@@ -259,7 +257,7 @@ def output_names(model: VisionModel) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
-def _logits(model: VisionModel, pixels: Tensor) -> Tensor | None:
+def _logits(model: TappedModel, pixels: Tensor) -> Tensor | None:
     """(B, outputs) of the classification head, from one forward pass; None without."""
     outputs: list[Any] = []
     module: Any = model.original_model
@@ -277,7 +275,7 @@ def _logits(model: VisionModel, pixels: Tensor) -> Tensor | None:
     return outputs[-1] if own else None
 
 
-def _embedding_point(model: VisionModel) -> str:
+def _embedding_point(model: TappedModel) -> str:
     for name in ("ln_final.hook_out", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"):
         canonical = model.aliases.get(name, name)
         if canonical in firings(model):
@@ -287,7 +285,7 @@ def _embedding_point(model: VisionModel) -> str:
     )
 
 
-def _block_before(model: VisionModel, hook_name: str) -> int | None:
+def _block_before(model: TappedModel, hook_name: str) -> int | None:
     """The block that `hook_name` is the output of; None where it is something else."""
     if not isinstance(model, VisionBridge):
         return None

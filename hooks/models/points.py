@@ -8,19 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from ...registry.errors import ConfigError, UnknownNameError
-
-if TYPE_CHECKING:
-    from .bridge import VisionBridge
-    from .hooked_module import HookedVisionModel
-
-    VisionModel = VisionBridge | HookedVisionModel
+from .tapped import TappedModel
 
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
 
@@ -34,7 +29,7 @@ class Firing:
     shape: tuple[int, ...]
 
 
-def resolve_hook_name(model: VisionModel, name: str) -> str:
+def resolve_hook_name(model: TappedModel, name: str) -> str:
     """The canonical name of the hook point `name`, an alias or canonical already.
 
     Raises:
@@ -51,7 +46,7 @@ def resolve_hook_name(model: VisionModel, name: str) -> str:
     return canonical
 
 
-def expand_hook_names(model: VisionModel, patterns: Sequence[str]) -> list[str]:
+def expand_hook_names(model: TappedModel, patterns: Sequence[str]) -> list[str]:
     """The hook names that `patterns` stand for, in the order in which they fire.
 
     A pattern is a name, or has wildcards (`*`, `?`, `[...]`) that stand for one part between dots,
@@ -75,7 +70,7 @@ def expand_hook_names(model: VisionModel, patterns: Sequence[str]) -> list[str]:
 
 
 def hook_d_in(
-    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None = None
+    model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None = None
 ) -> int:
     """The width d of the activations (B, T, d) at `hook_name`, by one small forward pass.
 
@@ -86,7 +81,7 @@ def hook_d_in(
 
 
 def hook_n_tokens(
-    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None = None
+    model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None = None
 ) -> int:
     """The number T of tokens of the activations (B, T, d) at `hook_name`, prefix tokens included."""
     name = resolve_hook_name(model, hook_name)
@@ -104,7 +99,7 @@ def as_tokens(activation: Tensor, point: nn.Module) -> Tensor:
 
 
 @contextmanager
-def taps(model: VisionModel, names: Sequence[str], tap: Any) -> Iterator[None]:
+def taps(model: TappedModel, names: Sequence[str], tap: Any) -> Iterator[None]:
     """Call `tap(name, activation (B, T, d))` whenever one of the hook points `names` fires.
 
     What `tap` returns is not looked at: the forward pass is not changed.
@@ -146,7 +141,7 @@ def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
 
 
 def firings(
-    model: VisionModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
+    model: TappedModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
 ) -> dict[str, Firing]:
     """What fires in a forward pass of one black picture, by canonical name; kept with the model."""
     size = as_pair(image_size) if image_size is not None else model.smallest_image
@@ -157,7 +152,7 @@ def firings(
 
 
 @torch.no_grad()
-def _trace(model: VisionModel, size: tuple[int, int]) -> dict[str, Firing]:
+def _trace(model: TappedModel, size: tuple[int, int]) -> dict[str, Firing]:
     fired: dict[str, Firing] = {}
 
     def note(name: str, activation: Tensor) -> None:
@@ -181,7 +176,7 @@ def _trace(model: VisionModel, size: tuple[int, int]) -> dict[str, Firing]:
     return fired
 
 
-def _matches(model: VisionModel, pattern: str) -> list[str]:
+def _matches(model: TappedModel, pattern: str) -> list[str]:
     found: list[str] = []
     for choice in _braces(pattern):
         if not any(sign in choice for sign in "*?["):
@@ -226,7 +221,7 @@ def _glob_parts(parts: list[str], patterns: list[str]) -> bool:
     )
 
 
-def _unknown_hook(model: VisionModel, name: str) -> str:
+def _unknown_hook(model: TappedModel, name: str) -> str:
     known = [*model.points(), *model.aliases]
     # The nearest name is most often that of another block: with numbers out of the way it is found.
     plain = {re.sub(r"\d+", "0", known_name): known_name for known_name in reversed(known)}
@@ -244,7 +239,7 @@ def _unknown_hook(model: VisionModel, name: str) -> str:
     )
 
 
-def _never_fires(model: VisionModel, name: str) -> str:
+def _never_fires(model: TappedModel, name: str) -> str:
     if name.endswith(EAGER_ONLY):
         return (
             f"hook {name!r} needs attn_implementation='eager'; the model was loaded with "

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...registry.errors import ConfigError
 from ...registry.table import unknown_name_message
 from .points import as_pair, hook_n_tokens
-
-if TYPE_CHECKING:
-    from .points import VisionModel
+from .tapped import TappedModel
 
 TOKEN_CHOICES = ("class", "patch", "register", "all", "mean_patch")
 
 
-def check_tokens(model: VisionModel, tokens: str) -> None:
+def check_tokens(model: TappedModel, tokens: str) -> None:
     """Whether the model has such tokens.
 
     Raises:
@@ -40,7 +37,7 @@ def check_tokens(model: VisionModel, tokens: str) -> None:
 
 
 def tokens_per_image(
-    model: VisionModel,
+    model: TappedModel,
     tokens: str,
     image_size: int | tuple[int, int] | None = None,
     hook_name: str | None = None,
@@ -99,7 +96,7 @@ def select_tokens(
     )
 
 
-def input_size(model: VisionModel) -> tuple[int, int]:
+def input_size(model: TappedModel) -> tuple[int, int]:
     """(height, width) in pixels of what the checkpoint's preprocessing makes of any picture.
 
     Where that says nothing fixed, the size that the model was trained at.
@@ -119,7 +116,7 @@ def input_size(model: VisionModel) -> tuple[int, int]:
     return model.cfg.image_size
 
 
-def _possible(model: VisionModel) -> list[str]:
+def _possible(model: TappedModel) -> list[str]:
     choices = ["mean_patch", "patch", "all"]
     if model.cfg.n_register_tokens:
         choices.insert(0, "register")
@@ -129,7 +126,7 @@ def _possible(model: VisionModel) -> list[str]:
 
 
 def _check_grid(
-    model: VisionModel, hook_name: str, image_size: int | tuple[int, int] | None
+    model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None
 ) -> None:
     """A wrapped model's prefix tokens were told by names: the rest must be a square grid then."""
     height, width = input_size(model) if image_size is None else as_pair(image_size)
@@ -142,7 +139,7 @@ def _check_grid(
         )
 
 
-def _traced_tokens(model: VisionModel, hook_name: str | None, size: int | tuple[int, int]) -> int:
+def _traced_tokens(model: TappedModel, hook_name: str | None, size: int | tuple[int, int]) -> int:
     if hook_name is not None:
         return hook_n_tokens(model, hook_name, size)
     blocks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]

@@ -407,7 +407,7 @@ def test_cached_and_fresh_activations_are_the_same_numbers(model, images, cache)
 
 def test_a_cache_is_gathered_in_large_pieces_of_any_size(cache, monkeypatch):
     batches = take(stream_of(None, None, cache=cache), 90)
-    monkeypatch.setattr("taxolens.hooks.activations.stream.GATHERED_BYTES", 3000)
+    monkeypatch.setattr("taxolens.hooks.activations.token_sources.GATHERED_BYTES", 3000)
     assert equal(take(stream_of(None, None, cache=cache), 90), batches)
 
 

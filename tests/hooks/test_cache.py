@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
-from taxolens.hooks.activations import cache as cache_module
+from taxolens.hooks.activations import cache_reader, cache_writer
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.images.dataset import load_images
@@ -52,16 +52,16 @@ class Killed(BaseException):
 
 def kill_in_batch(monkeypatch, number, *, commit=True):
     """Die after half of a batch is written, with every batch before it committed, or none."""
-    monkeypatch.setattr(cache_module, "COMMIT_SECONDS", 0.0 if commit else 1e9)
-    monkeypatch.setattr(cache_module._Writer, "__exit__", lambda *_: None)
-    append, calls = cache_module._Column.append, iter(range(1_000_000))
+    monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0 if commit else 1e9)
+    monkeypatch.setattr(cache_writer.CacheWriter, "__exit__", lambda *_: None)
+    append, calls = cache_writer._Column.append, iter(range(1_000_000))
 
     def dying(self, rows):
         append(self, rows)
         if next(calls) == 4 * number + 2:  # of four columns: labels, indices, two hook points
             raise Killed
 
-    monkeypatch.setattr(cache_module._Column, "append", dying)
+    monkeypatch.setattr(cache_writer._Column, "append", dying)
 
 
 def test_one_forward_pass_for_all_hook_points(model, images, tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_a_full_disk_is_seen_before_the_work(model, images, tmp_path, monkeypatc
 
 
 def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, monkeypatch):
-    append, calls = cache_module._Column.append, iter(range(1000))
+    append, calls = cache_writer._Column.append, iter(range(1000))
 
     def full(self, rows):
         if next(calls) == 10:
@@ -255,7 +255,7 @@ def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, mon
         append(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module._Column, "append", full)
+        patch.setattr(cache_writer._Column, "append", full)
         with pytest.raises(DataError, match=r"the disk is full.*What is done is kept"):
             build(model, images, tmp_path / "full")
     assert len(ActivationCache.open(tmp_path / "full")) == 3
@@ -266,7 +266,7 @@ def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, mon
 
 def test_another_process_writing_is_seen(model, images, tmp_path):
     with (
-        cache_module._only_writer(tmp_path),
+        cache_writer.only_writer(tmp_path),
         pytest.raises(ConfigError, match="another process is building"),
     ):
         build(model, images, tmp_path)
@@ -312,4 +312,4 @@ def test_progress_tells_images_per_second(model, images, capsys):
 
 
 def test_names_that_are_no_file_names(tmp_path):
-    assert cache_module._file(tmp_path, "a/b.c d").name == "a_b.c_d.npy"
+    assert cache_reader.file_of(tmp_path, "a/b.c d").name == "a_b.c_d.npy"

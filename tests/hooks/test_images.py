@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from taxolens.hooks.images.dataset import ImageDataset, ImageLoader, load_images
+from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.decode import decode_rgb
-from taxolens.hooks.images.loader import worker_context
+from taxolens.hooks.images.loader import ImageLoader, worker_context
 from taxolens.hooks.images.preprocess import PilPreprocess
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from tiny_images import class_folders, encoded, hf_dataset, plain
