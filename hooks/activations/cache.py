@@ -12,10 +12,11 @@ import torch
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
+from ..images.source import ImageSource
 from ..models.tapped import TappedModel
 from .cache_reader import CacheReader
 from .cache_writer import CacheWriter, matching_index, only_writer
-from .extract import TokenExtractor, model_fingerprint, torch_dtype
+from .extract import Extraction, TokenExtractor, model_fingerprint, torch_dtype
 
 
 class ActivationCache(CacheReader):
@@ -42,18 +43,12 @@ class ActivationCache(CacheReader):
         cls,
         model: TappedModel,
         images: ImageDataset,
-        hook_names: Sequence[str],
+        hook_names: Sequence[str] | Extraction,
         *,
+        source: ImageSource | None = None,
         path: str | Path | None = None,
-        tokens: str = "class",
-        mean_patch: bool = False,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        image_size: int | None = None,
-        dtype: str | torch.dtype = "float32",
-        autocast: bool = False,
-        max_corrupt_share: float = 0.01,
         progress: bool = True,
+        **settings: Any,
     ) -> ActivationCache:
         """Run all images through the model once and keep what is asked for.
 
@@ -61,13 +56,12 @@ class ActivationCache(CacheReader):
         finished. Hook points beyond those asked for do no harm.
 
         Args:
+            hook_names: hook points, or all that is wanted as an `Extraction`.
+            source: how the images are decoded.
             path: the folder; None: a temporary one that goes with the object.
-            tokens: one of `TOKEN_CHOICES`.
-            mean_patch: keep the mean over the patches too, from the same forward pass.
-            batch_size: images per forward pass.
-            dtype: "float32", "float16", or "bfloat16", which is stored as float32.
-            image_size, num_workers, autocast, max_corrupt_share: as for `ActivationStream`.
             progress: show a progress bar.
+            settings: fields of `Extraction` (tokens, mean_patch, image_size, dtype, autocast), and
+                of `ImageSource` (batch_size, num_workers, max_corrupt_share), by name.
 
         Raises:
             ConfigError: the folder holds other activations (the message says what differs), or
@@ -79,18 +73,19 @@ class ActivationCache(CacheReader):
         if path is None:
             temporary = tempfile.TemporaryDirectory(prefix="taxolens-activations-")
             path = temporary.name
-        preprocess = preprocess_for(model, image_size)
-        stored = torch_dtype(dtype)
+        wanted, source = Extraction.of(hook_names, source, settings)
+        preprocess = preprocess_for(model, wanted.image_size)
+        stored = torch_dtype(wanted.dtype)
         facts = {
             "model": model_fingerprint(model),
             "model_name": str(getattr(model.cfg, "model_name", "")),
             "images": images.fingerprint,
             "preprocessing": preprocess.describe(),
-            "hook_names": list(hook_names),
-            "tokens": tokens,
-            "mean_patch": mean_patch and tokens != "mean_patch",
+            "hook_names": list(wanted.hook_names),
+            "tokens": wanted.tokens,
+            "mean_patch": wanted.mean_patch and wanted.tokens != "mean_patch",
             "dtype": str(stored).removeprefix("torch."),
-            "autocast": autocast,
+            "autocast": wanted.autocast,
         }
         extractor = _extractor(model, facts, stored)
         folder = Path(path)
@@ -101,14 +96,8 @@ class ActivationCache(CacheReader):
                 return cls._opened(folder, temporary)
             if index is not None:  # unfinished, perhaps with more hook points
                 extractor = _extractor(model, index["facts"], stored)
-            loader = ImageLoader(
-                images,
-                preprocess,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                max_corrupt_share=max_corrupt_share,
-                pin_memory=extractor.device.type == "cuda",
-            )
+            on_gpu = extractor.device.type == "cuda"
+            loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
             with CacheWriter(folder, loader, facts, index) as writer:
                 writer.fill(extractor, progress)
         return cls._opened(folder, temporary)

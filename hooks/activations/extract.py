@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...registry.errors import ConfigError, DataError
 from ..images.loader import ImageBatch
+from ..images.source import DECODING, ImageSource
 from ..models.forward import run_to_hooks
 from ..models.tapped import TappedModel
 from ..models.tokens import check_tokens, select_tokens
@@ -29,6 +31,42 @@ def torch_dtype(dtype: str | torch.dtype, field: str = "dtype") -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"{field}={name!r}: not known; allowed: {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Which activations of each image: what decides their numbers beside model and images.
+
+    Attributes:
+        hook_names: hook points, all read from one forward pass.
+        tokens: one of `TOKEN_CHOICES`.
+        mean_patch: keep the mean over the patches too, from the same forward pass; of a cache alone.
+        image_size: height and width in pixels of the model's input; None: the model's own.
+        dtype: "float32", "float16" or "bfloat16", which a cache stores as float32.
+        autocast: run the model in bfloat16 where that is safe.
+    """
+
+    hook_names: Sequence[str]
+    tokens: str = "class"
+    mean_patch: bool = False
+    image_size: int | None = None
+    dtype: str | torch.dtype = "float32"
+    autocast: bool = False
+
+    @classmethod
+    def of(
+        cls, hooks: Sequence[str] | Extraction, source: ImageSource | None, settings: dict[str, Any]
+    ) -> tuple[Extraction, ImageSource]:
+        """Both values, with those of their fields that `settings` name replaced.
+
+        Raises:
+            TypeError: a setting that neither has.
+        """
+        extraction = hooks if isinstance(hooks, Extraction) else cls(list(hooks))
+        own = {name: settings.pop(name) for name in {*settings} & cls.__dataclass_fields__.keys()}
+        if unknown := sorted(settings.keys() - DECODING):
+            raise TypeError(f"{unknown[0]}: no such argument")
+        return replace(extraction, **own), replace(source or ImageSource(), **settings)
 
 
 class TokenExtractor:

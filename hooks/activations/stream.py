@@ -16,10 +16,11 @@ from ...registry.errors import CheckpointError, ConfigError
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
+from ..images.source import ImageSource
 from ..models.tapped import TappedModel
 from ..models.tokens import tokens_per_image
 from .cache_reader import CacheReader
-from .extract import TokenExtractor, torch_dtype
+from .extract import Extraction, TokenExtractor, torch_dtype
 from .token_sources import Batch, CacheSource, Delivery, ModelSource, State, TokenSource
 
 STATES_KEPT = 4096  # positions of the last batches; a prefetching thread is never so far ahead
@@ -46,18 +47,15 @@ class ActivationStream(Iterator[Batch]):
     Args:
         model: a vision model; not needed with a cache.
         images: the images; not needed with a cache.
-        hook_names: hook points, all read from one forward pass.
-        tokens: one of `TOKEN_CHOICES`.
+        hook_names: hook points, or all that is wanted as an `Extraction`.
+        source: how the images are decoded.
+        cache: read activations from there instead.
         train_batch_size_tokens: tokens per batch given out.
-        store_batch_size_prompts: images per forward pass.
         n_batches_in_buffer: forward passes per window. A window is kept on `device`.
         seed: decides the order, whole number from 0 on.
-        device, dtype: of the batches given out.
-        num_workers: processes that decode images ahead.
-        image_size: height and width given to the model; None: its own.
-        cache: read activations from there instead.
-        max_corrupt_share: stop with a `DataError` when more of the images are corrupt.
-        autocast: run the model in bfloat16 where that is safe.
+        device: of the batches given out.
+        settings: fields of `Extraction` (tokens, image_size, dtype, autocast), and of `ImageSource`
+            (store_batch_size_prompts for its batch_size, num_workers, max_corrupt_share), by name.
 
     Raises:
         ConfigError: an argument is wrong; the message names it.
@@ -68,50 +66,46 @@ class ActivationStream(Iterator[Batch]):
         self,
         model: TappedModel | None,
         images: ImageDataset | None,
-        hook_names: Sequence[str],
+        hook_names: Sequence[str] | Extraction,
         *,
-        tokens: str = "class",
+        source: ImageSource | None = None,
+        cache: CacheReader | None = None,
         train_batch_size_tokens: int = 4096,
-        store_batch_size_prompts: int = 32,
         n_batches_in_buffer: int = 20,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        num_workers: int = 0,
-        image_size: int | None = None,
-        cache: CacheReader | None = None,
-        max_corrupt_share: float = 0.01,
-        autocast: bool = False,
+        **settings: Any,
     ) -> None:
+        if "store_batch_size_prompts" in settings:
+            settings["batch_size"] = settings.pop("store_batch_size_prompts")
+        wanted, source = Extraction.of(hook_names, source, settings)
         for field, value, least in (
             ("train_batch_size_tokens", train_batch_size_tokens, 1),
-            ("store_batch_size_prompts", store_batch_size_prompts, 1),
+            ("store_batch_size_prompts", source.batch_size, 1),
             ("n_batches_in_buffer", n_batches_in_buffer, 1),
             ("seed", seed, 0),
         ):
             if value < least:
                 raise ConfigError(f"{field}={value}: must be at least {least}.")
-        self.hook_names = list(hook_names)
+        self.hook_names = list(wanted.hook_names)
         self.train_batch_size_tokens = train_batch_size_tokens
         self._source: TokenSource
-        delivery = Delivery(train_batch_size_tokens, torch.device(device), torch_dtype(dtype), seed)
+        delivery = Delivery(
+            train_batch_size_tokens, torch.device(device), torch_dtype(wanted.dtype), seed
+        )
         if cache is not None:
-            self._source = CacheSource(cache, self.hook_names, tokens, delivery)
+            self._source = CacheSource(cache, self.hook_names, wanted.tokens, delivery)
         elif model is None or images is None:
             raise ConfigError("model, images: both are needed without a cache of activations.")
         else:
-            loader = ImageLoader(
-                images,
-                preprocess_for(model, image_size),
-                batch_size=store_batch_size_prompts,
-                num_workers=num_workers,
-                max_corrupt_share=max_corrupt_share,
-                pin_memory=torch.device(str(model.cfg.device)).type == "cuda",
-            )
+            size, tokens = wanted.image_size, wanted.tokens
             extractor = TokenExtractor(
-                model, self.hook_names, [tokens], dtype=delivery.dtype, autocast=autocast
+                model, self.hook_names, [tokens], dtype=delivery.dtype, autocast=wanted.autocast
             )
-            per_image = tokens_per_image(model, tokens, image_size, self.hook_names[0])
+            on_gpu = extractor.device.type == "cuda"
+            preprocess = preprocess_for(model, size)
+            loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
+            per_image = tokens_per_image(model, tokens, size, self.hook_names[0])
             batches = 1 if per_image == 1 else n_batches_in_buffer
             self._source = ModelSource(loader, extractor, delivery, per_image, batches)
         self._ended = False

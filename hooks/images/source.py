@@ -16,6 +16,8 @@ RECORDED_SETTINGS = (
     *("eval_dataset_path", "eval_dataset_name", "eval_split"),
 )
 
+DECODING = ("batch_size", "num_workers", "max_corrupt_share")  # the fields that say how
+
 
 def _setting(name: str, default: Any) -> Any:
     """A field that the settings of a run call `name`."""
@@ -97,8 +99,7 @@ class ImageSource:
     @property
     def decoding(self) -> dict[str, Any]:
         """The arguments of `ImageLoader` that are decided here."""
-        names = ("batch_size", "num_workers", "max_corrupt_share")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in DECODING}
 
     def same_dataset(self, other: ImageSource) -> bool:
         """Whether both are of one configuration of one dataset, be it of different splits."""

@@ -29,6 +29,7 @@ from sae_lens.config import (
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 
+from ...hooks.activations.extract import Extraction
 from ...hooks.images.source import ImageSource
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...registry.errors import ConfigError
@@ -190,6 +191,13 @@ class VisionFields:
     def held_out_source(self) -> ImageSource:
         """The images that are evaluated on; its split is None where eval_split is."""
         return self.image_source.held_out(self._setting)
+
+    @property
+    def extraction(self) -> Extraction:
+        """The activations that are trained on."""
+        cfg: Any = self
+        size, dtype, autocast = cfg.image_size, cfg.dtype, cfg.autocast_lm
+        return Extraction(cfg.unique_hook_names, cfg.tokens, False, size, dtype, autocast)
 
     def _setting(self, name: str) -> Any:
         return getattr(self, name, None)

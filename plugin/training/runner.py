@@ -111,21 +111,15 @@ class _VisionRun:
 
     def _stream(self, **changes: Any) -> ActivationStream:
         cfg = self.cfg
-        settings: dict[str, Any] = {
-            "tokens": cfg.tokens,
-            "train_batch_size_tokens": cfg.train_batch_size_tokens,
-            "store_batch_size_prompts": cfg.store_batch_size_prompts,
-            "n_batches_in_buffer": cfg.n_batches_in_buffer,
-            "seed": cfg.seed,
-            "device": cfg.act_store_device,
-            "dtype": cfg.dtype,
-            "num_workers": cfg.num_workers,
-            "image_size": cfg.image_size,
-            "max_corrupt_share": cfg.max_corrupt_share,
-            "autocast": cfg.autocast_lm,
-        }
+        order = {"seed": cfg.seed, "n_batches_in_buffer": cfg.n_batches_in_buffer, **changes}
         return ActivationStream(
-            self.model, self.images, cfg.unique_hook_names, **(settings | changes)
+            self.model,
+            self.images,
+            cfg.extraction,
+            source=cfg.image_source,
+            train_batch_size_tokens=cfg.train_batch_size_tokens,
+            device=cfg.act_store_device,
+            **order,
         )
 
     def _evaluators(self) -> list[Any]:
@@ -220,13 +214,9 @@ class _VisionRun:
         return ActivationCache.build(
             self.model,
             self.images,
-            cfg.unique_hook_names,
+            cfg.extraction,
+            source=cfg.image_source,
             path=cfg.cached_activations_path,
-            tokens=cfg.tokens,
-            image_size=cfg.image_size,
-            dtype=cfg.dtype,
-            autocast=cfg.autocast_lm,
-            **cfg.image_source.decoding,
         )
 
 

@@ -8,11 +8,12 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from taxolens.hooks.activations.cache import ActivationCache
-from taxolens.hooks.activations.extract import TokenExtractor, model_fingerprint
+from taxolens.hooks.activations.extract import Extraction, TokenExtractor, model_fingerprint
 from taxolens.hooks.activations.stream import ActivationStream
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.loader import ImageLoader, worker_context
 from taxolens.hooks.images.preprocess import preprocess_for
+from taxolens.hooks.images.source import ImageSource
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError
 from tiny_images import hf_dataset, noise
@@ -370,6 +371,28 @@ def test_dtype_and_evaluation_mode(model, images):
 def test_bad_settings_are_named(model, images, options, message):
     with pytest.raises(ConfigError, match=message):
         stream_of(model, images, **options)
+
+
+def test_two_values_say_the_same_as_keywords(model, images, tmp_path):
+    source = ImageSource(batch_size=2, max_corrupt_share=0.5)
+    wanted = Extraction(HOOKS, "patch", image_size=48, dtype="float16")
+    order = {"train_batch_size_tokens": 10, "n_batches_in_buffer": 3, "seed": 5}
+    stream = ActivationStream(model, images, wanted, source=source, **order)
+    same = stream_of(model, images, tokens="patch", image_size=48, dtype="float16")
+    assert stream.describe() == same.describe()
+    assert all(torch.equal(a, b) for a, b in zip(next(stream).values(), next(same).values()))
+    ActivationCache.build(model, images, wanted, source=source, path=tmp_path, progress=False)
+    settings = {"tokens": "patch", "image_size": 48, "dtype": "float16"}
+    facts = build(model, images, tmp_path, **settings).facts
+    assert (facts["tokens"], facts["dtype"], facts["autocast"]) == ("patch", "float16", False)
+
+
+@pytest.mark.parametrize("name", ["batchsize", "max_images", "dataset_path"])
+def test_settings_that_decide_nothing_here_are_refused(model, images, name):
+    with pytest.raises(TypeError, match=f"{name}: no such argument"):
+        stream_of(model, images, **{name: 3})
+    with pytest.raises(TypeError, match=f"{name}: no such argument"):
+        ActivationCache.build(model, images, HOOKS, **{name: 3})
 
 
 def test_models_and_hook_points_that_do_not_fit(images):
