@@ -82,15 +82,14 @@ def linear(z: torch.Tensor, embedding: torch.Tensor, size: int) -> np.ndarray:
     nothing = torch.zeros(n, dtype=torch.int64)
     index = torch.arange(n)
     context = EvaluationContext(Taxonomy.from_edges([("root", "class")]), n, 1, z.shape[1])
-    evaluator = Monosemanticity(context)
     x = torch.zeros(n, 1)
     columns = (x, z, nothing, nothing, index, nothing.bool())
     batches = (
         EvaluationBatch(*(c[i : i + size] for c in columns), embedding=embedding[i : i + size])
         for i in range(0, n, size)
     )
-    stream(context, [evaluator], batches)
-    return evaluator.scores()
+    done = stream(context, {"monosemanticity": (Monosemanticity, None)}, batches)
+    return done.evaluators["monosemanticity"].scores()
 
 
 def pairwise(z: torch.Tensor, embedding: torch.Tensor, block: int = 2048) -> np.ndarray:

@@ -36,8 +36,9 @@ from scipy.optimize import linear_sum_assignment
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import load_vision_model
-from taxolens.plugin.evaluation.bench import Bench, Images, SAELatents
+from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELatents
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
 from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, RandomLatents
 from torch import Tensor
@@ -58,22 +59,23 @@ class Tokens:
 
     Args:
         train: (n, d), in random order.
-        images: the validation images, (n, k, d).
-        labels: (n,) of the validation images.
+        held_out: of the validation images, (n, k, d).
     """
 
     train: Tensor
-    images: Images
-    labels: np.ndarray
+    held_out: HeldOutActivations
 
     @classmethod
-    def read(cls, train: ActivationCache, validation: ActivationCache, hook_name: str) -> Tokens:
+    def read(
+        cls, train: ActivationCache, validation: ActivationCache, hook_name: str, n_classes: int
+    ) -> Tokens:
         x = train.tensor(hook_name).flatten(0, 1).float()
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         mean = x.mean(dim=0)
         scale = x.shape[1] ** 0.5 / (x - mean).norm(dim=1).mean()
         held_out = (validation.tensor(hook_name).float() - mean) * scale
-        return cls((x - mean) * scale, Images(held_out.numpy()), np.asarray(validation.labels))
+        split = Split.halves(np.asarray(validation.labels), n_classes)
+        return cls((x - mean) * scale, HeldOutActivations(held_out.numpy(), split))
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
         """Endless passes over the training tokens, each in another order."""
@@ -85,11 +87,11 @@ class Tokens:
 
     def sample(self, n: int) -> Tensor:
         """(n or fewer, d) validation tokens, spread evenly."""
-        x = torch.from_numpy(self.images.tokens).flatten(0, 1)
+        x = torch.from_numpy(self.held_out.tokens).flatten(0, 1)
         return x[:: -(-len(x) // n)]
 
 
-def activations(args: argparse.Namespace) -> dict[str, Tokens]:
+def activations(args: argparse.Namespace, n_classes: int) -> dict[str, Tokens]:
     """kind of token -> activations, from the cache or from the photographs."""
     model = load_vision_model(args.model)
     wanted = {
@@ -109,14 +111,14 @@ def activations(args: argparse.Namespace) -> dict[str, Tokens]:
             )
             for split, count in zip(("train", "validation"), counts)
         ]
-        found[kind] = Tokens.read(*caches, hook_name)
+        found[kind] = Tokens.read(*caches, hook_name, n_classes)
     return found
 
 
 def measure(source: Any, bench: Bench, tokens: Tokens) -> dict[str, float]:
     """Coverage and absorption, beside their means under permuted classes."""
     numbers: dict[str, float] = {}
-    metrics = bench.metrics(bench.run(source, tokens.images))
+    metrics = bench.metrics(bench.run(source, tokens.held_out))
     for name, (evaluator, metric) in METRICS.items():
         result = metrics[evaluator][metric]
         numbers[name] = result.value
@@ -230,26 +232,17 @@ def main() -> None:
         print(table(rows))
         return
     done = {(row["tokens"], row["architecture"], row["seed"], row["lr"]) for row in rows}
-    found = activations(args)
+    classes = load_images(args.dataset, split="validation").class_names
+    found = activations(args, len(classes))
     if args.only_cache:
         return
-    classes = load_images(args.dataset, split="validation").class_names
     tree = taxolens.load_taxonomy(args.taxonomy, classes=classes)
     chosen = choose_evaluators(
         [evaluator for evaluator, _ in METRICS.values()],
         {"absorption": {"max_nodes": args.probed_nodes}},
     )
-    benches = {
-        kind: Bench(
-            tree,
-            Split.halves(tokens.labels, len(tree.classes)),
-            chosen,
-            nulls=("permuted_classes",),
-            n_permutations=args.permutations,
-            batch_size=64,
-        )
-        for kind, tokens in found.items()
-    }
+    settings = EvaluationSettings(nulls=("permuted_classes",), n_permutations=args.permutations)
+    bench = Bench(tree, chosen, settings, images_at_once=64)
     decoders = args.results.with_suffix(".decoders")
     decoders.mkdir(exist_ok=True)
     for kind, seed, name in itertools.product(found, range(args.seeds), args.architectures):
@@ -258,7 +251,7 @@ def main() -> None:
         stem = f"{kind}-{name}-lr{args.lr:g}"
         file, before = (decoders / f"{stem}-{n}.npy" for n in (seed, seed - 1))
         row = {"tokens": kind, "architecture": name, "seed": seed, "lr": args.lr}
-        row |= run(name, seed, found[kind], benches[kind], args, file)
+        row |= run(name, seed, found[kind], bench, args, file)
         if file.exists() and before.exists():
             both = [torch.from_numpy(np.load(path)) for path in (before, file)]
             row |= stability(*both)

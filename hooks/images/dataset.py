@@ -98,6 +98,17 @@ class ImageDataset:
         )
         return cls(opened, root=root, name=source.title, **options)
 
+    def limited(self, max_images: int) -> ImageDataset:
+        """Those of the images that `max_images` keeps; the dataset is not opened again."""
+        return ImageDataset(
+            self._data,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            root=self.root,
+            max_images=max_images,
+            name=self.name,
+        )
+
     def __len__(self) -> int:
         """Number of images.
 

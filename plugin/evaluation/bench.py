@@ -2,58 +2,57 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
-from ...registry.errors import ConfigError
 from ...registry.evaluators.base import (
     EvaluationBatch,
     EvaluationContext,
     Evaluator,
     Intervention,
+    Pass,
     Peer,
+    stream,
 )
 from ...registry.evaluators.parts.null_latents import LatentSource, NeuronLatents, RandomLatents
+from ...registry.evaluators.parts.planted import PlantedLatents
 from ...registry.taxonomies.taxonomy import Taxonomy
-from ..reporting.results import NULLS, MetricResult
+from ..reporting.results import MetricResult
 from .beside_nulls import with_nulls
+from .settings import EvaluationSettings
 from .split import Split
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 Progress = Callable[[int], Any]
 Numbers = dict[str, float]
+Chosen = Mapping[str, tuple[type[Evaluator[Any]], Any]]
 
-AGGREGATES = ("max", "mean")
 SAMPLE_IMAGES = 2048  # fit images on which thresholds are calibrated
 SAMPLE_TOKENS = 2048  # tokens on which the mean of x and the sparsity of the SAE are taken
 LATENTS_AT_ONCE = 2**26  # numbers of z in memory while a batch with many tokens is encoded
 
 
 @dataclass(frozen=True)
-class Images:
-    """The evaluation set at one hook point.
+class HeldOutActivations:
+    """The activations of the evaluation set at one hook point.
 
     Args:
         tokens: (n, k, d), memory-mapped or not.
+        split: labels and halves of the n images.
         mean_patch: (n, d), where the model has patches.
         embedding: (n, e), the images as the model's last block sees them.
-        intervene: runs the model on them with the activations here edited.
+        intervene: runs the model on the images with the activations here edited.
         no_intervention: why it is None, where it is.
     """
 
     tokens: np.ndarray
+    split: Split
     mean_patch: np.ndarray | None = None
     embedding: np.ndarray | None = None
     intervene: Intervention | None = None
@@ -67,15 +66,14 @@ class Images:
         return self.tokens.shape[-1]
 
     def read(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """tokens, mean_patch and embedding of the images at `positions`."""
+        """tokens (b, k, d), mean_patch (b, d) and embedding (b, e) of the images at `positions`."""
         mean_patch = None if self.mean_patch is None else _rows(self.mean_patch, positions)
         embedding = None if self.embedding is None else _rows(self.embedding, positions)
         return _rows(self.tokens, positions), mean_patch, embedding
 
-    def sample(self, positions: np.ndarray) -> Tensor:
-        """(SAMPLE_TOKENS or fewer, d): tokens spread evenly over the images at `positions`."""
-        tokens, *_ = self.read(positions)
-        tokens = tokens.reshape(-1, self.d_in)
+    def sample(self) -> Tensor:
+        """(SAMPLE_TOKENS or fewer, d): tokens spread evenly over up to SAMPLE_IMAGES fit images."""
+        tokens = _rows(self.tokens, self.split.sample(SAMPLE_IMAGES)).reshape(-1, self.d_in)
         return tokens[:: -(-len(tokens) // SAMPLE_TOKENS)]
 
 
@@ -130,144 +128,123 @@ def image_latents(
     return torch.cat(parts)
 
 
-@dataclass
-class Pass:
-    """The evaluators after they have seen one source's latents; `errors` names those that failed
-    on the way and are no longer among them."""
-
-    context: EvaluationContext
-    evaluators: dict[str, Evaluator[Any]]
-    errors: dict[str, str] = field(default_factory=dict)
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def compute(self, name: str, **kwargs: Any) -> Numbers | None:
-        """The numbers of one evaluator; None where it failed or has failed."""
-        return self.attempt(name, lambda evaluator: evaluator.compute(**kwargs))
-
-    def attempt(self, name: str, act: Callable[[Evaluator[Any]], T]) -> T | None:
-        """Let one evaluator do something; None where it fails, or has failed before."""
-        result = None
-        if name in self.evaluators:
-            with self._guard(name):
-                result = act(self.evaluators[name])
-        return result
-
-    def each(self, act: Callable[[Evaluator[Any]], Any]) -> None:
-        """Let every evaluator do something; one that fails is dropped, the others go on."""
-        for name in list(self.evaluators):
-            self.attempt(name, act)
-
-    @contextmanager
-    def _guard(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        except ConfigError:
-            raise
-        except Exception as error:
-            # Hours of other numbers must not be lost to one evaluator.
-            logger.warning("%s failed on %s", name, self.context.source, exc_info=True)
-            self.errors[name] = f"{type(error).__name__}: {error}"
-            self.evaluators.pop(name, None)
-        finally:
-            self.seconds[name] += time.perf_counter() - started
-
-
 @dataclass(frozen=True)
 class Bench:
-    """What stays the same while one SAE after another is measured.
+    """What is measured and how: everything that numbers depend on beside SAE and images.
 
     Args:
+        taxonomy: the class tree.
         chosen: evaluator name -> (class, its options).
-        nulls: which of `NULLS` to compute.
-        batch_size: images that are measured at a time.
-        aggregate: see `image_latents`.
-        device: where latents are computed.
+        settings: nulls, controls, permutations, seed, aggregate and device are read from it.
+        images_at_once: images that are measured at a time.
     """
 
     taxonomy: Taxonomy
-    split: Split
-    chosen: Mapping[str, tuple[type[Evaluator[Any]], Any]]
-    nulls: Sequence[str] = NULLS
-    n_permutations: int = 10
-    seed: int = 0
-    batch_size: int = 512
-    aggregate: str = "max"
-    device: str = "cpu"
+    chosen: Chosen
+    settings: EvaluationSettings = EvaluationSettings()
+    images_at_once: int = 512
+
+    @property
+    def device(self) -> str:
+        """Where latents are computed."""
+        return self.settings.device or "cpu"
+
+    def wants(self, what: str) -> bool:
+        """Whether an evaluator wants an "embedding", an "intervention" or "peers"."""
+        return any(getattr(cls, f"wants_{what}") for cls, _ in self.chosen.values())
+
+    def describe(self) -> dict[str, Any]:
+        """The options that numbers depend on, as results.json has them."""
+        settings = self.settings
+        return {
+            "evaluators": list(self.chosen),
+            "options": {name: asdict(given) for name, (_, given) in self.chosen.items()},
+            "nulls": list(settings.nulls),
+            "controls": list(settings.controls),
+            "n_permutations": settings.n_permutations,
+            "seed": settings.seed,
+            "aggregate": settings.aggregate,
+        }
 
     def run(
         self,
         source: LatentSource,
-        images: Images,
-        names: Sequence[str] | None = None,
+        held_out: HeldOutActivations,
+        chosen: Chosen | None = None,
         *,
         peers: Sequence[Peer] = (),
-        prepare: Callable[[EvaluationContext], Any] | None = None,
         progress: Progress | None = None,
     ) -> Pass:
         """One pass of `source` over the images: fit half first, then score half.
 
         Args:
-            names: the evaluators that take part; all by default.
+            chosen: the evaluators that take part; by default those of the bench.
             peers: other SAEs to compare with.
-            prepare: called with the context before the pass, to share accumulators of one's own.
             progress: called with the number of images after each batch.
         """
+        split, settings = held_out.split, self.settings
         context = EvaluationContext(
             taxonomy=self.taxonomy,
-            n_images=len(images),
-            d_in=images.d_in,
+            n_images=len(held_out),
+            d_in=held_out.d_in,
             d_sae=source.d_sae,
             source=source.source,
-            seed=self.seed,
-            n_permutations=self.n_permutations,
-            shuffled="shuffled" in self.nulls and source.source == "sae",
-            class_counts=np.bincount(self.split.labels, minlength=len(self.taxonomy.classes)),
+            seed=settings.seed,
+            n_permutations=settings.n_permutations,
+            shuffled="shuffled" in settings.nulls and source.source == "sae",
+            class_counts=np.bincount(split.labels, minlength=len(self.taxonomy.classes)),
             W_dec=getattr(source, "W_dec", None),
             b_dec=getattr(source, "b_dec", None),
             sae=getattr(source, "sae", None),
             peers=peers,
             reconstruct=getattr(source, "reconstruct", None),
-            intervene=images.intervene,
-            no_intervention=images.no_intervention,
+            intervene=held_out.intervene,
+            no_intervention=held_out.no_intervention,
         )
-        if prepare is not None:
-            prepare(context)
-        chosen = {name: self.chosen[name] for name in names or self.chosen}
-        done = Pass(context, {n: cls(context, options) for n, (cls, options) in chosen.items()})
-        with torch.no_grad():
-            self._calibrate(
-                done, self._batch(source, images, self.split.sample(SAMPLE_IMAGES), True)
-            )
-            for positions, is_fit in self.split.batches(self.batch_size):
-                batch = self._batch(source, images, positions, is_fit)
-                context.update(batch)
-                done.each(lambda evaluator, batch=batch: evaluator.update(batch))
+        batch = partial(self._batch, source, held_out)
+
+        def batches() -> Iterator[EvaluationBatch]:
+            for positions, is_fit in split.batches(self.images_at_once):
+                yield batch(positions, is_fit)
                 if progress is not None:
                     progress(len(positions))
-        return done
 
-    @staticmethod
-    def _calibrate(done: Pass, sample: EvaluationBatch) -> None:
-        done.context.calibrate(sample)
-        done.each(lambda evaluator: evaluator.calibrate(sample))
+        with torch.no_grad():
+            return stream(
+                context,
+                self.chosen if chosen is None else chosen,
+                batches(),
+                calibration=lambda: batch(split.sample(SAMPLE_IMAGES), True),
+            )
 
     def numbers(
         self,
         source: LatentSource,
-        images: Images,
-        names: Sequence[str],
+        held_out: HeldOutActivations,
+        chosen: Chosen,
         *,
         peers: Sequence[Peer] = (),
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
         """evaluator -> its numbers over another source of latents, or why it has none."""
-        done = self.run(source, images, names, peers=peers, progress=progress)
+        done = self.run(source, held_out, chosen, peers=peers, progress=progress)
         found: dict[str, Numbers | str] = {}
-        for name in names:
+        for name in chosen:
             numbers = done.compute(name)
             found[name] = f"failed: {done.errors[name]}" if numbers is None else numbers
         return found
+
+    def controls(self, held_out: HeldOutActivations) -> dict[str, dict[str, Numbers | str]]:
+        """control -> evaluator -> its numbers, or why it has none.
+
+        Planted detectors know labels, not activations: once for all SAEs is enough.
+        """
+        if "planted" not in self.settings.controls:
+            return {}
+        planted = PlantedLatents(self.taxonomy, seed=self.settings.seed)
+        reason = "planted detectors have no directions in x"
+        held_out = replace(held_out, intervene=None, no_intervention=reason)
+        return {"planted": self.numbers(planted, held_out, self.chosen)}
 
     def metrics(
         self,
@@ -289,7 +266,7 @@ class Bench:
                 continue
             draws = {
                 null: cls.nulls.get(null) or self._draws(null, name, done, nulls)
-                for null in self.nulls
+                for null in self.settings.nulls
             }
             seen = {c: n for c in controls if isinstance(n := controls[c].get(name), dict)}
             found[name] = with_nulls(
@@ -297,27 +274,29 @@ class Bench:
             )
         return found
 
-    def null_sources(self, sae: LatentSource, images: Images) -> dict[str, LatentSource]:
+    def null_sources(
+        self, sae: LatentSource, held_out: HeldOutActivations
+    ) -> dict[str, LatentSource]:
         """The latents that the SAE must beat, centred on the mean of x over fit images; the random
         ones as many and as sparse as the SAE's."""
-        x = images.sample(self.split.sample(SAMPLE_IMAGES)).to(self.device)
+        x = held_out.sample().to(self.device)
         nothing = torch.zeros(len(x), dtype=torch.int64)
         sources: dict[str, LatentSource] = {}
         if self._has_meaning("random"):
             with torch.no_grad():
                 z = sae.encode(x, labels=nothing, index=nothing)
             l0 = float((z > 0).sum(1).float().mean())
-            sources["random"] = RandomLatents.fit(x, sae.d_sae, l0, seed=self.seed)
+            sources["random"] = RandomLatents.fit(x, sae.d_sae, l0, seed=self.settings.seed)
         if self._has_meaning("neurons"):
             sources["neurons"] = NeuronLatents.fit(x)
         return sources
 
-    def names_for(self, null: str) -> list[str]:
+    def chosen_for(self, null: str) -> Chosen:
         """The evaluators for which this null has a meaning."""
-        return [n for n, (cls, _) in self.chosen.items() if cls.nulls.get(null) is None]
+        return {n: c for n, c in self.chosen.items() if c[0].nulls.get(null) is None}
 
     def _has_meaning(self, null: str) -> bool:
-        return null in self.nulls and bool(self.names_for(null))
+        return null in self.settings.nulls and bool(self.chosen_for(null))
 
     def _draws(
         self, null: str, name: str, done: Pass, nulls: Mapping[str, Mapping[str, Numbers | str]]
@@ -332,18 +311,23 @@ class Bench:
         return [draw for draw in draws if draw is not None]
 
     def _batch(
-        self, source: LatentSource, images: Images, positions: np.ndarray, is_fit: bool
+        self,
+        source: LatentSource,
+        held_out: HeldOutActivations,
+        positions: np.ndarray,
+        is_fit: bool,
     ) -> EvaluationBatch:
-        tokens, mean_patch, embedding = images.read(positions)
+        tokens, mean_patch, embedding = held_out.read(positions)
         tokens = tokens.to(self.device)
-        labels = torch.from_numpy(self.split.labels[positions])
+        labels = torch.from_numpy(held_out.split.labels[positions])
         index = torch.from_numpy(positions)
-        z = image_latents(source, tokens, aggregate=self.aggregate, labels=labels, index=index)
+        aggregate = self.settings.aggregate
+        z = image_latents(source, tokens, aggregate=aggregate, labels=labels, index=index)
         return EvaluationBatch(
             x=tokens.mean(1),
             z=z,
             labels=labels,
-            shuffled_labels=torch.from_numpy(self.split.shuffled[positions]),
+            shuffled_labels=torch.from_numpy(held_out.split.shuffled[positions]),
             index=index,
             is_fit=torch.full((len(positions),), is_fit),
             mean_patch=mean_patch,

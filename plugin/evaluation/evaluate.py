@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,179 +12,106 @@ import numpy as np
 import torch
 
 from ...hooks.images.dataset import ImageDataset
+from ...hooks.images.source import ImageSource
 from ...hooks.models.load import hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
 from ...registry.table import EVALUATORS, unknown_name_message
-from ...registry.taxonomies.load import load_taxonomy
-from ..reporting.results import NULLS, DatasetInfo, Results
-from .bench import AGGREGATES
-from .forward import Forwards
-from .held_out import check_held_out, held_out_source, load_held_out, tree_name
+from ..reporting.results import Results
+from .bench import Bench
+from .forward import Forward, ModelSetting, forwards_of
+from .held_out import HeldOut, check_held_out, held_out_source, tree_name
 from .measure_sae import measure_sae
-from .results_folder import Evaluation, Record
+from .peers import peers_of
+from .results_folder import ResultsFolder
 from .sae_folders import SAEFolder, find_saes
+from .settings import EvaluationSettings
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
-__all__ = ["TrainingEvaluator", "evaluate_run", "make_training_evaluator"]
+__all__ = ["EvaluationSettings", "TrainingEvaluator", "evaluate_run", "make_training_evaluator"]
 
 MAIN_EVALUATORS = ("lch_height", "ontological_coverage", "pair_depth", "level_information")
 ALL = "all"
-CONTROLS = ("planted",)
 ACTIVATIONS_FOLDER = "activations"
 
 
 def evaluate_run(
     runs: str | Path | Sequence[str | Path],
+    settings: EvaluationSettings | None = None,
     *,
-    evaluators: str | Sequence[str] | None = None,
-    options: Mapping[str, Any] | None = None,
-    taxonomy: str | None = None,
-    dataset_path: str | None = None,
-    dataset_name: str | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    max_images: int | None = None,
-    nulls: Sequence[str] = NULLS,
-    controls: Sequence[str] = (),
-    n_permutations: int = 10,
-    seed: int = 0,
-    aggregate: str = "max",
-    allow_train_split: bool = False,
-    max_corrupt_share: float = 0.01,
-    batch_size: int = 64,
-    device: str | None = None,
-    num_workers: int = 0,
-    output_path: str | Path | None = None,
-    keep_activations: bool = False,
-    progress: bool = True,
     override_dataset: ImageDataset | None = None,
     override_model: Any = None,
+    held_out: HeldOut | None = None,
+    **options: Any,
 ) -> Results:
     """Measure every SAE of one or many runs on held-out images.
 
     Each SAE's numbers are saved as soon as they are there; run again with the same settings, what
-    is finished is not done again.
+    is finished is not done again. An evaluator that raises costs its own numbers: `Results.errors`
+    names it.
 
     Args:
         runs: run folders, checkpoints or bare SAE folders (see `find_saes`).
-        evaluators: names, or "all"; by default what the run's config says, else the main four.
-        options: evaluator name -> the fields of its `Options`.
-        taxonomy: a registered name, a folder or a file; by default what the run's config says.
-        dataset_path, dataset_name, split, image_column, label_column: the images; by default the
-            config's `eval_dataset_path` (else its dataset_path), `eval_dataset_name` (else its
-            dataset_name, of the same dataset) and `eval_split` (else validation, else test).
-        max_images: measure on this many images.
-        nulls: which null controls to compute.
-        controls: further controls: "planted", detectors that know the tree (recall .8, false
-            alarms .001), which show what an evaluator can see at all.
-        n_permutations: draws of the permuted-classes null.
-        seed: of halves, permutations and random latents.
-        aggregate: what a latent of an image is where a SAE reads many tokens: "max" or "mean".
-        allow_train_split: go on even if the SAEs were trained on these images.
-        max_corrupt_share: stop when more of the images are corrupt.
-        batch_size: images in one forward pass.
-        device: by default a GPU where there is one.
-        num_workers: processes that decode images.
-        output_path: where results.json, tables, figures and thumbnails go; by default the run's
-            own folder.
-        keep_activations: keep the activations of the images there too.
+        settings: what is measured, on which images, and how; by default what the runs say.
         override_dataset, override_model: in place of the ones that the names stand for.
+        held_out: images and tree, where they are loaded already; how they are read is decided there.
+        options: fields of `EvaluationSettings`, in place of those of `settings`.
 
     Raises:
         ConfigError: a setting is wrong, or the split was trained on.
         DataError: the images or labels cannot be used.
         CheckpointError: a SAE's files are torn.
     """
+    settings = (settings or EvaluationSettings()).override(**options)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     saes = find_saes(runs)
-    folder = _output_folder(runs, output_path)
-    chosen = choose_evaluators(evaluators, options, saes)
-    _check_subset("nulls", nulls, NULLS)
-    _check_subset("controls", controls, CONTROLS)
-    _check_subset("aggregate", [aggregate], AGGREGATES)
-    if n_permutations < 1:
-        raise ConfigError(f"n_permutations: given {n_permutations}; allowed: 1 or more")
-    source = held_out_source(
-        saes,
-        dataset_path=dataset_path,
-        name=dataset_name,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        max_images=max_images,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        max_corrupt_share=max_corrupt_share,
-    )
-    if override_dataset is None:
-        images, source = load_held_out(source)
-    else:
-        images, source = override_dataset, replace(source, split=split or "given")
-    seen = check_held_out(saes, source, images.fingerprint, allow=allow_train_split)
-    images.require_labels()
-    tree = tree_name(saes, taxonomy)
-    evaluation = Evaluation(
-        chosen=chosen,
-        taxonomy=load_taxonomy(tree, classes=images.class_names),
-        nulls=tuple(nulls),
-        controls=tuple(controls),
-        n_permutations=n_permutations,
-        seed=seed,
-        aggregate=aggregate,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    dataset = DatasetInfo(
-        path=str(source.dataset_path),
-        name=source.name,
-        split=str(source.split),
-        fingerprint=images.fingerprint,
-        n_images=len(images),
-        n_fit=0,
-        n_score=0,
-        classes=list(images.class_names),
-        seen_in_training=seen,
-    )
-    record = Record(folder, saes, evaluation, dataset, tree)
-    forwards = Forwards(
-        saes,
-        images,
-        embeds=evaluation.wants_embedding,
-        intervenes=evaluation.wants_intervention,
-        taxonomy=evaluation.taxonomy,
-        override_model=override_model,
-        device=evaluation.device,
-        folder=folder / ACTIVATIONS_FOLDER,
-        progress=progress,
-        **source.decoding,
-    )
-    for forward in forwards:
-        missing = record.missing(forward.saes)
-        if not missing:
-            continue
-        check_saes(missing, forward.model)
-        bench = evaluation.bench(forward.cache)
-        record.dataset_is(forward.cache, bench.split)
-        planted = evaluation.control_numbers(bench, forward.images_at(forward.saes[0].hook_name))
-        for sae in missing:
-            record.add(
-                measure_sae(
-                    bench,
-                    sae,
-                    forward.images_at(sae.hook_name),
-                    fingerprint=record.fingerprints[sae.id],
-                    controls=planted,
-                    peers=evaluation.peers_of(sae, saes, forwards.images_of),
-                    dataset=images,
-                    rows=np.asarray(forward.cache.indices),
-                    output=folder,
-                    progress=progress,
-                )
+    folder = _output_folder(runs, settings.output_path)
+    chosen = choose_evaluators(settings.evaluators, settings.options, saes)
+    if held_out is None:
+        given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}
+        source = held_out_source(saes, **{**given, "name": settings.dataset_name})
+        held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
+    seen = check_held_out(saes, held_out, allow=settings.allow_train_split)
+    bench = Bench(held_out.taxonomy, chosen, replace(settings, device=device))
+    results = ResultsFolder(folder, saes, bench, held_out, seen_in_training=seen)
+    activations = folder / ACTIVATIONS_FOLDER
+    forwards = forwards_of(saes, held_out, bench, activations, override_model)
+    for forward in forwards.values():
+        missing = results.missing(forward.saes)
+        if missing:
+            check_saes(missing, forward.model)
+            _measure(missing, forward, forwards, bench, results)
+        forward.release()
+    found = results.finish()
+    if not settings.keep_activations:
+        shutil.rmtree(activations, ignore_errors=True)
+    return found
+
+
+def _measure(
+    saes: Sequence[SAEFolder],
+    forward: Forward,
+    forwards: Mapping[ModelSetting, Forward],
+    bench: Bench,
+    results: ResultsFolder,
+) -> None:
+    """Measure SAEs of one model and add them to the results."""
+    results.dataset_is(forward.cache, forward.split)
+    controls = bench.controls(forward.at(forward.saes[0].hook_name))
+    for sae in saes:
+        results.add(
+            measure_sae(
+                bench,
+                sae,
+                forward.at(sae.hook_name),
+                fingerprint=results.fingerprints[sae.id],
+                controls=controls,
+                peers=peers_of(bench, sae, results.saes, forwards),
+                dataset=forward.held_out.images,
+                rows=np.asarray(forward.cache.indices),
+                output=results.folder,
             )
-    results = record.finish()
-    if not keep_activations:
-        shutil.rmtree(folder / ACTIVATIONS_FOLDER, ignore_errors=True)
-    return results
+        )
 
 
 def choose_evaluators(
@@ -235,9 +162,3 @@ def _output_folder(runs: str | Path | Sequence[str | Path], given: str | Path | 
     if len(paths) > 1:
         raise ConfigError("output_path: give one when several runs are compared")
     return Path(paths[0])
-
-
-def _check_subset(field_name: str, given: Sequence[str], allowed: Sequence[str]) -> None:
-    for name in given:
-        if name not in allowed:
-            raise ConfigError(unknown_name_message(field_name, name, allowed))

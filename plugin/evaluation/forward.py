@@ -2,110 +2,216 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...hooks.activations.cache import ActivationCache
+from ...hooks.activations.extract import model_fingerprint
 from ...hooks.images.dataset import ImageDataset
-from ...registry.taxonomies.taxonomy import Taxonomy
-from .bench import Images
-from .held_out import Interventions, ModelSetting, activations_of, images_at, last_block
+from ...hooks.models.intervention import ModelIntervention, Pictures
+from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
+from ...registry.errors import ConfigError
+from .bench import Bench, HeldOutActivations
+from .held_out import HeldOut
 from .sae_folders import SAEFolder
+from .split import Split
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """What decides the activations: SAEs that share it share one forward pass."""
+
+    model_name: str
+    tokens: str
+    image_size: int | None = None
+    revision: str | None = None
+    attn_implementation: str = "sdpa"
+    more: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, sae: SAEFolder) -> ModelSetting:
+        more: Mapping[str, Any] = sae.setting("model_from_pretrained_kwargs", {})
+        return cls(
+            model_name=sae.model_name,
+            tokens=sae.tokens,
+            image_size=sae.setting("image_size"),
+            revision=sae.setting("revision") or sae.setting("model_revision"),
+            attn_implementation=sae.setting("attn_implementation", "sdpa"),
+            more=tuple(sorted(more.items())),
+        )
+
+    def load(self, hook_names: Sequence[str], device: str) -> Any:
+        return load_vision_model(
+            self.model_name,
+            device=device,
+            revision=self.revision,
+            attn_implementation=self.attn_implementation,
+            hook_names=hook_names,
+            **dict(self.more),
+        )
+
+
+def activations_of(
+    images: ImageDataset,
+    hook_names: Sequence[str],
+    setting: ModelSetting,
+    *,
+    folder: Path | None,
+    model: Any,
+    **build: Any,
+) -> ActivationCache:
+    """All hook points from one forward pass over the images, with the mean patch token where there
+    are patches.
+
+    Args:
+        folder: each set of activations has its own folder in it, so that an evaluation that was
+            stopped goes on from there; None keeps them as long as the object lives.
+        build: more arguments of `ActivationCache.build`.
+    """
+    n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
+    facts = [model_fingerprint(model), images.fingerprint, setting, sorted(hook_names)]
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    return ActivationCache.build(
+        model,
+        images,
+        hook_names,
+        path=None if folder is None else folder / name,
+        tokens=setting.tokens,
+        mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens,
+        image_size=setting.image_size,
+        **build,
+    )
+
+
+def last_block(model: Any) -> str | None:
+    """The hook point after the model's last block, where there is one of the usual name."""
+    name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    try:
+        resolve_hook_name(model, name)
+    except ConfigError:
+        return None
+    return name
 
 
 class Forward:
-    """What the SAEs of one model have in common: the model, and the images as it sees them.
+    """One model, and the held-out images as it sees them; each made when first asked for.
 
     Args:
         setting: of the model.
         saes: those that read its activations.
-        images: the evaluation set.
-        embeds: also keep the class tokens of the last block, which embed the images.
-        intervenes: also run the model with its activations edited, where it is asked for that.
-        taxonomy: its classes are looked for among the model's outputs.
-        batch_size: images in one forward pass.
+        held_out: the evaluation set.
+        bench: decides whether the images are embedded by the last block and whether the model is
+            run with its activations edited, and on which device.
+        folder: where activations are kept.
         override_model: in place of the one that the setting names.
-        device: of the model.
-        build: more arguments of `activations_of`.
     """
 
     def __init__(
         self,
         setting: ModelSetting,
         saes: Sequence[SAEFolder],
-        images: ImageDataset,
-        *,
-        embeds: bool,
-        intervenes: bool,
-        taxonomy: Taxonomy,
-        batch_size: int,
-        override_model: Any,
-        device: str,
+        held_out: HeldOut,
+        bench: Bench,
         folder: Path,
-        **build: Any,
+        override_model: Any = None,
     ) -> None:
-        self.setting, self.saes, self.images = setting, saes, images
-        self._embeds, self._intervenes, self._taxonomy = embeds, intervenes, taxonomy
-        self._override, self._device = override_model, device
-        self._batch_size = batch_size
-        self._build = {"folder": folder, "batch_size": batch_size, **build}
+        self.setting, self.saes, self.held_out = setting, saes, held_out
+        self._bench, self._folder, self._override = bench, folder, override_model
 
     @cached_property
     def model(self) -> Any:
         hook_names = list(dict.fromkeys(sae.hook_name for sae in self.saes))
-        return self._override or self.setting.load(hook_names, self._device)
+        return self._override or self.setting.load(hook_names, self._bench.device)
 
     @cached_property
     def _embedder(self) -> str | None:
-        return last_block(self.model) if self._embeds else None
+        return last_block(self.model) if self._bench.wants("embedding") else None
 
     @cached_property
     def cache(self) -> ActivationCache:
         hook_names = [*(sae.hook_name for sae in self.saes), self._embedder]
-        wanted = list(dict.fromkeys(name for name in hook_names if name))
-        return activations_of(self.images, wanted, self.setting, model=self.model, **self._build)
-
-    @cached_property
-    def _interventions(self) -> Interventions | None:
-        if not self._intervenes:
-            return None
-        return Interventions(
-            self.model, self.images, self.cache, self.setting, self._taxonomy, self._batch_size
+        return activations_of(
+            self.held_out.images,
+            list(dict.fromkeys(name for name in hook_names if name)),
+            self.setting,
+            folder=self._folder,
+            model=self.model,
+            progress=self._bench.settings.progress,
+            **self.held_out.source.decoding,
         )
 
-    def images_at(self, hook_name: str) -> Images:
-        """The images at a hook point of one of the SAEs."""
-        return images_at(self.cache, hook_name, self._embedder, self._interventions)
+    @cached_property
+    def split(self) -> Split:
+        """The halves of the images that could be read."""
+        n_classes = len(self._bench.taxonomy.classes)
+        return Split.halves(np.asarray(self.cache.labels), n_classes, self._bench.settings.seed)
 
-    def peers_at(self, hook_name: str) -> Images:
+    @cached_property
+    def _pictures(self) -> Pictures:
+        images, size = self.held_out.images, self.setting.image_size
+        return Pictures.of(self.model, images, self.cache.indices, size)
+
+    def at(self, hook_name: str) -> HeldOutActivations:
+        """The held-out activations at a hook point of one of the SAEs.
+
+        The class token of the last block (the mean patch token where the cache is of other tokens)
+        embeds the images, except at that block itself: it would not be independent.
+        """
+        cache, embedder, embedding = self.cache, self._embedder, None
+        if embedder is not None and embedder != hook_name:
+            tokens = cache.activations(embedder)
+            embedding = tokens[:, 0] if tokens.shape[1] == 1 else cache.mean_patch(embedder)
+        held_out = replace(self.peers_at(hook_name), embedding=embedding)
+        if not self._bench.wants("intervention"):
+            return held_out
+        try:
+            intervene = ModelIntervention(
+                self.model,
+                self._pictures,
+                hook_name,
+                self.setting.tokens,
+                taxonomy=self._bench.taxonomy,
+                batch_size=self.held_out.source.batch_size,
+            )
+        except ConfigError as error:
+            logger.warning("no interventions at %s: %s", hook_name, error)
+            return replace(held_out, no_intervention=str(error))
+        return replace(held_out, intervene=intervene, no_intervention="")
+
+    def peers_at(self, hook_name: str) -> HeldOutActivations:
         """The same for an SAE that another one is compared with: the model is not run again."""
-        return images_at(self.cache, hook_name)
+        cache = self.cache
+        return HeldOutActivations(
+            cache.activations(hook_name), self.split, cache.mean_patch(hook_name)
+        )
 
     def release(self) -> None:
         """Forget the model; the activations stay."""
         if "cache" in vars(self):
-            for kept in ("model", "_interventions"):
+            for kept in ("model", "_pictures"):
                 vars(self).pop(kept, None)
 
 
-class Forwards:
-    """The `Forward` of every model of the SAEs."""
-
-    def __init__(self, saes: Sequence[SAEFolder], images: ImageDataset, **settings: Any) -> None:
-        groups: dict[ModelSetting, list[SAEFolder]] = {}
-        for sae in saes:
-            groups.setdefault(ModelSetting.of(sae), []).append(sae)
-        self._all = {s: Forward(s, group, images, **settings) for s, group in groups.items()}
-
-    def __iter__(self) -> Iterator[Forward]:
-        """One after the other; the model of each is released when the next one is asked for."""
-        for forward in self._all.values():
-            yield forward
-            forward.release()
-
-    def images_of(self, peer: SAEFolder) -> Images:
-        """The images at the hook point of an SAE that another one, maybe of another model, is
-        compared with."""
-        return self._all[ModelSetting.of(peer)].peers_at(peer.hook_name)
+def forwards_of(
+    saes: Sequence[SAEFolder],
+    held_out: HeldOut,
+    bench: Bench,
+    folder: Path,
+    override_model: Any = None,
+) -> dict[ModelSetting, Forward]:
+    """One `Forward` for every model of the SAEs."""
+    groups: dict[ModelSetting, list[SAEFolder]] = {}
+    for sae in saes:
+        groups.setdefault(ModelSetting.of(sae), []).append(sae)
+    return {
+        s: Forward(s, group, held_out, bench, folder, override_model) for s, group in groups.items()
+    }

@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ...registry.evaluators.base import EvaluationContext, Peer
+from ...registry.evaluators.base import EvaluationContext, Evaluator, Peer
 from ...registry.evaluators.parts.accumulators import FiringRate, TopImages
 from ...registry.files import write_atomically
 from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
-from .bench import Bench, Images, Numbers, SAELatents
+from .bench import Bench, HeldOutActivations, Numbers, SAELatents
 from .sae_folders import SAEFolder
+
+CARDS = "latent cards"  # no name of an evaluator: it has spaces
+
+
+class CardFacts(Evaluator[Any]):
+    """What the report shows of an SAE beside its metrics, gathered in the pass of the evaluators.
+
+    Where it fails, there are no cards and no L0.
+    """
+
+    name = CARDS
+    description = "for the report"
+    higher_is_better = {"l0": None}
+
+    def __init__(self, context: EvaluationContext, options: Any = None) -> None:
+        super().__init__(context, options)
+        self._top = context.share(TopImages, k=cards.TOP_IMAGES)
+        self._rate = context.share(FiringRate)
+
+    def compute(
+        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
+    ) -> dict[str, float]:
+        return {"l0": self._rate.mean_l0}
+
+    def cards(
+        self, tables: cards.Tables, rows: np.ndarray
+    ) -> tuple[list[LatentCard], list[LatentCard], dict[str, float]]:
+        """The most and the least specific latents, and node -> F1 of its best latent."""
+        placed = cards.placed_latents(tables)
+        facts = {
+            "taxonomy": self.taxonomy,
+            "top": self._top,
+            "rate": self._rate,
+            "image_ids": rows,
+        }
+        most, least = cards.pick(placed, self.taxonomy)
+        return (
+            cards.make_cards(placed, most, **facts),
+            cards.make_cards(placed, least, **facts),
+            cards.node_f1(tables),
+        )
 
 
 def measure_sae(
     bench: Bench,
     folder: SAEFolder,
-    images: Images,
+    held_out: HeldOutActivations,
     *,
     fingerprint: str,
     controls: Mapping[str, Mapping[str, Numbers | str]],
@@ -31,12 +73,12 @@ def measure_sae(
     dataset: Any,
     rows: np.ndarray,
     output: Path,
-    progress: bool = True,
 ) -> SAEResult:
     """Everything about one SAE.
 
     Args:
-        images: the activations at its hook point.
+        held_out: the activations at its hook point.
+        fingerprint: see `SAEResult`.
         controls: control -> evaluator -> numbers, or why there are none.
         peers: other SAEs to compare with.
         dataset: the `ImageDataset`, for thumbnails.
@@ -46,39 +88,42 @@ def measure_sae(
     started = time.perf_counter()
     sae = folder.load(bench.device)
     latents = SAELatents(sae)
-    sources = bench.null_sources(latents, images)
+    sources = bench.null_sources(latents, held_out)
     with tqdm(
-        total=len(images) * (1 + len(sources)), desc=folder.id, unit="img", disable=not progress
+        total=len(held_out) * (1 + len(sources)),
+        desc=folder.id,
+        unit="img",
+        disable=not bench.settings.progress,
     ) as bar:
         # The nulls first: only the SAE's own pass stays in memory for its tables.
         nulls = {
             name: bench.numbers(
-                source, images, bench.names_for(name), peers=peers, progress=bar.update
+                source, held_out, bench.chosen_for(name), peers=peers, progress=bar.update
             )
             for name, source in sources.items()
         }
-        done = bench.run(
-            latents, images, peers=peers, prepare=_share_card_facts, progress=bar.update
-        )
+        chosen = {CARDS: (CardFacts, None), **bench.chosen}
+        done = bench.run(latents, held_out, chosen, peers=peers, progress=bar.update)
     metrics = bench.metrics(done, nulls, controls)
-    tables = {name: done.attempt(name, lambda e: e.tables()) or {} for name in bench.chosen}
-    figures = {name: done.attempt(name, lambda e: e.figures()) or {} for name in bench.chosen}
-    notes = {name: done.attempt(name, lambda e: e.notes()) or [] for name in bench.chosen}
-    most, least = _cards(bench, done.context, tables, rows)
+    tables = {name: done.attempt(name, _tables) or {} for name in bench.chosen}
+    figures = {name: done.attempt(name, _figures) or {} for name in bench.chosen}
+    notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}
+    frames = {name: {t: frame for t, (frame, _) in found.items()} for name, found in tables.items()}
+    l0 = (done.compute(CARDS) or {}).get("l0", math.nan)
+    shown = done.attempt(CARDS, lambda facts: cast(CardFacts, facts).cards(frames, rows))
+    most, least, node_f1 = shown or ([], [], {})
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
     evaluators = {
         name: EvaluatorResult(
             metrics=metrics.get(name, {}),
             tables={
-                t: _write(output, Path("tables") / place / f"{name}.{t}.csv", _csv(frame))
-                for t, frame in tables[name].items()
+                t: _write(output, Path("tables") / place / f"{name}.{t}.csv", text)
+                for t, (_, text) in tables[name].items()
             },
             figures={
-                f: _write(
-                    output, Path("figures") / place / f"{name}.{f}.json", str(figure.to_json())
-                )
-                for f, figure in figures[name].items()
+                f: _write(output, Path("figures") / place / f"{name}.{f}.json", text)
+                for f, text in figures[name].items()
             },
             seconds=round(done.seconds[name], 3),
             error=done.errors.get(name),
@@ -97,37 +142,30 @@ def measure_sae(
         tokens=folder.tokens,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
-        l0=done.context.share(FiringRate).mean_l0,
+        l0=l0,
         fingerprint=fingerprint,
         evaluators=evaluators,
         most_specific=most,
         least_specific=least,
-        node_f1=cards.node_f1(tables),
+        node_f1=node_f1,
         seconds=round(time.perf_counter() - started, 1),
     )
 
 
-def _share_card_facts(context: EvaluationContext) -> None:
-    context.share(TopImages, k=cards.TOP_IMAGES)
-    context.share(FiringRate)
-
-
-def _cards(
-    bench: Bench, context: EvaluationContext, tables: cards.Tables, rows: np.ndarray
-) -> tuple[list[LatentCard], list[LatentCard]]:
-    placed = cards.placed_latents(tables)
-    facts = {
-        "taxonomy": bench.taxonomy,
-        "top": context.share(TopImages, k=cards.TOP_IMAGES),
-        "rate": context.share(FiringRate),
-        "image_ids": rows,
+def _tables(evaluator: Evaluator[Any]) -> dict[str, tuple[pd.DataFrame, str]]:
+    """Each table, and as CSV."""
+    return {
+        name: (frame, frame.to_csv(index=False, float_format="%.6g"))
+        for name, frame in evaluator.tables().items()
     }
-    most, least = cards.pick(placed, bench.taxonomy)
-    return cards.make_cards(placed, most, **facts), cards.make_cards(placed, least, **facts)
 
 
-def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, float_format="%.6g")
+def _figures(evaluator: Evaluator[Any]) -> dict[str, str]:
+    return {name: str(figure.to_json()) for name, figure in evaluator.figures().items()}
+
+
+def _notes(evaluator: Evaluator[Any]) -> list[str]:
+    return [str(note) for note in evaluator.notes()]
 
 
 def _write(output: Path, file: Path, text: str) -> str:

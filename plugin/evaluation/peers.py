@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from scipy import sparse
 from torch import Tensor
 
 from ..reporting.series import natural_key
-from .bench import Images, SAELatents, image_latents
-from .held_out import ModelSetting
+from .bench import Bench, HeldOutActivations, SAELatents, image_latents
+from .forward import Forward, ModelSetting
 from .sae_folders import SAEFolder
 
 MAX_PEERS = 4
@@ -40,6 +40,29 @@ def find_peers(sae: SAEFolder, saes: Sequence[SAEFolder]) -> list[tuple[SAEFolde
         if found:
             return [(other, relation) for other in found[:MAX_PEERS]]
     return []
+
+
+def peers_of(
+    bench: Bench,
+    sae: SAEFolder,
+    saes: Sequence[SAEFolder],
+    forwards: Mapping[ModelSetting, Forward],
+) -> list[PeerSAE]:
+    """The other SAEs that one is compared with, where an evaluator wants that."""
+
+    def held_out(peer: SAEFolder) -> Callable[[], HeldOutActivations]:
+        return lambda: forwards[ModelSetting.of(peer)].peers_at(peer.hook_name)
+
+    return [
+        PeerSAE(
+            peer,
+            relation,
+            held_out(peer),
+            aggregate=bench.settings.aggregate,
+            device=bench.device,
+        )
+        for peer, relation in (find_peers(sae, saes) if bench.wants("peers") else [])
+    ]
 
 
 def _kind(sae: SAEFolder) -> tuple[str, int]:
@@ -72,7 +95,7 @@ class PeerSAE:
     Args:
         folder: where it is saved.
         relation: what it shares with the SAE that is measured.
-        images: makes the evaluation set at its hook point, once it is needed.
+        held_out: makes the activations at its hook point, once they are needed.
         aggregate, device: as for the SAE that is measured.
     """
 
@@ -80,13 +103,13 @@ class PeerSAE:
         self,
         folder: SAEFolder,
         relation: str,
-        images: Callable[[], Images],
+        held_out: Callable[[], HeldOutActivations],
         *,
         aggregate: str = "max",
         device: str = "cpu",
     ) -> None:
         self.name, self.relation = folder.id, relation
-        self._folder, self._make_images = folder, images
+        self._folder, self._make_held_out = folder, held_out
         self._aggregate, self._device = aggregate, device
         self._kept: tuple[bytes, sparse.csr_array] | None = None
 
@@ -106,12 +129,12 @@ class PeerSAE:
         return self._kept[1]
 
     def _encode(self, index: np.ndarray) -> sparse.csr_array:
-        source, images = SAELatents(self._folder.load(self._device)), self._make_images()
+        source, held_out = SAELatents(self._folder.load(self._device)), self._make_held_out()
         parts = [sparse.csr_array((0, source.d_sae), dtype=np.float32)]
         nothing = torch.zeros(IMAGES_AT_ONCE, dtype=torch.int64)
         with torch.no_grad():
             for start in range(0, len(index), IMAGES_AT_ONCE):
-                tokens, *_ = images.read(index[start : start + IMAGES_AT_ONCE])
+                tokens, *_ = held_out.read(index[start : start + IMAGES_AT_ONCE])
                 unknown = nothing[: len(tokens)]
                 z = image_latents(
                     source,

@@ -1,4 +1,4 @@
-"""What is measured and how, and the results as they grow."""
+"""The results folder of an evaluation: results.json as it grows, and what is finished already."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...hooks.activations.cache import ActivationCache
 from ...registry.errors import TaxolensError
-from ...registry.evaluators.base import ALL_NULLS, Evaluator
-from ...registry.evaluators.parts.planted import PlantedLatents
-from ...registry.taxonomies.taxonomy import Taxonomy
+from ...registry.evaluators.base import ALL_NULLS
 from ..reporting.compare import write_comparison
 from ..reporting.results import (
     DatasetInfo,
@@ -32,9 +29,10 @@ from ..reporting.results import (
     SkippedImage,
     TaxonomyInfo,
 )
-from .bench import Bench, Images, Numbers
-from .held_out import ModelSetting
-from .peers import PeerSAE, find_peers
+from .bench import Bench
+from .forward import ModelSetting
+from .held_out import HeldOut
+from .peers import find_peers
 from .sae_folders import SAEFolder
 from .split import Split
 
@@ -51,111 +49,57 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured, and how: everything that numbers depend on beside SAE and images."""
+class ResultsFolder:
+    """The results as they grow, saved after each SAE.
 
-    chosen: Mapping[str, tuple[type[Evaluator[Any]], Any]]
-    taxonomy: Taxonomy
-    nulls: tuple[str, ...]
-    controls: tuple[str, ...]
-    n_permutations: int
-    seed: int
-    aggregate: str
-    device: str
-
-    @property
-    def wants_embedding(self) -> bool:
-        return any(cls.wants_embedding for cls, _ in self.chosen.values())
-
-    @property
-    def wants_intervention(self) -> bool:
-        return any(cls.wants_intervention for cls, _ in self.chosen.values())
-
-    @property
-    def wants_peers(self) -> bool:
-        return any(cls.wants_peers for cls, _ in self.chosen.values())
-
-    def peers_of(
-        self, sae: SAEFolder, saes: Sequence[SAEFolder], images_of: Callable[[SAEFolder], Images]
-    ) -> list[PeerSAE]:
-        """The other SAEs that one is compared with, where an evaluator wants that."""
-        return [
-            PeerSAE(
-                peer,
-                relation,
-                partial(images_of, peer),
-                aggregate=self.aggregate,
-                device=self.device,
-            )
-            for peer, relation in (find_peers(sae, saes) if self.wants_peers else [])
-        ]
-
-    def bench(self, cache: ActivationCache) -> Bench:
-        n_classes = len(self.taxonomy.classes)
-        return Bench(
-            taxonomy=self.taxonomy,
-            split=Split.halves(np.asarray(cache.labels), n_classes, self.seed),
-            chosen=self.chosen,
-            nulls=self.nulls,
-            n_permutations=self.n_permutations,
-            seed=self.seed,
-            aggregate=self.aggregate,
-            device=self.device,
-        )
-
-    def control_numbers(self, bench: Bench, images: Images) -> dict[str, dict[str, Numbers | str]]:
-        """Planted detectors know labels, not activations: once for all SAEs is enough."""
-        if "planted" not in self.controls:
-            return {}
-        planted = PlantedLatents(self.taxonomy, seed=self.seed)
-        reason = "planted detectors have no directions in x"
-        images = replace(images, intervene=None, no_intervention=reason)
-        return {"planted": bench.numbers(planted, images, list(self.chosen))}
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "evaluators": list(self.chosen),
-            "options": {name: asdict(given) for name, (_, given) in self.chosen.items()},
-            "nulls": list(self.nulls),
-            "controls": list(self.controls),
-            "n_permutations": self.n_permutations,
-            "seed": self.seed,
-            "aggregate": self.aggregate,
-        }
-
-
-class Record:
-    """The results as they grow, saved after each SAE."""
+    Args:
+        folder: where they are written.
+        saes: all that are to be measured.
+        bench: what is measured and how.
+        held_out: the images and their tree.
+        seen_in_training: whether SAEs were trained on these images.
+    """
 
     def __init__(
         self,
         folder: Path,
         saes: Sequence[SAEFolder],
-        evaluation: Evaluation,
-        dataset: DatasetInfo,
-        tree: str,
+        bench: Bench,
+        held_out: HeldOut,
+        *,
+        seen_in_training: bool,
     ) -> None:
-        self.folder, self.saes, self.evaluation = folder, saes, evaluation
+        self.folder, self.saes = folder, saes
+        self._bench, self._tree = bench, held_out.tree
         self._started = time.perf_counter()
+        images = held_out.images
+        self._dataset = DatasetInfo(
+            path=str(held_out.source.dataset_path),
+            name=held_out.source.name,
+            split=str(held_out.source.split),
+            fingerprint=images.fingerprint,
+            n_images=len(images),
+            n_fit=0,
+            n_score=0,
+            classes=list(images.class_names),
+            seen_in_training=seen_in_training,
+        )
         facts = [
-            dataset.fingerprint,
-            evaluation.settings(),
-            evaluation.taxonomy.to_json(),
+            images.fingerprint,
+            bench.describe(),
+            bench.taxonomy.to_json(),
             versions()["taxolens"],
         ]
         own = {sae.id: _facts(sae) for sae in saes}
         self.fingerprints = {
             sae.id: _digest([*facts, *own[sae.id], *self._facts_of_peers(sae, own)]) for sae in saes
         }
-        self._dataset = dataset
-        self._tree = tree
         self._found: dict[str, SAEResult] = {}
         self._take_over()
 
     def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
         """Nothing where no evaluator looks at them: other SAEs then make no number stale."""
-        peers = find_peers(sae, self.saes) if self.evaluation.wants_peers else []
+        peers = find_peers(sae, self.saes) if self._bench.wants("peers") else []
         return [[peer.id, relation, *facts[peer.id]] for peer, relation in peers]
 
     def missing(self, saes: Sequence[SAEFolder]) -> list[SAEFolder]:
@@ -201,11 +145,11 @@ class Record:
             logger.info("%d SAEs are measured already.", len(self._found))
 
     def _results(self, *, complete: bool) -> Results:
-        evaluation, taxonomy = self.evaluation, self.evaluation.taxonomy
+        bench, taxonomy = self._bench, self._bench.taxonomy
         return Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            settings={**evaluation.settings(), "runs": {s.run: str(s.path) for s in self.saes}},
-            provenance=provenance(evaluation.device, time.perf_counter() - self._started),
+            settings={**bench.describe(), "runs": {s.run: str(s.path) for s in self.saes}},
+            provenance=provenance(bench.device, time.perf_counter() - self._started),
             dataset=self._dataset,
             taxonomy=TaxonomyInfo(
                 name=self._tree,
@@ -220,7 +164,7 @@ class Record:
                     directions=dict(cls.higher_is_better),
                     nulls={**ALL_NULLS, **cls.nulls},
                 )
-                for name, (cls, _) in evaluation.chosen.items()
+                for name, (cls, _) in bench.chosen.items()
             },
             saes=[self._found[sae.id] for sae in self.saes if sae.id in self._found],
             complete=complete,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...registry.errors import ConfigError
-from ...registry.evaluators.base import Evaluator
 from ...registry.table import EVALUATORS
-from ...registry.taxonomies.load import load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.wandb_log import metric_items
-from .bench import Bench, Images, SAELatents
-from .held_out import ModelSetting, activations_of, images_at, load_held_out
+from .bench import Bench, Chosen, HeldOutActivations, SAELatents
+from .forward import ModelSetting, activations_of
+from .held_out import HeldOut
+from .settings import EvaluationSettings
 from .split import Split
 
 TRAINING_PERMUTATIONS = 3
@@ -41,31 +40,30 @@ class TrainingEvaluator:
     with its k over batches of these images.
 
     Args:
-        images: hook point -> held-out activations.
-        labels: (n,) their classes.
+        held_out: hook point -> activations of the held-out images.
+        taxonomy: the tree of their classes.
+        evaluators: name -> (class, its options).
+        n_permutations, aggregate, seed: see `EvaluationSettings`.
     """
 
     def __init__(
         self,
-        images: Mapping[str, Images],
-        labels: np.ndarray,
+        held_out: Mapping[str, HeldOutActivations],
         taxonomy: Taxonomy,
-        evaluators: Mapping[str, tuple[type[Evaluator[Any]], Any]],
+        evaluators: Chosen,
         *,
         n_permutations: int = TRAINING_PERMUTATIONS,
         aggregate: str = "max",
         seed: int = 0,
     ) -> None:
-        self.images = dict(images)
-        self.bench = Bench(
-            taxonomy=taxonomy,
-            split=Split.halves(labels, len(taxonomy.classes), seed),
-            chosen=evaluators,
+        self.held_out = dict(held_out)
+        settings = EvaluationSettings(
             nulls=("permuted_classes",),
             n_permutations=n_permutations,
             seed=seed,
             aggregate=aggregate,
         )
+        self.bench = Bench(taxonomy, evaluators, settings)
 
     def __call__(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, float]:
         """Metrics of one SAE, of the hook point in its metadata."""
@@ -76,7 +74,7 @@ class TrainingEvaluator:
         numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=_devices(sae)):
             latents = SAELatents(sae, activation_scaler)
-            done = self.bench.run(latents, self.images[hook_name])
+            done = self.bench.run(latents, self.held_out[hook_name])
             metrics = self.bench.metrics(done)
         np.random.set_state(numpy_state)
         flat: dict[str, float] = {}
@@ -86,7 +84,9 @@ class TrainingEvaluator:
         return flat
 
 
-def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
+def make_training_evaluator(
+    cfg: Any, model: Any, held_out: HeldOut | None = None
+) -> TrainingEvaluator:
     """The training evaluator that a runner's config asks for, its activations computed now.
 
     Args:
@@ -94,48 +94,42 @@ def make_training_evaluator(cfg: Any, model: Any) -> TrainingEvaluator:
             `eval_dataset_path` (else dataset_path) and `eval_split` (else validation or test), at
             most `eval_max_images` (2,000) of them.
         model: the tapped vision model.
+        held_out: images and tree, where they are loaded already.
 
     Raises:
         ConfigError: these are the images of the training.
     """
-    source = cfg.held_out_source
-    images, source = load_held_out(
-        replace(source, max_images=source.max_images or MAX_TRAINING_IMAGES)
-    )
-    if source.same_images(cfg.image_source):
+    held_out = held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
+    held_out = held_out.limited(cfg.eval_max_images or MAX_TRAINING_IMAGES)
+    if held_out.source.same_images(cfg.image_source):
         raise ConfigError(
-            f"eval_split: given {source.split!r}, which is trained on; allowed: a held-out split, or "
-            "another eval_dataset_path."
+            f"eval_split: given {held_out.source.split!r}, which is trained on; allowed: a held-out "
+            "split, or another eval_dataset_path."
         )
-    images.require_labels()
-    taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
     chosen = {name: (EVALUATORS[name], None) for name in cfg.evaluators}
     for name, (evaluator, _) in chosen.items():
         if evaluator.wants_intervention:
             logger.warning("%s: %s; what needs it is left out.", name, NO_INTERVENTION)
-    hook_names = cfg.unique_hook_names
-    setting = ModelSetting(cfg.model_name, cfg.tokens, cfg.image_size)
     cache = activations_of(
-        images,
-        hook_names,
-        setting,
+        held_out.images,
+        cfg.unique_hook_names,
+        ModelSetting(cfg.model_name, cfg.tokens, cfg.image_size),
         folder=None,
         model=model,
         autocast=cfg.autocast_lm,
-        **source.decoding,
+        **held_out.source.decoding,
     )
-    held_out = {name: in_memory(images_at(cache, name)) for name in hook_names}
-    return TrainingEvaluator(held_out, cache.labels, taxonomy, chosen, seed=cfg.seed)
-
-
-def in_memory(images: Images) -> Images:
-    """The same activations without the files behind them."""
-    patch = images.mean_patch
-    return Images(
-        np.array(images.tokens),
-        None if patch is None else np.array(patch),
-        no_intervention=NO_INTERVENTION,
-    )
+    split = Split.halves(cache.labels, len(held_out.taxonomy.classes), cfg.seed)
+    in_memory = {}
+    for name in cfg.unique_hook_names:
+        patch = cache.mean_patch(name)
+        in_memory[name] = HeldOutActivations(
+            np.array(cache.activations(name)),
+            split,
+            None if patch is None else np.array(patch),
+            no_intervention=NO_INTERVENTION,
+        )
+    return TrainingEvaluator(in_memory, held_out.taxonomy, chosen, seed=cfg.seed)
 
 
 def _devices(sae: Any) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .results import NULLS, MetricResult, Results, SAEResult
+from ...registry.nulls import NULLS
+from .results import MetricResult, Results, SAEResult
 from .series import all_series
 
 

@@ -17,11 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...registry.files import write_atomically
+from ...registry.nulls import NULLS
 from ...registry.taxonomies.taxonomy import Taxonomy
 from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .metric_table import COLUMNS, HEADLINES, Headline
-from .results import NULLS, LatentCard, MetricResult, Results, SAEResult
+from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
 from .tree_chart import Icicle, scale
 

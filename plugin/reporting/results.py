@@ -21,7 +21,6 @@ from ...registry.files import write_atomically
 
 SCHEMA = "taxolens.results/1"
 RESULTS_FILENAME = "results.json"
-NULLS = ("permuted_classes", "shuffled", "random", "neurons")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class NullResult:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A number beside its nulls (by name, see `NULLS`) and other controls."""
+    """A number beside its nulls (by name, see `registry/nulls.py`) and other controls."""
 
     value: float
     nulls: dict[str, NullResult] = field(default_factory=dict)

@@ -9,9 +9,9 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
-from ...registry.taxonomies.load import load_taxonomy
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
-from ..evaluation.held_out import load_held_out
+from ..evaluation.held_out import HeldOut
+from ..evaluation.settings import EvaluationSettings
 from ..reporting.report import write_report
 from ..reporting.results import Results
 from ..training import preflight
@@ -43,7 +43,7 @@ class Job:
         if evaluate and draft.output_path is None:
             raise ConfigError("output_path: given none; the evaluation needs the saved SAEs.")
         preflight.check_settings(draft, has_dataset=False)
-        self.evaluation = self._plan_evaluation(draft) if evaluate else None
+        self.held_out = self._load_held_out(draft) if evaluate else None
         model = load_model(draft)
         check_tokens(model, draft.tokens)
         hook_names = expand_hook_names(model, study.hook_names)
@@ -58,6 +58,7 @@ class Job:
             config,  # pyright: ignore[reportArgumentType]  # of the runner's own kind
             override_dataset=images,
             override_model=model,
+            held_out=self.held_out,
         )
 
     def plan(self) -> Facts:
@@ -87,7 +88,7 @@ class Job:
             ),
             "output_path": cfg.output_path,
             "resumes_from": cfg.resume_from_checkpoint,
-            "evaluation": self.evaluation,
+            "evaluation": None if self.held_out is None else self._evaluation(self.held_out),
         }
         return plan
 
@@ -102,12 +103,9 @@ class Job:
         closes its run when it ends.
         """
         cfg = self.runner.cfg
+        settings = EvaluationSettings(device=cfg.llm_device, progress=progress)
         results = evaluate_run(
-            cfg.output_path,
-            device=cfg.llm_device,
-            **cfg.held_out_source.decoding,
-            override_model=self.runner.model,
-            progress=progress,
+            cfg.output_path, settings, override_model=self.runner.model, held_out=self.held_out
         )
         report = write_report(results)
         if cfg.logger.log_to_wandb:
@@ -124,23 +122,26 @@ class Job:
         return results, report
 
     @staticmethod
-    def _plan_evaluation(cfg: Any) -> Facts:
-        """Whether the evaluation will find its images, its tree and its evaluators."""
+    def _load_held_out(cfg: Any) -> HeldOut:
+        """The images and the tree of the evaluation, and a check of its evaluators."""
         if not cfg.taxonomy:
             raise ConfigError(
                 "taxonomy: not given; the evaluation needs a class tree: a name of `taxolens list "
                 "taxonomies`, a folder of nested class folders, or a .csv or .json of parent,child. "
                 "With --no_evaluate the SAEs are only trained."
             )
-        images, source = load_held_out(cfg.held_out_source)
-        images.require_labels()
-        taxonomy = load_taxonomy(cfg.taxonomy, classes=images.class_names)
+        held_out = HeldOut.load(cfg.held_out_source, cfg.taxonomy)
+        choose_evaluators(cfg.evaluators or None, None)
+        return held_out
+
+    def _evaluation(self, held_out: HeldOut) -> Facts:
+        """What the evaluation will measure, and on what."""
         return {
-            "dataset_path": source.dataset_path,
-            "split": source.split,
-            "images": len(images),
-            "taxonomy": cfg.taxonomy,
-            "classes": len(taxonomy.classes),
-            "nodes": len(taxonomy.nodes),
-            "evaluators": list(choose_evaluators(cfg.evaluators or None, None)),
+            "dataset_path": held_out.source.dataset_path,
+            "split": held_out.source.split,
+            "images": len(held_out.images),
+            "taxonomy": held_out.tree,
+            "classes": len(held_out.taxonomy.classes),
+            "nodes": len(held_out.taxonomy.nodes),
+            "evaluators": list(choose_evaluators(self.runner.cfg.evaluators or None, None)),
         }

@@ -30,6 +30,7 @@ from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import ARCHITECTURES
+from ..evaluation.held_out import HeldOut
 from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
@@ -65,9 +66,10 @@ class _VisionRun:
     slot: EvaluationSlot
     activations_store: Any
 
-    def _load_inputs(self, override_dataset: Any, override_model: Any) -> None:
+    def _load_inputs(self, override_dataset: Any, override_model: Any, held_out: Any) -> None:
         """Model and images, each checked against the config as soon as it is there."""
         cfg = self.cfg
+        self.held_out: HeldOut | None = held_out
         for what, override, configured in (
             ("dataset", override_dataset, cfg.image_source.title),
             ("model", override_model, cfg.model_name),
@@ -91,7 +93,8 @@ class _VisionRun:
             if override_dataset is not None:
                 source = replace(source, dataset_path=override_dataset)
             self.images = ImageDataset.of(source)
-        preflight.check_taxonomy(cfg, self.images)
+        if held_out is None:
+            preflight.check_taxonomy(cfg, self.images)
 
     def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> None:
         """Put activations, SAEs and the places written to together; find where to go on from."""
@@ -131,7 +134,7 @@ class _VisionRun:
         if cfg.evaluators:
             from ..evaluation.training_evaluator import make_training_evaluator
 
-            found.append(make_training_evaluator(cfg, self.model))
+            found.append(make_training_evaluator(cfg, self.model, self.held_out))
         if getattr(cfg, "evaluator", None) is not None:
             found.append(cfg.evaluator)
         return found
@@ -230,6 +233,7 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
         override_dataset: images in place of cfg.dataset_path.
         override_model: a model in place of cfg.model_name.
         override_sae: an SAE in place of a new one.
+        held_out: images and tree of the evaluators, where they are loaded already.
 
     Raises:
         ConfigError: a setting that cannot work; the message names it and what is allowed.
@@ -243,9 +247,10 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
         override_dataset: ImageDataset | HfDataset | None = None,
         override_model: Any = None,
         override_sae: TrainingSAE[Any] | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.cfg = cfg
-        self._load_inputs(override_dataset, override_model)
+        self._load_inputs(override_dataset, override_model, held_out)
         if override_sae is not None:
             self.sae = override_sae
         elif cfg.from_pretrained_path is not None:
@@ -285,6 +290,7 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         override_dataset: images in place of cfg.dataset_path.
         override_model: a model in place of cfg.model_name.
         override_saes: SAEs in place of new ones, by the same names as cfg.saes.
+        held_out: images and tree of the evaluators, where they are loaded already.
 
     Raises:
         ConfigError: a setting that cannot work; the message names it and what is allowed.
@@ -298,9 +304,10 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         override_dataset: ImageDataset | HfDataset | None = None,
         override_model: Any = None,
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.cfg = cfg
-        self._load_inputs(override_dataset, override_model)
+        self._load_inputs(override_dataset, override_model, held_out)
         if override_saes is not None and set(override_saes) != set(cfg.saes):
             raise ConfigError(
                 f"override_saes: given {sorted(override_saes)}; allowed: {sorted(cfg.saes)}."

@@ -3,11 +3,10 @@
 One pass over the evaluation set feeds every evaluator of one latent source:
 
     context = EvaluationContext(taxonomy=..., n_images=..., d_in=..., d_sae=...)
-    evaluators = [cls(context) for cls in classes]
-    stream(context, evaluators, batches, calibration=sample_of_fit_images)
-    evaluators[0].compute()                      # the value
-    evaluators[0].compute(permutation=p)         # the permuted-classes null, from the same state
-    evaluators[0].compute(shuffled=True)         # the shuffled-labels null
+    done = stream(context, {"lch_height": (LCHHeight, None)}, batches)
+    done.compute("lch_height")                   # the value; None where it failed, see done.errors
+    done.compute("lch_height", permutation=p)    # the permuted-classes null, from the same state
+    done.compute("lch_height", shuffled=True)    # the shuffled-labels null
 
 The nulls `random` and `neurons` are the same evaluators over other latents (`parts/null_latents.py`).
 """
@@ -15,10 +14,14 @@ The nulls `random` and `neurons` are the same evaluators over other latents (`pa
 from __future__ import annotations
 
 import inspect
+import logging
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -26,7 +29,8 @@ import torch
 from torch import Tensor
 
 from .. import hashing
-from ..errors import ConfigError
+from ..errors import ConfigError, TaxolensError
+from ..nulls import NULLS
 from ..table import unknown_name_message
 
 if TYPE_CHECKING:
@@ -36,7 +40,8 @@ if TYPE_CHECKING:
 
     from ..taxonomies.taxonomy import Taxonomy
 
-NULLS = ("permuted_classes", "shuffled", "random", "neurons")
+logger = logging.getLogger(__name__)
+
 ALL_NULLS: dict[str, str | None] = dict.fromkeys(NULLS)
 """`nulls` of an evaluator for which every null has a meaning."""
 
@@ -160,6 +165,7 @@ class Accumulator(ABC):
 
 
 A = TypeVar("A", bound=Accumulator)
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -188,26 +194,82 @@ class EvaluationContext:
     """Why `intervene` is None, where it is."""
     peers: Sequence[Peer] = ()
     """Other SAEs to compare with, for evaluators that have `wants_peers`."""
+    failures: dict[Any, str] = field(default_factory=dict, init=False, repr=False)
+    """Why an evaluator, by its name, or a shared accumulator, by its key, has failed."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
+    _reads: defaultdict[Any, dict[Any, None]] = field(
+        default_factory=lambda: defaultdict(dict), init=False, repr=False
+    )
+    """Which accumulators an evaluator or accumulator has asked for."""
+    _acting: list[Any] = field(default_factory=lambda: [None], init=False, repr=False)
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
-        """The one accumulator `cls(context, **kwargs)` of this pass, made when first asked for."""
+        """The one accumulator `cls(context, **kwargs)` of this pass, made when first asked for.
+
+        Raises:
+            TaxolensError: it has failed before.
+        """
         arguments = inspect.signature(cls).bind(self, **kwargs)
         arguments.apply_defaults()  # leaving an argument out is to give its default
         key = (cls, *list(arguments.arguments.items())[1:])
+        self._reads[self._acting[-1]][key] = None
+        if key in self.failures:
+            raise TaxolensError(self.failures[key])
         if key not in self._shared:
             # Made before it is entered: what it shares in turn must be updated before it is.
-            accumulator = cls(self, **kwargs)
+            with self._acts(key):
+                accumulator = cls(self, **kwargs)
             self._shared[key] = accumulator
         return self._shared[key]  # pyright: ignore[reportReturnType]
 
     def calibrate(self, batch: EvaluationBatch) -> None:
-        for accumulator in self._shared.values():
-            accumulator.calibrate(batch)
+        """Show a sample of fit-half images to every shared accumulator."""
+        for key, accumulator in list(self._shared.items()):
+            self.attempt(key, partial(accumulator.calibrate, batch))
 
     def update(self, batch: EvaluationBatch) -> None:
-        for accumulator in self._shared.values():
-            accumulator.update(batch)
+        """Show one batch to every shared accumulator; one that raises is dropped."""
+        for key, accumulator in list(self._shared.items()):
+            self.attempt(key, partial(accumulator.update, batch))
+
+    def attempt(self, who: Any, act: Callable[[], T]) -> T | None:
+        """Let an evaluator (by its name) or a shared accumulator (by its key) act.
+
+        None where it raises, and where it, or an accumulator that it has asked for, has raised
+        before: `failures` says why.
+        """
+        lost = self._lost(who)
+        if lost is not None:
+            self._fail(who, lost)
+            return None
+        try:
+            with self._acts(who):
+                return act()
+        except Exception:
+            # Hours of other numbers must not be lost to one evaluator.
+            logger.warning("%s failed on %s", _shown(who), self.source, exc_info=True)
+            return None
+
+    @contextmanager
+    def _acts(self, who: Any) -> Iterator[None]:
+        """Note what `who` asks for meanwhile, and what it raises."""
+        self._acting.append(who)
+        try:
+            yield
+        except Exception as error:
+            shared = "" if isinstance(who, str) else f"{_shown(who)}: "
+            self._fail(who, self._lost(who) or f"{shared}{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._acting.pop()
+
+    def _lost(self, who: Any) -> str | None:
+        asked = (who, *self._reads[who])
+        return next((self.failures[key] for key in asked if key in self.failures), None)
+
+    def _fail(self, who: Any, reason: str) -> None:
+        self.failures[who] = reason
+        self._shared.pop(who, None)
 
     @cached_property
     def permutations(self) -> tuple[np.ndarray, ...]:
@@ -326,25 +388,95 @@ class Evaluator(ABC, Generic[O]):
             )
 
 
+class Pass:
+    """Evaluators over the latents of one source. One that raises costs its own numbers only.
+
+    A shared accumulator that raises costs the numbers of the evaluators that asked for it.
+
+    Args:
+        context: the facts of the source.
+        chosen: evaluator name -> (class, its options).
+
+    Attributes:
+        evaluators: name -> evaluator, without those that have failed.
+        seconds: name -> time spent in the evaluator, without its shared accumulators.
+    """
+
+    def __init__(
+        self, context: EvaluationContext, chosen: Mapping[str, tuple[type[Evaluator[Any]], Any]]
+    ) -> None:
+        self.context = context
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.evaluators: dict[str, Evaluator[Any]] = {}
+        for name, (cls, options) in chosen.items():
+            made = self._timed(name, partial(cls, context, options))
+            if made is not None:
+                self.evaluators[name] = made
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """Evaluator name -> why it has failed."""
+        return {who: why for who, why in self.context.failures.items() if isinstance(who, str)}
+
+    def calibrate(self, sample: EvaluationBatch) -> None:
+        """Show a sample of fit-half images to shared accumulators, then to evaluators."""
+        self.context.calibrate(sample)
+        self._each(lambda evaluator: evaluator.calibrate(sample))
+
+    def update(self, batch: EvaluationBatch) -> None:
+        """Show one batch to shared accumulators, then to evaluators."""
+        self.context.update(batch)
+        self._each(lambda evaluator: evaluator.update(batch))
+
+    def compute(self, name: str, **kwargs: Any) -> dict[str, float] | None:
+        """The numbers of one evaluator; None where it fails, or has failed before."""
+        return self.attempt(
+            name, lambda e: {metric: float(v) for metric, v in e.compute(**kwargs).items()}
+        )
+
+    def attempt(self, name: str, act: Callable[[Evaluator[Any]], T]) -> T | None:
+        """Let one evaluator act; None where it fails, or has failed before."""
+        if name not in self.evaluators:
+            return None
+        return self._timed(name, partial(act, self.evaluators[name]))
+
+    def _each(self, act: Callable[[Evaluator[Any]], Any]) -> None:
+        for name in list(self.evaluators):
+            self.attempt(name, act)
+
+    def _timed(self, name: str, act: Callable[[], T]) -> T | None:
+        started = time.perf_counter()
+        result = self.context.attempt(name, act)
+        self.seconds[name] += time.perf_counter() - started
+        if name in self.context.failures:
+            self.evaluators.pop(name, None)
+        return result
+
+
 def stream(
     context: EvaluationContext,
-    evaluators: Sequence[Evaluator[Any]],
+    chosen: Mapping[str, tuple[type[Evaluator[Any]], Any]],
     batches: Iterable[EvaluationBatch],
     *,
-    calibration: EvaluationBatch | None = None,
-) -> None:
-    """Feed one pass to every evaluator: calibrate, then update with each batch in order.
+    calibration: Callable[[], EvaluationBatch] | None = None,
+) -> Pass:
+    """Feed one pass to evaluators: make them, calibrate, then update with each batch in order.
 
-    Without `calibration` the first batch serves as the sample.
+    Args:
+        context: the facts of the source of latents.
+        chosen: evaluator name -> (class, its options: an instance, a dict or None).
+        batches: the evaluation set, the fit half first.
+        calibration: makes the sample of fit-half images for `calibrate`; by default the first batch.
     """
-    calibrated = False
-    for batch in batches:
-        if not calibrated:
-            sample = batch if calibration is None else calibration
-            context.calibrate(sample)
-            for evaluator in evaluators:
-                evaluator.calibrate(sample)
-            calibrated = True
-        context.update(batch)
-        for evaluator in evaluators:
-            evaluator.update(batch)
+    done = Pass(context, chosen)
+    if calibration is not None:
+        done.calibrate(calibration())
+    for i, batch in enumerate(batches):
+        if i == 0 and calibration is None:
+            done.calibrate(batch)
+        done.update(batch)
+    return done
+
+
+def _shown(who: Any) -> str:
+    return who if isinstance(who, str) else f"shared {who[0].__name__}"

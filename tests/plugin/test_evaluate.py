@@ -18,13 +18,14 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import from_module
 from taxolens.plugin.evaluation import evaluate as module
-from taxolens.plugin.evaluation import forward, held_out
+from taxolens.plugin.evaluation import forward
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
 from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.reporting.report import write_report
-from taxolens.plugin.reporting.results import NULLS, Results
+from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from taxolens.registry.nulls import NULLS
 from tiny_models import tiny_model
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -142,13 +143,13 @@ def test_train_evaluate_report(training: Any, world: Path, tmp_path: Path) -> No
 
 def test_one_forward_pass_serves_all_hook_points(evaluate: Any, monkeypatch) -> None:
     calls = []
-    build = held_out.ActivationCache.build
+    build = forward.ActivationCache.build
 
     def counted(model: Any, images: Any, hook_names: Any, **settings: Any) -> Any:
         calls.append(list(hook_names))
         return build(model, images, hook_names, **settings)
 
-    monkeypatch.setattr(held_out.ActivationCache, "build", counted)
+    monkeypatch.setattr(forward.ActivationCache, "build", counted)
     evaluate()
     assert calls == [list(HOOKS)]
 
@@ -261,7 +262,7 @@ def test_a_model_with_a_head_and_a_model_without(
 
 
 def test_without_need_no_picture_is_kept_for_interventions(evaluate: Any, monkeypatch) -> None:
-    monkeypatch.setattr(forward, "Interventions", None)
+    monkeypatch.setattr(forward, "Pictures", None)
     assert evaluate(evaluators="lch_height").errors == {}
 
 
@@ -271,7 +272,7 @@ def test_a_model_that_cannot_be_intervened_in_gives_a_reason(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("it has no blocks")
 
-    monkeypatch.setattr(held_out, "ModelIntervention", refuse)
+    monkeypatch.setattr(forward, "ModelIntervention", refuse)
     assert evaluate(evaluators="lch_height").errors == {}
     assert {(c.intervene, c.no_intervention) for c in contexts} == {(None, "it has no blocks")}
     assert f"no interventions at {HOOKS[0]}: it has no blocks" in caplog.text
@@ -428,7 +429,7 @@ def test_what_is_finished_is_not_measured_again(evaluate: Any, monkeypatch, tmp_
     def no_forward(*_: Any, **__: Any) -> None:
         raise AssertionError("no forward pass is needed")
 
-    monkeypatch.setattr(held_out.ActivationCache, "build", no_forward)
+    monkeypatch.setattr(forward.ActivationCache, "build", no_forward)
     again = evaluate()
     assert [sae.fingerprint for sae in again.saes] == [sae.fingerprint for sae in results.saes]
     assert again.dataset == results.dataset
@@ -530,7 +531,7 @@ def test_wrong_settings_are_refused_before_the_work(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("refused too late")
 
-    monkeypatch.setattr(held_out.ActivationCache, "build", never)
+    monkeypatch.setattr(forward.ActivationCache, "build", never)
     with pytest.raises(error, match=message):
         evaluate(**settings)
 
@@ -541,7 +542,7 @@ def test_saes_that_do_not_fit_are_refused_before_the_forward_pass(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("refused too late")
 
-    monkeypatch.setattr(held_out.ActivationCache, "build", never)
+    monkeypatch.setattr(forward.ActivationCache, "build", never)
     settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
     taxonomy = str(world / "validation")
     save_sae(tmp_path / "narrow", HOOKS[0], settings, d_in=12)
@@ -652,7 +653,7 @@ def test_training_evaluator_reads_the_held_out_images(training: Any, world: Path
     state = torch.random.get_rng_state()
     evaluator = make_training_evaluator(cfg, vit)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert len(evaluator.images[HOOKS[0]]) == 32  # validation, of which the config says nothing
+    assert len(evaluator.held_out[HOOKS[0]]) == 32  # validation, of which the config says nothing
     sae = TopKTrainingSAE(training.sae())
     sae.cfg.metadata.hook_name = HOOKS[1]
     metrics = evaluator(sae, iter(()), ActivationScaler())

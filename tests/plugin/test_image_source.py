@@ -109,7 +109,7 @@ def test_trust_and_configuration_reach_every_place(
     make_training_evaluator(cfg, vit)
     assert reads(asked, *what) == [held_out]
     results, _ = job.evaluate(progress=False)
-    assert reads(asked, *what) == [held_out]
+    assert reads(asked, *what) == []  # the job has read them
     assert results.dataset.title == f"{cfg.dataset_path} (large, validation)"
     assert not results.dataset.seen_in_training
     evaluate_run(cfg.output_path, override_model=vit, progress=False, n_permutations=1)
@@ -128,11 +128,7 @@ def test_the_configuration_is_recorded_in_the_metadata_of_the_sae(train: Any, vi
 def test_without_trust_none_is_given(train: Any, asked: list[dict[str, Any]], vit: Any) -> None:
     job = train(dataset_trust_remote_code=False)
     job.evaluate(progress=False)
-    assert reads(asked, "split", "trust_remote_code") == [
-        ("validation", None),
-        ("train", None),
-        ("validation", None),
-    ]
+    assert reads(asked, "split", "trust_remote_code") == [("validation", None), ("train", None)]
 
 
 def test_decoding_settings_reach_the_evaluation_of_the_same_job(
@@ -141,10 +137,11 @@ def test_decoding_settings_reach_the_evaluation_of_the_same_job(
     from taxolens.plugin.study import job as module
 
     def evaluate(*_: Any, **given: Any) -> Any:
-        raise InterruptedError({k: given[k] for k in ("batch_size", "max_corrupt_share")})
+        raise InterruptedError(given["held_out"].source.decoding)
 
     monkeypatch.setattr(module, "evaluate_run", evaluate)
-    with pytest.raises(InterruptedError, match=r"'batch_size': 5, 'max_corrupt_share': 0.25"):
+    expected = "'batch_size': 5, 'num_workers': 0, 'max_corrupt_share': 0.25"
+    with pytest.raises(InterruptedError, match=expected):
         train(max_corrupt_share=0.25, store_batch_size_prompts=5).evaluate()
 
 

@@ -16,7 +16,10 @@ from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.plugin.evaluation import bench as bench_module
 from taxolens.plugin.evaluation import latent_cards as cards
-from taxolens.plugin.evaluation.bench import Bench, Images, SAELatents, image_latents
+from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELatents, image_latents
+from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.measure_sae import CARDS, CardFacts
+from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
 from taxolens.plugin.evaluation.training_evaluator import TrainingEvaluator
 from taxolens.registry.errors import ConfigError, DataError
@@ -38,10 +41,11 @@ def labels() -> np.ndarray:
 
 
 @pytest.fixture
-def images(labels: np.ndarray) -> Images:
+def held_out(labels: np.ndarray) -> HeldOutActivations:
     generator = np.random.default_rng(0)
     tokens = generator.normal(size=(len(labels), 1, D)).astype(np.float32)
-    return Images(tokens + 3, tokens[:, 0] * 2, tokens[:, 0] + 4)
+    split = Split.halves(labels, N_CLASSES, 1)
+    return HeldOutActivations(tokens + 3, split, tokens[:, 0] * 2, tokens[:, 0] + 4)
 
 
 @pytest.fixture
@@ -103,14 +107,13 @@ class Recorder(Evaluator[Options]):
         }
 
 
-def bench(labels: np.ndarray, fail: str = "", **changes: Any) -> Bench:
+def bench(fail: str = "", **changes: Any) -> Bench:
     Recorder.made.clear()
     settings: dict[str, Any] = {
         "taxonomy": TREE,
-        "split": Split.halves(labels, N_CLASSES, 1),
         "chosen": {"recorder": (Recorder, Options(fail)), "pair_depth": (PairDepth, {"k": 2})},
-        "n_permutations": 3,
-        "batch_size": 7,
+        "settings": EvaluationSettings(n_permutations=3),
+        "images_at_once": 7,
     }
     return Bench(**(settings | changes))
 
@@ -193,12 +196,12 @@ def test_tokens_of_one_image_share_its_label() -> None:
 
 
 def test_null_sources_have_the_shape_and_sparsity_of_the_sae(
-    sae: Any, images: Images, labels: np.ndarray
+    sae: Any, held_out: HeldOutActivations
 ) -> None:
-    found = bench(labels).null_sources(SAELatents(sae), images)
+    found = bench().null_sources(SAELatents(sae), held_out)
     assert list(found) == ["random", "neurons"]
     random, neurons = found["random"], found["neurons"]
-    x = images.sample(np.arange(len(images)))
+    x = torch.from_numpy(held_out.tokens[:, 0])
     nothing = torch.zeros(len(x), dtype=torch.int64)
     z = random.encode(x, labels=nothing, index=nothing)
     assert z.shape[1] == random.d_sae == M
@@ -207,33 +210,33 @@ def test_null_sources_have_the_shape_and_sparsity_of_the_sae(
     assert isinstance(neurons, NeuronLatents) and neurons.d_sae == 2 * D
 
 
-def test_a_null_without_meaning_is_not_computed(sae: Any, images: Images, labels) -> None:
+def test_a_null_without_meaning_is_not_computed(sae: Any, held_out: HeldOutActivations) -> None:
     chosen = {"recorder": (Recorder, None)}
-    tested = bench(labels, chosen=chosen, nulls=("neurons", "shuffled"))
-    assert tested.null_sources(SAELatents(sae), images) == {}
-    assert tested.names_for("neurons") == []
+    tested = bench(chosen=chosen, settings=EvaluationSettings(nulls=("neurons", "shuffled")))
+    assert tested.null_sources(SAELatents(sae), held_out) == {}
+    assert tested.chosen_for("neurons") == {}
 
 
 # The pass ---------------------------------------------------------------------------------------
 
 
-def test_one_pass(sae: Any, images: Images, labels: np.ndarray) -> None:
-    tested = bench(labels)
+def test_one_pass(sae: Any, held_out: HeldOutActivations, labels: np.ndarray) -> None:
+    tested = bench()
     seen: list[int] = []
-    done = tested.run(SAELatents(sae), images, progress=seen.append)
+    done = tested.run(SAELatents(sae), held_out, progress=seen.append)
     (recorder,) = Recorder.made
-    assert sum(seen) == len(images)
+    assert sum(seen) == len(held_out)
     halves = torch.cat([b.is_fit for b in recorder.batches])
     assert halves.tolist() == sorted(halves.tolist(), reverse=True)
     assert all(b.is_fit.all() for b in recorder.calibrated)
     index = torch.cat([b.index for b in recorder.batches]).numpy()
-    assert np.array_equal(index, tested.split.order)
+    assert np.array_equal(index, held_out.split.order)
     batch = recorder.batches[0]
-    torch.testing.assert_close(batch.x, torch.from_numpy(images.tokens[batch.index, 0]))
-    torch.testing.assert_close(batch.mean_patch, torch.from_numpy(images.mean_patch[batch.index]))
+    torch.testing.assert_close(batch.x, torch.from_numpy(held_out.tokens[batch.index, 0]))
+    torch.testing.assert_close(batch.mean_patch, torch.from_numpy(held_out.mean_patch[batch.index]))
     torch.testing.assert_close(batch.z, sae.encode(batch.x))
     torch.testing.assert_close(batch.embedding, batch.x + 1)
-    torch.testing.assert_close(batch.tokens, torch.from_numpy(images.tokens[batch.index]))
+    torch.testing.assert_close(batch.tokens, torch.from_numpy(held_out.tokens[batch.index]))
     assert done.context.intervene is None and "no evaluator" in done.context.no_intervention
     assert np.array_equal(batch.labels, labels[batch.index])
     assert done.context.source == "sae" and done.context.sae is sae
@@ -241,15 +244,15 @@ def test_one_pass(sae: Any, images: Images, labels: np.ndarray) -> None:
     assert not batch.z.requires_grad
 
 
-def test_every_metric_stands_beside_its_nulls(sae: Any, images: Images, labels) -> None:
-    tested = bench(labels)
+def test_every_metric_stands_beside_its_nulls(sae: Any, held_out: HeldOutActivations) -> None:
+    tested = bench()
     latents = SAELatents(sae)
-    sources = tested.null_sources(latents, images)
-    nulls = {n: tested.numbers(s, images, tested.names_for(n)) for n, s in sources.items()}
-    done = tested.run(latents, images)
+    sources = tested.null_sources(latents, held_out)
+    nulls = {n: tested.numbers(s, held_out, tested.chosen_for(n)) for n, s in sources.items()}
+    done = tested.run(latents, held_out)
     found = tested.metrics(done, nulls, {"planted": {"recorder": {"n": 5.0}}})
     recorder = found["recorder"]
-    assert recorder["n"].value == len(images)
+    assert recorder["n"].value == len(held_out)
     assert recorder["n"].controls == {"planted": 5.0}
     assert recorder["n"].nulls["random"].left_behind is None
     permuted = recorder["place"].nulls["permuted_classes"]
@@ -264,10 +267,10 @@ def test_every_metric_stands_beside_its_nulls(sae: Any, images: Images, labels) 
     assert found["pair_depth"]["pair_depth"].nulls["neurons"].n == 1
 
 
-def test_numbers_do_not_depend_on_the_batch_size(sae: Any, images: Images, labels) -> None:
+def test_numbers_do_not_depend_on_the_batch_size(sae: Any, held_out: HeldOutActivations) -> None:
     chosen = {"coverage": (OntologicalCoverage, None), "pair_depth": (PairDepth, {"k": 4})}
     found = [
-        bench(labels, chosen=chosen, batch_size=size).run(SAELatents(sae), images)
+        bench(chosen=chosen, images_at_once=size).run(SAELatents(sae), held_out)
         for size in (3, 1000)
     ]
     for name in chosen:
@@ -275,11 +278,11 @@ def test_numbers_do_not_depend_on_the_batch_size(sae: Any, images: Images, label
         assert one == pytest.approx(other, nan_ok=True)
 
 
-def test_planted_detectors_leave_the_nulls_behind(images: Images, labels: np.ndarray) -> None:
+def test_planted_detectors_leave_the_nulls_behind(held_out: HeldOutActivations) -> None:
     planted = PlantedLatents(TREE, recall=1.0, false_alarm=0.0)
     planted.source = "sae"
-    tested = bench(labels, chosen={"coverage": (OntologicalCoverage, None)})
-    metrics = tested.metrics(tested.run(planted, images))["coverage"]
+    tested = bench(chosen={"coverage": (OntologicalCoverage, None)})
+    metrics = tested.metrics(tested.run(planted, held_out))["coverage"]
     assert metrics["internal_f1"].value == 1.0
     assert metrics["internal_f1"].nulls["permuted_classes"].left_behind is True
     assert metrics["internal_f1"].nulls["shuffled"].left_behind is True
@@ -290,53 +293,52 @@ def test_planted_detectors_leave_the_nulls_behind(images: Images, labels: np.nda
 
 
 @pytest.mark.parametrize("when", ["calibrate", "update", "compute"])
-def test_an_evaluator_that_fails_costs_only_itself(sae: Any, images, labels, when: str) -> None:
-    tested = bench(labels, fail=when)
-    done = tested.run(SAELatents(sae), images)
+def test_an_evaluator_that_fails_costs_only_itself(sae: Any, held_out, when: str) -> None:
+    tested = bench(fail=when)
+    done = tested.run(SAELatents(sae), held_out)
     found = tested.metrics(done)
     assert "recorder" not in found and "pair_depth" in found
     assert done.errors == {"recorder": f"ValueError: told to fail in {when}"}
 
 
-def test_a_failure_under_a_null_keeps_the_value(sae: Any, images: Images, labels) -> None:
-    tested = bench(labels, fail="update@random")
+def test_a_failure_under_a_null_keeps_the_value(sae: Any, held_out: HeldOutActivations) -> None:
+    tested = bench(fail="update@random")
     latents = SAELatents(sae)
-    random = tested.null_sources(latents, images)["random"]
-    nulls = {"random": tested.numbers(random, images, tested.names_for("random"))}
-    found = tested.metrics(tested.run(latents, images), nulls)["recorder"]["mean_z"]
+    random = tested.null_sources(latents, held_out)["random"]
+    nulls = {"random": tested.numbers(random, held_out, tested.chosen_for("random"))}
+    found = tested.metrics(tested.run(latents, held_out), nulls)["recorder"]["mean_z"]
     assert found.value > 0
     assert found.nulls["random"].reason == "failed: ValueError: told to fail in update"
 
-    tested = bench(labels, fail="shuffled")
-    done = tested.run(latents, images)
+    tested = bench(fail="shuffled")
+    done = tested.run(latents, held_out)
     found = tested.metrics(done)["recorder"]["mean_z"]
     assert found.value > 0 and found.nulls["shuffled"].n == 0
     assert "recorder" in done.errors
 
 
-def test_wrong_settings_are_not_swallowed(sae: Any, images: Images, labels) -> None:
-    tested = bench(labels, chosen={"pair_depth": (PairDepth, {"k": 1})})
+def test_wrong_options_are_refused_before_a_pass() -> None:
     with pytest.raises(ConfigError, match="k: a pair needs"):
-        tested.run(SAELatents(sae), images)
+        choose_evaluators("pair_depth", {"pair_depth": {"k": 1}})
 
 
 # During training --------------------------------------------------------------------------------
 
 
-def test_training_evaluator(sae: Any, images: Images, labels: np.ndarray) -> None:
+def test_training_evaluator(sae: Any, held_out: HeldOutActivations) -> None:
     chosen = {"recorder": (Recorder, None), "pair_depth": (PairDepth, {"k": 2})}
     hook = "blocks.0.hook_resid_post"
-    evaluator = TrainingEvaluator({hook: images}, labels, TREE, chosen)
+    evaluator = TrainingEvaluator({hook: held_out}, TREE, chosen)
     sae.cfg.metadata.hook_name = hook
     before = torch.random.get_rng_state(), np.random.get_state()
     plain = evaluator(sae, iter(()), ActivationScaler())
     scaled = evaluator(sae, iter(()), ActivationScaler(scaling_factor=2.0))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1][1])
-    assert plain["eval/recorder/n"] == len(images)
+    assert plain["eval/recorder/n"] == len(held_out)
     assert "eval/recorder/place/permuted_classes" in plain
     assert not any(key.endswith(("/random", "/neurons", "/shuffled")) for key in plain)
-    x = torch.from_numpy(images.tokens[:, 0])
+    x = torch.from_numpy(held_out.tokens[:, 0])
     assert plain["eval/recorder/mean_z"] == pytest.approx(sae.encode(x).mean().item(), rel=1e-4)
     assert scaled["eval/recorder/mean_z"] == pytest.approx(
         sae.encode(2 * x).mean().item(), rel=1e-4
@@ -380,14 +382,12 @@ def test_a_latent_stands_at_the_node_it_detects_best() -> None:
     assert cards.placed_latents({}).empty and cards.node_f1({}) == {}
 
 
-def test_cards_show_the_top_images(sae: Any, images: Images, labels: np.ndarray) -> None:
-    tested = bench(labels)
-    done = tested.run(
-        SAELatents(sae),
-        images,
-        prepare=lambda c: (c.share(TopImages, k=cards.TOP_IMAGES), c.share(FiringRate)),
-    )
-    z = sae.encode(torch.from_numpy(images.tokens[:, 0]))
+def test_cards_show_the_top_images(
+    sae: Any, held_out: HeldOutActivations, labels: np.ndarray
+) -> None:
+    tested = bench()
+    done = tested.run(SAELatents(sae), held_out, {CARDS: (CardFacts, None)})
+    z = sae.encode(torch.from_numpy(held_out.tokens[:, 0]))
     latent = int((z > 0).sum(0).argmax())
     (card,) = cards.make_cards(
         placed((latent, "thing.0.1", 0.6)),
@@ -395,7 +395,7 @@ def test_cards_show_the_top_images(sae: Any, images: Images, labels: np.ndarray)
         taxonomy=TREE,
         top=done.context.share(TopImages, k=cards.TOP_IMAGES),
         rate=done.context.share(FiringRate),
-        image_ids=np.arange(len(images)) + 100,
+        image_ids=np.arange(len(held_out)) + 100,
     )
     order = z[:, latent].argsort(descending=True)[: cards.N_IMAGES]
     assert [image.index - 100 for image in card.images] == order.tolist()

@@ -282,8 +282,8 @@ class TestEvaluationDuringTraining:
 
         seen = []
 
-        def make_training_evaluator(cfg, model):
-            assert (cfg.evaluators, model) == (["lch_height"], runner.model)
+        def make_training_evaluator(cfg, model, held_out):
+            assert (cfg.evaluators, model, held_out) == (["lch_height"], runner.model, None)
             return lambda sae, *_: seen.append(sae.cfg.metadata.hook_name) or {}
 
         monkeypatch.setattr(training_evaluator, "make_training_evaluator", make_training_evaluator)

@@ -88,15 +88,19 @@ def make_pass(
     options: Any = None,
     **facts: Any,
 ) -> list[Evaluator[Any]]:
-    """Evaluators that have seen the images of `batch`, thresholds calibrated on the fit half."""
+    """Evaluators that have seen the images of `batch`, thresholds calibrated on the fit half.
+
+    Fails where one of them has failed.
+    """
     facts = {"class_counts": np.bincount(batch.labels, minlength=len(taxonomy.classes)), **facts}
     context = EvaluationContext(
         taxonomy, len(batch), batch.x.shape[1], batch.z.shape[1], n_permutations=3, **facts
     )
-    evaluators = [cls(context, options) for cls in classes]
+    chosen = {f"{cls.name} {i}": (cls, cls._options(options)) for i, cls in enumerate(classes)}
     fit = split(batch, int(batch.is_fit.sum()))[0]
-    stream(context, evaluators, split(batch, size or len(batch)), calibration=fit)
-    return evaluators
+    done = stream(context, chosen, split(batch, size or len(batch)), calibration=lambda: fit)
+    assert not done.errors, done.errors
+    return list(done.evaluators.values())
 
 
 class ToyModel:

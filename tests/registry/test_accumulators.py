@@ -44,7 +44,7 @@ def gathered(animals, one_batch, batches_of):
         )
         shared = [context.share(cls, **kwargs) for cls, kwargs in kinds]
         fit = batches_of(batch, int(batch.is_fit.sum()))[0]
-        stream(context, [], batches_of(batch, size), calibration=fit)
+        stream(context, {}, batches_of(batch, size), calibration=lambda: fit)
         return batch, shared
 
     return gather

@@ -120,7 +120,7 @@ def test_bad_encoders_are_named(
         (str(tmp_path / "no.npy"), "no file"),
         (str(tmp_path / "few.npy"), "one row for each of the 12 images"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(AssertionError, match=f"ConfigError: encoder: .*{message}"):
             measured(animals, batch, [Monosemanticity], options={"encoder": encoder})
 
 

@@ -1,0 +1,95 @@
+"""The options of an evaluation, each written once: for `evaluate_run`, for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...registry.errors import ConfigError
+from ...registry.nulls import CONTROLS, NULLS
+from ...registry.table import unknown_name_message
+
+AGGREGATES = ("max", "mean")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Every option of an evaluation. What is None is taken from the settings of the runs.
+
+    Args:
+        evaluators: names of `taxolens list evaluators`, or all; by default the runs', else the main four
+        options: evaluator name -> the fields of its `Options`
+        taxonomy: the class tree: a registered name, a folder or a file; by default the runs'
+        aggregate: what a latent of an image is where an SAE reads many tokens: their max or mean
+        dataset_path: the images: hub name, folder of class folders, parquet files; by default the runs' eval_dataset_path, else their dataset_path
+        dataset_name: the configuration of a dataset that has several
+        split: a held-out one; by default the runs' eval_split, else validation, else test
+        image_column: the column of images, where it is not found by itself
+        label_column: the column of classes, where it is not found by itself
+        max_images: measure on this many images
+        allow_train_split: go on where the SAEs were trained on these images; the results say so
+        nulls: which null controls are computed: permuted_classes shuffled random neurons
+        controls: further controls: planted, detectors that know the tree (recall .8, false alarms .001)
+        n_permutations: draws of the permuted-classes null
+        seed: of halves, permutations and random latents
+        output_path: where results.json, tables, figures and thumbnails go; by default into the run
+        device: by default a GPU where there is one
+        batch_size: images in one forward pass
+        num_workers: processes that decode images
+        max_corrupt_share: stop when more of the images are corrupt
+        keep_activations: keep the activations of the images there too
+        progress: show a progress bar
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+
+    evaluators: str | Sequence[str] | None = None
+    options: Mapping[str, Any] | None = None
+    taxonomy: str | None = None
+    aggregate: str = "max"
+    dataset_path: str | None = None
+    dataset_name: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    max_images: int | None = None
+    allow_train_split: bool = False
+    nulls: Sequence[str] = NULLS
+    controls: Sequence[str] = ()
+    n_permutations: int = 10
+    seed: int = 0
+    output_path: str | Path | None = None
+    device: str | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    max_corrupt_share: float = 0.01
+    keep_activations: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for field, given, allowed in (
+            ("nulls", self.nulls, NULLS),
+            ("controls", self.controls, CONTROLS),
+            ("aggregate", [self.aggregate], AGGREGATES),
+        ):
+            for name in given:
+                if name not in allowed:
+                    raise ConfigError(unknown_name_message(field, name, allowed))
+        if self.n_permutations < 1:
+            raise ConfigError(f"n_permutations: given {self.n_permutations}; allowed: 1 or more")
+
+    def override(self, **options: Any) -> EvaluationSettings:
+        """The same settings with other values.
+
+        Raises:
+            ConfigError: an option that does not exist; the nearest ones are named.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(unknown_name_message("option of evaluate_run", name, known))
+        return dataclasses.replace(self, **options)
