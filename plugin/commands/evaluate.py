@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+import docstring_parser
 
 from ...registry.errors import ConfigError
+from ..evaluation.settings import EvaluationSettings
 from . import outcome, shell
 
 HELP = """\
@@ -18,6 +23,15 @@ EXAMPLES = """\
 examples:
   taxolens evaluate output/my_run --evaluators all
   taxolens evaluate seed0 seed1 --taxonomy imagenet --split validation --output_path comparison"""
+
+# The first field of each group of flags, in the order of `EvaluationSettings`.
+GROUPS = {
+    "evaluators": "what is measured",
+    "dataset_path": "on which images",
+    "nulls": "null controls",
+    "output_path": "how",
+}
+WITHOUT_FLAG = ("progress",)  # the command always shows it, on stderr
 
 
 def run(args: list[str]) -> None:
@@ -57,50 +71,51 @@ def _parser() -> shell.Parser:
     add(
         "runs", nargs="+", metavar="RUN", help="a run's output_path, a checkpoint, or an SAE folder"
     )
-    add("--output_path", metavar="PATH", help="where everything goes; by default into the run")
     add("--json", action="store_true", help="places and headline numbers as JSON on stdout")
     add("--static", action="store_true", help="no interactive figures in the report (5 MB less)")
-
-    add = parser.add_argument_group("what is measured").add_argument
-    add(
-        "--evaluators",
-        nargs="+",
-        metavar="NAME",
-        help="names of `taxolens list evaluators`, or all",
-    )
-    add(
-        "--options",
-        type=_options,
-        metavar="JSON",
-        help='options of evaluators: \'{"lch_height": {"rule": "topk"}}\'',
-    )
-    add("--taxonomy", metavar="NAME", help="the class tree: a registered name, a folder or a file")
-    add("--aggregate", help="many tokens an image: an image's latent is their max or mean")
-
-    add = parser.add_argument_group("on which images").add_argument
-    add("--dataset_path", metavar="PATH", help="hub name, folder of class folders, parquet files")
-    add("--dataset_name", metavar="NAME", help="the configuration of a dataset with several")
-    add("--split", metavar="NAME", help="a held-out one; by default validation, else test")
-    add("--image_column", metavar="NAME")
-    add("--label_column", metavar="NAME")
-    add("--max_images", type=int, metavar="N")
-    add("--allow_train_split", action="store_true", help="measure on images trained on; it is said")
-
-    add = parser.add_argument_group("null controls").add_argument
-    add("--nulls", nargs="+", metavar="NAME", help="permuted_classes shuffled random neurons")
-    add("--controls", nargs="+", metavar="NAME", help="planted: detectors that know the tree")
-    add("--n_permutations", type=int, metavar="N", help="draws of the permuted classes; 10")
-    add("--seed", type=int, metavar="N")
-
-    add = parser.add_argument_group("how").add_argument
-    add("--device", help="by default a GPU where there is one")
-    add("--batch_size", type=int, metavar="N", help="images in one forward pass; 64")
-    add("--num_workers", type=int, metavar="N", help="processes that decode images")
-    add("--keep_activations", action="store_true", help="keep the activations of the images too")
+    _add_settings(parser)
+    add = parser.add_argument_group("Weights & Biases").add_argument
     add("--log_to_wandb", action="store_true", help="log the results to Weights & Biases")
     add("--wandb_project", metavar="NAME", default="taxolens")
     add("--run_name", metavar="NAME")
     return parser
+
+
+def _add_settings(parser: shell.Parser) -> None:
+    """A flag for every field of `EvaluationSettings`, described by its docstring."""
+    hints = get_type_hints(EvaluationSettings)
+    described = {
+        param.arg_name: " ".join((param.description or "").split())
+        for param in docstring_parser.parse(EvaluationSettings.__doc__ or "").params
+    }
+    add = parser.add_argument
+    for field in dataclasses.fields(EvaluationSettings):
+        if field.name in GROUPS:
+            add = parser.add_argument_group(GROUPS[field.name]).add_argument
+        if field.name in WITHOUT_FLAG:
+            continue
+        default, text = field.default, described[field.name]
+        if default or type(default) is int:
+            shown = " ".join(default) if isinstance(default, tuple) else default
+            text += f"; by default {shown}"
+        kind = _kind(hints[field.name])
+        if field.name.endswith("_path"):
+            kind["metavar"] = "PATH"
+        add(f"--{field.name}", help=text, **kind)
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type."""
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) or (hint,))]
+    if hint is bool:
+        return {"action": "store_true"}
+    if get_origin(hint) is Sequence or Sequence in kinds:
+        return {"nargs": "+", "metavar": "NAME"}
+    if Mapping in kinds:
+        return {"type": _options, "metavar": "JSON"}
+    if int in kinds or float in kinds:
+        return {"type": int, "metavar": "N"} if int in kinds else {"type": float, "metavar": "X"}
+    return {"metavar": "NAME"}
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -173,6 +173,7 @@ class Bench:
         chosen: Chosen | None = None,
         *,
         peers: Sequence[Peer] = (),
+        prepare: Callable[[EvaluationContext], Any] | None = None,
         progress: Progress | None = None,
     ) -> Pass:
         """One pass of `source` over the images: fit half first, then score half.
@@ -180,6 +181,7 @@ class Bench:
         Args:
             chosen: the evaluators that take part; by default those of the bench.
             peers: other SAEs to compare with.
+            prepare: called with the context before the pass, to share accumulators of one's own.
             progress: called with the number of images after each batch.
         """
         split, settings = held_out.split, self.settings
@@ -201,6 +203,8 @@ class Bench:
             intervene=held_out.intervene,
             no_intervention=held_out.no_intervention,
         )
+        if prepare is not None:
+            prepare(context)
         batch = partial(self._batch, source, held_out)
 
         def batches() -> Iterator[EvaluationBatch]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,46 +20,7 @@ from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
 from .sae_folders import SAEFolder
 
-CARDS = "latent cards"  # no name of an evaluator: it has spaces
-
-
-class CardFacts(Evaluator[Any]):
-    """What the report shows of an SAE beside its metrics, gathered in the pass of the evaluators.
-
-    Where it fails, there are no cards and no L0.
-    """
-
-    name = CARDS
-    description = "for the report"
-    higher_is_better = {"l0": None}
-
-    def __init__(self, context: EvaluationContext, options: Any = None) -> None:
-        super().__init__(context, options)
-        self._top = context.share(TopImages, k=cards.TOP_IMAGES)
-        self._rate = context.share(FiringRate)
-
-    def compute(
-        self, *, permutation: np.ndarray | None = None, shuffled: bool = False
-    ) -> dict[str, float]:
-        return {"l0": self._rate.mean_l0}
-
-    def cards(
-        self, tables: cards.Tables, rows: np.ndarray
-    ) -> tuple[list[LatentCard], list[LatentCard], dict[str, float]]:
-        """The most and the least specific latents, and node -> F1 of its best latent."""
-        placed = cards.placed_latents(tables)
-        facts = {
-            "taxonomy": self.taxonomy,
-            "top": self._top,
-            "rate": self._rate,
-            "image_ids": rows,
-        }
-        most, least = cards.pick(placed, self.taxonomy)
-        return (
-            cards.make_cards(placed, most, **facts),
-            cards.make_cards(placed, least, **facts),
-            cards.node_f1(tables),
-        )
+CARDS = "latent cards"  # who shares their facts; no evaluator's name has a space
 
 
 def measure_sae(
@@ -102,16 +63,18 @@ def measure_sae(
             )
             for name, source in sources.items()
         }
-        chosen = {CARDS: (CardFacts, None), **bench.chosen}
-        done = bench.run(latents, held_out, chosen, peers=peers, progress=bar.update)
+        done = bench.run(
+            latents, held_out, peers=peers, prepare=share_card_facts, progress=bar.update
+        )
     metrics = bench.metrics(done, nulls, controls)
     tables = {name: done.attempt(name, _tables) or {} for name in bench.chosen}
     figures = {name: done.attempt(name, _figures) or {} for name in bench.chosen}
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}
     frames = {name: {t: frame for t, (frame, _) in found.items()} for name, found in tables.items()}
-    l0 = (done.compute(CARDS) or {}).get("l0", math.nan)
-    shown = done.attempt(CARDS, lambda facts: cast(CardFacts, facts).cards(frames, rows))
-    most, least, node_f1 = shown or ([], [], {})
+    context = done.context
+    l0 = context.attempt("L0", lambda: context.share(FiringRate).mean_l0)
+    node_f1 = context.attempt("node F1", lambda: cards.node_f1(frames))
+    most, least = context.attempt(CARDS, lambda: _cards(context, frames, rows)) or ([], [])
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
     evaluators = {
@@ -142,14 +105,39 @@ def measure_sae(
         tokens=folder.tokens,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
-        l0=l0,
+        l0=math.nan if l0 is None else l0,
         fingerprint=fingerprint,
         evaluators=evaluators,
         most_specific=most,
         least_specific=least,
-        node_f1=node_f1,
+        node_f1=node_f1 or {},
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def share_card_facts(context: EvaluationContext) -> None:
+    """Have what the cards and L0 need gathered in the pass; without it there are none."""
+
+    def share() -> None:
+        context.share(FiringRate)
+        context.share(TopImages, k=cards.TOP_IMAGES)
+
+    context.attempt(CARDS, share)
+
+
+def _cards(
+    context: EvaluationContext, tables: cards.Tables, rows: np.ndarray
+) -> tuple[list[LatentCard], list[LatentCard]]:
+    """The most and the least specific latents."""
+    placed = cards.placed_latents(tables)
+    facts = {
+        "taxonomy": context.taxonomy,
+        "top": context.share(TopImages, k=cards.TOP_IMAGES),
+        "rate": context.share(FiringRate),
+        "image_ids": rows,
+    }
+    most, least = cards.pick(placed, context.taxonomy)
+    return cards.make_cards(placed, most, **facts), cards.make_cards(placed, least, **facts)
 
 
 def _tables(evaluator: Evaluator[Any]) -> dict[str, tuple[pd.DataFrame, str]]:

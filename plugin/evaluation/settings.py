@@ -17,34 +17,36 @@ AGGREGATES = ("max", "mean")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Every option of an evaluation. What is None is taken from the settings of the runs.
+    """Every option of an evaluation, by its name in `evaluate_run` and `taxolens evaluate`.
+
+    "The run's" is what the settings of the runs say, which must then be the same in all of them.
 
     Args:
-        evaluators: names of `taxolens list evaluators`, or all; by default the runs', else the main four
-        options: evaluator name -> the fields of its `Options`
-        taxonomy: the class tree: a registered name, a folder or a file; by default the runs'
-        aggregate: what a latent of an image is where an SAE reads many tokens: their max or mean
-        dataset_path: the images: hub name, folder of class folders, parquet files; by default the runs' eval_dataset_path, else their dataset_path
-        dataset_name: the configuration of a dataset that has several
-        split: a held-out one; by default the runs' eval_split, else validation, else test
-        image_column: the column of images, where it is not found by itself
-        label_column: the column of classes, where it is not found by itself
-        max_images: measure on this many images
-        allow_train_split: go on where the SAEs were trained on these images; the results say so
-        nulls: which null controls are computed: permuted_classes shuffled random neurons
-        controls: further controls: planted, detectors that know the tree (recall .8, false alarms .001)
-        n_permutations: draws of the permuted-classes null
+        evaluators: names of `taxolens list evaluators`, or all; by default the run's
+        options: options of evaluators: '{"lch_height": {"rule": "topk"}}'
+        taxonomy: a registered name, a folder or a file; by default the run's
+        aggregate: an image's latent, of many tokens: their max or mean
+        dataset_path: hub name, folder of class folders, parquet files; by default the run's
+        dataset_name: the configuration of a dataset with several
+        split: a held-out one; by default the run's, else validation, else test
+        image_column: by default the run's, else found
+        label_column: by default the run's, else found
+        max_images: measure on this many; by default the run's eval_max_images
+        allow_train_split: measure on images trained on; the results say so
+        nulls: null controls
+        controls: further controls. planted: detectors that know the tree
+        n_permutations: draws of the permuted classes
         seed: of halves, permutations and random latents
-        output_path: where results.json, tables, figures and thumbnails go; by default into the run
+        output_path: where everything goes; by default into the run
         device: by default a GPU where there is one
         batch_size: images in one forward pass
         num_workers: processes that decode images
-        max_corrupt_share: stop when more of the images are corrupt
-        keep_activations: keep the activations of the images there too
-        progress: show a progress bar
+        max_corrupt_share: share of corrupt images above which the work stops
+        keep_activations: keep the activations of the images too
+        progress: show progress bars
 
     Raises:
-        ConfigError: a value that is not allowed.
+        ConfigError: a null, control or aggregate that does not exist, or no permutation.
     """
 
     evaluators: str | Sequence[str] | None = None

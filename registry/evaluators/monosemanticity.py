@@ -45,6 +45,8 @@ class MonosemanticityOptions:
                 f"encoder: must be one of {', '.join(ENCODERS)} or a path to a .npy file, got "
                 f"{self.encoder!r}"
             )
+        if self.encoder not in ENCODERS and not Path(self.encoder).is_file():
+            raise ConfigError(f"encoder: no file {self.encoder!r}")
 
 
 class Monosemanticity(Evaluator[MonosemanticityOptions]):
@@ -227,10 +229,8 @@ def read_embeddings(path: str, n_images: int) -> np.ndarray:
     """The rows of a .npy file, memory-mapped.
 
     Raises:
-        ConfigError: no such file, or another number of rows than images.
+        ConfigError: another number of rows than images.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"encoder: no file {path!r}")
     rows = np.load(path, mmap_mode="r")
     if rows.ndim != 2 or len(rows) != n_images:
         raise ConfigError(

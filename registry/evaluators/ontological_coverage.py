@@ -18,7 +18,7 @@ from scipy import sparse
 from ..errors import ConfigError
 from .base import EvaluationBatch, EvaluationContext, Evaluator
 from .parts import summary
-from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram
+from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram, check_survival
 
 BLOCK = 2**22
 """About how many nonzeros of (latents × thresholds × nodes) are held at a time."""
@@ -37,6 +37,7 @@ class CoverageOptions:
     def __post_init__(self) -> None:
         if not 0 < self.covered <= 1:
             raise ConfigError(f"covered: must lie in (0, 1], got {self.covered}")
+        check_survival(self.survival)
 
 
 class Detectors(NamedTuple):

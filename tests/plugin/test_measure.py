@@ -18,7 +18,7 @@ from taxolens.plugin.evaluation import bench as bench_module
 from taxolens.plugin.evaluation import latent_cards as cards
 from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELatents, image_latents
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
-from taxolens.plugin.evaluation.measure_sae import CARDS, CardFacts
+from taxolens.plugin.evaluation.measure_sae import share_card_facts
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
 from taxolens.plugin.evaluation.training_evaluator import TrainingEvaluator
@@ -386,7 +386,7 @@ def test_cards_show_the_top_images(
     sae: Any, held_out: HeldOutActivations, labels: np.ndarray
 ) -> None:
     tested = bench()
-    done = tested.run(SAELatents(sae), held_out, {CARDS: (CardFacts, None)})
+    done = tested.run(SAELatents(sae), held_out, prepare=share_card_facts)
     z = sae.encode(torch.from_numpy(held_out.tokens[:, 0]))
     latent = int((z > 0).sum(0).argmax())
     (card,) = cards.make_cards(

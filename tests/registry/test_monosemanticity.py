@@ -112,12 +112,13 @@ def test_bad_encoders_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=r"encoder: must be one of .* got 'clip'"):
         Monosemanticity.Options(encoder="clip")
+    with pytest.raises(ConfigError, match=r"encoder: no file '.*no\.npy'"):
+        Monosemanticity.Options(encoder=str(tmp_path / "no.npy"))
     batch = one_batch(np.eye(12, dtype=np.float32), np.arange(12))
     np.save(tmp_path / "few.npy", np.zeros((3, 2)))
     for encoder, message in (
         ("mean_patch", "the batches have none"),
         ("model", "no model is at hand"),
-        (str(tmp_path / "no.npy"), "no file"),
         (str(tmp_path / "few.npy"), "one row for each of the 12 images"),
     ):
         with pytest.raises(AssertionError, match=f"ConfigError: encoder: .*{message}"):

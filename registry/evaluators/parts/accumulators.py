@@ -5,6 +5,8 @@ All are built from the nonzeros of z, so a sparse z costs what its firings cost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -49,6 +51,16 @@ class ClassCounts(Accumulator):
         return self.counts[int(shuffled)].sum(0)
 
 
+def check_survival(survival: Sequence[float]) -> None:
+    """Refuse a grid of thresholds that does not fall from 1.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not survival or survival[0] != 1 or list(survival) != sorted(set(survival), reverse=True):
+        raise ConfigError(f"survival: must fall strictly from 1.0, got {survival}")
+
+
 class Thresholds(Accumulator):
     """Per latent, the activations that a given share of its firings reaches, from the calibration.
 
@@ -59,8 +71,7 @@ class Thresholds(Accumulator):
 
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
         super().__init__(context)
-        if survival[0] != 1.0 or list(survival) != sorted(set(survival), reverse=True):
-            raise ConfigError(f"survival: must fall strictly from 1.0, got {survival}")
+        check_survival(survival)
         self.survival = survival
         self.values: np.ndarray | None = None
 
