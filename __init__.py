@@ -6,7 +6,7 @@ every installed plugin, selectable by name in SAELens and TransformerLens.
 
 from taxolens.hooks.models.families import VisionFamily
 from taxolens.hooks.models.load import load_vision_model
-from taxolens.plugin.evaluation.evaluate import evaluate_run
+from taxolens.plugin.evaluation.evaluate import EvaluationSettings, evaluate_run
 from taxolens.plugin.hookspecs import hookimpl
 from taxolens.plugin.manager import load_plugins
 from taxolens.plugin.reporting.report import write_report

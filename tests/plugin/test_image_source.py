@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
-from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.source import ImageSource
 from taxolens.plugin.commands import evaluate as evaluate_command
 from taxolens.plugin.commands import train_flags
-from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
+from taxolens.plugin.evaluation.evaluate import (
+    TrainingEvaluator,
+    evaluate_run,
+    make_training_evaluator,
+)
+from taxolens.plugin.evaluation.held_out import HeldOut
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
 from taxolens.plugin.training.runner import VisionSAETrainingRunner
 from taxolens.registry.errors import ConfigError
+from taxolens.registry.taxonomies import load
 from tiny_images import hf_dataset, noise
 
 CLASSES = ("ant", "bee", "oak", "elm")
@@ -114,6 +121,61 @@ def test_trust_and_configuration_reach_every_place(
     assert not results.dataset.seen_in_training
     evaluate_run(cfg.output_path, override_model=vit, progress=False, n_permutations=1)
     assert reads(asked, *what) == [held_out]
+
+
+def test_a_job_reads_each_split_and_the_tree_once(
+    train: Any, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan, the evaluator in the training and the evaluation after it share them."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    trees: list[Path] = []
+    opened: list[ImageSource] = []
+    measured: list[str] = []
+    from_file, of, measure = load.from_file, ImageDataset.of, TrainingEvaluator.measure
+
+    def read_tree(path: Path, classes: Any) -> Any:
+        trees.append(path)
+        return from_file(path, classes)
+
+    def open_images(source: ImageSource) -> ImageDataset:
+        opened.append(source)
+        return of(source)
+
+    def measure_in_training(self: Any, sae: Any, hook_name: str, *scaler: Any) -> Any:
+        measured.append(hook_name)
+        return measure(self, sae, hook_name, *scaler)
+
+    monkeypatch.setattr(load, "from_file", read_tree)
+    monkeypatch.setattr(ImageDataset, "of", open_images)
+    monkeypatch.setattr(TrainingEvaluator, "measure", measure_in_training)
+    job = train(log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=5)
+    job.plan()
+    results, _ = job.evaluate(progress=False)
+    assert measured and results.errors == {} and results.dataset.n_images == 16
+    assert reads(asked, "split") == [("validation",), ("train",)]
+    assert [source.split for source in opened] == ["validation", "train"]
+    assert len(trees) == 1
+
+
+def test_the_training_evaluator_takes_the_images_that_it_would_load(
+    training: Any, repository: Path, vit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = training.single(
+        dataset_path=str(repository),
+        dataset_name="large",
+        taxonomy=str(repository / "tree.csv"),
+        evaluators=["ontological_coverage"],
+    )
+    whole = HeldOut.load(cfg.held_out_source, cfg.taxonomy)
+    monkeypatch.setattr("taxolens.plugin.evaluation.training_evaluator.MAX_TRAINING_IMAGES", 9)
+    shared = make_training_evaluator(cfg, vit, whole).held_out[cfg.hook_name]
+    cfg.eval_max_images = 9
+    loaded = make_training_evaluator(cfg, vit).held_out[cfg.hook_name]
+    assert len(shared) == 9 and np.array_equal(shared.tokens, loaded.tokens)
+    assert np.array_equal(shared.split.labels, loaded.split.labels)
+    limited = whole.limited(9).images
+    assert limited.fingerprint == HeldOut.load(cfg.held_out_source, cfg.taxonomy).images.fingerprint
+    assert whole.limited(100) is whole
 
 
 def test_the_configuration_is_recorded_in_the_metadata_of_the_sae(train: Any, vit: Any) -> None:
