@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ...registry.evaluators.base import EvaluationContext, Evaluator, Peer
 from ...registry.evaluators.parts.accumulators import FiringRate, TopImages
 from ...registry.files import write_atomically
+from ...registry.presentation import NodeTable
 from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
@@ -44,10 +45,12 @@ class CardFacts(Evaluator[Any]):
         return {"l0": self._rate.mean_l0}
 
     def cards(
-        self, tables: cards.Tables, rows: np.ndarray
+        self, tables: cards.Tables, sources: Mapping[str, NodeTable | None], rows: np.ndarray
     ) -> tuple[list[LatentCard], list[LatentCard], dict[str, float]]:
-        """The most and the least specific latents, and node -> F1 of its best latent."""
-        placed = cards.placed_latents(tables)
+        """The most and the least specific latents, and node -> F1 of its best latent; `sources` are
+        the evaluators' `node_table`s."""
+        places = cards.NodeTables(tables, sources, self.taxonomy, self.context.d_sae)
+        placed = places.placed_latents()
         facts = {
             "taxonomy": self.taxonomy,
             "top": self._top,
@@ -58,7 +61,7 @@ class CardFacts(Evaluator[Any]):
         return (
             cards.make_cards(placed, most, **facts),
             cards.make_cards(placed, least, **facts),
-            cards.node_f1(tables),
+            places.node_f1(),
         )
 
 
@@ -110,7 +113,8 @@ def measure_sae(
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}
     frames = {name: {t: frame for t, (frame, _) in found.items()} for name, found in tables.items()}
     l0 = (done.compute(CARDS) or {}).get("l0", math.nan)
-    shown = done.attempt(CARDS, lambda facts: cast(CardFacts, facts).cards(frames, rows))
+    sources = {name: cls.node_table for name, (cls, _) in bench.chosen.items()}
+    shown = done.attempt(CARDS, lambda facts: cast(CardFacts, facts).cards(frames, sources, rows))
     most, least, node_f1 = shown or ([], [], {})
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
@@ -138,7 +142,8 @@ def measure_sae(
         hook_name=folder.hook_name,
         layer=folder.layer,
         model_name=folder.model_name,
-        architecture=str(folder.cfg.get("architecture", "")),
+        architecture=folder.architecture,
+        trained_as=folder.trained_as,
         tokens=folder.tokens,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
