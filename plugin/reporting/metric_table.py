@@ -151,14 +151,14 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
 def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     """What the metrics and the columns of the table mean."""
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
-    metrics = "; ".join(
-        f"{metric.title}: {metric.meaning}{_direction(results, metric)}" for metric in found
-    )
-    return (
-        f"{metrics}.\n"
-        "Beside each value the same number under null controls: classes permuted over the tree "
-        "(mean and best draw; the null that matters), labels shuffled over images, a random SAE, "
-        "the neurons. A dash: that null has no meaning there."
+    metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}." for m in found)
+    return "\n".join(
+        [
+            *metrics,
+            "Beside each value the same number under null controls: classes permuted over the tree "
+            "(mean and best draw; the null that matters), labels shuffled over images, a random SAE, "
+            "the neurons. A dash: that null has no meaning there.",
+        ]
     )
 
 

@@ -56,7 +56,9 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=charts.number, short_count=_short_count)
+    environment.filters.update(
+        number=charts.number, short_count=_short_count, short_name=short_name
+    )
     view = Report(results, interactive)
     text = environment.get_template("report.html.j2").render(report=view, results=results)
     return write_atomically(path, text)
@@ -100,13 +102,17 @@ class Report:
             for n in directed
             if (null := n.nulls.get("permuted_classes")) and null.left_behind is not None
         ]
-        lower = self.direction(headline) == "lower is better"
-        best = (min if lower else max)(defined, key=lambda f: f[1].value, default=None)
+        direction = self.direction(headline)
+        ranked = [] if direction == "descriptive" else defined
+        extreme = min if direction == "lower is better" else max
+        best = extreme(ranked, key=lambda f: f[1].value, default=None)
+        ends = [self.metric(sae, headline) for sae in (series.saes[0], series.saes[-1])]
+        first, last = (number.value if number else math.nan for number in ends)
         return {
-            "first": defined[0][1].value if defined else math.nan,
-            "last": defined[-1][1].value if defined else math.nan,
+            "first": first,
+            "last": last,
             "best": best[1].value if best else math.nan,
-            "best_at": self.place(best[0]) if best and len(defined) > 1 else "",
+            "best_at": self.place(best[0]) if best and len(series) > 1 else "",
             "n": len(directed),
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),

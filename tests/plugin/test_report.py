@@ -116,6 +116,21 @@ def test_a_null_without_meaning_is_not_counted_as_one_that_was_not_left_behind(
     assert (left["n_permuted"], left["past_permuted"], left["n"]) == (0, 0, counted["n"])
 
 
+def test_the_ends_of_a_series_are_its_first_and_last_layer(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    first = results.saes[0].evaluators["level_information"].metrics
+    first["error"] = replace(first["error"], value=math.nan)
+    report = Report(results)
+    lower = report.verdict(report.series[0], ShownMetric("level_information", "error", "e"))
+    values = [s.evaluators["level_information"].metrics["error"].value for s in results.saes]
+    assert math.isnan(lower["first"]) and lower["last"] == values[2]
+    assert (lower["best"], lower["best_at"]) == (values[1], "layer 1")
+    described = ShownMetric("ontological_coverage", "internal_nodes", "n")
+    found = report.verdict(report.series[0], described)
+    assert math.isnan(found["best"]) and found["best_at"] == ""  # no direction, no best
+    assert found["first"] < found["last"]
+
+
 def test_a_null_that_is_not_left_behind_is_said_in_words(results: Results, tmp_path: Path) -> None:
     sae = results.saes[-1]
     metric = sae.evaluators["pair_depth"].metrics["pair_depth"]

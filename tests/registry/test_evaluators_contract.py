@@ -17,8 +17,12 @@ from taxolens.plugin.evaluation.latent_cards import NodeTables
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.base import NULLS, EvaluationContext, Evaluator
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens_example_plugin import ExampleFiringRate, ExampleSiblings
 
-EVALUATORS = dict(taxolens.EVALUATORS)
+EVALUATORS = {
+    **taxolens.EVALUATORS,
+    **{cls.name: cls for cls in (ExampleFiringRate, ExampleSiblings)},
+}
 
 
 @pytest.fixture(params=sorted(EVALUATORS))
