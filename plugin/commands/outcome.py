@@ -30,12 +30,15 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 def show(results: Results, report: Path) -> None:
     """The summary table on stdout, and where the rest is."""
     from ..reporting.compare import METRICS_FOLDER
-    from ..reporting.metric_table import legend, summary_table, verdict
+    from ..reporting.metric_table import headlines, legend, summary_table, verdict
 
     console = shell.console()
-    console.print(summary_table(results))
-    for text in (legend(results), verdict(results)):
-        console.print(text, highlight=False, markup=False)
+    if headlines(results):
+        console.print(summary_table(results))
+        for text in (legend(results), verdict(results)):
+            console.print(text, highlight=False, markup=False)
+    else:
+        console.print("No evaluator gave a number.", highlight=False)
     told = [f"report: {report}"]
     if (metrics := _place(results) / METRICS_FOLDER).is_dir():
         told.insert(0, f"a table and a figure for every metric: {metrics}")

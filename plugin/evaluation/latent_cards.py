@@ -15,6 +15,8 @@ from PIL import Image
 
 from ...registry.evaluators.parts.accumulators import FiringRate, TopImages
 from ...registry.files import write_atomically
+from ...registry.presentation import NodeTable
+from ...registry.taxonomies.graph import listed
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import LatentCard, TopImage
 
@@ -28,28 +30,73 @@ TOP_IMAGES = 16  # as many as pair_depth keeps, so that both read the same accum
 GOOD_F1 = 0.5
 THUMBNAIL = 96  # pixels a side
 THUMBNAILS_FOLDER = "thumbnails"
+EMPTY = pd.DataFrame({"latent": [], "node": [], "f1": []})
 
 
-def node_f1(tables: Tables) -> dict[str, float]:
-    """node -> F1 of its best latent, from the `nodes` table of ontological_coverage."""
-    nodes = tables.get("ontological_coverage", {}).get("nodes")
-    if nodes is None:
-        return {}
-    return dict(zip(nodes["node"].astype(str), nodes["f1"].astype(float), strict=True))
+class NodeTables:
+    """What the evaluators' tables say of latents and nodes, each by the evaluator's `node_table`.
 
+    Args:
+        tables: evaluator -> table -> its rows.
+        sources: evaluator -> its `node_table`.
+        n_latents: of the SAE.
+    """
 
-def placed_latents(tables: Tables) -> pd.DataFrame:
-    """latent, node, f1, one row per latent: the node for which it is the best detector (of several
-    the one it detects best); where coverage was not measured, the LCH of its classes."""
-    nodes = tables.get("ontological_coverage", {}).get("nodes")
-    if nodes is not None:
-        placed = nodes.loc[(nodes["latent"] >= 0) & nodes["f1"].notna(), ["latent", "node", "f1"]]
-        best_first = placed.sort_values(by="f1", ascending=False, kind="stable")
+    def __init__(
+        self,
+        tables: Tables,
+        sources: Mapping[str, NodeTable | None],
+        taxonomy: Taxonomy,
+        n_latents: int,
+    ) -> None:
+        self._nodes, self._n_latents = set(taxonomy.nodes), n_latents
+        declared = [(name, source) for name, source in sources.items() if source is not None]
+        declared.sort(key=lambda item: item[1].priority)
+        self._found = [
+            (source, table)
+            for name, source in declared
+            if (table := self._read(name, source, tables.get(name, {}))) is not None
+        ]
+
+    def node_f1(self) -> dict[str, float]:
+        """node -> F1 of its best latent."""
+        table = next((table for source, table in self._found if source.f1), EMPTY)
+        best: dict[str, float] = {}
+        for node, f1 in zip(table["node"], table["f1"], strict=True):
+            best[node] = max(float(f1), best.get(node, 0.0))
+        return best
+
+    def placed_latents(self) -> pd.DataFrame:
+        """latent, node, f1, one row per latent: of several nodes the one it detects best."""
+        table = next((table for source, table in self._found if source.latent), EMPTY)
+        best_first = table.query("latent >= 0").sort_values("f1", ascending=False, kind="stable")
         return best_first.drop_duplicates("latent")
-    latents = tables.get("lch_height", {}).get("latents")
-    if latents is None:
-        return pd.DataFrame({"latent": [], "node": [], "f1": []})
-    return latents[["latent", "node"]].assign(f1=math.nan)
+
+    def _read(
+        self, evaluator: str, source: NodeTable, tables: Mapping[str, pd.DataFrame]
+    ) -> pd.DataFrame | None:
+        """latent, node, f1; None, with a warning, where the table cannot be read: cards are not
+        worth the numbers."""
+        table = tables.get(source.name)
+        if table is None:
+            return None
+        try:
+            found = pd.DataFrame(
+                {
+                    "latent": table[source.latent].astype(int) if source.latent else -1,
+                    "node": table[source.node].astype(str),
+                    "f1": table[source.f1].astype(float) if source.f1 else math.nan,
+                }
+            )
+            if unknown := sorted(set(found["node"]) - self._nodes):
+                raise ValueError(f"nodes that the taxonomy does not have: {listed(unknown)}")
+            if found["latent"].to_numpy().max(initial=-1) >= self._n_latents:
+                raise ValueError(f"latents above {self._n_latents - 1}")
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            logger.warning("%s: the table %r places no latents (%s)", evaluator, source.name, what)
+            return None
+        return found.dropna(subset=["f1"]) if source.f1 else found
 
 
 def pick(placed: pd.DataFrame, taxonomy: Taxonomy, n: int = N_CARDS) -> tuple[list[int], list[int]]:

@@ -72,9 +72,11 @@ def measure_sae(
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}
     frames = {name: {t: frame for t, (frame, _) in found.items()} for name, found in tables.items()}
     context = done.context
+    declared = {name: cls.node_table for name, (cls, _) in bench.chosen.items()}
+    places = cards.NodeTables(frames, declared, bench.taxonomy, context.d_sae)
     l0 = context.attempt("L0", lambda: context.share(FiringRate).mean_l0)
-    node_f1 = context.attempt("node F1", lambda: cards.node_f1(frames))
-    most, least = context.attempt(CARDS, lambda: _cards(context, frames, rows)) or ([], [])
+    node_f1 = context.attempt("node F1", places.node_f1)
+    most, least = context.attempt(CARDS, lambda: _cards(context, places, rows)) or ([], [])
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
     evaluators = {
@@ -101,7 +103,8 @@ def measure_sae(
         hook_name=folder.hook_name,
         layer=folder.layer,
         model_name=folder.model_name,
-        architecture=str(folder.cfg.get("architecture", "")),
+        architecture=folder.architecture,
+        trained_as=folder.trained_as,
         tokens=folder.tokens,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
@@ -126,10 +129,10 @@ def share_card_facts(context: EvaluationContext) -> None:
 
 
 def _cards(
-    context: EvaluationContext, tables: cards.Tables, rows: np.ndarray
+    context: EvaluationContext, places: cards.NodeTables, rows: np.ndarray
 ) -> tuple[list[LatentCard], list[LatentCard]]:
     """The most and the least specific latents."""
-    placed = cards.placed_latents(tables)
+    placed = places.placed_latents()
     facts = {
         "taxonomy": context.taxonomy,
         "top": context.share(TopImages, k=cards.TOP_IMAGES),

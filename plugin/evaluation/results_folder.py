@@ -137,7 +137,9 @@ class ResultsFolder:
         for sae in self.saes:
             same = finished.get(self.fingerprints[sae.id])
             if same is not None and _files_exist(self.folder, same):
-                self._found[sae.id] = replace(same, id=sae.id, run=sae.run, name=sae.name)
+                self._found[sae.id] = replace(
+                    same, id=sae.id, run=sae.run, name=sae.name, trained_as=sae.trained_as
+                )
         if self._found:
             self._dataset = replace(
                 earlier.dataset, seen_in_training=self._dataset.seen_in_training
@@ -163,6 +165,9 @@ class ResultsFolder:
                     description=cls.description,
                     directions=dict(cls.higher_is_better),
                     nulls={**ALL_NULLS, **cls.nulls},
+                    headlines=list(cls.headlines),
+                    labels=dict(cls.labels),
+                    node_table=cls.node_table,
                 )
                 for name, (cls, _) in bench.chosen.items()
             },

@@ -57,6 +57,19 @@ class SAEFolder:
         return self.setting("tokens", "class")
 
     @property
+    def architecture(self) -> str:
+        """As its files say, "" where they do not."""
+        return str(self.cfg.get("architecture", ""))
+
+    @property
+    def trained_as(self) -> str:
+        """The architecture that was trained, which SAELens records in the metadata: what saves as
+        `topk` may have been trained as another. Where it is not recorded, `architecture`."""
+        return str(
+            (self.cfg.get("metadata") or {}).get("training_architecture") or self.architecture
+        )
+
+    @property
     def layer(self) -> int | None:
         return layer_of(self.hook_name)
 

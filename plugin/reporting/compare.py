@@ -7,13 +7,23 @@ from pathlib import Path
 import pandas as pd
 
 from ...registry.files import write_atomically
-from .metric_table import Headline
+from .metric_table import ShownMetric
 from .report import Report
 from .results import Results
 
 METRICS_FOLDER = "metrics"
 SAES_FILENAME = "saes.csv"
-SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "tokens", "d_in", "d_sae", "l0")
+SAE_COLUMNS = (
+    "id",
+    "hook_name",
+    "model_name",
+    "architecture",
+    "trained_as",
+    "tokens",
+    "d_in",
+    "d_sae",
+    "l0",
+)
 
 
 def write_comparison(results: Results, folder: Path | None = None) -> Path:
@@ -36,7 +46,8 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     write_atomically(target / SAES_FILENAME, saes, sync=False)
     written = {SAES_FILENAME}
     for evaluator, metric in results.metric_names():
-        headline = Headline(evaluator, metric, f"{evaluator} / {metric}")
+        title = f"{evaluator} / {results.label(evaluator, metric)}"
+        headline = ShownMetric(evaluator, metric, title)
         stem = f"{evaluator}.{metric}"
         table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
         write_atomically(target / f"{stem}.csv", table, sync=False)
@@ -57,7 +68,7 @@ def sae_table(report: Report) -> pd.DataFrame:
     )
 
 
-def comparison_table(report: Report, headline: Headline) -> pd.DataFrame:
+def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:
     """A row per place; columns ``<series>``, ``<series> <null>``, ``<series> permuted_classes best``."""
     rows = []
     for place, numbers in report.side_by_side(headline):

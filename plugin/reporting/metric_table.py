@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ...registry.nulls import NULLS
-from .results import MetricResult, Results, SAEResult
+from ...registry.presentation import Headline
+from .results import MetricResult, NullResult, Results, SAEResult
 from .series import all_series
+
+FIRST_COLUMN = 20  # characters; a longer title is wrapped
 
 
 @dataclass(frozen=True)
-class Headline:
+class ShownMetric:
     """A metric that summaries show, under the name that a reader should call it."""
 
     evaluator: str
@@ -25,44 +30,6 @@ class Headline:
     meaning: str = ""
 
 
-HEADLINES = (
-    Headline(
-        "ontological_coverage",
-        "internal_f1",
-        "node coverage",
-        "mean F1 of the best latent for each internal node of the tree",
-    ),
-    Headline(
-        "pair_depth",
-        "pair_depth",
-        "pair depth",
-        "how deep the classes of a latent's top images meet, pairs of one class left out",
-    ),
-    Headline(
-        "lch_height",
-        "height_gap",
-        "LCH height",
-        "how much lower the classes of a latent meet than random sets of as many classes",
-    ),
-    Headline(
-        "lch_height",
-        "generality_gap",
-        "LCH generality",
-        "the same in bits of classes below the node",
-    ),
-    Headline(
-        "level_information",
-        "x_probe_level_accuracy",
-        "level accuracy",
-        "a linear probe on the activations, scored at the levels of the tree",
-    ),
-    Headline(
-        "level_information",
-        "x_probe_right_group",
-        "right group",
-        "of the images whose class that probe misses, the share put into the right group",
-    ),
-)
 COLUMNS = {
     "permuted_classes": "permuted classes",
     "shuffled": "shuffled labels",
@@ -78,16 +45,44 @@ HEADINGS = {
 }
 
 
-def summary_table(results: Results, headlines: Sequence[Headline] = HEADLINES) -> Table:
+def headlines(results: Results) -> list[ShownMetric]:
+    """What the evaluators want to be shown, of the metrics that some SAE has, by priority.
+
+    An evaluator that declares no headline has one: its first metric with a direction, or its first.
+    """
+    present = set(results.metric_names())
+    found = []
+    for evaluator, info in results.evaluators.items():
+        metrics = [metric for metric in info.directions if (evaluator, metric) in present]
+        declared = [headline for headline in info.headlines if headline.metric in metrics]
+        for headline in declared or _default_headlines(results, evaluator, metrics):
+            meaning = headline.meaning or info.description
+            shown = ShownMetric(evaluator, headline.metric, headline.title, meaning)
+            found.append((headline.priority, shown))
+    return [shown for _, shown in sorted(found, key=lambda item: item[0])]
+
+
+def _default_headlines(results: Results, evaluator: str, metrics: list[str]) -> list[Headline]:
+    directions = results.evaluators[evaluator].directions
+    directed = [metric for metric in metrics if directions[metric] is not None]
+    return [
+        Headline(
+            metric,
+            ": ".join(dict.fromkeys([evaluator, results.label(evaluator, metric)])).replace(
+                "_", " "
+            ),
+        )
+        for metric in (directed or metrics)[:1]
+    ]
+
+
+def summary_table(results: Results, shown: Sequence[ShownMetric] | None = None) -> Table:
     """One table of the headline metrics: a section per metric, a row per SAE in order of depth.
 
     Metrics that no SAE has are left out.
     """
-    headlines = [headline for headline in headlines if _rows(results, headline)]
-    series = all_series(results)
-    title = series[0].label if len(series) == 1 else ""
     table = Table(
-        title=title,
+        title=_title(results),
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -99,18 +94,20 @@ def summary_table(results: Results, headlines: Sequence[Headline] = HEADLINES) -
     table.add_column("value", justify="right", style="bold", no_wrap=True)
     for null in NULLS:
         table.add_column(HEADINGS[null], justify="right", no_wrap=True)
-    table.add_column("not above", style="yellow")
-    for headline in headlines:
-        name = headline.title
-        for sae, number in _rows(results, headline):
-            table.add_row(name, _label(results, sae), *_cells(number))
-            name = ""
+    table.add_column("not past", style="yellow")
+    for metric in headlines(results) if shown is None else shown:
+        rows = _rows(results, metric)
+        names = wrap(metric.title, FIRST_COLUMN)
+        names += [""] * (len(rows) - len(names))
+        for i, (sae, number) in enumerate(rows):
+            name = "\n".join(names[i:] if i == len(rows) - 1 else names[i : i + 1])
+            table.add_row(escape(name), escape(_label(results, sae)), *_cells(number))
         table.add_section()
     return table
 
 
 def summary_rows(
-    results: Results, headlines: Sequence[Headline] = HEADLINES
+    results: Results, shown: Sequence[ShownMetric] | None = None
 ) -> list[dict[str, Any]]:
     """The same as flat records, for `--json`."""
     return [
@@ -118,54 +115,75 @@ def summary_rows(
             "sae": sae.id,
             "hook_name": sae.hook_name,
             "layer": sae.layer,
-            "evaluator": headline.evaluator,
-            "metric": headline.metric,
+            "architecture": sae.trained_as,
+            "evaluator": metric.evaluator,
+            "metric": metric.metric,
+            "title": metric.title,
             "value": number.value,
             **{name: null.mean for name, null in number.nulls.items()},
             "not_left_behind": number.missed,
         }
-        for headline in headlines
-        for sae, number in _rows(results, headline)
+        for metric in (headlines(results) if shown is None else shown)
+        for sae, number in _rows(results, metric)
     ]
 
 
-def verdict(results: Results, headlines: Sequence[Headline] = HEADLINES) -> str:
-    """At how many SAEs each headline number leaves its nulls behind, in one sentence."""
-    told = []
-    for headline in headlines:
-        numbers = [number for _, number in _rows(results, headline)]
+def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
+    """At how many SAEs each headline metric is past its nulls, in one sentence."""
+    counts = []
+    for metric in headlines(results) if shown is None else shown:
+        numbers = [number for _, number in _rows(results, metric)]
         judged = [n for n in numbers if any(v.left_behind is not None for v in n.nulls.values())]
         if judged:
-            past_permuted = sum("permuted_classes" not in n.missed for n in judged)
+            permuted = [n.nulls.get("permuted_classes", NullResult()).left_behind for n in judged]
+            compared = [past for past in permuted if past is not None]
+            past_permuted = sum(compared) if compared else "–"
             past_all = sum(not n.missed for n in judged)
-            told.append(f"{headline.title} {past_permuted} and {past_all}")
-    if not told:
+            counts.append(f"{metric.title} {past_permuted} and {past_all}")
+    if not counts:
         return "No number here has a null to be compared with."
     return (
-        f"Of {len(results.saes)} SAEs, so many are above the permuted classes, and above all "
-        f"nulls: {'; '.join(told)}."
+        f"Of {len(results.saes)} SAEs, so many are past the permuted classes, and past all "
+        f"nulls: {'; '.join(counts)}."
     )
 
 
-def legend(results: Results, headlines: Sequence[Headline] = HEADLINES) -> str:
+def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     """What the metrics and the columns of the table mean."""
-    headlines = [headline for headline in headlines if _rows(results, headline)]
-    metrics = "; ".join(f"{headline.title}: {headline.meaning}" for headline in headlines)
-    return (
-        f"{metrics}.\n"
-        "Beside each value the same number under null controls: classes permuted over the tree "
-        "(mean and best draw; the null that matters), labels shuffled over images, a random SAE, "
-        "the neurons. A dash: that null has no meaning there."
+    found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
+    metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}." for m in found)
+    return "\n".join(
+        [
+            *metrics,
+            "Beside each value the same number under null controls: classes permuted over the tree "
+            "(mean and best draw; the null that matters), labels shuffled over images, a random SAE, "
+            "the neurons. A dash: that null has no meaning there.",
+        ]
     )
 
 
-def _rows(results: Results, headline: Headline) -> list[tuple[SAEResult, MetricResult]]:
+def _direction(results: Results, metric: ShownMetric) -> str:
+    """What a reader must know unless higher is better, as everywhere else."""
+    info = results.evaluators.get(metric.evaluator)
+    better = info.directions.get(metric.metric) if info else True
+    return {True: "", False: " (lower is better)", None: " (it only describes)"}[better]
+
+
+def _title(results: Results) -> str:
+    """What all SAEs share: where they are, where that is one curve, and their architecture."""
+    series = all_series(results)
+    kinds = {sae.trained_as for sae in results.saes}
+    shared = [*(s.label for s in series if len(series) == 1), *(kinds if len(kinds) == 1 else ())]
+    return escape(" · ".join(filter(None, shared)))
+
+
+def _rows(results: Results, shown: ShownMetric) -> list[tuple[SAEResult, MetricResult]]:
     found = []
     for series in all_series(results):
         for sae in series:
-            evaluator = sae.evaluators.get(headline.evaluator)
-            if evaluator and headline.metric in evaluator.metrics:
-                found.append((sae, evaluator.metrics[headline.metric]))
+            evaluator = sae.evaluators.get(shown.evaluator)
+            if evaluator and shown.metric in evaluator.metrics:
+                found.append((sae, evaluator.metrics[shown.metric]))
     return found
 
 
@@ -176,7 +194,10 @@ def _layers(results: Results) -> bool:
 
 
 def _label(results: Results, sae: SAEResult) -> str:
-    return str(sae.layer) if _layers(results) else sae.id
+    if _layers(results):
+        return str(sae.layer)
+    several = len({other.trained_as for other in results.saes}) > 1
+    return f"{sae.id} ({sae.trained_as})" if several and sae.trained_as not in sae.id else sae.id
 
 
 def _cells(number: MetricResult) -> list[str]:

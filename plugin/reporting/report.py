@@ -18,10 +18,11 @@ from markupsafe import Markup
 
 from ...registry.files import write_atomically
 from ...registry.nulls import NULLS
+from ...registry.presentation import NodeTable
 from ...registry.taxonomies.taxonomy import Taxonomy
 from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
-from .metric_table import COLUMNS, HEADLINES, Headline
+from .metric_table import COLUMNS, ShownMetric, headlines
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
 from .tree_chart import Icicle, scale
@@ -55,7 +56,9 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=charts.number, short_count=_short_count)
+    environment.filters.update(
+        number=charts.number, short_count=_short_count, short_name=short_name
+    )
     view = Report(results, interactive)
     text = environment.get_template("report.html.j2").render(report=view, results=results)
     return write_atomically(path, text)
@@ -78,16 +81,16 @@ class Report:
 
     # Numbers ------------------------------------------------------------------------------------
 
-    def metric(self, sae: SAEResult, headline: Headline) -> MetricResult | None:
+    def metric(self, sae: SAEResult, headline: ShownMetric) -> MetricResult | None:
         evaluator = sae.evaluators.get(headline.evaluator)
         return evaluator.metrics.get(headline.metric) if evaluator else None
 
-    def direction(self, headline: Headline) -> str:
+    def direction(self, headline: ShownMetric) -> str:
         info = self.results.evaluators.get(headline.evaluator)
         better = info.directions.get(headline.metric) if info else None
         return {True: "higher is better", False: "lower is better", None: "descriptive"}[better]
 
-    def verdict(self, series: Series, headline: Headline) -> dict[str, Any]:
+    def verdict(self, series: Series, headline: ShownMetric) -> dict[str, Any]:
         """One metric over a series: its ends, its best layer, and where nulls are left behind."""
         found = [(sae, number) for sae in series if (number := self.metric(sae, headline))]
         defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
@@ -99,13 +102,17 @@ class Report:
             for n in directed
             if (null := n.nulls.get("permuted_classes")) and null.left_behind is not None
         ]
-        lower = self.direction(headline) == "lower is better"
-        best = (min if lower else max)(defined, key=lambda f: f[1].value, default=None)
+        direction = self.direction(headline)
+        ranked = [] if direction == "descriptive" else defined
+        extreme = min if direction == "lower is better" else max
+        best = extreme(ranked, key=lambda f: f[1].value, default=None)
+        ends = [self.metric(sae, headline) for sae in (series.saes[0], series.saes[-1])]
+        first, last = (number.value if number else math.nan for number in ends)
         return {
-            "first": defined[0][1].value if defined else math.nan,
-            "last": defined[-1][1].value if defined else math.nan,
+            "first": first,
+            "last": last,
             "best": best[1].value if best else math.nan,
-            "best_at": self.place(best[0]) if best and len(defined) > 1 else "",
+            "best_at": self.place(best[0]) if best and len(series) > 1 else "",
             "n": len(directed),
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),
@@ -133,7 +140,7 @@ class Report:
         layers = [[sae.layer for sae in series] for series in self.series]
         return all(None not in here and len(set(here)) == len(here) for here in layers)
 
-    def side_by_side(self, headline: Headline) -> list[tuple[str, list[MetricResult | None]]]:
+    def side_by_side(self, headline: ShownMetric) -> list[tuple[str, list[MetricResult | None]]]:
         """(place, its number in every series), for comparing."""
         places = dict.fromkeys(self.place(sae) for series in self.series for sae in series)
         found = []
@@ -220,7 +227,7 @@ class Report:
                 "svg": self.chart(headline),
             }
 
-    def chart(self, headline: Headline) -> Markup:
+    def chart(self, headline: ShownMetric) -> Markup:
         """The metric over layers against its nulls; a row per SAE where there are no layers."""
         label = f"{headline.title}, over layers"
         if not self.layered:
@@ -249,16 +256,16 @@ class Report:
             x_title="layer" if self._by_layer else "hook point",
         )
 
-    def figure(self, headline: Headline) -> Markup:
+    def figure(self, headline: ShownMetric) -> Markup:
         """The chart as a document of its own: title, direction and legend with it."""
         return charts.captioned(
             self.chart(headline),
-            title=f"{headline.evaluator} / {headline.metric}",
+            title=headline.title,
             subtitle=self.direction(headline),
             legend=self.lines,
         )
 
-    def _lines(self, series: Series, headline: Headline, style: Style) -> list[Line]:
+    def _lines(self, series: Series, headline: ShownMetric, style: Style) -> list[Line]:
         numbers = [self.metric(sae, headline) for sae in series]
         x = [position for position, _ in _positions(series)]
         lines = [Line("the SAE", x, [n.value if n else math.nan for n in numbers], style)]
@@ -302,6 +309,21 @@ class Report:
     def icicle(self) -> Icicle:
         return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
 
+    @cached_property
+    def tree_colour(self) -> str:
+        """What the nodes of the covered tree are coloured by."""
+        found = [
+            info.node_table
+            for name, info in self.results.evaluators.items()
+            if (table := info.node_table) is not None
+            and table.f1
+            and any(table.name in sae.evaluators[name].tables for sae in self._measured_by(name))
+        ]
+        return min(found, key=lambda table: table.priority, default=NodeTable("")).meaning
+
+    def _measured_by(self, evaluator: str) -> list[SAEResult]:
+        return [sae for sae in self.results.saes if evaluator in sae.evaluators]
+
     @property
     def scale(self) -> list[tuple[str, str]]:
         return scale()
@@ -333,22 +355,6 @@ class Report:
 
     def plotly_js(self) -> Markup:
         return Markup(plotly.offline.get_plotlyjs())
-
-
-def headlines(results: Results) -> list[Headline]:
-    """The metrics worth a column: those of `HEADLINES`, and of every other evaluator its first
-    metric that has a direction."""
-    present = {(evaluator, metric) for _, evaluator, metric, _ in results.rows()}
-    found = [h for h in HEADLINES if (h.evaluator, h.metric) in present]
-    named = {h.evaluator for h in HEADLINES}
-    for evaluator, info in results.evaluators.items():
-        if evaluator in named:
-            continue
-        metrics = [metric for metric in info.directions if (evaluator, metric) in present]
-        directed = [metric for metric in metrics if info.directions[metric] is not None]
-        for metric in (directed or metrics)[:1]:
-            found.append(Headline(evaluator, metric, f"{evaluator}: {metric}".replace("_", " ")))
-    return found
 
 
 def _positions(series: Series) -> list[tuple[float, str]]:

@@ -18,6 +18,7 @@ import pandas as pd
 
 from ...registry.errors import DataError
 from ...registry.files import write_atomically
+from ...registry.presentation import Headline, NodeTable
 
 SCHEMA = "taxolens.results/1"
 RESULTS_FILENAME = "results.json"
@@ -108,7 +109,11 @@ class LatentCard:
 
 @dataclass(frozen=True)
 class SAEResult:
-    """Everything about one SAE. `fingerprint` changes with whatever its numbers depend on."""
+    """Everything about one SAE. `fingerprint` changes with whatever its numbers depend on.
+
+    `architecture` is what its files say; `trained_as` is the architecture that was trained, by the
+    name that the user chose: where it is not recorded, the same.
+    """
 
     id: str
     run: str
@@ -127,6 +132,10 @@ class SAEResult:
     least_specific: list[LatentCard] = field(default_factory=list)
     node_f1: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    trained_as: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trained_as", self.trained_as or self.architecture)
 
     @property
     def errors(self) -> dict[str, str]:
@@ -136,11 +145,15 @@ class SAEResult:
 @dataclass(frozen=True)
 class EvaluatorInfo:
     """What an evaluator promises: `directions` says per metric whether higher is better (None: the
-    number only describes), `nulls` why a null has no meaning for it (None: it is computed)."""
+    number only describes), `nulls` why a null has no meaning for it (None: it is computed).
+    `headlines`, `labels` and `node_table` are those of the evaluator's class."""
 
     description: str
     directions: dict[str, bool | None]
     nulls: dict[str, str | None]
+    headlines: list[Headline] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    node_table: NodeTable | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,11 @@ class Results:
         """Every (evaluator, metric) that some SAE has."""
         return list(dict.fromkeys((evaluator, metric) for _, evaluator, metric, _ in self.rows()))
 
+    def label(self, evaluator: str, metric: str) -> str:
+        """What the evaluator calls its metric; the metric's key where it has no label."""
+        info = self.evaluators.get(evaluator)
+        return info.labels.get(metric, metric) if info else metric
+
     def frame(self) -> pd.DataFrame:
         """One row per SAE and metric: the value, and per null its mean, best and whether it is
         left behind."""
@@ -228,6 +246,7 @@ class Results:
                 "sae": sae.name,
                 "hook_name": sae.hook_name,
                 "layer": sae.layer,
+                "architecture": sae.trained_as,
                 "evaluator": evaluator,
                 "metric": metric,
                 "value": number.value,

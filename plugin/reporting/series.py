@@ -60,7 +60,7 @@ def all_series(results: Results) -> list[Series]:
     labels = [
         " · ".join(dict.fromkeys(key[i] for i in varying or [2] if key[i])) for key, _ in found
     ]
-    kinds = [" and ".join(dict.fromkeys(sae.architecture for sae in saes)) for _, saes in found]
+    kinds = [" and ".join(dict.fromkeys(sae.trained_as for sae in saes)) for _, saes in found]
     if len(set(kinds)) > 1:  # the name of a run need not say what was trained
         labels = [
             label if kind in label or not kind else f"{label} ({kind})"

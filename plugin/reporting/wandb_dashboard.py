@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...registry.errors import ConfigError, TaxolensError
-from .metric_table import HEADLINES, Headline
+from .metric_table import ShownMetric, headlines
 from .results import Results
 from .wandb_log import flat_metrics, is_below, layer_rows, prefixed_series
 
@@ -40,8 +40,8 @@ def dashboard(results: Results, where: str, *, name: str = "taxolens") -> Worksp
         raise ConfigError(
             "wandb_dashboard: needs wandb-workspaces; pip install 'taxolens[workspaces]'"
         ) from error
-    groups: dict[str, Sequence[Headline]] = {"headlines": HEADLINES}
-    metrics = [Headline(evaluator, metric, metric) for evaluator, metric in results.metric_names()]
+    groups: dict[str, Sequence[ShownMetric]] = {"headlines": headlines(results)}
+    metrics = [ShownMetric(e, m, results.label(e, m)) for e, m in results.metric_names()]
     for evaluator in dict.fromkeys(metric.evaluator for metric in metrics):
         groups[evaluator] = [metric for metric in metrics if metric.evaluator == evaluator]
     panels = {group: list(_panels(results, wanted)) for group, wanted in groups.items()}
@@ -73,11 +73,11 @@ def save_dashboard(results: Results, where: str, *, name: str = "taxolens") -> s
     return workspace.url
 
 
-def _panels(results: Results, headlines: Sequence[Headline]) -> Iterator[Any]:
+def _panels(results: Results, shown: Sequence[ShownMetric]) -> Iterator[Any]:
     from wandb_workspaces.reports.v2 import BarPlot, LinePlot
 
     curves = prefixed_series(results)
-    for headline in headlines:
+    for headline in shown:
         metric = f"{headline.evaluator}/{headline.metric}"
         for series, prefix in curves:
             logged = dict.fromkeys(key for row in layer_rows(series) for key in row)

@@ -176,7 +176,7 @@ def _charts(results: Results) -> Iterator[tuple[str, Any]]:
                         xs=[row["layers/layer"] for row in rows],
                         ys=[[row.get(line, math.nan) for row in rows] for line in lines],
                         keys=[line.removeprefix(key).strip("/") or "value" for line in lines],
-                        title=f"{evaluator} / {metric}",
+                        title=f"{evaluator} / {results.label(evaluator, metric)}",
                         xname="layer",
                     ),
                 )
@@ -249,6 +249,7 @@ def _config(results: Results) -> dict[str, Any]:
             "fingerprint": results.dataset.fingerprint,
         },
         "taxonomy": results.taxonomy.name,
+        "architectures": {sae.id: sae.trained_as for sae in results.saes},
     }
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import hashing
 from ..errors import ConfigError, TaxolensError
 from ..nulls import NULLS
+from ..presentation import Headline, NodeTable
 from ..table import unknown_name_message
 
 if TYPE_CHECKING:
@@ -333,6 +334,12 @@ class Evaluator(ABC, Generic[O]):
     wants_intervention: ClassVar[bool] = False
     """Whether `EvaluationContext.intervene` is called: each call is a forward pass, so an option
     must bound the images. Where it is None the evaluator gives NaN for what it cannot measure."""
+    headlines: ClassVar[tuple[Headline, ...]] = ()
+    """Metrics that the summaries show. Where it is empty they show the first that has a direction."""
+    labels: ClassVar[Mapping[str, str]] = {}
+    """metric -> its name in reports and charts; by default the metric's key with spaces."""
+    node_table: ClassVar[NodeTable | None] = None
+    """Which of `tables()` places latents at nodes, for the report's latent cards and tree chart."""
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(

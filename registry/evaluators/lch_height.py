@@ -15,6 +15,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
+from ..presentation import Headline, NodeTable
 from ..taxonomies.taxonomy import Taxonomy
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .parts import summary
@@ -81,6 +82,21 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         "generality_gap": True,
     }
     invariant = frozenset({"defined", "single_class_share"})
+    headlines = (
+        Headline(
+            "height_gap",
+            "LCH height",
+            "how much lower the classes of a latent meet than random sets of as many classes",
+            priority=30,
+        ),
+        Headline(
+            "generality_gap",
+            "LCH generality",
+            "the same in bits of classes below the node",
+            priority=30,
+        ),
+    )
+    node_table = NodeTable("latents", f1=None, priority=20)
     Options = LCHHeightOptions
 
     def __init__(

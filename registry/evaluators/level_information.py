@@ -14,6 +14,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..presentation import Headline
 from ..taxonomies.taxonomy import Taxonomy
 from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
 from .parts import summary
@@ -76,6 +77,20 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         )
     }
     invariant = frozenset(f"{f}_{p}_accuracy" for f in FEATURES for p in PROBES)
+    headlines = (
+        Headline(
+            "x_probe_level_accuracy",
+            "level accuracy",
+            "a linear probe on the activations, scored at the levels of the tree",
+            priority=40,
+        ),
+        Headline(
+            "x_probe_right_group",
+            "right group",
+            "of the images whose class that probe misses, the share put into the right group",
+            priority=40,
+        ),
+    )
     Options = LevelInformationOptions
 
     def __init__(

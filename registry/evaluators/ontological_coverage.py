@@ -16,6 +16,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
+from ..presentation import Headline, NodeTable
 from .base import EvaluationBatch, EvaluationContext, Evaluator
 from .parts import summary
 from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram, check_survival
@@ -75,6 +76,20 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         "leaf_nodes": None,
     }
     invariant = frozenset({"leaf_f1", "leaf_covered_share", "leaf_nodes"})
+    headlines = (
+        Headline(
+            "internal_f1",
+            "node coverage",
+            "mean F1 of the best latent for each internal node of the tree",
+            priority=10,
+        ),
+    )
+    node_table = NodeTable(
+        "nodes",
+        meaning="the F1 of the best latent for it: latent and threshold chosen on one half of the "
+        "images, scored on the other",
+        priority=10,
+    )
     Options = CoverageOptions
 
     def __init__(

@@ -14,6 +14,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
+from ..presentation import Headline
 from .base import EvaluationContext, Evaluator
 from .parts import summary
 from .parts.accumulators import TopImages
@@ -53,6 +54,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         "same_class_share": None,
     }
     invariant = frozenset({"defined", "same_class_share"})
+    headlines = (Headline("pair_depth", "pair depth", priority=20),)
     Options = PairDepthOptions
 
     def __init__(

@@ -22,6 +22,7 @@ from taxolens.plugin.reporting.results import (
     TaxonomyInfo,
     TopImage,
 )
+from taxolens.registry.presentation import Headline, NodeTable
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
 
 EVALUATORS = {
@@ -29,6 +30,9 @@ EVALUATORS = {
         description="How much of the tree has a detector",
         directions={"internal_f1": True, "leaf_f1": True, "internal_nodes": None},
         nulls={"permuted_classes": None, "shuffled": None, "random": None, "neurons": None},
+        headlines=[Headline("internal_f1", "node coverage", "mean F1 over nodes", priority=10)],
+        labels={"leaf_f1": "coverage of the leaves"},
+        node_table=NodeTable("latents", latent=None, meaning="how well <it> is found"),
     ),
     "pair_depth": EvaluatorInfo(
         description="Mean depth of the LCA of pairs",

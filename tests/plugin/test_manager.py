@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,41 +15,17 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from taxolens.plugin import hookspecs, manager
 from taxolens.registry.errors import DuplicateNameError
 from taxolens.registry.table import Architecture, Loader, TaxonomySource
+from temporary_plugins import temporary_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = [name for name, member in vars(hookspecs).items() if hasattr(member, "taxolens_spec")]
 
 
 @pytest.fixture
-def plugin(request: pytest.FixtureRequest):
-    """Register a module-like plugin, and take it and all that it added out again."""
-    tables = (
-        taxolens.ARCHITECTURES,
-        taxolens.VISION_MODELS,
-        taxolens.EVALUATORS,
-        taxolens.TAXONOMIES,
-        taxolens.LOADERS,
-    )
-    before = [(dict(table._entries), dict(table._plugins)) for table in tables]
-    training_before = dict(SAE_TRAINING_CLASS_REGISTRY)
-    names: list[str] = []
-
-    def load(name: str, **hooks) -> None:
-        module = types.ModuleType(name)
-        for hook, implementation in hooks.items():
-            setattr(module, hook, taxolens.hookimpl(implementation, specname=hook))
-        manager.pm.register(module, name=name)
-        names.append(name)
-        manager.load_plugins()
-
-    yield load
-    for name in names:
-        manager.pm.unregister(name=name)
-        manager._filled.discard(name)
-    for table, (entries, plugins) in zip(tables, before):
-        table._entries, table._plugins = entries, plugins
-    SAE_TRAINING_CLASS_REGISTRY.clear()
-    SAE_TRAINING_CLASS_REGISTRY.update(training_before)
+def plugin() -> Iterator[Callable[..., None]]:
+    """Registers module-like plugins, see `temporary_plugins`."""
+    with temporary_plugins() as load:
+        yield load
 
 
 def test_there_are_five_hooks() -> None:

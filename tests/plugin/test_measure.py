@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from taxolens.registry.evaluators.pair_depth import PairDepth
 from taxolens.registry.evaluators.parts.accumulators import FiringRate, TopImages
 from taxolens.registry.evaluators.parts.null_latents import NeuronLatents
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.presentation import NodeTable
 
 D, M = 6, 16
 TREE = tree((2, 2, 2))
@@ -368,18 +370,53 @@ def test_most_and_least_specific() -> None:
     assert not set(cards.pick(rows, TREE, 6)[0]) & set(cards.pick(rows, TREE, 6)[1])
 
 
+def places(tables: dict[str, pd.DataFrame], **sources: NodeTable | None) -> cards.NodeTables:
+    """Each evaluator has one table, `t`."""
+    return cards.NodeTables({name: {"t": t} for name, t in tables.items()}, sources, TREE, 8)
+
+
 def test_a_latent_stands_at_the_node_it_detects_best() -> None:
-    nodes = pd.DataFrame(
-        {"node": ["a", "b", "c", "d"], "latent": [1, 1, -1, 2], "f1": [0.5, 0.9, 0.0, np.nan]}
-    )
-    tables = {"ontological_coverage": {"nodes": nodes}}
-    assert cards.placed_latents(tables).to_dict("records") == [
-        {"latent": 1, "node": "b", "f1": 0.9}
+    node = ["thing.0", "thing.1", "thing.0.0", "thing.0.1"]
+    nodes = placed(*zip([1, 1, -1, 2], node, [0.5, 0.9, 0.0, np.nan], strict=True))
+    found = places({"one": nodes}, one=NodeTable("t"), other=None)
+    assert found.placed_latents().to_dict("records") == [
+        {"latent": 1, "node": "thing.1", "f1": 0.9}
     ]
-    assert cards.node_f1(tables)["b"] == 0.9
-    heights = {"lch_height": {"latents": pd.DataFrame({"latent": [3], "node": ["thing"]})}}
-    assert cards.placed_latents(heights)["latent"].tolist() == [3]
-    assert cards.placed_latents({}).empty and cards.node_f1({}) == {}
+    assert found.node_f1() == {"thing.0": 0.5, "thing.1": 0.9, "thing.0.0": 0.0}
+    empty = places({}, one=NodeTable("t"))
+    assert empty.placed_latents().empty and empty.node_f1() == {}
+
+
+def test_of_several_evaluators_the_one_of_smallest_priority_places_latents() -> None:
+    low, high = placed((3, "thing", 0.1)), placed((4, "thing.0", 0.2))
+    both = {"low": low, "high": high}
+    found = places(both, high=NodeTable("t"), low=NodeTable("t", f1=None, priority=5))
+    assert found.placed_latents()["latent"].tolist() == [3]
+    assert np.isnan(found.placed_latents()["f1"]).all()
+    assert found.node_f1() == {"thing.0": 0.2}  # the other has none
+    found = places(both, high=NodeTable("t"), low=NodeTable("t", latent=None, priority=5))
+    assert found.placed_latents()["latent"].tolist() == [4]
+    assert found.node_f1() == {"thing": 0.1}
+    repeated = placed((3, "thing", 0.4), (4, "thing", 0.7), (5, "thing", 0.2))
+    assert places({"one": repeated}, one=NodeTable("t")).node_f1() == {"thing": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        (placed((1, "no such node", 0.5)), "ValueError: nodes .* does not have: 'no such node'"),
+        (placed((8, "thing", 0.5)), "ValueError: latents above 7"),
+        (placed((1, "thing", 0.5)).drop(columns="f1"), "KeyError: 'f1'"),
+        (placed((1, "thing", "good")), "ValueError: could not convert"),  # pyright: ignore
+    ],
+)
+def test_a_table_that_places_no_latents_is_named_and_left_out(
+    table: pd.DataFrame, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = {"bad": NodeTable("t", priority=1), "good": NodeTable("t")}
+    found = places({"bad": table, "good": placed((2, "thing", 0.3))}, **sources)
+    assert found.placed_latents()["latent"].tolist() == [2]
+    assert re.search(f"bad: the table 't' places no latents .{why}", caplog.text)
 
 
 def test_cards_show_the_top_images(

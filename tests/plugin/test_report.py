@@ -14,7 +14,7 @@ import pytest
 from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
-from taxolens.plugin.reporting.metric_table import Headline
+from taxolens.plugin.reporting.metric_table import ShownMetric
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
@@ -88,7 +88,10 @@ def test_page_says_what_was_measured(static: str, results: Results) -> None:
         value = sae.evaluators["pair_depth"].metrics["pair_depth"].value
         assert charts.number(value) in seen
     for evaluator, metric in results.metric_names():
-        assert evaluator in seen and metric.replace("_", " ") in seen
+        assert evaluator in seen and results.label(evaluator, metric).replace("_", " ") in seen
+    assert "coverage of the leavesleaf_f1 · higher is better" in seen
+    assert "mean F1 over nodes · higher is better" in seen
+    assert "coloured by how well <it> is found" in seen
     assert "x has no latents" in seen
     card = results.saes[0].most_specific[0]
     assert f"latent {card.latent}" in seen and card.path[-1] in seen
@@ -103,7 +106,7 @@ def test_names_are_escaped(static: str) -> None:
 def test_a_null_without_meaning_is_not_counted_as_one_that_was_not_left_behind(
     results: Results,
 ) -> None:
-    headline = Headline("pair_depth", "pair_depth", "pair depth")
+    headline = ShownMetric("pair_depth", "pair_depth", "pair depth")
     counted = Report(results).verdict(all_series(results)[0], headline)
     assert counted["n_permuted"] == counted["n"] > 0
     for sae in results.saes:
@@ -111,6 +114,21 @@ def test_a_null_without_meaning_is_not_counted_as_one_that_was_not_left_behind(
         number.nulls["permuted_classes"] = NullResult(reason="no class enters")
     left = Report(results).verdict(all_series(results)[0], headline)
     assert (left["n_permuted"], left["past_permuted"], left["n"]) == (0, 0, counted["n"])
+
+
+def test_the_ends_of_a_series_are_its_first_and_last_layer(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    first = results.saes[0].evaluators["level_information"].metrics
+    first["error"] = replace(first["error"], value=math.nan)
+    report = Report(results)
+    lower = report.verdict(report.series[0], ShownMetric("level_information", "error", "e"))
+    values = [s.evaluators["level_information"].metrics["error"].value for s in results.saes]
+    assert math.isnan(lower["first"]) and lower["last"] == values[2]
+    assert (lower["best"], lower["best_at"]) == (values[1], "layer 1")
+    described = ShownMetric("ontological_coverage", "internal_nodes", "n")
+    found = report.verdict(report.series[0], described)
+    assert math.isnan(found["best"]) and found["best_at"] == ""  # no direction, no best
+    assert found["first"] < found["last"]
 
 
 def test_a_null_that_is_not_left_behind_is_said_in_words(results: Results, tmp_path: Path) -> None:
@@ -261,7 +279,7 @@ def test_single_runs_of_the_same_layer_stand_for_themselves(results: Results) ->
 
 def test_architectures_are_named_where_they_differ(results: Results) -> None:
     saes = [
-        sae_like(results, id=run, run=run, name=run, architecture=kind)
+        sae_like(results, id=run, run=run, name=run, trained_as=kind)
         for run, kind in (("a", "topk"), ("b", "standard"), ("old topk", "topk"))
     ]
     assert list(names_of(results, *saes)) == ["a (topk)", "b (standard)", "old topk"]
@@ -348,3 +366,23 @@ def test_ticks_are_round_and_few() -> None:
 )
 def test_models_are_called_by_a_short_name(given: str, shown: str) -> None:
     assert short_name(given) == shown
+
+
+def test_architectures_are_named_as_they_were_trained(results: Results, tmp_path: Path) -> None:
+    sae = sae_like(results, trained_as="my_topk")
+    changed = replace(results, saes=[sae])
+    seen = Page(write_report(changed, tmp_path / "r.html").read_text()).seen
+    assert "1 SAE (my_topk)" in seen and "my_topksaved as topk" in seen
+    assert "my_topk, 16 latents" in seen
+    saes = pd.read_csv(write_comparison(replace(changed, folder=tmp_path)) / "saes.csv")
+    assert (saes.architecture.tolist(), saes.trained_as.tolist()) == (["topk"], ["my_topk"])
+    assert set(changed.frame()["architecture"]) == {"my_topk"}
+
+
+def test_a_card_without_f1_does_not_show_one(results: Results, tmp_path: Path) -> None:
+    (card, *_) = results.saes[0].most_specific
+    for f1, shown in ((math.nan, False), (0.0, True)):
+        sae = sae_like(results, most_specific=[replace(card, f1=f1)], least_specific=[])
+        page = write_report(replace(results, saes=[sae]), tmp_path / "r.html", interactive=False)
+        facts = re.search(r'<p class="facts">(.*?)</p>', page.read_text())
+        assert facts and ("F1" in facts[1]) == shown

@@ -17,6 +17,7 @@ from results_factory import make_results
 from taxolens.plugin.evaluation.beside_nulls import beats, null_result, with_nulls
 from taxolens.plugin.reporting import results as module
 from taxolens.plugin.reporting.results import SCHEMA, Results
+from taxolens.registry import presentation
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
 
@@ -49,6 +50,21 @@ def test_file_is_strict_json_with_the_schema_first(results: Results, tmp_path: P
     root = results.taxonomy.tree["edges"][0][0]
     assert data["saes"][0]["node_f1"][root] is None
     assert math.isnan(Results.load(tmp_path).saes[0].node_f1[root])
+
+
+def test_files_from_before_presentation_and_trained_as_are_read(results: Results) -> None:
+    data = results.to_dict()
+    for info in data["evaluators"].values():
+        del info["headlines"], info["labels"], info["node_table"]
+    for sae in data["saes"]:
+        del sae["trained_as"]
+    found = Results.from_dict(data)
+    assert {sae.trained_as for sae in found.saes} == {"topk"}
+    info = found.evaluators["ontological_coverage"]
+    assert (info.headlines, info.labels, info.node_table) == ([], {}, None)
+    assert found.label("ontological_coverage", "leaf_f1") == "leaf_f1"
+    assert results.label("ontological_coverage", "leaf_f1") == "coverage of the leaves"
+    assert results.label("no such evaluator", "m") == "m"
 
 
 def test_unknown_fields_are_ignored(results: Results) -> None:
@@ -125,9 +141,11 @@ def test_every_field_is_documented() -> None:
     text = DOCS.read_text(encoding="utf-8")
     assert SCHEMA in text
     classes = [
-        c for c in vars(module).values() if is_dataclass(c) and c.__module__ == module.__name__
+        c
+        for c in vars(module).values()
+        if is_dataclass(c) and c.__module__ in (module.__name__, presentation.__name__)
     ]
-    assert len(classes) >= 10
+    assert len(classes) >= 12
     for cls in classes:
         for item in fields(cls):
             if item.name != "folder":

@@ -6,17 +6,17 @@ import pytest
 from results_factory import make_results
 from rich.console import Console
 from taxolens.plugin.reporting.metric_table import (
-    HEADLINES,
-    Headline,
+    ShownMetric,
+    headlines,
     legend,
     summary_rows,
     summary_table,
     verdict,
 )
 from taxolens.plugin.reporting.results import EvaluatorResult, MetricResult, NullResult
-from taxolens.registry.table import EVALUATORS
+from taxolens.registry.presentation import Headline
 
-HEADLINE = Headline("pair_depth", "pair_depth", "pair depth", "where classes meet")
+HEADLINE = ShownMetric("pair_depth", "pair_depth", "pair depth", "where classes meet")
 
 
 def number(value, permuted, random, *, best=None):
@@ -105,19 +105,100 @@ def test_the_verdict_counts_what_leaves_which_null_behind(results):
 
 
 def test_without_numbers_there_is_no_verdict(results):
-    assert verdict(results, [Headline("none", "such", "thing")]).startswith("No number")
-    assert summary_rows(results, [Headline("none", "such", "thing")]) == []
-
-
-@pytest.mark.parametrize("headline", HEADLINES, ids=lambda h: f"{h.evaluator}/{h.metric}")
-def test_headlines_are_metrics_with_a_direction(headline):
-    import taxolens.plugin.manager as manager
-
-    manager.load_plugins()
-    assert EVALUATORS[headline.evaluator].higher_is_better[headline.metric] is not None
+    assert verdict(results, [ShownMetric("none", "such", "thing")]).startswith("No number")
+    assert summary_rows(results, [ShownMetric("none", "such", "thing")]) == []
 
 
 def test_it_fits_into_80_columns(results):
     lines = text_of(results, width=80).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+# What is shown ----------------------------------------------------------------------------------
+
+
+def shown_of(results, **infos):
+    """(evaluator, metric, title) of what is shown of `results` where evaluators say so."""
+    changed = {
+        name: dataclasses.replace(results.evaluators[name], **given)
+        for name, given in infos.items()
+    }
+    found = headlines(dataclasses.replace(results, evaluators={**results.evaluators, **changed}))
+    return [(metric.evaluator, metric.metric, metric.title) for metric in found]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return make_results(tmp_path / "whole", n_layers=1)
+
+
+def test_evaluators_say_what_is_shown_and_in_which_order(whole):
+    first = Headline("error", "error rate", priority=1)
+    assert shown_of(whole, level_information={"headlines": [first]}) == [
+        ("level_information", "error", "error rate"),
+        ("ontological_coverage", "internal_f1", "node coverage"),
+        ("pair_depth", "pair_depth", "pair depth"),
+    ]
+
+
+def test_an_evaluator_without_headline_shows_its_first_metric_with_a_direction(whole):
+    silent = {
+        "ontological_coverage": {
+            "headlines": [],
+            "directions": {"internal_nodes": None, "leaf_f1": True, "internal_f1": True},
+        },
+        "level_information": {"directions": {"error": None}},
+    }
+    assert shown_of(whole, **silent) == [
+        ("ontological_coverage", "leaf_f1", "ontological coverage: coverage of the leaves"),
+        ("pair_depth", "pair_depth", "pair depth"),
+        ("level_information", "error", "level information: error"),
+    ]
+
+
+def test_headlines_of_metrics_that_nobody_has_are_left_out(whole):
+    missing = Headline("no_such_metric", "missing")
+    found = shown_of(whole, ontological_coverage={"headlines": [missing]})
+    assert ("ontological_coverage", "internal_f1") in {shown[:2] for shown in found}
+    assert "missing" not in {shown[2] for shown in found}
+    assert headlines(dataclasses.replace(whole, saes=[])) == []
+
+
+def test_the_legend_explains_by_headline_or_description_and_names_the_direction(whole):
+    text = legend(whole, [ShownMetric("level_information", "error", "error", "how many are wrong")])
+    assert "error: how many are wrong (lower is better)" in text
+    assert "pair depth: Mean depth of the LCA of pairs.\n" in legend(whole)
+
+
+def test_a_null_that_was_not_computed_is_not_counted_as_passed(results):
+    saes = []
+    for sae in results.saes:
+        given = sae.evaluators["pair_depth"].metrics["pair_depth"]
+        nulls = {**given.nulls, "permuted_classes": NullResult(reason="no class enters")}
+        changed = {"pair_depth": dataclasses.replace(given, nulls=nulls)}
+        saes.append(dataclasses.replace(sae, evaluators={"pair_depth": EvaluatorResult(changed)}))
+    assert "pair depth – and 1" in verdict(dataclasses.replace(results, saes=saes), [HEADLINE])
+
+
+def test_a_long_title_is_wrapped_over_the_rows(results):
+    title = "a third party's evaluator: share of [things] that are right"
+    long = ShownMetric("pair_depth", "pair_depth", title)
+    console = Console(width=100, record=True, file=io.StringIO())
+    for given in (results, dataclasses.replace(results, saes=results.saes[:1])):
+        console.print(summary_table(given, [long]))
+        text = console.export_text()
+        firsts = [line[:21].strip() for line in text.splitlines()]
+        assert " ".join(filter(None, firsts)).endswith(title.replace("\n", " "))
+        assert text.count("0.400") == 1
+
+
+def test_the_architecture_is_named_as_it_was_trained(results):
+    saes = [dataclasses.replace(sae, trained_as="my_topk") for sae in results.saes]
+    same = dataclasses.replace(results, saes=saes)
+    assert "blocks.*.hook_resid_post · my_topk" in text_of(same)
+    assert {row["architecture"] for row in summary_rows(same, [HEADLINE])} == {"my_topk"}
+    apart = [dataclasses.replace(s, layer=1, id=f"run{i}") for i, s in enumerate(saes)]
+    apart[0] = dataclasses.replace(apart[0], trained_as="topk")
+    text = text_of(dataclasses.replace(results, saes=apart), width=120)
+    assert "run0 (topk)" in text and "run1 (my_topk)" in text

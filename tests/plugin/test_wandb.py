@@ -104,6 +104,7 @@ def test_config_and_artifacts(logged, results: Results) -> None:
     assert run.config["settings"]["n_permutations"] == 3
     assert run.config["dataset"]["n_images"] == 60
     assert run.config["taxonomy"] == "tree"
+    assert run.config["architectures"] == {sae.id: "topk" for sae in results.saes}
     evaluation = run.artifacts["taxolens-results"]
     names = {entry.path for entry in evaluation.manifest.contents}
     assert {"results.json", "report.html"} <= names

@@ -13,11 +13,16 @@ import plotly.graph_objects as go
 import pytest
 import taxolens
 import torch
+from taxolens.plugin.evaluation.latent_cards import NodeTables
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.base import NULLS, EvaluationContext, Evaluator
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens_example_plugin import ExampleFiringRate, ExampleSiblings
 
-EVALUATORS = dict(taxolens.EVALUATORS)
+EVALUATORS = {
+    **taxolens.EVALUATORS,
+    **{cls.name: cls for cls in (ExampleFiringRate, ExampleSiblings)},
+}
 
 
 @pytest.fixture(params=sorted(EVALUATORS))
@@ -53,6 +58,24 @@ def test_it_says_what_it_is(evaluator_class):
     assert set(evaluator_class.higher_is_better.values()) <= {True, False, None}
     assert evaluator_class.invariant <= set(evaluator_class.higher_is_better)
     assert evaluator_class.label_free <= evaluator_class.invariant
+
+
+def test_what_it_shows_is_there(evaluator_class, animals, planted_batch, measured):
+    metrics, titles = evaluator_class.higher_is_better, []
+    for headline in evaluator_class.headlines:
+        assert headline.metric in metrics and headline.title, headline
+        titles.append(headline.title)
+    assert len(set(titles)) == len(titles)
+    assert set(evaluator_class.labels) <= set(metrics)
+    source = evaluator_class.node_table
+    if source is not None:
+        (evaluator,) = measured(animals, planted_batch, [evaluator_class])
+        table = evaluator.tables()[source.name]
+        latents = evaluator.context.d_sae
+        places = NodeTables({"it": {source.name: table}}, {"it": source}, animals, latents)
+        assert source.latent or source.f1
+        assert not source.latent or len(places.placed_latents())
+        assert not source.f1 or all(0 <= f1 <= 1 for f1 in places.node_f1().values())
 
 
 def test_it_gives_the_metrics_it_names(evaluator_class, animals, planted_batch, measured):

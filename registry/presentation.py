@@ -1,0 +1,48 @@
+"""How an evaluator shows itself in tables, reports and dashboards. Imports nothing, so that a report
+can be written without the evaluators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A metric that the summaries show: terminal table, report and dashboard.
+
+    Args:
+        metric: a key of `Evaluator.higher_is_better`.
+        title: what the summaries call it; up to 20 characters fit on one line of the terminal.
+        meaning: what it measures, in one clause; by default the evaluator's description.
+        priority: the smallest of all evaluators comes first; equal ones in order of evaluation.
+    """
+
+    metric: str
+    title: str
+    meaning: str = ""
+    priority: int = 100
+
+
+@dataclass(frozen=True)
+class NodeTable:
+    """The table of an evaluator that places latents at nodes of the taxonomy.
+
+    The latent cards of a report come from the table of smallest priority that has a `latent`
+    column, its tree chart from the one of smallest priority that has an `f1` column.
+
+    Args:
+        name: its key in `Evaluator.tables()`.
+        node: the column of node ids, from `Taxonomy.nodes`.
+        latent: the column of latents, below 0 where a row has none; None without such a column.
+        f1: the column of F1, how well the latent detects the node on held-out images, NaN where
+            undefined; None without such a column.
+        meaning: what `f1` is, as a clause after "coloured by".
+        priority: among the evaluators of one evaluation.
+    """
+
+    name: str
+    node: str = "node"
+    latent: str | None = "latent"
+    f1: str | None = "f1"
+    meaning: str = "the F1 of the best latent for it"
+    priority: int = 100
