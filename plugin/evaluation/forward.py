@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...hooks.activations.cache import ActivationCache
-from ...hooks.activations.extract import model_fingerprint
-from ...hooks.images.dataset import ImageDataset
+from ...hooks.activations.extract import Extraction, model_fingerprint
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
@@ -61,13 +60,14 @@ class ModelSetting:
 
 
 def activations_of(
-    images: ImageDataset,
+    held_out: HeldOut,
     hook_names: Sequence[str],
     setting: ModelSetting,
     *,
     folder: Path | None,
     model: Any,
-    **build: Any,
+    autocast: bool = False,
+    progress: bool = True,
 ) -> ActivationCache:
     """All hook points from one forward pass over the images, with the mean patch token where there
     are patches.
@@ -75,20 +75,26 @@ def activations_of(
     Args:
         folder: each set of activations has its own folder in it, so that an evaluation that was
             stopped goes on from there; None keeps them as long as the object lives.
-        build: more arguments of `ActivationCache.build`.
+        autocast, progress: see `Extraction` and `ActivationCache.build`.
     """
     n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
-    facts = [model_fingerprint(model), images.fingerprint, setting, sorted(hook_names)]
+    fingerprint = held_out.images.fingerprint
+    facts = [model_fingerprint(model), fingerprint, setting, sorted(hook_names)]
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    return ActivationCache.build(
-        model,
-        images,
+    extraction = Extraction(
         hook_names,
-        path=None if folder is None else folder / name,
         tokens=setting.tokens,
         mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens,
         image_size=setting.image_size,
-        **build,
+        autocast=autocast,
+    )
+    return ActivationCache.build(
+        model,
+        held_out.images,
+        extraction,
+        source=held_out.source,
+        path=None if folder is None else folder / name,
+        progress=progress,
     )
 
 
@@ -140,13 +146,12 @@ class Forward:
     def cache(self) -> ActivationCache:
         hook_names = [*(sae.hook_name for sae in self.saes), self._embedder]
         return activations_of(
-            self.held_out.images,
+            self.held_out,
             list(dict.fromkeys(name for name in hook_names if name)),
             self.setting,
             folder=self._folder,
             model=self.model,
             progress=self._bench.settings.progress,
-            **self.held_out.source.decoding,
         )
 
     @cached_property

@@ -111,13 +111,12 @@ def make_training_evaluator(
         if evaluator.wants_intervention:
             logger.warning("%s: %s; what needs it is left out.", name, NO_INTERVENTION)
     cache = activations_of(
-        held_out.images,
+        held_out,
         cfg.unique_hook_names,
         ModelSetting(cfg.model_name, cfg.tokens, cfg.image_size),
         folder=None,
         model=model,
         autocast=cfg.autocast_lm,
-        **held_out.source.decoding,
     )
     split = Split.halves(cache.labels, len(held_out.taxonomy.classes), cfg.seed)
     in_memory = {}

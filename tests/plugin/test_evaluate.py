@@ -145,9 +145,9 @@ def test_one_forward_pass_serves_all_hook_points(evaluate: Any, monkeypatch) -> 
     calls = []
     build = forward.ActivationCache.build
 
-    def counted(model: Any, images: Any, hook_names: Any, **settings: Any) -> Any:
-        calls.append(list(hook_names))
-        return build(model, images, hook_names, **settings)
+    def counted(model: Any, images: Any, extraction: Any, **settings: Any) -> Any:
+        calls.append(list(extraction.hook_names))
+        return build(model, images, extraction, **settings)
 
     monkeypatch.setattr(forward.ActivationCache, "build", counted)
     evaluate()
