@@ -39,7 +39,7 @@ test: lint types
 # builds of all: make test-lowest TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
 BOUNDS_latest := true
-BOUNDS_lowest := grep -oE '"[a-z-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | tr -d '"' \
+BOUNDS_lowest := grep -oE '"[a-z0-9-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | tr -d '"' \
 	| sed -E 's/(\[[a-z]+\])?>=/==/' | grep -v '^torch==' | sort -u
 
 test-latest test-lowest: test-%:
