@@ -11,12 +11,14 @@ import datasets
 import numpy as np
 import torch
 from taxolens.hooks.activations.extract import model_fingerprint
+from taxolens.hooks.activations.permutation import LazyPermutation
 from taxolens.hooks.images.dataset import load_images
-from taxolens.plugin.evaluation import held_out, results_folder
-from taxolens.plugin.evaluation.held_out import ModelSetting, activations_of
+from taxolens.plugin.evaluation import forward, results_folder
+from taxolens.plugin.evaluation.forward import ModelSetting, activations_of
 from taxolens.plugin.evaluation.sae_folders import SAEFolder
 from taxolens.plugin.training.checkpoints import RunIdentity, verify_checkpoint, write_manifest
 from taxolens.plugin.training.config import _default_cache_path
+from taxolens.registry.hashing import uniform
 
 
 def known_model() -> SimpleNamespace:
@@ -52,9 +54,9 @@ def test_of_a_model():
 
 def test_folder_of_held_out_activations(monkeypatch, tmp_path):
     built = []
-    monkeypatch.setattr(held_out, "hook_n_tokens", lambda *_: 5)
+    monkeypatch.setattr(forward, "hook_n_tokens", lambda *_: 5)
     monkeypatch.setattr(
-        held_out.ActivationCache, "build", lambda *args, path, **kwargs: built.append(path)
+        forward.ActivationCache, "build", lambda *args, path, **kwargs: built.append(path)
     )
     model = known_model()
     model.cfg = SimpleNamespace(n_prefix_tokens=1)
@@ -96,3 +98,12 @@ def test_of_the_files_of_a_checkpoint(tmp_path):
             "sha256": "7d471e4af16db5a30ce10aebbc29f5178b2edbad6c7dc2e8ff8ee6e4848a726f",
         }
     }
+
+
+def test_random_numbers_of_images_and_orders_of_a_run():
+    """A resumed run goes on in the order it began, and samples of images stay the same."""
+    found = uniform([0, 1, 2**40], 5)
+    assert found.tolist() == [0.3381464051451539, 0.8426456939626318, 0.2917581539862524]
+    assert uniform([7], -1).tolist() == [0.0016970177212215498]
+    order = LazyPermutation(10, 3, 1)[np.arange(10)]
+    assert order.tolist() == [5, 8, 7, 6, 0, 9, 4, 1, 3, 2]

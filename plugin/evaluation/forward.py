@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
+from ...registry.hashing import fingerprint
 from .bench import Bench, HeldOutActivations
 from .held_out import HeldOut
 from .sae_folders import SAEFolder
@@ -79,7 +79,7 @@ def activations_of(
     """
     n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
     facts = [model_fingerprint(model), images.fingerprint, setting, sorted(hook_names)]
-    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    name = fingerprint([repr(facts)], digits=8)
     return ActivationCache.build(
         model,
         images,

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError, TaxolensError
+from ..names import unknown_name_message
 from ..nulls import NULLS
-from ..table import unknown_name_message
 
 if TYPE_CHECKING:
     import pandas as pd
