@@ -1,7 +1,8 @@
-"""Writing files so that a reader never meets half of one."""
+"""Files that are written whole or not at all, and the hash of what a file holds."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -30,6 +31,20 @@ def write_atomically(path: str | Path, content: str | bytes, *, sync: bool = Tru
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def file_digest(path: str | Path, *, sync: bool = False) -> str:
+    """64 hex digits: the SHA-256 of a file, read a megabyte at a time.
+
+    With `sync` its content is on the disk when this returns.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _umask() -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from .errors import DuplicateNameError, UnknownNameError
+from .names import unknown_name_message
 
 T = TypeVar("T")
 
@@ -61,15 +61,6 @@ class Table(Mapping[str, T], Generic[T]):
 
     def __repr__(self) -> str:
         return f"Table({self.kind!r}, {sorted(self._entries)})"
-
-
-def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence: what is unknown, the nearest known names, and all known names where few."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
-    return f"unknown {kind} {name!r}{hint} Known: {', '.join(shown) or 'none'}."
 
 
 @dataclass(frozen=True)

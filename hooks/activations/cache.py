@@ -13,10 +13,11 @@ from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
 from ..images.source import ImageSource
+from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ..models.tapped import TappedModel
 from .cache_reader import CacheReader
 from .cache_writer import CacheWriter, matching_index, only_writer
-from .extract import Extraction, TokenExtractor, model_fingerprint, torch_dtype
+from .extract import Extraction, TokenExtractor, model_fingerprint
 
 
 class ActivationCache(CacheReader):
@@ -75,7 +76,7 @@ class ActivationCache(CacheReader):
             path = temporary.name
         wanted, source = Extraction.of(hook_names, source, settings)
         preprocess = preprocess_for(model, wanted.image_size)
-        stored = torch_dtype(wanted.dtype)
+        stored = torch_dtype(wanted.dtype, ACTIVATION_DTYPES)
         facts = {
             "model": model_fingerprint(model),
             "model_name": str(getattr(model.cfg, "model_name", "")),

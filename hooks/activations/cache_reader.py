@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...registry.errors import ConfigError, DataError, UnknownNameError
-from ...registry.table import unknown_name_message
+from ...registry.names import unknown_name_message
 
 SCHEMA = "taxolens.activations/1"
 INDEX_FILE = "cache.json"

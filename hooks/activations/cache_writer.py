@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.files import write_atomically
 from ..images.loader import ImageBatch, ImageLoader, chunks
 from ..images.raw import Job
 from .cache_reader import INDEX_FILE, SCHEMA, file_of, read_index
@@ -203,19 +204,10 @@ class CacheWriter:
                 "n_seen": self._n_seen,
                 "n_rows": self._n_rows,
             }
-            _write_index(self.folder, self.index)
+            write_atomically(self.folder / INDEX_FILE, json.dumps(self.index, indent=1))
         except OSError as error:
             total = None if self.loader.images.is_streaming else len(self.loader.images)
             raise self._explained(error, total) from error
-
-
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    new = folder / f"{INDEX_FILE}.new"
-    with new.open("w") as file:
-        json.dump(index, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, folder / INDEX_FILE)
 
 
 def matching_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,25 +11,12 @@ import torch
 from torch import Tensor
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.hashing import fingerprint
 from ..images.loader import ImageBatch
 from ..images.source import DECODING, ImageSource
 from ..models.forward import run_to_hooks
 from ..models.tapped import TappedModel
 from ..models.tokens import check_tokens, select_tokens
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def torch_dtype(dtype: str | torch.dtype, field: str = "dtype") -> torch.dtype:
-    """The torch dtype called `dtype`.
-
-    Raises:
-        ConfigError: not one that activations can be kept in.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"{field}={name!r}: not known; allowed: {', '.join(DTYPES)}.")
-    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -164,7 +150,7 @@ def model_fingerprint(model: TappedModel) -> str:
 
     Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order.
     """
-    digest = hashlib.sha256(str(getattr(model, "family", "")).encode())
+    facts = [str(getattr(model, "family", ""))]
     for name, tensor in sorted(model.original_model.state_dict().items()):
         flat = tensor.detach().contiguous().flatten()
         data = flat.view(torch.uint8)
@@ -173,6 +159,5 @@ def model_fingerprint(model: TappedModel) -> str:
         whole = len(data) // 8 * 8
         words = data[:whole].view(torch.int64)
         some = [*words[:: max(1, len(words) // 16)][:16].tolist(), *data[whole:].tolist()]
-        facts = (name, tuple(tensor.shape), str(tensor.dtype), int(words.sum()), some)
-        digest.update(repr(facts).encode())
-    return digest.hexdigest()[:16]
+        facts.append(repr((name, (*tensor.shape,), str(tensor.dtype), int(words.sum()), some)))
+    return fingerprint(facts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...registry.hashing import splitmix64
+
 ROUNDS = 8
 
 
@@ -42,11 +44,5 @@ class LazyPermutation:
     def _encipher(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed(right ^ key) & self._mask)
+            left, right = right, left ^ (splitmix64(right ^ key) & self._mask)
         return (left << self._half) | right
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -17,10 +17,11 @@ from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
 from ..images.source import ImageSource
+from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ..models.tapped import TappedModel
 from ..models.tokens import tokens_per_image
 from .cache_reader import CacheReader
-from .extract import Extraction, TokenExtractor, torch_dtype
+from .extract import Extraction, TokenExtractor
 from .token_sources import Batch, CacheSource, Delivery, ModelSource, State, TokenSource
 
 STATES_KEPT = 4096  # positions of the last batches; a prefetching thread is never so far ahead
@@ -91,7 +92,10 @@ class ActivationStream(Iterator[Batch]):
         self.train_batch_size_tokens = train_batch_size_tokens
         self._source: TokenSource
         delivery = Delivery(
-            train_batch_size_tokens, torch.device(device), torch_dtype(wanted.dtype), seed
+            train_batch_size_tokens,
+            torch.device(device),
+            torch_dtype(wanted.dtype, ACTIVATION_DTYPES),
+            seed,
         )
         if cache is not None:
             self._source = CacheSource(cache, self.hook_names, wanted.tokens, delivery)

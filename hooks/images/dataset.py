@@ -6,7 +6,6 @@ of its own (`CorruptImageError`) and never ends a run. `ImageLoader` decodes in 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.hashing import fingerprint
 from .columns import declared_names, features_of, find_image_column, find_label_column, undecoded
 from .raw import ImageReader, RawImage, decode_raw, read_bytes, source_of
 from .source import ImageSource
@@ -263,23 +263,22 @@ class ImageDataset:
         Made of the number of images, all labels, the class names, and names and bytes of 256
         images spread evenly (streaming: of the first 16).
         """
-        digest = hashlib.sha256()
         sample: Iterator[RawImage]
         if self.is_streaming:
-            digest.update(repr(("streaming", self._limit, self.class_names)).encode())
+            parts: list[str | bytes] = [repr(("streaming", self._limit, self.class_names))]
             sample = islice(self.stream(), 16)
         else:
-            digest.update(repr((len(self), self.class_names)).encode())
-            digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+            parts = [repr((len(self), self.class_names))]
+            parts.append(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
             spread = np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).astype(int))
             sample = (self.reader(int(index)) for index in spread)
         for raw in sample:
-            digest.update(os.path.basename(raw.path or "").encode())
+            parts.append(os.path.basename(raw.path or ""))
             try:
-                digest.update(hashlib.sha256(read_bytes(raw)).digest())
+                parts.append(bytes.fromhex(fingerprint([read_bytes(raw)], digits=64)))
             except ValueError:
-                digest.update(b"unreadable")
-        return digest.hexdigest()[:16]
+                parts.append("unreadable")
+        return fingerprint(parts)
 
 
 def load_images(

@@ -21,6 +21,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import VISION_MODELS
 from .bridge import VisionBridge
+from .dtypes import torch_dtype
 from .families import VisionFamily, VisionSource
 from .families.wrapped import timm_preprocessing, wrap
 from .forward import run_to_hooks
@@ -41,7 +42,6 @@ __all__ = [
 VisionModel: TypeAlias = VisionBridge | HookedVisionModel
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -83,7 +83,7 @@ def load_vision_model(
     """
     name = str(name_or_folder)
     _check_choice("attn_implementation", attn_implementation, ATTENTION)
-    torch_dtype = _torch_dtype(dtype)
+    given_dtype = torch_dtype(dtype)
     _check_attention(hook_names or (), attn_implementation)
     if family is not None:
         VISION_MODELS[family]
@@ -92,7 +92,7 @@ def load_vision_model(
     source = VisionSource(
         name=name,
         config=config,
-        dtype=torch_dtype,
+        dtype=given_dtype,
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -288,9 +288,3 @@ def _check_attention(hook_names: Sequence[str], attn_implementation: str) -> Non
 def _check_choice(field: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise ConfigError(f"{field}: given {given!r}; allowed: {', '.join(allowed)}.")
-
-
-def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    _check_choice("dtype", name, DTYPES)
-    return getattr(torch, name)

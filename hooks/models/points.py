@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from ...registry.errors import ConfigError, UnknownNameError
+from ...registry.names import did_you_mean, nearest
 from .tapped import TappedModel
 
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
@@ -225,13 +225,12 @@ def _unknown_hook(model: TappedModel, name: str) -> str:
     known = [*model.points(), *model.aliases]
     # The nearest name is most often that of another block: with numbers out of the way it is found.
     plain = {re.sub(r"\d+", "0", known_name): known_name for known_name in reversed(known)}
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or [
-        plain[match]
-        for match in difflib.get_close_matches(re.sub(r"\d+|\*", "0", name), plain, n=3, cutoff=0.4)
+    near = nearest(name, known, cutoff=0.6) or [
+        plain[match] for match in nearest(re.sub(r"\d+|\*", "0", name), plain, cutoff=0.4)
     ]
     message = f"unknown hook {name!r}"
     if near:
-        message += f"; did you mean {' or '.join(map(repr, near))}?"
+        message += f"; {did_you_mean(near)}"
     blocks = f"blocks 0 to {model.cfg.n_layers - 1}" if model.cfg.n_layers else "no list of blocks"
     return (
         f"{message} {model.cfg.model_name} ({model.family}) has {blocks}; `*` stands for one part "

@@ -12,7 +12,7 @@ from math import isqrt
 from torch import Tensor
 
 from ...registry.errors import ConfigError
-from ...registry.table import unknown_name_message
+from ...registry.names import unknown_name_message
 from .points import as_pair, hook_n_tokens
 from .tapped import TappedModel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...registry.errors import ConfigError
+from ...registry.names import did_you_mean, nearest
 
 # Where stdout is no terminal (a file, a pipe, a build log) rich assumes 80 columns; tables of
 # numbers are easier to read, and to search, when they do not wrap.
@@ -59,9 +59,8 @@ def underscored(args: Iterable[str]) -> list[str]:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """ "unknown <kind> 'x'", with the nearest known names, or all of them where they are few."""
     names = sorted(known)
-    near = difflib.get_close_matches(name.partition("=")[0], names, n=3, cutoff=0.5)
-    if near:
-        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
+    if near := did_you_mean(nearest(name.partition("=")[0], names)):
+        return f"unknown {kind} {name!r}; {near}"
     if len(names) <= 12:
         return f"unknown {kind} {name!r}; known: {', '.join(names)}."
     return f"unknown {kind} {name!r}."

@@ -16,7 +16,8 @@ from ...hooks.images.source import ImageSource
 from ...hooks.models.load import hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
-from ...registry.table import EVALUATORS, unknown_name_message
+from ...registry.names import unknown_name_message
+from ...registry.table import EVALUATORS
 from ..reporting.results import Results
 from .bench import Bench
 from .forward import Forward, ModelSetting, forwards_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from ...hooks.activations.extract import Extraction, model_fingerprint
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
+from ...registry.hashing import fingerprint
 from .bench import Bench, HeldOutActivations
 from .held_out import HeldOut
 from .sae_folders import SAEFolder
@@ -78,9 +78,8 @@ def activations_of(
         autocast, progress: see `Extraction` and `ActivationCache.build`.
     """
     n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
-    fingerprint = held_out.images.fingerprint
-    facts = [model_fingerprint(model), fingerprint, setting, sorted(hook_names)]
-    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    facts = [model_fingerprint(model), held_out.images.fingerprint, setting, sorted(hook_names)]
+    name = fingerprint([repr(facts)], digits=8)
     extraction = Extraction(
         hook_names,
         tokens=setting.tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -20,6 +19,7 @@ import torch
 from ...hooks.activations.cache import ActivationCache
 from ...registry.errors import TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
+from ...registry.hashing import fingerprint
 from ..reporting.compare import write_comparison
 from ..reporting.results import (
     DatasetInfo,
@@ -199,7 +199,7 @@ def _facts(sae: SAEFolder) -> list[Any]:
 
 
 def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return fingerprint([json.dumps(facts, sort_keys=True, default=str)])
 
 
 def _files_exist(folder: Path, sae: SAEResult) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from ...registry.errors import CheckpointError, ConfigError
+from ...registry.files import file_digest
 from ..reporting.series import layer_of, natural_key
 
 
@@ -74,7 +74,7 @@ class SAEFolder:
         return layer_of(self.hook_name)
 
     def weights_digest(self) -> str:
-        return hashlib.sha256((self.path / SAE_WEIGHTS_FILENAME).read_bytes()).hexdigest()
+        return file_digest(self.path / SAE_WEIGHTS_FILENAME)
 
     def load(self, device: str = "cpu") -> SAE[Any]:
         """Raises CheckpointError where the weights are torn or not those of the config."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...registry.errors import ConfigError
+from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
-from ...registry.table import unknown_name_message
 
 AGGREGATES = ("max", "mean")
 

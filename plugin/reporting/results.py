@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import types
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pandas as pd
 
+from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import DataError
 from ...registry.files import write_atomically
 from ...registry.presentation import Headline, NodeTable
@@ -275,7 +275,10 @@ class Results:
             raise DataError(
                 f"{source}: schema is {found!r}, but this version of taxolens reads {SCHEMA!r}"
             )
-        return _decode(cls, data, source)
+        try:
+            return coerce({k: v for k, v in data.items() if k != "folder"}, cls, source)
+        except MisfitError as error:
+            raise DataError(str(error)) from None
 
     def save(self, folder: str | Path) -> Path:
         """Write `results.json` into `folder`, atomically."""
@@ -308,52 +311,3 @@ def _nan_to_null(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, list[...], dict[str, ...], a union with None, or a scalar.
-
-    Fields that are not known are ignored: a later minor version may have added them.
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        options = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else _decode(options[0], value, where)
-    if origin is list:
-        _expect(isinstance(value, list), "a list", value, where)
-        return [_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        _expect(isinstance(value, dict), "an object", value, where)
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
-    if kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _expect(value is None or number, "a number or null", value, where)
-        return math.nan if value is None else float(value)
-    if kind is int:
-        _expect(isinstance(value, int) and not isinstance(value, bool), "an integer", value, where)
-        return value
-    _expect(isinstance(value, kind), f"a {kind.__name__}", value, where)
-    return value
-
-
-def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
-    _expect(isinstance(value, dict), "an object", value, where)
-    hints = get_type_hints(kind)
-    found = {}
-    for item in fields(kind):
-        if item.name in value and item.name != "folder":
-            found[item.name] = _decode(hints[item.name], value[item.name], f"{where}.{item.name}")
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise DataError(f"{where}: {item.name!r} is missing")
-    return kind(**found)
-
-
-def _expect(fits: bool, expected: str, value: Any, where: str) -> None:
-    if not fits:
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        raise DataError(f"{where}: expected {expected}, got {shown}")

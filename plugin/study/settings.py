@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any
 
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import ConfigError
+from ...registry.names import did_you_mean, nearest
 from ...registry.presets import load_preset, read_settings
 from .. import demo_assets
 from ..training.config import (
@@ -316,12 +316,8 @@ def _sae_choice(
 
 
 def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(key), sorted(known), n=3, cutoff=0.6)
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?"
-        if near
-        else ("`taxolens train --help_all` lists the names.")
-    )
+    near = did_you_mean(nearest(key, known, cutoff=0.6))
+    hint = near or "`taxolens train --help_all` lists the names."
     return f"{source}: unknown key {shown!r}; {hint}"
 
 
@@ -350,59 +346,8 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         ConfigError: it cannot be; the message names the field, the value and the type.
     """
     try:
-        return _as(value, hint)
-    except (TypeError, ValueError):
+        return coerce(value, hint, lenient=True)
+    except MisfitError:
         shown = getattr(hint, "__name__", None) if isinstance(hint, type) else None
         shown = shown or str(hint).replace("typing.", "")
         raise ConfigError(f"{name}: expected {shown}, got {value!r}.") from None
-
-
-def _as(value: Any, hint: Any) -> Any:
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _first_fit(value, members)
-    if origin is Literal:
-        return value if value in members else _refuse()
-    if hint is type(None):
-        return None if value is None else _refuse()
-    if hint is bool:
-        return value if isinstance(value, bool) else _refuse()
-    if hint in (int, float):
-        return _number(value, hint)
-    if hint is str:
-        return value if isinstance(value, str) else _refuse()
-    if hint in (list, tuple) or origin in (list, tuple):
-        if isinstance(value, Mapping):
-            return _refuse()
-        sequence = [value] if isinstance(value, str) else list(value)
-        member = members[0] if members else Any
-        return (origin or hint)(_as(item, member) for item in sequence)
-    if origin is dict or hint is dict:
-        return dict(value) if isinstance(value, Mapping) else _refuse()
-    return value
-
-
-def _first_fit(value: Any, members: Sequence[Any]) -> Any:
-    """The member whose type the value has already, else the first one it can become."""
-    exact = [m for m in members if isinstance(m, type) and type(value) is m]
-    for member in [*exact, *members]:
-        try:
-            return _as(value, member)
-        except (TypeError, ValueError):
-            continue
-    return _refuse()
-
-
-def _number(value: Any, kind: type[Any]) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return _refuse()
-    if type(value) is kind:
-        return value
-    number = float(value)
-    if kind is float:
-        return number
-    return int(number) if number.is_integer() else _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise ValueError

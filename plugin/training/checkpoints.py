@@ -8,7 +8,6 @@ used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from ...registry.errors import CheckpointError
-from ...registry.files import write_atomically
+from ...registry.files import file_digest, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def write_manifest(
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": _hash(path, sync=True),
+            "sha256": file_digest(path, sync=True),
         }
         for path in _files(folder)
     }
@@ -251,7 +250,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         yield partial
         files = sorted(_files(partial), key=lambda path: path.name == SAE_CFG_FILENAME)
         for path in files:
-            _hash(path, sync=True)
+            file_digest(path, sync=True)
         places = {path: folder / path.relative_to(partial) for path in files}
         for place in places.values():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -275,17 +274,7 @@ def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
     size = path.stat().st_size
     if size != expected["bytes"]:
         return f"has {size} bytes in place of {expected['bytes']}"
-    return None if _hash(path) == expected["sha256"] else "is not as it was written"
-
-
-def _hash(path: Path, *, sync: bool = False) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        if sync:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
+    return None if file_digest(path) == expected["sha256"] else "is not as it was written"
 
 
 def _subfolders(folder: Path) -> list[Path]:

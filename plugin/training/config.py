@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import hashlib
 import json
 import logging
 import math
@@ -34,6 +32,8 @@ from ...hooks.images.source import ImageSource
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.files import write_atomically
+from ...registry.hashing import fingerprint
+from ...registry.names import did_you_mean, nearest
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)
@@ -395,7 +395,7 @@ def _default_cache_path(cfg: Any) -> str:
     if len(hooks) == 1:
         last = hooks[0]
     else:
-        last = f"{len(hooks)}_hooks_{hashlib.sha256(' '.join(hooks).encode()).hexdigest()[:8]}"
+        last = f"{len(hooks)}_hooks_{fingerprint([' '.join(hooks)], digits=8)}"
     folders = (cfg.image_source.dataset, cfg.model_name, f"{last}_{cfg.tokens}")
     return "/".join(("activations", *(name.strip("/").replace("/", "_") for name in folders)))
 
@@ -436,10 +436,8 @@ def _refuse_unknown_keys(given: Iterable[Any], known: Iterable[str], prefix: str
     known = sorted(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5) or known
-            raise ConfigError(
-                f"unknown field {prefix + str(key)!r}; did you mean {' or '.join(map(repr, near))}?"
-            )
+            near = did_you_mean(nearest(key, known) or known)
+            raise ConfigError(f"unknown field {prefix + str(key)!r}; {near}")
 
 
 def _is_yaml(path: Path) -> bool:

@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
 from ...hooks.models.tokens import TOKEN_CHOICES
 from ...registry.errors import ConfigError, UnknownNameError
-from ...registry.table import unknown_name_message
+from ...registry.names import unknown_name_message
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ own definition.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.logistic import LogisticProber, best_threshold, f1_score, sparse_logistic
 from .parts.samples import ImageSample, shape
@@ -107,35 +106,25 @@ class Absorption(Evaluator[AbsorptionOptions]):
     }
     Options = AbsorptionOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: AbsorptionOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._sample = context.share(ImageSample, max_images=self.options.max_images)
-        self._memo: dict[Any, pd.DataFrame] = {}
-        taxonomy = self.taxonomy
-        distinct = taxonomy.distinct_nodes
-        size = taxonomy.n_leaves[distinct]
+    def prepare(self) -> None:
+        self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
+        distinct = self.taxonomy.distinct_nodes
+        size = self.taxonomy.n_leaves[distinct]
         # From a third of the images on, saying yes to all of them already has an F1 of .5.
-        able = distinct[(size > 1) & (3 * size < len(taxonomy.classes))]
-        chosen = np.random.default_rng(context.seed).permutation(able)
+        able = distinct[(size > 1) & (3 * size < len(self.taxonomy.classes))]
+        chosen = np.random.default_rng(self.context.seed).permutation(able)
         self.nodes = np.sort(chosen[: self.options.max_nodes])
 
-    def update(self, batch: EvaluationBatch) -> None:
-        self._memo.clear()
-        for kept in ("_prober", "_halves"):
-            vars(self).pop(kept, None)
-
-    @cached_property
+    @property
+    @remembered
     def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images on which probes are fitted, on which thresholds are chosen, and the score half."""
         fit = np.flatnonzero(self._sample.is_fit)
         held = hashing.uniform(self._sample.index[fit], SALT) < 0.25
         return fit[~held], fit[held], np.flatnonzero(~self._sample.is_fit)
 
-    @cached_property
+    @property
+    @remembered
     def _prober(self) -> LogisticProber:
         return LogisticProber(self._sample.x[torch.from_numpy(self._halves[0])])
 
@@ -161,17 +150,12 @@ class Absorption(Evaluator[AbsorptionOptions]):
         direction = torch.nn.functional.normalize(probes.weight, dim=1)
         return Probed(self.nodes[kept], member, said, direction, f1)
 
+    @remembered
     def measure(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> pd.DataFrame:
         """One row for each node with enough images; its absorption where it passes the probe."""
-        self._check_shuffled(shuffled)
-        key = (None if permutation is None else permutation.tobytes(), shuffled)
-        if key not in self._memo:
-            self._memo[key] = self._measure(self.probe(permutation, shuffled))
-        return self._memo[key]
-
-    def _measure(self, probed: Probed) -> pd.DataFrame:
+        probed = self.probe(permutation, shuffled)
         table = pd.DataFrame(
             {
                 "node": probed.node,

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError, TaxolensError
+from ..names import unknown_name_message
 from ..nulls import NULLS
 from ..presentation import Headline, NodeTable
-from ..table import unknown_name_message
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,6 +197,8 @@ class EvaluationContext:
     """Other SAEs to compare with, for evaluators that have `wants_peers`."""
     failures: dict[Any, str] = field(default_factory=dict, init=False, repr=False)
     """Why an evaluator, by its name, or a shared accumulator, by its key, has failed."""
+    batches: int = field(default=0, init=False)
+    """Number of batches that the pass has seen."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
     _reads: defaultdict[Any, dict[Any, None]] = field(
         default_factory=lambda: defaultdict(dict), init=False, repr=False
@@ -230,6 +232,7 @@ class EvaluationContext:
 
     def update(self, batch: EvaluationBatch) -> None:
         """Show one batch to every shared accumulator; one that raises is dropped."""
+        self.batches += 1
         for key, accumulator in list(self._shared.items()):
             self.attempt(key, partial(accumulator.update, batch))
 
@@ -303,6 +306,39 @@ def require_at_least(least: int, options: Any, *names: str) -> None:
             raise ConfigError(f"{name}: must be at least {least}, got {value}")
 
 
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def remembered(method: M) -> M:
+    """Decorator of an evaluator's method: its result is kept for equal arguments.
+
+    It is kept until the context sees another batch. Arguments are hashable or arrays.
+
+    Raises:
+        ConfigError: `shuffled` is asked for in a pass without shuffled labels.
+    """
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def kept(self: Evaluator[Any], *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self._check_shuffled(bound.arguments.get("shuffled", False))
+        key = (method, *map(_hashable, list(bound.arguments.values())[1:]))
+        if self._remembered_at != self.context.batches:
+            self._remembered_at = self.context.batches
+            self._remembered.clear()
+        if key not in self._remembered:
+            self._remembered[key] = method(self, *args, **kwargs)
+        return self._remembered[key]
+
+    return kept  # pyright: ignore[reportReturnType]
+
+
+def _hashable(value: Any) -> Any:
+    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
 class Evaluator(ABC, Generic[O]):
     """A measure of latents against a taxonomy: `update()` over batches, then `compute()`.
 
@@ -348,6 +384,12 @@ class Evaluator(ABC, Generic[O]):
         self.context = context
         self.taxonomy = context.taxonomy
         self.options: O = self._options(options)
+        self._remembered: dict[Any, Any] = {}
+        self._remembered_at = 0
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Called once, before any batch: ask for shared accumulators, begin sums of one's own."""
 
     @classmethod
     def _options(cls, options: Any) -> Any:
@@ -387,6 +429,11 @@ class Evaluator(ABC, Generic[O]):
     def notes(self) -> list[str]:
         """Sentences a reader of the numbers needs: why some are undefined, what was left out."""
         return []
+
+    def members(self, nodes: np.ndarray, permutation: np.ndarray | None = None) -> np.ndarray:
+        """(C, N) bool, whether a class lies below each of `nodes` (N,), as in `compute`."""
+        members = self.taxonomy.membership[:, nodes]
+        return members if permutation is None else members[permutation]
 
     def _check_shuffled(self, shuffled: bool) -> None:
         if shuffled and not self.context.shuffled:

@@ -7,7 +7,6 @@ definition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,20 +19,15 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import EvaluationBatch, Evaluator, Intervention, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
 from .parts.image_positions import ImagePositions
-from .parts.readout import ProbeReadout, Readout, class_probabilities, head_of, kl_divergence
+from .parts.node_f1 import explain
+from .parts.readout import ProbeReadout, Readout, head_of
+from .parts.steering import Effects, Steered, effects, steer
 
-BLOCK = 2**22
-"""Cells of (latents × nodes) held at a time."""
 SALT = 104
-NEAR = 0.05
-"""A steering strength is found when its KL is this near to the one asked for, relatively."""
-STEPS = 12
-LEAP = 8.0
-"""By how much a strength may change in one step of the search."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +70,6 @@ class Explanations(NamedTuple):
     @property
     def balanced_accuracy(self) -> np.ndarray:
         return (self.recall + 1 - self.false_alarms) / 2
-
-
-class Steered(NamedTuple):
-    """What steering along a few directions, each at the same KL, did to the classes."""
-
-    latent: np.ndarray  # (s,) −1 for a random direction
-    strength: np.ndarray  # (s,) length of what was added to each token; NaN where KL is not reached
-    kl: np.ndarray  # (s,)
-    change: np.ndarray  # (s, C) of each class's probability, mean over the images
 
 
 class Detection(Evaluator[DetectionOptions]):
@@ -131,29 +116,20 @@ class Detection(Evaluator[DetectionOptions]):
     wants_intervention = True
     Options = DetectionOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: DetectionOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
+    def prepare(self) -> None:
+        context, options, taxonomy = self.context, self.options, self.taxonomy
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
-        self._images = context.share(ImagePositions, max_images=self.options.max_images)
-        self._probed = context.share(ImagePositions, max_images=self.options.probe_images)
+        self._images = context.share(ImagePositions, max_images=options.max_images)
+        self._probed = context.share(ImagePositions, max_images=options.probe_images)
         self._length = [0.0, 0]  # Σ‖x − a mean‖, images: where the search for a strength begins
         self._mean: Tensor | None = None
-        taxonomy = self.taxonomy
         nodes = taxonomy.distinct_nodes[taxonomy.distinct_nodes != taxonomy.root]
         # of equally good nodes the smallest explains
         self.nodes = nodes[np.argsort(taxonomy.n_leaves[nodes], kind="stable")]
         self.groups = self.nodes[taxonomy.n_leaves[self.nodes] > 1]
-        self._memo: dict[Any, Explanations] = {}
-        self._steered: Steered | None = None
 
     def update(self, batch: EvaluationBatch) -> None:
-        self._memo.clear()
-        self._steered = None
         x = batch.x.float()
         if self._mean is None:
             self._mean = x.mean(0)
@@ -162,27 +138,20 @@ class Detection(Evaluator[DetectionOptions]):
 
     # Explaining --------------------------------------------------------------------------------
 
+    @remembered
     def explain(
         self, nodes: np.ndarray, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Explanations:
         """The best of `nodes` (N,) for each latent."""
-        self._check_shuffled(shuffled)
-        key = (nodes.tobytes(), None if permutation is None else permutation.tobytes(), shuffled)
-        if key not in self._memo:
-            self._memo[key] = find_explanations(
-                self._firings.fit(shuffled),
-                self._firings.score(shuffled)[:, 0],
-                self._members(nodes, permutation),
-                self._classes.fit(shuffled),
-                self._classes.score(shuffled),
-                nodes,
-                self.options.min_fired,
-            )
-        return self._memo[key]
-
-    def _members(self, nodes: np.ndarray, permutation: np.ndarray | None) -> np.ndarray:
-        members = self.taxonomy.membership[:, nodes]
-        return members if permutation is None else members[permutation]
+        return find_explanations(
+            self._firings.fit(shuffled),
+            self._firings.score(shuffled)[:, 0].numpy(),
+            self.members(nodes, permutation),
+            self._classes.fit(shuffled),
+            self._classes.score(shuffled),
+            nodes,
+            self.options.min_fired,
+        )
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -203,46 +172,35 @@ class Detection(Evaluator[DetectionOptions]):
             "latents": float(explained.sum()),
         }
         for prefix, explanations in (("", best), ("group_", group)):
-            own, others, random, rank = self.effects(explanations.node, permutation)
+            found = self.effects(explanations.node, permutation)
             numbers |= {
-                f"{prefix}steering": summary.mean(own),
-                f"{prefix}steering_excess": summary.mean(own - others),
-                f"{prefix}steering_rank": summary.mean(rank),
+                f"{prefix}steering": summary.mean(found.own),
+                f"{prefix}steering_excess": summary.mean(found.own - found.others),
+                f"{prefix}steering_rank": summary.mean(found.rank),
             }
             if not prefix:
-                numbers["steering_other"] = summary.mean(others)
-                numbers["steering_direction"] = summary.mean(random)
-        steered = self.steered()
-        numbers["steered"] = float(np.isfinite(steered.strength[steered.latent >= 0]).sum())
+                numbers["steering_other"] = summary.mean(found.others)
+                numbers["steering_direction"] = summary.mean(found.random)
+        numbers["steered"] = float(self.steered()[0].reached.sum())
         return numbers
 
     # Steering ----------------------------------------------------------------------------------
 
-    def effects(
-        self, node: np.ndarray, permutation: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For each latent that was steered (s,): what it did to its node, what the others did,
-        what random directions did, and its rank among the others.
+    def effects(self, node: np.ndarray, permutation: np.ndarray | None = None) -> Effects:
+        """For each latent that was steered (s,): what it, the others and random directions did to
+        its node.
 
         Args:
             node: (m,) the node that explains each latent.
         """
-        latent, strength, _, change = self.steered()
-        of_latents = (latent >= 0) & np.isfinite(strength)
-        of_directions = (latent < 0) & np.isfinite(strength)
-        explained = node[latent[of_latents]] if of_latents.any() else np.zeros(0, dtype=np.int64)
-        members = self._members(explained, permutation).astype(float)  # (C, s)
-        by_latent = change[of_latents] @ members  # (s steered, s nodes)
-        own = np.diagonal(by_latent)
-        n = len(own)
-        apart = ~np.eye(n, dtype=bool)
-        less = (by_latent < own) + 0.5 * (by_latent == own)
-        others = summary.ratio((by_latent * apart).sum(0), n - 1 if n > 1 else 0)
-        rank = summary.ratio((less * apart).sum(0), n - 1 if n > 1 else 0)
-        by_direction = change[of_directions] @ members
-        random = summary.ratio(by_direction.sum(0), len(by_direction))
-        unknown = explained < 0
-        return tuple(np.where(unknown, np.nan, v) for v in (own, others, random, rank))  # pyright: ignore[reportReturnType]
+        latents, directions = self.steered()
+        explained = node[self.sample()[latents.reached]]
+        found = effects(
+            latents.change[latents.reached],
+            directions.change[directions.reached],
+            self.members(explained, permutation),
+        )
+        return Effects(*(np.where(explained < 0, np.nan, effect) for effect in found))
 
     @property
     def reason(self) -> str:
@@ -259,65 +217,41 @@ class Detection(Evaluator[DetectionOptions]):
             return "there is no head, and no image in the fit half to fit a probe on"
         return ""
 
-    def steered(self) -> Steered:
-        """The sample of latents and the random directions, each at its strength."""
-        if self._steered is None:
-            nothing = np.zeros(0)
-            empty = np.zeros((0, len(self.taxonomy.classes)))
-            none = Steered(nothing.astype(np.int64), nothing, nothing, empty)
-            self._steered = none if self.reason else self._steer()
-        return self._steered
-
+    @remembered
     def sample(self) -> np.ndarray:
-        """The latents to be steered: at random among those that can be explained."""
+        """The latents to be steered: at random among those that can be explained; none where
+        nothing is steered."""
+        if self.reason:
+            return np.zeros(0, dtype=np.int64)
         fired = np.asarray(self._firings.fit().sum(1)).ravel()
         latents = np.flatnonzero(fired >= self.options.min_fired)
         order = np.argsort(hashing.uniform(latents, SALT + self.context.seed), kind="stable")
         return np.sort(latents[order[: self.options.n_latents]])
 
-    def _steer(self) -> Steered:
-        intervene, rows = self.context.intervene, self.context.W_dec
-        assert intervene is not None and rows is not None
-        readout = self._readout()
+    @remembered
+    def steered(self) -> tuple[Steered, Steered]:
+        """Steering along the latents of the sample, and along random directions."""
         n_classes = len(self.taxonomy.classes)
-        index = torch.from_numpy(self._images.index(fit=False))
-        clean = readout(intervene(index))
-        before = class_probabilities(clean, readout.classes, n_classes)
-
-        def outputs(direction: Tensor, strength: float) -> Tensor:
-            return readout(intervene(index, lambda x: x + strength * direction.to(x)))
-
-        latents = self.sample()
+        intervene, rows = self.context.intervene, self.context.W_dec
+        if self.reason or intervene is None or rows is None:
+            nothing = Steered(np.zeros(0), np.zeros(0), np.zeros((0, n_classes)))
+            return nothing, nothing
         generator = torch.Generator().manual_seed(self.context.seed)
         random = torch.randn(self.options.n_directions, self.context.d_in, generator=generator)
-        chosen = rows.detach().float().cpu()[torch.from_numpy(latents)]
-        directions = torch.cat([chosen, random])
-        start = self._length[0] / max(self._length[1], 1)
-        found = Steered(
-            np.append(latents, np.full(len(random), -1)),
-            np.full(len(directions), np.nan),
-            np.full(len(directions), np.nan),
-            np.full((len(directions), n_classes), np.nan),
+        chosen = rows.detach().float().cpu()[torch.from_numpy(self.sample())]
+        found = steer(
+            intervene,
+            self._readout(intervene),
+            torch.from_numpy(self._images.index(fit=False)),
+            torch.cat([chosen, random]),
+            kl=self.options.kl,
+            start=self._length[0] / max(self._length[1], 1),
+            n_classes=n_classes,
         )
-        for i, direction in enumerate(directions):
-            length = float(direction.norm())
-            if not length > 0:
-                continue
-            unit = direction / length
-            strength, steered = find_strength(
-                lambda s, unit=unit: outputs(unit, s), clean, self.options.kl, start
-            )
-            if steered is None:
-                continue
-            found.strength[i] = start = strength  # the next one will be much alike
-            found.kl[i] = float(kl_divergence(clean, steered).mean())
-            after = class_probabilities(steered, readout.classes, n_classes)
-            found.change[i] = (after - before).mean(0).numpy()
-        return found
+        n = len(chosen)
+        return Steered(*(v[:n] for v in found)), Steered(*(v[n:] for v in found))
 
-    def _readout(self) -> Readout:
-        intervene = self.context.intervene
-        assert intervene is not None
+    def _readout(self, intervene: Intervention) -> Readout:
         head = head_of(intervene)
         if head is not None:
             return head
@@ -361,21 +295,21 @@ class Detection(Evaluator[DetectionOptions]):
         return np.mean(nulls, axis=0)
 
     def _steering_table(self, best: Explanations) -> pd.DataFrame:
-        latent, strength, kl, _ = self.steered()
-        reached = (latent >= 0) & np.isfinite(strength)
+        steered, _ = self.steered()
+        reached = steered.reached
         if not reached.any():
             reason = self.reason or f"no direction reaches a KL of {self.options.kl:g}"
             return pd.DataFrame({"latent": [-1], "reason": [reason]})
-        own, others, random, rank = self.effects(best.node)
+        latents, effect = self.sample()[reached], self.effects(best.node)
         table = {
-            "latent": latent[reached],
-            **self._described(best.node[latent[reached]]),
-            "strength": strength[reached],
-            "kl": kl[reached],
-            "change": own,
-            "change_by_others": others,
-            "change_by_random_directions": random,
-            "rank": rank,
+            "latent": latents,
+            **self._described(best.node[latents]),
+            "strength": steered.strength[reached],
+            "kl": steered.kl[reached],
+            "change": effect.own,
+            "change_by_others": effect.others,
+            "change_by_random_directions": effect.random,
+            "rank": effect.rank,
         }
         return pd.DataFrame(table)
 
@@ -410,7 +344,7 @@ class Detection(Evaluator[DetectionOptions]):
 
 def find_explanations(
     fit: sparse.csr_array,
-    score: Tensor,
+    score: np.ndarray,
     members: np.ndarray,
     fit_images: np.ndarray,
     score_images: np.ndarray,
@@ -426,62 +360,13 @@ def find_explanations(
         nodes: (N,); of equally good ones the first is taken.
         min_fired: a latent that fires on fewer images of the fit half is left out.
     """
-    m = score.shape[0]
-    belongs = sparse.csr_array(members.astype(np.float32))
-    fit_positives, positives = fit_images @ belongs, score_images @ belongs
-    n = score_images.sum()
-    at, fit_f1 = np.zeros(m, dtype=np.int64), np.full(m, np.nan)
-    hits, fired = np.zeros(m), np.zeros(m)
-    fit_fired = np.asarray(fit.sum(1)).ravel()
-    explained = (fit_fired >= min_fired) & (len(nodes) > 0)
-    size = max(1, BLOCK // max(len(nodes), 1))
-    for start in range(0, m if explained.any() else 0, size):
-        rows = slice(start, min(start + size, m))
-        both = sparse.csr_array(fit[rows] @ belongs).toarray().astype(np.float64)
-        f1 = 2 * both / np.maximum(fit_fired[rows, None] + fit_positives, 1)
-        at[rows] = f1.argmax(1)
-        fit_f1[rows] = f1.max(1)
-        scored = score[rows].to(torch.float64).numpy()
-        fired[rows] = scored.sum(1)
-        hits[rows] = (scored * members[:, at[rows]].T).sum(1)
-    chosen = positives[at] if len(nodes) else np.zeros(m)
-    nan = np.nan
+    explained = (np.asarray(fit.sum(1)).ravel() >= min_fired) & (len(nodes) > 0)
+    at, fit_f1, found = explain(fit, score, members, fit_images, score_images)
+    others = score_images.sum() - found.positives
+    false_alarms = summary.ratio(found.fired - found.hits, others)
+    f1 = np.where(found.positives > 0, found.f1, np.nan)
+    rates = (fit_f1, found.recall, false_alarms, f1)
     return Explanations(
-        node=np.where(explained, nodes[at] if len(nodes) else -1, -1),
-        fit_f1=np.where(explained, fit_f1, nan),
-        recall=np.where(explained, summary.ratio(hits, chosen), nan),
-        false_alarms=np.where(explained, summary.ratio(fired - hits, n - chosen), nan),
-        f1=np.where(explained & (chosen > 0), summary.ratio(2 * hits, fired + chosen), nan),
+        np.where(explained, np.append(nodes, -1)[at], -1),
+        *(np.where(explained, rate, np.nan) for rate in rates),
     )
-
-
-def find_strength(
-    outputs: Callable[[float], Tensor], clean: Tensor, kl: float, start: float
-) -> tuple[float, Tensor | None]:
-    """The strength at which the mean KL(clean ‖ steered) is `kl`, and the steered outputs there.
-
-    KL grows about as the square of the strength: each step goes where that would lead, and halves
-    the bracket (on a logarithmic scale) where it would lead out of it. None where `STEPS` steps do
-    not reach it.
-
-    Args:
-        outputs: strength -> log-probabilities (n, O).
-        start: the first strength tried, above 0.
-    """
-    low, high = 0.0, np.inf
-    strength = start if start > 0 else 1.0
-    for _ in range(STEPS):
-        steered = outputs(strength)
-        found = float(kl_divergence(clean, steered).mean())
-        if abs(found / kl - 1) <= NEAR:
-            return strength, steered
-        if found < kl:
-            low = strength
-        else:
-            high = strength
-        leap = LEAP if found <= 0 else float(np.clip(np.sqrt(kl / found), 1 / LEAP, LEAP))
-        following = strength * leap
-        if not low < following < high:
-            following = np.sqrt(low * high) if low > 0 else high / LEAP
-        strength = float(following)
-    return float("nan"), None

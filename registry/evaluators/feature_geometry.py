@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,10 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
-from .ontological_coverage import find_detectors
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
+from .parts.node_f1 import find_detectors
 from .parts.samples import ImageSample
 
 RANK_IMAGES, COACTIVE_IMAGES, BLOCK = 1024, 256, 1024
@@ -112,16 +112,10 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     invariant = label_free
     Options = FeatureGeometryOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: FeatureGeometryOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._classes = context.share(ClassCounts)
-        self._firings = context.share(FiringHistogram, survival=(1.0,))
-        self._sample = context.share(ImageSample, max_images=self.options.max_images)
-        self._memo: dict[Any, Any] = {}
+    def prepare(self) -> None:
+        self._classes = self.context.share(ClassCounts)
+        self._firings = self.context.share(FiringHistogram, survival=(1.0,))
+        self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
         self._tree = self.taxonomy.collapsed()
         self._edges = self._choose_edges()
 
@@ -132,12 +126,8 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         chosen = np.sort(order[: self.options.max_edges])
         return np.array(edges, dtype=np.int64).reshape(-1, 2)[chosen]
 
-    def update(self, batch: EvaluationBatch) -> None:
-        self._memo.clear()
-        for kept in ("_whitened", "_fixed"):
-            vars(self).pop(kept, None)
-
-    @cached_property
+    @property
+    @remembered
     def _whitened(self) -> np.ndarray:
         """(n, d) the sample of x, centred and whitened as its fit half says."""
         x = self._sample.x.double().numpy()
@@ -217,6 +207,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
                 pairs.append((int(generator.choice(others)), int(child)))
         return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
+    @remembered
     def detectors(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> np.ndarray:
@@ -264,7 +255,8 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
                 pairs.append((int(child), int(generator.choice(others))))
         return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
-    @cached_property
+    @property
+    @remembered
     def _fixed(self) -> dict[str, float]:
         """What depends on no label."""
         numbers = dict.fromkeys(self.invariant, float("nan"))
@@ -293,14 +285,11 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
         self._check_shuffled(shuffled)
-        key = (None if permutation is None else permutation.tobytes(), shuffled)
-        if key not in self._memo:
-            self._memo[key] = {
-                **self._on_x(permutation, shuffled),
-                **self._of_latents(permutation, shuffled),
-                **self._fixed,
-            }
-        return dict(self._memo[key])
+        return {
+            **self._on_x(permutation, shuffled),
+            **self._of_latents(permutation, shuffled),
+            **self._fixed,
+        }
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`edges`: one row for each (parent, child) that was looked at."""

@@ -7,13 +7,12 @@ the hyperbolic category-discovery work after it use it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import ALL_NULLS, Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.samples import ImageSample
 from .parts.sums import ActivationSums, LatentSums
@@ -67,21 +66,12 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
     }
     Options = HyperbolicityOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: HyperbolicityOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._latents = context.share(LatentSums)
-        self._own_x = context.source == "sae"
+    def prepare(self) -> None:
+        self._latents = self.context.share(LatentSums)
+        self._own_x = self.context.source == "sae"
         if self._own_x:
-            self._activations = context.share(ActivationSums)
-            self._images = context.share(ImageSample, max_images=self.options.sample_images)
-        self._memo: dict[tuple[str, bool], tuple[float, float]] = {}
-
-    def update(self, batch: EvaluationBatch) -> None:
-        self._memo.clear()
+            self._activations = self.context.share(ActivationSums)
+            self._images = self.context.share(ImageSample, max_images=self.options.sample_images)
 
     def points(self, kind: str, shuffled: bool = False) -> np.ndarray:
         """(n, width) the points of a set, those without a value left out."""
@@ -104,15 +94,15 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
 
     def deltas(self, kind: str, shuffled: bool = False) -> tuple[float, float]:
         """δ_rel of a set, and of Gaussian clouds like it."""
-        labelled = kind in ("class_means", "latent_means")
-        key = (kind, shuffled and labelled)
-        if key not in self._memo:
-            points = self.points(kind, shuffled)
-            generator = np.random.default_rng(self.context.seed)
-            clouds = [gaussian_like(points, generator) for _ in range(self.options.draws)]
-            gaussian = summary.mean([self._relative(distances(cloud)) for cloud in clouds])
-            self._memo[key] = self._relative(distances(points)), gaussian
-        return self._memo[key]
+        return self._deltas(kind, shuffled and kind in ("class_means", "latent_means"))
+
+    @remembered
+    def _deltas(self, kind: str, shuffled: bool) -> tuple[float, float]:
+        points = self.points(kind, shuffled)
+        generator = np.random.default_rng(self.context.seed)
+        clouds = [gaussian_like(points, generator) for _ in range(self.options.draws)]
+        gaussian = summary.mean([self._relative(distances(cloud)) for cloud in clouds])
+        return self._relative(distances(points)), gaussian
 
     def _relative(self, distance: np.ndarray) -> float:
         return relative_delta(distance, self.options.bases, self.context.seed)

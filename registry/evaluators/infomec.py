@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram
+from .parts.logistic import class_log_odds
 from .parts.samples import ImageSample, shape
 
 BLOCK = 1024
@@ -112,21 +113,10 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     invariant = label_free = frozenset({"factors"})
     Options = InfoMECOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: InfoMECOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._classes = context.share(ClassCounts)
-        self._histogram = context.share(FiringHistogram, survival=SURVIVAL)
-        self._sample = context.share(ImageSample, max_images=self.options.max_images)
-        self._counts: dict[bool, sparse.csr_array] = {}
-        self._log_odds: dict[bool, Tensor] = {}
-
-    def update(self, batch: EvaluationBatch) -> None:
-        self._counts.clear()
-        self._log_odds.clear()
+    def prepare(self) -> None:
+        self._classes = self.context.share(ClassCounts)
+        self._histogram = self.context.share(FiringHistogram, survival=SURVIVAL)
+        self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
 
     @cached_property
     def depths(self) -> list[int]:
@@ -146,15 +136,16 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         self._check_shuffled(shuffled)
         images = self._classes.all(shuffled)
         n_levels = len(self.options.levels)
-        if shuffled not in self._counts:
-            self._counts[shuffled] = level_counts(self._histogram, self.options.levels, shuffled)
-        found = [
-            mutual_information(self._counts[shuffled], n_levels, images, group)
-            for group in self.groups(permutation)
-        ]
+        counts = self._counts(shuffled)
+        groups = self.groups(permutation)
+        found = [mutual_information(counts, n_levels, images, group) for group in groups]
         mutual = np.array([i for i, _ in found]).reshape(len(found), self.context.d_sae)
         entropy = np.array([h for _, h in found])
         return Information.of(mutual, entropy)
+
+    @remembered
+    def _counts(self, shuffled: bool) -> sparse.csr_array:
+        return level_counts(self._histogram, self.options.levels, shuffled)
 
     def explicitness(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -164,16 +155,11 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         labels = self._sample.labels(shuffled)[score]
         if not len(labels) or score.all():
             return np.full(len(self.depths), np.nan)
-        if shuffled not in self._log_odds:
-            self._log_odds[shuffled] = self._regress(shuffled)
-        return np.array(
-            [
-                explained(self._log_odds[shuffled], labels, group)
-                for group in self.groups(permutation)
-            ]
-        )
+        log_odds = self._log_odds(shuffled)
+        return np.array([explained(log_odds, labels, g) for g in self.groups(permutation)])
 
-    def _regress(self, shuffled: bool) -> Tensor:
+    @remembered
+    def _log_odds(self, shuffled: bool) -> Tensor:
         """(a, C) log-probabilities of the classes for the score half of the sample."""
         sample = self._sample
         fit = sample.is_fit
@@ -352,39 +338,3 @@ def explained(log_odds: Tensor, labels: np.ndarray, group: np.ndarray) -> float:
     belongs = torch.from_numpy(group[None] == truth[:, None])
     right = log_odds.masked_fill(~belongs, -torch.inf).logsumexp(1)
     return float((entropy + right.double().mean().item()) / entropy)
-
-
-def class_log_odds(
-    z: Tensor, labels: Tensor, asked: Tensor, n_classes: int, *, steps: int = 100
-) -> Tensor:
-    """(a, C) log-probabilities of the classes by multinomial logistic regression.
-
-    Accelerated gradient steps from the classes' frequencies on; about every fourth image is held
-    back, and the step that predicts those best is the one used. Features are standardised, but for the
-    mean: zeros stay zeros.
-
-    Args:
-        z: (n, k) fitted on, with labels (n,); asked: (a, k).
-    """
-    held = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.25
-    scale = z.square().mean(0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.inf)
-    u = z / scale
-    frequency = torch.bincount(labels, minlength=n_classes) + 0.5
-    prior = (frequency / frequency.sum()).log()
-    target = torch.nn.functional.one_hot(labels[~held], n_classes).to(u.dtype)
-    known, n = u[~held], max(int((~held).sum()), 1)
-    step = 1 / (0.5 * float(torch.linalg.matrix_norm(known, 2) ** 2 if u.numel() else 1) / n + 1e-3)
-    weight = torch.zeros(u.shape[1], n_classes)
-    ahead, best, least, momentum = weight, weight, torch.inf, 1.0
-    for _ in range(steps):
-        odds = torch.softmax(known @ ahead + prior, dim=1)
-        following = ahead - step * (known.T @ (odds - target) / n)
-        grown = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        ahead = following + (momentum - 1) / grown * (following - weight)
-        weight, momentum = following, grown
-        if held.any():
-            loss = float(torch.nn.functional.cross_entropy(u[held] @ weight + prior, labels[held]))
-            best, least = (weight, loss) if loss < least else (best, least)
-    best = best if held.any() else weight
-    return torch.log_softmax(asked / scale @ best + prior, dim=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from scipy import sparse
 from ..errors import ConfigError
 from ..presentation import Headline, NodeTable
 from ..taxonomies.taxonomy import Taxonomy
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram, TopImages
 
@@ -99,19 +99,10 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     node_table = NodeTable("latents", f1=None, priority=20)
     Options = LCHHeightOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: LCHHeightOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._sets: dict[Any, sparse.csr_array] = {}  # (m, C), kept for the permutations
-        self._classes = context.share(ClassCounts)
-        self._top = context.share(TopImages, k=self.options.k)
-        self._firings = context.share(FiringHistogram, survival=(1.0,))
-
-    def update(self, batch: EvaluationBatch) -> None:
-        self._sets.clear()
+    def prepare(self) -> None:
+        self._classes = self.context.share(ClassCounts)
+        self._top = self.context.share(TopImages, k=self.options.k)
+        self._firings = self.context.share(FiringHistogram, survival=(1.0,))
 
     def assign(
         self,
@@ -122,20 +113,21 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         """The node of each latent under `rule`, None for the chosen one."""
         self._check_shuffled(shuffled)
         options, rule = self.options, rule or self.options.rule
-        counts = self._classes.all(shuffled)
         if rule.startswith("topk"):
+            counts = self._classes.all(shuffled)
             smallest = counts[counts > 0].min(initial=2 * options.k)
             labels = top_labels(self._top, max(1, min(options.k, int(smallest) // 2)), shuffled)
             if permutation is not None:
                 labels = np.where(labels >= 0, permutation[labels], -1)
             return smallest_holding(self.taxonomy, labels, options.keep if rule == "topk" else 1.0)
-        if (rule, shuffled) not in self._sets:
-            fired = self._firings.fired(shuffled)
-            tau = options.tau if rule == "frequency" else 0.0
-            sets = frequent_classes(fired, counts, tau)
-            self._sets[rule, shuffled] = sparse.csr_array(sets)
-        sets = self._sets[rule, shuffled]
+        sets = self._sets(options.tau if rule == "frequency" else 0.0, shuffled)
         return Assignment(self.taxonomy.lch_many(sets, permutation), np.diff(sets.indptr))
+
+    @remembered
+    def _sets(self, tau: float, shuffled: bool) -> sparse.csr_array:
+        """(m, C) the classes of each latent."""
+        fired, images = self._firings.fired(shuffled), self._classes.all(shuffled)
+        return sparse.csr_array(frequent_classes(fired, images, tau))
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False

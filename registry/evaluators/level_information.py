@@ -6,7 +6,6 @@ Own definition, after the layer-by-layer question of Olson et al. 2025 (arXiv 25
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..presentation import Headline
 from ..taxonomies.taxonomy import Taxonomy
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import EvaluationBatch, Evaluator, require_at_least
 from .parts import summary
 from .parts.moments import ClassMoments
 from .parts.probes import NeighbourProbe, RidgeProbe
@@ -93,12 +92,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
     )
     Options = LevelInformationOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: LevelInformationOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
+    def prepare(self) -> None:
         self._measures: dict[str, _FeatureInformation] = {}
         self._latents: Tensor | None = None
         self._cuts = informative_cuts(self.taxonomy)

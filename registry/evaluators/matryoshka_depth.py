@@ -15,10 +15,10 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
-from .base import EvaluationContext, Evaluator
-from .pair_depth import pair_depths
+from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import FiringRate, TopImages
+from .parts.pair_depths import all_pair_depths, pair_depths
 from .parts.ranks import spearman
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
@@ -90,18 +90,13 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
     invariant = frozenset({"groups", "defined", "by_rate"})
     Options = MatryoshkaDepthOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: MatryoshkaDepthOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._top = context.share(TopImages, k=self.options.k)
-        self._rate = context.share(FiringRate)
+    def prepare(self) -> None:
+        self._top = self.context.share(TopImages, k=self.options.k)
+        self._rate = self.context.share(FiringRate)
         given, order = self.options.widths, self.options.order
         # Another number of latents (raw neurons) has prefixes of the same shares.
-        widths = [round(w / given[-1] * context.d_sae) for w in given] if given else None
-        self._widths = widths or prefix_widths(context.sae)
+        widths = [round(w / given[-1] * self.context.d_sae) for w in given] if given else None
+        self._widths = widths or prefix_widths(self.context.sae)
         self.by_rate = order == "rate" or (order == "auto" and self._widths is None)
 
     @property
@@ -122,11 +117,11 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
             place[np.argsort(-self._rate.fired, kind="stable")] = np.arange(len(place))
         return np.searchsorted(self.widths, place, side="right")
 
+    @remembered
     def depths(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """(m,) mean depth over all pairs, and over those of different classes; NaN if undefined."""
-        self._check_shuffled(shuffled)
         labels = self._top.labels(shuffled)
         lca_depth = self.taxonomy.leaf_lca_depth
         different = pair_depths(lca_depth, labels, permutation).depth
@@ -223,15 +218,3 @@ def prefix_widths(sae: Any) -> list[int] | None:
 
 def _get(place: Any, name: str) -> Any:
     return place.get(name) if isinstance(place, dict) else getattr(place, name, None)
-
-
-def all_pair_depths(
-    lca_depth: np.ndarray, labels: np.ndarray, permutation: np.ndarray | None = None
-) -> np.ndarray:
-    """(m,) mean LCA depth over all pairs of each row of labels (m, k); NaN where one is −1."""
-    first, second = np.triu_indices(labels.shape[1], 1)
-    full = (labels >= 0).all(1)
-    placed = labels[full] if permutation is None else permutation[labels[full]]
-    depth = np.full(len(labels), np.nan)
-    depth[full] = lca_depth[placed[:, first], placed[:, second]].mean(1)
-    return depth

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator
+from .base import ALL_NULLS, EvaluationBatch, Evaluator
 from .parts import summary
 
 logger = logging.getLogger(__name__)
@@ -78,13 +77,8 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
     wants_embedding = True
     Options = MonosemanticityOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: MonosemanticityOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        m = context.d_sae
+    def prepare(self) -> None:
+        m = self.context.d_sae
         self._own_layer = False
         self._file: np.ndarray | None = None
         self._images = 0

@@ -7,7 +7,6 @@ one class is our own definition, and makes the score one that knowing classes al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,9 +14,10 @@ from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
 from ..presentation import Headline
-from .base import EvaluationContext, Evaluator
+from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import TopImages
+from .parts.pair_depths import Pairs, pair_depths
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,6 @@ class PairDepthOptions:
     def __post_init__(self) -> None:
         if self.k < 2:
             raise ConfigError(f"k: a pair needs at least 2 images, got {self.k}")
-
-
-class Pairs(NamedTuple):
-    """Per latent, each (m,)."""
-
-    depth: np.ndarray  # mean depth over the pairs of different classes; NaN without any
-    same_class: np.ndarray  # share of pairs of one class; NaN where the latent is skipped
 
 
 class PairDepth(Evaluator[PairDepthOptions]):
@@ -57,17 +50,12 @@ class PairDepth(Evaluator[PairDepthOptions]):
     headlines = (Headline("pair_depth", "pair depth", priority=20),)
     Options = PairDepthOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: PairDepthOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._top = context.share(TopImages, k=self.options.k)
+    def prepare(self) -> None:
+        self._top = self.context.share(TopImages, k=self.options.k)
 
+    @remembered
     def pairs(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Pairs:
         """The per-latent numbers."""
-        self._check_shuffled(shuffled)
         labels = self._top.labels(shuffled)
         return pair_depths(self.taxonomy.leaf_lca_depth, labels, permutation)
 
@@ -114,26 +102,3 @@ class PairDepth(Evaluator[PairDepthOptions]):
                 },
             )
         }
-
-
-def pair_depths(
-    lca_depth: np.ndarray, labels: np.ndarray, permutation: np.ndarray | None = None
-) -> Pairs:
-    """The pairs of each row of labels.
-
-    Args:
-        lca_depth: (C, C) depth of the LCH of two classes.
-        labels: (m, k) classes of the top images; a row with any −1 is skipped.
-        permutation: (C,) the place that each class takes in the tree.
-    """
-    first, second = np.triu_indices(labels.shape[1], 1)
-    full = (labels >= 0).all(1)
-    kept = labels[full]
-    placed = kept if permutation is None else permutation[kept]
-    differ = kept[:, first] != kept[:, second]
-    total = np.where(differ, lca_depth[placed[:, first], placed[:, second]], 0).sum(1)
-    depth = np.full(len(labels), np.nan)
-    same_class = np.full(len(labels), np.nan)
-    depth[full] = summary.ratio(total, differ.sum(1))
-    same_class[full] = 1 - differ.mean(1)
-    return Pairs(depth, same_class)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,16 +17,28 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
+from .parts.implication import (
+    Edges,
+    Pairs,
+    depths,
+    hamming,
+    implied_pairs,
+    measure_edges,
+    near_probe,
+    nearest_parents,
+    recall_of,
+    recorded_parents,
+    rewire,
+)
 from .parts.logistic import LogisticProber
-from .parts.samples import FiringSample, ImageSample, fires, shape, together
+from .parts.node_f1 import best_nodes
+from .parts.samples import FiringSample, ImageSample, fires, shape
 
 DRAWN = 300
 """Latents in the drawing at most."""
-BLOCK = 1024
-"""Latents at a time."""
 REWIRINGS = 5
 """Draws behind each `rewired_` number."""
 
@@ -62,21 +73,6 @@ class ParentChildOptions:
         if not self.ratio > 1:
             raise ConfigError(f"ratio: must be above 1, or pairs form circles; got {self.ratio}")
         require_at_least(1, self, "min_fired", "max_images", "probe_images", "nearest")
-
-
-class Pairs(NamedTuple):
-    """Parents and children, each (P,)."""
-
-    parent: np.ndarray
-    child: np.ndarray
-
-
-class Edges(NamedTuple):
-    """The forest on the images of the score half; each (E,), NaN where undefined."""
-
-    implication: np.ndarray  # P(p | c)
-    reverse: np.ndarray  # P(c | p)
-    lift: np.ndarray
 
 
 class ParentChild(Evaluator[ParentChildOptions]):
@@ -141,26 +137,19 @@ class ParentChild(Evaluator[ParentChildOptions]):
     invariant = label_free
     Options = ParentChildOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: ParentChildOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
+    def prepare(self) -> None:
+        context, options = self.context, self.options
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
-        self._sample = context.share(FiringSample, max_images=self.options.max_images)
-        self._probing = self.options.probed > 0 and context.W_dec is not None
+        self._sample = context.share(FiringSample, max_images=options.max_images)
+        self._probing = options.probed > 0 and context.W_dec is not None
         if self._probing:
-            self._images = context.share(ImageSample, max_images=self.options.probe_images)
+            self._images = context.share(ImageSample, max_images=options.probe_images)
         distinct = self.taxonomy.distinct_nodes
         self._nodes = distinct[np.argsort(-self.taxonomy.n_leaves[distinct], kind="stable")]
 
-    def update(self, batch: EvaluationBatch) -> None:
-        for kept in KEPT:
-            vars(self).pop(kept, None)
-
-    @cached_property
+    @property
+    @remembered
     def pairs(self) -> Pairs:
         """Every pair that the fit half shows."""
         sample, options = self._sample, self.options
@@ -172,31 +161,36 @@ class ParentChild(Evaluator[ParentChildOptions]):
             min_fired=options.min_fired,
         )
 
-    @cached_property
+    @property
+    @remembered
     def forest(self) -> Pairs:
         """One parent for each child."""
         return nearest_parents(self.pairs, self._fired)
 
-    @cached_property
+    @property
+    @remembered
     def recorded(self) -> Pairs:
         """The edges of the SAE's own forest whose child is alive."""
         parents = self._parents
         child = np.flatnonzero((parents >= 0) & (self._fired >= self.options.min_fired))
         return Pairs(parents[child], child)
 
-    @cached_property
+    @property
+    @remembered
     def rewired(self) -> list[Pairs]:
         """`recorded` with the parents of children of equal depth exchanged, once per draw."""
         generator = np.random.default_rng(self.context.seed)
         depth = depths(self._parents)[self.recorded.child]
         return [rewire(self.recorded, depth, generator) for _ in range(REWIRINGS)]
 
-    @cached_property
+    @property
+    @remembered
     def edges(self) -> Edges:
         """The forest on the score half."""
         return measure_edges(self._scored, self.forest)
 
-    @cached_property
+    @property
+    @remembered
     def recorded_edges(self) -> Edges:
         """The SAE's own forest on the score half."""
         return measure_edges(self._scored, self.recorded)
@@ -210,23 +204,27 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def _parents(self) -> np.ndarray:
         return recorded_parents(self.context.sae, self.context.d_sae)
 
-    @cached_property
+    @property
+    @remembered
     def _fired(self) -> np.ndarray:
         """(m,) images of the fit half on which each latent fires."""
         sample = self._sample
         fit = sample.z[sample.is_fit]
         return np.bincount(fit.indices, minlength=shape(fit)[1])
 
-    @cached_property
+    @property
+    @remembered
     def _hamming(self) -> pd.DataFrame:
         return hamming(self._scored, self.forest)
 
-    @cached_property
+    @property
+    @remembered
     def reconstructs(self) -> np.ndarray:
         """(E,) whether an edge passes Tree SAE's condition: 1, 0, or NaN where it was not asked."""
         return self._condition([self.forest])[0]
 
-    @cached_property
+    @property
+    @remembered
     def recorded_reconstructs(self) -> list[np.ndarray]:
         """The same for `recorded`, then for each of `rewired`."""
         return self._condition([self.recorded, *self.rewired])
@@ -260,12 +258,10 @@ class ParentChild(Evaluator[ParentChildOptions]):
         shuffled: bool = False,
     ) -> np.ndarray:
         """The node of best F1 with the firing of each latent, as a position in `_nodes`."""
-        members = self.taxonomy.membership[:, self._nodes]
-        if permutation is not None:
-            members = members[permutation]
+        members = self.members(self._nodes, permutation)
         known, place = np.unique(latents, return_inverse=True)
         fired = self._firings.fired(shuffled, known)
-        return best_nodes(fired, self._classes.all(shuffled), members)[place]
+        return best_nodes(fired, self._classes.all(shuffled), members)[0][place]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -304,7 +300,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "rewired_edge_precision": summary.mean(rewired),
         }
 
-    @cached_property
+    @property
+    @remembered
     def _recorded_facts(self) -> dict[str, float]:
         """What the tree has no part in."""
         recorded, scored = self.recorded, self._scored
@@ -407,166 +404,3 @@ class ParentChild(Evaluator[ParentChildOptions]):
             )
         )
         return {"forest": drawing}
-
-
-KEPT = (
-    "pairs",
-    "forest",
-    "edges",
-    "recorded",
-    "rewired",
-    "recorded_edges",
-    "reconstructs",
-    "recorded_reconstructs",
-    "_fired",
-    "_hamming",
-    "_recorded_facts",
-)
-"""What is computed once, from all images seen so far."""
-
-
-def recorded_parents(sae: Any, m: int) -> np.ndarray:
-    """(m,) the latent above each latent in the forest that an SAE has of its own, −1 where none.
-
-    Read from the forest by which the SAE fires, where it has one, or else from its config.
-    """
-    own: Any = getattr(getattr(sae, "forest", None), "parents", None)
-    parents = own if own is not None else getattr(getattr(sae, "cfg", None), "parents", None)
-    if parents is None or len(parents) != m:
-        return np.full(m, -1)
-    return np.array([int(parent) for parent in parents], dtype=np.int64)
-
-
-def depths(parents: np.ndarray) -> np.ndarray:
-    """(m,) how many ancestors each latent has; `parents` (m,) holds −1 at a root."""
-    depth, above = np.zeros_like(parents), parents
-    for _ in range(len(parents)):  # as many rounds as the longest chain; circles end here
-        inner = above >= 0
-        if not inner.any():
-            break
-        depth = depth + inner
-        above = np.where(inner, parents[above], -1)
-    return depth
-
-
-def rewire(forest: Pairs, depth: np.ndarray, generator: np.random.Generator) -> Pairs:
-    """The forest after children of equal `depth` (E,) exchanged their parents at random."""
-    parent = forest.parent.copy()
-    for level in np.unique(depth):
-        here = np.flatnonzero(depth == level)
-        parent[here] = parent[generator.permutation(here)]
-    return Pairs(parent, forest.child)
-
-
-def implied_pairs(
-    firings: sparse.csr_array,
-    *,
-    implication: float = 0.9,
-    ratio: float = 2.0,
-    lift: float = 1.0,
-    min_fired: int = 1,
-    block: int = BLOCK,
-) -> Pairs:
-    """All pairs of latents that meet the bounds, by child and then parent.
-
-    Args:
-        firings: (n, m) of zeros and ones.
-    """
-    n, m = shape(firings)
-    fired = np.bincount(firings.indices, minlength=m)
-    children = np.flatnonzero(fired >= max(min_fired, 1))
-    found = []
-    for start in range(0, len(children), block):
-        child = children[start : start + block]
-        at, parent, both = together(firings, child)
-        own, above = fired[child[at]], fired[parent]
-        # In whole numbers but for a hair, or rounding would decide at a bound like 0.9 · 10.
-        holds = (both >= implication * own - 1e-9) & (above >= ratio * own - 1e-9)
-        holds &= both * n >= lift * own * above - 1e-9
-        found.append(np.stack([parent[holds], child[at[holds]]]))
-    parent, child = np.concatenate([*found, np.zeros((2, 0), dtype=np.int64)], axis=1)
-    return Pairs(parent, child)
-
-
-def nearest_parents(pairs: Pairs, fired: np.ndarray) -> Pairs:
-    """For each child the parent that fires least (ties: the smallest number), by child."""
-    order = np.lexsort((pairs.parent, fired[pairs.parent], pairs.child))
-    child, first = np.unique(pairs.child[order], return_index=True)
-    return Pairs(pairs.parent[order][first], child)
-
-
-def measure_edges(firings: sparse.csr_array, forest: Pairs) -> Edges:
-    """P(p|c), P(c|p) and lift of each edge; firings (n, m) of zeros and ones."""
-    columns = sparse.csc_array(firings)
-    fired = np.diff(columns.indptr)
-    both = columns[:, forest.parent].multiply(columns[:, forest.child]).sum(0)
-    own, above = fired[forest.child], fired[forest.parent]
-    lift = summary.ratio(both * shape(firings)[0], own.astype(float) * above)
-    return Edges(summary.ratio(both, own), summary.ratio(both, above), lift)
-
-
-def hamming(firings: sparse.csr_array, forest: Pairs) -> pd.DataFrame:
-    """Where each parent's firing differs from the OR of its children's.
-
-    Returns:
-        one row for each parent: its number of `children`; `hamming`, the share of images on which
-        the two differ; `hamming_relative`, of those on which either fires.
-    """
-    n, m = shape(firings)
-    parents, group = np.unique(forest.parent, return_inverse=True)
-    size = (m, len(parents))
-    belongs = sparse.csr_array((np.ones(len(group)), (forest.child, group)), shape=size)
-    either = fires(sparse.csr_array(firings @ belongs))
-    own = sparse.csr_array(sparse.csc_array(firings)[:, parents])
-    both = own.multiply(either).sum(0)
-    total = own.sum(0) + either.sum(0)
-    return pd.DataFrame(
-        {
-            "parent": parents,
-            "children": np.bincount(group, minlength=len(parents)),
-            "hamming": summary.ratio(total - 2 * both, n),
-            "hamming_relative": summary.ratio(total - 2 * both, total - both),
-        }
-    )
-
-
-def near_probe(
-    decoder: torch.Tensor, direction: torch.Tensor, latents: np.ndarray, nearest: int
-) -> np.ndarray:
-    """(E,) whether all of an edge's latents are among the nearest decoder rows by cosine.
-
-    Args:
-        decoder: (m, d).
-        direction: (E, d) the probes.
-        latents: (2, E).
-    """
-    rows = torch.nn.functional.normalize(decoder, dim=1)
-    cosine = torch.nn.functional.normalize(direction, dim=1) @ rows.T
-    top = cosine.topk(min(nearest, len(decoder)), dim=1).indices.numpy()
-    return (top[None] == latents[:, :, None]).any(2).all(0)
-
-
-def best_nodes(fired: np.ndarray, images: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """(L,) the node whose F1 with a latent's firing is best; ties go to the first.
-
-    Args:
-        fired: (L, C) images on which the latent fires.
-        images: (C,) images of each class.
-        members: (C, N) whether a class lies below a node.
-    """
-    belongs = sparse.csr_array(members.astype(np.float32))
-    positives = images @ belongs
-    best = [np.zeros(0, dtype=np.int64)]
-    for start in range(0, len(fired), BLOCK):
-        block = fired[start : start + BLOCK].astype(np.float32)
-        f1 = 2 * (block @ belongs) / np.maximum(block.sum(1, keepdims=True) + positives, 1)
-        best.append(f1.argmax(1))
-    return np.concatenate(best)
-
-
-def recall_of(wanted: np.ndarray, found: np.ndarray) -> float:
-    """The share of the rows of `wanted` (W, 2) that are among those of `found` (F, 2)."""
-    if not len(wanted):
-        return float("nan")
-    have = set(map(tuple, found.tolist()))
-    return float(np.mean([tuple(row) in have for row in wanted.tolist()]))

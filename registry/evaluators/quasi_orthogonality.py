@@ -7,7 +7,6 @@ approximating quasi-orthogonality" (arXiv 2503.24277, §3).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ import torch
 from plotly.graph_objects import Figure
 
 from .. import hashing
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import ALL_NULLS, EvaluationBatch, Evaluator, require_at_least
 from .parts import summary
 
 BANDS = {"quarter": 0.25, "half": 0.5, "one": 1.0}
@@ -65,13 +64,8 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
     invariant = label_free = frozenset(higher_is_better)
     Options = QuasiOrthogonalityOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: QuasiOrthogonalityOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        decoder, offset = context.W_dec, context.b_dec
+    def prepare(self) -> None:
+        decoder, offset = self.context.W_dec, self.context.b_dec
         self._row_norm = None if decoder is None else decoder.detach().double().norm(dim=1).cpu()
         self._offset = 0.0 if offset is None else float(offset.detach().double().square().sum())
         self._sums: dict[str, list[float]] = {}  # metric -> [sum, images]

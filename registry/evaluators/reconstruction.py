@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +18,9 @@ from ..errors import ConfigError
 from .base import (
     ALL_NULLS,
     EvaluationBatch,
-    EvaluationContext,
     Evaluator,
     InterventionResult,
+    remembered,
     require_at_least,
 )
 from .parts import summary
@@ -128,25 +127,20 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
     wants_intervention = True
     Options = ReconstructionOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: ReconstructionOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._rate = context.share(FiringRate)
-        self._images = context.share(ImagePositions, max_images=self.options.max_images)
+    def prepare(self) -> None:
+        self._rate = self.context.share(FiringRate)
+        self._images = self.context.share(ImagePositions, max_images=self.options.max_images)
         self._tokens = 0
-        self._fired = np.zeros(context.d_sae, dtype=np.int64)  # tokens on which each latent fires
+        self._fired = np.zeros(
+            self.context.d_sae, dtype=np.int64
+        )  # tokens on which each latent fires
         self._sums: dict[str, float] = {}
         self._offset: Tensor | None = None  # of the first batch: raw squares would lose precision
-        self._moved = torch.zeros(context.d_in, dtype=torch.float64)  # Σ (x − offset)
-        self._fit_sum = torch.zeros(context.d_in, dtype=torch.float64)
+        self._moved = torch.zeros(self.context.d_in, dtype=torch.float64)  # Σ (x − offset)
+        self._fit_sum = torch.zeros(self.context.d_in, dtype=torch.float64)
         self._fit_tokens = 0
-        self._runs: dict[str, Downstream] | None = None
 
     def update(self, batch: EvaluationBatch) -> None:
-        self._runs = None
         reconstruct = self.context.reconstruct
         if reconstruct is None:
             return
@@ -246,11 +240,10 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
             "images": float(len(self._images.index(fit=False))),
         }
 
+    @remembered
     def downstream(self) -> dict[str, Downstream]:
         """ "clean", "spliced", "zero" and "mean" -> what the model gave; {} where it cannot be run."""
-        if self._runs is None:
-            self._runs = {} if self.reason else self._run()
-        return self._runs
+        return {} if self.reason else self._run()
 
     @property
     def reason(self) -> str:

@@ -8,7 +8,7 @@ One-to-one and one-to-many matching are those of convergent learning (Li et al. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
-from .base import ALL_NULLS, EvaluationBatch, EvaluationContext, Evaluator, Peer, require_at_least
+from .base import ALL_NULLS, Evaluator, Peer, remembered, require_at_least
 from .parts import summary
 from .parts.samples import FiringSample, fires, shape
 
@@ -112,23 +112,13 @@ class Stability(Evaluator[StabilityOptions]):
     wants_peers = True
     Options = StabilityOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: StabilityOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._sample = context.share(FiringSample, max_images=self.options.max_images)
-        self._found: list[Comparison] | None = None
+    def prepare(self) -> None:
+        self._sample = self.context.share(FiringSample, max_images=self.options.max_images)
 
-    def update(self, batch: EvaluationBatch) -> None:
-        self._found = None
-
+    @remembered
     def comparisons(self) -> list[Comparison]:
         """The SAE beside each peer."""
-        if self._found is None:
-            self._found = [self._compare(peer) for peer in self.context.peers]
-        return self._found
+        return [self._compare(peer) for peer in self.context.peers]
 
     def _compare(self, peer: Peer) -> Comparison:
         sample, options = self._sample, self.options

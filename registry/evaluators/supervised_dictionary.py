@@ -9,35 +9,26 @@ take their place, and all that follows from it, is our own definition.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from plotly.graph_objects import Figure
-from scipy import sparse
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import (
-    EvaluationBatch,
-    EvaluationContext,
-    Evaluator,
-    Intervention,
-    InterventionResult,
-    require_at_least,
-)
-from .ontological_coverage import Detectors, find_detectors
+from .base import Evaluator, Intervention, InterventionResult, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
 from .parts.image_positions import ImagePositions
 from .parts.logistic import best_threshold, f1_score
+from .parts.node_f1 import Detectors, explain, find_detectors
 from .parts.readout import kl_divergence
 from .parts.samples import ImageSample
 
 SPLICED = ("sufficiency", "necessity", "control")
 OVER_SPLIT = 10  # latents of one attribute
-LATENT_BLOCK = 1024
 ROUNDING = 1e-9  # of cosines
 
 
@@ -136,49 +127,31 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
     )
     Options = SupervisedDictionaryOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: SupervisedDictionaryOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
+    def prepare(self) -> None:
+        context, options = self.context, self.options
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
-        self._sample = context.share(ImageSample, max_images=self.options.max_images)
-        self._images = context.share(ImagePositions, max_images=self.options.spliced_images)
+        self._sample = context.share(ImageSample, max_images=options.max_images)
+        self._images = context.share(ImagePositions, max_images=options.spliced_images)
         self.nodes = self.taxonomy.distinct_nodes[self.taxonomy.distinct_nodes != 0]
-        self._memo: dict[Any, Found] = {}
-        self._spliced: Spliced | None = None
-
-    def update(self, batch: EvaluationBatch) -> None:
-        self._memo.clear()
-        self._spliced = None
 
     # What is found of the tree ---------------------------------------------------------------------
 
+    @remembered
     def found(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Found:
         """The supervised dictionary and the latents as detectors of nodes."""
-        self._check_shuffled(shuffled)
-        key = (None if permutation is None else permutation.tobytes(), shuffled)
-        if key not in self._memo:
-            self._memo[key] = self._find(permutation, shuffled)
-        return self._memo[key]
-
-    def _find(self, permutation: np.ndarray | None, shuffled: bool) -> Found:
-        members = self.taxonomy.membership[:, self.nodes]
-        if permutation is not None:
-            members = members[permutation]
+        members = self.members(self.nodes, permutation)
         images = self._classes.fit(shuffled), self._classes.score(shuffled)
-        detectors = find_detectors(
-            self._firings.fit(shuffled), self._firings.score(shuffled), members, *images
-        )
+        fit, score = self._firings.fit(shuffled), self._firings.score(shuffled)
+        detectors = find_detectors(fit, score, members, *images)
         scored = np.isfinite(detectors.f1)
-        score = self._firings.score(shuffled)[:, 0].numpy().astype(np.float32)
-        told = best_nodes(self._firings.fit(shuffled), score, members[:, scored], *images)
-        node = np.append(np.flatnonzero(scored), -1)[told[0]]
+        at, fit_f1, outcome = explain(fit, score[:, 0].numpy(), members[:, scored], *images)
+        told = fit_f1 > 0
+        node = np.append(np.flatnonzero(scored), -1)[np.where(told, at, -1)]
         supervised = self._supervise(members, shuffled)
         supervised.f1[~scored] = np.nan
-        return Found(supervised, detectors, node, *told[1:])
+        rates = (np.where(told, rate, np.nan) for rate in (outcome.f1, outcome.precision))
+        return Found(supervised, detectors, node, *rates)
 
     def _supervise(self, members: np.ndarray, shuffled: bool) -> Supervised:
         x, fit = self._sample.x.numpy(), self._sample.is_fit
@@ -231,11 +204,10 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
 
     # Splicing into the model -----------------------------------------------------------------------
 
+    @remembered
     def spliced(self) -> Spliced:
         """What the model gives for activations that are replaced; nothing where it is not at hand."""
-        if self._spliced is None:
-            self._spliced = self._splice() if not self._why_not_spliced() else NOTHING
-        return self._spliced
+        return NOTHING if self._why_not_spliced() else self._splice()
 
     def _why_not_spliced(self) -> str:
         context = self.context
@@ -412,38 +384,6 @@ class Spliced(NamedTuple):
 
 EMPTY = np.zeros(0, dtype=np.int64)
 NOTHING = Spliced(EMPTY, EMPTY, EMPTY, {}, {}, False)
-
-
-def best_nodes(
-    fit: sparse.csr_array,
-    score: np.ndarray,
-    members: np.ndarray,
-    fit_images: np.ndarray,
-    score_images: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The node that each latent tells best on the fit half, −1 for a latent that does not fire
-    there on any; its F1 and precision on the other half, NaN where there is none. Each (m,).
-
-    Args:
-        fit, score: (m, C) images of each class on which a latent fires, in the halves.
-        members: (C, N) whether a class lies below a node.
-        fit_images, score_images: (C,) images of each class.
-    """
-    n_latents = len(score)
-    node = np.full(n_latents, -1)
-    inside = members.astype(np.float32)
-    positives = fit_images @ inside
-    for start in range(0, n_latents if members.shape[1] else 0, LATENT_BLOCK):
-        counts = fit[start : start + LATENT_BLOCK]
-        f1 = 2 * (counts @ inside) / np.maximum(counts.sum(1)[:, None] + positives, 1)
-        node[start : start + len(f1)] = np.where(f1.max(1) > 0, f1.argmax(1), -1)
-    told = np.flatnonzero(node >= 0)
-    f1, precision = np.full(n_latents, np.nan), np.full(n_latents, np.nan)
-    of = inside[:, node[told]].T  # (told, C)
-    hits, fired = (score[told] * of).sum(1), score[told].sum(1)
-    f1[told] = summary.ratio(2 * hits, fired + of @ score_images)
-    precision[told] = summary.ratio(hits, fired)
-    return node, f1, precision
 
 
 def held_out_f1(

@@ -7,7 +7,7 @@ map: own definition.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts
 from .parts.ranks import benjamini_hochberg
@@ -78,19 +78,10 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
     invariant = frozenset({"expected", "defined"})
     Options = AutocorrelationOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: AutocorrelationOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._classes = context.share(ClassCounts)
-        self._sums = context.share(LatentSums)
+    def prepare(self) -> None:
+        self._classes = self.context.share(ClassCounts)
+        self._sums = self.context.share(LatentSums)
         self._factor = weight_factor(self.taxonomy, self.options.scale)
-        self._drawn: dict[Any, np.ndarray] = {}
-
-    def update(self, batch: EvaluationBatch) -> None:
-        self._drawn.clear()
 
     def autocorrelation(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -103,16 +94,18 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         factor = sparse.csr_array(self._factor[places[order]])
         means = self._sums.means(shuffled)[:, present[order]]
         observed = moran(standardised(means), factor)
-        key = (places[order].tobytes(), shuffled)
-        if key not in self._drawn:
-            self._drawn[key] = self._draw(np.sort(means, axis=1), factor)
+        drawn = self._drawn(places[order], shuffled)
         # Draws are kept in single precision: a hair more than its rounding, as equal ones tie.
-        reached = (self._drawn[key] >= observed[:, None] - 1e-6).sum(1)
+        reached = (drawn >= observed[:, None] - 1e-6).sum(1)
         p = np.where(np.isfinite(observed), (1 + reached) / (1 + self.options.draws), np.nan)
         return Autocorrelation(observed, p, benjamini_hochberg(p))
 
-    def _draw(self, means: np.ndarray, factor: sparse.csr_array) -> np.ndarray:
-        """(m, draws) I of random arrangements."""
+    @remembered
+    def _drawn(self, places: np.ndarray, shuffled: bool) -> np.ndarray:
+        """(m, draws) I of random arrangements of the class means over the places of the classes."""
+        present = np.flatnonzero(self._classes.all(shuffled))
+        means = np.sort(self._sums.means(shuffled)[:, present], axis=1)
+        factor = sparse.csr_array(self._factor[places])
         generator = np.random.default_rng(self.context.seed)
         drawn = np.empty((len(means), self.options.draws), dtype=np.float32)
         blocks = standardised(means)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
 
 from ..errors import ConfigError
-from .base import EvaluationBatch, EvaluationContext, Evaluator, require_at_least
+from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.ranks import spearman
 from .parts.sums import ActivationSums, LatentSums
@@ -108,20 +108,10 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
     }
     Options = TreeProbeOptions
 
-    def __init__(
-        self,
-        context: EvaluationContext,
-        options: TreeProbeOptions | dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(context, options)
-        self._sums: dict[str, ActivationSums | LatentSums] = {"z": context.share(LatentSums)}
-        if context.source == "sae":
-            self._sums["x"] = context.share(ActivationSums)
-        self._memo: dict[Any, Fitted] = {}
-        self._placed: dict[bytes, np.ndarray] = {}
-
-    def update(self, batch: EvaluationBatch) -> None:
-        self._memo.clear()
+    def prepare(self) -> None:
+        self._sums: dict[str, ActivationSums | LatentSums] = {"z": self.context.share(LatentSums)}
+        if self.context.source == "sae":
+            self._sums["x"] = self.context.share(ActivationSums)
 
     @cached_property
     def splits(self) -> list[Split]:
@@ -142,17 +132,11 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         pairs = [(p, v) for v, p in enumerate(below.primary_parent.tolist()) if p >= 0]
         return Split(fitted, asked, below.membership, frozenset(pairs))
 
+    @remembered
     def fitted(
         self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Fitted:
         """The probe of one feature."""
-        self._check_shuffled(shuffled)
-        key = (feature, None if permutation is None else permutation.tobytes(), shuffled)
-        if key not in self._memo:
-            self._memo[key] = self._fit(feature, permutation, shuffled)
-        return self._memo[key]
-
-    def _fit(self, feature: str, permutation: np.ndarray | None, shuffled: bool) -> Fitted:
         if feature not in self._sums:
             return UNDEFINED
         means = self._sums[feature].means(shuffled)
@@ -189,13 +173,11 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             tie_ceiling(wanted),
         )
 
+    @remembered
     def _coordinates(self, places: np.ndarray) -> np.ndarray:
         """`scaled_points` of these places, the same for every permutation."""
-        key = places.tobytes()
-        if key not in self._placed:
-            distance = self.taxonomy.tree_distance[np.ix_(places, places)].astype(np.float64)
-            self._placed[key] = scaled_points(distance, self.options.rank)
-        return self._placed[key]
+        distance = self.taxonomy.tree_distance[np.ix_(places, places)].astype(np.float64)
+        return scaled_points(distance, self.options.rank)
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, UnknownNameError
-from ..table import unknown_name_message
+from ..names import unknown_name_message
 
 FOLDER = Path(__file__).parent
 PRESETS: tuple[str, ...] = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))

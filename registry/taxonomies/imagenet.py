@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError
-from ..table import TaxonomySource, unknown_name_message
+from ..names import unknown_name_message
+from ..table import TaxonomySource
 from .taxonomy import Taxonomy
 
 DATA = Path(__file__).with_name("data") / "imagenet.json"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from ..errors import ConfigError
-from ..table import unknown_name_message
+from ..names import unknown_name_message
 from . import graph
 
 FORMAT = "taxolens.taxonomy/1"

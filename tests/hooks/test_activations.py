@@ -363,7 +363,7 @@ def test_dtype_and_evaluation_mode(model, images):
         ({"store_batch_size_prompts": 0}, "store_batch_size_prompts=0"),
         ({"n_batches_in_buffer": -1}, "n_batches_in_buffer=-1"),
         ({"seed": -1}, "seed=-1"),
-        ({"dtype": "int8"}, "dtype='int8'.*float32"),
+        ({"dtype": "int8"}, "dtype: given 'int8'.*float32"),
         ({"num_workers": -2}, "num_workers=-2"),
         ({"image_size": -5}, "image_size=-5"),
     ],

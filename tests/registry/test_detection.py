@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.detection import STEPS, Detection, find_strength
+from taxolens.registry.evaluators.detection import Detection
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.readout import kl_divergence
+from taxolens.registry.evaluators.parts.steering import STEPS, find_strength
 
 LABELS = np.repeat(np.arange(12), 20)
 
@@ -118,9 +119,10 @@ def test_latents_of_random_classes_are_told_no_better_than_by_another_tree(plant
 def test_a_latent_of_a_node_steers_that_node(planted, animals, knows_the_tree) -> None:
     evaluator = planted(model=knows_the_tree, n_latents=100)
     found = evaluator.compute()
-    steered = evaluator.steered()
-    assert found["steered"] == (steered.latent >= 0).sum() == animals.distinct_nodes.size - 1
-    assert steered.kl[np.isfinite(steered.kl)] == pytest.approx(0.1, rel=0.051)
+    steered, random = evaluator.steered()
+    assert found["steered"] == len(steered.kl) == animals.distinct_nodes.size - 1
+    for kl in (steered.kl, random.kl[np.isfinite(random.kl)]):
+        assert kl == pytest.approx(0.1, rel=0.051)
     assert found["steering"] > 0.05 and found["steering_excess"] > 0.05
     assert abs(found["steering_direction"]) < 0.02
     assert found["group_steering_rank"] > 0.8 and found["steering_rank"] > 0.85
@@ -131,10 +133,10 @@ def test_a_latent_of_a_node_steers_that_node(planted, animals, knows_the_tree) -
 
 def test_effects_by_hand(planted, animals, knows_the_tree) -> None:
     evaluator = planted(model=knows_the_tree, n_latents=5, n_directions=2, max_images=9)
-    steered = evaluator.steered()
+    steered, random = evaluator.steered()
     model = evaluator.context.intervene
     index = torch.from_numpy(evaluator._images.index(fit=False))
-    assert len(index) == 9 and (steered.latent < 0).sum() == 2
+    assert len(index) == 9 and len(random.kl) == 2
     rows = torch.nn.functional.normalize(evaluator.context.W_dec, dim=1)
 
     def p(strength: float, j: int) -> torch.Tensor:
@@ -142,10 +144,10 @@ def test_effects_by_hand(planted, animals, knows_the_tree) -> None:
 
     node = evaluator.explain(evaluator.nodes).node
     rises: list[list[float]] = []
-    for j, strength in zip(steered.latent[:5], steered.strength):
+    for j, strength in zip(evaluator.sample(), steered.strength):
         moved = p(strength, j) - p(0.0, j)
         rises.append(
-            [float(moved[:, animals.leaves(node[i])].sum(1).mean()) for i in steered.latent[:5]]
+            [float(moved[:, animals.leaves(node[i])].sum(1).mean()) for i in evaluator.sample()]
         )
     table = np.array(rises)
     own, others, _, rank = evaluator.effects(node)
@@ -159,7 +161,7 @@ def test_effects_by_hand(planted, animals, knows_the_tree) -> None:
 def test_without_a_head_a_probe_reads_the_embedding(planted, animals, toy_model) -> None:
     evaluator = planted(model=lambda x, rows: toy_model(x, rows.T), n_latents=100)
     found = evaluator.compute()
-    assert evaluator._readout().name == "probe"
+    assert evaluator._readout(evaluator.context.intervene).name == "probe"
     assert found["steering_rank"] > 0.8 and found["steering_excess"] > 0.02
     assert evaluator.tables()["steering"]["kl"].to_numpy() == pytest.approx(0.1, rel=0.051)
     assert set(evaluator.figures()) == {"balanced_accuracy", "steering"}

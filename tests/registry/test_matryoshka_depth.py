@@ -21,7 +21,7 @@ from taxolens.registry.evaluators.matryoshka_depth import (
     prefix_widths,
 )
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
-from taxolens.registry.evaluators.parts.ranks import benjamini_hochberg, spearman
+from taxolens.registry.evaluators.parts.ranks import spearman
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]
@@ -135,7 +135,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_ranks_and_discoveries(seed: int) -> None:
+def test_rank_correlation_is_that_of_scipy(seed: int) -> None:
     from scipy import stats
 
     rng = np.random.default_rng(seed)
@@ -143,10 +143,6 @@ def test_ranks_and_discoveries(seed: int) -> None:
     if len(set(a)) > 1 and len(set(b)) > 1:
         assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
     assert np.isnan(spearman(a, np.ones(12)))
-    p = rng.random(9)
-    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p))
-    with_gap = benjamini_hochberg(np.append(p, np.nan))
-    assert np.isnan(with_gap[-1]) and (with_gap[:-1] == benjamini_hochberg(p)).all()
 
 
 def test_a_saved_matryoshka_sae_still_has_its_widths(tmp_path: Path) -> None:

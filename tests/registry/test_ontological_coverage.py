@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators import ontological_coverage
 from taxolens.registry.evaluators.ontological_coverage import OntologicalCoverage
+from taxolens.registry.evaluators.parts import node_f1
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 few = settings(max_examples=10, deadline=None)
@@ -24,7 +24,7 @@ def f1_of(fires, belongs):
 @given(seed=st.integers(0, 10**6), block=st.sampled_from([1, 50, 2**22]))
 def test_against_loops(random_dag, one_batch, measured, seed, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ontological_coverage, "BLOCK", block)
+        patch.setattr(node_f1, "BLOCK", block)
         check_against_loops(random_dag, one_batch, measured, seed)
 
 

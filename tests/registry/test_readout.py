@@ -7,8 +7,10 @@ import pytest
 import torch
 from taxolens.registry.evaluators.base import InterventionResult
 from taxolens.registry.evaluators.parts.image_positions import ImagePositions
+from taxolens.registry.evaluators.parts.logistic import multinomial
 from taxolens.registry.evaluators.parts.readout import (
     PENALTY,
+    STEPS,
     HeadReadout,
     ProbeReadout,
     class_probabilities,
@@ -40,11 +42,12 @@ def test_kl() -> None:
 
 
 def test_the_probe_is_at_its_optimum() -> None:
-    probe = ProbeReadout(EMBEDDING, LABELS, 4)
-    weight = probe._weight.clone().requires_grad_()
-    bias = probe._bias.clone().requires_grad_()
     x = EMBEDDING.double()
-    z = (x - x.mean(0)) / x.std(0, unbiased=False)
+    mean, deviation = x.mean(0), x.std(0, unbiased=False)
+    found = multinomial(x, LABELS, 4, penalty=PENALTY, steps=STEPS)
+    weight = (found.weight * deviation).T.requires_grad_()
+    bias = (found.bias + found.weight @ mean).requires_grad_()
+    z = (x - mean) / deviation
     loss = torch.nn.functional.cross_entropy(z @ weight + bias, LABELS)
     (loss + PENALTY / 2 * weight.square().sum()).backward()
     assert weight.grad is not None and bias.grad is not None

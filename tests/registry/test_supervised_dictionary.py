@@ -12,11 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.supervised_dictionary import (
     SupervisedDictionary,
-    best_nodes,
     greedy_swap,
     held_out_f1,
     partners,
@@ -32,30 +30,6 @@ def rebuilding(encode: Measured, decode: Measured) -> Measured:
 
 
 # The parts ---------------------------------------------------------------------------------------
-
-
-@given(seed=SEEDS)
-@settings(max_examples=20, deadline=None)
-def test_the_best_node_of_each_latent_one_by_one(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(1, 9, size=(2, 5))
-    fit, score = (rng.integers(0, n + 1, size=(4, 5)) * (rng.random((4, 1)) < 0.8) for n in images)
-    members = rng.random((5, 6)) < 0.4
-    node, f1, precision = best_nodes(
-        sparse.csr_array(fit.astype(np.float32)), score.astype(np.float32), members, *images
-    )
-    for j in range(4):
-        scores = [
-            2 * fit[j, of].sum() / max(fit[j].sum() + images[0, of].sum(), 1) for of in members.T
-        ]
-        if max(scores) == 0:
-            assert node[j] == -1 and math.isnan(f1[j])
-            continue
-        assert scores[node[j]] == pytest.approx(max(scores))
-        of = members[:, node[j]]
-        hits, fired = score[j, of].sum(), score[j].sum()
-        assert f1[j] == pytest.approx(2 * hits / (fired + images[1, of].sum()), nan_ok=True)
-        assert precision[j] == pytest.approx(hits / fired if fired else math.nan, nan_ok=True)
 
 
 @given(seed=SEEDS)

@@ -1,7 +1,10 @@
-"""Logistic probes: many targets at once over all of x, or over a few latents each."""
+"""Logistic regressions: many yes-or-no targets over all of x or over a few latents each, and one of
+several classes. `best_threshold` and `f1_score` turn scores into answers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +19,13 @@ class Probes(NamedTuple):
     bias: Tensor  # (k,)
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the columns of x (n, d), each (d,); ∞ for one that is constant
+    beside the others, so that it weighs nothing once divided by it."""
+    deviation = x.std(0, unbiased=False)
+    return x.mean(0), torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
+
+
 class LogisticProber:
     """Logistic regressions on the same x, positives and negatives of each weighing the same.
 
@@ -27,8 +37,7 @@ class LogisticProber:
     """
 
     def __init__(self, x: Tensor, *, ridge: float = 0.1) -> None:
-        self._mean, deviation = x.mean(0), x.std(0, unbiased=False)
-        self._deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
+        self._mean, self._deviation = moments(x)
         z = (x - self._mean) / self._deviation
         values, vectors = torch.linalg.eigh(z.T @ z / len(z))
         self._whiten = vectors * (values.clamp(min=0) + ridge).rsqrt() @ vectors.T
@@ -48,16 +57,30 @@ class LogisticProber:
 def _descend(u: Tensor, y: Tensor, share: Tensor, penalty: float, steps: int) -> Tensor:
     """(d + 1, k), the last row the bias."""
     step = 1 / (0.25 * _largest_curvature(u, share) + penalty)
-    weight = torch.zeros(u.shape[1], y.shape[1])
-    ahead, momentum = weight, 1.0
-    shrink = torch.full((len(weight), 1), penalty)
+    shrink = torch.full((u.shape[1], 1), penalty)
     shrink[-1] = 0.0
+
+    def slope(w: Tensor) -> Tensor:
+        return u.T @ (share * (torch.sigmoid(u @ w) - y)) + shrink * w
+
+    return _accelerated(slope, torch.zeros(u.shape[1], y.shape[1]), step, steps)
+
+
+def _accelerated(
+    slope: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    step: Tensor | float,
+    steps: int,
+    visit: Callable[[Tensor], None] = lambda weight: None,
+) -> Tensor:
+    """The weight after accelerated gradient steps (Nesterov 1983); `visit` sees it after each."""
+    ahead, momentum = weight, 1.0
     for _ in range(steps):
-        slope = u.T @ (share * (torch.sigmoid(u @ ahead) - y)) + shrink * ahead
-        following = ahead - step * slope
+        following = ahead - step * slope(ahead)
         grown = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = following + (momentum - 1) / grown * (following - weight)
         weight, momentum = following, grown
+        visit(weight)
     return weight
 
 
@@ -101,6 +124,69 @@ def sparse_logistic(
         curvature = u.mT @ (u * (share * p * (1 - p))[..., None]) + torch.diag(penalty)
         weight = weight - torch.linalg.solve(curvature, slope).clamp(-10, 10)
     return (features(asked) @ weight[..., None])[..., 0]
+
+
+def multinomial(x: Tensor, labels: Tensor, n_classes: int, *, penalty: float, steps: int) -> Probes:
+    """Multinomial logistic regression on standardised x (n, d): cross-entropy + penalty/2·‖W‖².
+
+    L-BFGS from 0, `steps` at most. A class without a label (n,) has the bias −∞.
+    """
+    mean, deviation = moments(x)
+    z = (x - mean) / deviation
+    unseen = torch.where(torch.bincount(labels, minlength=n_classes) > 0, 0.0, -torch.inf).to(x)
+    weight = torch.zeros(x.shape[1], n_classes, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        log_probs = (z @ weight + bias + unseen).log_softmax(1)
+        error = torch.nn.functional.nll_loss(log_probs, labels)
+        error = error + penalty / 2 * weight.square().sum()
+        error.backward()
+        return error
+
+    with torch.enable_grad():
+        solver.step(loss)  # pyright: ignore[reportArgumentType]
+    direction = weight.detach().T / deviation
+    return Probes(direction, bias.detach() + unseen - direction @ mean)
+
+
+def class_log_odds(
+    z: Tensor, labels: Tensor, asked: Tensor, n_classes: int, *, steps: int = 100
+) -> Tensor:
+    """(a, C) log-probabilities of the classes by multinomial logistic regression.
+
+    Accelerated gradient steps from the classes' frequencies on; about every fourth image is held
+    back, and the step that predicts those best is the one used. Features are standardised, but for the
+    mean: zeros stay zeros.
+
+    Args:
+        z: (n, k) fitted on, with labels (n,); asked: (a, k).
+    """
+    held = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.25
+    scale = z.square().mean(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.inf)
+    u = z / scale
+    frequency = torch.bincount(labels, minlength=n_classes) + 0.5
+    prior = (frequency / frequency.sum()).log()
+    target = torch.nn.functional.one_hot(labels[~held], n_classes).to(u.dtype)
+    known, n = u[~held], max(int((~held).sum()), 1)
+    step = 1 / (0.5 * float(torch.linalg.matrix_norm(known, 2) ** 2 if u.numel() else 1) / n + 1e-3)
+
+    def slope(w: Tensor) -> Tensor:
+        return known.T @ (torch.softmax(known @ w + prior, dim=1) - target) / n
+
+    best, least = torch.zeros(u.shape[1], n_classes), torch.inf
+
+    def keep_best(w: Tensor) -> None:
+        nonlocal best, least
+        loss = float(torch.nn.functional.cross_entropy(u[held] @ w + prior, labels[held]))
+        if loss < least:
+            best, least = w, loss
+
+    last = _accelerated(slope, best, step, steps, keep_best)
+    return torch.log_softmax(asked / scale @ (best if held.any() else last) + prior, dim=1)
 
 
 def best_threshold(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import false_discovery_control, rankdata
 
 from . import summary
 
@@ -17,13 +17,13 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """(n,) the false discovery rate at which each would be significant; NaN stays NaN.
+    """(n,) the false discovery rate at which each of p (n,) would be significant.
 
-    Benjamini and Hochberg 1995: q_(i) = min over j ≥ i of p_(j)·n/j.
+    Benjamini and Hochberg 1995: q_(i) = min over j ≥ i of p_(j)·n/j, n the p-values that are
+    defined. NaN stays NaN.
     """
     q = np.full(len(p), np.nan)
-    known = np.flatnonzero(np.isfinite(p))
-    order = known[np.argsort(p[known])]
-    raised = p[order] * len(order) / np.arange(1, len(order) + 1)
-    q[order] = np.minimum.accumulate(raised[::-1])[::-1].clip(max=1)
+    known = np.isfinite(p)
+    if known.any():
+        q[known] = false_discovery_control(p[known])
     return q

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..base import Intervention, InterventionResult
+from .logistic import multinomial
 
 PENALTY = 1e-2
 STEPS = 100
@@ -46,34 +47,12 @@ class ProbeReadout:
     def __init__(self, embedding: Tensor, labels: Tensor, n_classes: int) -> None:
         self.classes = np.arange(n_classes)
         x = embedding.double()
-        self._mean, deviation = x.mean(0), x.std(0, unbiased=False)
-        self._deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
-        seen = torch.bincount(labels, minlength=n_classes) > 0
-        self._unseen = torch.where(seen, 0.0, -torch.inf).double()
-        self._weight = torch.zeros(x.shape[1], n_classes, dtype=x.dtype, requires_grad=True)
-        self._bias = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
-        solver = torch.optim.LBFGS(
-            [self._weight, self._bias], max_iter=STEPS, line_search_fn="strong_wolfe"
-        )
-
-        def loss() -> Tensor:
-            solver.zero_grad()
-            error = torch.nn.functional.nll_loss(self._log_probs(x), labels)
-            error = error + PENALTY / 2 * self._weight.square().sum()
-            error.backward()
-            return error
-
-        with torch.enable_grad():
-            solver.step(loss)  # pyright: ignore[reportArgumentType]
-        self._weight, self._bias = self._weight.detach(), self._bias.detach()
+        self._probes = multinomial(x, labels, n_classes, penalty=PENALTY, steps=STEPS)
 
     def __call__(self, result: InterventionResult) -> Tensor:
         """(n, C) log-probabilities of the classes."""
-        return self._log_probs(result.embedding.double())
-
-    def _log_probs(self, x: Tensor) -> Tensor:
-        z = (x - self._mean) / self._deviation
-        return (z @ self._weight + self._bias + self._unseen).log_softmax(1)
+        scores = result.embedding.double() @ self._probes.weight.T + self._probes.bias
+        return scores.log_softmax(1)
 
 
 Readout = HeadReadout | ProbeReadout

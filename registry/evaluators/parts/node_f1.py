@@ -1,0 +1,199 @@
+"""F1 of latents as detectors of nodes: the best latent of a node, and the best node of a latent.
+
+Both are chosen on the fit half of the images and scored on the other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from . import summary
+from .samples import shape
+
+BLOCK = 2**22
+"""About how many nonzeros of (latents × thresholds × nodes), or cells of (latents × nodes), are held
+at a time."""
+
+
+class Outcome(NamedTuple):
+    """What k detectors did on some images, each (k,); ratios are NaN where nothing is counted."""
+
+    hits: np.ndarray  # images of the detector's node on which it fires
+    fired: np.ndarray  # images on which it fires
+    positives: np.ndarray  # images of its node
+
+    @classmethod
+    def of(cls, fired: np.ndarray, members: np.ndarray, images: np.ndarray) -> Outcome:
+        """Count.
+
+        Args:
+            fired: (k, C) images of each class on which a detector fires.
+            members: (k, C) bool, whether a class lies below its node.
+            images: (C,) images of each class.
+        """
+        hits = (fired * members).sum(1, dtype=np.float64)
+        return cls(hits, fired.sum(1, dtype=np.float64), members @ images)
+
+    @property
+    def precision(self) -> np.ndarray:
+        """(k,)"""
+        return summary.ratio(self.hits, self.fired)
+
+    @property
+    def recall(self) -> np.ndarray:
+        """(k,)"""
+        return summary.ratio(self.hits, self.positives)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """(k,) 2·hits / (fired + positives)."""
+        return summary.ratio(2 * self.hits, self.fired + self.positives)
+
+
+def best_nodes(
+    fired: np.ndarray | sparse.csr_array, images: np.ndarray, members: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(L,) the node whose F1 with a latent's firing is best, ties to the first, and (L,) that F1.
+
+    Without nodes 0 and NaN.
+
+    Args:
+        fired: (L, C) images of each class on which the latent fires.
+        images: (C,) images of each class.
+        members: (C, N) bool, whether a class lies below a node.
+    """
+    counts = sparse.csr_array(fired, dtype=np.float32)
+    n_latents, n_nodes = shape(counts)[0], members.shape[1]
+    belongs = sparse.csr_array(members.astype(np.float32))
+    positives = images @ belongs
+    node, best = np.zeros(n_latents, dtype=np.int64), np.full(n_latents, np.nan)
+    size = max(1, BLOCK // max(n_nodes, 1))
+    for start in range(0, n_latents if n_nodes else 0, size):
+        block = counts[start : start + size]
+        hits = sparse.csr_array(block @ belongs).toarray()
+        f1 = 2 * hits / np.maximum(block.sum(1)[:, None] + positives, 1)
+        node[start : start + size], best[start : start + size] = f1.argmax(1), f1.max(1)
+    return node, best
+
+
+def explain(
+    fit: sparse.csr_array,
+    score: np.ndarray,
+    members: np.ndarray,
+    fit_images: np.ndarray,
+    score_images: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, Outcome]:
+    """For each latent its best node on the fit half (m,), the F1 there (m,), and its outcome on the
+    other half. Without nodes 0, NaN and an outcome without positives.
+
+    Args:
+        fit, score: (m, C) images of each class on which a latent fires, in the halves.
+        members: (C, N) bool, whether a class lies below a node.
+        fit_images, score_images: (C,) images of each class in the halves.
+    """
+    node, fit_f1 = best_nodes(fit, fit_images, members)
+    own = members.T[node] if members.shape[1] else np.zeros(score.shape, dtype=bool)
+    return node, fit_f1, Outcome.of(score, own, score_images)
+
+
+class Detectors(NamedTuple):
+    """The latent and threshold chosen for each node, and their score; each (N,)."""
+
+    latent: np.ndarray  # −1 where no latent fires on the fit half
+    bin: np.ndarray  # which threshold of the grid
+    fit_f1: np.ndarray  # on the images of the choice
+    precision: np.ndarray  # on the other images; NaN where the node is left out
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+def find_detectors(
+    fit: sparse.csr_array,
+    score: torch.Tensor,
+    members: np.ndarray,
+    fit_images: np.ndarray,
+    score_images: np.ndarray,
+    covered: float = 0.5,
+) -> Detectors:
+    """Choose a latent and a threshold for each node on the fit half; score them on the other.
+
+    Args:
+        fit: (m·T, C) and
+        score: (m, T, C) counts of the halves, as `FiringHistogram` gives them.
+        members: (C, N) whether a class lies below a node.
+        fit_images, score_images: (C,) images of each class in the halves.
+        covered: nodes where "always yes" reaches this F1 are left out.
+    """
+    belongs = sparse.csr_array(members.astype(np.float32))
+    fit_positives = fit_images @ belongs
+    latent, bin_, fit_f1 = _choose(fit, score.shape[1], belongs, fit_positives)
+    found = Outcome.of(_fired_from(score, latent, bin_), members.T, score_images)
+    positives = found.positives
+    always_yes = summary.ratio(2 * positives, positives + score_images.sum())
+    scored = (fit_positives > 0) & (positives > 0) & (always_yes < covered)
+    rates = (np.where(scored, rate, np.nan) for rate in (found.precision, found.recall, found.f1))
+    return Detectors(latent, bin_, fit_f1, *rates)
+
+
+def _choose(
+    counts: sparse.csr_array, n_bins: int, belongs: sparse.csr_array, positives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The latent, threshold and F1 that are best for each node, each (N,).
+
+    F1 = 2·hits / (fired + positives) for all at once: hits = counts @ belongs, summed from the
+    highest bin down. Only nonzeros are looked at: where a bin adds no hit, the threshold above it
+    has the same hits and fewer firings.
+    """
+    best = np.zeros(len(positives))
+    row = np.full(len(positives), -1, dtype=np.int64)
+    for start, stop in _blocks(counts, n_bins, belongs):
+        block = counts[start:stop]
+        fired = block.sum(1).reshape(-1, n_bins).cumsum(1).ravel()
+        hits = sparse.csc_array(block @ belongs)  # the conversion sorts rows in linear time
+        filled = np.flatnonzero(np.diff(hits.indptr))
+        if not len(filled):
+            continue
+        node = np.repeat(np.arange(len(positives)), np.diff(hits.indptr))
+        reached = _running_sum(hits.data, node * (stop - start) + hits.indices // n_bins)
+        f1 = 2 * reached / (fired[hits.indices] + positives[node])
+        most = np.zeros(len(positives))
+        most[filled] = np.maximum.reduceat(f1, hits.indptr[filled])
+        at = np.flatnonzero((f1 == most[node]) & (most > best)[node])[::-1]
+        row[node[at]] = start + hits.indices[at]  # of several, the first is written last
+        best = np.maximum(best, most)
+    chosen = row >= 0
+    bins = np.where(chosen, n_bins - 1 - row % n_bins, 0)
+    return np.where(chosen, row // n_bins, -1), bins, best
+
+
+def _blocks(
+    counts: sparse.csr_array, n_bins: int, belongs: sparse.csr_array
+) -> list[tuple[int, int]]:
+    """Ranges of rows, whole latents each, whose product with `belongs` has about BLOCK nonzeros."""
+    ends = counts.indptr[::n_bins]
+    ancestors = max(1.0, float(np.diff(belongs.indptr).mean()))
+    marks = np.arange(0, ends[-1] + 1, max(1, int(BLOCK / ancestors)))
+    cuts = np.unique(np.append(np.searchsorted(ends, marks), len(ends) - 1)) * n_bins
+    return list(zip(cuts[:-1].tolist(), cuts[1:].tolist()))
+
+
+def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The running sum of `values` inside each run of equal `group`."""
+    total = np.cumsum(values, dtype=np.float64)
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    lengths = np.diff(np.append(starts, len(group)))
+    return total - np.repeat(total[starts] - values[starts], lengths)
+
+
+def _fired_from(counts: torch.Tensor, latent: np.ndarray, bin_: np.ndarray) -> np.ndarray:
+    """(N, C) images on which each chosen latent reaches its threshold; counts (m, T, C)."""
+    fired = np.zeros((len(latent), counts.shape[2]), dtype=np.float32)
+    chosen = np.flatnonzero(latent >= 0)
+    rows = counts[torch.from_numpy(latent[chosen])]
+    reaches = torch.arange(counts.shape[1]) >= torch.from_numpy(bin_[chosen])[:, None]
+    fired[chosen] = (rows * reaches[:, :, None]).sum(1, dtype=torch.int32).numpy()
+    return fired

@@ -1,0 +1,29 @@
+"""Answers to a name that is not known: the nearest known names, and the message with them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
+    """At most three of `known`, the most similar to `name` first.
+
+    Args:
+        cutoff: least similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`).
+    """
+    return difflib.get_close_matches(str(name), list(known), n=3, cutoff=cutoff)
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """ "did you mean 'a' or 'b'?"; "" where there are no names."""
+    shown = " or ".join(map(repr, names))
+    return f"did you mean {shown}?" if shown else ""
+
+
+def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
+    """One sentence: what is unknown, the nearest known names, and up to 40 of all known names."""
+    names = sorted(known)
+    near = did_you_mean(nearest(name, names))
+    shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
+    return f"unknown {kind} {name!r}{'; ' + near if near else '.'} Known: {', '.join(shown) or 'none'}."

@@ -1,0 +1,75 @@
+"""Best nodes of latents and their outcomes, against counting one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from taxolens.registry.evaluators.parts import node_f1
+from taxolens.registry.evaluators.parts.node_f1 import Outcome, best_nodes, explain
+
+SEEDS = st.integers(0, 10**6)
+
+
+def f1_of(fired: np.ndarray, images: np.ndarray, inside: np.ndarray) -> float:
+    """F1 of one latent as a detector of one node; NaN where nothing is counted."""
+    whole = fired.sum() + images[inside].sum()
+    return 2 * fired[inside].sum() / whole if whole else np.nan
+
+
+@given(seed=SEEDS, cells=st.sampled_from([1, 10, 2**22]))
+@settings(max_examples=30, deadline=None)
+def test_the_best_node_of_each_latent_one_by_one(seed: int, cells: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 5, 6)
+    fired = np.minimum(rng.integers(0, 5, (5, 6)) * (rng.random((5, 1)) < 0.8), images)
+    members = rng.random((6, 7)) < 0.4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node_f1, "BLOCK", cells)
+        node, best = best_nodes(fired, images, members)
+        again = best_nodes(sparse.csr_array(fired.astype(np.float32)), images, members)
+    for row, at, f1 in zip(fired, node, best):
+        scores = np.nan_to_num([f1_of(row, images, inside) for inside in members.T])
+        assert f1 == pytest.approx(scores.max())
+        assert at == np.flatnonzero(np.isclose(scores, scores.max()))[0]  # the first of equals
+    assert np.array_equal(node, again[0]) and np.array_equal(best, again[1])
+
+
+@given(seed=SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_what_is_chosen_on_one_half_is_scored_on_the_other(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 9, size=(2, 5))
+    fit, score = (rng.integers(0, n + 1, size=(4, 5)) * (rng.random((4, 1)) < 0.8) for n in images)
+    members = rng.random((5, 6)) < 0.4
+    node, fit_f1, outcome = explain(
+        sparse.csr_array(fit.astype(np.float32)), score.astype(np.uint8), members, *images
+    )
+    for j in range(4):
+        inside = members[:, node[j]]
+        assert fit_f1[j] == pytest.approx(np.nan_to_num(f1_of(fit[j], images[0], inside)))
+        hits, fired, positives = score[j, inside].sum(), score[j].sum(), images[1, inside].sum()
+        assert (outcome.hits[j], outcome.fired[j]) == (hits, fired)
+        assert outcome.positives[j] == positives
+        assert outcome.f1[j] == pytest.approx(f1_of(score[j], images[1], inside), nan_ok=True)
+        precision = hits / fired if fired else np.nan
+        assert outcome.precision[j] == pytest.approx(precision, nan_ok=True)
+        recall = hits / positives if positives else np.nan
+        assert outcome.recall[j] == pytest.approx(recall, nan_ok=True)
+
+
+def test_counts_in_narrow_integers_do_not_overflow() -> None:
+    fired = np.full((1, 4), 200, dtype=np.uint8)
+    found = Outcome.of(fired, np.array([[True, True, True, False]]), np.full(4, 200))
+    assert found == (600, 800, 600) and found.precision == 0.75 and found.recall == 1
+
+
+def test_without_nodes_or_latents() -> None:
+    fit, images = sparse.csr_array(np.ones((2, 3), dtype=np.float32)), np.full(3, 2)
+    none = np.zeros((3, 0), dtype=bool)
+    node, fit_f1, outcome = explain(fit, np.ones((2, 3)), none, images, images)
+    assert node.tolist() == [0, 0] and np.isnan(fit_f1).all()
+    assert np.isnan(outcome.recall).all() and outcome.fired.tolist() == [3, 3]
+    assert len(best_nodes(np.zeros((0, 3)), images, np.ones((3, 2), dtype=bool))[0]) == 0
