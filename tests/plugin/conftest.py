@@ -25,6 +25,9 @@ WIDTH = 16
 HOOK = "blocks.0.hook_resid_post"
 LAST_HOOK = "blocks.1.hook_resid_post"
 BATCH = 8
+WORLD_CLASSES = tuple(
+    f"{parent}/{parent}_{i}" for parent in ("animal", "plant", "stone", "tool") for i in (0, 1)
+)
 
 
 class MeddlingSAE(TopKTrainingSAE):
@@ -102,6 +105,23 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of eight classes under four, 2 a class to train on and 4 held out."""
+    folder = tmp_path_factory.mktemp("world")
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 2), ("validation", 4)):
+        for c, name in enumerate(WORLD_CLASSES):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(n):
+                pixels = generator.integers(0, 90, (20, 20, 3)) + np.array(
+                    [50 * c, 0, 150 - 50 * c]
+                )
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vit(vit_folder: Path) -> Any:
     return load_vision_model(vit_folder)
 
@@ -122,6 +142,13 @@ def training(
 ) -> SimpleNamespace:
     """Makers of configs and runners of a run of ten steps, with outputs in `tmp_path`."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # most of the time of such a run
+    return make_training(vit, vit_folder, photos, images, tmp_path)
+
+
+def make_training(
+    vit: Any, vit_folder: Path, photos: Path, images: ImageDataset, folder: Path
+) -> SimpleNamespace:
+    """What the fixture `training` is, with outputs in `folder`."""
     base = {
         "model_name": str(vit_folder),
         "dataset_path": str(photos),
@@ -132,9 +159,9 @@ def training(
         "n_batches_for_norm_estimate": 2,
         "lr": 0.01,
         "logger": LoggingConfig(log_to_wandb=False),
-        "checkpoint_path": str(tmp_path / "checkpoints"),
+        "checkpoint_path": str(folder / "checkpoints"),
         "checkpoint_id": "run",
-        "output_path": str(tmp_path / "output"),
+        "output_path": str(folder / "output"),
         "verbose": False,
     }
 
@@ -168,7 +195,7 @@ def training(
         multi=multi,
         runner=runner,
         meddling=MeddlingSAE,
-        checkpoints=tmp_path / "checkpoints" / "run",
-        output=tmp_path / "output",
-        folder=tmp_path,
+        checkpoints=folder / "checkpoints" / "run",
+        output=folder / "output",
+        folder=folder,
     )
