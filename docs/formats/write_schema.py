@@ -39,6 +39,12 @@ class ResultsSchema(GenerateJsonSchema):
         undefined = isinstance(default, float) and math.isnan(default)
         return None if undefined else super().encode_default(default)
 
+    def dict_schema(self, schema: Any) -> dict[str, Any]:
+        """Without `additionalProperties: true`, which says nothing and which only some versions of
+        pydantic write."""
+        found = super().dict_schema(schema)
+        return {key: value for key, value in found.items() if value is not True}
+
     def dataclass_schema(self, schema: Any) -> dict[str, Any]:
         """Raises KeyError: a field has no line under `Args:`."""
         found = super().dataclass_schema(schema)
