@@ -24,11 +24,12 @@ from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.plugin.evaluation.evaluate import evaluate_run
 from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.reporting.report import write_report
-from taxolens.plugin.reporting.results import JSON_SCHEMA, NULLS, Results
+from taxolens.plugin.reporting.results import JSON_SCHEMA, Results
 from taxolens.plugin.study.settings import STUDY_FIELDS, gather
 from taxolens.plugin.training.checkpoints import checkpoints_in, read_manifest
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
 from taxolens.registry.errors import CheckpointError, ConfigError
+from taxolens.registry.nulls import NULLS
 from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats"
