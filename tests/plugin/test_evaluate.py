@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import WORLD_CLASSES
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images.dataset import load_images
@@ -27,6 +26,7 @@ from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from taxolens.registry.nulls import NULLS
 from tiny_models import tiny_model
+from tiny_runs import WORLD_CLASSES
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 FAST = {

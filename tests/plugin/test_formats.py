@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import torch
 import write_schema
-from conftest import make_training
 from results_factory import make_results
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from taxolens.hooks.activations.cache import ActivationCache
@@ -31,6 +30,7 @@ from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
 from taxolens.registry.errors import CheckpointError, ConfigError
 from taxolens.registry.nulls import NULLS
 from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
+from tiny_runs import make_training
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats"
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(JSON_SCHEMA.read_text()))
