@@ -1,4 +1,7 @@
-"""Activations of all images at many hook points, computed in one pass and kept on disk."""
+"""Activations of all images at many hook points, computed in one pass and kept on disk.
+
+docs/formats/activations.md defines the files.
+"""
 
 from __future__ import annotations
 

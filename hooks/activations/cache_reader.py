@@ -1,4 +1,4 @@
-"""Reading a cache of activations: the files that it is made of, and what they hold."""
+"""Reading a cache of activations: its files (docs/formats/activations.md) and what they hold."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ from ...registry.errors import CheckpointError, ConfigError
 from ...registry.files import file_digest
 from ..reporting.series import layer_of, natural_key
 
+SAE_SCHEMA = "taxolens.sae/1"  # of our keys in the metadata: docs/formats/saes.md
+
 
 @dataclass(frozen=True)
 class SAEFolder:
@@ -127,7 +129,7 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
     before it where several runs are given.
 
     Raises:
-        ConfigError: a folder that does not exist or holds no SAE.
+        ConfigError: a folder that does not exist or holds no SAE, or metadata of another version.
         CheckpointError: a cfg.json or runner_cfg.json that is not JSON.
     """
     paths = [Path(p) for p in ([runs] if isinstance(runs, (str, Path)) else runs)]
@@ -169,6 +171,12 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     for folder in folders:
         name = label if folder == path else folder.relative_to(path).as_posix()
         cfg = _read_json(folder / SAE_CFG_FILENAME)
+        schema = (cfg.get("metadata") or {}).get("taxolens_schema", SAE_SCHEMA)
+        if schema != SAE_SCHEMA:
+            raise ConfigError(
+                f"{folder / SAE_CFG_FILENAME}: taxolens_schema: not known; given {schema!r}; "
+                f"allowed {SAE_SCHEMA!r}."
+            )
         saes.append(SAEFolder(name, label, name, folder, cfg, settings))
     return sorted(saes, key=lambda sae: natural_key(sae.name))
 

@@ -1,7 +1,8 @@
-"""What an evaluation found, and its file: `results.json`, schema ``taxolens.results/1``.
+"""The results of an evaluation, and their file `results.json`, schema ``taxolens.results/1``.
 
-The schema is documented in docs/results.md. In memory an undefined number is NaN; in the file
-it is null, so that the file is strict JSON.
+docs/formats/results.md defines the file; `results.schema.json` is its JSON schema, generated from
+the types and docstrings below. In memory an undefined number is NaN; in the file it is null, so
+that the file is strict JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ...registry.presentation import Headline, NodeTable
 
 SCHEMA = "taxolens.results/1"
 RESULTS_FILENAME = "results.json"
+JSON_SCHEMA = Path(__file__).with_name("results.schema.json")
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ class NullResult:
     """One metric under one null control.
 
     Args:
-        mean: the metric under the null; over `n` permutations, their mean.
-        best: the best of the `n`, in the metric's own direction.
-        n: how many draws of the null gave a number.
-        left_behind: whether the value beats `best`; None where the metric has no direction or
-            one of the two numbers is undefined.
-        reason: why this null has no number here.
+        mean: the metric under the null, in its own unit; the mean where there are several draws.
+        best: the best of the draws, in the metric's own direction.
+        n: number of draws of the null that gave a number; 0 where there is a `reason`.
+        left_behind: whether the value is strictly better than `best`; null where the metric has no
+            direction or one of the two numbers is undefined.
+        reason: why this null has no number here; null where it has one.
     """
 
     mean: float = math.nan
@@ -46,7 +48,14 @@ class NullResult:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A number beside its nulls (by name, see `registry/nulls.py`) and other controls."""
+    """A number beside its nulls and other controls.
+
+    Args:
+        value: the metric; its unit and meaning are those that the evaluator documents.
+        nulls: null control (see `registry/nulls.py`) -> the metric under it.
+        controls: further control, such as `planted` (detectors that know the tree) -> the metric
+            under it.
+    """
 
     value: float
     nulls: dict[str, NullResult] = field(default_factory=dict)
@@ -60,9 +69,18 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class EvaluatorResult:
-    """What one evaluator said of one SAE. `tables` (CSV) and `figures` (Plotly JSON) map names to
-    files, relative to the results folder; `error` says why an evaluator has no numbers, `notes` what
-    a reader of them needs to know."""
+    """The numbers, files and notes of one evaluator for one SAE.
+
+    Args:
+        metrics: metric -> number beside its nulls.
+        tables: table -> CSV file, relative to the results folder.
+        figures: figure -> Plotly JSON file, relative to the results folder.
+        seconds: the evaluator's own time in seconds, without what evaluators share.
+        error: type and text of what the evaluator raised; null where it raised nothing. What it gave
+            before stays.
+        notes: what a reader of the numbers needs to know: why some are undefined, with which SAEs
+            this one was compared.
+    """
 
     metrics: dict[str, MetricResult] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
@@ -74,8 +92,14 @@ class EvaluatorResult:
 
 @dataclass(frozen=True)
 class TopImage:
-    """One of the images on which a latent is most active. `index` is its row in the dataset,
-    `thumbnail` a file relative to the results folder."""
+    """One of the images on which a latent is most active.
+
+    Args:
+        index: row of the image in the dataset, counted from 0.
+        label: human name of the image's class.
+        activation: the latent's activation on the image, in the SAE's own unit.
+        thumbnail: JPEG file, relative to the results folder; null where there is none.
+    """
 
     index: int
     label: str
@@ -85,16 +109,18 @@ class TopImage:
 
 @dataclass(frozen=True)
 class LatentCard:
-    """A latent, its place in the tree, and what it fires on.
+    """A latent, its place in the tree, and the images that it fires on most.
 
     Args:
-        latent: its column in the SAE.
-        node: the taxonomy node assigned to it.
-        path: names from the root to `node`.
-        height: longest path from `node` to a leaf.
-        generality: log2 of the number of leaves below `node`.
-        f1: F1 of the latent as a detector of `node`, on held-out images.
-        fires_on: share of the images on which it is above 0.
+        latent: column of the latent in the SAE, counted from 0.
+        node: id of the taxonomy node assigned to it.
+        path: human names from the root to `node`.
+        height: longest path from `node` to a leaf, in edges.
+        generality: log2 of the number of classes at or below `node`.
+        f1: F1 of the latent as a detector of `node` on held-out images, from 0 to 1; null where
+            coverage was not measured.
+        fires_on: share of the images on which it is above 0, from 0 to 1.
+        images: its most activating images, the most active first.
     """
 
     latent: int
@@ -109,10 +135,31 @@ class LatentCard:
 
 @dataclass(frozen=True)
 class SAEResult:
-    """Everything about one SAE. `fingerprint` changes with whatever its numbers depend on.
+    """Everything about one SAE.
 
-    `architecture` is what its files say; `trained_as` is the architecture that was trained, by the
-    name that the user chose: where it is not recorded, the same.
+    Args:
+        id: unique in the file: the SAE's name, with its run's before it when several runs are
+            compared.
+        run: label of the run.
+        name: name of the SAE in its run.
+        hook_name: hook point that its activations come from.
+        layer: the first whole number in `hook_name`; null where there is none.
+        model_name: the model, as the run's config names it.
+        architecture: the SAE's architecture, as saved.
+        tokens: which tokens of an image it reads: class, patch, register, all or mean_patch.
+        d_in: width of the activations.
+        d_sae: number of latents.
+        l0: mean number of latents above 0 on an image; null where counting them failed.
+        fingerprint: changes with whatever the numbers depend on; a second evaluation with the same
+            one keeps these numbers.
+        evaluators: evaluator -> its numbers.
+        most_specific: cards of the latents whose nodes have the fewest classes below them.
+        least_specific: cards of the latents whose nodes have the most classes below them.
+        node_f1: taxonomy node -> F1 of its best latent, from 0 to 1, scored on other images than it
+            was chosen on.
+        seconds: time taken in seconds.
+        trained_as: the architecture that was trained, by the name that the user chose (`nested_topk` is
+            saved as `topk`); `architecture` where the SAE does not record it.
     """
 
     id: str
@@ -144,9 +191,16 @@ class SAEResult:
 
 @dataclass(frozen=True)
 class EvaluatorInfo:
-    """What an evaluator promises: `directions` says per metric whether higher is better (None: the
-    number only describes), `nulls` why a null has no meaning for it (None: it is computed).
-    `headlines`, `labels` and `node_table` are those of the evaluator's class."""
+    """What an evaluator promises.
+
+    Args:
+        description: one line.
+        directions: metric -> whether higher is better; null where the number only describes.
+        nulls: null control -> why it has no meaning for this evaluator; null where it is computed.
+        headlines: the metrics that summaries show; empty: its first metric with a direction.
+        labels: metric -> what reports and charts call it; by default the metric's key with spaces.
+        node_table: the table that places latents at nodes; null where there is none.
+    """
 
     description: str
     directions: dict[str, bool | None]
@@ -158,13 +212,33 @@ class EvaluatorInfo:
 
 @dataclass(frozen=True)
 class SkippedImage:
+    """An image that could not be read.
+
+    Args:
+        index: row of the image in the dataset, counted from 0.
+        reason: its source, and why it could not be read.
+    """
+
     index: int
     reason: str
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The evaluation images: `n_fit` chose thresholds and latents, `n_score` were scored."""
+    """The evaluation images.
+
+    Args:
+        path: dataset, as given.
+        split: the held-out split.
+        fingerprint: changes with the images, their labels and the class names.
+        n_images: number of images measured on.
+        n_fit: of them, those on which thresholds, latents and probes were chosen.
+        n_score: of them, those that were scored.
+        classes: class names, in the order of the labels.
+        skipped: corrupt images, which are left out.
+        seen_in_training: whether the SAEs were trained on this split, which has to be asked for.
+        name: the dataset's configuration; null where it has none.
+    """
 
     path: str
     split: str
@@ -189,7 +263,15 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class TaxonomyInfo:
-    """The class tree. `tree` is `Taxonomy.to_json()`."""
+    """The class tree.
+
+    Args:
+        name: taxonomy, as given: a registered name, a folder or a file.
+        n_nodes: number of nodes.
+        n_classes: number of classes.
+        max_depth: longest path from the root, in edges.
+        tree: the whole tree as a taxonomy document; `Taxonomy.from_json` reads it.
+    """
 
     name: str
     n_nodes: int
@@ -200,9 +282,20 @@ class TaxonomyInfo:
 
 @dataclass(frozen=True)
 class Results:
-    """One evaluation of one or many runs: see docs/results.md.
+    """One evaluation of one or many runs.
 
-    `folder` is where the files named in it lie; it is set on reading and is not part of the file.
+    Args:
+        created: time of writing, ISO 8601 in UTC, to the second.
+        settings: what was asked for: evaluators with their options, nulls, controls,
+            n_permutations, seed, aggregate, runs.
+        provenance: versions of taxolens and the libraries below it, Python, system, device, seconds.
+        dataset: the evaluation images.
+        taxonomy: the class tree.
+        evaluators: evaluator -> what it promises.
+        saes: one entry for each SAE that has been measured.
+        complete: false while SAEs are still to be measured.
+        schema: version of the file format.
+        folder: where the files named here lie; set on reading, not part of the file.
     """
 
     created: str

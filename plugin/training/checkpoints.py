@@ -1,5 +1,7 @@
 """Checkpoints that are whole or recognised as torn, and outputs that are whole or absent.
 
+docs/formats/checkpoints.md and docs/formats/saes.md define what is written.
+
 SAELens's trainer writes a checkpoint file by file into its final folder. A manifest, written last
 and atomically, makes it one: it lists every file with its size and hash, and says which run the
 checkpoint belongs to. A folder without a manifest that fits is torn, and the one before it is
@@ -85,11 +87,17 @@ def read_manifest(folder: Path) -> Manifest:
     """What the checkpoint says of itself, its files not looked at.
 
     Raises:
-        CheckpointError: the checkpoint is torn: it has no readable manifest.
+        CheckpointError: the checkpoint is torn, as it has no readable manifest, or is of another
+            version.
     """
     path = folder / MANIFEST_FILENAME
     try:
         content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"checkpoint {folder}: schema: not known; given {content['schema']!r}; allowed "
+                f"{SCHEMA!r}."
+            )
         return Manifest(
             content["n_training_samples"],
             content["n_training_steps"],

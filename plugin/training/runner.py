@@ -31,6 +31,7 @@ from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
+from ..evaluation.sae_folders import SAE_SCHEMA
 from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
@@ -160,6 +161,7 @@ class _VisionRun:
         super()._set_sae_metadata()  # type: ignore[misc]  # SAELens's
         cfg = self.cfg
         facts = {
+            "taxolens_schema": SAE_SCHEMA,
             "taxolens_version": version("taxolens"),
             "model_family": getattr(self.model, "family", None),
             "model_revision": cfg.revision,

@@ -72,7 +72,11 @@ def _read_json(path: Path, text: str) -> Read:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"taxonomy: {path.name} is not JSON: {error}") from error
-    if isinstance(data, dict) and data.get("format") == FORMAT:
+    if isinstance(data, dict) and isinstance(data.get("format"), str):
+        if data["format"] != FORMAT:
+            raise ConfigError(
+                f"{path.name}: format: not known; given {data['format']!r}; allowed {FORMAT!r}."
+            )
         return [(p, c) for p, c in data["edges"]], data["classes"], data.get("names", {})
     if isinstance(data, list):
         for pair in data:

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images.dataset import load_images
@@ -27,33 +26,14 @@ from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from taxolens.registry.nulls import NULLS
 from tiny_models import tiny_model
+from tiny_runs import WORLD_CLASSES
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-CLASSES = tuple(
-    f"{parent}/{parent}_{i}" for parent in ("animal", "plant", "stone", "tool") for i in (0, 1)
-)
 FAST = {
     "progress": False,
     "n_permutations": 2,
     "evaluators": ["ontological_coverage", "lch_height"],
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of eight classes under four, 2 a class to train on and 4 held out."""
-    folder = tmp_path_factory.mktemp("world")
-    generator = np.random.default_rng(0)
-    for split, n in (("train", 2), ("validation", 4)):
-        for c, name in enumerate(CLASSES):
-            place = folder / split / name
-            place.mkdir(parents=True)
-            for i in range(n):
-                pixels = generator.integers(0, 90, (20, 20, 3)) + np.array(
-                    [50 * c, 0, 150 - 50 * c]
-                )
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +176,7 @@ def test_evaluators_can_intervene_at_the_images_and_tokens_of_the_sae(
     """Positions are those of the batches, also where a corrupt picture has none."""
     broken = tmp_path / "broken"
     shutil.copytree(world, broken)
-    (broken / "validation" / CLASSES[0] / "1.png").write_bytes(b"no picture")
+    (broken / "validation" / WORLD_CLASSES[0] / "1.png").write_bytes(b"no picture")
     images: dict[str, Any] = {}
     measure_sae = module.measure_sae
 
@@ -497,7 +477,7 @@ def test_the_same_images_under_another_name_are_refused(
 def test_corrupt_images_are_skipped_and_named(evaluate: Any, world: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(world, broken)
-    (broken / "validation" / CLASSES[0] / "3.png").write_bytes(b"no picture")
+    (broken / "validation" / WORLD_CLASSES[0] / "3.png").write_bytes(b"no picture")
     common = {"dataset_path": str(broken), "taxonomy": str(broken / "validation")}
     results = evaluate(**common, max_corrupt_share=0.5)
     assert results.dataset.n_images == 31

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -308,13 +305,13 @@ KILLED = """
 """
 
 
-def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(training, caplog):
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(training, caplog, forks):
     expected = whole(training)
 
     cfg = training.single(n_checkpoints=3, prefetch_llm_batches=2)
     path = cfg.save(training.folder / "config.yaml")
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path)])
-    assert killed.returncode == -signal.SIGKILL
+    killed = forks.run(KILLED, path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in checkpoints_in(training.checkpoints)] == ["48", "24"]
 
     cfg = training.single(prefetch_llm_batches=2, resume_from_checkpoint=str(training.checkpoints))

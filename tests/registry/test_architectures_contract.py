@@ -2,9 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
-import textwrap
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -511,19 +508,15 @@ def test_the_command_line_of_saelens_trains_it_on_text(name, tiny_text, tmp_path
         assert torch.isfinite(sae(planted(6))).all()
 
 
-def test_the_command_line_of_saelens_in_a_process_of_its_own(tiny_text, tmp_path):
+def test_the_command_line_of_saelens_in_a_process_of_its_own(tiny_text, tmp_path, forks):
     """As the docs have it: SAELens's module, run after `import taxolens`."""
     run = "import runpy, taxolens; runpy.run_module('sae_lens.llm_sae_training_runner', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", run, *text_flags("mp", tiny_text, tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(run, *text_flags("mp", tiny_text, tmp_path))
     assert done.returncode == 0, done.stderr
     assert SAE.load_from_disk(tmp_path).cfg.metadata.training_architecture == "mp"
 
 
-def test_without_this_package_built_ins_load_and_the_others_say_what_they_need(tmp_path: Path):
+def test_without_this_package_built_ins_load_and_the_others_say_what_they_need(tmp_path, forks):
     x = planted(BATCH, seed=50)
     torch.save(x, tmp_path / "x.pt")
     for name in OURS:
@@ -550,11 +543,7 @@ def test_without_this_package_built_ins_load_and_the_others_say_what_they_need(t
             print(path.name, "loads")
         assert not any(module.startswith("taxolens") for module in sys.modules)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(script, tmp_path)
     assert done.returncode == 0, done.stderr
     expected = [
         f"{name} loads" if CASES[name].saved_as else f"{name} needs taxolens {name!r}"
