@@ -13,17 +13,8 @@ from .results import Results
 
 METRICS_FOLDER = "metrics"
 SAES_FILENAME = "saes.csv"
-SAE_COLUMNS = (
-    "id",
-    "hook_name",
-    "model_name",
-    "architecture",
-    "trained_as",
-    "tokens",
-    "d_in",
-    "d_sae",
-    "l0",
-)
+SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "trained_as")
+SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0")
 
 
 def write_comparison(results: Results, folder: Path | None = None) -> Path:

@@ -29,6 +29,11 @@ class ShownMetric:
     title: str
     meaning: str = ""
 
+    def of(self, sae: SAEResult) -> MetricResult | None:
+        """Its number for one SAE."""
+        found = sae.evaluators.get(self.evaluator)
+        return found.metrics.get(self.metric) if found else None
+
 
 COLUMNS = {
     "permuted_classes": "permuted classes",
@@ -164,8 +169,7 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
 
 def _direction(results: Results, metric: ShownMetric) -> str:
     """What a reader must know unless higher is better, as everywhere else."""
-    info = results.evaluators.get(metric.evaluator)
-    better = info.directions.get(metric.metric) if info else True
+    better = results.direction(metric.evaluator, metric.metric)
     return {True: "", False: " (lower is better)", None: " (it only describes)"}[better]
 
 
@@ -178,13 +182,8 @@ def _title(results: Results) -> str:
 
 
 def _rows(results: Results, shown: ShownMetric) -> list[tuple[SAEResult, MetricResult]]:
-    found = []
-    for series in all_series(results):
-        for sae in series:
-            evaluator = sae.evaluators.get(shown.evaluator)
-            if evaluator and shown.metric in evaluator.metrics:
-                found.append((sae, evaluator.metrics[shown.metric]))
-    return found
+    saes = (sae for series in all_series(results) for sae in series)
+    return [(sae, number) for sae in saes if (number := shown.of(sae))]
 
 
 def _layers(results: Results) -> bool:

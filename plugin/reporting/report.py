@@ -81,18 +81,13 @@ class Report:
 
     # Numbers ------------------------------------------------------------------------------------
 
-    def metric(self, sae: SAEResult, headline: ShownMetric) -> MetricResult | None:
-        evaluator = sae.evaluators.get(headline.evaluator)
-        return evaluator.metrics.get(headline.metric) if evaluator else None
-
     def direction(self, headline: ShownMetric) -> str:
-        info = self.results.evaluators.get(headline.evaluator)
-        better = info.directions.get(headline.metric) if info else None
+        better = self.results.direction(headline.evaluator, headline.metric)
         return {True: "higher is better", False: "lower is better", None: "descriptive"}[better]
 
     def verdict(self, series: Series, headline: ShownMetric) -> dict[str, Any]:
         """One metric over a series: its ends, its best layer, and where nulls are left behind."""
-        found = [(sae, number) for sae in series if (number := self.metric(sae, headline))]
+        found = [(sae, number) for sae in series if (number := headline.of(sae))]
         defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
         directed = [
             n for _, n in defined if any(m.left_behind is not None for m in n.nulls.values())
@@ -106,7 +101,7 @@ class Report:
         ranked = [] if direction == "descriptive" else defined
         extreme = min if direction == "lower is better" else max
         best = extreme(ranked, key=lambda f: f[1].value, default=None)
-        ends = [self.metric(sae, headline) for sae in (series.saes[0], series.saes[-1])]
+        ends = [headline.of(sae) for sae in (series.saes[0], series.saes[-1])]
         first, last = (number.value if number else math.nan for number in ends)
         return {
             "first": first,
@@ -148,7 +143,7 @@ class Report:
             row = []
             for series in self.series:
                 here = [sae for sae in series if self.place(sae) == place]
-                row.append(self.metric(here[0], headline) if here else None)
+                row.append(headline.of(here[0]) if here else None)
             found.append((place, row))
         return found
 
@@ -158,24 +153,9 @@ class Report:
 
     def all_metrics(self, evaluator: str) -> list[tuple[str, list[tuple[SAEResult, MetricResult]]]]:
         """(metric, its number for every SAE), of one evaluator."""
-        names = dict.fromkeys(
-            metric
-            for sae in self.results.saes
-            if evaluator in sae.evaluators
-            for metric in sae.evaluators[evaluator].metrics
-        )
-        return [
-            (
-                name,
-                [
-                    (sae, sae.evaluators[evaluator].metrics[name])
-                    for series in self.series
-                    for sae in series
-                    if evaluator in sae.evaluators and name in sae.evaluators[evaluator].metrics
-                ],
-            )
-            for name in names
-        ]
+        saes = [sae for series in self.series for sae in series]
+        shown = [ShownMetric(e, m, m) for e, m in self.results.metric_names() if e == evaluator]
+        return [(m.metric, [(sae, n) for sae in saes if (n := m.of(sae))]) for m in shown]
 
     def notes(self, evaluator: str) -> list[tuple[str, str]]:
         """(note, the SAEs it is about) of one evaluator."""
@@ -266,7 +246,7 @@ class Report:
         )
 
     def _lines(self, series: Series, headline: ShownMetric, style: Style) -> list[Line]:
-        numbers = [self.metric(sae, headline) for sae in series]
+        numbers = [headline.of(sae) for sae in series]
         x = [position for position, _ in _positions(series)]
         lines = [Line("the SAE", x, [n.value if n else math.nan for n in numbers], style)]
         for name in NULLS:
@@ -313,16 +293,13 @@ class Report:
     def tree_colour(self) -> str:
         """What the nodes of the covered tree are coloured by."""
         found = [
-            info.node_table
+            table
             for name, info in self.results.evaluators.items()
-            if (table := info.node_table) is not None
-            and table.f1
-            and any(table.name in sae.evaluators[name].tables for sae in self._measured_by(name))
+            if (table := info.node_table) is not None and table.f1
+            for sae in self.results.saes
+            if name in sae.evaluators and table.name in sae.evaluators[name].tables
         ]
         return min(found, key=lambda table: table.priority, default=NodeTable("")).meaning
-
-    def _measured_by(self, evaluator: str) -> list[SAEResult]:
-        return [sae for sae in self.results.saes if evaluator in sae.evaluators]
 
     @property
     def scale(self) -> list[tuple[str, str]]:

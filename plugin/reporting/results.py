@@ -325,6 +325,11 @@ class Results:
         """Every (evaluator, metric) that some SAE has."""
         return list(dict.fromkeys((evaluator, metric) for _, evaluator, metric, _ in self.rows()))
 
+    def direction(self, evaluator: str, metric: str) -> bool | None:
+        """Whether higher is better; None where the metric only describes, or is not known."""
+        info = self.evaluators.get(evaluator)
+        return info.directions.get(metric) if info else None
+
     def label(self, evaluator: str, metric: str) -> str:
         """What the evaluator calls its metric; the metric's key where it has no label."""
         info = self.evaluators.get(evaluator)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .results import NullResult, Results, SAEResult
+from .results import Results, SAEResult
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,6 @@ class Series:
 
     def __len__(self) -> int:
         return len(self.saes)
-
-    def value(self, sae: SAEResult, evaluator: str, metric: str) -> float | None:
-        found = self._metric(sae, evaluator, metric)
-        return found.value if found else None
-
-    def null(self, sae: SAEResult, evaluator: str, metric: str, name: str) -> NullResult | None:
-        found = self._metric(sae, evaluator, metric)
-        return found.nulls.get(name) if found else None
-
-    @staticmethod
-    def _metric(sae: SAEResult, evaluator: str, metric: str):
-        result = sae.evaluators.get(evaluator)
-        return result.metrics.get(metric) if result else None
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import pytest
 import taxolens
 import torch
+from documented_plugin import documented_plugin
 from taxolens.plugin.evaluation.latent_cards import NodeTables
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.base import NULLS, EvaluationContext, Evaluator
@@ -21,7 +22,7 @@ from taxolens_example_plugin import ExampleFiringRate, ExampleSiblings
 
 EVALUATORS = {
     **taxolens.EVALUATORS,
-    **{cls.name: cls for cls in (ExampleFiringRate, ExampleSiblings)},
+    **{cls.name: cls for cls in (ExampleFiringRate, ExampleSiblings, documented_plugin().Siblings)},
 }
 
 
