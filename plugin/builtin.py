@@ -81,5 +81,5 @@ def register_taxonomies(register: hookspecs.RegisterTaxonomy) -> None:
 def _entries(folder: str, places: dict[str, str]) -> list[Any]:
     """All of them, imported before the first is registered."""
     parts = [place.split(":") for place in places.values()]
-    room = f"{__package__.rpartition('.')[0]}.registry.{folder}"
+    room = f"{__name__.partition('.')[0]}.registry.{folder}"
     return [getattr(import_module(f"{room}.{module}"), attribute) for module, attribute in parts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pluggy
 from ..registry import table
 from ..registry.errors import ConfigError
 from . import builtin, hookspecs, sae_lens_bridge, transformer_lens_bridge
-from .registration import TABLES, is_imported, within_an_import
+from .registration import TABLES, is_half_imported, is_imported, within_an_import
 
 ENTRY_POINT_GROUP = "taxolens"
 BLOCK_VARIABLE = "TAXOLENS_BLOCK_PLUGINS"
@@ -99,7 +98,7 @@ def _load_entry_points() -> bool:
             plugin = entry_point.load()
         except Exception as error:
             problem = error
-        if _is_half_imported(entry_point.module) or entry_point not in _to_load:
+        if is_half_imported(entry_point.module) or entry_point not in _to_load:
             continue  # the latter: another thread was faster
         _to_load.remove(entry_point)
         try:
@@ -109,11 +108,6 @@ def _load_entry_points() -> bool:
         except Exception as error:
             _skip(entry_point.name, error)
     return len(pm.get_plugins()) > before
-
-
-def _is_half_imported(module: str) -> bool:
-    spec = getattr(sys.modules.get(module), "__spec__", None)
-    return getattr(spec, "_initializing", False)
 
 
 def _call(hook: str, *, wait: bool = True) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -31,27 +31,35 @@ TABLES = {
 }
 LIBRARIES = frozenset(library for _, library in TABLES.values() if library)
 
-_importing: dict[str, int] = {}  # library -> the thread that imports it
+# Library -> the thread that imports it, None afterwards; those that were imported through `_Finder`.
+_importing: dict[str, int | None] = {}
 
 
 def start() -> None:
     """Fill the tables on first read, and register with both libraries once they are imported."""
     for hook, (filled, _) in TABLES.items():
         filled.source = partial(_fill, hook)
+    before = LIBRARIES & sys.modules.keys()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    imported = [library for library in LIBRARIES if library in sys.modules]
-    for library in imported:
-        import_module(library)  # waits where another thread is about it
-    if imported:
-        from . import manager
-
-        manager.fill_for_libraries()
+    if any(is_half_imported(library) for library in before):
+        # By another thread, which this one must not wait for: it may wait for this one.
+        threading.Thread(target=_register, args=(before,), daemon=True).start()
+    elif before:
+        _register(before)
 
 
 def is_imported(library: str | None) -> bool:
     """Whether the library is in use and whole, not in the middle of its import."""
-    return library in sys.modules and library not in _importing
+    if library in _importing:
+        return _importing[library] is None
+    return library in sys.modules and not is_half_imported(library)
+
+
+def is_half_imported(module: str) -> bool:
+    """Whether the module is in the middle of its import."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return getattr(spec, "_initializing", False)
 
 
 def within_an_import() -> bool:
@@ -66,6 +74,14 @@ def _fill(hook: str) -> None:
     from . import manager
 
     manager.fill(hook)
+
+
+def _register(libraries: Iterable[str]) -> None:
+    for library in libraries:
+        import_module(library)  # waits for its end
+    from . import manager
+
+    manager.fill_for_libraries()
 
 
 class _Finder(MetaPathFinder):
@@ -95,8 +111,10 @@ def _register_after(library: str, loader: Loader) -> None:
         _importing[library] = threading.get_ident()
         try:
             own_exec_module(module)  # the library's own import; taxolens waits for its end
-        finally:
+        except BaseException:
             del _importing[library]
+            raise
+        _importing[library] = None
         try:
             from . import manager
 

@@ -29,12 +29,14 @@ class Table(Mapping[str, T], Generic[T]):
         self._plugins: dict[str, str] = {}
 
     def register(self, name: str, entry: T, *, plugin: str = "taxolens") -> None:
-        """Add `entry` under `name`.
+        """Add `entry` under `name`; the same entry of the same plugin again changes nothing.
 
         Raises:
             DuplicateNameError: when the name is taken; it names both plugins.
         """
         if name in self._entries:
+            if self._entries[name] is entry and self._plugins[name] == plugin:
+                return
             raise DuplicateNameError(
                 f"{self.kind} {name!r} is registered twice: by plugin {self._plugins[name]!r} "
                 f"and again by plugin {plugin!r}. Rename one of them, or block a plugin with "

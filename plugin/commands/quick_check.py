@@ -106,7 +106,7 @@ def _fields(paths: Iterable[Path], classes: set[str] | None) -> dict[str, str]:
         for path in paths
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
-        and (node.name in classes if classes else node.name.endswith("Config"))
+        and (node.name in classes if classes else node.name.endswith(("Config", "Settings")))
         for line in node.body
         if isinstance(line, ast.AnnAssign)
         and isinstance(line.target, ast.Name)
