@@ -21,7 +21,7 @@ PACKAGE = __name__.partition(".")[0]
 _FOLDERS = {
     ("hooks", "hooks.images"): "decode preprocess",
     ("hooks", "hooks.models"): "bridge families forward hooked_module intervention points tokens",
-    ("hooks", "hooks.activations"): "cache permutation",
+    ("hooks", "hooks.activations"): "permutation",
     ("plugin", "plugin.study"): "demo job",
     ("plugin", "registry"): "files",
     ("registry.architectures", "registry.architectures.parts"): (
@@ -39,6 +39,11 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     **{
         f"{a}.{name}": f"{b}.{name}" for (a, b), names in _FOLDERS.items() for name in names.split()
     },
+    "hooks.cache": (
+        "hooks.activations.cache",
+        "hooks.activations.cache_reader",
+        "hooks.activations.cache_writer",
+    ),
     "hooks.extraction": "hooks.activations.extract",
     "hooks.image_loader": "hooks.images.loader",
     "hooks.image_sources": "hooks.images.sources",

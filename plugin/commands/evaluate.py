@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
+from ...hooks.images.workers import worker_context
 from ...registry.errors import ConfigError
 from ..evaluation.settings import EvaluationSettings
 from . import outcome, shell
@@ -40,6 +41,8 @@ def run(args: list[str]) -> None:
     as_json, static = given.pop("json"), given.pop("static")
     wandb = {key: given.pop(key) for key in ("log_to_wandb", "wandb_project", "run_name")}
     settings = {key: value for key, value in given.items() if value is not None}
+    if settings.get("num_workers"):
+        worker_context()  # its imports run beside ours
     with shell.working() as print_json:
         from ..evaluation.evaluate import evaluate_run
         from ..reporting.report import write_report

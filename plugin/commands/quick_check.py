@@ -38,8 +38,8 @@ def first_look(args: Sequence[str]) -> Any:
     return parser.parse_known_args(list(args))[0]
 
 
-def check(args: Sequence[str]) -> None:
-    """Refuse what is wrong whatever the architecture is.
+def check(args: Sequence[str]) -> dict[str, Any]:
+    """Refuse what is wrong whatever the architecture is; all settings, what was typed as text.
 
     That is: an unknown preset or architecture, an unreadable file, an unknown flag, a number that
     is none, and a missing model, dataset or hook point. Where third-party plugins are installed,
@@ -69,11 +69,10 @@ def check(args: Sequence[str]) -> None:
         for name in given:
             if not _is_among(name, known):
                 raise ConfigError(shell.unknown("argument", f"--{name}", map("--{}".format, known)))
+    merged = {key: value for _, settings in sources for key, value in settings.items()} | given
     if not of_saes:  # whose flags may not fit the architecture; the full check says that first
-        merged = dict(given)
-        for _, settings in sources:
-            merged |= settings
         required(merged)
+    return merged
 
 
 @cache

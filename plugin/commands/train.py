@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...hooks.images.workers import worker_context
 from . import outcome, quick_check, shell
 
 HELP = """\
@@ -87,7 +88,8 @@ def run(args: list[str]) -> None:
             text = full_help(args)
         print(text, end="")
         return
-    quick_check.check(args)
+    if quick_check.check(args).get("num_workers", 0) not in (0, "0") and "--dry_run" not in args:
+        worker_context()  # its imports run beside ours
     with shell.working() as print_json:
         from ..study.job import Job
         from .train_flags import parse
