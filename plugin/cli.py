@@ -1,7 +1,7 @@
-"""The command line: `taxolens demo | train | evaluate | report | list`.
+"""The command line: `taxolens demo | train | evaluate | report | list | completion`.
 
-This module and the command modules import nothing heavy at the top, so that `--help` and
-`--version` answer at once. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage.
+This module and the command modules import nothing heavy at the top, so that `--help`, `--version`
+and wrong usage are answered at once. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -14,18 +14,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..registry.errors import ConfigError, TaxolensError
-from .commands import shell
+from .commands import COMMANDS, shell
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 DEBUG_VARIABLE = "TAXOLENS_DEBUG"
-
-COMMANDS = {
-    "demo": "run the main job on the pictures and the model inside the package (3 minutes)",
-    "train": "train SAEs at one or many hook points, then evaluate them and write the report",
-    "evaluate": "measure trained SAEs against a class tree, each number beside its null controls",
-    "report": "write report.html from the results of an evaluation",
-    "list": "what a config can name: architectures, models, evaluators, taxonomies, presets",
-}
 
 HELP = f"""\
 usage: taxolens [--version] [--debug] COMMAND ...
@@ -34,7 +26,7 @@ What does a vision model know about the tree of things? Trains sparse autoencode
 models with SAELens and measures how much of a class hierarchy their latents carry.
 
 commands:
-{chr(10).join(f"  {name:<9} {summary}" for name, summary in COMMANDS.items())}
+{chr(10).join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())}
 
 options:
   -h, --help   this help; `taxolens COMMAND --help` explains a command

@@ -1,7 +1,8 @@
 """The five hooks through which a plugin, ours included, adds to taxolens.
 
-Each hook is called once, when taxolens loads its plugins, with a typed `register` callable. A
-plugin implements the hooks it needs with `@taxolens.hookimpl` and announces itself in its own
+Each hook is called once, with a typed `register` callable, when its table is first read or the
+library that it registers with is imported. So a hook imports what it registers in its own body: a
+list of evaluators then waits for no architecture. A plugin implements the hooks it needs with `@taxolens.hookimpl` and announces itself in its own
 pyproject.toml::
 
     [project.entry-points.taxolens]
@@ -10,13 +11,14 @@ pyproject.toml::
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
-from ..hooks.models.families import VisionFamily
-from ..registry.evaluators.base import Evaluator
-from ..registry.table import Architecture, Loader, TaxonomySource
+if TYPE_CHECKING:
+    from ..hooks.models.families import VisionFamily
+    from ..registry.evaluators.base import Evaluator
+    from ..registry.table import Architecture, Loader, TaxonomySource
 
 hookspec = pluggy.HookspecMarker("taxolens")
 hookimpl = pluggy.HookimplMarker("taxolens")

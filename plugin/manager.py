@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
@@ -13,53 +15,125 @@ import pluggy
 from ..registry import table
 from ..registry.errors import ConfigError
 from . import builtin, hookspecs, sae_lens_bridge, transformer_lens_bridge
+from .registration import TABLES, is_half_imported, is_imported, within_an_import
 
 ENTRY_POINT_GROUP = "taxolens"
 BLOCK_VARIABLE = "TAXOLENS_BLOCK_PLUGINS"
+IMPORTED_FIRST = {"register_architectures", "register_vision_models"}  # subclass the library's
 
 pm = pluggy.PluginManager("taxolens")
 pm.add_hookspecs(hookspecs)
+pm.register(builtin, name="taxolens")
 
-_filled: set[str] = set()
+_to_load: list[EntryPoint] | None = None  # None: not looked for yet
+_filled: set[tuple[str, str]] = set()  # (plugin, hook) that was called
+_skipped: set[str] = set()
+_running: set[str] = set()
+_locks = {hook: threading.RLock() for hook in TABLES}
+_loaders: list[tuple[str, table.Loader]] = []  # by plugin; SAELens does not have them yet
 
 
 def load_plugins() -> None:
-    """Load every plugin that is not loaded yet and fill the tables; calling it again is free.
+    """Load every plugin that is not loaded yet and fill all tables; calling it again is free.
+
+    It imports SAELens and TransformerLens. Nobody has to call it: a table is filled when it is
+    first read, and SAELens and TransformerLens get what is theirs when they are imported.
 
     The built-ins come first. A third-party plugin that cannot be imported, or whose hook raises,
     is named in a warning and skipped. `TAXOLENS_BLOCK_PLUGINS` (names, comma-separated) keeps
     plugins out.
     """
-    if not pm.has_plugin("taxolens"):
-        pm.register(builtin, name="taxolens")
-        _load_entry_points()
-    for name, plugin in pm.list_name_plugin():
-        if plugin is not None and name not in _filled:
-            _filled.add(name)
-            _fill_tables(name, plugin)
+    for hook in TABLES:
+        fill(hook)
 
 
-def _load_entry_points() -> None:
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        if entry_point.name in blocked_plugins():
-            pm.set_blocked(entry_point.name)
-            continue
+def fill(hook: str) -> None:
+    """Call `hook` of every plugin that was not asked yet, which fills its table."""
+    library = TABLES[hook][1]
+    if library and hook in IMPORTED_FIRST:
+        import_module(library)  # calls `fill_for_libraries` at its end
+    if _load_entry_points():
+        fill_for_libraries()
+    _call(hook)
+
+
+def fill_for_libraries() -> None:
+    """Register all that is meant for SAELens and TransformerLens with those that are imported.
+
+    A table that another thread is filling is left to that thread: this one may be inside the
+    import of a library that the other waits for.
+    """
+    _load_entry_points()
+    for hook, (_, library) in TABLES.items():
+        if is_imported(library):
+            _call(hook, wait=False)
+    while _loaders and is_imported("sae_lens"):
+        name, loader = _loaders.pop(0)
         try:
-            pm.register(entry_point.load(), name=entry_point.name)
-        except Exception as error:
-            _warn_skipped(entry_point.name, error)
+            sae_lens_bridge.add_loader(loader)
+        except ConfigError as error:
+            _skip(name, error)
 
 
-def _fill_tables(name: str, plugin: object) -> None:
-    others = [other for other in pm.get_plugins() if other is not plugin]
-    for hook, register in _registrars(name).items():
+def other_plugins() -> list[EntryPoint]:
+    """Where the plugins of other packages are, less the blocked ones."""
+    blocked = blocked_plugins()
+    return [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in blocked]
+
+
+def _load_entry_points() -> bool:
+    """Load the plugins of other packages; whether any is new.
+
+    One that is in the middle of its own import is left for the next time.
+    """
+    global _to_load
+    if _to_load is None:
+        _to_load = other_plugins()
+    if not _to_load or within_an_import():
+        return False
+    before = len(pm.get_plugins())
+    for entry_point in list(_to_load):
+        plugin, problem = None, None
         try:
-            pm.subset_hook_caller(hook, others)(register=register)
+            plugin = entry_point.load()
         except Exception as error:
-            if plugin is builtin:
-                raise
-            _warn_skipped(name, error)
+            problem = error
+        if is_half_imported(entry_point.module) or entry_point not in _to_load:
+            continue  # the latter: another thread was faster
+        _to_load.remove(entry_point)
+        try:
+            if problem is not None:
+                raise problem
+            pm.register(plugin, name=entry_point.name)
+        except Exception as error:
+            _skip(entry_point.name, error)
+    return len(pm.get_plugins()) > before
+
+
+def _call(hook: str, *, wait: bool = True) -> None:
+    if not _locks[hook].acquire(blocking=wait):
+        return
+    try:
+        if hook in _running:  # a plugin reads the table that it fills
             return
+        _running.add(hook)
+        for name, plugin in pm.list_name_plugin():
+            if plugin is not None and name not in _skipped and (name, hook) not in _filled:
+                _fill_table(hook, name, plugin)
+                _filled.add((name, hook))
+    finally:
+        _running.discard(hook)
+        _locks[hook].release()
+
+
+def _fill_table(hook: str, name: str, plugin: object) -> None:
+    others = [other for other in pm.get_plugins() if other is not plugin]
+    try:
+        pm.subset_hook_caller(hook, others)(register=_registrars(name)[hook])
+    except Exception as error:
+        if plugin is builtin:
+            raise
+        _skip(name, error)
 
 
 def _registrars(plugin: str) -> dict[str, Callable[[Any], None]]:
@@ -87,7 +161,10 @@ def _registrars(plugin: str) -> dict[str, Callable[[Any], None]]:
 
     def loader(entry: table.Loader) -> None:
         table.LOADERS.register(entry.name, entry, plugin=plugin)
-        sae_lens_bridge.add_loader(entry)
+        if is_imported("sae_lens"):
+            sae_lens_bridge.add_loader(entry)
+        else:
+            _loaders.append((plugin, entry))
 
     return {
         "register_architectures": architecture,
@@ -104,7 +181,8 @@ def blocked_plugins() -> set[str]:
     return {name.strip() for name in names if name.strip()}
 
 
-def _warn_skipped(name: str, error: Exception) -> None:
+def _skip(name: str, error: Exception) -> None:
+    _skipped.add(name)
     warnings.warn(
         f"taxolens skips the plugin {name!r}: {type(error).__name__}: {error}. "
         f"Set {BLOCK_VARIABLE}={name} to silence this.",

@@ -1,15 +1,9 @@
-"""Pushes our tables into SAELens: its two architecture registries and its loaders."""
+"""Pushes our tables into SAELens: its two architecture registries and its loaders.
+
+SAELens is imported in the functions: they are called at the end of its own import.
+"""
 
 from __future__ import annotations
-
-from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_class,
-    register_sae_training_class,
-)
 
 from ..registry.errors import DuplicateNameError
 from ..registry.table import Architecture, Loader
@@ -21,6 +15,8 @@ def check_architecture(entry: Architecture) -> None:
     Raises:
         DuplicateNameError: naming the class that holds the name.
     """
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
     for registry, ours in (
         (SAE_TRAINING_CLASS_REGISTRY, entry.training_class),
         (SAE_CLASS_REGISTRY, entry.sae_class),
@@ -40,10 +36,16 @@ def add_architecture(entry: Architecture) -> None:
 
     SAELens refuses to register a name twice, so a second call does nothing.
     """
-    if entry.name not in SAE_TRAINING_CLASS_REGISTRY:
-        register_sae_training_class(entry.name, entry.training_class, entry.training_config_class)
-    if entry.sae_class and entry.sae_config_class and entry.name not in SAE_CLASS_REGISTRY:
-        register_sae_class(entry.name, entry.sae_class, entry.sae_config_class)
+    from sae_lens import registry
+
+    if entry.name not in registry.SAE_TRAINING_CLASS_REGISTRY:
+        registry.register_sae_training_class(
+            entry.name, entry.training_class, entry.training_config_class
+        )
+    if not entry.sae_class or not entry.sae_config_class:
+        return
+    if entry.name not in registry.SAE_CLASS_REGISTRY:
+        registry.register_sae_class(entry.name, entry.sae_class, entry.sae_config_class)
 
 
 def add_loader(loader: Loader) -> None:
@@ -52,6 +54,9 @@ def add_loader(loader: Loader) -> None:
     Raises:
         DuplicateNameError: when SAELens already has a loader or a release of that name.
     """
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
     if loader.huggingface is None:
         return
     if NAMED_PRETRAINED_SAE_LOADERS.get(loader.name, loader.huggingface) is not loader.huggingface:

@@ -1,16 +1,15 @@
-"""Makes TransformerLens's own `boot_transformers` know our model families."""
+"""Makes TransformerLens's own `boot_transformers` know our model families.
+
+TransformerLens is imported in the function: it is called at the end of TransformerLens's import.
+"""
 
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from transformer_lens.factories.architecture_adapter_factory import (
-    SUPPORTED_ARCHITECTURES,
-    ArchitectureAdapterFactory,
-)
-from transformer_lens.utilities import architectures as kinds
-
-from ..hooks.models.families import VisionFamily
+if TYPE_CHECKING:
+    from ..hooks.models.families import VisionFamily
 
 ENTRY_POINT_GROUP = "transformer_lens.architectures"
 
@@ -24,6 +23,12 @@ def add_family(family: VisionFamily) -> None:
     - The factory alone is not enough: `boot_transformers` looks architectures up in
       `SUPPORTED_ARCHITECTURES`, and how to load them in the sets of vision architectures.
     """
+    from transformer_lens.factories.architecture_adapter_factory import (
+        SUPPORTED_ARCHITECTURES,
+        ArchitectureAdapterFactory,
+    )
+    from transformer_lens.utilities import architectures as kinds
+
     adapter = family.adapter
     if adapter is None:
         return

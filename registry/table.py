@@ -17,20 +17,26 @@ class Table(Mapping[str, T], Generic[T]):
 
     Args:
         kind: what an entry is called in error messages, e.g. ``"evaluator"``.
+
+    Attributes:
+        source: called before each read, to `register` what is not there yet.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.source: Callable[[], None] | None = None
         self._entries: dict[str, T] = {}
         self._plugins: dict[str, str] = {}
 
     def register(self, name: str, entry: T, *, plugin: str = "taxolens") -> None:
-        """Add `entry` under `name`.
+        """Add `entry` under `name`; the same entry of the same plugin again changes nothing.
 
         Raises:
             DuplicateNameError: when the name is taken; it names both plugins.
         """
         if name in self._entries:
+            if self._entries[name] is entry and self._plugins[name] == plugin:
+                return
             raise DuplicateNameError(
                 f"{self.kind} {name!r} is registered twice: by plugin {self._plugins[name]!r} "
                 f"and again by plugin {plugin!r}. Rename one of them, or block a plugin with "
@@ -45,22 +51,27 @@ class Table(Mapping[str, T], Generic[T]):
         return self._plugins[name]
 
     def __getitem__(self, name: str) -> T:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise UnknownNameError(unknown_name_message(self.kind, name, self._entries)) from None
+        entries = self._read()
+        if name not in entries:
+            raise UnknownNameError(unknown_name_message(self.kind, name, entries))
+        return entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._read())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._read())
 
     def __repr__(self) -> str:
-        return f"Table({self.kind!r}, {sorted(self._entries)})"
+        return f"Table({self.kind!r}, {sorted(self._read())})"
+
+    def _read(self) -> dict[str, T]:
+        if self.source is not None:
+            self.source()
+        return self._entries
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .columns import declared_names, features_of, find_image_column, find_label_
 from .raw import ImageReader, RawImage, decode_raw, read_bytes, source_of
 from .source import ImageSource
 from .sources import open_dataset, pick_split
+from .workers import worker_context
 
 SUBSET_SEED = 0  # of the permutation whose first `max_images` entries are kept
 FINGERPRINT_IMAGES = 256
@@ -79,6 +80,8 @@ class ImageDataset:
     @classmethod
     def of(cls, source: ImageSource) -> ImageDataset:
         """The images of a source. Raises what `load_images` raises."""
+        if source.num_workers:
+            worker_context()  # they are ready when the model is
         options: dict[str, Any] = {
             "image_column": source.image_column,
             "label_column": source.label_column,

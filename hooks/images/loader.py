@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -24,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
 from .raw import ImageReader, Job, RawImage, decode_raw, source_of
+from .workers import main_left_out, prepare_worker, worker_context
 
 if TYPE_CHECKING:  # not needed by the worker processes
     from .dataset import ImageDataset
@@ -69,8 +65,8 @@ class ImageLoader:
         preprocess: PIL image -> float32 (3, H, W); picklable (see `preprocess.py`).
         batch_size: images per batch.
         num_workers: processes that decode ahead; 0 decodes in the calling thread. A script that
-            uses any has to start under ``if __name__ == "__main__":``, as for every Python program
-            that starts processes.
+            uses any and defines `preprocess` itself has to start its work under
+            ``if __name__ == "__main__":``, as for every Python program that starts processes.
         max_corrupt_share: the largest share of images, between 0 and 1, that may be corrupt.
         pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
 
@@ -120,18 +116,20 @@ class ImageLoader:
     def grouped(self, groups: Iterable[Sequence[Job]]) -> Iterator[ImageBatch]:
         """As `batches`, but exactly one batch, empty if need be, for each group of images."""
         reader = None if self.images.is_streaming else self.images.reader
+        task = _DecodeTask(reader, self.preprocess, self.images.root)
         loader = DataLoader(
-            _DecodeTask(reader, self.preprocess, self.images.root),  # type: ignore[arg-type]
+            task,  # type: ignore[arg-type]
             batch_sampler=groups,  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             pin_memory=self.pin_memory,
-            worker_init_fn=_prepare_worker if self.num_workers else None,
+            worker_init_fn=prepare_worker if self.num_workers else None,
             multiprocessing_context=self._context,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             generator=torch.Generator(),  # else each iterator draws from the global one
         )
-        iterator = iter(loader)
+        with main_left_out(task) if self.num_workers else nullcontext(True) as left_out:
+            iterator = iter(loader)  # starts the workers
         try:
             while True:
                 try:
@@ -139,7 +137,7 @@ class ImageLoader:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    raise _explained(error) from error
+                    raise _explained(error, left_out) from error
                 if isinstance(batch, str):
                     raise ConfigError(batch)
                 self._account(batch)
@@ -254,40 +252,14 @@ def _divergence(found: float, allowed: float) -> float:
     return rest + (0.0 if found == 0.0 else found * math.log(found / allowed))
 
 
-def worker_context() -> BaseContext:
-    """Processes that inherit nothing: a forked copy of a program with threads can deadlock."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver  # not everywhere
-
-    # The server imports what workers need once, in the background, and forks them from there.
-    room = __name__.rpartition(".")[0]
-    forkserver.set_forkserver_preload([f"{room}.images", f"{room}.preprocess"])
-    forkserver.ensure_running()
-    return multiprocessing.get_context("forkserver")
-
-
-def _prepare_worker(_: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.simplefilter("ignore")  # about odd metadata of pictures, once from each worker
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """The main process may be killed; torch's own watch sees only the server that forked us."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _explained(error: RuntimeError) -> Exception:
+def _explained(error: RuntimeError, main_left_out: bool) -> Exception:
     if "DataLoader worker" not in str(error) or "Original Traceback" in str(error):
         return error
+    guard = (
+        f"the script {sys.argv[0]!r}, which defines part of how images are read, starts work "
+        'outside of `if __name__ == "__main__":`'
+    )
     return TaxolensError(
-        f"a process that decodes images died ({error}). Either it ran out of (shared) memory, or "
-        f'the script {sys.argv[0]!r} starts work outside of `if __name__ == "__main__":`, which '
-        "every Python script that uses worker processes needs. num_workers=0 uses none."
+        f"a process that decodes images died ({error}): it ran out of (shared) memory, or was "
+        f"killed{'' if main_left_out else ', or ' + guard}. num_workers=0 uses none."
     )

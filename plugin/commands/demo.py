@@ -16,16 +16,22 @@ examples:
   taxolens demo --output_path runs/demo --json"""
 
 
-def run(args: list[str]) -> None:
-    parser = shell.Parser(prog="taxolens demo", description=HELP, epilog=EXAMPLES)
-    parser.add_argument(
+def parser() -> shell.Parser:
+    """The command's own arguments."""
+    made = shell.Parser(prog="taxolens demo", description=HELP, epilog=EXAMPLES)
+    made.add_argument(
         "--output_path",
         metavar="PATH",
         default="demo_report",
         help="folder; demo_report by default",
     )
-    parser.add_argument("--json", action="store_true", help="places and numbers as JSON on stdout")
-    options = parser.parse_args(args)
+    made.add_argument("--json", action="store_true", help="places and numbers as JSON on stdout")
+    return made
+
+
+def run(args: list[str]) -> None:
+    """Run the demo and show what came of it."""
+    options = parser().parse_args(args)
     with shell.working() as print_json:
         from ..study.demo import run_demo
 

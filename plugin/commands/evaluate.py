@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
+from ...hooks.images.workers import worker_context
 from ...registry.errors import ConfigError
 from ..evaluation.settings import EvaluationSettings
 from . import outcome, shell
@@ -35,11 +36,13 @@ WITHOUT_FLAG = ("progress",)  # the command always shows it, on stderr
 
 
 def run(args: list[str]) -> None:
-    parser = _parser()
-    given = vars(parser.parse_args(args))
+    """Evaluate the runs, write the report, and show the headline numbers."""
+    given = vars(parser().parse_args(args))
     as_json, static = given.pop("json"), given.pop("static")
     wandb = {key: given.pop(key) for key in ("log_to_wandb", "wandb_project", "run_name")}
     settings = {key: value for key, value in given.items() if value is not None}
+    if settings.get("num_workers"):
+        worker_context()  # its imports run beside ours
     with shell.working() as print_json:
         from ..evaluation.evaluate import evaluate_run
         from ..reporting.report import write_report
@@ -59,26 +62,27 @@ def run(args: list[str]) -> None:
     outcome.raise_errors(results)
 
 
-def _parser() -> shell.Parser:
-    parser = shell.Parser(
+def parser() -> shell.Parser:
+    """The command's own arguments."""
+    made = shell.Parser(
         prog="taxolens evaluate",
         usage="taxolens evaluate RUN ... [FLAG VALUE ...]",
         description=HELP,
         epilog=EXAMPLES,
         argument_default=None,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add(
         "runs", nargs="+", metavar="RUN", help="a run's output_path, a checkpoint, or an SAE folder"
     )
     add("--json", action="store_true", help="places and headline numbers as JSON on stdout")
     add("--static", action="store_true", help="no interactive figures in the report (5 MB less)")
-    _add_settings(parser)
-    add = parser.add_argument_group("Weights & Biases").add_argument
+    _add_settings(made)
+    add = made.add_argument_group("Weights & Biases").add_argument
     add("--log_to_wandb", action="store_true", help="log the results to Weights & Biases")
     add("--wandb_project", metavar="NAME", default="taxolens")
     add("--run_name", metavar="NAME")
-    return parser
+    return made
 
 
 def _add_settings(parser: shell.Parser) -> None:

@@ -19,11 +19,17 @@ examples:
 Row = dict[str, Any]
 
 
+def parser() -> shell.Parser:
+    """The command's own arguments."""
+    made = shell.Parser(prog="taxolens list", description=HELP, epilog=EXAMPLES)
+    made.add_argument("kind", nargs="?", metavar="KIND", help=f"one of: {', '.join(KINDS)}")
+    made.add_argument("--json", action="store_true", help="as JSON, with every field")
+    return made
+
+
 def run(args: list[str]) -> None:
-    parser = shell.Parser(prog="taxolens list", description=HELP, epilog=EXAMPLES)
-    parser.add_argument("kind", nargs="?", metavar="KIND", help=f"one of: {', '.join(KINDS)}")
-    parser.add_argument("--json", action="store_true", help="as JSON, with every field")
-    options = parser.parse_args(args)
+    """Show the names of one kind, or of all."""
+    options = parser().parse_args(args)
     if options.kind is not None and options.kind not in KINDS:
         raise shell.ConfigError(shell.unknown("kind", options.kind, KINDS))
     kinds = KINDS if options.kind is None else [options.kind]
@@ -55,9 +61,7 @@ def _architectures() -> list[Row]:
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
     from ...registry.table import ARCHITECTURES
-    from ..manager import load_plugins
 
-    load_plugins()
     rows = []
     for name, (_, config_class) in SAE_TRAINING_CLASS_REGISTRY.items():
         if name in ARCHITECTURES:
@@ -72,9 +76,7 @@ def _architectures() -> list[Row]:
 
 def _models() -> list[Row]:
     from ...registry.table import VISION_MODELS
-    from ..manager import load_plugins
 
-    load_plugins()
     return [
         _row(
             name,
@@ -88,9 +90,7 @@ def _models() -> list[Row]:
 
 def _evaluators() -> list[Row]:
     from ...registry.table import EVALUATORS
-    from ..manager import load_plugins
 
-    load_plugins()
     return [
         _row(
             name,
@@ -107,9 +107,7 @@ def _evaluators() -> list[Row]:
 
 def _taxonomies() -> list[Row]:
     from ...registry.table import TAXONOMIES
-    from ..manager import load_plugins
 
-    load_plugins()
     return [
         _row(name, entry.description, entry.source, TAXONOMIES.plugin_of(name))
         for name, entry in TAXONOMIES.items()
@@ -118,9 +116,7 @@ def _taxonomies() -> list[Row]:
 
 def _loaders() -> list[Row]:
     from ...registry.table import LOADERS
-    from ..manager import load_plugins
 
-    load_plugins()
     return [
         _row(
             name,

@@ -15,22 +15,28 @@ examples:
   taxolens report output/my_run/results.json --wandb_dashboard my-team/my-project"""
 
 
-def run(args: list[str]) -> None:
-    parser = shell.Parser(prog="taxolens report", description=HELP, epilog=EXAMPLES)
-    parser.add_argument("results", metavar="RESULTS", help="a results.json, or the folder it is in")
-    parser.add_argument(
+def parser() -> shell.Parser:
+    """The command's own arguments."""
+    made = shell.Parser(prog="taxolens report", description=HELP, epilog=EXAMPLES)
+    made.add_argument("results", metavar="RESULTS", help="a results.json, or the folder it is in")
+    made.add_argument(
         "--output_path", type=Path, metavar="FILE", help="by default report.html beside the results"
     )
-    parser.add_argument(
+    made.add_argument(
         "--static", action="store_true", help="leave the interactive figures out (5 MB less)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--wandb_dashboard",
         metavar="PROJECT",
         help="also save a W&B workspace for these metrics; needs wandb-workspaces and a key",
     )
-    parser.add_argument("--json", action="store_true", help="where it is, and the headline numbers")
-    options = parser.parse_args(args)
+    made.add_argument("--json", action="store_true", help="where it is, and the headline numbers")
+    return made
+
+
+def run(args: list[str]) -> None:
+    """Write the report anew and show the headline numbers."""
+    options = parser().parse_args(args)
     with shell.working() as print_json:
         from ..reporting.report import write_report
         from ..reporting.results import Results

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from . import outcome, shell
+from ...hooks.images.workers import worker_context
+from . import outcome, quick_check, shell
 
 HELP = """\
 usage: taxolens train [--preset NAME] [--config study.yaml] [FLAG VALUE ...]
@@ -60,7 +62,22 @@ examples:
 """
 
 
+def parser() -> argparse.ArgumentParser:
+    """Every flag, whatever the architecture, by name; `train_flags` has the one that parses."""
+    made = argparse.ArgumentParser(prog="taxolens train")
+    for name, annotation in {**quick_check.sae_fields(), **quick_check.runner_fields()}.items():
+        options: dict[str, Any] = {}
+        if annotation == "bool":
+            options = {"nargs": "?", "choices": ["true", "false"]}
+        elif annotation.startswith("list"):
+            options = {"nargs": "*"}
+        made.add_argument(f"--{name}", **options)
+    made.add_argument("--help_all", action="store_true", help="every flag")
+    return made
+
+
 def run(args: list[str]) -> None:
+    """Train, evaluate and report; or print what would be done."""
     if not args or "-h" in args or "--help" in args:
         print(HELP, end="")
         return
@@ -71,6 +88,8 @@ def run(args: list[str]) -> None:
             text = full_help(args)
         print(text, end="")
         return
+    if quick_check.check(args).get("num_workers", 0) not in (0, "0") and "--dry_run" not in args:
+        worker_context()  # its imports run beside ours
     with shell.working() as print_json:
         from ..study.job import Job
         from .train_flags import parse

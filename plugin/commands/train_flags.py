@@ -21,9 +21,11 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from simple_parsing import ArgumentParser
 
 from ...registry.errors import ConfigError
-from ..study.settings import Settings, Study, architecture_of, layers, study_from
+from ..study.settings import Study, study_from
+from ..study.sources import Settings, architecture_of, layers
 from ..training.config import VisionSAERunnerConfig, training_config_class
 from . import shell
+from .quick_check import first_look
 
 # Help for what has no default of its own; the empty format keeps argparse from adding one.
 FOUND_LATER = {
@@ -76,7 +78,7 @@ def parse(args: Sequence[str]) -> TrainCommand:
         ConfigError: an unknown flag or key (the nearest names are given), a value of the wrong
             type, or a required setting that is missing.
     """
-    first = _first_look(args)
+    first = first_look(args)
     settings = layers(preset=first.preset, config=first.config)
     named = {"architecture": first.architecture} if first.architecture else {}
     architecture = architecture_of([*settings, ("the command line", named)])
@@ -92,21 +94,12 @@ def parse(args: Sequence[str]) -> TrainCommand:
 
 def full_help(args: Sequence[str]) -> str:
     """Every flag, for the architecture that `args` name."""
-    first = _first_look([arg for arg in args if arg != "--help_all"])
+    first = first_look([arg for arg in args if arg != "--help_all"])
     named = ("the command line", {"architecture": first.architecture})
     architecture = architecture_of([*layers(preset=first.preset, config=first.config), named])
     text = io.StringIO()
     _parser(architecture, only_given=False).print_help(text, args=[])
     return text.getvalue()
-
-
-def _first_look(args: Sequence[str]) -> Any:
-    """What decides which other flags there are."""
-    parser = shell.Parser(prog="taxolens train", add_help=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--config")
-    parser.add_argument("--architecture")
-    return parser.parse_known_args(list(args))[0]
 
 
 def _parser(architecture: str, *, only_given: bool) -> _Parser:

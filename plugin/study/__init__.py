@@ -1,1 +1,19 @@
 """What a training run is asked to do: settings from flags, files and presets, made ready as a job."""
+
+from typing import TYPE_CHECKING
+
+from ...registry.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .settings import SAEChoice, Study, gather
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "settings": [
+            *("SAEChoice", "Study", "gather", "study_from", "typed"),
+            *("SECTIONS", "ALTERNATIVES", "PACKAGED", "STUDY_FIELDS"),
+        ],
+        "sources": ["Settings", "architecture_of", "layers"],
+    },
+)

@@ -27,15 +27,13 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import ConfigError
 from ...registry.names import did_you_mean, nearest
-from ...registry.presets import load_preset, read_settings
 from .. import demo_assets
 from ..training.config import (
     VisionMultiSAERunnerConfig,
     VisionSAERunnerConfig,
     training_config_class,
 )
-
-Settings = dict[str, Any]
+from .sources import Settings, architecture_of, layers, required
 
 SECTIONS = ("study", "runner", "logger", "sae")
 
@@ -184,32 +182,6 @@ def gather(
     return study_from(layers(preset=preset, config=config, flags=flags))
 
 
-def layers(
-    *, preset: str | None = None, config: str | Path | None = None, flags: Settings | None = None
-) -> list[tuple[str, Settings]]:
-    """The sources given, in rising order of precedence, each with a name for error messages."""
-    found: list[tuple[str, Settings]] = []
-    if preset is not None:
-        found.append((f"preset {preset!r}", load_preset(preset)))
-    if config is not None:
-        found.append((str(config), read_settings(Path(config))))
-    if flags:
-        found.append(("the command line", flags))
-    return found
-
-
-def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
-    """The architecture that the last source to name one names; SAELens's default otherwise."""
-    for _, settings in reversed(sources):
-        sae = settings.get("sae")
-        name = settings.get("architecture") or (
-            sae.get("architecture") if isinstance(sae, Mapping) else None
-        )
-        if name:
-            return str(name)
-    return "standard"
-
-
 def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
     """Check and merge the sources; see `gather`."""
     final = training_config_class(architecture_of(sources))
@@ -270,15 +242,7 @@ def _drop_alternatives(
 
 def _study(architecture: str, merged: dict[str, Settings]) -> Study:
     extra, runner, shared = merged["study"], merged["runner"], merged["sae"]
-    for required in ("model_name", "dataset_path"):
-        if not runner.get(required):
-            raise ConfigError(f"{required}: not given; see `taxolens train --help`.")
-    hook_names = extra.get("hook_names") or [n for n in [extra.get("hook_name")] if n]
-    if not hook_names:
-        raise ConfigError(
-            "hook_names: not given; allowed: hook points such as blocks.5.hook_resid_post, or "
-            "patterns such as blocks.*.hook_resid_post."
-        )
+    hook_names = required({**runner, **extra})
     for key, value in runner.items():
         if isinstance(value, str) and value in PACKAGED:
             runner[key] = str(PACKAGED[value]())

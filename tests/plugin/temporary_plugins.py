@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import taxolens
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from taxolens.plugin import manager
+from taxolens.plugin import manager, registration
 
 
 @contextmanager
@@ -20,6 +20,7 @@ def temporary_plugins() -> Iterator[Callable[..., None]]:
         taxolens.TAXONOMIES,
         taxolens.LOADERS,
     )
+    manager.load_plugins()
     before = [(dict(table._entries), dict(table._plugins)) for table in tables]
     training_before = dict(SAE_TRAINING_CLASS_REGISTRY)
     names: list[str] = []
@@ -37,7 +38,8 @@ def temporary_plugins() -> Iterator[Callable[..., None]]:
     finally:
         for name in names:
             manager.pm.unregister(name=name)
-            manager._filled.discard(name)
+            manager._filled -= {(name, hook) for hook in registration.TABLES}
+            manager._skipped.discard(name)
         for table, (entries, plugins) in zip(tables, before):
             table._entries, table._plugins = entries, plugins
         SAE_TRAINING_CLASS_REGISTRY.clear()

@@ -1,6 +1,8 @@
+import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from results_factory import make_results
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from taxolens.plugin import cli
-from taxolens.plugin.commands import demo, evaluate, report, shell, train, train_flags
+from taxolens.plugin import builtin, cli
+from taxolens.plugin.commands import (
+    demo,
+    evaluate,
+    quick_check,
+    report,
+    shell,
+    train,
+    train_flags,
+)
 from taxolens.plugin.commands import list as list_command
 from taxolens.plugin.reporting.metric_table import summary_rows
 from taxolens.plugin.study.demo import run_demo
 from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.presets import PRESETS
+from taxolens.registry.table import ARCHITECTURES, EVALUATORS, TAXONOMIES
 
 TREE = "parent,child\nthing,animal\nthing,plant\nanimal,cat\nanimal,dog\nplant,oak\nplant,rose\n"
 CLASSES = ("cat", "dog", "oak", "rose")
-COMMANDS = ("demo", "train", "evaluate", "report", "list")
+COMMANDS = ("demo", "train", "evaluate", "report", "list", "completion")
 
 
 @pytest.fixture
@@ -119,18 +131,72 @@ def test_version_names_the_libraries(taxolens):
     assert "sae-lens" in out and "torch" in out
 
 
-def test_the_command_modules_are_light():
-    """What answers --help must not wait for torch; `taxolens/__init__.py` is another matter."""
-    code = (
-        "import sys, types; package = types.ModuleType('taxolens');"
-        f"package.__path__ = [{str(Path(cli.__file__).parents[1])!r}];"
-        "sys.modules['taxolens'] = package;"
-        "from taxolens.plugin.cli import main;"
-        "main(['--help']); main(['train', '--help']); main(['list', 'presets']);"
-        "sys.exit('torch' in sys.modules or 'sae_lens' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+HEAVY = ("torch", "sae_lens", "transformer_lens", "transformers", "datasets", "pandas")
+
+
+def imported_by(*commands: list[str]) -> list[set[str]]:
+    """The HEAVY modules after each of the commands, run one after the other in a new process."""
+    code = f"""if True:
+        import contextlib, io, json, sys
+        from taxolens.plugin.cli import main
+        found = []
+        for command in {commands!r}:
+            with contextlib.redirect_stdout(io.StringIO()):
+                main(command)
+            found.append([name for name in {HEAVY!r} if name in sys.modules])
+        print(json.dumps(found))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    return [set(names) for names in json.loads(done.stdout)]
+
+
+def test_what_answers_at_once_imports_nothing_heavy(tmp_path):
+    asked = [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in COMMANDS),
+        *(["completion", name] for name in ("bash", "zsh", "fish")),
+        ["tran"],
+        ["evaluate"],
+        ["evaluate", "run", "--n_permutations", "few"],
+        ["report"],
+        ["list", "modles"],
+        ["train", "--no_such_flag"],
+        ["train", "--preset", "laptp"],
+        ["train", "--preset", "laptop"],
+        ["train", "--architecture", "topkk"],
+        ["train", "--lr", "fast"],
+        ["train", "--config", str(tmp_path / "none.yaml")],
+        ["list", "presets"],
+    ]
+    for command, names in zip(asked, imported_by(*asked), strict=True):
+        assert names == set(), command
+
+
+def test_list_and_report_import_what_they_show(tmp_path):
+    make_results(tmp_path)
+    asked = [
+        ["list", "taxonomies"],
+        ["list", "loaders"],
+        ["report", str(tmp_path), "--static"],
+        ["list", "evaluators"],
+        ["list", "models"],
+    ]
+    found = imported_by(*asked)
+    assert found[0] == found[1] == set()
+    assert found[2] == {"pandas"}
+    assert not found[3] & {"sae_lens", "transformer_lens"}
+    assert "transformer_lens" in found[4] and "sae_lens" not in found[4]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "taxolens", "tran"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown command 'tran'; did you mean 'train'?\n"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +214,9 @@ def test_the_command_modules_are_light():
         (["train", "--architecture", "gated", "--k", "3"], "--k is a flag of --architecture"),
         (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["train", "--lr", "1e-3"], "model_name: not given"),
+        (["train", "--preset", "laptop"], "dataset_path: not given"),
+        (["train", "--max_images", "1e3"], "argument --max_images: invalid int value: '1e3'"),
+        (["completion", "csh"], "argument SHELL: invalid choice: 'csh'"),
         (["train", "--config", "no/such.yaml"], "no/such.yaml cannot be read"),
     ],
 )
@@ -212,6 +281,88 @@ def test_while_it_works_only_json_reaches_stdout(capsys):
         "many": [1, 2],
     }
     assert captured.err == "chatter\na step\nanother\n"
+
+
+# -- completion -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def complete(tmp_path_factory):
+    """What bash offers after the words of a command line."""
+    folder = tmp_path_factory.mktemp("completion")
+    script = folder / "taxolens.bash"
+    with script.open("w") as file, contextlib.redirect_stdout(file):
+        assert cli.main(["completion", "bash"]) == 0
+
+    def offered(*words):
+        code = (
+            f"source {script}; COMP_WORDS=(taxolens {' '.join(map(repr, words))});"
+            f'COMP_CWORD={len(words)}; _shtab_taxolens; echo "${{COMPREPLY[@]}}"'
+        )
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=folder)
+        return done.stdout.split()
+
+    return offered
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ([""], list(COMMANDS)),
+        (["tr"], ["train"]),
+        (["train", "--preset", ""], list(PRESETS)),
+        (["train", "--preset", "lap"], ["laptop"]),
+        (["train", "--architecture", "topk"], ["topk"]),
+        (
+            ["train", "--lr_"],
+            ["--lr_scheduler_name", "--lr_warm_up_steps", "--lr_end", "--lr_decay_steps"],
+        ),
+        (["train", "--level_w"], ["--level_weights", "--level_widths"]),
+        (["train", "--config", "taxo"], ["taxolens.bash"]),
+        (["evaluate", "run", "--evaluators", "pair_depth", "lch"], ["lch_height"]),
+        (["evaluate", "run", "--taxonomy", "cif"], ["cifar100"]),
+        (["list", ""], list(list_command.KINDS)),
+        (["completion", ""], ["bash", "zsh", "fish"]),
+    ],
+)
+def test_bash_completes(complete, words, offered):
+    assert complete(*words) == offered
+
+
+@pytest.mark.parametrize("name", ["zsh", "fish"])
+def test_scripts_of_other_shells_name_everything(taxolens, name):
+    code, out, _ = taxolens("completion", name)
+    assert code == 0
+    for word in (
+        *COMMANDS,
+        *PRESETS,
+        "evaluators",
+        "archetypal_topk",
+        "lch_height",
+        "train_batch_size_tokens",
+    ):
+        assert word in out
+
+
+def test_names_read_off_the_source_are_those_of_the_classes():
+    assert set(quick_check.architecture_names()) == set(SAE_TRAINING_CLASS_REGISTRY)
+    assert set(builtin.EVALUATORS) == set(EVALUATORS)
+    assert set(builtin.TAXONOMIES) == set(TAXONOMIES)
+    assert set(builtin.ARCHITECTURES) == set(ARCHITECTURES)
+    read = {*quick_check.runner_fields(), *quick_check.sae_fields(), "help"}
+    parsed: set[str] = set()
+    for name in SAE_TRAINING_CLASS_REGISTRY:
+        flags = train_flags._parser(name, only_given=True)
+        flags._preprocessing(args=[], namespace=None)
+        parsed |= {
+            flag.removeprefix("--").rpartition(".")[2]
+            for flag in flags._option_string_actions
+            if flag.startswith("--")
+        }
+    negations = {name for name in parsed if name.startswith("no") and name[2:] in parsed}
+    assert parsed - negations - read == set(), "flags that quick_check would refuse"
+    assert set(quick_check.runner_fields()) - parsed == set(), "flags that there are not"
 
 
 # -- list -----------------------------------------------------------------------------------------

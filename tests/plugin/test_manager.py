@@ -161,12 +161,14 @@ def test_a_real_package_plugs_in_without_touching_us(tmp_path: Path) -> None:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[taxolens]\n{name} = no_such_module_{name}\n")
     look = """if True:
-        import warnings
+        import sys, warnings
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             import taxolens
+            assert "example_firing_rate" in taxolens.EVALUATORS  # the first look loads plugins
         skipped = [str(w.message) for w in caught if "taxolens skips" in str(w.message)]
         assert len(skipped) == 1 and "'broken'" in skipped[0], skipped
+        assert "sae_lens" in sys.modules, "the example plugin imports it"
         from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
         assert "example_topk" in SAE_TRAINING_CLASS_REGISTRY
         assert taxolens.ARCHITECTURES.plugin_of("example_topk") == "example_plugin"

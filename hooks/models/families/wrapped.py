@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ....registry.errors import ConfigError
-from ..hooked_module import HookedVisionModel, WrappedConfig
 from ..points import as_pair
 from .family import VisionFamily, VisionSource, load_transformers
+
+if TYPE_CHECKING:
+    from ..hooked_module import HookedVisionModel
 
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 REGISTERS = ("register_tokens", "reg_token", "distillation_token", "dist_token")
@@ -23,6 +25,9 @@ def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> Hook
 
     Prefix tokens are told by the names of its parameters, sizes by its Hugging Face or timm config.
     """
+    # It imports SAELens, which TransformerLens alone, and its users, can do without.
+    from ..hooked_module import HookedVisionModel, WrappedConfig
+
     config: Any = getattr(module, "config", None)
     timm_config: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
     prefix = {

@@ -1,0 +1,107 @@
+"""How the processes that decode images are started: quickly, and without running the user's script.
+
+Importing this module imports nothing heavy, so that a command can start the server before all else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from multiprocessing.context import BaseContext
+from typing import Any
+
+ROOM = __name__.rpartition(".")[0]
+# All that a worker needs, SAELens and TransformerLens not being part of it. A dataset's rows are
+# read with `datasets`.
+PRELOADED = [f"{ROOM}.loader", f"{ROOM}.preprocess", "datasets"]
+
+_starting = threading.Lock()
+
+
+def worker_context() -> BaseContext:
+    """Processes that inherit nothing: a forked copy of a program with threads can deadlock.
+
+    The first call starts the one server that forks all workers of this program. It imports what
+    they need in the background, which takes some seconds.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # not everywhere
+
+    forkserver.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def main_left_out(task: Any) -> Iterator[bool]:
+    """While workers are started that run `task`: whether they leave the program's `__main__` alone.
+
+    multiprocessing lets each new process run the program's script again, under another name, since
+    what it is sent may be defined there. Where nothing in `task` is, the script's imports cost
+    seconds in each worker, and a script without ``if __name__ == "__main__":`` would start over.
+    The `__main__` of a package is never run again: for the moment of starting, this one looks like
+    such.
+    """
+    main = sys.modules["__main__"]
+    with _starting:
+        if refers_to_main(task):
+            yield False
+            return
+        spec = getattr(main, "__spec__", None)
+        main.__spec__ = ModuleSpec("__main__", None)
+        try:
+            yield True
+        finally:
+            main.__spec__ = spec
+
+
+def refers_to_main(task: Any) -> bool:
+    """Whether `task`, pickled, names anything that is defined in the program's `__main__`."""
+    finder = _MainFinder(_Nowhere(), 5, buffer_callback=lambda _: None)  # arrays are not copied
+    try:
+        finder.dump(task)
+    except Exception:  # starting the workers raises it again
+        return True
+    return finder.found
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+class _MainFinder(pickle.Pickler):
+    found = False
+
+    def persistent_id(self, obj: Any) -> None:
+        """Called with everything that is pickled; None lets it be pickled as usual."""
+        if getattr(obj, "__module__", None) == "__main__":
+            self.found = True
+
+
+def prepare_worker(_: int) -> None:
+    """What each worker does first."""
+    import torch
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.simplefilter("ignore")  # about odd metadata of pictures, once from each worker
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """The main process may be killed; torch's own watch sees only the server that forked us."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

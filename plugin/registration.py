@@ -1,0 +1,131 @@
+"""Registers with SAELens and TransformerLens when both they and taxolens are imported.
+
+`import taxolens` imports neither. Where they are imported already, it registers at once; otherwise
+a finder, first in `sys.meta_path`, finds exactly these two packages as the other finders do and
+gives their loader an `exec_module` that registers after the package's own. The tables of taxolens
+are filled when they are first read, each by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from ..registry import table
+
+# hook -> the table that it fills, and the library that its entries are registered with
+TABLES = {
+    "register_architectures": (table.ARCHITECTURES, "sae_lens"),
+    "register_vision_models": (table.VISION_MODELS, "transformer_lens"),
+    "register_evaluators": (table.EVALUATORS, None),
+    "register_taxonomies": (table.TAXONOMIES, None),
+    "register_loaders": (table.LOADERS, "sae_lens"),
+}
+LIBRARIES = frozenset(library for _, library in TABLES.values() if library)
+
+# Library -> the thread that imports it, None afterwards; those that were imported through `_Finder`.
+_importing: dict[str, int | None] = {}
+
+
+def start() -> None:
+    """Fill the tables on first read, and register with both libraries once they are imported."""
+    for hook, (filled, _) in TABLES.items():
+        filled.source = partial(_fill, hook)
+    before = LIBRARIES & sys.modules.keys()
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if any(is_half_imported(library) for library in before):
+        # By another thread, which this one must not wait for: it may wait for this one.
+        threading.Thread(target=_register, args=(before,), daemon=True).start()
+    elif before:
+        _register(before)
+
+
+def is_imported(library: str | None) -> bool:
+    """Whether the library is in use and whole, not in the middle of its import."""
+    if library in _importing:
+        return _importing[library] is None
+    return library in sys.modules and not is_half_imported(library)
+
+
+def is_half_imported(module: str) -> bool:
+    """Whether the module is in the middle of its import."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return getattr(spec, "_initializing", False)
+
+
+def within_an_import() -> bool:
+    """Whether this thread is inside the import of one of the libraries.
+
+    What else wants that library would find half of it.
+    """
+    return threading.get_ident() in _importing.values()
+
+
+def _fill(hook: str) -> None:
+    from . import manager
+
+    manager.fill(hook)
+
+
+def _register(libraries: Iterable[str]) -> None:
+    for library in libraries:
+        import_module(library)  # waits for its end
+    from . import manager
+
+    manager.fill_for_libraries()
+
+
+class _Finder(MetaPathFinder):
+    """Finds the libraries as the other finders do; see the head of this module."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if fullname not in LIBRARIES:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(fullname, path, target)):
+                if spec.loader is not None:
+                    _register_after(fullname, spec.loader)
+                return spec
+        return None
+
+
+def _register_after(library: str, loader: Loader) -> None:
+    own_exec_module = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        vars(loader).pop("exec_module", None)
+        _importing[library] = threading.get_ident()
+        try:
+            own_exec_module(module)  # the library's own import; taxolens waits for its end
+        except BaseException:
+            del _importing[library]
+            raise
+        _importing[library] = None
+        try:
+            from . import manager
+
+            manager.fill_for_libraries()
+        except Exception as error:  # an error of ours is no reason that the library is missing
+            warnings.warn(
+                f"taxolens could not register with {library}: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+    # On this one loader, which keeps its class and whatever else it can; if it takes no attribute,
+    # registration waits until a table is read.
+    with suppress(AttributeError):
+        loader.exec_module = exec_module

@@ -1,0 +1,56 @@
+"""Where the settings of a run come from: a preset, a file, flags. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...registry.errors import ConfigError
+from ...registry.presets import load_preset, read_settings
+
+Settings = dict[str, Any]
+
+
+def layers(
+    *, preset: str | None = None, config: str | Path | None = None, flags: Settings | None = None
+) -> list[tuple[str, Settings]]:
+    """The sources given, in rising order of precedence, each with a name for error messages."""
+    found: list[tuple[str, Settings]] = []
+    if preset is not None:
+        found.append((f"preset {preset!r}", load_preset(preset)))
+    if config is not None:
+        found.append((str(config), read_settings(Path(config))))
+    if flags:
+        found.append(("the command line", flags))
+    return found
+
+
+def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
+    """The architecture that the last source to name one names; SAELens's default otherwise."""
+    for _, settings in reversed(sources):
+        sae = settings.get("sae")
+        name = settings.get("architecture") or (
+            sae.get("architecture") if isinstance(sae, Mapping) else None
+        )
+        if name:
+            return str(name)
+    return "standard"
+
+
+def required(settings: Settings) -> list[str]:
+    """The hook points and patterns, when nothing that a run needs is missing.
+
+    Raises:
+        ConfigError: no model, no dataset, or no hook points.
+    """
+    for name in ("model_name", "dataset_path"):
+        if not settings.get(name):
+            raise ConfigError(f"{name}: not given; see `taxolens train --help`.")
+    hook_names = settings.get("hook_names") or [n for n in [settings.get("hook_name")] if n]
+    if not hook_names:
+        raise ConfigError(
+            "hook_names: not given; allowed: hook points such as blocks.5.hook_resid_post, or "
+            "patterns such as blocks.*.hook_resid_post."
+        )
+    return hook_names

@@ -1,0 +1,160 @@
+"""Workers that decode images import little, share one server, and leave the user's script alone."""
+
+import functools
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import worker_view
+from taxolens.hooks.images import ImageLoader, load_images, workers
+from taxolens.plugin import demo_assets
+from tiny_images import hf_dataset
+
+needs_fork_server = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a fork server"
+)
+
+
+@needs_fork_server
+def test_workers_of_two_pools_import_little_and_share_a_server():
+    images = load_images(hf_dataset(8))
+    servers = set()
+    for pool in range(2):
+        loader = ImageLoader(
+            images, worker_view.of_this_process, batch_size=4, num_workers=1 + pool
+        )
+        for batch in loader.batches(range(8)):
+            server, *imported = batch.pixel_values[0, 0, 0].tolist()
+            servers.add(server)
+            found = dict(zip(worker_view.LOOKED_FOR, imported, strict=True))
+            assert found["torch"] and found["datasets"]
+            assert not found["sae_lens"] and not found["transformer_lens"], found
+            assert not found["transformers"]
+    assert len(servers) == 1 and servers != {os.getpid()}
+
+
+def test_what_the_server_imports_exists():
+    for module in workers.PRELOADED:
+        importlib.import_module(module)
+
+
+def defined_in_main(name="f"):
+    function = types.FunctionType((lambda: 0).__code__, {}, name)
+    function.__module__ = "__main__"
+    return function
+
+
+def test_what_refers_to_main(monkeypatch):
+    function = defined_in_main()
+    monkeypatch.setattr(sys.modules["__main__"], "f", function, raising=False)
+    for task in (function, functools.partial(function, 1), {"deep": [(1, function)]}):
+        assert workers.refers_to_main(task)
+    images = load_images(hf_dataset(4))
+    for task in (images.reader, worker_view.of_this_process, torch.ones(2), None):
+        assert not workers.refers_to_main(task)
+    assert workers.refers_to_main(lambda image: image), "cannot be pickled: nothing is known"
+
+
+def test_main_is_as_it_was_afterwards(monkeypatch):
+    main = sys.modules["__main__"]
+    before = main.__spec__
+    with pytest.raises(KeyError), workers.main_left_out(None) as left_out:
+        assert left_out and main.__spec__.name == "__main__"
+        raise KeyError
+    assert main.__spec__ is before
+    monkeypatch.setattr(main, "f", defined_in_main(), raising=False)
+    with workers.main_left_out(main.f) as left_out:
+        assert not left_out and main.__spec__ is before
+
+
+SCRIPT = """
+import sys
+print("script")
+from taxolens.hooks.images import workers
+workers.PRELOADED.clear()  # this is about the script, and quicker so
+{define}
+def work():
+    task = {task}
+    with workers.main_left_out(task):
+        process = workers.worker_context().Process(target=task, args=("worker",))
+        process.start()
+    process.join()
+    assert "torch" not in sys.modules
+{start}
+"""
+GUARD = 'if __name__ == "__main__":\n    work()'
+OWN = "def task_of_ours(text):\n    print(text, flush=True)"
+
+
+def run(script: str, folder: Path, how: str) -> subprocess.CompletedProcess[str]:
+    (folder / "package").mkdir()
+    for name in ("script.py", "package/__init__.py", "package/__main__.py", "package/module.py"):
+        (folder / name).write_text("" if "init" in name else script)
+    command = {
+        "file": ["script.py"],
+        "stdin": ["-"],
+        "package": ["-m", "package"],
+        "module": ["-m", "package.module"],
+    }[how]
+    given = script if how == "stdin" else None
+    return subprocess.run(
+        [sys.executable, *command],
+        input=given,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("how", ["file", "stdin", "package", "module"])
+def test_no_script_is_run_again_and_none_needs_a_guard(tmp_path, how):
+    done = run(SCRIPT.format(define="", task="print", start="work()"), tmp_path, how)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["script", "worker"], done.stderr
+
+
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_a_guarded_script_may_send_what_it_defines(tmp_path, how):
+    done = run(SCRIPT.format(define=OWN, task="task_of_ours", start=GUARD), tmp_path, how)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["script", "script", "worker"], done.stderr
+
+
+LOADING = """
+from taxolens.hooks.images import ImageLoader, load_images
+from taxolens.hooks.images.preprocess import PilPreprocess
+print("script")
+def flat(image):
+    import numpy
+    return numpy.zeros((3, 1, 1), dtype=numpy.float32)
+images = load_images({dataset!r}, split="validation", max_images=16)
+plain = PilPreprocess(size=None, crop=(3, 3))
+for batch in ImageLoader(images, {preprocess}, batch_size=8, num_workers=2).batches(range(16)):
+    print(len(batch))
+"""
+
+
+def test_a_script_without_a_guard_reads_images(tmp_path):
+    script = LOADING.format(dataset=str(demo_assets.dataset_path()), preprocess="plain")
+    done = run(script, tmp_path, "file")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["script", "8", "8"]
+
+
+@needs_fork_server
+def test_a_script_that_sends_its_own_without_a_guard_is_told_so(tmp_path):
+    script = LOADING.format(dataset=str(demo_assets.dataset_path()), preprocess="flat")
+    done = run(script, tmp_path, "file")
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert "TaxolensError: a process that decodes images died" in message
+    assert "the script 'script.py', which defines part of how images are read" in message
+    assert 'outside of `if __name__ == "__main__":`' in message
+    assert "num_workers=0 uses none" in message
