@@ -198,7 +198,7 @@ class ModelSource:
                 counts, filled = (self.loader.n_processed, self.loader.n_failed), 0
             if place.ends_epoch:
                 if whole_epoch and not any_tokens:
-                    self._nothing_readable()
+                    raise self.loader.nothing_readable()
                 whole_epoch, any_tokens = True, False
 
     def _groups(self, epoch: int, first_window: int, places: deque[_Place]) -> Iterator[list[Job]]:
@@ -209,7 +209,7 @@ class ModelSource:
             jobs = self._jobs(epoch, group * size)
             chunk = list(islice(jobs, size))
             if not chunk and group == 0:
-                self._nothing_readable()
+                raise self.loader.nothing_readable()
             while chunk:
                 following = list(islice(jobs, size))
                 group += 1
@@ -239,9 +239,10 @@ class ModelSource:
         found = next(iter(activations.values())).shape[1]
         if found != self.tokens_per_image:
             raise ConfigError(
-                f"image_size: images of {tuple(decoded.pixel_values.shape[2:])} pixels give {found} "
-                f"tokens ({self.extractor.tokens[0]}) each where {self.tokens_per_image} were "
-                "expected; give the image_size that is wanted."
+                "image_size",
+                f"images of {tuple(decoded.pixel_values.shape[2:])} pixels give {found} tokens "
+                f"({self.extractor.tokens[0]}) each where {self.tokens_per_image} were expected",
+                allowed="the image_size that is wanted",
             )
         return {
             name: tensor.flatten(0, 1).to(self.delivery.device)
@@ -254,12 +255,6 @@ class ModelSource:
         generator = np.random.default_rng([self.delivery.seed, place.epoch, place.window, 1])
         return torch.from_numpy(generator.permutation(n_tokens)).to(self.delivery.device)
 
-    def _nothing_readable(self) -> None:
-        shown = "; ".join(f"image {i} ({why})" for i, why in list(self.failures().items())[:3])
-        raise DataError(
-            f"{self.loader.images.name}: not one image can be read: {shown or 'empty'}."
-        )
-
 
 class CacheSource:
     """Activations read from a cache, in an order over the whole epoch."""
@@ -268,17 +263,18 @@ class CacheSource:
         self, cache: CacheReader, hook_names: list[str], tokens: str, delivery: Delivery
     ) -> None:
         if not cache.complete:
-            raise ConfigError(f"cache: {cache.path} is not complete; build it to its end first.")
+            allowed = "build it to its end first"
+            raise ConfigError(f"cache {cache.path}", "not complete", allowed=allowed)
         self.cache = cache
         self.delivery = delivery
         self.tokens = tokens
         self.stopped = threading.Event()
         self._columns = {name: cache.tensor(name, tokens).flatten(0, 1) for name in hook_names}
         if not self._columns:
-            raise ConfigError("hook_names: none given.")
+            raise ConfigError("hook_names", "none", given=hook_names, allowed="one or more")
         self.n_tokens = len(next(iter(self._columns.values())))
         if self.n_tokens == 0:
-            raise DataError(f"{cache.path} holds no activations: no image could be read.")
+            raise DataError(f"cache {cache.path}", "no activations: no image could be read")
         self.tokens_per_image = self.n_tokens // len(cache)
 
     def start(self) -> State:

@@ -57,12 +57,13 @@ class ImageDataset:
         name: str = "dataset",
     ) -> None:
         if max_images is not None and max_images < 1:
-            raise ConfigError(f"max_images={max_images}: must be at least 1, or None for all.")
+            allowed = "1 or more, or None for all"
+            raise ConfigError("max_images", "too small", given=max_images, allowed=allowed)
         self.name = name
         self.root = None if root is None else os.path.abspath(root)
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
-            raise DataError(f"{name} is empty: it has no images.")
+            raise DataError(name, "no images")
         features = features_of(data, name)
         self.image_column = find_image_column(features, image_column)
         self.label_column = find_label_column(features, label_column, self.image_column)
@@ -131,10 +132,8 @@ class ImageDataset:
             ConfigError: the dataset is streaming.
         """
         if isinstance(self._data, IterableDataset):
-            raise ConfigError(
-                f"{self.name} is streaming: its images cannot be asked for by index. "
-                "Load it with streaming=False."
-            )
+            problem = f"the images of {self.name} cannot be read by index"
+            raise ConfigError("streaming", problem, given=True, allowed="False")
         return self._data
 
     @cached_property
@@ -168,8 +167,10 @@ class ImageDataset:
             names = declared_names(self._label_feature)
             if len(labels) and labels.max() >= len(names):
                 raise DataError(
-                    f"label column {column!r}: label {labels.max()} has no name; "
-                    f"{len(names)} names are known."
+                    f"label column {column!r}",
+                    "a label has no name",
+                    given=int(labels.max()),
+                    allowed=f"below {len(names)}, the number of names",
                 )
         else:
             encoded = values.combine_chunks().dictionary_encode()
@@ -206,15 +207,19 @@ class ImageDataset:
         """
         if self.label_column is None:
             raise ConfigError(
-                f"label_column: {self.name} has no column of labels that can be recognised; "
-                f"its image column is {self.image_column!r}. Name the column of classes."
+                "label_column",
+                f"no column of labels is recognised in {self.name}, beside the image column "
+                f"{self.image_column!r}",
+                given=None,
+                allowed="the name of the column of classes",
             )
         labels = self.labels
         missing = int((labels < 0).sum())
         if missing:
             raise DataError(
-                f"label column {self.label_column!r}: {missing} of {len(labels)} images have no "
-                f"label (the first is image {int(np.argmax(labels < 0))})."
+                f"label column {self.label_column!r}",
+                f"{missing} of {len(labels)} images have no label, the first of them image "
+                f"{int(np.argmax(labels < 0))}",
             )
         return labels
 
@@ -239,7 +244,7 @@ class ImageDataset:
     def _streamed(self, generator: np.random.Generator | None) -> Iterator[RawImage]:
         data = self._data
         if not isinstance(data, IterableDataset):
-            raise ConfigError(f"{self.name} is not streaming: ask for its images by index.")
+            raise ConfigError("streaming", f"{self.name} is read by index", given=False)
         n_shards = 1 if self._limit is not None else data.num_shards
         shards = range(n_shards) if generator is None else generator.permutation(n_shards)
         for shard in shards:

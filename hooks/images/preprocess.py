@@ -172,9 +172,8 @@ def preprocess_for(
         ConfigError: image_size is not positive, or the processor's sizes cannot be read.
     """
     if image_size is not None and image_size < 1:
-        raise ConfigError(
-            f"image_size={image_size}: must be at least 1, or None for the model's own."
-        )
+        allowed = "1 or more, or None for the model's own"
+        raise ConfigError("image_size", "too small", given=image_size, allowed=allowed)
     processor = getattr(model, "processor", None)
     settings = getattr(model, "preprocessor_config", None)
     if processor is not None:
@@ -264,10 +263,8 @@ def _pair(size: Any, field: str) -> tuple[int, int]:
         return int(size["height"]), int(size["width"])
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
-    raise ConfigError(
-        f"{field}={size!r} of the image processor: cannot be read; allowed: a number, "
-        "{'height', 'width'} or {'shortest_edge'}."
-    )
+    allowed = "a number, {'height', 'width'} or {'shortest_edge'}"
+    raise ConfigError(f"{field} of the image processor", "unknown", given=size, allowed=allowed)
 
 
 def _channels(values: Any) -> tuple[float, ...]:

@@ -253,10 +253,10 @@ class HookedVisionModel(HookedRootModule):
         root, *parts = name.split(".")
         if root not in self._roots:
             if hasattr(self, root):
-                raise ConfigError(
-                    f"cannot tap {self.cfg.model_name}: it has a submodule {root!r}, a name that "
-                    "a hooked model needs for itself."
+                problem = (
+                    f"{self.cfg.model_name} has a submodule {root!r}, a name of the hooked model"
                 )
+                raise ConfigError("model_name", problem)
             self._roots.append(root)
             self.add_module(root, Site())
         site: Any = self._modules[root]

@@ -120,7 +120,7 @@ class ModelIntervention:
         time.
         """
         if not len(index):
-            raise ConfigError("index: an intervention needs at least one image")
+            raise ConfigError("index", "no image", allowed="one or more")
         parts = [self._run(part.tolist(), edit) for part in index.cpu().split(self.batch_size)]
         logits = [part.logits for part in parts if part.logits is not None]
         embedding = torch.cat([part.embedding for part in parts])
@@ -174,9 +174,8 @@ class ModelIntervention:
             return self._edited(as_tokens(activation, point), edit).reshape(activation.shape)
 
         if not isinstance(point, HookPoint):
-            raise ConfigError(
-                f"hook point {name!r}: an SAE is spliced in there; reset_saes() first."
-            )
+            problem = "an SAE is spliced in there"
+            raise ConfigError(f"hook point {name!r}", problem, allowed="reset_saes() first")
         model.context_level += 1
         point.add_hook(replace, level=model.context_level)  # type: ignore[arg-type]
         try:
@@ -280,9 +279,8 @@ def _embedding_point(model: TappedModel) -> str:
         canonical = model.aliases.get(name, name)
         if canonical in firings(model):
             return canonical
-    raise ConfigError(
-        f"{model.cfg.model_name} has no list of blocks: where its final embedding lies is not known."
-    )
+    problem = "it has no list of blocks: where its final embedding lies is not known"
+    raise ConfigError(model.cfg.model_name, problem)
 
 
 def _block_before(model: TappedModel, hook_name: str) -> int | None:

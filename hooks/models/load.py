@@ -25,7 +25,14 @@ from .families import VisionFamily, VisionSource
 from .families.wrapped import timm_preprocessing, wrap
 from .forward import run_to_hooks
 from .hooked_module import HookedVisionModel
-from .points import EAGER_ONLY, expand_hook_names, hook_d_in, hook_n_tokens, resolve_hook_name
+from .points import (
+    EAGER_ONLY,
+    expand_hook_names,
+    hook_d_in,
+    hook_n_tokens,
+    no_attention_pattern,
+    resolve_hook_name,
+)
 
 __all__ = [
     "VisionModel",
@@ -42,6 +49,9 @@ VisionModel: TypeAlias = VisionBridge | HookedVisionModel
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MODEL_NAMES = (
+    "a folder with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base"
+)
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -135,9 +145,8 @@ def from_module(
     if hasattr(hf_model, "vision_model") and hasattr(hf_model, "text_model"):
         hf_model = hf_model.vision_model  # type: ignore[assignment]
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
-        raise ConfigError(
-            f"{type(hf_model).__name__} is tapped already; use the model that from_module gave."
-        )
+        problem = f"{type(hf_model).__name__} is tapped already"
+        raise ConfigError("hf_model", problem, allowed="the model that from_module gave")
     config: Any = getattr(hf_model, "config", None)
     chosen = VISION_MODELS[family] if family is not None else find_family(config, hf_model)
     name = model_name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
@@ -185,10 +194,9 @@ def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridg
                 f"given transformers {transformers.__version__}; allowed: the {needed} that "
                 "taxolens requires, or family='wrapped'."
             ) from error
-        raise ConfigError(
-            f"family: given {family.name!r}, but {kind} is not built like one ({error}); allowed: "
-            "a family that fits, or 'wrapped' for any model."
-        ) from error
+        problem = f"{kind} is not built like one ({error})"
+        allowed = "a family that fits, or 'wrapped' for any model"
+        raise ConfigError("family", problem, given=family.name, allowed=allowed) from error
     model.family = family.name
     return model
 
@@ -197,9 +205,7 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
     cfg: Any = bridge.cfg
     hf_model = bridge.original_model
     if not getattr(cfg, "is_visual_model", False):
-        raise ConfigError(
-            f"{cfg.model_name} is not a vision model; allowed: one of these families."
-        )
+        raise ConfigError("hf_model", f"{cfg.model_name} is not a vision model")
     family = find_family(hf_model.config, hf_model)
     if not hasattr(cfg, "n_prefix_tokens") and family.adapter is not None:
         # TransformerLens's own adapter (ViT, DeiT) says nothing of prefix tokens
@@ -218,9 +224,10 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model_name: cannot load {source.name!r}: {error}") from error
+        raise ConfigError("model_name", f"cannot be loaded: {error}", given=source.name) from error
     except (SafetensorError, RuntimeError) as error:  # torn, or of other sizes than its config says
-        raise CheckpointError(f"the weights of {source.name!r} cannot be read: {error}") from error
+        problem = f"the weights cannot be read: {error}"
+        raise CheckpointError("model_name", problem, given=source.name) from error
 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -228,11 +235,10 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
     folder = Path(name)
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model_name: the folder {name!r} has no config.json.")
+            raise ConfigError("model_name", "the folder has no config.json", given=name)
     elif not HUB_NAME.fullmatch(name) or folder.exists():
         raise ConfigError(
-            f"model_name: given {name!r}, which is no folder; allowed: a folder with a config.json, "
-            "or a name on the Hugging Face hub such as facebook/dinov2-base."
+            "model_name", "not a folder, and not a name on the hub", given=name, allowed=MODEL_NAMES
         )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
@@ -243,10 +249,8 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
             name, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"model_name: given {name!r}, whose config cannot be read: {error} Allowed: a folder "
-            "with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base."
-        ) from error
+        problem = f"its config cannot be read: {error}"
+        raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
 
 
 def _read_preprocessing(
@@ -279,15 +283,12 @@ def _settings(processor: Any) -> dict[str, Any] | None:
 def _check_attention(hook_names: Sequence[str], attn_implementation: str) -> None:
     wanting = [name for name in hook_names if name.endswith(EAGER_ONLY)]
     if wanting and attn_implementation != "eager":
-        raise ConfigError(
-            f"hook {wanting[0]!r} needs attn_implementation='eager'; given {attn_implementation!r}, "
-            "which never forms the attention pattern."
-        )
+        raise no_attention_pattern(wanting[0], attn_implementation)
 
 
 def _check_choice(field: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
-        raise ConfigError(f"{field}: given {given!r}; allowed: {', '.join(allowed)}.")
+        raise ConfigError(field, "not known", given=given, allowed=", ".join(allowed))
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

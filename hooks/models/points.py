@@ -42,7 +42,7 @@ def resolve_hook_name(model: TappedModel, name: str) -> str:
     if canonical not in model.points():
         raise UnknownNameError(_unknown_hook(model, name))
     if canonical not in firings(model, again=True):  # a set_use_... may have been called since
-        raise ConfigError(_never_fires(model, name))
+        raise _never_fires(model, name)
     return canonical
 
 
@@ -60,7 +60,8 @@ def expand_hook_names(model: TappedModel, patterns: Sequence[str]) -> list[str]:
         ConfigError: all that it matches never fires, or `patterns` is empty.
     """
     if isinstance(patterns, str) or not patterns:
-        raise ConfigError(f"hook_names: given {patterns!r}; allowed: a list of one or more names.")
+        allowed = "a list of one or more names"
+        raise ConfigError("hook_names", "not a list, or empty", given=patterns, allowed=allowed)
     names: dict[str, None] = {}
     for pattern in patterns:
         names.update(dict.fromkeys(_matches(model, pattern)))
@@ -239,15 +240,19 @@ def _unknown_hook(model: TappedModel, name: str) -> str:
     )
 
 
-def _never_fires(model: TappedModel, name: str) -> str:
+def _never_fires(model: TappedModel, name: str) -> ConfigError:
     if name.endswith(EAGER_ONLY):
-        return (
-            f"hook {name!r} needs attn_implementation='eager'; the model was loaded with "
-            f"{model.attn_implementation!r}, which never forms the attention pattern."
-        )
+        return no_attention_pattern(name, model.attn_implementation)
     if name.endswith("hook_mlp_in"):
-        return f"hook {name!r} fires only after model.set_use_hook_mlp_in(True)."
-    return f"hook {name!r} never fires in a forward pass of {model.cfg.model_name}."
+        return ConfigError(f"hook {name!r}", "fires only after model.set_use_hook_mlp_in(True)")
+    problem = f"never fires in a forward pass of {model.cfg.model_name}"
+    return ConfigError(f"hook {name!r}", problem)
+
+
+def no_attention_pattern(name: str, given: str) -> ConfigError:
+    """The error where a hook point wants attention patterns, which only "eager" attention has."""
+    problem = f"the hook {name!r} needs attention patterns, which only eager attention forms"
+    return ConfigError("attn_implementation", problem, given=given, allowed="eager")
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -30,10 +30,8 @@ def check_tokens(model: TappedModel, tokens: str) -> None:
         raise ConfigError(unknown_name_message("tokens", tokens, list(TOKEN_CHOICES)))
     if tokens not in (possible := _possible(model)):
         what = "class token" if tokens == "class" else "register tokens"
-        raise ConfigError(
-            f"tokens: given {tokens!r}, but {model.cfg.model_name} ({model.family}) has no {what}; "
-            f"choose {', '.join(possible[:-1])} or {possible[-1]}."
-        )
+        problem = f"{model.cfg.model_name} ({model.family}) has no {what}"
+        raise ConfigError("tokens", problem, given=tokens, allowed=", ".join(possible))
 
 
 def tokens_per_image(
@@ -90,9 +88,11 @@ def select_tokens(
         patches = activations[:, n_prefix:]
         return patches if tokens == "patch" else patches.mean(dim=1, keepdim=True)
     raise ConfigError(
-        f"tokens: given {tokens!r}, but of the {activations.shape[1]} tokens there, "
-        f"{int(has_class_token)} is a class token and {n_register_tokens} are registers; "
-        "choose tokens that are there, or all."
+        "tokens",
+        f"of the {activations.shape[1]} tokens there, {int(has_class_token)} is a class token and "
+        f"{n_register_tokens} are registers",
+        given=tokens,
+        allowed="tokens that are there, or all",
     )
 
 
@@ -133,9 +133,11 @@ def _check_grid(
     n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
     if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:
         raise ConfigError(
-            f"hook_names: {model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix "
-            f"tokens, but without them the {n_patches} tokens at {hook_name!r} are no square grid; "
-            "choose another hook point."
+            "hook_names",
+            f"{model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix tokens, but "
+            f"without them the {n_patches} tokens there are no square grid",
+            given=hook_name,
+            allowed="another hook point",
         )
 
 
@@ -145,8 +147,7 @@ def _traced_tokens(model: TappedModel, hook_name: str | None, size: int | tuple[
     blocks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     counts = {hook_n_tokens(model, name, size) for name in blocks}
     if len(counts) != 1:
-        raise ConfigError(
-            f"hook_name: given none, but {model.cfg.model_name} has another number of tokens at "
-            "each of its hook points; name one, or choose the tokens mean_patch."
-        )
+        problem = f"{model.cfg.model_name} has another number of tokens at each of its hook points"
+        allowed = "one of them, or the tokens mean_patch"
+        raise ConfigError("hook_name", problem, given=hook_name, allowed=allowed)
     return counts.pop()

@@ -55,10 +55,9 @@ def _load_timm(source: VisionSource) -> nn.Module:
     try:
         import timm  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
-        raise ConfigError(
-            f"model_name: {source.name!r} is a model of timm, which cannot be imported "
-            f"({error}); pip install 'taxolens[timm]'."
-        ) from error
+        problem = f"a model of timm, which cannot be imported ({error})"
+        allowed = "pip install 'taxolens[timm]'"
+        raise ConfigError("model_name", problem, given=source.name, allowed=allowed) from error
     place = "local-dir" if Path(source.name).is_dir() else "hf-hub"
     revision = f"@{source.revision}" if source.revision else ""
     model = timm.create_model(
