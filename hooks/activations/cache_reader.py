@@ -52,6 +52,7 @@ class CacheReader:
 
     @property
     def hook_names(self) -> list[str]:
+        """The hook points that the cache holds."""
         return list(self.facts["hook_names"])
 
     def activations(self, hook_name: str) -> np.ndarray:
@@ -94,6 +95,8 @@ class CacheReader:
         """(x (b, k, d) float32, labels (b,), indices (b,)) over all rows, or those in `order`.
 
         Args:
+            hook_name: a hook point of the cache.
+            batch_size: rows in a batch.
             order: row numbers in the order wanted; each batch is read in the order of the file.
         """
         column = self.tensor(hook_name)
@@ -131,7 +134,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What stands in the index of a cache.
+    """The contents of a cache's index file.
 
     Raises:
         ConfigError: there is none.

@@ -83,7 +83,7 @@ class _Column:
 
 
 class CacheWriter:
-    """Fills the folder of a cache, from where it stands."""
+    """Fills the folder of a cache, continuing after what is there."""
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class CacheWriter:
             column.close()
 
     def fill(self, extractor: TokenExtractor, progress: bool) -> None:
+        """Compute and write the rows that are missing."""
         images = self.loader.images
         total = None if images.is_streaming else len(images)
         jobs: Iterator[Job] = (
@@ -245,7 +246,7 @@ def matching_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into `folder`; the lock goes with the process."""
+    """Keep other processes from writing into `folder`; the lock ends with the process."""
     if fcntl is None:
         warnings.warn("no file locks on this system: build each cache in one process.")
         yield

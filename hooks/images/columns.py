@@ -41,9 +41,10 @@ def find_image_column(features: Mapping[str, Any], given: str | None) -> str:
 def find_label_column(
     features: Mapping[str, Any], given: str | None, image_column: str
 ) -> str | None:
-    """The column of labels: `given`; else "label", or the only one, among those declared as
-    classes; else the same among the columns of whole numbers or text with a usual name
-    (`LABEL_COLUMNS`); None when there is none.
+    """The column of labels; None when there is none.
+
+    `given`; else "label", or the only one, among the columns declared as classes; else the same
+    among the columns of integers or text with a usual name (`LABEL_COLUMNS`).
 
     Raises:
         ConfigError: several, or `given` does not exist; the message lists the columns.

@@ -1,6 +1,6 @@
 """Images with their labels, read raw from any `datasets` image dataset and decoded by ourselves.
 
-Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt picture is an error
+Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt image is an error
 of its own (`CorruptImageError`) and never ends a run. `ImageLoader` decodes in worker processes.
 """
 
@@ -34,8 +34,8 @@ class ImageDataset:
 
     Args:
         data: a `datasets` dataset with a column of images.
-        image_column: its name; found by itself when there is one column of images.
-        label_column: its name; found by itself (see `find_label_column`). May be absent.
+        image_column: its name; found automatically where there is one column of images.
+        label_column: its name; found automatically (see `find_label_column`). May be absent.
         root: the folder that image paths are named relative to.
         max_images: keep this many: map-style the first of a seeded permutation of all images (in
             their own order), streaming the first that come.
@@ -114,7 +114,7 @@ class ImageDataset:
         """Number of images.
 
         Raises:
-            TypeError: the dataset is streaming; nobody knows.
+            TypeError: the dataset is streaming: the number is not known.
         """
         if isinstance(self._data, IterableDataset):
             raise TypeError(f"{self.name} is streaming: its length is not known.")
@@ -199,7 +199,7 @@ class ImageDataset:
         return declared_names(self._label_feature)
 
     def require_labels(self) -> np.ndarray:
-        """`labels`, where the work ahead needs one for every image.
+        """int64 (N,): `labels`, where the work ahead needs one for every image.
 
         Raises:
             ConfigError: there is no label column.
@@ -263,7 +263,7 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell datasets apart, the same wherever the files lie.
+        """16 hex digits that identify the images, the same wherever the files lie.
 
         Made of the number of images, all labels, the class names, and names and bytes of 256
         images spread evenly (streaming: of the first 16).
@@ -308,7 +308,8 @@ def load_images(
         split: which split; slices such as ``"train[:10%]"`` work unless streaming.
         name: the configuration of a dataset on the hub, or of a folder with a card, that has
             several.
-        image_column, label_column: see `ImageDataset`.
+        image_column: see `ImageDataset`.
+        label_column: see `ImageDataset`.
         streaming: read in order without downloading or indexing first.
         trust_remote_code: passed on to `datasets` (which no longer runs loading scripts).
         max_images: see `ImageDataset`.

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Preprocess: TypeAlias = Callable[[Image.Image], np.ndarray]
 
-MIN_IMAGES = 20  # below this many images a share of corrupt ones says nothing
+MIN_IMAGES = 20  # below this many images the share of corrupt ones carries no information
 FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt images is as allowed
 
 
@@ -58,6 +58,7 @@ class ImageBatch:
         return len(self.indices)
 
     def pin_memory(self) -> ImageBatch:
+        """The same batch in page-locked memory; called by torch's DataLoader."""
         return replace(self, pixel_values=self.pixel_values.pin_memory())
 
 
@@ -75,7 +76,7 @@ class ImageLoader:
         pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
 
     A corrupt image is left out of its batch, logged once as a warning and kept in `failures`.
-    Workers are started afresh by a server process that holds neither threads nor a CUDA context,
+    Workers are started by a server process that holds neither threads nor a CUDA context,
     so that iterating from a background thread is safe; they end with the iterator.
     """
 
@@ -269,7 +270,7 @@ def worker_context() -> BaseContext:
 
 def _prepare_worker(_: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.simplefilter("ignore")  # about odd metadata of pictures, once from each worker
+    warnings.simplefilter("ignore")  # about odd metadata of images, once from each worker
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
     threading.Thread(target=_exit_with_parent, daemon=True).start()

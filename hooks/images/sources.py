@@ -120,9 +120,9 @@ def _load(
 def _open_files(
     files: list[str], split: str, streaming: bool, *, where: str, root: Path | None = None
 ) -> Dataset | IterableDataset:
-    """Data files, each counted to the split that its name tells.
+    """Data files, each assigned to the split that its name contains.
 
-    `datasets` would find splits by itself, but reads them off the names of all folders above the
+    `datasets` would find splits too, but in the names of all folders above the
     files too ("/data/test-run-3/...").
     """
     kinds = {_builder(file) for file in files}
@@ -147,7 +147,7 @@ def _builder(file: str) -> str | None:
 
 
 def split_of_file(path: str) -> str:
-    """The split that a file's path tells ("val-00000.parquet", "dev/0.parquet"), else "train"."""
+    """The split that a path contains ("val-00000.parquet", "dev/0.parquet"), else "train"."""
     for part in reversed(Path(path).parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_OF_WORD:

@@ -72,13 +72,16 @@ def load_vision_model(
 
     Args:
         name_or_folder: a name on the Hugging Face hub, or a folder with a config.json.
+        device: of the model.
+        dtype: of the model: float32, float16, bfloat16 or float64.
         attn_implementation: "sdpa" is faster; attention patterns exist with "eager" alone.
-        family: a registered family, where the checkpoint's config does not tell.
+        family: a registered family, where the checkpoint's config does not identify it.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint. Never by default.
         hook_names: hook points, or patterns, that will be wanted: checked before this returns, and
             as far as possible before any weights are read.
-        random_weights: build the same architecture untrained, as a control; `seed` decides how.
+        random_weights: build the same architecture untrained, as a control.
+        seed: of the random weights.
 
     Returns:
         A `VisionBridge` for the transformer families, a `HookedVisionModel` for everything else,
@@ -89,7 +92,7 @@ def load_vision_model(
     Raises:
         ConfigError: an argument is wrong, or there is no such model; the message names it.
         UnknownNameError: no such family or hook point.
-        CheckpointError: the weights are torn, or not those of the config.
+        CheckpointError: the weights are damaged, or not those of the config.
     """
     name = str(name_or_folder)
     _check_choice("attn_implementation", attn_implementation, ATTENTION)
@@ -130,7 +133,7 @@ def from_module(
 
     Args:
         hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
-            taken. A `TransformerBridge` that somebody booted becomes a `VisionBridge`.
+            taken. A `TransformerBridge` becomes a `VisionBridge`.
         processor: its image processor; kept as `model.processor`.
         family: a registered family; None finds it by the model's class or config.
         model_name: what messages and metadata call it; None takes its config's name.
@@ -208,7 +211,7 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
         raise ConfigError("hf_model", f"{cfg.model_name} is not a vision model")
     family = find_family(hf_model.config, hf_model)
     if not hasattr(cfg, "n_prefix_tokens") and family.adapter is not None:
-        # TransformerLens's own adapter (ViT, DeiT) says nothing of prefix tokens
+        # TransformerLens's own adapter (ViT, DeiT) does not count prefix tokens
         ours: Any = family.adapter(cfg)
         ours.describe(hf_model)
     model = VisionBridge.adopt(bridge)
@@ -225,7 +228,10 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError("model_name", f"cannot be loaded: {error}", given=source.name) from error
-    except (SafetensorError, RuntimeError) as error:  # torn, or of other sizes than its config says
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # damaged, or of other sizes than in its config
         problem = f"the weights cannot be read: {error}"
         raise CheckpointError("model_name", problem, given=source.name) from error
 
@@ -264,7 +270,7 @@ def _read_preprocessing(
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
     except OSError:
         warnings.warn(
-            f"{name!r} has no preprocessor_config.json: model.processor is None, and pictures are "
+            f"{name!r} has no preprocessor_config.json: model.processor is None, and images are "
             "preprocessed by defaults.",
             stacklevel=3,
         )

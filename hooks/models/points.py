@@ -103,7 +103,7 @@ def as_tokens(activation: Tensor, point: nn.Module) -> Tensor:
 def taps(model: TappedModel, names: Sequence[str], tap: Any) -> Iterator[None]:
     """Call `tap(name, activation (B, T, d))` whenever one of the hook points `names` fires.
 
-    What `tap` returns is not looked at: the forward pass is not changed.
+    The forward pass is not changed: what `tap` returns has no effect.
     """
     points = model.points()
     model.context_level += 1
@@ -144,7 +144,7 @@ def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
 def firings(
     model: TappedModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
 ) -> dict[str, Firing]:
-    """What fires in a forward pass of one black picture, by canonical name; kept with the model."""
+    """Canonical name -> what fires in a forward pass of one black image; kept with the model."""
     size = as_pair(image_size) if image_size is not None else model.smallest_image
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
@@ -198,7 +198,7 @@ def _matches(model: TappedModel, pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """ "a.{1,2}.b" -> ["a.1.b", "a.2.b"]."""
+    """The alternatives of a pattern: "a.{1,2}.b" -> ["a.1.b", "a.2.b"]."""
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
         return [pattern]

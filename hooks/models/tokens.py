@@ -1,4 +1,4 @@
-"""Which of a picture's tokens are looked at.
+"""Selection of an image's tokens: class, patch, register, all, or the mean over the patches.
 
 Prefix tokens come first: the class token where the model has one, then its registers. Every prefix
 token that is not the class token counts as a register, so DeiT's distillation token does.
@@ -40,10 +40,12 @@ def tokens_per_image(
     image_size: int | tuple[int, int] | None = None,
     hook_name: str | None = None,
 ) -> int:
-    """How many tokens of one picture `tokens` selects.
+    """How many tokens of one image `tokens` selects.
 
     Args:
-        image_size: side, or (height, width), of the preprocessed picture in pixels; None takes
+        model: a vision model.
+        tokens: one of `TOKEN_CHOICES`.
+        image_size: side, or (height, width), of the preprocessed image in pixels; None takes
             what the checkpoint's preprocessing makes.
         hook_name: the hook point; needed for models whose grid shrinks on the way (CNNs).
 
@@ -97,9 +99,9 @@ def select_tokens(
 
 
 def input_size(model: TappedModel) -> tuple[int, int]:
-    """(height, width) in pixels of what the checkpoint's preprocessing makes of any picture.
+    """(height, width) in pixels of what the checkpoint's preprocessing makes of any image.
 
-    Where that says nothing fixed, the size that the model was trained at.
+    Where that fixes no size, the size that the model was trained at.
     """
     # a processor fills in what its file leaves out
     settings = model.processor.to_dict() if model.processor else model.preprocessor_config or {}
@@ -128,7 +130,7 @@ def _possible(model: TappedModel) -> list[str]:
 def _check_grid(
     model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None
 ) -> None:
-    """A wrapped model's prefix tokens were told by names: the rest must be a square grid then."""
+    """A wrapped model's prefix tokens were found by names: the others must form a square grid."""
     height, width = input_size(model) if image_size is None else as_pair(image_size)
     n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
     if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:

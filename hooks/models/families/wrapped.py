@@ -21,7 +21,7 @@ RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as Pillow numbers th
 def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> HookedVisionModel:
     """Tap the named submodules of any vision model.
 
-    Prefix tokens are told by the names of its parameters, sizes by its Hugging Face or timm config.
+    Prefix tokens are found by the names of parameters, sizes in the Hugging Face or timm config.
     """
     config: Any = getattr(module, "config", None)
     timm_config: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
