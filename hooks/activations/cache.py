@@ -57,12 +57,14 @@ class ActivationCache(CacheReader):
         """Run all images through the model once and keep what is asked for.
 
         A folder that holds the same activations already is used as it is, an unfinished one is
-        finished. Hook points beyond those asked for do no harm.
+        finished. It may hold more hook points than asked for.
 
         Args:
+            model: a vision model.
+            images: the dataset.
             hook_names: hook points, or all that is wanted as an `Extraction`.
             source: how the images are decoded.
-            path: the folder; None: a temporary one that goes with the object.
+            path: the folder; None: a temporary one, deleted with the object.
             progress: show a progress bar.
             settings: fields of `Extraction` (tokens, mean_patch, image_size, dtype, autocast), and
                 of `ImageSource` (batch_size, num_workers, max_corrupt_share), by name.
@@ -96,20 +98,13 @@ class ActivationCache(CacheReader):
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder):
             index = matching_index(folder, facts)
-            if index is not None and index["complete"]:
-                return cls._opened(folder, temporary)
-            if index is not None:  # unfinished, perhaps with more hook points
-                extractor = _extractor(model, index["facts"], stored)
-            on_gpu = extractor.device.type == "cuda"
-            loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
-            with CacheWriter(folder, loader, facts, index) as writer:
-                writer.fill(extractor, progress)
-        return cls._opened(folder, temporary)
-
-    @classmethod
-    def _opened(
-        cls, folder: Path, temporary: tempfile.TemporaryDirectory[str] | None
-    ) -> ActivationCache:
+            if index is None or not index["complete"]:
+                if index is not None:  # unfinished, perhaps with more hook points
+                    extractor = _extractor(model, index["facts"], stored)
+                on_gpu = extractor.device.type == "cuda"
+                loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
+                with CacheWriter(folder, loader, facts, index) as writer:
+                    writer.fill(extractor, progress)
         cache = cls(folder)
         cache._temporary = temporary
         return cache

@@ -52,6 +52,7 @@ class CacheReader:
 
     @property
     def hook_names(self) -> list[str]:
+        """The hook points that the cache holds."""
         return list(self.facts["hook_names"])
 
     def activations(self, hook_name: str) -> np.ndarray:
@@ -83,8 +84,9 @@ class CacheReader:
         if tokens == "mean_patch" and self.facts["mean_patch"]:
             return torch.from_numpy(self._mapped(f"{name}.mean_patch", mode="c")[:, None])
         also = " and mean_patch" if self.facts["mean_patch"] else ""
+        problem = f"the cache {self.path} has others"
         raise ConfigError(
-            f"tokens={tokens!r}: the cache {self.path} holds {kept}{also}; build another for these."
+            "tokens", problem, given=tokens, allowed=f"{kept}{also}, or another cache"
         )
 
     def iter_batches(
@@ -93,6 +95,8 @@ class CacheReader:
         """(x (b, k, d) float32, labels (b,), indices (b,)) over all rows, or those in `order`.
 
         Args:
+            hook_name: a hook point of the cache.
+            batch_size: rows in a batch.
             order: row numbers in the order wanted; each batch is read in the order of the file.
         """
         column = self.tensor(hook_name)
@@ -115,12 +119,12 @@ class CacheReader:
         try:
             array = np.load(file, mmap_mode=mode)
         except (OSError, ValueError) as error:
-            raise DataError(f"cache {self.path}: {file.name} cannot be read: {error}") from error
+            problem = f"{file.name} cannot be read: {error}"
+            raise DataError(f"cache {self.path}", problem) from error
         if len(array) < self._n_rows:
-            raise DataError(
-                f"cache {self.path}: {file.name} has {len(array)} rows and should have "
-                f"{self._n_rows}; delete the folder and build it again."
-            )
+            problem = f"{file.name} has {len(array)} rows and should have {self._n_rows}"
+            allowed = "delete the folder and build it again"
+            raise DataError(f"cache {self.path}", problem, allowed=allowed)
         return array[: self._n_rows]
 
 
@@ -130,7 +134,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What stands in the index of a cache.
+    """The contents of a cache's index file.
 
     Raises:
         ConfigError: there is none.
@@ -140,9 +144,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"cache: there is no {INDEX_FILE} in {folder}.") from None
+        raise ConfigError(f"cache {folder}", f"no {INDEX_FILE} in it") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"cache: {file} cannot be read: {error}") from error
+        raise DataError(f"cache {folder}", f"{INDEX_FILE} cannot be read: {error}") from error
     if not isinstance(index, dict) or index.get("schema") != SCHEMA:
-        raise DataError(f"cache: {file} is not of the kind {SCHEMA}.")
+        raise DataError(f"cache {folder}", f"{INDEX_FILE} is of another schema", allowed=SCHEMA)
     return index

@@ -45,7 +45,8 @@ class _Column:
         header = self._header(n_rows)
         size = len(header) + n_rows * self.row_bytes
         if n_rows and (not file.exists() or file.stat().st_size < size):
-            raise DataError(f"{file} is shorter than {INDEX_FILE} says; delete the folder.")
+            problem = f"shorter than {INDEX_FILE} says"
+            raise DataError(str(file), problem, allowed="delete the folder and build it again")
         self._file: IO[bytes] = file.open("r+b" if n_rows else "w+b", buffering=0)
         self._file.truncate(size if n_rows else 0)  # rows after the last commit are made again
         self._file.write(header)
@@ -83,7 +84,7 @@ class _Column:
 
 
 class CacheWriter:
-    """Fills the folder of a cache, from where it stands."""
+    """Fills the folder of a cache, continuing after what is there."""
 
     def __init__(
         self,
@@ -120,6 +121,7 @@ class CacheWriter:
             column.close()
 
     def fill(self, extractor: TokenExtractor, progress: bool) -> None:
+        """Compute and write the rows that are missing."""
         images = self.loader.images
         total = None if images.is_streaming else len(images)
         jobs: Iterator[Job] = (
@@ -144,10 +146,7 @@ class CacheWriter:
                     self._commit()
                     committed = time.monotonic()
         if not self._n_rows:
-            shown = "; ".join(
-                f"image {i} ({why})" for i, why in list(self.loader.failures.items())[:3]
-            )
-            raise DataError(f"{images.name}: not one image can be read: {shown or 'empty'}.")
+            raise self.loader.nothing_readable()
         self._commit(complete=True)
 
     def _write(self, activations: dict[str, Tensor], batch: ImageBatch, total: int | None) -> None:
@@ -180,17 +179,18 @@ class CacheWriter:
 
     def _explained(self, error: OSError, total: int | None) -> Exception:
         if error.errno not in DISK_FULL:
-            return DataError(f"cache {self.folder} cannot be written: {error}")
+            return DataError(f"cache {self.folder}", f"cannot be written: {error}")
         needed = ""
         if total is not None:
             all_bytes, missing = (n * self._row_bytes for n in (total, total - self._n_seen))
             needed = (
-                f" The activations need {all_bytes:,} bytes, {missing:,} of them still to come."
+                f"; the activations need {all_bytes:,} bytes, {missing:,} of them still to come"
             )
         free = shutil.disk_usage(self.folder).free
         return DataError(
-            f"the disk is full: {self.folder} has {free:,} bytes free.{needed} What is done is "
-            "kept; make room, or choose fewer hook points or tokens or dtype='float16'."
+            f"cache {self.folder}",
+            f"the disk is full: {free:,} bytes are free{needed}; what is done is kept",
+            allowed="more room, fewer hook points or tokens, or dtype='float16'",
         )
 
     def _commit(self, complete: bool = False) -> None:
@@ -231,15 +231,14 @@ def matching_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None
         differing.append("mean_patch")
     if differing:
         listed = "; ".join(f"{k}: {there.get(k)!r} there, {facts[k]!r} wanted" for k in differing)
-        raise ConfigError(
-            f"the activations in {folder} are others: {listed}. Choose another folder or delete it."
-        )
+        allowed = "another folder, or delete this one"
+        raise ConfigError(f"cache {folder}", f"other activations: {listed}", allowed=allowed)
     return index
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into `folder`; the lock goes with the process."""
+    """Keep other processes from writing into `folder`; the lock ends with the process."""
     if fcntl is None:
         warnings.warn("no file locks on this system: build each cache in one process.")
         yield
@@ -248,7 +247,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is building the cache in {folder}.") from None
+            raise ConfigError(f"cache {folder}", "another process is building it") from None
         except OSError:  # a file system without locks
             pass
         yield

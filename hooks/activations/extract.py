@@ -77,7 +77,8 @@ class TokenExtractor:
         autocast: bool = False,
     ) -> None:
         if not hook_names or len(set(hook_names)) < len(hook_names):
-            raise ConfigError(f"hook_names={list(hook_names)}: one or more, each of them once.")
+            allowed = "one or more, each of them once"
+            raise ConfigError("hook_names", "none, or one twice", given=hook_names, allowed=allowed)
         for choice in tokens:
             check_tokens(model, choice)
         self.model = model.eval()
@@ -105,18 +106,19 @@ class TokenExtractor:
         counts = {name: tensor.shape[1] for name, tensor in activations.items()}
         if len(set(counts.values())) > 1:
             raise ConfigError(
-                f"hook_names: with tokens={'+'.join(self.tokens)!r} the hook points give different "
-                f"numbers of tokens per image ({counts}); choose hook points with the same number, "
-                "or mean_patch."
+                "hook_names",
+                f"with tokens={'+'.join(self.tokens)!r} they have different numbers of tokens",
+                given=counts,
+                allowed="hook points with the same number, or the tokens mean_patch",
             )
         self._check_finite(activations, batch)
         return activations
 
     def _select(self, activation: Tensor) -> Tensor:
         if activation.ndim != 3:
+            shape, allowed = tuple(activation.shape), "hook points of (images, tokens, width)"
             raise ConfigError(
-                f"hook_names: a hook point's activations have the shape {tuple(activation.shape)}; "
-                "allowed: hook points of (images, tokens, width)."
+                "hook_names", "activations of no tokens", given=shape, allowed=allowed
             )
         cfg = self.model.cfg
         chosen = [
@@ -139,9 +141,10 @@ class TokenExtractor:
             if bad.any():
                 first = int(bad.nonzero()[0])
                 raise DataError(
-                    f"the activations at hook point {name!r} are NaN or infinite (in {self.dtype}) "
-                    f"for image {int(batch.indices[first])} ({batch.sources[first]}) and "
-                    f"{int(bad.sum()) - 1} more of the {len(bad)} images of its batch."
+                    f"hook point {name!r}",
+                    f"its activations are NaN or infinite (in {self.dtype}) for image "
+                    f"{int(batch.indices[first])} ({batch.sources[first]}) and "
+                    f"{int(bad.sum()) - 1} more of the {len(bad)} images of its batch",
                 )
 
 

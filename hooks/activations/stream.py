@@ -87,7 +87,7 @@ class ActivationStream(Iterator[Batch]):
             ("seed", seed, 0),
         ):
             if value < least:
-                raise ConfigError(f"{field}={value}: must be at least {least}.")
+                raise ConfigError(field, "too small", given=value, allowed=f"{least} or more")
         self.hook_names = list(wanted.hook_names)
         self.train_batch_size_tokens = train_batch_size_tokens
         self._source: TokenSource
@@ -100,7 +100,7 @@ class ActivationStream(Iterator[Batch]):
         if cache is not None:
             self._source = CacheSource(cache, self.hook_names, wanted.tokens, delivery)
         elif model is None or images is None:
-            raise ConfigError("model, images: both are needed without a cache of activations.")
+            raise ConfigError("model, images", "without a cache of activations both are needed")
         else:
             size, tokens = wanted.image_size, wanted.tokens
             extractor = TokenExtractor(
@@ -167,15 +167,14 @@ class ActivationStream(Iterator[Batch]):
         """
         here, there = self._source.describe(), state.get("stream")
         if not isinstance(there, dict) or "position" not in state:
-            raise CheckpointError("the position in the activations cannot be read: fields missing.")
+            raise CheckpointError("position in the activations", "fields are missing")
         if here != there:
             differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
             listed = "; ".join(
                 f"{k}: {there.get(k)!r} then, {here.get(k)!r} now" for k in differing
             )
-            raise CheckpointError(
-                f"the position belongs to another stream of activations: {listed}."
-            )
+            problem = f"it is one of another stream: {listed}"
+            raise CheckpointError("position in the activations", problem)
         with self._lock:
             self._close()
             self._start = {key: value for key, value in state.items() if key != "stream"}

@@ -35,11 +35,25 @@ class TokenSource(Protocol):
     tokens_per_image: int
     stopped: threading.Event
 
-    def start(self) -> State: ...
-    def batches(self, state: State) -> Iterator[tuple[Batch, Any]]: ...
-    def state(self, mark: Any) -> State: ...
-    def describe(self) -> dict[str, Any]: ...
-    def failures(self) -> dict[int, str]: ...
+    def start(self) -> State:
+        """The position of the first batch."""
+        ...
+
+    def batches(self, state: State) -> Iterator[tuple[Batch, Any]]:
+        """The batches from a position on, each {hook point: (b, d)} with a mark of what follows."""
+        ...
+
+    def state(self, mark: Any) -> State:
+        """The position after the batch that came with `mark`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: everything that decides which numbers come in which order."""
+        ...
+
+    def failures(self) -> dict[int, str]:
+        """Image index -> source and reason, of the corrupt images so far."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class Delivery:
 
 @dataclass
 class _Place:
-    """A group of images for one forward pass, and where it stands."""
+    """The position of the images of one forward pass in the epochs and windows."""
 
     epoch: int
     window: int
@@ -109,9 +123,11 @@ class ModelSource:
         self._description: dict[str, Any] | None = None
 
     def start(self) -> State:
+        """The position of the first batch."""
         return {"position": [0, 0, 0], "failures": {}, "n_processed": 0, "n_failed": 0}
 
     def state(self, mark: Any) -> State:
+        """The position after the batch that came with `mark`."""
         position, n_failures, n_processed, n_failed = mark
         failures = list(self.loader.failures.items())[:n_failures]
         return {
@@ -122,9 +138,11 @@ class ModelSource:
         }
 
     def failures(self) -> dict[int, str]:
+        """Image index -> source and reason, of the corrupt images so far."""
         return dict(self.loader.failures)
 
     def describe(self) -> dict[str, Any]:
+        """JSON-able: everything that decides which numbers come in which order."""
         if self._description is None:
             self._description = {
                 "from": "model",
@@ -141,6 +159,7 @@ class ModelSource:
         return dict(self._description)
 
     def batches(self, state: State) -> Iterator[tuple[Batch, Any]]:
+        """The batches from a position on, each {hook point: (b, d)} with a mark of what follows."""
         loader, size = self.loader, self.delivery.batch_size
         loader.failures = {int(index): text for index, text in state["failures"].items()}
         loader.n_processed, loader.n_failed = state["n_processed"], state["n_failed"]
@@ -198,18 +217,18 @@ class ModelSource:
                 counts, filled = (self.loader.n_processed, self.loader.n_failed), 0
             if place.ends_epoch:
                 if whole_epoch and not any_tokens:
-                    self._nothing_readable()
+                    raise self.loader.nothing_readable()
                 whole_epoch, any_tokens = True, False
 
     def _groups(self, epoch: int, first_window: int, places: deque[_Place]) -> Iterator[list[Job]]:
-        """Images for one forward pass after the other; where each stands goes into `places`."""
+        """The images of each forward pass in turn; their positions are appended to `places`."""
         while True:
             size = self.loader.batch_size
             group = first_window * self.batches_per_window
             jobs = self._jobs(epoch, group * size)
             chunk = list(islice(jobs, size))
             if not chunk and group == 0:
-                self._nothing_readable()
+                raise self.loader.nothing_readable()
             while chunk:
                 following = list(islice(jobs, size))
                 group += 1
@@ -239,9 +258,10 @@ class ModelSource:
         found = next(iter(activations.values())).shape[1]
         if found != self.tokens_per_image:
             raise ConfigError(
-                f"image_size: images of {tuple(decoded.pixel_values.shape[2:])} pixels give {found} "
-                f"tokens ({self.extractor.tokens[0]}) each where {self.tokens_per_image} were "
-                "expected; give the image_size that is wanted."
+                "image_size",
+                f"images of {tuple(decoded.pixel_values.shape[2:])} pixels give {found} tokens "
+                f"({self.extractor.tokens[0]}) each where {self.tokens_per_image} were expected",
+                allowed="the image_size that is wanted",
             )
         return {
             name: tensor.flatten(0, 1).to(self.delivery.device)
@@ -254,12 +274,6 @@ class ModelSource:
         generator = np.random.default_rng([self.delivery.seed, place.epoch, place.window, 1])
         return torch.from_numpy(generator.permutation(n_tokens)).to(self.delivery.device)
 
-    def _nothing_readable(self) -> None:
-        shown = "; ".join(f"image {i} ({why})" for i, why in list(self.failures().items())[:3])
-        raise DataError(
-            f"{self.loader.images.name}: not one image can be read: {shown or 'empty'}."
-        )
-
 
 class CacheSource:
     """Activations read from a cache, in an order over the whole epoch."""
@@ -268,29 +282,34 @@ class CacheSource:
         self, cache: CacheReader, hook_names: list[str], tokens: str, delivery: Delivery
     ) -> None:
         if not cache.complete:
-            raise ConfigError(f"cache: {cache.path} is not complete; build it to its end first.")
+            allowed = "build it to its end first"
+            raise ConfigError(f"cache {cache.path}", "not complete", allowed=allowed)
         self.cache = cache
         self.delivery = delivery
         self.tokens = tokens
         self.stopped = threading.Event()
         self._columns = {name: cache.tensor(name, tokens).flatten(0, 1) for name in hook_names}
         if not self._columns:
-            raise ConfigError("hook_names: none given.")
+            raise ConfigError("hook_names", "none", given=hook_names, allowed="one or more")
         self.n_tokens = len(next(iter(self._columns.values())))
         if self.n_tokens == 0:
-            raise DataError(f"{cache.path} holds no activations: no image could be read.")
+            raise DataError(f"cache {cache.path}", "no activations: no image could be read")
         self.tokens_per_image = self.n_tokens // len(cache)
 
     def start(self) -> State:
+        """The position of the first batch."""
         return {"position": 0}
 
     def state(self, mark: Any) -> State:
+        """The position after the batch that came with `mark`."""
         return {"position": mark}
 
     def failures(self) -> dict[int, str]:
+        """Image index -> source and reason, of the corrupt images so far."""
         return dict(self.cache.failures)
 
     def describe(self) -> dict[str, Any]:
+        """JSON-able: everything that decides which numbers come in which order."""
         return {
             "from": "cache",
             **{key: self.cache.facts[key] for key in ("model", "images", "preprocessing", "dtype")},
@@ -299,6 +318,7 @@ class CacheSource:
         }
 
     def batches(self, state: State) -> Iterator[tuple[Batch, Any]]:
+        """The batches from a position on, each {hook point: (b, d)} with a mark of what follows."""
         position, size = int(state["position"]), self.delivery.batch_size
         row_bytes = sum(c.shape[-1] * c.element_size() for c in self._columns.values())
         at_once = size * max(1, min(GATHERED_BYTES // row_bytes, self.n_tokens) // size)

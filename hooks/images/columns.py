@@ -35,15 +35,16 @@ def find_image_column(features: Mapping[str, Any], given: str | None) -> str:
     problem = (
         f"several columns hold images ({', '.join(found)})" if found else "no column holds images"
     )
-    raise ConfigError(f"image_column: {problem}; columns: {_listed(features)}. Name the right one.")
+    raise ConfigError("image_column", problem, given=None, allowed=f"one of {_listed(features)}")
 
 
 def find_label_column(
     features: Mapping[str, Any], given: str | None, image_column: str
 ) -> str | None:
-    """The column of labels: `given`; else "label", or the only one, among those declared as
-    classes; else the same among the columns of whole numbers or text with a usual name
-    (`LABEL_COLUMNS`); None when there is none.
+    """The column of labels; None when there is none.
+
+    `given`; else "label", or the only one, among the columns declared as classes; else the same
+    among the columns of integers or text with a usual name (`LABEL_COLUMNS`).
 
     Raises:
         ConfigError: several, or `given` does not exist; the message lists the columns.
@@ -52,19 +53,17 @@ def find_label_column(
         _check_column("label_column", given, features)
         feature = features[given]
         if not (isinstance(feature, datasets.ClassLabel) or _holds_scalars(feature)):
-            raise ConfigError(
-                f"label_column={given!r}: holds {feature}; a label is one whole number or text."
-            )
+            allowed = "a column that holds one whole number or text an image"
+            raise ConfigError("label_column", f"holds {feature}", given=given, allowed=allowed)
         return given
     others = {key: feature for key, feature in features.items() if key != image_column}
     declared = [k for k, feature in others.items() if isinstance(feature, datasets.ClassLabel)]
     usual = [k for k in LABEL_COLUMNS if k in others and _holds_scalars(others[k])]
     found = declared or usual
     if len(found) > 1 and "label" not in found:
-        raise ConfigError(
-            f"label_column: several columns hold labels ({', '.join(found)}); columns: "
-            f"{_listed(features)}. Name the right one."
-        )
+        problem = f"several columns hold labels ({', '.join(found)})"
+        allowed = f"one of {_listed(features)}"
+        raise ConfigError("label_column", problem, given=None, allowed=allowed)
     return "label" if "label" in found else next(iter(found), None)
 
 
@@ -90,7 +89,8 @@ def _holds_scalars(feature: Any) -> bool:
 
 def _check_column(field: str, given: str, features: Mapping[str, Any]) -> None:
     if given not in features:
-        raise ConfigError(f"{field}={given!r}: no such column; columns: {_listed(features)}.")
+        allowed = f"one of {_listed(features)}"
+        raise ConfigError(field, "no such column", given=given, allowed=allowed)
 
 
 def _listed(features: Mapping[str, Any]) -> str:
@@ -120,7 +120,7 @@ def features_of(data: Dataset | IterableDataset, name: str) -> Mapping[str, Any]
     try:
         example = next(iter(data))
     except StopIteration:
-        raise DataError(f"{name} is empty: it has no images.") from None
+        raise DataError(name, "no images") from None
     return {key: _feature_of(value) for key, value in example.items()}
 
 

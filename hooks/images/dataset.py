@@ -1,6 +1,6 @@
 """Images with their labels, read raw from any `datasets` image dataset and decoded by ourselves.
 
-Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt picture is an error
+Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt image is an error
 of its own (`CorruptImageError`) and never ends a run. `ImageLoader` decodes in worker processes.
 """
 
@@ -35,8 +35,8 @@ class ImageDataset:
 
     Args:
         data: a `datasets` dataset with a column of images.
-        image_column: its name; found by itself when there is one column of images.
-        label_column: its name; found by itself (see `find_label_column`). May be absent.
+        image_column: its name; found automatically where there is one column of images.
+        label_column: its name; found automatically (see `find_label_column`). May be absent.
         root: the folder that image paths are named relative to.
         max_images: keep this many: map-style the first of a seeded permutation of all images (in
             their own order), streaming the first that come.
@@ -58,12 +58,13 @@ class ImageDataset:
         name: str = "dataset",
     ) -> None:
         if max_images is not None and max_images < 1:
-            raise ConfigError(f"max_images={max_images}: must be at least 1, or None for all.")
+            allowed = "1 or more, or None for all"
+            raise ConfigError("max_images", "too small", given=max_images, allowed=allowed)
         self.name = name
         self.root = None if root is None else os.path.abspath(root)
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
-            raise DataError(f"{name} is empty: it has no images.")
+            raise DataError(name, "no images")
         features = features_of(data, name)
         self.image_column = find_image_column(features, image_column)
         self.label_column = find_label_column(features, label_column, self.image_column)
@@ -116,7 +117,7 @@ class ImageDataset:
         """Number of images.
 
         Raises:
-            TypeError: the dataset is streaming; nobody knows.
+            TypeError: the dataset is streaming: the number is not known.
         """
         if isinstance(self._data, IterableDataset):
             raise TypeError(f"{self.name} is streaming: its length is not known.")
@@ -134,10 +135,8 @@ class ImageDataset:
             ConfigError: the dataset is streaming.
         """
         if isinstance(self._data, IterableDataset):
-            raise ConfigError(
-                f"{self.name} is streaming: its images cannot be asked for by index. "
-                "Load it with streaming=False."
-            )
+            problem = f"the images of {self.name} cannot be read by index"
+            raise ConfigError("streaming", problem, given=True, allowed="False")
         return self._data
 
     @cached_property
@@ -171,8 +170,10 @@ class ImageDataset:
             names = declared_names(self._label_feature)
             if len(labels) and labels.max() >= len(names):
                 raise DataError(
-                    f"label column {column!r}: label {labels.max()} has no name; "
-                    f"{len(names)} names are known."
+                    f"label column {column!r}",
+                    "a label has no name",
+                    given=int(labels.max()),
+                    allowed=f"below {len(names)}, the number of names",
                 )
         else:
             encoded = values.combine_chunks().dictionary_encode()
@@ -201,7 +202,7 @@ class ImageDataset:
         return declared_names(self._label_feature)
 
     def require_labels(self) -> np.ndarray:
-        """`labels`, where the work ahead needs one for every image.
+        """int64 (N,): `labels`, where the work ahead needs one for every image.
 
         Raises:
             ConfigError: there is no label column.
@@ -209,15 +210,19 @@ class ImageDataset:
         """
         if self.label_column is None:
             raise ConfigError(
-                f"label_column: {self.name} has no column of labels that can be recognised; "
-                f"its image column is {self.image_column!r}. Name the column of classes."
+                "label_column",
+                f"no column of labels is recognised in {self.name}, beside the image column "
+                f"{self.image_column!r}",
+                given=None,
+                allowed="the name of the column of classes",
             )
         labels = self.labels
         missing = int((labels < 0).sum())
         if missing:
             raise DataError(
-                f"label column {self.label_column!r}: {missing} of {len(labels)} images have no "
-                f"label (the first is image {int(np.argmax(labels < 0))})."
+                f"label column {self.label_column!r}",
+                f"{missing} of {len(labels)} images have no label, the first of them image "
+                f"{int(np.argmax(labels < 0))}",
             )
         return labels
 
@@ -242,7 +247,7 @@ class ImageDataset:
     def _streamed(self, generator: np.random.Generator | None) -> Iterator[RawImage]:
         data = self._data
         if not isinstance(data, IterableDataset):
-            raise ConfigError(f"{self.name} is not streaming: ask for its images by index.")
+            raise ConfigError("streaming", f"{self.name} is read by index", given=False)
         n_shards = 1 if self._limit is not None else data.num_shards
         shards = range(n_shards) if generator is None else generator.permutation(n_shards)
         for shard in shards:
@@ -261,7 +266,7 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell datasets apart, the same wherever the files lie.
+        """16 hex digits that identify the images, the same wherever the files lie.
 
         Made of the number of images, all labels, the class names, and names and bytes of 256
         images spread evenly (streaming: of the first 16).
@@ -305,7 +310,8 @@ def load_images(
         split: which split; slices such as ``"train[:10%]"`` work unless streaming.
         name: the configuration of a dataset on the hub, or of a folder with a card, that has
             several.
-        image_column, label_column: see `ImageDataset`.
+        image_column: see `ImageDataset`.
+        label_column: see `ImageDataset`.
         streaming: read in order without downloading or indexing first.
         trust_remote_code: passed on to `datasets` (which no longer runs loading scripts).
         max_images: see `ImageDataset`.

@@ -1,12 +1,12 @@
-"""Bytes of one picture -> an RGB image, whatever the file format and colour mode.
+"""Bytes of one image -> an RGB image, whatever the file format and colour mode.
 
-- Pictures are turned upright by their EXIF orientation.
+- Images are turned upright by their EXIF orientation.
 - Transparency (alpha channels, transparent palette entries) is composited onto white, as the
   image processors of transformers do.
 - 16-bit grey is scaled to 8 bits (65535 becomes 255) rather than clipped; so is 32-bit integer
   grey, whose values are taken to be 16-bit ones. Floating-point grey is read as [0, 1] when no
   value is above 1 and as [0, 255] otherwise.
-- CMYK, YCbCr, HSV, grey, palette and bilevel pictures are converted by Pillow; colour profiles are
+- CMYK, YCbCr, HSV, grey, palette and bilevel images are converted by Pillow; colour profiles are
   ignored, as vision models' own training pipelines do. Of an animation the first frame is taken.
 """
 
@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The picture in `data` as an upright image of mode RGB.
+    """The image encoded in `data`, upright and of mode RGB.
 
     Raises:
-        ValueError: the bytes are no picture, are truncated or damaged; the message says which.
+        ValueError: the bytes are no image, are truncated or damaged; the message says which.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -38,7 +38,7 @@ def decode_rgb(data: bytes) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF does not mean damaged pixels
         return image
 
 

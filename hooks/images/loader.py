@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Preprocess: TypeAlias = Callable[[Image.Image], np.ndarray]
 
-MIN_IMAGES = 20  # below this many images a share of corrupt ones says nothing
+MIN_IMAGES = 20  # below this many images the share of corrupt ones carries no information
 FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt images is as allowed
 
 
@@ -54,6 +54,7 @@ class ImageBatch:
         return len(self.indices)
 
     def pin_memory(self) -> ImageBatch:
+        """The same batch in page-locked memory; called by torch's DataLoader."""
         return replace(self, pixel_values=self.pixel_values.pin_memory())
 
 
@@ -71,7 +72,7 @@ class ImageLoader:
         pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
 
     A corrupt image is left out of its batch, logged once as a warning and kept in `failures`.
-    Workers are started afresh by a server process that holds neither threads nor a CUDA context,
+    Workers are started by a server process that holds neither threads nor a CUDA context,
     so that iterating from a background thread is safe; they end with the iterator.
     """
 
@@ -87,11 +88,12 @@ class ImageLoader:
         prefetch_factor: int = 4,
     ) -> None:
         if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: must be at least 1.")
+            raise ConfigError("batch_size", "too small", given=batch_size, allowed="1 or more")
         if num_workers < 0:
-            raise ConfigError(f"num_workers={num_workers}: must be 0 or more.")
+            raise ConfigError("num_workers", "too small", given=num_workers, allowed="0 or more")
         if not 0.0 <= max_corrupt_share <= 1.0:
-            raise ConfigError(f"max_corrupt_share={max_corrupt_share}: must be between 0 and 1.")
+            share = max_corrupt_share
+            raise ConfigError("max_corrupt_share", "out of range", given=share, allowed="0 to 1")
         self.images = images
         self.preprocess = preprocess
         self.batch_size = batch_size
@@ -156,7 +158,9 @@ class ImageLoader:
             self.failures[index] = f"{source}: {reason}"
             logger.warning("image %d (%s) is corrupt and left out: %s", index, source, reason)
         if batch.failures and self._too_many():
-            raise DataError(self._too_many_message())
+            found = f"{self.n_failed} of the {self.n_processed} images read so far from"
+            problem = f"{found} {self.images.name} are corrupt: {self.shown_failures(5)}"
+            raise DataError("max_corrupt_share", problem, given=self.max_corrupt_share)
 
     def _too_many(self) -> bool:
         """Whether the share of corrupt images is, or will almost surely be, above the allowed one.
@@ -178,19 +182,16 @@ class ImageLoader:
             return False
         return self.n_processed * _divergence(found, share) > -math.log(FALSE_ALARM)
 
-    def _too_many_message(self) -> str:
-        shown = list(self.failures.items())[:5]
-        listed = "; ".join(f"image {index} ({text})" for index, text in shown)
-        more = (
-            f"; and {len(self.failures) - len(shown)} more"
-            if len(shown) < len(self.failures)
-            else ""
-        )
-        return (
-            f"{self.n_failed} of the {self.n_processed} images read so far from {self.images.name} "
-            f"are corrupt, and max_corrupt_share={self.max_corrupt_share:g} allows fewer: "
-            f"{listed}{more}."
-        )
+    def shown_failures(self, n: int) -> str:
+        """The first `n` corrupt images, and how many more there are."""
+        shown = [f"image {i} ({text})" for i, text in list(self.failures.items())[:n]]
+        more = len(self.failures) - len(shown)
+        return "; ".join([*shown, f"and {more} more"] if more else shown)
+
+    def nothing_readable(self) -> DataError:
+        """The error where all images are corrupt, or there are none."""
+        shown = self.shown_failures(3) or "there is none"
+        return DataError(self.images.name, f"not one image can be read: {shown}")
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class _DecodeTask:
             shapes = sorted({array.shape for array in pixels})[:3]
             return (
                 f"image_size: preprocessing leaves images of different shapes ({shapes}); "
-                "give an image_size."
+                "allowed: one size, in pixels."
             )
         return ImageBatch(
             torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, 0, 0),
@@ -260,6 +261,8 @@ def _explained(error: RuntimeError, main_left_out: bool) -> Exception:
         'outside of `if __name__ == "__main__":`'
     )
     return TaxolensError(
+        "num_workers",
         f"a process that decodes images died ({error}): it ran out of (shared) memory, or was "
-        f"killed{'' if main_left_out else ', or ' + guard}. num_workers=0 uses none."
+        f"killed{'' if main_left_out else ', or ' + guard}",
+        allowed="0, which uses none",
     )

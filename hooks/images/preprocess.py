@@ -60,7 +60,7 @@ class PilPreprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], image_size: int | None = None) -> PilPreprocess:
-        """From what stands in a ``preprocessor_config.json``.
+        """From the fields of a ``preprocessor_config.json``.
 
         Raises:
             ConfigError: a size that the plain steps do not know.
@@ -148,10 +148,12 @@ class ProcessorPreprocess:
     sizes: Mapping[str, Any]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
+        """float32 (3, H, W) of an RGB image."""
         pixels = self.processor(image, return_tensors="np", **self.sizes)["pixel_values"][0]
         return np.asarray(pixels, dtype=np.float32)
 
     def describe(self) -> dict[str, Any]:
+        """JSON-able: the processor's settings."""
         config = {**self.processor.to_dict(), **self.sizes}
         return json.loads(json.dumps(config, sort_keys=True, default=str))
 
@@ -163,7 +165,7 @@ def preprocess_for(
 
     Args:
         model: a vision model. Its `processor`, an image processor of transformers, is used; else
-            its `preprocessor_config`, what stands in a ``preprocessor_config.json``; with neither,
+            its `preprocessor_config`, the fields of a ``preprocessor_config.json``; with neither,
             ImageNet's usual preprocessing at the model's image size, and a warning.
         image_size: height and width of the result; resizing before a crop keeps its proportion to
             it. None: the model's own.
@@ -172,9 +174,8 @@ def preprocess_for(
         ConfigError: image_size is not positive, or the processor's sizes cannot be read.
     """
     if image_size is not None and image_size < 1:
-        raise ConfigError(
-            f"image_size={image_size}: must be at least 1, or None for the model's own."
-        )
+        allowed = "1 or more, or None for the model's own"
+        raise ConfigError("image_size", "too small", given=image_size, allowed=allowed)
     processor = getattr(model, "processor", None)
     settings = getattr(model, "preprocessor_config", None)
     if processor is not None:
@@ -264,10 +265,8 @@ def _pair(size: Any, field: str) -> tuple[int, int]:
         return int(size["height"]), int(size["width"])
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
-    raise ConfigError(
-        f"{field}={size!r} of the image processor: cannot be read; allowed: a number, "
-        "{'height', 'width'} or {'shortest_edge'}."
-    )
+    allowed = "a number, {'height', 'width'} or {'shortest_edge'}"
+    raise ConfigError(f"{field} of the image processor", "unknown", given=size, allowed=allowed)
 
 
 def _channels(values: Any) -> tuple[float, ...]:

@@ -39,6 +39,7 @@ class ImageReader:
     rows: np.ndarray | None = None
 
     def __call__(self, index: int) -> RawImage:
+        """Image `index` of the dataset."""
         row = int(index if self.rows is None else self.rows[index])
         value = self.data[row][self.column] or {}
         return RawImage(int(index), value.get("bytes"), value.get("path"))

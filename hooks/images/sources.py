@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +62,18 @@ def open_dataset(
     local = Path(text)
     saved = (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
     if name is not None and (glob.has_magic(text) or local.is_file() or saved):
-        raise ConfigError(
-            f"dataset_name: {text} has no configurations; given {name!r}; allowed: none."
-        )
+        problem = f"{text} has no configurations"
+        raise ConfigError("dataset_name", problem, given=name, allowed="None")
     if glob.has_magic(text):
         files = sorted(glob.glob(text, recursive=True))
         if not files:
-            raise ConfigError(f"dataset_path={text!r}: no file matches the pattern.")
+            raise ConfigError("dataset_path", "no file matches the pattern", given=text)
         return _open_files(files, split, streaming, where=text), None
     if local.is_file():
         return _open_files([text], split, streaming, where=text), None
     if not local.exists():
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
-            raise ConfigError(f"dataset_path={text!r}: there is no such file or folder.")
+            raise ConfigError("dataset_path", "there is no such file or folder", given=text)
         return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
     if saved:
         return _open_saved(local, split, streaming), None
@@ -99,47 +98,40 @@ def _load(
 ) -> Dataset | IterableDataset:
     """`datasets.load_dataset`, with its errors sorted into ours."""
     options: dict[str, Any] = {"trust_remote_code": True} if trust else {}
-    where = f"dataset_path={where or path!r}"
     try:
         return datasets.load_dataset(
             path, name, split=split, streaming=streaming, data_files=data_files, **options
         )
     except FileNotFoundError as error:  # includes DatasetNotFoundError and EmptyDatasetError
-        raise DataError(f"{where}: no images found: {error}") from error
+        raise DataError("dataset_path", f"no images found: {error}", given=where or path) from error
     except ConnectionError as error:
-        raise DataError(
-            f"{where}: is no local path, and the hub cannot be reached: {error}"
-        ) from error
+        problem = f"it is no local path, and the hub cannot be reached: {error}"
+        raise DataError("dataset_path", problem, given=where or path) from error
     except ArrowException as error:  # some of them are ValueErrors too
-        raise DataError(f"{where}: cannot be read: {error}") from error
+        raise DataError("dataset_path", f"cannot be read: {error}", given=where or path) from error
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"{where}, split={split!r}, dataset_name={name!r}: {error}") from error
-    except (
-        OSError,
-        DatasetsError,
-        DatasetGenerationError,
-    ) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{where}: cannot be read: {cause}") from error
+        problem = f"with split={split!r} and dataset_name={name!r}, {error}"
+        raise ConfigError("dataset_path", problem, given=where or path) from error
+    except (OSError, DatasetsError, DatasetGenerationError) as error:
+        problem = f"cannot be read: {error.__cause__ or error}"
+        raise DataError("dataset_path", problem, given=where or path) from error
 
 
 def _open_files(
     files: list[str], split: str, streaming: bool, *, where: str, root: Path | None = None
 ) -> Dataset | IterableDataset:
-    """Data files, each counted to the split that its name tells.
+    """Data files, each assigned to the split that its name contains.
 
-    `datasets` would find splits by itself, but reads them off the names of all folders above the
+    `datasets` would find splits too, but in the names of all folders above the
     files too ("/data/test-run-3/...").
     """
     kinds = {_builder(file) for file in files}
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
         suffixes = ", ".join(sorted({Path(file).suffix.lower() for file in files}))
-        raise ConfigError(
-            f"dataset_path={where!r}: cannot read files of kind {suffixes}"
-            f"{' together' if len(files) > 1 else ''}; allowed: files of one kind among "
-            f"{', '.join(BUILDERS)}."
-        )
+        problem = f"cannot read files of kind {suffixes}{' together' if len(files) > 1 else ''}"
+        allowed = f"files of one kind among {', '.join(BUILDERS)}"
+        raise ConfigError("dataset_path", problem, given=where, allowed=allowed)
     by_split: dict[str, list[str]] = {}
     for file in files:
         name = os.path.relpath(file, root) if root is not None else os.path.basename(file)
@@ -155,7 +147,7 @@ def _builder(file: str) -> str | None:
 
 
 def split_of_file(path: str) -> str:
-    """The split that a file's path tells ("val-00000.parquet", "dev/0.parquet"), else "train"."""
+    """The split that a path contains ("val-00000.parquet", "dev/0.parquet"), else "train"."""
     for part in reversed(Path(path).parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_OF_WORD:
@@ -167,7 +159,8 @@ def _open_saved(folder: Path, split: str, streaming: bool) -> Dataset | Iterable
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow's and json's errors, all of which mean a damaged folder
-        raise DataError(f"dataset_path={str(folder)!r}: cannot be read: {error}") from error
+        problem = f"cannot be read: {error}"
+        raise DataError("dataset_path", problem, given=str(folder)) from error
     data = pick_split(saved, split, where=str(folder))
     return data.to_iterable_dataset() if streaming else data
 
@@ -187,12 +180,15 @@ def pick_split(
             {key: len(part) for key, part in splits.items()}
         )
     except (ValueError, AssertionError, AttributeError) as error:
-        raise ConfigError(
-            f"split={split!r}: {where} has no such split; allowed: {', '.join(map(str, splits))}."
-        ) from error
+        raise _no_split(where, split, splits) from error
     return datasets.concatenate_datasets(
         [splits[p.splitname].select(range(p.from_, p.to)) for p in parts]
     )
+
+
+def _no_split(where: str, split: str, splits: Iterable[Any]) -> ConfigError:
+    allowed = ", ".join(map(str, splits))
+    return ConfigError("split", f"{where} has no such split", given=split, allowed=allowed)
 
 
 def _has_card(folder: Path) -> bool:
@@ -240,9 +236,7 @@ def _open_class_folders(folder: Path, split: str) -> tuple[Dataset, Path]:
         splits["train"] = folder
     base = re.split(r"[\[+]", split)[0]
     if base not in splits:
-        raise ConfigError(
-            f"split={split!r}: {folder} has no such split; allowed: {', '.join(splits)}."
-        )
+        raise _no_split(str(folder), split, splits)
     data = class_folders_dataset(splits[base])
     if split != base:
         data = pick_split(datasets.DatasetDict({base: data}), split, where=str(folder))
@@ -272,7 +266,7 @@ def class_folders_dataset(root: Path) -> Dataset:
     loose = found.pop(".", [])
     if not found:
         if not loose:
-            raise DataError(f"dataset_path={str(root)!r}: no images found.")
+            raise DataError("dataset_path", "no images found", given=str(root))
         features = datasets.Features({"image": datasets.Image(decode=False)})
         return Dataset.from_dict({"image": _as_paths(loose)}, features=features)
     if loose:

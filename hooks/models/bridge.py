@@ -42,7 +42,7 @@ class VisionBridge(SAETransformerBridge):
 
     @classmethod
     def adopt(cls, bridge: TransformerBridge) -> VisionBridge:
-        """Turn a bridge that somebody else booted into this class, in place."""
+        """Turn a bridge that was booted elsewhere into this class, in place."""
         if isinstance(bridge, cls):
             return bridge
         if not isinstance(bridge, SAETransformerBridge):
@@ -63,13 +63,14 @@ class VisionBridge(SAETransformerBridge):
 
     @property
     def smallest_image(self) -> tuple[int, int]:
-        """The smallest picture that it is sure to take; hook points are tried out with it."""
+        """(height, width) in pixels of the smallest image that the model is sure to take."""
         if not isinstance(self.embed, VisionEmbeddings):
             return self.cfg.image_size
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
 
     @property
     def attn_implementation(self) -> str:
+        """Hugging Face's name of the way that attention is computed."""
         return self.original_model.config._attn_implementation  # type: ignore[union-attr]
 
     def points(self) -> dict[str, nn.Module]:

@@ -21,5 +21,5 @@ def torch_dtype(dtype: str | torch.dtype, allowed: Sequence[str] = DTYPES) -> to
     """
     name = str(dtype).removeprefix("torch.")
     if name not in allowed:
-        raise ConfigError(f"dtype: given {name!r}; allowed: {', '.join(allowed)}.")
+        raise ConfigError("dtype", "not known", given=name, allowed=", ".join(allowed))
     return getattr(torch, name)

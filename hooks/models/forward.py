@@ -27,6 +27,7 @@ def run_to_hooks(
     """The activations at `hook_names`, from one forward pass that stops after the last of them.
 
     Args:
+        model: a vision model.
         pixel_values: (B, 3, H, W), preprocessed; moved to the model's device and dtype.
         hook_names: names of hook points, aliases too; no patterns.
         reduce: applied to each activation as it is captured, for example to keep the class token

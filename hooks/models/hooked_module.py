@@ -39,6 +39,7 @@ class WrappedConfig:
 
     @property
     def n_prefix_tokens(self) -> int:
+        """The class token and the registers."""
         return int(self.has_class_token) + self.n_register_tokens
 
 
@@ -62,11 +63,13 @@ class Tap:
     channels_last: bool
 
     def on_entry(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Torch's forward pre-hook: the first argument passes the hook points before."""
         if not arguments or not isinstance(arguments[0], Tensor):
             return None
         return (self._pass(self.entry, arguments[0]), *arguments[1:])
 
     def on_exit(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        """Torch's forward hook: the hidden state in `output` passes the hook points after."""
         if isinstance(output, Tensor):
             return self._pass(self.exit, output)
         hidden = getattr(output, "last_hidden_state", None)
@@ -101,7 +104,7 @@ class HookedVisionModel(HookedRootModule):
     write over activations that a hook keeps.
 
     Args:
-        module: the model; its forward takes pictures (B, 3, H, W).
+        module: the model; its forward takes images (B, 3, H, W).
         cfg: its sizes and prefix tokens.
         family: the name of its `VisionFamily`.
     """
@@ -142,11 +145,12 @@ class HookedVisionModel(HookedRootModule):
 
     @property
     def smallest_image(self) -> tuple[int, int]:
-        """The smallest picture that the model is sure to take."""
+        """(height, width) in pixels of the smallest image that the model is sure to take."""
         return self.cfg.image_size
 
     @property
     def attn_implementation(self) -> str:
+        """Hugging Face's name of the way that attention is computed."""
         return (
             getattr(getattr(self.original_model, "config", None), "_attn_implementation", None)
             or "eager"
@@ -182,7 +186,7 @@ class HookedVisionModel(HookedRootModule):
         return_type: str | None = "logits",
         **options: Any,
     ) -> Any:
-        """Pictures (B, 3, H, W) -> logits, or the last hidden state of a model without a head.
+        """Images (B, 3, H, W) -> logits, or the last hidden state of a model without a head.
 
         With `return_type` None: nothing, for the sake of the hooks.
         """
@@ -236,7 +240,7 @@ class HookedVisionModel(HookedRootModule):
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Within, the submodules pass their hook points; those that nobody listens to are spared."""
+        """Within, the submodules pass their hook points; those without hooks are left out."""
         handles = []
         try:
             for tap in self._taps:
@@ -253,10 +257,10 @@ class HookedVisionModel(HookedRootModule):
         root, *parts = name.split(".")
         if root not in self._roots:
             if hasattr(self, root):
-                raise ConfigError(
-                    f"cannot tap {self.cfg.model_name}: it has a submodule {root!r}, a name that "
-                    "a hooked model needs for itself."
+                problem = (
+                    f"{self.cfg.model_name} has a submodule {root!r}, a name of the hooked model"
                 )
+                raise ConfigError("model_name", problem)
             self._roots.append(root)
             self.add_module(root, Site())
         site: Any = self._modules[root]

@@ -26,15 +26,15 @@ from .tokens import check_tokens, select_tokens
 Edit = Callable[[Tensor], Tensor]
 
 KEPT_BYTES = 2**30
-"""Of pictures, and of activations before a hook point, that are kept for the next edit."""
+"""Upper limit of images, and of activations before a hook point, kept for the next edit."""
 
 
 class Pictures:
-    """Preprocessed pictures by their position in an evaluation set, decoded once while they fit.
+    """Preprocessed images by their position in an evaluation set, decoded once while they fit.
 
     Args:
         images: the data set.
-        rows: (n,) position -> index of the picture in `images` (corrupt ones have no position).
+        rows: (n,) position -> index of the image in `images` (corrupt ones have no position).
         preprocess: as `preprocess_for` gives it.
     """
 
@@ -59,7 +59,7 @@ class Pictures:
 
 
 class ModelIntervention:
-    """The `Intervention` of evaluators: a tapped model, pictures, and one hook point.
+    """The `Intervention` of evaluators: a tapped model, images, and one hook point.
 
     The final embedding is what leaves the last norm, or the last block where the model has no such
     norm: the class token, without one the mean patch token. Of "mean_patch" an edit's change of the
@@ -71,11 +71,11 @@ class ModelIntervention:
 
     Args:
         model: put into evaluation mode.
-        pictures: position in the evaluation set -> picture.
+        pictures: position in the evaluation set -> image.
         hook_name: where the activations are replaced.
         tokens: which of them, one of `TOKEN_CHOICES`.
         taxonomy: its classes are looked for among the model's outputs.
-        batch_size: pictures in one forward pass.
+        batch_size: images in one forward pass.
         resume: False runs every pass from the pixels on.
 
     Attributes:
@@ -84,7 +84,7 @@ class ModelIntervention:
 
     Raises:
         UnknownNameError, ConfigError: no such hook point or tokens, or a model whose last block
-            cannot be told.
+            is not known.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class ModelIntervention:
 
     @torch.no_grad()
     def __call__(self, index: Tensor, edit: Edit | None = None) -> InterventionResult:
-        """Run the pictures at positions `index` (n,); see `Intervention`. Results on the CPU.
+        """Run the images at positions `index` (n,); see `Intervention`. Results on the CPU.
 
         `edit` is given float32 (float64 of a model in float64) on the model's device, a batch at a
         time.
         """
         if not len(index):
-            raise ConfigError("index: an intervention needs at least one image")
+            raise ConfigError("index", "no image", allowed="one or more")
         parts = [self._run(part.tolist(), edit) for part in index.cpu().split(self.batch_size)]
         logits = [part.logits for part in parts if part.logits is not None]
         embedding = torch.cat([part.embedding for part in parts])
@@ -174,9 +174,8 @@ class ModelIntervention:
             return self._edited(as_tokens(activation, point), edit).reshape(activation.shape)
 
         if not isinstance(point, HookPoint):
-            raise ConfigError(
-                f"hook point {name!r}: an SAE is spliced in there; reset_saes() first."
-            )
+            problem = "an SAE is spliced in there"
+            raise ConfigError(f"hook point {name!r}", problem, allowed="reset_saes() first")
         model.context_level += 1
         point.add_hook(replace, level=model.context_level)  # type: ignore[arg-type]
         try:
@@ -228,7 +227,7 @@ class ModelIntervention:
             return self._forward(pixels)
 
     def _try_resuming(self, position: int) -> None:
-        """On one picture; where the model's parts are not called as thought, it is pixels then."""
+        """Try it on one image; a model whose parts are called otherwise is run from the pixels."""
         pixels = self._pixels([position])
         self._pixel_shape = tuple(pixels.shape[1:])
         whole = self._forward(pixels)
@@ -280,9 +279,8 @@ def _embedding_point(model: TappedModel) -> str:
         canonical = model.aliases.get(name, name)
         if canonical in firings(model):
             return canonical
-    raise ConfigError(
-        f"{model.cfg.model_name} has no list of blocks: where its final embedding lies is not known."
-    )
+    problem = "it has no list of blocks: where its final embedding lies is not known"
+    raise ConfigError(model.cfg.model_name, problem)
 
 
 def _block_before(model: TappedModel, hook_name: str) -> int | None:

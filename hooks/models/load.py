@@ -26,7 +26,14 @@ from .families import VisionFamily, VisionSource
 from .families.wrapped import timm_preprocessing, wrap
 from .forward import run_to_hooks
 from .hooked_module import HookedVisionModel
-from .points import EAGER_ONLY, expand_hook_names, hook_d_in, hook_n_tokens, resolve_hook_name
+from .points import (
+    EAGER_ONLY,
+    expand_hook_names,
+    hook_d_in,
+    hook_n_tokens,
+    no_attention_pattern,
+    resolve_hook_name,
+)
 
 __all__ = [
     "VisionModel",
@@ -42,6 +49,9 @@ __all__ = [
 VisionModel: TypeAlias = VisionBridge | HookedVisionModel
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+MODEL_NAMES = (
+    "a folder with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base"
+)
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -62,13 +72,16 @@ def load_vision_model(
 
     Args:
         name_or_folder: a name on the Hugging Face hub, or a folder with a config.json.
+        device: of the model.
+        dtype: of the model: float32, float16, bfloat16 or float64.
         attn_implementation: "sdpa" is faster; attention patterns exist with "eager" alone.
-        family: a registered family, where the checkpoint's config does not tell.
+        family: a registered family, where the checkpoint's config does not identify it.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint. Never by default.
         hook_names: hook points, or patterns, that will be wanted: checked before this returns, and
             as far as possible before any weights are read.
-        random_weights: build the same architecture untrained, as a control; `seed` decides how.
+        random_weights: build the same architecture untrained, as a control.
+        seed: of the random weights.
 
     Returns:
         A `VisionBridge` for the transformer families, a `HookedVisionModel` for everything else,
@@ -79,7 +92,7 @@ def load_vision_model(
     Raises:
         ConfigError: an argument is wrong, or there is no such model; the message names it.
         UnknownNameError: no such family or hook point.
-        CheckpointError: the weights are torn, or not those of the config.
+        CheckpointError: the weights are damaged, or not those of the config.
     """
     name = str(name_or_folder)
     _check_choice("attn_implementation", attn_implementation, ATTENTION)
@@ -120,7 +133,7 @@ def from_module(
 
     Args:
         hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
-            taken. A `TransformerBridge` that somebody booted becomes a `VisionBridge`.
+            taken. A `TransformerBridge` becomes a `VisionBridge`.
         processor: its image processor; kept as `model.processor`.
         family: a registered family; None finds it by the model's class or config.
         model_name: what messages and metadata call it; None takes its config's name.
@@ -135,9 +148,8 @@ def from_module(
     if hasattr(hf_model, "vision_model") and hasattr(hf_model, "text_model"):
         hf_model = hf_model.vision_model  # type: ignore[assignment]
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
-        raise ConfigError(
-            f"{type(hf_model).__name__} is tapped already; use the model that from_module gave."
-        )
+        problem = f"{type(hf_model).__name__} is tapped already"
+        raise ConfigError("hf_model", problem, allowed="the model that from_module gave")
     config: Any = getattr(hf_model, "config", None)
     chosen = VISION_MODELS[family] if family is not None else find_family(config, hf_model)
     name = model_name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
@@ -185,10 +197,9 @@ def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridg
                 f"given transformers {transformers.__version__}; allowed: the {needed} that "
                 "taxolens requires, or family='wrapped'."
             ) from error
-        raise ConfigError(
-            f"family: given {family.name!r}, but {kind} is not built like one ({error}); allowed: "
-            "a family that fits, or 'wrapped' for any model."
-        ) from error
+        problem = f"{kind} is not built like one ({error})"
+        allowed = "a family that fits, or 'wrapped' for any model"
+        raise ConfigError("family", problem, given=family.name, allowed=allowed) from error
     model.family = family.name
     return model
 
@@ -197,12 +208,10 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
     cfg: Any = bridge.cfg
     hf_model = bridge.original_model
     if not getattr(cfg, "is_visual_model", False):
-        raise ConfigError(
-            f"{cfg.model_name} is not a vision model; allowed: one of these families."
-        )
+        raise ConfigError("hf_model", f"{cfg.model_name} is not a vision model")
     family = find_family(hf_model.config, hf_model)
     if not hasattr(cfg, "n_prefix_tokens") and family.adapter is not None:
-        # TransformerLens's own adapter (ViT, DeiT) says nothing of prefix tokens
+        # TransformerLens's own adapter (ViT, DeiT) does not count prefix tokens
         ours: Any = family.adapter(cfg)
         ours.describe(hf_model)
     model = VisionBridge.adopt(bridge)
@@ -218,9 +227,13 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model_name: cannot load {source.name!r}: {error}") from error
-    except (SafetensorError, RuntimeError) as error:  # torn, or of other sizes than its config says
-        raise CheckpointError(f"the weights of {source.name!r} cannot be read: {error}") from error
+        raise ConfigError("model_name", f"cannot be loaded: {error}", given=source.name) from error
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # damaged, or of other sizes than in its config
+        problem = f"the weights cannot be read: {error}"
+        raise CheckpointError("model_name", problem, given=source.name) from error
 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -228,11 +241,10 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
     folder = Path(name)
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model_name: the folder {name!r} has no config.json.")
+            raise ConfigError("model_name", "the folder has no config.json", given=name)
     elif not HUB_NAME.fullmatch(name) or folder.exists():
         raise ConfigError(
-            f"model_name: given {name!r}, which is no folder; allowed: a folder with a config.json, "
-            "or a name on the Hugging Face hub such as facebook/dinov2-base."
+            "model_name", "not a folder, and not a name on the hub", given=name, allowed=MODEL_NAMES
         )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
@@ -243,10 +255,8 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
             name, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"model_name: given {name!r}, whose config cannot be read: {error} Allowed: a folder "
-            "with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base."
-        ) from error
+        problem = f"its config cannot be read: {error}"
+        raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
 
 
 def _read_preprocessing(
@@ -260,7 +270,7 @@ def _read_preprocessing(
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
     except OSError:
         warnings.warn(
-            f"{name!r} has no preprocessor_config.json: model.processor is None, and pictures are "
+            f"{name!r} has no preprocessor_config.json: model.processor is None, and images are "
             "preprocessed by defaults.",
             stacklevel=3,
         )
@@ -279,12 +289,9 @@ def _settings(processor: Any) -> dict[str, Any] | None:
 def _check_attention(hook_names: Sequence[str], attn_implementation: str) -> None:
     wanting = [name for name in hook_names if name.endswith(EAGER_ONLY)]
     if wanting and attn_implementation != "eager":
-        raise ConfigError(
-            f"hook {wanting[0]!r} needs attn_implementation='eager'; given {attn_implementation!r}, "
-            "which never forms the attention pattern."
-        )
+        raise no_attention_pattern(wanting[0], attn_implementation)
 
 
 def _check_choice(field: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
-        raise ConfigError(f"{field}: given {given!r}; allowed: {', '.join(allowed)}.")
+        raise ConfigError(field, "not known", given=given, allowed=", ".join(allowed))

@@ -42,7 +42,7 @@ def resolve_hook_name(model: TappedModel, name: str) -> str:
     if canonical not in model.points():
         raise UnknownNameError(_unknown_hook(model, name))
     if canonical not in firings(model, again=True):  # a set_use_... may have been called since
-        raise ConfigError(_never_fires(model, name))
+        raise _never_fires(model, name)
     return canonical
 
 
@@ -60,7 +60,8 @@ def expand_hook_names(model: TappedModel, patterns: Sequence[str]) -> list[str]:
         ConfigError: all that it matches never fires, or `patterns` is empty.
     """
     if isinstance(patterns, str) or not patterns:
-        raise ConfigError(f"hook_names: given {patterns!r}; allowed: a list of one or more names.")
+        allowed = "a list of one or more names"
+        raise ConfigError("hook_names", "not a list, or empty", given=patterns, allowed=allowed)
     names: dict[str, None] = {}
     for pattern in patterns:
         names.update(dict.fromkeys(_matches(model, pattern)))
@@ -102,7 +103,7 @@ def as_tokens(activation: Tensor, point: nn.Module) -> Tensor:
 def taps(model: TappedModel, names: Sequence[str], tap: Any) -> Iterator[None]:
     """Call `tap(name, activation (B, T, d))` whenever one of the hook points `names` fires.
 
-    What `tap` returns is not looked at: the forward pass is not changed.
+    The forward pass is not changed: what `tap` returns has no effect.
     """
     points = model.points()
     model.context_level += 1
@@ -143,7 +144,7 @@ def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
 def firings(
     model: TappedModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
 ) -> dict[str, Firing]:
-    """What fires in a forward pass of one black picture, by canonical name; kept with the model."""
+    """Canonical name -> what fires in a forward pass of one black image; kept with the model."""
     size = as_pair(image_size) if image_size is not None else model.smallest_image
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
@@ -197,7 +198,7 @@ def _matches(model: TappedModel, pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """ "a.{1,2}.b" -> ["a.1.b", "a.2.b"]."""
+    """The alternatives of a pattern: "a.{1,2}.b" -> ["a.1.b", "a.2.b"]."""
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
         return [pattern]
@@ -238,15 +239,19 @@ def _unknown_hook(model: TappedModel, name: str) -> str:
     )
 
 
-def _never_fires(model: TappedModel, name: str) -> str:
+def _never_fires(model: TappedModel, name: str) -> ConfigError:
     if name.endswith(EAGER_ONLY):
-        return (
-            f"hook {name!r} needs attn_implementation='eager'; the model was loaded with "
-            f"{model.attn_implementation!r}, which never forms the attention pattern."
-        )
+        return no_attention_pattern(name, model.attn_implementation)
     if name.endswith("hook_mlp_in"):
-        return f"hook {name!r} fires only after model.set_use_hook_mlp_in(True)."
-    return f"hook {name!r} never fires in a forward pass of {model.cfg.model_name}."
+        return ConfigError(f"hook {name!r}", "fires only after model.set_use_hook_mlp_in(True)")
+    problem = f"never fires in a forward pass of {model.cfg.model_name}"
+    return ConfigError(f"hook {name!r}", problem)
+
+
+def no_attention_pattern(name: str, given: str) -> ConfigError:
+    """The error where a hook point wants attention patterns, which only "eager" attention has."""
+    problem = f"the hook {name!r} needs attention patterns, which only eager attention forms"
+    return ConfigError("attn_implementation", problem, given=given, allowed="eager")
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class TappedModel(Protocol):
 
     @property
     def smallest_image(self) -> tuple[int, int]:
-        """(height, width) in pixels of the smallest picture that the model is sure to take."""
+        """(height, width) in pixels of the smallest image that the model is sure to take."""
         ...
 
     @property
@@ -64,6 +64,6 @@ class TappedModel(Protocol):
         """Put the model into training mode, or with False into evaluation mode."""
         ...
 
-    def __call__(self, pictures: Any, /, *, return_type: str | None = ...) -> Any:
-        """Run pictures (B, 3, H, W); with `return_type=None` only the hooks see what comes out."""
+    def __call__(self, images: Any, /, *, return_type: str | None = ...) -> Any:
+        """Run images (B, 3, H, W); with `return_type=None` only the hooks see what comes out."""
         ...

@@ -1,4 +1,4 @@
-"""Which of a picture's tokens are looked at.
+"""Selection of an image's tokens: class, patch, register, all, or the mean over the patches.
 
 Prefix tokens come first: the class token where the model has one, then its registers. Every prefix
 token that is not the class token counts as a register, so DeiT's distillation token does.
@@ -30,10 +30,8 @@ def check_tokens(model: TappedModel, tokens: str) -> None:
         raise ConfigError(unknown_name_message("tokens", tokens, list(TOKEN_CHOICES)))
     if tokens not in (possible := _possible(model)):
         what = "class token" if tokens == "class" else "register tokens"
-        raise ConfigError(
-            f"tokens: given {tokens!r}, but {model.cfg.model_name} ({model.family}) has no {what}; "
-            f"choose {', '.join(possible[:-1])} or {possible[-1]}."
-        )
+        problem = f"{model.cfg.model_name} ({model.family}) has no {what}"
+        raise ConfigError("tokens", problem, given=tokens, allowed=", ".join(possible))
 
 
 def tokens_per_image(
@@ -42,10 +40,12 @@ def tokens_per_image(
     image_size: int | tuple[int, int] | None = None,
     hook_name: str | None = None,
 ) -> int:
-    """How many tokens of one picture `tokens` selects.
+    """How many tokens of one image `tokens` selects.
 
     Args:
-        image_size: side, or (height, width), of the preprocessed picture in pixels; None takes
+        model: a vision model.
+        tokens: one of `TOKEN_CHOICES`.
+        image_size: side, or (height, width), of the preprocessed image in pixels; None takes
             what the checkpoint's preprocessing makes.
         hook_name: the hook point; needed for models whose grid shrinks on the way (CNNs).
 
@@ -90,16 +90,18 @@ def select_tokens(
         patches = activations[:, n_prefix:]
         return patches if tokens == "patch" else patches.mean(dim=1, keepdim=True)
     raise ConfigError(
-        f"tokens: given {tokens!r}, but of the {activations.shape[1]} tokens there, "
-        f"{int(has_class_token)} is a class token and {n_register_tokens} are registers; "
-        "choose tokens that are there, or all."
+        "tokens",
+        f"of the {activations.shape[1]} tokens there, {int(has_class_token)} is a class token and "
+        f"{n_register_tokens} are registers",
+        given=tokens,
+        allowed="tokens that are there, or all",
     )
 
 
 def input_size(model: TappedModel) -> tuple[int, int]:
-    """(height, width) in pixels of what the checkpoint's preprocessing makes of any picture.
+    """(height, width) in pixels of what the checkpoint's preprocessing makes of any image.
 
-    Where that says nothing fixed, the size that the model was trained at.
+    Where that fixes no size, the size that the model was trained at.
     """
     # a processor fills in what its file leaves out
     settings = model.processor.to_dict() if model.processor else model.preprocessor_config or {}
@@ -128,14 +130,16 @@ def _possible(model: TappedModel) -> list[str]:
 def _check_grid(
     model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None
 ) -> None:
-    """A wrapped model's prefix tokens were told by names: the rest must be a square grid then."""
+    """A wrapped model's prefix tokens were found by names: the others must form a square grid."""
     height, width = input_size(model) if image_size is None else as_pair(image_size)
     n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
     if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:
         raise ConfigError(
-            f"hook_names: {model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix "
-            f"tokens, but without them the {n_patches} tokens at {hook_name!r} are no square grid; "
-            "choose another hook point."
+            "hook_names",
+            f"{model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix tokens, but "
+            f"without them the {n_patches} tokens there are no square grid",
+            given=hook_name,
+            allowed="another hook point",
         )
 
 
@@ -145,8 +149,7 @@ def _traced_tokens(model: TappedModel, hook_name: str | None, size: int | tuple[
     blocks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     counts = {hook_n_tokens(model, name, size) for name in blocks}
     if len(counts) != 1:
-        raise ConfigError(
-            f"hook_name: given none, but {model.cfg.model_name} has another number of tokens at "
-            "each of its hook points; name one, or choose the tokens mean_patch."
-        )
+        problem = f"{model.cfg.model_name} has another number of tokens at each of its hook points"
+        allowed = "one of them, or the tokens mean_patch"
+        raise ConfigError("hook_name", problem, given=hook_name, allowed=allowed)
     return counts.pop()

@@ -299,7 +299,7 @@ def test_seek_refuses_what_belongs_elsewhere(model, images, cache):
     for difference, stream in others.items():
         with pytest.raises(CheckpointError, match=difference):
             stream.seek(state)
-    with pytest.raises(CheckpointError, match="fields missing"):
+    with pytest.raises(CheckpointError, match="fields are missing"):
         stream_of(model, images).seek({"epoch": 3})
 
 
@@ -317,7 +317,8 @@ def test_not_finite_names_hook_point_and_image(images, workers):
     model.original_model.encoder.layer[1].mlp.fc2.original_component.bias.data[3] = float("nan")
     stream = stream_of(model, images, num_workers=workers)
     with pytest.raises(
-        DataError, match=r"'blocks\.1\.hook_resid_post' are NaN.*\(\d+\.png\) and 1 more"
+        DataError,
+        match=r"'blocks\.1\.hook_resid_post': its activations are NaN.*\(\d+\.png\) and 1 more",
     ):
         next(stream)
 
@@ -332,7 +333,7 @@ def test_too_large_for_half_precision_is_an_error(images):
 
 def test_too_many_corrupt_images_stop_the_stream(model, images):
     with pytest.raises(
-        DataError, match=r"max_corrupt_share=0\.1 allows fewer: image \d+ \(\d+\.png"
+        DataError, match=r"max_corrupt_share: .* corrupt: image \d+ \(\d+\.png.*given 0\.1"
     ):
         take(stream_of(model, images, max_corrupt_share=0.1), 50)
 
@@ -359,13 +360,13 @@ def test_dtype_and_evaluation_mode(model, images):
     ("options", "message"),
     [
         ({"tokens": "cls"}, "unknown tokens 'cls'"),
-        ({"train_batch_size_tokens": 0}, "train_batch_size_tokens=0"),
-        ({"store_batch_size_prompts": 0}, "store_batch_size_prompts=0"),
-        ({"n_batches_in_buffer": -1}, "n_batches_in_buffer=-1"),
-        ({"seed": -1}, "seed=-1"),
-        ({"dtype": "int8"}, "dtype: given 'int8'.*float32"),
-        ({"num_workers": -2}, "num_workers=-2"),
-        ({"image_size": -5}, "image_size=-5"),
+        ({"train_batch_size_tokens": 0}, "train_batch_size_tokens: too small; given 0"),
+        ({"store_batch_size_prompts": 0}, "store_batch_size_prompts: too small; given 0"),
+        ({"n_batches_in_buffer": -1}, "n_batches_in_buffer: too small; given -1"),
+        ({"seed": -1}, "seed: too small; given -1"),
+        ({"dtype": "int8"}, "dtype: not known; given 'int8'; allowed: .*float32"),
+        ({"num_workers": -2}, "num_workers: too small; given -2"),
+        ({"image_size": -5}, "image_size: too small; given -5"),
     ],
 )
 def test_bad_settings_are_named(model, images, options, message):
@@ -408,7 +409,7 @@ def test_hook_points_with_other_numbers_of_tokens_are_refused(images):
     model = vision_model("resnet")
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     stream = ActivationStream(model, images, hooks, tokens="patch", max_corrupt_share=0.5)
-    with pytest.raises(ConfigError, match=r"different numbers of tokens.*or mean_patch"):
+    with pytest.raises(ConfigError, match=r"different numbers of tokens.*or the tokens mean_patch"):
         next(stream)
 
 
@@ -435,7 +436,9 @@ def test_a_cache_is_gathered_in_large_pieces_of_any_size(cache, monkeypatch):
 
 
 def test_a_cache_without_what_is_asked_for(cache):
-    with pytest.raises(ConfigError, match=r"tokens='patch'.*holds all and mean_patch"):
+    with pytest.raises(
+        ConfigError, match=r"tokens: the cache .*given 'patch'; allowed: all and mean_patch"
+    ):
         stream_of(None, None, cache=cache, tokens="patch")
     with pytest.raises(ConfigError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
         ActivationStream(None, None, ["blocks.2.hook_resid_post"], tokens="all", cache=cache)

@@ -171,15 +171,15 @@ def test_an_unfinished_cache_is_finished_with_all_its_hook_points(
 def test_other_activations_are_refused(model, images, tmp_path_factory, change, message):
     path = tmp_path_factory.getbasetemp() / "shared_cache"
     build(model, images, path)
-    with pytest.raises(ConfigError, match=f"(?s)are others: .*{message}"):
+    with pytest.raises(ConfigError, match=f"(?s)other activations: .*{message}"):
         build(model, images, path, **change)
 
 
 def test_another_model_or_other_images_are_refused(model, images, tmp_path):
     build(model, images, tmp_path)
-    with pytest.raises(ConfigError, match="are others: model: "):
+    with pytest.raises(ConfigError, match="other activations: model: "):
         build(vision_model(seed=1), images, tmp_path)
-    with pytest.raises(ConfigError, match="are others: images: "):
+    with pytest.raises(ConfigError, match="other activations: images: "):
         build(model, load_images(hf_dataset(N, draw=noise)), tmp_path)
 
 
@@ -241,7 +241,9 @@ def test_a_full_disk_is_seen_before_the_work(model, images, tmp_path, monkeypatc
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
-        with pytest.raises(DataError, match=r"1,000 bytes free.*need 1,584 bytes, 1,584 of them"):
+        with pytest.raises(
+            DataError, match=r"1,000 bytes are free.*need 1,584 bytes, 1,584 of them"
+        ):
             build(model, images, tmp_path)  # 11 images x (2 hook points x 16 x 4 bytes + 2 x 8)
     assert not list(tmp_path.glob("*.npy"))
 
@@ -256,7 +258,7 @@ def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_writer._Column, "append", full)
-        with pytest.raises(DataError, match=r"the disk is full.*What is done is kept"):
+        with pytest.raises(DataError, match=r"the disk is full.*what is done is kept"):
             build(model, images, tmp_path / "full")
     assert len(ActivationCache.open(tmp_path / "full")) == 3
     build(model, images, tmp_path / "full")
@@ -290,7 +292,7 @@ def test_damage_is_seen(model, images, tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         ActivationCache.open(tmp_path)
     (tmp_path / "cache.json").write_text("{}")
-    with pytest.raises(DataError, match="not of the kind"):
+    with pytest.raises(DataError, match="is of another schema"):
         ActivationCache.open(tmp_path)
 
 

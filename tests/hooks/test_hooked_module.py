@@ -201,7 +201,9 @@ def test_a_prefix_that_the_grid_contradicts() -> None:
 
     model = from_module(Odd().eval())
     model.cfg.image_size = (32, 32)
-    with pytest.raises(ConfigError, match=r"seems to have 1 prefix tokens.*63 tokens at"):
+    with pytest.raises(
+        ConfigError, match=r"seems to have 1 prefix tokens.*63 tokens there.*given 'blocks"
+    ):
         tokens_per_image(model, "class", None, "blocks.0.hook_resid_post")
 
 

@@ -129,14 +129,14 @@ def test_class_folders_below_split_folders(tmp_path):
     assert reds(load_images(tmp_path, split="train")) == [1, 2, 3]
     assert reds(load_images(tmp_path, split="validation")) == [4]
     assert reds(load_images(tmp_path, split="train[:2]")) == [1, 2]
-    with pytest.raises(ConfigError, match=r"split='test'.*allowed: train, validation, val"):
+    with pytest.raises(ConfigError, match=r"given 'test'; allowed: train, validation, val"):
         load_images(tmp_path, split="test")
 
 
 def test_class_folders_without_splits_are_train(tmp_path):
     class_folders(tmp_path, {"train": [1], "bus": [2]})  # a train, the vehicle
     assert load_images(tmp_path).class_names == ["bus", "train"]
-    with pytest.raises(ConfigError, match="no such split; allowed: train"):
+    with pytest.raises(ConfigError, match="no such split; given 'validation'; allowed: train"):
         load_images(tmp_path, split="validation")
 
 
@@ -227,7 +227,7 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_an_empty_dataset():
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="dataset: no images"):
         load_images(hf_dataset(0))
 
 
@@ -263,7 +263,9 @@ def test_whole_numbers_without_names_become_text():
 def test_paths_as_text_when_named(tmp_path):
     plain(77).save(tmp_path / "a.png")
     data = datasets.Dataset.from_dict({"file": [str(tmp_path / "a.png")], "label": ["x"]})
-    with pytest.raises(ConfigError, match=r"no column holds images; columns: file \(string\), "):
+    with pytest.raises(
+        ConfigError, match=r"no column holds images; .*allowed: one of file \(string\), "
+    ):
         load_images(data)
     assert reds(load_images(data, image_column="file")) == [77]
 
@@ -276,10 +278,11 @@ def test_ambiguous_and_missing_columns():
         load_images(twice)
     assert load_images(twice, image_column="right").image_column == "right"
     with pytest.raises(
-        ConfigError, match=r"image_column='pic'.*image \(Image\), label \(ClassLabel\)"
+        ConfigError,
+        match=r"image_column: .*'pic'; allowed: one of image \(Image\), label \(ClassLabel\)",
     ):
         load_images(data, image_column="pic")
-    with pytest.raises(ConfigError, match="label_column='kind': no such column"):
+    with pytest.raises(ConfigError, match="label_column: no such column; given 'kind'"):
         load_images(data, label_column="kind")
     fine = data.rename_column("label", "fine_label")
     both = fine.add_column("coarse_label", [0, 0, 1], feature=datasets.ClassLabel(num_classes=2))
@@ -307,7 +310,7 @@ def test_max_images_takes_the_start_of_a_seeded_permutation():
     assert reds(few) == sorted(reds(few)) and set(reds(few)) < set(reds(more))
     assert few.labels.tolist() == [red // 10 % 3 for red in reds(few)]
     assert len(load_images(data, max_images=99)) == 20
-    with pytest.raises(ConfigError, match="max_images=0"):
+    with pytest.raises(ConfigError, match="max_images: too small; given 0"):
         load_images(data, max_images=0)
 
 
@@ -340,7 +343,7 @@ def test_streaming(tmp_path):
     assert len(list(load_images(tmp_path, streaming=True, max_images=5).stream())) == 5
     with pytest.raises(TypeError, match="streaming"):
         len(images)
-    with pytest.raises(ConfigError, match="streaming=False"):
+    with pytest.raises(ConfigError, match="given True; allowed: False"):
         images.decode(0)
     assert images.fingerprint == load_images(tmp_path, streaming=True).fingerprint
 
@@ -417,7 +420,9 @@ def test_groups_keep_their_borders():
 def test_too_many_corrupt_images_stop_the_work():
     images = load_images(hf_dataset(50, corrupt=range(0, 50, 10)))
     loader = ImageLoader(images, red_pixels, batch_size=8, max_corrupt_share=0.05)
-    with pytest.raises(DataError, match=r"max_corrupt_share=0\.05.*image 0 \(0\.png: cannot"):
+    with pytest.raises(
+        DataError, match=r"max_corrupt_share: .*image 0 \(0\.png: cannot.*given 0\.05"
+    ):
         list(loader.batches(range(50)))
     assert loader.n_processed >= 20
     allowed = ImageLoader(images, red_pixels, batch_size=8, max_corrupt_share=0.1)
@@ -455,7 +460,7 @@ def test_different_shapes_are_explained(tmp_path):
 )
 def test_loader_options_are_checked(options):
     ((name, value),) = options.items()
-    with pytest.raises(ConfigError, match=f"{name}={value}"):
+    with pytest.raises(ConfigError, match=f"{name}: .*given {value}"):
         ImageLoader(load_images(hf_dataset(2)), red_pixels, **{"batch_size": 1, **options})
 
 

@@ -158,7 +158,7 @@ def test_batches_and_order_do_not_matter() -> None:
     whole = intervention("vit_classifier", "blocks.0.hook_resid_post", "class")
     found, expected = run(INDEX, lambda x: x * 3), whole(INDEX.flip(0), lambda x: x * 3)
     assert torch.allclose(found.logits, expected.logits.flip(0), atol=1e-5)
-    with pytest.raises(ConfigError, match="at least one image"):
+    with pytest.raises(ConfigError, match="index: no image"):
         run(INDEX[:0])
 
 

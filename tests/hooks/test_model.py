@@ -145,13 +145,16 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
     [
         (
             {"attn_implementation": "fast"},
-            "attn_implementation: given 'fast'; allowed: sdpa, eager",
+            "attn_implementation: not known; given 'fast'; allowed: sdpa, eager",
         ),
-        ({"dtype": "int8"}, "dtype: given 'int8'; allowed: float32, bfloat16"),
+        ({"dtype": "int8"}, "dtype: not known; given 'int8'; allowed: float32, bfloat16"),
         ({"family": "dino"}, "unknown vision model family 'dino'; did you mean 'dinov"),
-        ({"family": "siglip"}, "family: given 'siglip', but Dinov2Model is not built like one"),
+        ({"family": "siglip"}, "family: Dinov2Model is not built like one"),
         ({"hook_names": ["blocks.7.hook_resid_post"]}, "unknown hook 'blocks.7.hook_resid_post'"),
-        ({"hook_names": ["blocks.0.attn.hook_pattern"]}, "attn_implementation='eager'"),
+        (
+            {"hook_names": ["blocks.0.attn.hook_pattern"]},
+            "given 'sdpa'; allowed: eager",
+        ),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_a_transformers_that_builds_the_family_differently_is_named() -> None:
 
 
 def test_wrong_settings_are_refused_before_anything_is_read() -> None:
-    with pytest.raises(ConfigError, match="attn_implementation='eager'"):
+    with pytest.raises(ConfigError, match=r"attn_implementation: .*'sdpa'; allowed: eager"):
         load_vision_model("no/such-model", hook_names=["blocks.0.attn.hook_pattern"])
     with pytest.raises(UnknownNameError, match="unknown vision model family"):
         load_vision_model("no/such-model", family="resnet50")
@@ -185,12 +188,12 @@ def test_wrong_settings_are_refused_before_anything_is_read() -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "C:\\models", "", "~/x"])
 def test_a_folder_that_is_not_there(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"which is no folder; allowed: .* facebook/dinov2-base"):
+    with pytest.raises(ConfigError, match=r"not a folder.* allowed: .* facebook/dinov2-base"):
         load_vision_model(name)
 
 
 def test_a_name_that_the_hub_does_not_have(offline: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model_name: given 'acme/nothing', whose config cannot"):
+    with pytest.raises(ConfigError, match=r"model_name: its config cannot (.|\n)*'acme/nothing'"):
         load_vision_model("acme/nothing")
 
 
@@ -204,7 +207,7 @@ def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no_such_model"):
         load_vision_model(tmp_path)
     (tmp_path / "config.json").write_text(tiny_model("dinov2").config.to_json_string())
-    with pytest.raises(ConfigError, match="cannot load"):
+    with pytest.raises(ConfigError, match="model_name: cannot be loaded"):
         load_vision_model(tmp_path)
 
 
@@ -212,7 +215,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
     folder = save_tiny("dinov2", tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=f"the weights of '{folder}' cannot be read"):
+    with pytest.raises(CheckpointError, match=f"the weights cannot be read.*'{folder}'"):
         load_vision_model(folder)
 
 

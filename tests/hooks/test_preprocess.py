@@ -97,7 +97,7 @@ def test_old_configs_give_sizes_as_numbers():
     assert PilPreprocess.from_config(crop).crop == (42, 42)
     assert PilPreprocess.from_config({"size": 42}).size == (42, 42)
     assert PilPreprocess.from_config({"size": [40, 42]}).size == (40, 42)
-    with pytest.raises(ConfigError, match=r"size=\{'longest_edge': 9\}"):
+    with pytest.raises(ConfigError, match=r"size of .*\{'longest_edge': 9\}"):
         PilPreprocess.from_config({"size": {"longest_edge": 9}})
 
 
@@ -140,7 +140,7 @@ def test_picklable_with_its_tables():
 
 
 def test_image_size_is_checked():
-    with pytest.raises(ConfigError, match="image_size=0"):
+    with pytest.raises(ConfigError, match="image_size: too small; given 0"):
         preprocess_for(model(PROCESSORS["vit"]()), image_size=0)
 
 

@@ -87,7 +87,7 @@ def test_the_class_token_is_the_one_that_the_model_pools() -> None:
 
 
 def test_siglip_has_no_class_token_and_says_what_to_choose() -> None:
-    with pytest.raises(ConfigError, match=r"'class'.*siglip.*choose mean_patch, patch or all"):
+    with pytest.raises(ConfigError, match=r"siglip.*'class'; allowed: mean_patch, patch, all"):
         check_tokens(tapped("siglip"), "class")
     with pytest.raises(ConfigError, match="no class token"):
         tokens_per_image(tapped("siglip"), "class")
@@ -95,7 +95,7 @@ def test_siglip_has_no_class_token_and_says_what_to_choose() -> None:
 
 def test_registers_that_are_not_there() -> None:
     with pytest.raises(
-        ConfigError, match=r"no register tokens; choose class, mean_patch, patch or"
+        ConfigError, match=r"no register tokens; .*allowed: class, mean_patch, patch, "
     ):
         check_tokens(tapped("dinov2"), "register")
     check_tokens(tapped("deit"), "register")
@@ -117,7 +117,7 @@ def test_selecting_tokens_that_are_not_there() -> None:
 def test_a_shrinking_grid_needs_the_hook_point() -> None:
     model = from_module(tiny_model("dinov3_convnext"))
     assert tokens_per_image(model, "mean_patch") == 1
-    with pytest.raises(ConfigError, match="hook_name: given none"):
+    with pytest.raises(ConfigError, match=r"hook_name: .*given None"):
         tokens_per_image(model, "patch")
     assert tokens_per_image(model, "patch", 64, "blocks.0.hook_resid_post") == 16 * 16
     assert tokens_per_image(model, "patch", 64, "blocks.1.hook_resid_post") == 8 * 8

@@ -47,7 +47,7 @@ def test_a_d_in_that_does_not_match_is_named_with_the_width_found(training):
 
 
 def test_tokens_that_the_model_does_not_have_are_answered_with_those_it_has(training):
-    refused(training, ConfigError, "choose class, mean_patch, patch or all", tokens="register")
+    refused(training, ConfigError, "allowed: class, mean_patch, patch, all", tokens="register")
 
 
 def test_names_of_evaluators_and_a_tree_for_them_are_checked(training):

@@ -482,7 +482,7 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
     ("args", "message"),
     [
         (["--hook_names", "blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
-        (["--tokens", "register"], "tokens: given 'register'"),
+        (["--tokens", "register"], "no register tokens; given 'register'"),
         (["--d_in", "48"], "d_in: 48 was given, but blocks.0.hook_resid_post is 16 wide"),
         (["--taxonomy", "imagenett"], "unknown taxonomy 'imagenett'; did you mean 'imagenet'"),
         (["--evaluators", "pair_dept"], "unknown evaluator 'pair_dept'; did you mean 'pair_depth'"),

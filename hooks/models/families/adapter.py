@@ -24,13 +24,14 @@ from ..points import as_pair
 
 
 class VisionEmbeddings(GeneralizedComponent):
-    """Hugging Face's embeddings: pictures (B, 3, H, W) -> tokens (B, T, d), prefix tokens first.
+    """Hugging Face's embeddings: images (B, 3, H, W) -> tokens (B, T, d), prefix tokens first.
 
-    Where Hugging Face wants to be told to interpolate the position embeddings, it is told whenever
-    a picture has not the size that the model was trained at.
+    Position embeddings are interpolated whenever an image has another size than the model was
+    trained at, for models where Hugging Face interpolates on request only.
     """
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        """Images (B, 3, H, W) -> tokens (B, T, d)."""
         if "interpolate_pos_encoding" in options and not options["interpolate_pos_encoding"]:
             trained_at = as_pair(self.original_component.image_size)  # type: ignore[union-attr]
             options["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != trained_at
@@ -40,7 +41,7 @@ class VisionEmbeddings(GeneralizedComponent):
 class VisionNorm(NormalizationBridge):
     """LayerNorm whose statistics are computed only for who asks for them.
 
-    TransformerLens computes `hook_scale` and `hook_normalized` at every call; for nobody, they
+    TransformerLens computes `hook_scale` and `hook_normalized` at every call; without hooks, they
     cost more than the norm itself.
     """
 
@@ -48,6 +49,7 @@ class VisionNorm(NormalizationBridge):
         super().__init__(name, config, use_native_layernorm_autograd=True)
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        """(B, T, d) -> (B, T, d), normalised."""
         if self.hook_scale.has_hooks() or self.hook_normalized.has_hooks():
             return super().forward(hidden_states, **options)
         norm: Any = self.original_component
@@ -133,7 +135,7 @@ class VisionAdapter(ArchitectureAdapter):
         """Read the sizes off the model, then map its components."""
         self.describe(hf_model)
         self.component_mapping = self._components(hf_model, self._prefix(hf_model))
-        if self.layout.rotary:  # told last: an attention bridge would wait for rotary hooks
+        if self.layout.rotary:  # set last: an attention bridge would wait for rotary hooks
             self.cfg.positional_embedding_type = "rotary"
 
     def describe(self, hf_model: Any) -> None:

@@ -24,6 +24,8 @@ class TowerAdapter(VisionAdapter):
 
 
 class CLIPVisionAdapter(TowerAdapter):
+    """CLIP's vision tower."""
+
     layout = Layout(
         layers="encoder.layers",
         norms=("layer_norm1", "layer_norm2"),

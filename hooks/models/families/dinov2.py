@@ -7,6 +7,8 @@ from .family import VisionFamily
 
 
 class Dinov2Adapter(VisionAdapter):
+    """DINOv2, its feed-forward part an MLP or SwiGLU."""
+
     layout = Layout(
         layers="encoder.layer",
         norms=("norm1", "norm2"),

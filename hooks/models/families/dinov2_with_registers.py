@@ -10,6 +10,8 @@ from .family import VisionFamily
 
 
 class Dinov2WithRegistersAdapter(VisionAdapter):
+    """DINOv2 with register tokens."""
+
     layout = replace(Dinov2Adapter.layout, backbones=("dinov2_with_registers",))
 
 

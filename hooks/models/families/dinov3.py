@@ -7,6 +7,8 @@ from .family import VisionFamily
 
 
 class DINOv3ViTAdapter(VisionAdapter):
+    """The vision transformers of DINOv3."""
+
     layout = Layout(
         layers="model.layer",
         norms=("norm1", "norm2"),

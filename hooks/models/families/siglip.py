@@ -11,6 +11,8 @@ from .family import VisionFamily
 
 
 class SiglipVisionAdapter(TowerAdapter):
+    """SigLIP's vision tower."""
+
     layout = replace(
         CLIPVisionAdapter.layout,
         extras=(("pooler", "head", GeneralizedComponent),),

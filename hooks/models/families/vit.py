@@ -14,6 +14,8 @@ from .family import VisionFamily
 
 
 class ViTAdapter(VisionAdapter):
+    """ViT and DeiT."""
+
     layout = Layout(
         layers="layers",
         norms=("layernorm_before", "layernorm_after"),

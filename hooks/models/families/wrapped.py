@@ -23,7 +23,7 @@ RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as Pillow numbers th
 def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> HookedVisionModel:
     """Tap the named submodules of any vision model.
 
-    Prefix tokens are told by the names of its parameters, sizes by its Hugging Face or timm config.
+    Prefix tokens are found by the names of parameters, sizes in the Hugging Face or timm config.
     """
     # It imports SAELens, which TransformerLens alone, and its users, can do without.
     from ..hooked_module import HookedVisionModel, WrappedConfig
@@ -60,10 +60,9 @@ def _load_timm(source: VisionSource) -> nn.Module:
     try:
         import timm  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
-        raise ConfigError(
-            f"model_name: {source.name!r} is a model of timm, which cannot be imported "
-            f"({error}); pip install 'taxolens[timm]'."
-        ) from error
+        problem = f"a model of timm, which cannot be imported ({error})"
+        allowed = "pip install 'taxolens[timm]'"
+        raise ConfigError("model_name", problem, given=source.name, allowed=allowed) from error
     place = "local-dir" if Path(source.name).is_dir() else "hf-hub"
     revision = f"@{source.revision}" if source.revision else ""
     model = timm.create_model(
