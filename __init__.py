@@ -59,5 +59,5 @@ __getattr__, __dir__, __all__ = lazy_names(
     },
 )
 
-registration.start()
+registration.start(manager="taxolens.plugin.manager")
 moved.start()

@@ -33,10 +33,17 @@ LIBRARIES = frozenset(library for _, library in TABLES.values() if library)
 
 # Library -> the thread that imports it, None afterwards; those that were imported through `_Finder`.
 _importing: dict[str, int | None] = {}
+_manager = ""
 
 
-def start() -> None:
-    """Fill the tables on first read, and register with both libraries once they are imported."""
+def start(manager: str) -> None:
+    """Fill the tables on first read, and register with both libraries once they are imported.
+
+    Args:
+        manager: name of the module that does so (`taxolens.plugin.manager`), imported for it.
+    """
+    global _manager
+    _manager = manager
     for hook, (filled, _) in TABLES.items():
         filled.source = partial(_fill, hook)
     before = LIBRARIES & sys.modules.keys()
@@ -71,17 +78,13 @@ def within_an_import() -> bool:
 
 
 def _fill(hook: str) -> None:
-    from . import manager
-
-    manager.fill(hook)
+    import_module(_manager).fill(hook)
 
 
 def _register(libraries: Iterable[str]) -> None:
     for library in libraries:
         import_module(library)  # waits for its end
-    from . import manager
-
-    manager.fill_for_libraries()
+    import_module(_manager).fill_for_libraries()
 
 
 class _Finder(MetaPathFinder):
@@ -96,8 +99,10 @@ class _Finder(MetaPathFinder):
         if fullname not in LIBRARIES:
             return None
         for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(fullname, path, target)):
-                if spec.loader is not None:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            if spec := finder.find_spec(fullname, path, target):
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
                     _register_after(fullname, spec.loader)
                 return spec
         return None
@@ -116,9 +121,7 @@ def _register_after(library: str, loader: Loader) -> None:
             raise
         _importing[library] = None
         try:
-            from . import manager
-
-            manager.fill_for_libraries()
+            import_module(_manager).fill_for_libraries()
         except Exception as error:  # an error of ours is no reason that the library is missing
             warnings.warn(
                 f"taxolens could not register with {library}: {type(error).__name__}: {error}",
