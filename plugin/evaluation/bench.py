@@ -286,21 +286,20 @@ class Bench:
         x = held_out.sample().to(self.device)
         nothing = torch.zeros(len(x), dtype=torch.int64)
         sources: dict[str, LatentSource] = {}
-        if self._has_meaning("random"):
+        if self.chosen_for("random"):
             with torch.no_grad():
                 z = sae.encode(x, labels=nothing, index=nothing)
             l0 = float((z > 0).sum(1).float().mean())
             sources["random"] = RandomLatents.fit(x, sae.d_sae, l0, seed=self.settings.seed)
-        if self._has_meaning("neurons"):
+        if self.chosen_for("neurons"):
             sources["neurons"] = NeuronLatents.fit(x)
         return sources
 
     def chosen_for(self, null: str) -> Chosen:
-        """The evaluators for which this null has a meaning."""
+        """The evaluators for which this null is computed."""
+        if null not in self.settings.nulls:
+            return {}
         return {n: c for n, c in self.chosen.items() if c[0].nulls.get(null) is None}
-
-    def _has_meaning(self, null: str) -> bool:
-        return null in self.settings.nulls and bool(self.chosen_for(null))
 
     def _draws(
         self, null: str, name: str, done: Pass, nulls: Mapping[str, Mapping[str, Numbers | str]]

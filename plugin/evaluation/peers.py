@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,19 +51,11 @@ def peers_of(
 ) -> list[PeerSAE]:
     """The other SAEs that one is compared with, where an evaluator wants that."""
 
-    def held_out(peer: SAEFolder) -> Callable[[], HeldOutActivations]:
-        return lambda: forwards[ModelSetting.of(peer)].peers_at(peer.hook_name)
+    def held_out(peer: SAEFolder) -> HeldOutActivations:
+        return forwards[ModelSetting.of(peer)].peers_at(peer.hook_name)
 
-    return [
-        PeerSAE(
-            peer,
-            relation,
-            held_out(peer),
-            aggregate=bench.settings.aggregate,
-            device=bench.device,
-        )
-        for peer, relation in (find_peers(sae, saes) if bench.wants("peers") else [])
-    ]
+    found = find_peers(sae, saes) if bench.wants("peers") else []
+    return [PeerSAE(peer, relation, partial(held_out, peer), bench) for peer, relation in found]
 
 
 def _kind(sae: SAEFolder) -> tuple[str, int]:
@@ -96,7 +89,7 @@ class PeerSAE:
         folder: where it is saved.
         relation: what it shares with the SAE that is measured.
         held_out: makes the activations at its hook point, once they are needed.
-        aggregate, device: as for the SAE that is measured.
+        bench: with which the SAE is measured that it is compared with.
     """
 
     def __init__(
@@ -104,13 +97,11 @@ class PeerSAE:
         folder: SAEFolder,
         relation: str,
         held_out: Callable[[], HeldOutActivations],
-        *,
-        aggregate: str = "max",
-        device: str = "cpu",
+        bench: Bench,
     ) -> None:
         self.name, self.relation = folder.id, relation
         self._folder, self._make_held_out = folder, held_out
-        self._aggregate, self._device = aggregate, device
+        self._bench = bench
         self._kept: tuple[bytes, sparse.csr_array] | None = None
 
     @property
@@ -129,7 +120,7 @@ class PeerSAE:
         return self._kept[1]
 
     def _encode(self, index: np.ndarray) -> sparse.csr_array:
-        source, held_out = SAELatents(self._folder.load(self._device)), self._make_held_out()
+        source, held_out = SAELatents(self._folder.load(self._bench.device)), self._make_held_out()
         parts = [sparse.csr_array((0, source.d_sae), dtype=np.float32)]
         nothing = torch.zeros(IMAGES_AT_ONCE, dtype=torch.int64)
         with torch.no_grad():
@@ -138,8 +129,8 @@ class PeerSAE:
                 unknown = nothing[: len(tokens)]
                 z = image_latents(
                     source,
-                    tokens.to(self._device),
-                    aggregate=self._aggregate,
+                    tokens.to(self._bench.device),
+                    aggregate=self._bench.settings.aggregate,
                     labels=unknown,
                     index=unknown,
                 )

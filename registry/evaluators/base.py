@@ -18,8 +18,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
@@ -205,24 +204,25 @@ class EvaluationContext:
     )
     """Which accumulators an evaluator or accumulator has asked for."""
     _acting: list[Any] = field(default_factory=lambda: [None], init=False, repr=False)
+    """Who acts; the last one asks for accumulators."""
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
         """The one accumulator `cls(context, **kwargs)` of this pass, made when first asked for.
 
         Raises:
-            TaxolensError: it has failed before.
+            TaxolensError: its constructor raises, or it has failed before.
         """
         arguments = inspect.signature(cls).bind(self, **kwargs)
         arguments.apply_defaults()  # leaving an argument out is to give its default
         key = (cls, *list(arguments.arguments.items())[1:])
         self._reads[self._acting[-1]][key] = None
+        if key not in self._shared and key not in self.failures:
+            # Made before it is entered: what it shares in turn must be updated before it is.
+            made = self.attempt(key, partial(cls, self, **kwargs))
+            if made is not None:
+                self._shared[key] = made
         if key in self.failures:
             raise TaxolensError(self.failures[key])
-        if key not in self._shared:
-            # Made before it is entered: what it shares in turn must be updated before it is.
-            with self._acts(key):
-                accumulator = cls(self, **kwargs)
-            self._shared[key] = accumulator
         return self._shared[key]  # pyright: ignore[reportReturnType]
 
     def calibrate(self, batch: EvaluationBatch) -> None:
@@ -242,38 +242,26 @@ class EvaluationContext:
         None where it raises, and where it, or an accumulator that it has asked for, has raised
         before: `failures` says why.
         """
-        lost = self._lost(who)
-        if lost is not None:
-            self._fail(who, lost)
-            return None
-        try:
-            with self._acts(who):
+        reason = self._lost(who)
+        if reason is None:
+            self._acting.append(who)
+            try:
                 return act()
-        except Exception:
-            # Hours of other numbers must not be lost to one evaluator.
-            logger.warning("%s failed on %s", _shown(who), self.source, exc_info=True)
-            return None
-
-    @contextmanager
-    def _acts(self, who: Any) -> Iterator[None]:
-        """Note what `who` asks for meanwhile, and what it raises."""
-        self._acting.append(who)
-        try:
-            yield
-        except Exception as error:
-            shared = "" if isinstance(who, str) else f"{_shown(who)}: "
-            self._fail(who, self._lost(who) or f"{shared}{type(error).__name__}: {error}")
-            raise
-        finally:
-            self._acting.pop()
-
-    def _lost(self, who: Any) -> str | None:
-        asked = (who, *self._reads[who])
-        return next((self.failures[key] for key in asked if key in self.failures), None)
-
-    def _fail(self, who: Any, reason: str) -> None:
+            except Exception as error:
+                # Hours of other numbers must not be lost to one evaluator.
+                shared = [] if isinstance(who, str) else [f"shared {who[0].__name__}"]
+                logger.warning("%s failed on %s", *(shared or [who]), self.source, exc_info=True)
+                reason = self._lost(who) or ": ".join([*shared, type(error).__name__, str(error)])
+            finally:
+                self._acting.pop()
         self.failures[who] = reason
         self._shared.pop(who, None)
+        return None
+
+    def _lost(self, who: Any) -> str | None:
+        """Why `who`, or an accumulator that it has asked for, has failed."""
+        asked = (who, *self._reads[who])
+        return next((self.failures[key] for key in asked if key in self.failures), None)
 
     @cached_property
     def permutations(self) -> tuple[np.ndarray, ...]:
@@ -530,7 +518,3 @@ def stream(
             done.calibrate(batch)
         done.update(batch)
     return done
-
-
-def _shown(who: Any) -> str:
-    return who if isinstance(who, str) else f"shared {who[0].__name__}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import wandb
 from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.source import ImageSource
 from taxolens.plugin.commands import evaluate as evaluate_command
@@ -123,11 +124,19 @@ def test_trust_and_configuration_reach_every_place(
     assert reads(asked, *what) == [held_out]
 
 
+@pytest.fixture
+def wandb_disabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B reads its environment once; later tests find it as if it had not been used."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("wandb_disabled")
 def test_a_job_reads_each_split_and_the_tree_once(
     train: Any, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan, the evaluator in the training and the evaluation after it share them."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
     trees: list[Path] = []
     opened: list[ImageSource] = []
     measured: list[str] = []

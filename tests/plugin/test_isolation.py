@@ -28,7 +28,7 @@ from tiny_images import hf_dataset
 HOOK = "blocks.0.hook_resid_post"
 CLASSES = ("ant", "bee", "oak", "elm")
 HEALTHY = ["ontological_coverage", "pair_depth", "reconstruction"]
-STEPS = ("constructor", "calibrate", "update", "compute", "tables", "figures", "notes")
+STEPS = ("constructor", "prepare", "calibrate", "update", "compute", "tables", "figures", "notes")
 SHARED_STEPS = ("constructor", "calibrate", "update")
 UNUSABLE = ("numbers", "table", "figure")
 AFTER_COMPUTE = ("tables", "figures", "notes", "unusable_table", "unusable_figure")
@@ -53,8 +53,11 @@ def faulty_evaluator(step: str) -> type[taxolens.Evaluator]:
 
         def __init__(self, context: Any, options: Any = None) -> None:
             super().__init__(context, options)
-            self.rate = context.share(FiringRate)  # healthy evaluators share it too
             fail_in(step, "constructor")
+
+        def prepare(self) -> None:
+            self.rate = self.context.share(FiringRate)  # healthy evaluators share it too
+            fail_in(step, "prepare")
 
         def calibrate(self, batch: Any) -> None:
             fail_in(step, "calibrate")
@@ -319,7 +322,7 @@ def test_evaluators_that_fail_during_training_cost_the_others_nothing(
         for metrics in found
     )
     assert plain and json.dumps(plain) == json.dumps(mixed)
-    for step in ("constructor", "calibrate", "update", "compute"):
+    for step in ("constructor", "prepare", "calibrate", "update", "compute"):
         assert f"faulty_{step} failed on sae" in caplog.text
         assert f"eval/faulty_{step}/one" not in found[1]
     assert found[1]["eval/faulty_tables/one"] == 1
