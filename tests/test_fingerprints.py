@@ -70,7 +70,10 @@ def test_folder_of_held_out_activations(monkeypatch, tmp_path):
 def test_folder_of_cached_activations():
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     cfg = SimpleNamespace(
-        unique_hook_names=hooks, dataset_path="some/set", model_name="a/model", tokens="class"
+        unique_hook_names=hooks,
+        image_source=SimpleNamespace(dataset="some/set"),
+        model_name="a/model",
+        tokens="class",
     )
     assert _default_cache_path(cfg) == "activations/some_set/a_model/2_hooks_afcbb1a6_class"
 

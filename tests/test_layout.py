@@ -184,6 +184,16 @@ def test_imports_of_every_kind_count(tmp_path: Path) -> None:
     assert circles(graph) == [["hooks.wing.one", "hooks.wing.two"]]
 
 
+def test_an_evaluator_imports_no_other_evaluator() -> None:
+    graph = import_graph(modules(ROOT))
+    room = "registry.evaluators"
+    for module, imported in graph.items():
+        if module.startswith(f"{room}.") and module.count(".") == 2 and module != f"{room}.base":
+            inside = {other for other in imported if other.startswith(room)}
+            shared = {o for o in inside if o == f"{room}.base" or o.startswith(f"{room}.parts")}
+            assert inside - shared == set(), f"{module} imports another evaluator's file"
+
+
 @pytest.mark.parametrize("folder", ["architectures", "evaluators"])
 def test_parts_hold_nothing_registered_and_beside_them_lies_nothing_else(folder: str) -> None:
     registered = registered_names(ast.parse((ROOT / "plugin" / "builtin.py").read_text()))
