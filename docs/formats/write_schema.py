@@ -52,7 +52,8 @@ class ResultsSchema(GenerateJsonSchema):
         described = {item.arg_name: item.description for item in docstring.params}
         found["description"] = docstring.short_description
         for name, field in found["properties"].items():
-            field["description"] = " ".join(str(described[name]).split())
+            words = str(described[name]).split()
+            field["description"] = " ".join("null" if w == "None" else w for w in words)
         return found
 
 

@@ -47,8 +47,7 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         mode = os.environ.get("WANDB_MODE")
     attempts = list(dict.fromkeys((mode, "offline", "disabled")))
     for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
-        if attempt is not None:
-            _set_mode(attempt)
+        _set_mode(attempt)
         try:
             settings = wandb.Settings(init_timeout=init_timeout)
             run = wandb.init(settings=settings, **init)
@@ -64,11 +63,13 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _set_mode(mode: str) -> None:
-    """For this process. W&B reads its environment when first used, and `wandb.init` asks for a key
-    even where a run is active: SAELens's would fail unless W&B forgot what it read."""
-    if os.environ.get("WANDB_MODE") != mode:
+def _set_mode(mode: str | None) -> None:
+    """For this process; None leaves it to W&B's settings. W&B reads its environment when first used,
+    and `wandb.init` asks for a key even where a run is active: SAELens's would fail unless W&B forgot
+    what it read."""
+    if mode is not None:
         os.environ["WANDB_MODE"] = mode
+    if wandb.setup().settings.mode != (mode or "online"):
         wandb.teardown()
 
 

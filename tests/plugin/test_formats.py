@@ -120,7 +120,7 @@ def test_schema_and_tables_are_those_of_the_types() -> None:
     assert json.loads(JSON_SCHEMA.read_text(encoding="utf-8")) == json.loads(json.dumps(schema))
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     assert write_schema.page_of(schema, page) == page
-    assert write_schema.page_of(schema, page.replace("`latent`", "`unit`")) == page
+    assert write_schema.page_of(schema, page.replace("| `d_sae` | int", "| `d_sea` | tex")) == page
 
 
 def test_results_fit_the_schema(run: Any, tmp_path: Path) -> None:

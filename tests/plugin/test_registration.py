@@ -1,57 +1,21 @@
 """Whatever is imported first, all is registered once taxolens and SAELens are both there.
 
-Each scenario needs a process in which neither was imported. They are forks of one process that has
-imported torch and the like, so that a scenario takes a second.
+Each scenario needs a process in which neither was imported: see `forks`.
 """
 
 import ast
-import json
 import pickle
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from taxolens.plugin import builtin, registration
 from taxolens.plugin.training.config import VisionSAERunnerConfig
 from taxolens.registry.architectures.codebook import CODEBOOK
 
 ROOT = Path(__file__).resolve().parents[2]
-
-RUN_IN_FORKS = """if True:
-    import json, os, sys, tempfile, traceback
-    import accelerate, datasets, pandas, plotly.graph_objects, pytest, scipy.stats, simple_parsing
-    import torch, torch._dynamo, transformers, wandb
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-    def clean(names):
-        return not [n for n in names if n.split(".")[0] in ("taxolens", "sae_lens", "transformer_lens")]
-
-    assert clean(sys.modules)
-    found = {}
-    for name, code in json.load(sys.stdin).items():
-        with tempfile.TemporaryFile("w+") as output:
-            pid = os.fork()
-            if pid == 0:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                status = 1
-                try:
-                    exec(compile(code, name, "exec"), {"__name__": "scenario"})
-                    status = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(status)
-            _, status = os.waitpid(pid, 0)
-            output.seek(0)
-            found[name] = [status, output.read()]
-    json.dump(found, sys.stdout)
-"""
 
 CHECK = """
 def check_sae_lens():
@@ -319,7 +283,8 @@ def test_lazy_names_exist_and_type_checkers_see_the_same(package: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name -> script."""
     saved = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     config = CODEBOOK.training_config_class(d_in=4, d_sae=8, k=2)
@@ -345,15 +310,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         scenarios[module] = f"{CHECK}\nimport {module}\ncheck_sae_lens()\ncheck_transformer_lens()"
     for name in FIRST_NAMES:
         scenarios[name] = f"{CHECK}\nfrom taxolens import {name}\ncheck_sae_lens()"
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_IN_FORKS],
-        input=json.dumps(scenarios),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: tuple(outcome) for name, outcome in json.loads(done.stdout).items()}
+    return scenarios
 
 
 @pytest.mark.parametrize(
@@ -365,9 +322,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         *FIRST_NAMES,
     ],
 )
-def test_scenario(outcomes: dict[str, tuple[int, str]], scenario: str) -> None:
-    status, output = outcomes[scenario]
-    assert status == 0, output[-3000:]
+def test_scenario(forks: Forks, scenarios: dict[str, str], scenario: str) -> None:
+    done = forks.run(scenarios[scenario])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def test_every_library_has_a_table() -> None:

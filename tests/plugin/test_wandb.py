@@ -228,6 +228,15 @@ def test_results_survive_whatever_fails_while_logging(
     assert wandb.run is None
 
 
+@pytest.mark.parametrize("mode", ["offline", None])
+def test_a_session_that_began_in_another_mode_is_forgotten(monkeypatch, mode) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert ensure_wandb(project="p") == "disabled"
+    wandb.finish()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert ensure_wandb(mode, project="p") == "offline"
+
+
 def test_disabled_and_unknown_modes(results: Results, tmp_path: Path) -> None:
     assert log_results(results, mode="disabled") is None
     assert not list(tmp_path.rglob("*.wandb"))
