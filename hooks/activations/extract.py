@@ -16,7 +16,7 @@ from ..images.loader import ImageBatch
 from ..images.source import DECODING, ImageSource
 from ..models.forward import run_to_hooks
 from ..models.tapped import TappedModel
-from ..models.tokens import check_tokens, select_tokens
+from ..models.tokens import check_tokens, tokens_of
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,7 @@ class TokenExtractor:
             raise ConfigError(
                 "hook_names", "activations of no tokens", given=shape, allowed=allowed
             )
-        cfg = self.model.cfg
-        chosen = [
-            select_tokens(
-                activation,
-                choice,
-                has_class_token=cfg.has_class_token,
-                n_register_tokens=cfg.n_register_tokens,
-            )
-            for choice in self.tokens
-        ]
+        chosen = [tokens_of(self.model, activation, choice) for choice in self.tokens]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
 
     def _check_finite(self, activations: dict[str, Tensor], batch: ImageBatch) -> None:

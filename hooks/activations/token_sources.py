@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,36 +24,6 @@ Batch = dict[str, Tensor]
 State = dict[str, Any]
 
 GATHERED_BYTES = 1 << 28  # read from a cache at once, in the order of the file
-
-
-class TokenSource(Protocol):
-    """Where batches come from: a model that reads images, or a cache.
-
-    Once `stopped` is set, batches end at the next opportunity.
-    """
-
-    tokens_per_image: int
-    stopped: threading.Event
-
-    def start(self) -> State:
-        """The position of the first batch."""
-        ...
-
-    def batches(self, state: State) -> Iterator[tuple[Batch, Any]]:
-        """The batches from a position on, each {hook point: (b, d)} with a mark of what follows."""
-        ...
-
-    def state(self, mark: Any) -> State:
-        """The position after the batch that came with `mark`."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able: everything that decides which numbers come in which order."""
-        ...
-
-    def failures(self) -> dict[int, str]:
-        """Image index -> source and reason, of the corrupt images so far."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +74,10 @@ class _Window:
 
 
 class ModelSource:
-    """Activations made as they are needed, from images through a model."""
+    """Activations made as they are needed, from images through a model.
+
+    Once `stopped` is set, batches end at the next opportunity.
+    """
 
     def __init__(
         self,
@@ -353,6 +326,9 @@ class CacheSource:
             name: column.index_select(0, in_file_order).to(device, dtype).index_select(0, back)
             for name, column in self._columns.items()
         }
+
+
+TokenSource: TypeAlias = ModelSource | CacheSource
 
 
 def _described(preprocess: Any) -> Any:

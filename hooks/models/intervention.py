@@ -21,7 +21,7 @@ from .bridge import VisionBridge
 from .forward import run_to_hooks
 from .points import as_tokens, firings, resolve_hook_name, taps
 from .tapped import TappedModel
-from .tokens import check_tokens, select_tokens
+from .tokens import check_tokens, tokens_of
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -186,27 +186,16 @@ class ModelIntervention:
 
     def _edited(self, activation: Tensor, edit: Edit) -> Tensor:
         """(B, T, d) with the chosen tokens replaced."""
-        cfg = self.model.cfg
-        chosen = select_tokens(
-            activation,
-            self.tokens,
-            has_class_token=cfg.has_class_token,
-            n_register_tokens=cfg.n_register_tokens,
-        )
+        chosen = tokens_of(self.model, activation, self.tokens)
         given = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         new = edit(given.clone()).to(chosen)
         if new.shape != chosen.shape:
             raise ValueError(f"edit: given {tuple(chosen.shape)}, it returned {tuple(new.shape)}")
         activation = activation.clone()
         if self.tokens == "mean_patch":
-            activation[:, cfg.n_prefix_tokens :] += new - chosen
+            activation[:, self.model.cfg.n_prefix_tokens :] += new - chosen
         else:  # a view of the clone
-            select_tokens(
-                activation,
-                self.tokens,
-                has_class_token=cfg.has_class_token,
-                n_register_tokens=cfg.n_register_tokens,
-            ).copy_(new)
+            tokens_of(self.model, activation, self.tokens).copy_(new)
         return activation
 
     # From a block on ---------------------------------------------------------------------------

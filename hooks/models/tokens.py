@@ -98,6 +98,14 @@ def select_tokens(
     )
 
 
+def tokens_of(model: TappedModel, activations: Tensor, tokens: str) -> Tensor:
+    """`select_tokens` (B, T, d) -> (B, k, d) with the prefix tokens that the model has."""
+    has_class, n_registers = model.cfg.has_class_token, model.cfg.n_register_tokens
+    return select_tokens(
+        activations, tokens, has_class_token=has_class, n_register_tokens=n_registers
+    )
+
+
 def input_size(model: TappedModel) -> tuple[int, int]:
     """(height, width) in pixels of what the checkpoint's preprocessing makes of any image.
 
