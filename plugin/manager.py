@@ -151,8 +151,10 @@ def _registrars(plugin: str) -> dict[str, Callable[[Any], None]]:
     def evaluator(entry: Any) -> None:
         if not isinstance(entry, type) or not isinstance(getattr(entry, "name", None), str):
             raise ConfigError(
-                f"plugin {plugin!r} registers {entry!r} as an evaluator; allowed: a subclass of "
-                "taxolens.Evaluator with a `name`."
+                f"plugin {plugin!r}",
+                "not an evaluator",
+                given=entry,
+                allowed="a subclass of taxolens.Evaluator with a `name`",
             )
         table.EVALUATORS.register(entry.name, entry, plugin=plugin)
 

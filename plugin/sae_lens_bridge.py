@@ -26,8 +26,10 @@ def check_architecture(entry: Architecture) -> None:
         holder = registry[entry.name][0]
         if holder is not ours:
             raise DuplicateNameError(
-                f"architecture {entry.name!r} is already in SAELens, held by "
-                f"{holder.__module__}.{holder.__name__}. Choose another name."
+                "architecture",
+                f"in SAELens already, held by {holder.__module__}.{holder.__name__}",
+                given=entry.name,
+                allowed="another name",
             )
 
 
@@ -60,12 +62,16 @@ def add_loader(loader: Loader) -> None:
     if loader.huggingface is None:
         return
     if NAMED_PRETRAINED_SAE_LOADERS.get(loader.name, loader.huggingface) is not loader.huggingface:
-        raise DuplicateNameError(f"loader {loader.name!r} is already in SAELens. Choose another.")
+        raise DuplicateNameError(
+            "loader", "in SAELens already", given=loader.name, allowed="another name"
+        )
     directory = get_pretrained_saes_directory()
     taken = sorted(
         name for name, lookup in loader.releases.items() if directory.get(name, lookup) != lookup
     )
     if taken:
-        raise DuplicateNameError(f"releases {taken} are already in SAELens. Choose other names.")
+        raise DuplicateNameError(
+            "releases", "in SAELens already", given=taken, allowed="other names"
+        )
     NAMED_PRETRAINED_SAE_LOADERS[loader.name] = loader.huggingface
     directory.update(loader.releases)

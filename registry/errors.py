@@ -25,17 +25,17 @@ class TaxolensError(Exception):
 
     def __init__(
         self,
-        field: str,
-        problem: str | None = None,
+        field: Any,
+        problem: Any = None,
         *,
         given: Any = _NOT_SAID,
-        allowed: str | None = None,
+        allowed: Any = None,
     ) -> None:
-        parts = [field if problem is None else f"{field}: {problem.rstrip('.')}"]
+        parts = [f"{field}" if problem is None else f"{field}: {str(problem).rstrip('.')}"]
         if given is not _NOT_SAID:
             parts.append(f"given {given!r}")
         if allowed is not None:
-            parts.append(f"allowed: {allowed.rstrip('.')}")
+            parts.append(f"allowed: {str(allowed).rstrip('.')}")
         # One argument, so that an error crosses process boundaries as it is.
         super().__init__(parts[0] if problem is None else "; ".join(parts) + ".")
 

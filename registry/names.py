@@ -22,8 +22,11 @@ def did_you_mean(names: Iterable[str]) -> str:
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence: what is unknown, the nearest known names, and up to 40 of all known names."""
+    """What is not known, the nearest known names, and up to 40 of all known names."""
     names = sorted(known)
     near = did_you_mean(nearest(name, names))
     shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
-    return f"unknown {kind} {name!r}{'; ' + near if near else '.'} Known: {', '.join(shown) or 'none'}."
+    return (
+        f"{kind}: not known{', ' + near if near else ''}; given {name!r}; "
+        f"allowed: {', '.join(shown) or 'none'}."
+    )

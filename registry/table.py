@@ -38,9 +38,10 @@ class Table(Mapping[str, T], Generic[T]):
             if self._entries[name] is entry and self._plugins[name] == plugin:
                 return
             raise DuplicateNameError(
-                f"{self.kind} {name!r} is registered twice: by plugin {self._plugins[name]!r} "
-                f"and again by plugin {plugin!r}. Rename one of them, or block a plugin with "
-                "TAXOLENS_BLOCK_PLUGINS."
+                self.kind,
+                f"registered by plugin {self._plugins[name]!r} and by plugin {plugin!r}",
+                given=name,
+                allowed="another name; TAXOLENS_BLOCK_PLUGINS blocks a plugin",
             )
         self._entries[name] = entry
         self._plugins[name] = plugin

@@ -111,7 +111,7 @@ class CacheReader:
     def _known(self, hook_name: str) -> str:
         if hook_name not in self.facts["hook_names"]:
             message = unknown_name_message("hook point", hook_name, self.hook_names)
-            raise UnknownNameError(f"cache {self.path}: {message}")
+            raise UnknownNameError(f"cache {self.path}", message)
         return hook_name
 
     def _mapped(self, name: str, mode: Any = "r") -> np.ndarray:

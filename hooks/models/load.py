@@ -193,9 +193,9 @@ def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridg
         if kind in family.architectures:
             needed = next(r for r in requires("taxolens") or () if r.startswith("transformers"))
             raise ConfigError(
-                f"family: {family.name!r} does not fit how transformers builds {kind} ({error}); "
-                f"given transformers {transformers.__version__}; allowed: the {needed} that "
-                "taxolens requires, or family='wrapped'."
+                "family",
+                f"{family.name!r} does not fit how transformers builds {kind} ({error}); given transformers {transformers.__version__}",
+                allowed=f"the {needed} that taxolens requires, or family='wrapped'",
             ) from error
         problem = f"{kind} is not built like one ({error})"
         allowed = "a family that fits, or 'wrapped' for any model"

@@ -229,13 +229,12 @@ def _unknown_hook(model: TappedModel, name: str) -> str:
     near = nearest(name, known, cutoff=0.6) or [
         plain[match] for match in nearest(re.sub(r"\d+|\*", "0", name), plain, cutoff=0.4)
     ]
-    message = f"unknown hook {name!r}"
-    if near:
-        message += f"; {did_you_mean(near)}"
+    hint = f", {did_you_mean(near)}" if near else ""
     blocks = f"blocks 0 to {model.cfg.n_layers - 1}" if model.cfg.n_layers else "no list of blocks"
     return (
-        f"{message} {model.cfg.model_name} ({model.family}) has {blocks}; `*` stands for one part "
-        "of a name between dots, `**` for any number of them."
+        f"hook_names: not known{hint}; given {name!r}; allowed: names and patterns of "
+        f"{model.cfg.model_name} ({model.family}), which has {blocks}; `*` stands for one part of a "
+        "name between dots, `**` for any number of them."
     )
 
 

@@ -128,5 +128,7 @@ def _options(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
     if not isinstance(options, dict):
-        raise ConfigError(f"options: given {text!r}; allowed: evaluator names with their options.")
+        raise ConfigError(
+            "options", "not possible", given=text, allowed="evaluator names with their options"
+        )
     return options

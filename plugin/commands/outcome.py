@@ -50,7 +50,10 @@ def raise_errors(results: Results) -> None:
     """Say at the end, when everything else is safe, that an evaluator failed."""
     if results.errors:
         named = "; ".join(f"{where}: {message}" for where, message in results.errors.items())
-        raise TaxolensError(f"an evaluator failed, the others are in {_place(results)}: {named}")
+        raise TaxolensError(
+            "evaluators",
+            f"some failed; the numbers of the others are in {_place(results)}; failed: {named}",
+        )
 
 
 def _place(results: Results) -> Path:

@@ -127,8 +127,10 @@ def _check_number(name: str, value: str, annotation: str) -> None:
         kind(value)
     except ValueError:
         raise ConfigError(
-            f"argument --{name}: invalid {kind.__name__} value: {value!r}. "
-            "See `taxolens train --help`."
+            f"argument --{name}",
+            "of the wrong type",
+            given=value,
+            allowed=f"{kind.__name__}; see `taxolens train --help`",
         ) from None
 
 

@@ -57,13 +57,11 @@ def underscored(args: Iterable[str]) -> list[str]:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """ "unknown <kind> 'x'", with the nearest known names, or all of them where they are few."""
+    """That a name is not known, with the nearest known names, or all of them where they are few."""
     names = sorted(known)
-    if near := did_you_mean(nearest(name.partition("=")[0], names)):
-        return f"unknown {kind} {name!r}; {near}"
-    if len(names) <= 12:
-        return f"unknown {kind} {name!r}; known: {', '.join(names)}."
-    return f"unknown {kind} {name!r}."
+    near = did_you_mean(nearest(name.partition("=")[0], names))
+    allowed = f"; allowed: {', '.join(names)}." if len(names) <= 12 and not near else ""
+    return f"{kind}: not known{', ' + near if near else ''}; given {name!r}{allowed or '.'}"
 
 
 def console() -> Console:

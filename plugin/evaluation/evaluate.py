@@ -151,8 +151,10 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
         width = hook_d_in(model, sae.hook_name, sae.setting("image_size"))
         if d_in != width:
             raise ConfigError(
-                f"{sae.id}: its d_in is {d_in}, but activations at {sae.hook_name} of "
-                f"{sae.model_name} have width {width}"
+                f"{sae.id}: d_in",
+                f"not the width of {sae.hook_name} of {sae.model_name}",
+                given=d_in,
+                allowed=width,
             )
 
 
@@ -161,5 +163,7 @@ def _output_folder(runs: str | Path | Sequence[str | Path], given: str | Path | 
         return Path(given)
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
     if len(paths) > 1:
-        raise ConfigError("output_path: give one when several runs are compared")
+        raise ConfigError(
+            "output_path", "not given", allowed="a folder, where several runs are compared"
+        )
     return Path(paths[0])

@@ -10,7 +10,7 @@ from typing import Any
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import ImageSource
 from ...registry.errors import ConfigError
-from ...registry.taxonomies.load import load_taxonomy
+from ...registry.taxonomies.load import TREES, load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from .sae_folders import SAEFolder
 
@@ -35,7 +35,11 @@ def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
         name = field.metadata.get("setting", field.name)
         _only([getattr(source, field.name) for source in sources], name)
     if not sources[0].dataset_path:
-        raise ConfigError("dataset_path: neither given nor in the run's settings")
+        raise ConfigError(
+            "dataset_path",
+            "neither given nor in the run's settings",
+            allowed="a dataset; see `load_images`",
+        )
     return sources[0]
 
 
@@ -90,8 +94,9 @@ def load_images_of(source: ImageSource) -> tuple[ImageDataset, ImageSource]:
                 raise
             failures.append(str(error))
     raise ConfigError(
-        f"split: {source.dataset} has no split {' or '.join(HELD_OUT_SPLITS)}; name the one "
-        f"to evaluate on, or give another dataset_path. ({failures[0]})"
+        "split",
+        f"{source.dataset} has no split {' or '.join(HELD_OUT_SPLITS)} ({failures[0].rstrip('.')})",
+        allowed="the name of the split to evaluate on, or another dataset_path",
     )
 
 
@@ -104,7 +109,10 @@ def _only(values: Sequence[Any], name: str) -> Any:
     distinct = list(dict.fromkeys(map(str, values)))
     if len(distinct) > 1:
         raise ConfigError(
-            f"{name}: the runs have different ones ({', '.join(distinct[:5])}); give one for all"
+            name,
+            "the runs have different ones",
+            given=", ".join(distinct[:5]),
+            allowed="one for all",
         )
     return values[0]
 
@@ -126,7 +134,7 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
             )
             if not allow:
                 raise ConfigError(
-                    f"split: {message}; choose a held-out one, or allow_train_split=True"
+                    "split", message, allowed="a held-out split, or allow_train_split=True"
                 )
             logger.warning("%s: nothing here is held out.", message)
             return True
@@ -136,8 +144,5 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
 def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:
     name = given or _only([sae.setting("taxonomy") for sae in saes], "taxonomy")
     if not name:
-        raise ConfigError(
-            "taxonomy: neither given nor in the run's settings; allowed: a name of `taxolens list "
-            "taxonomies`, a folder of nested class folders, or a .csv or .json of parent,child"
-        )
+        raise ConfigError("taxonomy", "neither given nor in the run's settings", allowed=TREES)
     return str(name)

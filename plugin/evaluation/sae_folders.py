@@ -88,16 +88,16 @@ class SAEFolder:
             needed = self.setting("requires_plugin")
             hint = f"; it needs the plugin {needed!r}" if needed else ""
             raise ConfigError(
-                f"{self.path}: SAELens knows no architecture {error.args[0]!r}{hint}"
+                self.path, f"SAELens knows no architecture {error.args[0]!r}{hint}"
             ) from error
         except Exception as error:
-            raise CheckpointError(f"{self.path}: the SAE cannot be loaded: {error}") from error
+            raise CheckpointError(self.path, f"the SAE cannot be loaded: {error}") from error
         return sae.eval()
 
     def _required(self, name: str) -> str:
         found = self.setting(name)
         if not found:
-            raise ConfigError(f"{self.path / SAE_CFG_FILENAME}: metadata has no {name!r}")
+            raise ConfigError(self.path / SAE_CFG_FILENAME, f"metadata has no {name!r}")
         return found
 
 
@@ -134,12 +134,12 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
     """
     paths = [Path(p) for p in ([runs] if isinstance(runs, (str, Path)) else runs)]
     if not paths:
-        raise ConfigError("runs: no folder is given")
+        raise ConfigError("runs", "no folder is given")
     repeated = [
         str(path) for path, count in Counter(p.resolve() for p in paths).items() if count > 1
     ]
     if repeated:
-        raise ConfigError(f"runs: {', '.join(repeated)} is given twice")
+        raise ConfigError("runs", f"{', '.join(repeated)} is given twice")
     labels = _labels(paths)
     found = [
         sae for path, label in zip(paths, labels, strict=True) for sae in _saes_in(path, label)
@@ -155,7 +155,7 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
 
 def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     if not path.is_dir():
-        raise ConfigError(f"runs: {path} is not a folder")
+        raise ConfigError("runs", f"{path} is not a folder")
     settings = _read_json(path / RUNNER_CFG_FILENAME)
     folders = [
         file.parent
@@ -164,8 +164,9 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     ]
     if not folders:
         raise ConfigError(
-            f"runs: {path} holds no SAE (a folder with {SAE_CFG_FILENAME} and "
-            f"{SAE_WEIGHTS_FILENAME})"
+            "runs",
+            f"{path} holds no SAE",
+            allowed=f"a folder with {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}",
         )
     saes = []
     for folder in folders:
@@ -174,8 +175,10 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
         schema = (cfg.get("metadata") or {}).get("taxolens_schema", SAE_SCHEMA)
         if schema != SAE_SCHEMA:
             raise ConfigError(
-                f"{folder / SAE_CFG_FILENAME}: taxolens_schema: not known; given {schema!r}; "
-                f"allowed {SAE_SCHEMA!r}."
+                folder / SAE_CFG_FILENAME,
+                "taxolens_schema: not known",
+                given=schema,
+                allowed=repr(SAE_SCHEMA),
             )
         saes.append(SAEFolder(name, label, name, folder, cfg, settings))
     return sorted(saes, key=lambda sae: natural_key(sae.name))
@@ -203,4 +206,4 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
+        raise CheckpointError(file, f"not JSON: {error}") from None

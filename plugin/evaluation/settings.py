@@ -82,7 +82,9 @@ class EvaluationSettings:
                 if name not in allowed:
                     raise ConfigError(unknown_name_message(field, name, allowed))
         if self.n_permutations < 1:
-            raise ConfigError(f"n_permutations: given {self.n_permutations}; allowed: 1 or more")
+            raise ConfigError(
+                "n_permutations", "not possible", given=self.n_permutations, allowed="1 or more"
+            )
 
     def override(self, **options: Any) -> EvaluationSettings:
         """The same settings with other values.

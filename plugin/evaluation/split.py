@@ -37,12 +37,14 @@ class Split:
         """
         labels = np.asarray(labels, dtype=np.int64)
         if not len(labels):
-            raise DataError("the evaluation set has no image left")
+            raise DataError("images", "the evaluation set has no image left")
         outside = np.unique(labels[(labels < 0) | (labels >= n_classes)])
         if len(outside):
             raise DataError(
-                f"labels outside 0 … {n_classes - 1}, the classes of the taxonomy: "
-                f"{', '.join(map(str, outside[:10]))}"
+                "labels",
+                "not classes of the taxonomy",
+                given=outside[:10].tolist(),
+                allowed=f"0 … {n_classes - 1}",
             )
         generator = np.random.default_rng(seed)
         fit, score = [], []

@@ -103,8 +103,10 @@ def make_training_evaluator(
     held_out = held_out.limited(cfg.eval_max_images or MAX_TRAINING_IMAGES)
     if held_out.source.same_images(cfg.image_source):
         raise ConfigError(
-            f"eval_split: given {held_out.source.split!r}, which is trained on; allowed: a held-out "
-            "split, or another eval_dataset_path."
+            "eval_split",
+            "trained on",
+            given=held_out.source.split,
+            allowed="a held-out split, or another eval_dataset_path",
         )
     chosen = {name: (EVALUATORS[name], None) for name in cfg.evaluators}
     for name, (evaluator, _) in chosen.items():

@@ -370,9 +370,7 @@ class Results:
         """Raises DataError, naming the place, where `data` is not of this schema."""
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
-            raise DataError(
-                f"{source}: schema is {found!r}, but this version of taxolens reads {SCHEMA!r}"
-            )
+            raise DataError(source, "schema: not known", given=found, allowed=repr(SCHEMA))
         try:
             return coerce({k: v for k, v in data.items() if k != "folder"}, cls, source)
         except MisfitError as error:
@@ -392,10 +390,10 @@ class Results:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(
-                f"{file} does not exist; write it with `taxolens evaluate RUN`"
+                file, "not found", allowed="what `taxolens evaluate RUN` writes"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} is not JSON: {error}") from None
+            raise DataError(file, f"not JSON: {error}") from None
         results = cls.from_dict(data, source=str(file))
         object.__setattr__(results, "folder", file.parent)
         return results

@@ -33,12 +33,16 @@ def dashboard(results: Results, where: str, *, name: str = "taxolens") -> Worksp
     """
     entity, _, project = where.rpartition("/")
     if not project or "/" in entity:
-        raise ConfigError(f"wandb_dashboard: given {where!r}; allowed: PROJECT or ENTITY/PROJECT")
+        raise ConfigError(
+            "wandb_dashboard", "not possible", given=where, allowed="PROJECT or ENTITY/PROJECT"
+        )
     try:
         from wandb_workspaces.workspaces import Section, Workspace
     except ImportError as error:
         raise ConfigError(
-            "wandb_dashboard: needs wandb-workspaces; pip install 'taxolens[workspaces]'"
+            "wandb_dashboard",
+            "wandb-workspaces is not installed",
+            allowed="pip install 'taxolens[workspaces]'",
         ) from error
     groups: dict[str, Sequence[ShownMetric]] = {"headlines": headlines(results)}
     metrics = [ShownMetric(e, m, results.label(e, m)) for e, m in results.metric_names()]
@@ -69,7 +73,7 @@ def save_dashboard(results: Results, where: str, *, name: str = "taxolens") -> s
     try:
         workspace.save()
     except Exception as error:  # W&B raises its own, network and key errors alike
-        raise TaxolensError(f"W&B did not save the dashboard: {error}") from error
+        raise TaxolensError("wandb_dashboard", f"W&B did not save it: {error}") from error
     return workspace.url
 
 

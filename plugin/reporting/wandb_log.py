@@ -40,7 +40,7 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         init: arguments of `wandb.init`: project, entity, name, id, config, dir, group, ...
     """
     if mode is not None and mode not in WANDB_MODES:
-        raise ConfigError(f"wandb mode is {mode!r}; choose one of {', '.join(WANDB_MODES)}")
+        raise ConfigError("wandb mode", "not known", given=mode, allowed=", ".join(WANDB_MODES))
     if wandb.run is not None:
         return _mode_of(wandb.run)
     if mode is None:

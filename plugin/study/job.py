@@ -9,6 +9,7 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
+from ...registry.taxonomies.load import TREES
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
 from ..evaluation.held_out import HeldOut
 from ..evaluation.settings import EvaluationSettings
@@ -41,7 +42,9 @@ class Job:
     def __init__(self, study: Study, *, evaluate: bool = True) -> None:
         draft = study.draft()
         if evaluate and draft.output_path is None:
-            raise ConfigError("output_path: given none; the evaluation needs the saved SAEs.")
+            raise ConfigError(
+                "output_path", "the evaluation needs the saved SAEs", given=None, allowed="a folder"
+            )
         preflight.check_settings(draft, has_dataset=False)
         self.held_out = self._load_held_out(draft) if evaluate else None
         model = load_model(draft)
@@ -126,9 +129,9 @@ class Job:
         """The images and the tree of the evaluation, and a check of its evaluators."""
         if not cfg.taxonomy:
             raise ConfigError(
-                "taxonomy: not given; the evaluation needs a class tree: a name of `taxolens list "
-                "taxonomies`, a folder of nested class folders, or a .csv or .json of parent,child. "
-                "With --no_evaluate the SAEs are only trained."
+                "taxonomy",
+                "not given, and the evaluation needs a class tree",
+                allowed=f"{TREES}, or --no_evaluate, which only trains",
             )
         held_out = HeldOut.load(cfg.held_out_source, cfg.taxonomy)
         choose_evaluators(cfg.evaluators or None, None)

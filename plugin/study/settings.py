@@ -77,18 +77,18 @@ class SAEChoice:
         """
         given = self.fields.get("d_in", d_in)
         if given != d_in:
-            raise ConfigError(f"d_in: {given} was given, but {hook_name} is {d_in} wide.")
+            raise ConfigError("d_in", f"not the width of {hook_name}", given=given, allowed=d_in)
         # A copy: SAELens changes lists such as matryoshka_widths in place.
         fields = {**copy.deepcopy(self.fields), "d_in": d_in}
         if self.expansion_factor is not None:
             fields["d_sae"] = round(self.expansion_factor * d_in)
         if "d_sae" not in fields:
-            raise ConfigError("d_sae: not given; allowed: a width, or expansion_factor.")
+            raise ConfigError("d_sae", "not given", allowed="a width, or expansion_factor")
         config_class = training_config_class(self.architecture)
         try:
             return config_class(**fields)
         except (TypeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"architecture {self.architecture!r}: {error}") from error
+            raise ConfigError(f"architecture {self.architecture!r}", error) from error
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,9 @@ class Study:
         if self.epochs is not None:
             if tokens_per_epoch is None:
                 raise ConfigError(
-                    "epochs: the number of images is unknown before they are streamed; give "
-                    "training_tokens instead."
+                    "epochs",
+                    "the number of images is unknown before they are streamed",
+                    allowed="training_tokens",
                 )
             batch = runner.get(
                 "train_batch_size_tokens", VisionSAERunnerConfig.train_batch_size_tokens
@@ -159,8 +160,9 @@ class Study:
         lacking = sorted(set(runner) - {f.name for f in dataclasses.fields(config_class)})
         if lacking:
             raise ConfigError(
-                f"{', '.join(lacking)}: no meaning for more than one SAE; leave it out, or name one "
-                "hook point."
+                ", ".join(lacking),
+                "no meaning for more than one SAE",
+                allowed="left out, or one hook point",
             )
         logger = LoggingConfig(**self.logger)
         try:
@@ -210,7 +212,9 @@ def _sections(
     for section in ("logger", "sae"):
         nested = flat.pop(section, None) or {}
         if not isinstance(nested, Mapping):
-            raise ConfigError(f"{source}: {section}: expected `name: value` lines, got {nested!r}.")
+            raise ConfigError(
+                source, f"{section}: not settings", given=nested, allowed="`name: value` lines"
+            )
         for key, value in nested.items():
             if section == "sae" and key == "architecture":
                 continue
@@ -233,7 +237,9 @@ def _drop_alternatives(
     given = {key for values in sections.values() for key in values}
     for one, other in ALTERNATIVES:
         if one in given and other in given:
-            raise ConfigError(f"{source}: {one} and {other} say the same thing; give one of them.")
+            raise ConfigError(
+                source, f"{one} and {other} say the same thing", allowed="one of them"
+            )
         for key, dropped in ((one, other), (other, one)):
             if key in given:
                 for values in merged.values():
@@ -261,7 +267,7 @@ def _sae_choice(
     name: str, own: Any, architecture: str, shared: Settings, expansion_factor: float | None
 ) -> SAEChoice:
     if not isinstance(own, Mapping):
-        raise ConfigError(f"saes.{name}: expected `name: value` lines, got {own!r}.")
+        raise ConfigError(f"saes.{name}", "not settings", given=own, allowed="`name: value` lines")
     architecture = str(own.get("architecture", architecture))
     hints = _hints(training_config_class(architecture))
     # What was said about another architecture and has no meaning here is left out: a preset's
@@ -281,8 +287,8 @@ def _sae_choice(
 
 def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:
     near = did_you_mean(nearest(key, known, cutoff=0.6))
-    hint = near or "`taxolens train --help_all` lists the names."
-    return f"{source}: unknown key {shown!r}; {hint}"
+    hint = near or "see `taxolens train --help_all`"
+    return f"{source}: key not known, {hint}; given {shown!r}."
 
 
 def _hints(config_class: type[Any]) -> dict[str, Any]:
@@ -314,4 +320,4 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     except MisfitError:
         shown = getattr(hint, "__name__", None) if isinstance(hint, type) else None
         shown = shown or str(hint).replace("typing.", "")
-        raise ConfigError(f"{name}: expected {shown}, got {value!r}.") from None
+        raise ConfigError(name, "of the wrong type", given=value, allowed=shown) from None

@@ -46,11 +46,12 @@ def required(settings: Settings) -> list[str]:
     """
     for name in ("model_name", "dataset_path"):
         if not settings.get(name):
-            raise ConfigError(f"{name}: not given; see `taxolens train --help`.")
+            raise ConfigError(name, "not given", allowed="see `taxolens train --help`")
     hook_names = settings.get("hook_names") or [n for n in [settings.get("hook_name")] if n]
     if not hook_names:
         raise ConfigError(
-            "hook_names: not given; allowed: hook points such as blocks.5.hook_resid_post, or "
-            "patterns such as blocks.*.hook_resid_post."
+            "hook_names",
+            "not given",
+            allowed="hook points such as blocks.5.hook_resid_post, or patterns such as blocks.*.hook_resid_post",
         )
     return hook_names

@@ -73,7 +73,7 @@ class VisionActivationsStore:
         try:
             state = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a position in the activations: {error}") from error
+            raise CheckpointError(path, f"not a position in the activations: {error}") from error
         self.stream.seek(state)
         self.n_consumed = 0
 

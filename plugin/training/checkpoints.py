@@ -95,8 +95,10 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
         if content["schema"] != SCHEMA:
             raise CheckpointError(
-                f"checkpoint {folder}: schema: not known; given {content['schema']!r}; allowed "
-                f"{SCHEMA!r}."
+                f"checkpoint {folder}",
+                "schema: not known",
+                given=content["schema"],
+                allowed=repr(SCHEMA),
             )
         return Manifest(
             content["n_training_samples"],
@@ -106,10 +108,11 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except FileNotFoundError:
         raise CheckpointError(
-            f"checkpoint {folder} is torn: it has no {MANIFEST_FILENAME}, which is written last."
+            f"checkpoint {folder}",
+            f"incomplete: it has no {MANIFEST_FILENAME}, which is written last",
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} is torn: {path.name}: {error!r}.") from error
+        raise CheckpointError(f"checkpoint {folder}", f"damaged: {path.name}: {error!r}") from error
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -121,7 +124,7 @@ def verify_checkpoint(folder: Path) -> None:
     for name, expected in read_manifest(folder).files.items():
         fault = _fault(folder / name, expected)
         if fault:
-            raise CheckpointError(f"checkpoint {folder} is torn: {name} {fault}.")
+            raise CheckpointError(f"checkpoint {folder}", f"damaged: {name} {fault}")
 
 
 def is_whole(folder: Path) -> bool:
@@ -174,17 +177,16 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"resume_from_checkpoint: {path} is not a folder.")
+        raise CheckpointError("resume_from_checkpoint", f"{path} is not a folder")
     if path.name.startswith(FINAL_PREFIX):
         raise CheckpointError(
-            f"resume_from_checkpoint: {path} was written at the end of training, with the "
-            "normalization of activations folded in; there is nothing to resume. To train on from "
-            "its weights, give it as from_pretrained_path."
+            "resume_from_checkpoint",
+            f"{path} was written at the end of training, with the normalization of activations folded in; there is nothing to resume. To train on from its weights, give it as from_pretrained_path",
         )
     if not _is_checkpoint(path):
         found = latest_checkpoint(path)
         if found is None:
-            raise CheckpointError(f"resume_from_checkpoint: {path} holds no whole checkpoint.")
+            raise CheckpointError("resume_from_checkpoint", f"{path} holds no whole checkpoint")
         return found
     try:
         verify_checkpoint(path)
@@ -194,7 +196,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
             latest_checkpoint(path.parent, before=int(path.name)) if _is_name(path.name) else None
         )
         if before is None:
-            raise CheckpointError(f"{error} No whole checkpoint comes before it.") from error
+            raise CheckpointError(
+                "resume_from_checkpoint", f"{error} No complete checkpoint comes before it"
+            ) from error
         logger.warning(f"{error} Resuming from the one before it, {before}.")
         return before
 
@@ -222,7 +226,7 @@ def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
     differences = _differences(run.fixed, manifest.run.fixed)
     if differences:
         raise CheckpointError(
-            f"checkpoint {folder} belongs to another run: {'; '.join(differences)}."
+            f"checkpoint {folder}", f"belongs to another run: {'; '.join(differences)}"
         )
     changed = _differences(run.training, manifest.run.training)
     if changed:

@@ -225,9 +225,11 @@ class VisionFields:
             text = path.read_text(encoding="utf-8")
             loaded = yaml.safe_load(text) if _is_yaml(path) else json.loads(text)
         except (OSError, yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"config file {path}: {error}") from error
+            raise ConfigError(f"config file {path}", error) from error
         if not isinstance(loaded, dict):
-            raise ConfigError(f"config file {path}: expected `name: value` lines, got {loaded!r}.")
+            raise ConfigError(
+                f"config file {path}", "not settings", given=loaded, allowed="`name: value` lines"
+            )
         return cls.from_dict(loaded)
 
     @classmethod
@@ -297,7 +299,9 @@ class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
         cfg_dict = _checked_dict(cls, cfg_dict, required=("saes", "hook_names"))
         saes = cfg_dict.pop("saes")
         if not isinstance(saes, Mapping):
-            raise ConfigError(f"saes: given {saes!r}; allowed: a mapping of name to SAE config.")
+            raise ConfigError(
+                "saes", "not possible", given=saes, allowed="a mapping of name to SAE config"
+            )
         return _constructed(
             cls,
             cfg_dict,
@@ -367,14 +371,16 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
         ConfigError: a key that the architecture does not have, or a value that it refuses.
     """
     if not isinstance(sae, Mapping) or "architecture" not in sae:
-        raise ConfigError(f"{field_name}: given {sae!r}; allowed: a mapping with an architecture.")
+        raise ConfigError(
+            field_name, "not possible", given=sae, allowed="a mapping with an architecture"
+        )
     config_class = training_config_class(sae["architecture"])
     known = {f.name for f in dataclasses.fields(config_class)} | {"architecture"}
     _refuse_unknown_keys(sae, known, prefix=f"{field_name}.")
     try:
         return config_class.from_dict(copy.deepcopy(dict(sae)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{field_name}: {error}") from error
+        raise ConfigError(field_name, error) from error
 
 
 def _round_up_training_tokens(cfg: Any) -> None:
@@ -407,7 +413,7 @@ def _checked_dict(
     _refuse_unknown_keys(cfg_dict, known)
     for name in required:
         if name not in cfg_dict:
-            raise ConfigError(f"{name}: not given; allowed: see {cls.__name__}.")
+            raise ConfigError(name, "not given", allowed=f"see {cls.__name__}")
     return dict(cfg_dict)
 
 
@@ -415,7 +421,7 @@ def _constructed(cls: type[Any], cfg_dict: dict[str, Any], **built: Any) -> Any:
     """`cls(**cfg_dict)`, with a checkpoint_path that already has its id kept as it is."""
     logging = cfg_dict.pop("logger", None) or {}
     if not isinstance(logging, Mapping):
-        raise ConfigError(f"logger: given {logging!r}; allowed: a mapping.")
+        raise ConfigError("logger", "not possible", given=logging, allowed="a mapping")
     _refuse_unknown_keys(logging, {f.name for f in dataclasses.fields(LoggingConfig)}, "logger.")
     if isinstance(cfg_dict.get("seqpos_slice"), list):
         cfg_dict["seqpos_slice"] = tuple(cfg_dict["seqpos_slice"])
@@ -437,7 +443,7 @@ def _refuse_unknown_keys(given: Iterable[Any], known: Iterable[str], prefix: str
     for key in given:
         if key not in known:
             near = did_you_mean(nearest(key, known) or known)
-            raise ConfigError(f"unknown field {prefix + str(key)!r}; {near}")
+            raise ConfigError(prefix + str(key), f"not known, {near}")
 
 
 def _is_yaml(path: Path) -> bool:

@@ -113,11 +113,11 @@ def check_fields(cfg: Any) -> None:
     for name, (fits, allowed) in CHECKS.items():
         value = getattr(cfg, name)
         if not fits(value):
-            raise ConfigError(f"{name}: given {value!r}; allowed: {allowed}.")
+            raise ConfigError(name, "not possible", given=value, allowed=allowed)
     for name, (unchanged, instead) in REFUSED.items():
         if getattr(cfg, name, unchanged) not in (unchanged, _as_list(unchanged)):
             raise ConfigError(
-                f"{name}: given {getattr(cfg, name)!r}, which has no meaning for images; {instead}."
+                name, "no meaning for images", given=getattr(cfg, name), allowed=instead
             )
     ignored = [k for k, unchanged in IGNORED.items() if getattr(cfg, k, unchanged) != unchanged]
     if ignored:
@@ -131,37 +131,50 @@ def _check_schedule(cfg: Any) -> None:
     ramps = cfg.lr_warm_up_steps + cfg.lr_decay_steps
     if cfg.lr_scheduler_name != "constant" and ramps >= steps:
         raise ConfigError(
-            f"lr_warm_up_steps + lr_decay_steps: given {ramps}; allowed: below the {steps} steps "
-            "that training_tokens / train_batch_size_tokens makes."
+            "lr_warm_up_steps + lr_decay_steps",
+            "not possible",
+            given=ramps,
+            allowed=f"below the {steps} steps that training_tokens / train_batch_size_tokens makes",
         )
     if cfg.lr_decay_steps and cfg.lr_scheduler_name != "constant" and cfg.lr_end == 0.0:
-        raise ConfigError("lr_decay_steps: a decay from lr_end = 0 is none; give lr_end above 0.")
+        raise ConfigError(
+            "lr_decay_steps", "lr_end is 0, from which nothing decays", allowed="lr_end above 0"
+        )
     cycles = cfg.n_restart_cycles
     if cfg.lr_scheduler_name == "cosineannealingwarmrestarts" and cycles > steps - ramps:
-        raise ConfigError(f"n_restart_cycles: given {cycles}; allowed: at most {steps - ramps}.")
+        raise ConfigError(
+            "n_restart_cycles", "not possible", given=cycles, allowed=f"at most {steps - ramps}"
+        )
 
 
 def _check_saes(cfg: Any) -> None:
     saes = cfg.saes if hasattr(cfg, "saes") else {"sae": cfg.sae}
     if not saes:
-        raise ConfigError("saes: given none; allowed: at least one.")
+        raise ConfigError("saes", "missing", given=None, allowed="at least one")
     for name, sae in saes.items():
         if not isinstance(name, str) or not _is_file_name(name):
             raise ConfigError(
-                f"saes: given the name {name!r}; allowed: a name that a folder can have."
+                "saes", "not a name", given=name, allowed="a name that a folder can have"
             )
         if not isinstance(sae, SAEConfig):
-            raise ConfigError(f"{name}: given {sae!r}; allowed: the training config of an SAE.")
+            raise ConfigError(
+                name, "not possible", given=sae, allowed="the training config of an SAE"
+            )
         trainable = training_config_class(sae.architecture())
         if not isinstance(sae, TrainingSAEConfig):
             raise ConfigError(
-                f"{name}: given {type(sae).__name__}, with which an SAE is loaded; allowed, to "
-                f"train one: {trainable.__name__}."
+                name,
+                "a config with which an SAE is loaded",
+                given=type(sae).__name__,
+                allowed=f"{trainable.__name__}, to train one",
             )
         for width in ("d_in", "d_sae"):
             if not POSITIVE_INT[0](getattr(sae, width)):
                 raise ConfigError(
-                    f"{name}.{width}: given {getattr(sae, width)!r}; allowed: {POSITIVE_INT[1]}."
+                    f"{name}.{width}",
+                    "not possible",
+                    given=getattr(sae, width),
+                    allowed=POSITIVE_INT[1],
                 )
 
 
@@ -175,8 +188,10 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
         return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     if architecture in SAE_CLASS_REGISTRY:
         raise UnknownNameError(
-            f"architecture {architecture!r} can be loaded but not trained: SAELens has no training "
-            f"class for it. Trainable: {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
+            "architecture",
+            "can be loaded but not trained: SAELens has no training class for it",
+            given=architecture,
+            allowed=", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY)),
         )
     raise UnknownNameError(
         unknown_name_message("architecture", architecture, list(SAE_TRAINING_CLASS_REGISTRY))

@@ -58,8 +58,7 @@ def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:
                 SAE.load_from_disk(folder)
     except Exception as error:
         raise ConfigError(
-            f"{name}: architecture {cfg.architecture()!r} with these settings cannot {stage}: "
-            f"{error}"
+            name, f"architecture {cfg.architecture()!r} with these settings cannot {stage}: {error}"
         ) from error
 
 

@@ -33,13 +33,17 @@ def check_settings(cfg: Any, *, has_dataset: bool) -> None:
     """
     if not cfg.dataset_path and not has_dataset:
         raise ConfigError(
-            "dataset_path: given none; allowed: a hub name, a folder of class folders, parquet or "
-            "arrow files, or a saved dataset."
+            "dataset_path",
+            "missing",
+            given=None,
+            allowed="a hub name, a folder of class folders, parquet or arrow files, or a saved dataset",
         )
     for name in cfg.evaluators:
         EVALUATORS[name]
     if cfg.evaluators and cfg.taxonomy is None:
-        raise ConfigError("taxonomy: given none; the evaluators need one.")
+        raise ConfigError(
+            "taxonomy", "the evaluators need one", given=None, allowed="a name, a folder or a file"
+        )
     for field in ("device", "llm_device", "act_store_device"):
         _check_device(field, getattr(cfg, field))
 
@@ -57,7 +61,7 @@ def check_model(cfg: Any, model: Any) -> None:
         given, found = cfg.sae_configs[name].d_in, hook_d_in(model, hook_name, cfg.image_size)
         if given != found:
             raise ConfigError(
-                f"{name}.d_in: given {given}, but activations at {hook_name} have width {found}."
+                f"{name}.d_in", f"not the width at {hook_name}", given=given, allowed=found
             )
     count_tokens(cfg, model, cfg.tokens)
 
@@ -82,8 +86,10 @@ def count_tokens(cfg: Any, model: Any, tokens: str) -> int:
     counts = token_counts(cfg, model, tokens)
     if len(set(counts.values())) > 1:
         raise ConfigError(
-            f"hook_names: given hook points with different numbers of {tokens} tokens, {counts}; "
-            "allowed: those with the same number, or the tokens mean_patch."
+            "hook_names",
+            f"different numbers of {tokens} tokens",
+            given=counts,
+            allowed="hook points with the same number, or the tokens mean_patch",
         )
     return next(iter(counts.values()))
 
@@ -140,7 +146,10 @@ def _check_device(field: str, value: str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{field}: given {value!r}, which torch cannot use here: {reason}"
+            field,
+            f"torch cannot use it here: {reason}",
+            given=value,
+            allowed="a device of this machine",
         ) from error
 
 
@@ -151,9 +160,7 @@ def _check_writable(field: str, place: Path) -> Path:
         with tempfile.TemporaryFile(dir=there):
             return there
     except OSError as error:
-        raise ConfigError(
-            f"{field}: cannot write into {str(place)!r}: {error.strerror}."
-        ) from error
+        raise ConfigError(field, f"cannot write into {str(place)!r}: {error.strerror}") from error
 
 
 def _check_room(places: Mapping[str, Path], needed: Mapping[str, int]) -> None:
@@ -166,8 +173,9 @@ def _check_room(places: Mapping[str, Path], needed: Mapping[str, int]) -> None:
         free = shutil.disk_usage(places[fields[0]]).free
         if total > free:
             raise ConfigError(
-                f"{', '.join(fields)}: {_in_mib(total)} needed in {str(places[fields[0]])!r}, "
-                f"{_in_mib(free)} free. Fewer n_checkpoints, or keep_checkpoints, need less."
+                ", ".join(fields),
+                f"{_in_mib(total)} needed in {str(places[fields[0]])!r}, {_in_mib(free)} free",
+                allowed="more room; fewer n_checkpoints, or keep_checkpoints, need less",
             )
 
 

@@ -213,7 +213,7 @@ class TrainingSession:
         left = latest_checkpoint(folder.parent)
         last = f"the last whole one is {left}" if left else "there is none before it"
         raise CheckpointError(
-            f"checkpoint {folder} could not be written: {error}; {last}."
+            f"checkpoint {folder}", f"could not be written: {error}; {last}"
         ) from error
 
     def _remove_half_written(self) -> Path | None:
@@ -248,9 +248,9 @@ class TrainingSession:
             for key, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise DivergedError(
-                        f"SAE {name!r}: {key} is not finite after "
-                        f"{self._trainer.n_training_samples:,} tokens: training diverged. Try a "
-                        "lower lr, lr_warm_up_steps, or normalize_activations."
+                        f"SAE {name!r}",
+                        f"{key} is not finite after {self._trainer.n_training_samples:,} tokens: training diverged",
+                        allowed="a lower lr, lr_warm_up_steps, or normalize_activations",
                     )
 
 

@@ -312,7 +312,10 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         self._load_inputs(override_dataset, override_model, held_out)
         if override_saes is not None and set(override_saes) != set(cfg.saes):
             raise ConfigError(
-                f"override_saes: given {sorted(override_saes)}; allowed: {sorted(cfg.saes)}."
+                "override_saes",
+                "not possible",
+                given=sorted(override_saes),
+                allowed=", ".join(sorted(cfg.saes)),
             )
         self.saes = override_saes or {
             name: new_sae(sae_cfg, cfg.seed) for name, sae_cfg in cfg.saes.items()
@@ -360,8 +363,10 @@ def load_model(cfg: Any) -> Any:
     unknown = sorted(set(more) - set(allowed))
     if unknown:
         raise ConfigError(
-            f"model_from_pretrained_kwargs: given {', '.join(unknown)}; allowed: "
-            f"{', '.join(allowed[1:])}."
+            "model_from_pretrained_kwargs",
+            "not possible",
+            given=", ".join(unknown),
+            allowed=", ".join(allowed[1:]),
         )
     return load_vision_model(cfg.model_name, **settings, **more)
 
@@ -405,7 +410,7 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
         return TrainingSAE.load_from_disk(path, device)
     except Exception as error:
         raise CheckpointError(
-            f"from_pretrained_path: {path!r} cannot be loaded: {error!r}"
+            "from_pretrained_path", f"{path!r} cannot be loaded: {error!r}"
         ) from error
 
 
@@ -438,8 +443,10 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
     if cfg.resume_from_checkpoint is None:
         if cfg.checkpoint_path is not None and holds_checkpoints(cfg.checkpoint_path):
             raise ConfigError(
-                f"checkpoint_path: {cfg.checkpoint_path!r} holds checkpoints already. Go on from "
-                f"them with resume_from_checkpoint={AUTO!r}, or choose another checkpoint_id."
+                "checkpoint_path",
+                "holds checkpoints already",
+                given=cfg.checkpoint_path,
+                allowed=f"resume_from_checkpoint={AUTO!r}, which goes on from them, or another checkpoint_id",
             )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)

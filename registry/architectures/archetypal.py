@@ -60,13 +60,17 @@ class ArchetypalSettings:
 
 def _check(cfg: Any) -> None:
     if cfg.n_candidates is not None and cfg.n_candidates < 1:
-        raise ConfigError(f"n_candidates must be at least 1, got {cfg.n_candidates}.")
+        raise ConfigError(
+            "n_candidates", "out of range", given=cfg.n_candidates, allowed="at least 1"
+        )
     if cfg.delta < 0:
-        raise ConfigError(f"delta must not be negative, got {cfg.delta}.")
+        raise ConfigError("delta", "out of range", given=cfg.delta, allowed="0 or more")
     if cfg.decoder_init_norm is not None:
         raise ConfigError(
-            f"decoder_init_norm must be None for {cfg.architecture()}, whose atoms start as "
-            f"points of the data; got {cfg.decoder_init_norm}."
+            "decoder_init_norm",
+            "not possible",
+            given=cfg.decoder_init_norm,
+            allowed=f"None for {cfg.architecture()}, whose atoms start as points of the data",
         )
 
 
@@ -200,8 +204,10 @@ class ArchetypalDictionary(SAE[Any]):
         """
         if points.shape != self.candidates.shape:
             raise ConfigError(
-                f"points must have shape {tuple(self.candidates.shape)} (n_candidates, d_in), "
-                f"got {tuple(points.shape)}."
+                "points",
+                "not possible",
+                given=tuple(points.shape),
+                allowed=f"shape {tuple(self.candidates.shape)} (n_candidates, d_in)",
             )
         self.candidates.copy_(points)
         self.cfg.candidate_steps = 0

@@ -81,7 +81,9 @@ class CodebookTrainingSAEConfig(PluginTrainingSAEConfig):
     def __post_init__(self) -> None:
         refuse_whitening(self, _WHY_NO_WHITENING)
         if not 1 <= self.k <= self.d_sae:
-            raise ConfigError(f"k of codebook must be in 1..d_sae={self.d_sae}, got {self.k}.")
+            raise ConfigError(
+                "k", "out of range", given=self.k, allowed=f"an integer in 1..d_sae={self.d_sae}"
+            )
         super().__post_init__()
 
     @override

@@ -105,9 +105,13 @@ class HSAETrainingSAEConfig(PluginTrainingSAEConfig):
         check_levels("hsae", self.d_sae, self.widths, _budgets(self.k, self.widths))
         for name in ("swap_probability", "unassigned_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+                raise ConfigError(
+                    name, "out of range", given=getattr(self, name), allowed="a number in [0, 1]"
+                )
         if self.reassign_every < 1:
-            raise ConfigError(f"reassign_every must be at least 1, got {self.reassign_every}.")
+            raise ConfigError(
+                "reassign_every", "out of range", given=self.reassign_every, allowed="at least 1"
+            )
         super().__post_init__()
 
     @property

@@ -67,7 +67,12 @@ class MPTrainingSAEConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         check_pursuit_config(self)
         if not 0 <= self.atom_dropout < 1:
-            raise ConfigError(f"atom_dropout must be in [0, 1), got {self.atom_dropout}.")
+            raise ConfigError(
+                "atom_dropout",
+                "out of range",
+                given=self.atom_dropout,
+                allowed="a number in [0, 1)",
+            )
         super().__post_init__()
 
     @override

@@ -52,14 +52,22 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         levels = self.levels
         if levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] != self.k:
             raise ConfigError(
-                f"ks must be strictly increasing, positive and end with k={self.k}, got {self.ks}."
+                "ks",
+                "out of range",
+                given=self.ks,
+                allowed=f"positive, strictly increasing, and k={self.k} at the end",
             )
         if self.level_weights not in ("uniform", "reverse"):
             raise ConfigError(
-                f"level_weights must be 'uniform' or 'reverse', got {self.level_weights!r}."
+                "level_weights",
+                "not possible",
+                given=self.level_weights,
+                allowed="'uniform' or 'reverse'",
             )
         if self.inference_k is not None and self.inference_k < 1:
-            raise ConfigError(f"inference_k must be at least 1, got {self.inference_k}.")
+            raise ConfigError(
+                "inference_k", "out of range", given=self.inference_k, allowed="at least 1"
+            )
         super().__post_init__()
 
     @property

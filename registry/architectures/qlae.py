@@ -75,9 +75,14 @@ class QLAETrainingSAEConfig(PluginTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         if self.n_levels < 2:
-            raise ConfigError(f"n_levels must be at least 2, got {self.n_levels}.")
+            raise ConfigError("n_levels", "out of range", given=self.n_levels, allowed="at least 2")
         if not 0 <= self.decay_per_step < 1:
-            raise ConfigError(f"decay_per_step must be in [0, 1), got {self.decay_per_step}.")
+            raise ConfigError(
+                "decay_per_step",
+                "out of range",
+                given=self.decay_per_step,
+                allowed="a number in [0, 1)",
+            )
         super().__post_init__()
 
     @override

@@ -52,12 +52,19 @@ class RandomMatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         refuse_input_normalisation(self)
         if not 1 <= self.min_prefix <= self.d_sae:
             raise ConfigError(
-                f"min_prefix must be in 1..d_sae={self.d_sae}, got {self.min_prefix}."
+                "min_prefix",
+                "out of range",
+                given=self.min_prefix,
+                allowed=f"an integer in 1..d_sae={self.d_sae}",
             )
         if self.n_prefixes < 1:
-            raise ConfigError(f"n_prefixes must be at least 1, got {self.n_prefixes}.")
+            raise ConfigError(
+                "n_prefixes", "out of range", given=self.n_prefixes, allowed="at least 1"
+            )
         if self.pareto_alpha <= 0:
-            raise ConfigError(f"pareto_alpha must be positive, got {self.pareto_alpha}.")
+            raise ConfigError(
+                "pareto_alpha", "out of range", given=self.pareto_alpha, allowed="a number above 0"
+            )
         super().__post_init__()
 
 

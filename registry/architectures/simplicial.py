@@ -68,11 +68,15 @@ class SimplicialTrainingSAEConfig(PluginTrainingSAEConfig):
     def __post_init__(self) -> None:
         if self.group_size < 2 or self.d_sae % self.group_size:
             raise ConfigError(
-                f"group_size must be at least 2 and divide d_sae={self.d_sae}, got "
-                f"{self.group_size}."
+                "group_size",
+                "out of range",
+                given=self.group_size,
+                allowed=f"at least 2, and a divisor of d_sae={self.d_sae}",
             )
         if self.temperature <= 0:
-            raise ConfigError(f"temperature must be positive, got {self.temperature}.")
+            raise ConfigError(
+                "temperature", "out of range", given=self.temperature, allowed="a number above 0"
+            )
         super().__post_init__()
 
     @override

@@ -51,7 +51,9 @@ class AbsorptionOptions:
         require_at_least(1, self, "max_images", "max_nodes", "min_images", "max_main")
         for field in ("probe_f1", "main_rise"):
             if not 0 <= getattr(self, field) < 1:
-                raise ConfigError(f"{field}: must lie in [0, 1), got {getattr(self, field)}")
+                raise ConfigError(
+                    field, "out of range", given=getattr(self, field), allowed="a number in [0, 1)"
+                )
 
 
 class Probed(NamedTuple):

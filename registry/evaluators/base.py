@@ -74,7 +74,7 @@ class EvaluationBatch:
     def __post_init__(self) -> None:
         lengths = {f.name: len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
         if len(set(lengths.values())) > 1:
-            raise ConfigError(f"EvaluationBatch: fields differ in length: {lengths}")
+            raise ConfigError("EvaluationBatch", f"fields differ in length: {lengths}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -291,7 +291,7 @@ def require_at_least(least: int, options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ConfigError(f"{name}: must be at least {least}, got {value}")
+            raise ConfigError(name, "out of range", given=value, allowed=f"{least} or more")
 
 
 M = TypeVar("M", bound=Callable[..., Any])
@@ -426,7 +426,9 @@ class Evaluator(ABC, Generic[O]):
     def _check_shuffled(self, shuffled: bool) -> None:
         if shuffled and not self.context.shuffled:
             raise ConfigError(
-                f"{self.name}.compute(shuffled=True): the pass was made with shuffled=False"
+                f"{self.name}.compute(shuffled=True)",
+                "the pass was made with shuffled=False",
+                allowed="a context with shuffled=True",
             )
 
 

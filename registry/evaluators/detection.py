@@ -53,9 +53,11 @@ class DetectionOptions:
         require_at_least(1, self, "min_fired", "max_images", "probe_images")
         require_at_least(0, self, "n_latents", "n_directions")
         if not 0.5 <= self.detected <= 1:
-            raise ConfigError(f"detected: must lie in [0.5, 1], got {self.detected}")
+            raise ConfigError(
+                "detected", "out of range", given=self.detected, allowed="a number in [0.5, 1]"
+            )
         if not self.kl > 0:
-            raise ConfigError(f"kl: must be above 0, got {self.kl}")
+            raise ConfigError("kl", "out of range", given=self.kl, allowed="above 0")
 
 
 class Explanations(NamedTuple):

@@ -50,7 +50,9 @@ class FeatureGeometryOptions:
         require_at_least(1, self, "max_images", "min_images", "node_images", "max_edges", "babel")
         require_at_least(2, self, "max_latents")
         if not 0 <= self.detector_f1 <= 1:
-            raise ConfigError(f"detector_f1: must lie in [0, 1], got {self.detector_f1}")
+            raise ConfigError(
+                "detector_f1", "out of range", given=self.detector_f1, allowed="a number in [0, 1]"
+            )
 
 
 class Directions(NamedTuple):

@@ -51,8 +51,10 @@ class InfoMECOptions:
         falling = list(levels) == sorted(set(levels), reverse=True)
         if not falling or not levels or levels[0] != 1.0 or not set(levels) <= set(SURVIVAL):
             raise ConfigError(
-                f"levels: must fall from 1.0, each one of {', '.join(map(str, SURVIVAL))}; got "
-                f"{levels}"
+                "levels",
+                "not possible",
+                given=levels,
+                allowed=f"numbers that fall from 1.0, each one of {', '.join(map(str, SURVIVAL))}",
             )
         require_at_least(1, self, "max_images", "probe_latents", "steps")
 

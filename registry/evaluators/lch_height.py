@@ -46,10 +46,14 @@ class LCHHeightOptions:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ConfigError(f"rule: must be one of {', '.join(RULES)}, got {self.rule!r}")
+            raise ConfigError(
+                "rule", "not known", given=self.rule, allowed=f"one of {', '.join(RULES)}"
+            )
         for field in ("tau", "keep"):
             if not 0 < getattr(self, field) <= 1:
-                raise ConfigError(f"{field}: must lie in (0, 1], got {getattr(self, field)}")
+                raise ConfigError(
+                    field, "out of range", given=getattr(self, field), allowed="a number in (0, 1]"
+                )
         require_at_least(1, self, "k", "repeats")
 
 

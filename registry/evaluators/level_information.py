@@ -38,7 +38,7 @@ class LevelInformationOptions:
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
-            raise ConfigError(f"ridge: must be above 0, got {self.ridge}")
+            raise ConfigError("ridge", "out of range", given=self.ridge, allowed="above 0")
         require_at_least(1, self, "neighbours", "neighbours_per_class", "probe_latents")
 
 

@@ -50,12 +50,21 @@ class MatryoshkaDepthOptions:
 
     def __post_init__(self) -> None:
         if self.k < 2:
-            raise ConfigError(f"k: a pair needs at least 2 images, got {self.k}")
+            raise ConfigError(
+                "k", "too small", given=self.k, allowed="2 or more, since a pair needs two images"
+            )
         if self.order not in ORDERS:
-            raise ConfigError(f"order: must be one of {', '.join(ORDERS)}, got {self.order!r}")
+            raise ConfigError(
+                "order", "not known", given=self.order, allowed=f"one of {', '.join(ORDERS)}"
+            )
         widths = self.widths
         if widths is not None and (not widths or list(widths) != sorted({*widths} - {0})):
-            raise ConfigError(f"widths: must rise strictly from above 0, got {list(widths)}")
+            raise ConfigError(
+                "widths",
+                "out of range",
+                given=list(widths),
+                allowed="numbers that rise strictly from above 0",
+            )
 
 
 class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):

@@ -41,11 +41,13 @@ class MonosemanticityOptions:
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS and not self.encoder.endswith(".npy"):
             raise ConfigError(
-                f"encoder: must be one of {', '.join(ENCODERS)} or a path to a .npy file, got "
-                f"{self.encoder!r}"
+                "encoder",
+                "not known",
+                given=self.encoder,
+                allowed=f"one of {', '.join(ENCODERS)} or a path to a .npy file",
             )
         if self.encoder not in ENCODERS and not Path(self.encoder).is_file():
-            raise ConfigError(f"encoder: no file {self.encoder!r}")
+            raise ConfigError("encoder", f"no file {self.encoder!r}")
 
 
 class Monosemanticity(Evaluator[MonosemanticityOptions]):
@@ -150,11 +152,13 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         if encoder in ("embedding", "mean_patch"):
             found: Tensor | None = getattr(batch, encoder)
             if found is None:
-                raise ConfigError(f"encoder: {encoder!r} was asked for, but the batches have none")
+                raise ConfigError(
+                    "encoder", f"{encoder!r} was asked for, but the batches have none"
+                )
             return found
         if encoder == "model":
             if self.context.intervene is None:
-                raise ConfigError("encoder: 'model' was asked for, but no model is at hand")
+                raise ConfigError("encoder", "'model' was asked for, but no model is at hand")
             return self.context.intervene(batch.index).embedding
         if self._file is None:
             self._file = read_embeddings(encoder, self.context.n_images)
@@ -228,7 +232,9 @@ def read_embeddings(path: str, n_images: int) -> np.ndarray:
     rows = np.load(path, mmap_mode="r")
     if rows.ndim != 2 or len(rows) != n_images:
         raise ConfigError(
-            f"encoder: {path!r} must have one row for each of the {n_images} images, got shape "
-            f"{rows.shape}"
+            "encoder",
+            f"{path!r} has other rows than images",
+            given=rows.shape,
+            allowed=f"one row for each of the {n_images} images",
         )
     return rows

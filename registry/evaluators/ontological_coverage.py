@@ -32,7 +32,9 @@ class CoverageOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.covered <= 1:
-            raise ConfigError(f"covered: must lie in (0, 1], got {self.covered}")
+            raise ConfigError(
+                "covered", "out of range", given=self.covered, allowed="a number in (0, 1]"
+            )
         check_survival(self.survival)
 
 

@@ -28,7 +28,9 @@ class PairDepthOptions:
 
     def __post_init__(self) -> None:
         if self.k < 2:
-            raise ConfigError(f"k: a pair needs at least 2 images, got {self.k}")
+            raise ConfigError(
+                "k", "too small", given=self.k, allowed="2 or more, since a pair needs two images"
+            )
 
 
 class PairDepth(Evaluator[PairDepthOptions]):

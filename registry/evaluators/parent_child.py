@@ -69,9 +69,13 @@ class ParentChildOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.implication <= 1:
-            raise ConfigError(f"implication: must lie in (0, 1], got {self.implication}")
+            raise ConfigError(
+                "implication", "out of range", given=self.implication, allowed="a number in (0, 1]"
+            )
         if not self.ratio > 1:
-            raise ConfigError(f"ratio: must be above 1, or pairs form circles; got {self.ratio}")
+            raise ConfigError(
+                "ratio", "out of range", given=self.ratio, allowed="above 1, or pairs form circles"
+            )
         require_at_least(1, self, "min_fired", "max_images", "probe_images", "nearest")
 
 

@@ -46,7 +46,9 @@ class ReconstructionOptions:
         require_at_least(1, self, "max_images")
         for field in ("almost_dead", "dense"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ConfigError(f"{field}: must lie in [0, 1], got {getattr(self, field)}")
+                raise ConfigError(
+                    field, "out of range", given=getattr(self, field), allowed="a number in [0, 1]"
+                )
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class StabilityOptions:
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_images", "max_latents", "regressors", "anchors")
         if not 0 < self.same <= 1:
-            raise ConfigError(f"same: must lie in (0, 1], got {self.same}")
+            raise ConfigError("same", "out of range", given=self.same, allowed="a number in (0, 1]")
 
 
 class Comparison(NamedTuple):

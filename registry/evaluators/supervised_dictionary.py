@@ -48,7 +48,9 @@ class SupervisedDictionaryOptions:
     def __post_init__(self) -> None:
         require_at_least(1, self, "max_images", "spliced_images", "swaps")
         if not 0 < self.detected <= 1:
-            raise ConfigError(f"detected: must lie in (0, 1], got {self.detected}")
+            raise ConfigError(
+                "detected", "out of range", given=self.detected, allowed="a number in (0, 1]"
+            )
 
 
 class Supervised(NamedTuple):

@@ -39,10 +39,12 @@ class AutocorrelationOptions:
 
     def __post_init__(self) -> None:
         if not self.scale > 0:
-            raise ConfigError(f"scale: must be above 0, got {self.scale}")
+            raise ConfigError("scale", "out of range", given=self.scale, allowed="above 0")
         require_at_least(1, self, "draws")
         if not 0 < self.level < 1:
-            raise ConfigError(f"level: must lie in (0, 1), got {self.level}")
+            raise ConfigError(
+                "level", "out of range", given=self.level, allowed="a number in (0, 1)"
+            )
 
 
 class Autocorrelation(NamedTuple):

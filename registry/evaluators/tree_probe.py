@@ -40,7 +40,9 @@ class TreeProbeOptions:
     def __post_init__(self) -> None:
         require_at_least(1, self, "splits", "rank")
         if not 0 < self.asked_share < 1:
-            raise ConfigError(f"asked_share: must lie in (0, 1), got {self.asked_share}")
+            raise ConfigError(
+                "asked_share", "out of range", given=self.asked_share, allowed="a number in (0, 1)"
+            )
 
 
 class Split(NamedTuple):

@@ -66,14 +66,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config: {path} cannot be read ({error.strerror}).") from error
+        raise ConfigError("config", f"{path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is no YAML: {error}") from error
+        raise ConfigError("config", f"{path} is no YAML: {error}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(
-            f"config: {path} holds a {type(settings).__name__}; allowed: `name: value` lines."
+            "config", f"{path} holds a {type(settings).__name__}", allowed="`name: value` lines"
         )
     return settings
 

@@ -32,14 +32,19 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
     path = Path(path)
     read = {".csv": _read_csv, ".json": _read_json}.get(path.suffix.lower())
     if read is None:
-        raise ConfigError(f"taxonomy: {path.name} must end in .csv or .json")
+        raise ConfigError(
+            "taxonomy",
+            "not a taxonomy file",
+            given=path.name,
+            allowed="a file that ends in .csv or .json",
+        )
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"taxonomy: cannot read {path}: {error}") from error
+        raise ConfigError("taxonomy", f"cannot read {path}: {error}") from error
     edges, own_classes, names = read(path, text)
     if not edges and classes is None and own_classes is None:
-        raise ConfigError(f"taxonomy: no parent-child pair in {path}")
+        raise ConfigError("taxonomy", f"no parent-child pair in {path}")
     return Taxonomy.from_edges(edges, own_classes if classes is None else classes, names)
 
 
@@ -57,7 +62,10 @@ def _read_csv(path: Path, text: str) -> Read:
             continue
         if not 2 <= len(cells) <= 3 or not cells[1]:
             raise ConfigError(
-                f"{path.name}, line {number}: expected parent,child[,name], got {row}"
+                f"{path.name}, line {number}",
+                "not an edge",
+                given=row,
+                allowed="parent,child[,name]",
             )
         parent, child, *name = cells
         if parent:
@@ -71,11 +79,11 @@ def _read_json(path: Path, text: str) -> Read:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"taxonomy: {path.name} is not JSON: {error}") from error
+        raise ConfigError("taxonomy", f"{path.name} is not JSON: {error}") from error
     if isinstance(data, dict) and isinstance(data.get("format"), str):
         if data["format"] != FORMAT:
             raise ConfigError(
-                f"{path.name}: format: not known; given {data['format']!r}; allowed {FORMAT!r}."
+                path.name, "format: not known", given=data["format"], allowed=repr(FORMAT)
             )
         return [(p, c) for p, c in data["edges"]], data["classes"], data.get("names", {})
     if isinstance(data, list):
@@ -83,11 +91,13 @@ def _read_json(path: Path, text: str) -> Read:
             if not (
                 isinstance(pair, list) and len(pair) == 2 and all(isinstance(v, str) for v in pair)
             ):
-                raise ConfigError(f"{path.name}: expected [parent, child] pairs, got {pair!r}")
+                raise ConfigError(path.name, "not a pair", given=pair, allowed="[parent, child]")
         return [(p, c) for p, c in data], None, {}
     if isinstance(data, dict):
         return list(_nested(data, path.name)), None, {}
-    raise ConfigError(f"{path.name}: expected pairs or an object, got {type(data).__name__}")
+    raise ConfigError(
+        path.name, "not a tree", given=type(data).__name__, allowed="pairs or an object"
+    )
 
 
 def _nested(data: dict[str, Any], where: str) -> Iterator[Edge]:
@@ -97,7 +107,10 @@ def _nested(data: dict[str, Any], where: str) -> Iterator[Edge]:
             or (isinstance(below, list) and all(isinstance(c, str) for c in below))
         ):
             raise ConfigError(
-                f"{where}: children of {parent!r} must be names or an object, got {below!r}"
+                where,
+                f"children of {parent!r} cannot be read",
+                given=below,
+                allowed="names or an object",
             )
         yield from ((parent, child) for child in below)
         if isinstance(below, dict):

@@ -23,12 +23,11 @@ def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def check_one_rooted(parents: Parents) -> None:
     """Raise a ConfigError that names a cycle, or the roots where there are several."""
     if cycle := find_cycle(parents):
-        raise ConfigError(f"taxonomy: cycle {' -> '.join(cycle)} (parent -> child)")
+        raise ConfigError("taxonomy", f"cycle {' -> '.join(cycle)} (parent -> child)")
     roots = sorted(node for node, above in parents.items() if not above)
     if len(roots) > 1:
         raise ConfigError(
-            f"taxonomy: {len(roots)} roots where one is allowed: {listed(roots)}. "
-            "Add a node above them."
+            "taxonomy", f"{len(roots)} roots: {listed(roots)}", allowed="one; add a node above them"
         )
 
 

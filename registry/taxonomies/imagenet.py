@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError
-from ..names import unknown_name_message
+from ..names import did_you_mean, nearest
 from ..table import TaxonomySource
 from .taxonomy import Taxonomy
 
@@ -89,13 +89,18 @@ def _synset(label: str) -> str:
     found = _fitting(label)
     if len(found) > 1:
         meant = ", ".join(f"{s} ({', '.join(words[s])})" for s in found)
-        raise ConfigError(f"class {label!r} fits several ImageNet synsets: {meant}. Use the id.")
+        raise ConfigError(
+            f"class {label!r}", f"fits several ImageNet synsets: {meant}", allowed="their ids"
+        )
     if not found:
         known = [*taxonomy.classes, *_by_words()[1]]
-        message = unknown_name_message("ImageNet class", label, known)
+        near = did_you_mean(nearest(label, known))
         raise ConfigError(
-            f"{message.split(' Known:')[0].rstrip('.')}. A class is a WordNet 3.0 synset id of the "
-            "ImageNet-1k tree or its words; give another tree as a .csv or .json of parent,child."
+            "ImageNet class",
+            f"not known{', ' + near if near else ''}",
+            given=label,
+            allowed="a WordNet 3.0 synset id of the ImageNet-1k tree or its words; another tree is "
+            "given as a .csv or .json of parent,child",
         )
     return found[0]
 

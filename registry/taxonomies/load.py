@@ -11,6 +11,9 @@ from .edges import from_file
 from .folders import from_folders
 from .taxonomy import Taxonomy
 
+TREE_FILES = "a folder of nested class folders, or a .csv or .json of parent,child"
+TREES = f"a name of `taxolens list taxonomies`, {TREE_FILES}"
+
 
 def load_taxonomy(name_or_path: str | Path, *, classes: Sequence[str] | None = None) -> Taxonomy:
     """Load a taxonomy and, with `classes`, restrict and order it to them.
@@ -34,7 +37,4 @@ def load_taxonomy(name_or_path: str | Path, *, classes: Sequence[str] | None = N
     try:
         return TAXONOMIES[str(name_or_path)].load(classes)
     except UnknownNameError as error:
-        raise UnknownNameError(
-            f"{error} A taxonomy may also be a folder of class folders or a .csv/.json of "
-            "parent,child."
-        ) from None
+        raise UnknownNameError(f"{error} Also allowed: {TREE_FILES}.") from None

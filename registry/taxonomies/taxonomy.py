@@ -51,23 +51,23 @@ class Taxonomy:
 
     def __post_init__(self) -> None:
         if len(set(self.nodes)) != len(self.nodes):
-            raise ConfigError(f"nodes: given twice: {graph.listed(_repeated(self.nodes))}")
+            raise ConfigError("nodes", f"given twice: {graph.listed(_repeated(self.nodes))}")
         if not self.classes:
-            raise ConfigError("classes: a taxonomy needs at least one class, got none")
+            raise ConfigError("classes", "none given", allowed="at least one")
         _check_classes(self.classes, self.nodes)
         if len(self.parents) != len(self.nodes):
-            raise ConfigError(f"parents: {len(self.parents)} given for {len(self.nodes)} nodes")
+            raise ConfigError("parents", f"{len(self.parents)} given for {len(self.nodes)} nodes")
         for v, above in enumerate(self.parents):
             if any(p >= v or p < 0 for p in above) or (not above) != (v == 0):
                 raise ConfigError(
-                    f"parents: node {self.nodes[v]!r} must follow its parents, and only the first "
-                    f"node has none; got {above} at position {v}"
+                    "parents",
+                    f"node {self.nodes[v]!r} must follow its parents, and only the first node has none; got {above} at position {v}",
                 )
         if not self.membership.any(0).all():
             barren = [self.nodes[v] for v in np.flatnonzero(~self.membership.any(0))]
-            raise ConfigError(f"nodes: without any class below: {graph.listed(barren)}")
+            raise ConfigError("nodes", f"without any class below: {graph.listed(barren)}")
         if self.lch(range(len(self.classes))) != 0:
-            raise ConfigError(f"nodes: root {self.nodes[0]!r} is not the LCH of the classes")
+            raise ConfigError("nodes", f"root {self.nodes[0]!r} is not the LCH of the classes")
 
     @classmethod
     def from_edges(
@@ -102,13 +102,13 @@ class Taxonomy:
     ) -> Taxonomy:
         """Keep what lies between the classes and their LCH."""
         if not classes:
-            raise ConfigError("classes: a taxonomy needs at least one class, got none")
+            raise ConfigError("classes", "none given", allowed="at least one")
         _check_classes(classes, parents)
         above = [graph.ancestors(parents, c) for c in classes]
         depth = graph.depths(parents)
         common = set.intersection(*above)
         if not common:
-            raise ConfigError(f"classes: no common ancestor of {graph.listed(classes)}")
+            raise ConfigError("classes", f"no common ancestor of {graph.listed(classes)}")
         root = min(common, key=lambda v: (-depth[v], v))
         used = {v for v in set.union(*above) if root in graph.ancestors(parents, v)}
         kept = {v: [p for p in parents[v] if p in used] if v != root else [] for v in used}
@@ -227,7 +227,7 @@ class Taxonomy:
         """
         below = list(class_ids)
         if not below:
-            raise ConfigError("class_ids: the LCH of no class is undefined")
+            raise ConfigError("class_ids", "the LCH of no class is undefined")
         best_first = self.by_preference[::-1]
         above_all = np.all(self.membership[below], axis=0)
         return int(best_first[np.argmax(above_all[best_first])])
@@ -296,7 +296,7 @@ class Taxonomy:
             ConfigError: a negative depth.
         """
         if t < 0:
-            raise ConfigError(f"t: a cut needs a depth of 0 or more, got {t}")
+            raise ConfigError("t", "too small", given=t, allowed="0 or more")
         group = self.class_nodes.copy()
         while (deep := self.depth[group] > t).any():
             group[deep] = self.primary_parent[group[deep]]
@@ -372,7 +372,7 @@ class Taxonomy:
         """
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError(f"format: a taxonomy document must say {FORMAT!r}")
+            raise ConfigError("format", "not known", allowed=repr(FORMAT))
         return cls.from_edges(map(tuple, data["edges"]), data["classes"], data.get("names"))
 
     def __repr__(self) -> str:
@@ -384,13 +384,13 @@ class Taxonomy:
 
 def _check_classes(classes: Sequence[str], nodes: Iterable[str]) -> None:
     if repeated := _repeated(classes):
-        raise ConfigError(f"classes: given twice: {graph.listed(repeated)}")
+        raise ConfigError("classes", f"given twice: {graph.listed(repeated)}")
     known = set(nodes)
     unknown = [c for c in classes if c not in known]
     if unknown:
         first = unknown_name_message("class", unknown[0], sorted(known))
         rest = f" Unknown in all: {graph.listed(unknown)}." if len(unknown) > 1 else ""
-        raise ConfigError(f"taxonomy: {first}{rest}")
+        raise ConfigError("taxonomy", f"{first}{rest}")
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

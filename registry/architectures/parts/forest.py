@@ -24,8 +24,10 @@ class Forest(nn.Module):
         self.known = list(parents) or [ROOT] * d_sae
         if len(self.known) != d_sae or not all(ROOT <= p < i for i, p in enumerate(self.known)):
             raise ConfigError(
-                f"parents must name for each of the d_sae={d_sae} latents an earlier one, or -1; "
-                f"got {len(self.known)} entries: {self.known[:8]}…"
+                "parents",
+                f"{len(self.known)} entries",
+                given=self.known[:8],
+                allowed=f"for each of the d_sae={d_sae} latents an earlier one, or -1",
             )
         self.register_buffer("parents", torch.tensor(self.known, device=device))
 

@@ -21,13 +21,17 @@ def check_levels(name: str, d_sae: int, widths: Sequence[int], budgets: Sequence
     """
     if not widths or min(widths) < 1 or sum(widths) != d_sae:
         raise ConfigError(
-            f"level_widths of {name} must be positive and sum to d_sae={d_sae}, got {list(widths)} "
-            f"(sum {sum(widths)})."
+            "level_widths",
+            f"not the levels of {name}",
+            given=list(widths),
+            allowed=f"positive integers with the sum d_sae={d_sae}",
         )
     if len(budgets) != len(widths) or any(not 1 <= k <= w for k, w in zip(budgets, widths)):
         raise ConfigError(
-            f"{name} needs one k for each of its {len(widths)} levels, each between 1 and the "
-            f"level's width {list(widths)}; got {list(budgets)}."
+            "ks",
+            f"not one for each level of {name}",
+            given=list(budgets),
+            allowed=f"{len(widths)} integers, each between 1 and the width of its level {list(widths)}",
         )
 
 

@@ -28,9 +28,10 @@ def refuse_input_normalisation(cfg: Any) -> None:
     """
     if cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         raise ConfigError(
-            f"normalize_activations={cfg.normalize_activations!r} is not possible for "
-            f"{cfg.architecture()}, whose loss has several reconstructions of one input. Use "
-            "'none', 'expected_average_only_in' or 'covariance_whitening'."
+            "normalize_activations",
+            f"not possible for {cfg.architecture()}, whose loss has several reconstructions of one input",
+            given=cfg.normalize_activations,
+            allowed="none, expected_average_only_in or covariance_whitening",
         )
 
 
@@ -40,6 +41,8 @@ def refuse_whitening(cfg: Any, why: str) -> None:
     """
     if cfg.normalize_activations == "covariance_whitening":
         raise ConfigError(
-            f"normalize_activations='covariance_whitening' is not possible for "
-            f"{cfg.architecture()}: {why}. Use 'none' or 'expected_average_only_in'."
+            "normalize_activations",
+            f"not possible for {cfg.architecture()}: {why}",
+            given=cfg.normalize_activations,
+            allowed="none or expected_average_only_in",
         )

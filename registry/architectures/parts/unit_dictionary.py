@@ -89,6 +89,8 @@ def check_pursuit_config(cfg: Any) -> None:
     """
     refuse_whitening(cfg, "whitening cannot be folded into a tied encoder")
     if cfg.k < 1:
-        raise ConfigError(f"k of {cfg.architecture()} must be at least 1, got {cfg.k}.")
+        raise ConfigError("k", "out of range", given=cfg.k, allowed="at least 1")
     if cfg.residual_threshold < 0:
-        raise ConfigError(f"residual_threshold must not be negative, got {cfg.residual_threshold}.")
+        raise ConfigError(
+            "residual_threshold", "out of range", given=cfg.residual_threshold, allowed="0 or more"
+        )

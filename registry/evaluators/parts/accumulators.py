@@ -58,7 +58,12 @@ def check_survival(survival: Sequence[float]) -> None:
         ConfigError: naming it.
     """
     if not survival or survival[0] != 1 or list(survival) != sorted(set(survival), reverse=True):
-        raise ConfigError(f"survival: must fall strictly from 1.0, got {survival}")
+        raise ConfigError(
+            "survival",
+            "not possible",
+            given=survival,
+            allowed="numbers that fall strictly from 1.0",
+        )
 
 
 class Thresholds(Accumulator):

@@ -101,7 +101,9 @@ class RandomLatents:
             ConfigError: `l0` outside 0 … d_sae.
         """
         if not 0 <= l0 <= d_sae:
-            raise ConfigError(f"l0: must lie between 0 and d_sae={d_sae}, got {l0}")
+            raise ConfigError(
+                "l0", "out of range", given=l0, allowed=f"a number between 0 and d_sae={d_sae}"
+            )
         latents = cls(x.float().mean(0), 0.0, d_sae, seed)
         # A threshold below 0 would let a negative activation fire: half of all is the most.
         n_kept = min(round(l0 * len(x)), x.shape[0] * d_sae)

@@ -44,7 +44,7 @@ class PlantedLatents:
     ) -> None:
         for field, value in (("recall", recall), ("false_alarm", false_alarm)):
             if not 0 <= value <= 1:
-                raise ConfigError(f"{field}: must be a probability, got {value}")
+                raise ConfigError(field, "out of range", given=value, allowed="a probability")
         self.recall, self.false_alarm, self.seed, self.binary = recall, false_alarm, seed, binary
         self.node = taxonomy.distinct_nodes
         members = taxonomy.membership[:, self.node]
