@@ -27,6 +27,7 @@ def test_transformer_lens_4_has_all_that_we_import() -> None:
         ("from transformer_lens.hook_points import HookPoint\nHookPoint.add_hook", []),
         ("from transformer_lens.hook_points import HookedRootModule", ["hook_points.HookedRootModule"]),
         ("from transformer_lens.HookedTransformer import Loss", ["HookedTransformer"]),
+        ("import transformer_lens", []),
         ("import transformer_lens.utils", ["utils"]),
         ("import transformer_lens.hook_points as h\nh.HookedRootModule", ["hook_points.HookedRootModule"]),
         ("from transformer_lens.utilities import architectures as a\na.OLD", ["utilities.architectures.OLD"]),

@@ -154,7 +154,7 @@ def test_a_script_that_sends_its_own_without_a_guard_is_told_so(tmp_path):
     done = run(script, tmp_path, "file")
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
-    assert "TaxolensError: a process that decodes images died" in message
+    assert "TaxolensError: num_workers: a process that decodes images died" in message
     assert "the script 'script.py', which defines part of how images are read" in message
     assert 'outside of `if __name__ == "__main__":`' in message
-    assert "num_workers=0 uses none" in message
+    assert "allowed: 0, which uses none" in message

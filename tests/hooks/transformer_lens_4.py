@@ -64,6 +64,8 @@ def missing(imported: Imports, modules: dict[str, list[str]]) -> list[str]:
         parent, _, last = module.rpartition(".")
         if module in modules:
             absent += [f"{module}.{name}" for name in names if name not in modules[module]]
+        elif not names and any(known.startswith(f"{module}.") for known in modules):
+            continue  # a package
         elif last not in modules.get(parent, ()):  # else a class, and `names` its attributes
             absent.append(module)
     return sorted(absent)
