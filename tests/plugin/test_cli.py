@@ -451,6 +451,27 @@ def test_flags_are_laid_over_the_file(study):
     assert (command.evaluate, command.dry_run, command.json) == (False, True, True)
 
 
+@pytest.mark.parametrize(
+    ("line", "args", "started"),
+    [
+        ("num_workers: 2", [], True),
+        ("num_workers: 0", ["--num_workers", "2"], True),
+        ("num_workers: 2", ["--num_workers=0"], False),
+        ("num_workers: 2", ["--dry_run"], False),
+        ("", [], False),
+    ],
+)
+def test_workers_import_beside_us(taxolens, monkeypatch, tmp_path, line, args, started):
+    def worker_context():
+        raise DataError("started")
+
+    monkeypatch.setattr(train, "worker_context", worker_context)
+    study = tmp_path / "study.yaml"
+    study.write_text(f"model_name: no/such\ndataset_path: no/such\nhook_names: [a]\n{line}\n")
+    _, _, err = taxolens("train", "--config", study, *args)
+    assert ("error: started" in err) == started, err
+
+
 def test_every_architecture_of_saelens_has_flags():
     args = ["--preset", "laptop", "--dataset_path", "photos", "--d_in", "768"]
     for name in SAE_TRAINING_CLASS_REGISTRY:
