@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         VisionSAETrainingRunner,
     )
     from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
+    from taxolens.registry.presentation import Headline, NodeTable
     from taxolens.registry.table import (
         ARCHITECTURES,
         EVALUATORS,
@@ -51,6 +52,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "plugin.training.config": ["VisionMultiSAERunnerConfig", "VisionSAERunnerConfig"],
         "plugin.training.runner": ["VisionMultiSAETrainingRunner", "VisionSAETrainingRunner"],
         "registry.evaluators.base": ["EvaluationBatch", "EvaluationContext", "Evaluator"],
+        "registry.presentation": ["Headline", "NodeTable"],
         "registry.table": [
             *("ARCHITECTURES", "EVALUATORS", "LOADERS", "TAXONOMIES", "VISION_MODELS"),
             *("Architecture", "Loader", "TaxonomySource"),

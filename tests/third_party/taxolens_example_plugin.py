@@ -10,12 +10,12 @@ import taxolens
 from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from taxolens.hooks.models.families.dinov2 import Dinov2Adapter
+from taxolens.registry.evaluators.base import remembered
 from taxolens.registry.evaluators.parts.accumulators import (
     ClassCounts,
     FiringHistogram,
     FiringRate,
 )
-from taxolens.registry.presentation import Headline, NodeTable
 
 
 @dataclass
@@ -49,9 +49,8 @@ class ExampleFiringRate(taxolens.Evaluator):
     }
     invariant = label_free = frozenset({"mean"})
 
-    def __init__(self, context, options=None):
-        super().__init__(context, options)
-        self.rate = context.share(FiringRate)
+    def prepare(self):
+        self.rate = self.context.share(FiringRate)
 
     def compute(self, *, permutation=None, shuffled=False):
         self._check_shuffled(shuffled)
@@ -75,18 +74,19 @@ class ExampleSiblings(taxolens.Evaluator):
     higher_is_better = {"latents": None, "sibling_share": True}
     invariant = frozenset({"latents"})
 
-    headlines = (Headline("sibling_share", "siblings", "pairs of classes with one parent", 50),)
+    headlines = (
+        taxolens.Headline("sibling_share", "siblings", "pairs of classes with one parent", 50),
+    )
     labels = {"sibling_share": "share of siblings among pairs of classes"}
-    node_table = NodeTable("classes", meaning="the F1 of the best latent for the class")
+    node_table = taxolens.NodeTable("classes", meaning="the F1 of the best latent for the class")
 
-    def __init__(self, context, options=None):
-        super().__init__(context, options)
-        self.classes = context.share(ClassCounts)
-        self.firings = context.share(FiringHistogram, survival=(1.0,))
+    def prepare(self):
+        self.classes = self.context.share(ClassCounts)
+        self.firings = self.context.share(FiringHistogram, survival=(1.0,))
 
+    @remembered
     def shares(self, permutation=None, shuffled=False):
         """(m,) the share of each latent, NaN where it fires on fewer than two classes."""
-        self._check_shuffled(shuffled)
         fired = self.firings.fired(shuffled).astype(float)  # (m, C)
         parent = self.taxonomy.primary_parent[self.taxonomy.class_nodes]
         if permutation is not None:
