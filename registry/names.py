@@ -27,6 +27,6 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
     near = did_you_mean(nearest(name, names))
     shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
     return (
-        f"{kind}: not known{', ' + near if near else ''}; given {name!r}; "
+        f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}; "
         f"allowed: {', '.join(shown) or 'none'}."
     )

@@ -229,7 +229,7 @@ def _unknown_hook(model: TappedModel, name: str) -> str:
     near = nearest(name, known, cutoff=0.6) or [
         plain[match] for match in nearest(re.sub(r"\d+|\*", "0", name), plain, cutoff=0.4)
     ]
-    hint = f", {did_you_mean(near)}" if near else ""
+    hint = f" ({did_you_mean(near)})" if near else ""
     blocks = f"blocks 0 to {model.cfg.n_layers - 1}" if model.cfg.n_layers else "no list of blocks"
     return (
         f"hook_names: not known{hint}; given {name!r}; allowed: names and patterns of "

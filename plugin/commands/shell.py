@@ -61,7 +61,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = did_you_mean(nearest(name.partition("=")[0], names))
     allowed = f"; allowed: {', '.join(names)}." if len(names) <= 12 and not near else ""
-    return f"{kind}: not known{', ' + near if near else ''}; given {name!r}{allowed or '.'}"
+    return f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}{allowed or '.'}"
 
 
 def console() -> Console:

@@ -288,7 +288,7 @@ def _sae_choice(
 def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:
     near = did_you_mean(nearest(key, known, cutoff=0.6))
     hint = near or "see `taxolens train --help_all`"
-    return f"{source}: key not known, {hint}; given {shown!r}."
+    return f"{source}: key not known ({hint}); given {shown!r}."
 
 
 def _hints(config_class: type[Any]) -> dict[str, Any]:

@@ -443,7 +443,7 @@ def _refuse_unknown_keys(given: Iterable[Any], known: Iterable[str], prefix: str
     for key in given:
         if key not in known:
             near = did_you_mean(nearest(key, known) or known)
-            raise ConfigError(prefix + str(key), f"not known, {near}")
+            raise ConfigError(prefix + str(key), f"not known ({near})")
 
 
 def _is_yaml(path: Path) -> bool:

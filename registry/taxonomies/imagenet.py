@@ -97,7 +97,7 @@ def _synset(label: str) -> str:
         near = did_you_mean(nearest(label, known))
         raise ConfigError(
             "ImageNet class",
-            f"not known{', ' + near if near else ''}",
+            f"not known{f' ({near})' if near else ''}",
             given=label,
             allowed="a WordNet 3.0 synset id of the ImageNet-1k tree or its words; another tree is "
             "given as a .csv or .json of parent,child",

@@ -359,7 +359,7 @@ def test_dtype_and_evaluation_mode(model, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": "cls"}, "unknown tokens 'cls'"),
+        ({"tokens": "cls"}, "tokens: not known.*given 'cls'"),
         ({"train_batch_size_tokens": 0}, "train_batch_size_tokens: too small; given 0"),
         ({"store_batch_size_prompts": 0}, "store_batch_size_prompts: too small; given 0"),
         ({"n_batches_in_buffer": -1}, "n_batches_in_buffer: too small; given -1"),

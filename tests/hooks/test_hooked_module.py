@@ -122,7 +122,9 @@ def test_an_sae_at_a_point_that_is_not_there() -> None:
     sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=8))
     sae.cfg.metadata.hook_name = "blocks.5.hook_resid_post"
     for variant in ("resnet", "dinov2"):
-        with pytest.raises(UnknownNameError, match=r"unknown hook 'blocks\.5\.hook_resid_post'"):
+        with pytest.raises(
+            UnknownNameError, match=r"hook_names: not known.*given 'blocks\.5\.hook_resid_post'"
+        ):
             tapped(variant).add_sae(sae)
 
 

@@ -207,7 +207,7 @@ def test_outputs_are_told_by_name() -> None:
 def test_messages() -> None:
     with pytest.raises(ConfigError, match="no class token"):
         intervention("siglip", "blocks.0.hook_resid_post", "class")
-    with pytest.raises(ConfigError, match=r"unknown hook 'blocks\.9"):
+    with pytest.raises(ConfigError, match=r"hook_names: not known.*given 'blocks\.9"):
         intervention("vit", "blocks.9.hook_resid_post")
     run = intervention("vit", "blocks.0.hook_resid_post", "class")
     with pytest.raises(ValueError, match=r"given \(3, 1, 16\), it returned \(3, 1, 8\)"):

@@ -148,9 +148,12 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
             "attn_implementation: not known; given 'fast'; allowed: sdpa, eager",
         ),
         ({"dtype": "int8"}, "dtype: not known; given 'int8'; allowed: float32, bfloat16"),
-        ({"family": "dino"}, "unknown vision model family 'dino'; did you mean 'dinov"),
+        ({"family": "dino"}, "vision model family: not known .did you mean 'dinov"),
         ({"family": "siglip"}, "family: Dinov2Model is not built like one"),
-        ({"hook_names": ["blocks.7.hook_resid_post"]}, "unknown hook 'blocks.7.hook_resid_post'"),
+        (
+            {"hook_names": ["blocks.7.hook_resid_post"]},
+            "given 'blocks.7.hook_resid_post'",
+        ),
         (
             {"hook_names": ["blocks.0.attn.hook_pattern"]},
             "given 'sdpa'; allowed: eager",
@@ -182,7 +185,7 @@ def test_a_transformers_that_builds_the_family_differently_is_named() -> None:
 def test_wrong_settings_are_refused_before_anything_is_read() -> None:
     with pytest.raises(ConfigError, match=r"attn_implementation: .*'sdpa'; allowed: eager"):
         load_vision_model("no/such-model", hook_names=["blocks.0.attn.hook_pattern"])
-    with pytest.raises(UnknownNameError, match="unknown vision model family"):
+    with pytest.raises(UnknownNameError, match="vision model family: not known"):
         load_vision_model("no/such-model", family="resnet50")
 
 

@@ -102,7 +102,7 @@ def test_registers_that_are_not_there() -> None:
 
 
 def test_a_choice_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match=r"unknown tokens 'clss'; did you mean 'class'"):
+    with pytest.raises(ConfigError, match=r"tokens: not known .did you mean 'class'"):
         check_tokens(tapped("vit"), "clss")
 
 

@@ -196,21 +196,21 @@ def test_python_dash_m():
         [sys.executable, "-m", "taxolens", "tran"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown command 'tran'; did you mean 'train'?\n"
+    assert done.stderr == "error: command: not known (did you mean 'train'?); given 'trian'.\n"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["list", "modles"], "unknown kind 'modles'; did you mean 'models'?"),
-        (["list", "presets", "--jsno"], "unknown argument '--jsno'; did you mean '--json'?"),
+        (["trian"], "command: not known .did you mean 'train'?"),
+        (["list", "modles"], "kind: not known .did you mean 'models'?"),
+        (["list", "presets", "--jsno"], "argument: not known .did you mean '--json'?"),
         (["evaluate"], "the following arguments are required: RUN"),
         (["evaluate", "run", "--n_permutations", "few"], "invalid int value: 'few'"),
         (["evaluate", "run", "--options", "{"], "is no JSON"),
-        (["train", "--preset", "laptp"], "unknown preset 'laptp'; did you mean 'laptop'?"),
-        (["train", "--presets", "laptop"], "unknown argument '--presets'; did you mean '--preset'"),
-        (["train", "--architecture", "topkk"], "unknown architecture 'topkk'; did you mean 'topk'"),
+        (["train", "--preset", "laptp"], "preset: not known .did you mean 'laptop'?"),
+        (["train", "--presets", "laptop"], "argument: not known .did you mean '--preset'"),
+        (["train", "--architecture", "topkk"], "architecture: not known .did you mean 'topk'"),
         (["train", "--architecture", "gated", "--k", "3"], "--k is a flag of --architecture"),
         (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["train", "--lr", "1e-3"], "model_name: not given"),
@@ -505,8 +505,8 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
         (["--hook_names", "blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
         (["--tokens", "register"], "no register tokens; given 'register'"),
         (["--d_in", "48"], "d_in: 48 was given, but blocks.0.hook_resid_post is 16 wide"),
-        (["--taxonomy", "imagenett"], "unknown taxonomy 'imagenett'; did you mean 'imagenet'"),
-        (["--evaluators", "pair_dept"], "unknown evaluator 'pair_dept'; did you mean 'pair_depth'"),
+        (["--taxonomy", "imagenett"], "taxonomy: not known .did you mean 'imagenet'"),
+        (["--evaluators", "pair_dept"], "evaluator: not known .did you mean 'pair_depth'"),
         (["--eval_split", "tset"], "tset"),
         (["--device", "cuda:7"], "device"),
         (["--lr", "-1"], "lr: given -1.0"),

@@ -48,7 +48,7 @@ def test_the_papers_own_study():
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(UnknownNameError, match="unknown preset 'laptp'; did you mean 'laptop'"):
+    with pytest.raises(UnknownNameError, match=r"preset: not known .did you mean 'laptop'"):
         load_preset("laptp")
 
 

@@ -151,7 +151,9 @@ def test_main_latents_are_added_while_they_help() -> None:
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(ConfigError, match=r"probe_f1: must lie in \[0, 1\), got 1"):
+    with pytest.raises(
+        ConfigError, match=r"probe_f1: out of range; given 1; allowed: a number in \[0, 1\)"
+    ):
         Absorption.Options(probe_f1=1)
-    with pytest.raises(ConfigError, match="max_main: must be at least 1"):
+    with pytest.raises(ConfigError, match="max_main: out of range; given 0; allowed: 1 or more"):
         Absorption.Options(max_main=0)

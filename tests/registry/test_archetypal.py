@@ -117,7 +117,7 @@ def test_given_candidates_are_kept():
     sae.set_candidates(points)
     step(sae, torch.randn(40, 5))
     assert torch.equal(sae.candidates, points)
-    with pytest.raises(ConfigError, match=r"shape \(7, 5\).*got \(3, 5\)"):
+    with pytest.raises(ConfigError, match=r"given \(3, 5\); allowed: shape \(7, 5\)"):
         sae.set_candidates(points[:3])
 
 
@@ -161,9 +161,12 @@ def test_seeding_repeats_rows_only_when_they_run_out():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_candidates": 0}, "n_candidates must be at least 1, got 0"),
-        ({"delta": -1}, "delta must not be negative, got -1"),
-        ({"decoder_init_norm": 0.1}, "decoder_init_norm must be None for archetypal_topk"),
+        ({"n_candidates": 0}, "n_candidates: out of range; given 0; allowed: at least 1"),
+        ({"delta": -1}, "delta: out of range; given -1; allowed: 0 or more"),
+        (
+            {"decoder_init_norm": 0.1},
+            "decoder_init_norm: not possible; given 0.1; allowed: None for archetypal_topk",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

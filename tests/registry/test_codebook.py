@@ -69,5 +69,7 @@ def test_dead_codes_move_to_inputs_of_the_batch():
 
 
 def test_wrong_k_is_named():
-    with pytest.raises(ConfigError, match=r"k of codebook must be in 1..d_sae=20, got 21"):
+    with pytest.raises(
+        ConfigError, match=r"k: out of range; given 21; allowed: an integer in 1..d_sae=20"
+    ):
         make(k=21)

@@ -203,7 +203,9 @@ def test_options_by_name(evaluator_class, animals):
     options = evaluator_class.Options()
     assert evaluator_class(context).options == options
     assert evaluator_class(context, options).options is options
-    with pytest.raises(ConfigError, match=f"unknown option of {evaluator_class.name} 'colour'"):
+    with pytest.raises(
+        ConfigError, match=f"option of {evaluator_class.name}: not known.*given 'colour'"
+    ):
         evaluator_class(context, {"colour": "red"})
 
 

@@ -137,7 +137,9 @@ def test_other_sources_share_x(one_batch: Measured, measured: Measured) -> None:
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(ConfigError, match="max_latents: must be at least 2, got 1"):
+    with pytest.raises(ConfigError, match="max_latents: out of range; given 1; allowed: 2 or more"):
         FeatureGeometry.Options(max_latents=1)
-    with pytest.raises(ConfigError, match=r"detector_f1: must lie in \[0, 1\]"):
+    with pytest.raises(
+        ConfigError, match=r"detector_f1: out of range; given 2; allowed: a number in \[0, 1\]"
+    ):
         FeatureGeometry.Options(detector_f1=2)

@@ -152,10 +152,19 @@ def test_default_levels_are_the_papers():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"swap_probability": 2.0}, r"swap_probability must be in \[0, 1\], got 2.0"),
-        ({"unassigned_share": -0.1}, r"unassigned_share must be in \[0, 1\], got -0.1"),
-        ({"reassign_every": 0}, "reassign_every must be at least 1, got 0"),
-        ({"level_widths": [4, 4]}, r"sum to d_sae=16, got \[4, 4\]"),
+        (
+            {"swap_probability": 2.0},
+            r"swap_probability: out of range; given 2.0; allowed: a number in \[0, 1\]",
+        ),
+        (
+            {"unassigned_share": -0.1},
+            r"unassigned_share: out of range; given -0.1; allowed: a number in \[0, 1\]",
+        ),
+        ({"reassign_every": 0}, "reassign_every: out of range; given 0; allowed: at least 1"),
+        (
+            {"level_widths": [4, 4]},
+            r"level_widths: not the levels of hsae; given \[4, 4\]; allowed: .* the sum d_sae=16",
+        ),
     ],
 )
 def test_wrong_settings_are_named(overrides, message):

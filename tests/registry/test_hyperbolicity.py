@@ -120,5 +120,5 @@ def test_large_sets_are_sampled(animals: Taxonomy, one_batch: Measured, measured
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(ConfigError, match="max_points: must be at least 4, got 3"):
+    with pytest.raises(ConfigError, match="max_points: out of range; given 3; allowed: 4 or more"):
         Hyperbolicity.Options(max_points=3)

@@ -107,8 +107,11 @@ def test_a_thousand_names_in_the_usual_order_need_not_be_unique(tree):
     ("label", "message"),
     [
         ("crane", r"fits several ImageNet synsets: n02012849 \(crane\), n03126707 \(crane\)"),
-        ("pgu", "unknown ImageNet class 'pgu'; did you mean 'pug'"),
-        ("n99999999", "unknown ImageNet class 'n99999999'.*another tree as a .csv or .json"),
+        ("pgu", "ImageNet class: not known .did you mean 'pug'"),
+        (
+            "n99999999",
+            "ImageNet class: not known.*given 'n99999999'.*another tree is given as a .csv or .json",
+        ),
     ],
 )
 def test_labels_off_the_tree(label, message):

@@ -197,10 +197,13 @@ def test_random_sets_against_the_mean_over_all_sets(animals):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "most"}, "rule: must be one of frequency, topk, topk_strict, any, got 'most'"),
-        ({"tau": 0}, r"tau: must lie in \(0, 1\], got 0"),
-        ({"k": 0}, "k: must be at least 1, got 0"),
-        ({"ruel": "any"}, "unknown option of lch_height 'ruel'; did you mean 'rule'"),
+        (
+            {"rule": "most"},
+            "rule: not known; given 'most'; allowed: one of frequency, topk, topk_strict, any",
+        ),
+        ({"tau": 0}, r"tau: out of range; given 0; allowed: a number in \(0, 1\]"),
+        ({"k": 0}, "k: out of range; given 0; allowed: 1 or more"),
+        ({"ruel": "any"}, "option of lch_height: not known .did you mean 'rule'"),
     ],
 )
 def test_options_are_checked(animals, one_batch, measured, options, message):

@@ -212,8 +212,8 @@ def test_only_the_most_variable_latents_are_probed(animals, one_batch, measured)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": 0}, "ridge: must be above 0, got 0"),
-        ({"neighbours": 0}, "neighbours: must be at least 1, got 0"),
+        ({"ridge": 0}, "ridge: out of range; given 0; allowed: above 0"),
+        ({"neighbours": 0}, "neighbours: out of range; given 0; allowed: 1 or more"),
     ],
 )
 def test_options_are_checked(animals, one_batch, measured, options, message):

@@ -122,10 +122,10 @@ def test_the_widths_of_the_sae_are_used(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 1}, "k: a pair needs"),
-        ({"widths": [4, 2]}, "widths: must rise"),
-        ({"widths": []}, "widths: must rise"),
-        ({"order": "size"}, "order: must be one of"),
+        ({"k": 1}, "k: too small; given 1; allowed: 2 or more, since a pair needs"),
+        ({"widths": [4, 2]}, "widths: out of range; given .*numbers that rise strictly"),
+        ({"widths": []}, "widths: out of range; given .*numbers that rise strictly"),
+        ({"order": "size"}, "order: not known; given 'size'; allowed: one of"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

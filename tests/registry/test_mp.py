@@ -102,9 +102,15 @@ def test_a_hook_that_changes_codes_changes_the_reconstruction():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 0}, "k of mp must be at least 1, got 0"),
-        ({"atom_dropout": 1.0}, r"atom_dropout must be in \[0, 1\), got 1.0"),
-        ({"residual_threshold": -1}, "residual_threshold must not be negative, got -1"),
+        ({"k": 0}, "k: out of range; given 0; allowed: at least 1"),
+        (
+            {"atom_dropout": 1.0},
+            r"atom_dropout: out of range; given 1.0; allowed: a number in \[0, 1\)",
+        ),
+        (
+            {"residual_threshold": -1},
+            "residual_threshold: out of range; given -1; allowed: 0 or more",
+        ),
         ({"normalize_activations": "covariance_whitening"}, "tied encoder"),
     ],
 )

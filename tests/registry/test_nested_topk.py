@@ -64,10 +64,10 @@ def test_shifting_the_data_leaves_the_normalisation_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ks": [3, 1, 5]}, r"end with k=5, got \[3, 1, 5\]"),
-        ({"ks": [1, 3]}, r"end with k=5, got \[1, 3\]"),
-        ({"level_weights": "best"}, "'uniform' or 'reverse', got 'best'"),
-        ({"normalize_activations": "layer_norm"}, "layer_norm.*nested_topk"),
+        ({"ks": [3, 1, 5]}, r"ks: out of range; given \[3, 1, 5\]; allowed: .*k=5 at the end"),
+        ({"ks": [1, 3]}, r"ks: out of range; given \[1, 3\]; allowed: .*k=5 at the end"),
+        ({"level_weights": "best"}, "given 'best'; allowed: 'uniform' or 'reverse'"),
+        ({"normalize_activations": "layer_norm"}, "nested_topk.*given 'layer_norm'"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

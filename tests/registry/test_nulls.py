@@ -76,7 +76,9 @@ def test_random_latents_never_fire_below_zero():
 
 
 def test_random_latents_refuse_an_impossible_sparsity():
-    with pytest.raises(ConfigError, match="l0: must lie between 0 and d_sae=10, got 11"):
+    with pytest.raises(
+        ConfigError, match="l0: out of range; given 11; allowed: a number between 0 and d_sae=10"
+    ):
         RandomLatents.fit(X, 10, 11)
 
 
@@ -106,5 +108,7 @@ def test_planted_nodes_can_be_shuffled_without_changing_their_size(animals):
 
 
 def test_planted_probabilities_are_checked(animals):
-    with pytest.raises(ConfigError, match=r"false_alarm: must be a probability, got 1\.5"):
+    with pytest.raises(
+        ConfigError, match=r"false_alarm: out of range; given 1\.5; allowed: a probability"
+    ):
         PlantedLatents(animals, false_alarm=1.5)

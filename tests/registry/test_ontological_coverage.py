@@ -162,7 +162,11 @@ def test_more_images_do_not_leave_the_memo_stale(animals, one_batch, measured):
 
 def test_options_are_checked(animals, one_batch, measured):
     batch = one_batch(np.ones((24, 2), np.float32), np.repeat(np.arange(12), 2))
-    with pytest.raises(ConfigError, match=r"covered: must lie in \(0, 1\], got 2"):
+    with pytest.raises(
+        ConfigError, match=r"covered: out of range; given 2; allowed: a number in \(0, 1\]"
+    ):
         measured(animals, batch, [OntologicalCoverage], options={"covered": 2})
-    with pytest.raises(ConfigError, match="survival: must fall strictly from 1"):
+    with pytest.raises(
+        ConfigError, match=r"survival: not possible; given .*numbers that fall strictly from 1"
+    ):
         OntologicalCoverage.Options(survival=(1.0, 0.2, 0.5))

@@ -92,5 +92,7 @@ def test_it_cannot_be_won_by_knowing_classes(animals, one_batch, measured):
 
 def test_a_pair_needs_two_images(animals, one_batch, measured):
     batch = one_batch(np.ones((24, 2), np.float32), np.repeat(np.arange(12), 2))
-    with pytest.raises(ConfigError, match="k: a pair needs at least 2 images, got 1"):
+    with pytest.raises(
+        ConfigError, match="k: too small; given 1; allowed: 2 or more, since a pair needs"
+    ):
         measured(animals, batch, [PairDepth], options={"k": 1})

@@ -355,7 +355,10 @@ def test_best_threshold_is_the_best_of_all(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"implication": 0.0}, "implication: must lie"), ({"ratio": 1.0}, "ratio: must be above 1")],
+    [
+        ({"implication": 0.0}, "implication: out of range; given 0.0; allowed: a number in"),
+        ({"ratio": 1.0}, "ratio: out of range; given 1.0; allowed: above 1"),
+    ],
 )
 def test_options_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

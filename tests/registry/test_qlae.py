@@ -75,8 +75,11 @@ def test_weights_decay_and_levels_do_not():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"n_levels": 1}, "n_levels must be at least 2, got 1"),
-        ({"decay_per_step": 1.0}, r"decay_per_step must be in \[0, 1\), got 1.0"),
+        ({"n_levels": 1}, "n_levels: out of range; given 1; allowed: at least 2"),
+        (
+            {"decay_per_step": 1.0},
+            r"decay_per_step: out of range; given 1.0; allowed: a number in \[0, 1\)",
+        ),
     ],
 )
 def test_wrong_settings_are_named(overrides, message):

@@ -103,5 +103,5 @@ def test_the_plot_is_capped(animals: Taxonomy, one_batch: Measured, measured: Me
     (evaluator,) = measured(animals, batch, [QuasiOrthogonality], size=30, **facts)
     assert 20 < len(evaluator.figures()["zf"].data[0].x) < 70
     assert evaluator.tables()["bands"]["share"].is_monotonic_increasing
-    with pytest.raises(ConfigError, match="plot_images: must be at least 1"):
+    with pytest.raises(ConfigError, match="plot_images: out of range; given 0; allowed: 1 or more"):
         QuasiOrthogonality.Options(plot_images=0)

@@ -87,9 +87,12 @@ def test_one_prefix_is_batchtopk():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_prefix": 21}, r"min_prefix must be in 1..d_sae=20, got 21"),
-        ({"n_prefixes": 0}, "n_prefixes must be at least 1, got 0"),
-        ({"pareto_alpha": 0.0}, "pareto_alpha must be positive, got 0.0"),
+        (
+            {"min_prefix": 21},
+            r"min_prefix: out of range; given 21; allowed: an integer in 1..d_sae=20",
+        ),
+        ({"n_prefixes": 0}, "n_prefixes: out of range; given 0; allowed: at least 1"),
+        ({"pareto_alpha": 0.0}, "pareto_alpha: out of range; given 0.0; allowed: a number above 0"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -46,8 +46,8 @@ def test_low_temperature_makes_groups_one_hot_and_the_log_says_so():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"group_size": 5}, "divide d_sae=12, got 5"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"group_size": 5}, "given 5; allowed: at least 2, and a divisor of d_sae=12"),
+        ({"temperature": 0.0}, "temperature: out of range; given 0.0; allowed: a number above 0"),
     ],
 )
 def test_wrong_settings_are_named(overrides, message):

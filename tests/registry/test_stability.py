@@ -284,7 +284,9 @@ def test_undefined_beside_a_peer(
 
 def test_options_are_checked() -> None:
     for field in ("max_images", "max_latents", "regressors", "anchors"):
-        with pytest.raises(ConfigError, match=f"{field}: must be at least 1, got 0"):
+        with pytest.raises(
+            ConfigError, match=f"{field}: out of range; given 0; allowed: 1 or more"
+        ):
             Stability.Options(**{field: 0})
-    with pytest.raises(ConfigError, match="same: must lie in"):
+    with pytest.raises(ConfigError, match="same: out of range; given 0; allowed: a number in"):
         Stability.Options(same=0)

@@ -277,7 +277,9 @@ def test_permuted_classes_and_shuffled_labels_lose_the_tree(spliced: Any, animal
 
 def test_options_are_checked() -> None:
     for field in ("max_images", "spliced_images", "swaps"):
-        with pytest.raises(ConfigError, match=f"{field}: must be at least 1, got 0"):
+        with pytest.raises(
+            ConfigError, match=f"{field}: out of range; given 0; allowed: 1 or more"
+        ):
             SupervisedDictionary.Options(**{field: 0})
-    with pytest.raises(ConfigError, match="detected: must lie in"):
+    with pytest.raises(ConfigError, match="detected: out of range; given 0; allowed: a number in"):
         SupervisedDictionary.Options(detected=0)

@@ -16,7 +16,7 @@ def test_register_and_read() -> None:
 def test_duplicate_names_both_plugins() -> None:
     table: Table[int] = Table("evaluator")
     table.register("pair_depth", 1, plugin="first")
-    with pytest.raises(DuplicateNameError, match=r"'pair_depth'.*'first'.*'second'"):
+    with pytest.raises(DuplicateNameError, match=r"'first'.*'second'; given 'pair_depth'"):
         table.register("pair_depth", 2, plugin="second")
     assert table["pair_depth"] == 1
 
@@ -26,10 +26,10 @@ def test_unknown_name_lists_the_nearest() -> None:
     for name in ("pair_depth", "lch_height", "stability"):
         table.register(name, 0)
     with pytest.raises(
-        UnknownNameError, match=r"unknown evaluator 'pair_dept'; did you mean 'pair_depth'\?"
+        UnknownNameError, match=r"evaluator: not known .did you mean 'pair_depth'\?"
     ):
         table["pair_dept"]
-    with pytest.raises(ConfigError, match="Known: lch_height, pair_depth, stability"):
+    with pytest.raises(ConfigError, match="allowed: lch_height, pair_depth, stability"):
         table["zzz"]
 
 
@@ -46,4 +46,4 @@ def test_behaves_as_a_mapping(entries: dict[str, int], probe: str) -> None:
 def test_the_message_is_printed_plainly() -> None:
     with pytest.raises(UnknownNameError) as error:
         Table("taxonomy")["imagenet"]
-    assert str(error.value) == "unknown taxonomy 'imagenet'. Known: none."
+    assert str(error.value) == "taxonomy: not known; given 'imagenet'; allowed: none."

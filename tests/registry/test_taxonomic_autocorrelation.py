@@ -98,5 +98,5 @@ def test_a_latent_of_one_class_is_never_significant(
 
 @pytest.mark.parametrize("field", ["scale", "draws", "level"])
 def test_options_out_of_range(field: str) -> None:
-    with pytest.raises(ConfigError, match=f"{field}: must"):
+    with pytest.raises(ConfigError, match=f"{field}: out of range; given 0; allowed: "):
         TaxonomicAutocorrelation.Options(**{field: 0})

@@ -259,7 +259,7 @@ def test_undefined_questions_are_errors():
     taxonomy = Taxonomy.from_edges([("a", "b"), ("a", "c")])
     with pytest.raises(ConfigError, match="the LCH of no class is undefined"):
         taxonomy.lch([])
-    with pytest.raises(ConfigError, match="a cut needs a depth of 0 or more, got -1"):
+    with pytest.raises(ConfigError, match="t: too small; given -1; allowed: 0 or more"):
         taxonomy.cut(-1)
-    with pytest.raises(ConfigError, match="unknown taxonomy node 'bb'; did you mean 'b'"):
+    with pytest.raises(ConfigError, match=r"taxonomy node: not known .did you mean 'b'"):
         taxonomy.index("bb")

@@ -185,9 +185,12 @@ def test_default_levels_are_the_papers():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"level_widths": [3, 4]}, r"sum to d_sae=12, got \[3, 4\] \(sum 7\)"),
-        ({"level_k": [2, 2]}, r"one k for each of its 3 levels.*got \[2, 2\]"),
-        ({"level_k": [4, 2, 2]}, r"between 1 and the level's width.*got \[4, 2, 2\]"),
+        ({"level_widths": [3, 4]}, r"given \[3, 4\]; allowed: .* the sum d_sae=12"),
+        ({"level_k": [2, 2]}, r"not one for each level.*given \[2, 2\]; allowed: 3 integers"),
+        (
+            {"level_k": [4, 2, 2]},
+            r"given \[4, 2, 2\]; allowed: .*between 1 and the width of its level",
+        ),
     ],
 )
 def test_wrong_levels_are_named(overrides, message):

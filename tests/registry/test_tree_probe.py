@@ -140,7 +140,9 @@ def test_few_classes_are_undefined(one_batch: Measured, measured: Measured) -> N
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(ConfigError, match=r"asked_share: must lie in \(0, 1\), got 1"):
+    with pytest.raises(
+        ConfigError, match=r"asked_share: out of range; given 1; allowed: a number in \(0, 1\)"
+    ):
         TreeProbe.Options(asked_share=1)
-    with pytest.raises(ConfigError, match="rank: must be at least 1"):
+    with pytest.raises(ConfigError, match="rank: out of range; given 0; allowed: 1 or more"):
         TreeProbe.Options(rank=0)
