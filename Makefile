@@ -37,7 +37,7 @@ test: lint types
 # dependency in pyproject.toml; what those depend on is the newest that they allow. torch alone stays
 # pinned in both: its other versions need the CUDA packages on most indexes. Where an index has CPU
 # builds of all: make test-lowest TORCH=torch==2.6.0
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 BOUNDS_latest := true
 BOUNDS_lowest := grep -oE '"[a-z0-9-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | tr -d '"' \
 	| sed -E 's/(\[[a-z]+\])?>=/==/' | grep -v '^torch==' | sort -u

@@ -17,7 +17,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 def records(path: Path) -> list[Any]:
     """Every record of a `.wandb` file, in the order in which it was logged."""
     data = path.read_bytes()
-    assert data[:4] == b":W&B", f"{path} is no W&B log"
+    assert data[:4] in (b"", b":W&B"), f"{path} is no W&B log"
     found, parts, at = [], [], FILE_HEADER
     while at + HEADER <= len(data):
         left = BLOCK - at % BLOCK
