@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 SERVER = """
-import json, os, sys
+import atexit, gc, json, os, sys, traceback
 import accelerate, datasets, pandas, plotly.graph_objects, pytest, scipy.stats, simple_parsing
 import torch, torch._dynamo, transformers, wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     if os.fork() == 0:
@@ -35,7 +37,21 @@ for descriptor, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])
     os.dup2(os.open(name, os.O_RDWR), descriptor)
 os.chdir(job["cwd"])
 sys.argv = ["-c", *job["args"]]
-exec(compile(job["code"], "<script>", "exec"), {"__name__": "__main__"})
+status = 0
+try:
+    exec(compile(job["code"], "<script>", "exec"), {"__name__": "__main__"})
+except SystemExit as stop:
+    status = stop.code or 0
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+except BaseException:
+    traceback.print_exc()
+    status = 1
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)  # to free the memory of all those libraries takes longer than most scripts
 """
 
 

@@ -9,6 +9,7 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.models.families import FAMILIES
 from taxolens.hooks.models.hooked_module import find_blocks
 from taxolens.hooks.models.load import expand_hook_names, hook_d_in, run_to_hooks
 from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tapped, tiny_model
@@ -37,6 +38,11 @@ def sae_at(model: Any, hook_name: str) -> StandardSAE:
 
 
 MIDDLE = "blocks.0.hook_resid_post"
+
+
+def test_every_family_is_under_contract() -> None:
+    """A new family needs a model in tiny_models.py."""
+    assert {tapped(variant).family for variant in ALL} == {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -207,7 +207,7 @@ codes = [  # each begins with sae_lens: a part of it, or transformer_lens, two t
     "import taxolens, sae_lens" + use,
     "import taxolens; assert 'mp' in taxolens.ARCHITECTURES" + use,
     "import taxolens; assert 'lch_height' in taxolens.EVALUATORS",
-    "import taxolens; assert len(taxolens.TAXONOMIES) == 2",
+    "import taxolens; assert 'cifar100' in taxolens.TAXONOMIES",
     "import taxolens, sae_lens" + use,
     "import taxolens; assert len(taxolens.LOADERS) >= 0",
 ]

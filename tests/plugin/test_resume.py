@@ -316,7 +316,7 @@ def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(training
 
     cfg = training.single(prefetch_llm_batches=2, resume_from_checkpoint=str(training.checkpoints))
     training.runner(cfg).run()
-    assert f"{training.checkpoints / '48'} is torn" in caplog.text
+    assert f"{training.checkpoints / '48'}: incomplete" in caplog.text
     assert cfg.resume_from_checkpoint == str(training.checkpoints / "24")
     assert_same(weights(training.output), expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import taxolens  # noqa: F401 (fills the table of named taxonomies)
+import taxolens
 from taxolens.registry.errors import ConfigError, UnknownNameError
 from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
 
@@ -13,6 +13,19 @@ TREE = Taxonomy.from_edges(
     [("animal", "dog"), ("animal", "cat"), ("dog", "pug"), ("dog", "husky")],
     ["pug", "cat", "husky"],
 )
+
+
+@pytest.mark.parametrize("name", list(taxolens.TAXONOMIES))
+def test_what_every_named_taxonomy_holds(name):
+    source = taxolens.TAXONOMIES[name]
+    assert source.name == name and source.description and source.source
+    whole = source.load(None)
+    some = [whole.classes[-1], whole.classes[0], whole.classes[len(whole.classes) // 2]]
+    assert list(source.load(some).classes) == some
+    assert load_taxonomy(name, classes=some) == source.load(some)
+    assert Taxonomy.from_json(whole.to_json()) == whole
+    with pytest.raises(ConfigError, match="no-such-class"):
+        source.load([*some, "no-such-class"])
 
 
 def test_cifar100_has_two_levels():
