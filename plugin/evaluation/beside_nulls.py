@@ -57,7 +57,7 @@ def with_nulls(
 
     def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
         if null_name == "permuted_classes" and metric in invariant:
-            return NullResult(reason="does not depend on where a class stands in the tree")
+            return NullResult(reason="does not depend on the position of a class in the tree")
         if null_name == "shuffled" and metric in label_free:
             return NullResult(reason="no label is used")
         if isinstance(found, str):
