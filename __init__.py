@@ -1,4 +1,4 @@
-"""taxolens: what does a vision model know about the tree of things?
+"""taxolens: vision models in SAELens and TransformerLens, and their SAEs measured on a class tree.
 
 Once taxolens and SAELens (or TransformerLens) are both imported, in either order, our SAE
 architectures and vision models, and those of every installed plugin, are selectable by name there.

@@ -1,1 +1,1 @@
-"""WHERE vision models are tapped: families, token selection, images to activations."""
+"""Vision models with hook points, images, and activations of images at hook points."""

@@ -1,1 +1,1 @@
-"""HOW taxolens plugs into SAELens, TransformerLens, Weights & Biases and the shell."""
+"""The plugin for SAELens, TransformerLens and Weights & Biases, and the command line."""

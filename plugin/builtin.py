@@ -1,7 +1,7 @@
-"""Everything that taxolens itself registers, through the same hooks as any other plugin.
+"""The built-in plugin: what taxolens itself registers, through the hooks of any other plugin.
 
-Each name stands beside the place of its entry, `module:attribute` in its folder, so that the names
-are known, and one kind of thing is imported, without the rest.
+Each name has the place of its entry, `module:attribute` in its folder, so that the names are listed
+and one kind of entry is imported without the others.
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ TAXONOMIES = {
 
 @hookimpl
 def register_architectures(register: hookspecs.RegisterArchitecture) -> None:
+    """Register the SAE architectures of ARCHITECTURES."""
     for entry in _entries("architectures", ARCHITECTURES):
         register(entry)
 
 
 @hookimpl
 def register_vision_models(register: hookspecs.RegisterVisionModel) -> None:
+    """Register the model families of hooks/models/families."""
     from ..hooks.models.families import FAMILIES
 
     for family in FAMILIES:
@@ -68,18 +70,20 @@ def register_vision_models(register: hookspecs.RegisterVisionModel) -> None:
 
 @hookimpl
 def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
+    """Register the evaluators of EVALUATORS."""
     for entry in _entries("evaluators", EVALUATORS):
         register(entry)
 
 
 @hookimpl
 def register_taxonomies(register: hookspecs.RegisterTaxonomy) -> None:
+    """Register the class trees of TAXONOMIES."""
     for entry in _entries("taxonomies", TAXONOMIES):
         register(entry)
 
 
 def _entries(folder: str, places: dict[str, str]) -> list[Any]:
-    """All of them, imported before the first is registered."""
+    """The entries at `places`, all imported before the first is registered."""
     parts = [place.split(":") for place in places.values()]
     room = f"{__name__.partition('.')[0]}.registry.{folder}"
     return [getattr(import_module(f"{room}.{module}"), attribute) for module, attribute in parts]

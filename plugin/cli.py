@@ -1,7 +1,7 @@
 """The command line: `taxolens demo | train | evaluate | report | list | completion`.
 
-This module and the command modules import nothing heavy at the top, so that `--help`, `--version`
-and wrong usage are answered at once. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage.
+This module and the command modules import no large library at the top, so that `--help`,
+`--version` and wrong usage need no wait. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ DEBUG_VARIABLE = "TAXOLENS_DEBUG"
 HELP = f"""\
 usage: taxolens [--version] [--debug] COMMAND ...
 
-What does a vision model know about the tree of things? Trains sparse autoencoders inside vision
-models with SAELens and measures how much of a class hierarchy their latents carry.
+Trains sparse autoencoders on the activations of vision models, with SAELens, and measures how their
+latents represent a class hierarchy.
 
 commands:
 {chr(10).join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())}
 
 options:
   -h, --help   this help; `taxolens COMMAND --help` explains a command
-  --version    the versions of taxolens and of the libraries it stands on
+  --version    the versions of taxolens and of the libraries it is built on
   --debug      show the traceback of an error (also: {DEBUG_VARIABLE}=1)
 
 examples:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(args)
     except SystemExit as stop:  # argparse leaves this way after --help
         return stop.code if isinstance(stop.code, int) else DONE
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError:  # the reader of our output closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def versions() -> str:
-    """One line: taxolens and the three libraries that a bug report should name."""
+    """Versions of taxolens and of the three libraries that a bug report should name, in one line."""
     others = ", ".join(
         f"{name} {version(name)}" for name in ("sae-lens", "transformer-lens", "torch")
     )

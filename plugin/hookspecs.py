@@ -1,9 +1,9 @@
-"""The five hooks through which a plugin, ours included, adds to taxolens.
+"""The five hooks by which a plugin, ours included, adds to taxolens.
 
 Each hook is called once, with a typed `register` callable, when its table is first read or the
-library that it registers with is imported. So a hook imports what it registers in its own body: a
-list of evaluators then waits for no architecture. A plugin implements the hooks it needs with `@taxolens.hookimpl` and announces itself in its own
-pyproject.toml::
+library that it registers with is imported. A hook imports what it registers in its own body, so
+that listing evaluators imports no architecture. A plugin implements the hooks it needs with
+`@taxolens.hookimpl` and is declared in its own pyproject.toml::
 
     [project.entry-points.taxolens]
     my_plugin = "my_package.my_module"
@@ -25,22 +25,32 @@ hookimpl = pluggy.HookimplMarker("taxolens")
 
 
 class RegisterArchitecture(Protocol):
+    """Registers one SAE architecture."""
+
     def __call__(self, architecture: Architecture, /) -> None: ...
 
 
 class RegisterVisionModel(Protocol):
+    """Registers one model family."""
+
     def __call__(self, family: VisionFamily, /) -> None: ...
 
 
 class RegisterEvaluator(Protocol):
+    """Registers one evaluator class."""
+
     def __call__(self, evaluator: type[Evaluator[Any]], /) -> None: ...
 
 
 class RegisterTaxonomy(Protocol):
+    """Registers one class tree."""
+
     def __call__(self, source: TaxonomySource, /) -> None: ...
 
 
 class RegisterLoader(Protocol):
+    """Registers one reader of SAE files."""
+
     def __call__(self, loader: Loader, /) -> None: ...
 
 
@@ -48,7 +58,7 @@ class RegisterLoader(Protocol):
 def register_architectures(register: RegisterArchitecture) -> None:
     """Add SAE architectures: `register(Architecture(name, training_class, ...))`.
 
-    The name can then stand in any SAELens config and after SAELens's `--architecture`.
+    The name is then valid in any SAELens config and after SAELens's `--architecture`.
     """
 
 
@@ -56,7 +66,7 @@ def register_architectures(register: RegisterArchitecture) -> None:
 def register_vision_models(register: RegisterVisionModel) -> None:
     """Add model families: `register(VisionFamily(name, ...))`.
 
-    A family says which Hugging Face architectures it taps and with which TransformerLens adapter.
+    A family lists the Hugging Face architectures that it taps, and their TransformerLens adapter.
     """
 
 
@@ -74,5 +84,5 @@ def register_taxonomies(register: RegisterTaxonomy) -> None:
 def register_loaders(register: RegisterLoader) -> None:
     """Add readers of other libraries' SAE files: `register(Loader(name, disk=...))`.
 
-    Releases that a loader names can then be given to SAELens's `SAE.from_pretrained`.
+    SAELens's `SAE.from_pretrained` then accepts the releases that the loader lists.
     """

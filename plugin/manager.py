@@ -1,4 +1,4 @@
-"""Loads the plugins, built-in and third-party, and fills the tables through their hooks."""
+"""Loading of plugins, built-in and third-party, which fill the tables by their hooks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pm = pluggy.PluginManager("taxolens")
 pm.add_hookspecs(hookspecs)
 pm.register(builtin, name="taxolens")
 
-_to_load: list[EntryPoint] | None = None  # None: not looked for yet
-_filled: set[tuple[str, str]] = set()  # (plugin, hook) that was called
+_to_load: list[EntryPoint] | None = None  # None: not searched for yet
+_filled: set[tuple[str, str]] = set()  # (plugin, hook) pairs that were called
 _skipped: set[str] = set()
 _running: set[str] = set()
 _locks = {hook: threading.RLock() for hook in TABLES}
@@ -34,21 +34,21 @@ _loaders: list[tuple[str, table.Loader]] = []  # by plugin; SAELens does not hav
 
 
 def load_plugins() -> None:
-    """Load every plugin that is not loaded yet and fill all tables; calling it again is free.
+    """Load every plugin that is not loaded yet and fill all tables; further calls do nothing.
 
-    It imports SAELens and TransformerLens. Nobody has to call it: a table is filled when it is
-    first read, and SAELens and TransformerLens get what is theirs when they are imported.
+    It imports SAELens and TransformerLens. Calling it is optional: a table is filled when it is
+    first read, and entries are registered with SAELens and TransformerLens when these are imported.
 
     The built-ins come first. A third-party plugin that cannot be imported, or whose hook raises,
-    is named in a warning and skipped. `TAXOLENS_BLOCK_PLUGINS` (names, comma-separated) keeps
-    plugins out.
+    is named in a warning and skipped. Plugins named in `TAXOLENS_BLOCK_PLUGINS` (comma-separated)
+    are not loaded.
     """
     for hook in TABLES:
         fill(hook)
 
 
 def fill(hook: str) -> None:
-    """Call `hook` of every plugin that was not asked yet, which fills its table."""
+    """Fill the table of `hook`: call it in every plugin where it was not called yet."""
     library = TABLES[hook][1]
     if library and hook in IMPORTED_FIRST:
         import_module(library)  # calls `fill_for_libraries` at its end
@@ -58,10 +58,10 @@ def fill(hook: str) -> None:
 
 
 def fill_for_libraries() -> None:
-    """Register all that is meant for SAELens and TransformerLens with those that are imported.
+    """Register the entries of SAELens and TransformerLens with those of the two that are imported.
 
     A table that another thread is filling is left to that thread: this one may be inside the
-    import of a library that the other waits for.
+    import of a library for which the other waits.
     """
     _load_entry_points()
     for hook, (_, library) in TABLES.items():
@@ -76,15 +76,15 @@ def fill_for_libraries() -> None:
 
 
 def other_plugins() -> list[EntryPoint]:
-    """Where the plugins of other packages are, less the blocked ones."""
+    """The entry points of other packages' plugins, without the blocked ones."""
     blocked = blocked_plugins()
     return [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in blocked]
 
 
 def _load_entry_points() -> bool:
-    """Load the plugins of other packages; whether any is new.
+    """Load the plugins of other packages; return whether any is new.
 
-    One that is in the middle of its own import is left for the next time.
+    A plugin whose own import has not ended is left for the next call.
     """
     global _to_load
     if _to_load is None:
@@ -99,7 +99,7 @@ def _load_entry_points() -> bool:
         except Exception as error:
             problem = error
         if is_half_imported(entry_point.module) or entry_point not in _to_load:
-            continue  # the latter: another thread was faster
+            continue  # the latter: another thread has loaded it
         _to_load.remove(entry_point)
         try:
             if problem is not None:
@@ -114,7 +114,7 @@ def _call(hook: str, *, wait: bool = True) -> None:
     if not _locks[hook].acquire(blocking=wait):
         return
     try:
-        if hook in _running:  # a plugin reads the table that it fills
+        if hook in _running:  # the plugin reads the table that it fills
             return
         _running.add(hook)
         for name, plugin in pm.list_name_plugin():
@@ -137,7 +137,7 @@ def _fill_table(hook: str, name: str, plugin: object) -> None:
 
 
 def _registrars(plugin: str) -> dict[str, Callable[[Any], None]]:
-    """For each hook its `register` callable, which knows the plugin that it serves."""
+    """For each hook its `register` callable, which records `plugin` as the source of an entry."""
 
     def architecture(entry: table.Architecture) -> None:
         sae_lens_bridge.check_architecture(entry)

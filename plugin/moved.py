@@ -1,7 +1,7 @@
-"""Modules that moved since 0.1.0: their old names still import, with a warning that names the new.
+"""Aliases of modules that moved since 0.1.0; importing one warns and names the new module.
 
-A finder, last in `sys.meta_path`, answers for what no other finder finds. An old name gives a module
-of its own that looks every attribute up in the new one, so that classes stay the same objects.
+A finder, last in `sys.meta_path`, handles the names that no other finder finds. An old name gives a
+separate module that looks every attribute up in the new one, so that classes stay the same objects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 
-# Modules that kept their names: (old package, new package) -> which.
+# (old package, new package) -> the modules that moved and kept their names.
 _FOLDERS = {
     ("hooks", "hooks.images"): "decode preprocess",
     ("hooks", "hooks.models"): "bridge families forward hooked_module intervention points tokens",
@@ -34,7 +34,7 @@ _FOLDERS = {
         "summary sums"
     ),
 }
-# Old module -> the new one, or those that it was split into. A package stands for what is in it.
+# Old module -> the new one, or those that it was split into. A package includes its modules.
 MOVED: dict[str, str | tuple[str, ...]] = {
     **{
         f"{a}.{name}": f"{b}.{name}" for (a, b), names in _FOLDERS.items() for name in names.split()
@@ -65,13 +65,13 @@ MOVED: dict[str, str | tuple[str, ...]] = {
 
 
 def start() -> None:
-    """Let the old names be imported."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
 
 def new_places(module: str) -> tuple[str, ...]:
-    """Where `module` is now, by its full name; empty where it has not moved."""
+    """The full names of the modules that replace `module`; empty where it has not moved."""
     package, _, old = module.partition(".")
     if package != PACKAGE:
         return ()
@@ -95,7 +95,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Alias(Loader):
-    """Makes a module of what the `places` have."""
+    """Builds a module of the attributes of the modules `places`."""
 
     def __init__(self, places: tuple[str, ...]) -> None:
         self.places = places

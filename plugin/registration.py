@@ -1,9 +1,9 @@
-"""Registers with SAELens and TransformerLens when both they and taxolens are imported.
+"""Registration with SAELens and TransformerLens, once both they and taxolens are imported.
 
 `import taxolens` imports neither. Where they are imported already, it registers at once; otherwise
 a finder, first in `sys.meta_path`, finds exactly these two packages as the other finders do and
-gives their loader an `exec_module` that registers after the package's own. The tables of taxolens
-are filled when they are first read, each by itself.
+gives their loader an `exec_module` that registers after the package's own. Each table of taxolens
+is filled when it is first read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TABLES = {
 }
 LIBRARIES = frozenset(library for _, library in TABLES.values() if library)
 
-# Library -> the thread that imports it, None afterwards; those that were imported through `_Finder`.
+# Library imported by `_Finder` -> the thread that imports it, None afterwards.
 _importing: dict[str, int | None] = {}
 _manager = ""
 
@@ -40,7 +40,7 @@ def start(manager: str) -> None:
     """Fill the tables on first read, and register with both libraries once they are imported.
 
     Args:
-        manager: name of the module that does so (`taxolens.plugin.manager`), imported for it.
+        manager: name of the module that does it (`taxolens.plugin.manager`), imported when needed.
     """
     global _manager
     _manager = manager
@@ -50,21 +50,21 @@ def start(manager: str) -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if any(is_half_imported(library) for library in before):
-        # By another thread, which this one must not wait for: it may wait for this one.
+        # Another thread imports it. Waiting here could deadlock: it may wait for this thread.
         threading.Thread(target=_register, args=(before,), daemon=True).start()
     elif before:
         _register(before)
 
 
 def is_imported(library: str | None) -> bool:
-    """Whether the library is in use and whole, not in the middle of its import."""
+    """Whether the library is imported, and its import has ended."""
     if library in _importing:
         return _importing[library] is None
     return library in sys.modules and not is_half_imported(library)
 
 
 def is_half_imported(module: str) -> bool:
-    """Whether the module is in the middle of its import."""
+    """Whether the import of the module has begun and not ended."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
     return getattr(spec, "_initializing", False)
 
@@ -72,7 +72,7 @@ def is_half_imported(module: str) -> bool:
 def within_an_import() -> bool:
     """Whether this thread is inside the import of one of the libraries.
 
-    What else wants that library would find half of it.
+    A plugin that is loaded now would find that library half imported.
     """
     return threading.get_ident() in _importing.values()
 
@@ -88,7 +88,7 @@ def _register(libraries: Iterable[str]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the libraries as the other finders do; see the head of this module."""
+    """Finds the libraries as the other finders do; see the docstring of this module."""
 
     def find_spec(
         self,
@@ -115,20 +115,20 @@ def _register_after(library: str, loader: Loader) -> None:
         vars(loader).pop("exec_module", None)
         _importing[library] = threading.get_ident()
         try:
-            own_exec_module(module)  # the library's own import; taxolens waits for its end
+            own_exec_module(module)  # the library's own import
         except BaseException:
             del _importing[library]
             raise
         _importing[library] = None
         try:
             import_module(_manager).fill_for_libraries()
-        except Exception as error:  # an error of ours is no reason that the library is missing
+        except Exception as error:  # the library stays importable when registration fails
             warnings.warn(
                 f"taxolens could not register with {library}: {type(error).__name__}: {error}",
                 stacklevel=2,
             )
 
-    # On this one loader, which keeps its class and whatever else it can; if it takes no attribute,
-    # registration waits until a table is read.
+    # Only this loader object is changed. If it allows no new attribute, registration waits until a
+    # table is read.
     with suppress(AttributeError):
         loader.exec_module = exec_module

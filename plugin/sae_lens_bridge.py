@@ -1,6 +1,6 @@
-"""Pushes our tables into SAELens: its two architecture registries and its loaders.
+"""Registration in SAELens: its two architecture registries and its loaders.
 
-SAELens is imported in the functions: they are called at the end of its own import.
+SAELens is imported inside the functions, which are called at the end of its own import.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from ..registry.table import Architecture, Loader
 
 
 def check_architecture(entry: Architecture) -> None:
-    """Refuse a name that SAELens itself, or something beside us, already uses.
+    """Refuse a name that SAELens itself, or another package, already uses.
 
     Raises:
-        DuplicateNameError: naming the class that holds the name.
+        DuplicateNameError: the name is in use; the message names the class that has it.
     """
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 

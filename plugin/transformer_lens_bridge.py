@@ -1,6 +1,6 @@
-"""Makes TransformerLens's own `boot_transformers` know our model families.
+"""Registration of the model families in TransformerLens, for its own `boot_transformers`.
 
-TransformerLens is imported in the function: it is called at the end of TransformerLens's import.
+TransformerLens is imported inside the function, which is called at the end of its own import.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ENTRY_POINT_GROUP = "transformer_lens.architectures"
 
 
 def add_family(family: VisionFamily) -> None:
-    """Register the family's adapter under each of its architectures; calling it again is free.
+    """Register the family's adapter under each of its architectures; further calls do nothing.
 
     - An architecture that TransformerLens has itself (ViT, DeiT) keeps TransformerLens's adapter.
-    - One that an installed entry point announces with this very adapter is left to TransformerLens
+    - One that an installed entry point declares with this same adapter is left to TransformerLens
       to discover: registered twice, it would warn of an override.
     - The factory alone is not enough: `boot_transformers` looks architectures up in
       `SUPPORTED_ARCHITECTURES`, and how to load them in the sets of vision architectures.

@@ -26,7 +26,7 @@ from .extract import Extraction, TokenExtractor, model_fingerprint
 class ActivationCache(CacheReader):
     """A `CacheReader` that can be built.
 
-    `build` can be killed at any time and goes on where it was; `open` reads a finished or unfinished
+    `build` can be killed at any time, and the next call goes on from there; `open` reads a finished or unfinished
     cache.
     """
 
@@ -54,7 +54,7 @@ class ActivationCache(CacheReader):
         progress: bool = True,
         **settings: Any,
     ) -> ActivationCache:
-        """Run all images through the model once and keep what is asked for.
+        """Run all images through the model once and store the activations.
 
         A folder that holds the same activations already is used as it is, an unfinished one is
         finished. It may hold more hook points than asked for.

@@ -1,4 +1,4 @@
-"""Reading a cache of activations: its files (docs/formats/activations.md) and what they hold."""
+"""Reader of a cache of activations, whose files docs/formats/activations.md defines."""
 
 from __future__ import annotations
 

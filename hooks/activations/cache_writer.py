@@ -1,4 +1,4 @@
-"""Writing a cache of activations: files that grow by rows, and survive being killed."""
+"""Writer of a cache of activations: files that grow by rows and stay valid when it is killed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMMIT_SECONDS = 15.0  # at most this much work is lost when the process is kill
 
 
 class _Column:
-    """A ``.npy`` file that grows by rows, and holds what was committed whatever happens."""
+    """A ``.npy`` file that grows by rows and always has the committed ones."""
 
     def __init__(
         self, file: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_rows: int
@@ -62,7 +62,7 @@ class _Column:
             data = data[self._file.write(data) :]
 
     def commit(self, n_rows: int) -> None:
-        """Have `n_rows` rows on the disk, and say so in the header, which keeps its length."""
+        """Sync `n_rows` rows to the disk, then write their number into the header of fixed length."""
         end = self._file.tell()
         self._file.seek(0)
         self._file.write(self._header(n_rows))
@@ -84,7 +84,7 @@ class _Column:
 
 
 class CacheWriter:
-    """Fills the folder of a cache, continuing after what is there."""
+    """Fills the folder of a cache, continuing after the rows that exist."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class CacheWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._columns:
-            with suppress(DataError):  # the first error is the one to see
+            with suppress(DataError):  # the first error is the one to report
                 self._commit()
         for column in self._columns.values():
             column.close()
@@ -194,7 +194,7 @@ class CacheWriter:
         )
 
     def _commit(self, complete: bool = False) -> None:
-        """Put what was written on the disk, then say so."""
+        """Sync the written rows to the disk, then record their number."""
         try:
             for column in self._columns.values():
                 column.commit(self._n_rows)
@@ -211,7 +211,7 @@ class CacheWriter:
 
 
 def matching_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The index of the cache in `folder`, which holds these activations or is to; None: no cache.
+    """The index of the cache of these activations in `folder`; None where there is no cache.
 
     Raises:
         ConfigError: it holds others.

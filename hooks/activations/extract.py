@@ -1,4 +1,4 @@
-"""From a batch of images to the chosen tokens at the chosen hook points, in one forward pass."""
+"""Extraction of the chosen tokens at the chosen hook points, in one forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..models.tokens import check_tokens, tokens_of
 
 @dataclass(frozen=True)
 class Extraction:
-    """Which activations of each image: what decides their numbers beside model and images.
+    """Which activations of each image are extracted, and in which precision.
 
     Attributes:
         hook_names: hook points, all read from one forward pass.
@@ -140,7 +140,7 @@ class TokenExtractor:
 
 
 def model_fingerprint(model: TappedModel) -> str:
-    """16 hex digits that follow every weight, the same on any device.
+    """16 hex digits that depend on every weight, the same on any device.
 
     Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order.
     """

@@ -1,4 +1,4 @@
-"""A random permutation of any length, a piece at a time, in memory for that piece alone."""
+"""A random permutation of any length, computed in parts, without memory for the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROUNDS = 8
 
 
 class LazyPermutation:
-    """A permutation of range(n) that `seed` picks: `permutation[i]` for an array of i.
+    """A permutation of range(n) by `seed`: `permutation[i]` for an array of i.
 
     A balanced Feistel network over the next power of four, walked until it falls below n (Black
     and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, cycle walking), with the finaliser

@@ -1,4 +1,4 @@
-"""An endless stream of activations for training, seeded and seekable to the bit."""
+"""An endless stream of activations for training; seeded, and seekable with equal bits."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ class ActivationStream(Iterator[Batch]):
     over the whole epoch. Every token of every readable image comes exactly once an epoch; batches
     run over the ends of windows and epochs.
 
-    Whatever batch was served last, `state_after` says where the next begins, and `seek` goes
-    there: what follows is the same to the bit (on the same hardware), since every window is a
-    function of the seed, the epoch and the window's number alone. Torch's global random state is
-    never touched.
+    `state_after` returns the position after a batch, and `seek` goes there: the batches from there
+    on are equal to the bit (on the same hardware), since every window is a function of the seed,
+    the epoch and the window's number alone. Torch's global random state is not used.
 
     `next`, `seek` and `paused` may be called from different threads; `state_after` never waits for
     a forward pass.
@@ -142,9 +141,9 @@ class ActivationStream(Iterator[Batch]):
             return batch
 
     def state_after(self, n_batches: int) -> State:
-        """Where the stream stood right after the `n_batches`-th batch since the last `seek`.
+        """The position after the `n_batches`-th batch since the last `seek`.
 
-        JSON-able. 0 is where it started; the states of the last 4,096 batches are kept.
+        JSON-able. 0 is the position of the start; the states of the last 4,096 batches are kept.
 
         Raises:
             ValueError: that batch was not served yet, or too long ago.
@@ -182,12 +181,12 @@ class ActivationStream(Iterator[Batch]):
             self._n_served = 0
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: everything that decides which numbers come in which order, but hook points."""
+        """JSON-able: everything but hook points that determines the batches and their order."""
         return {**self._source.describe(), "train_batch_size_tokens": self.train_batch_size_tokens}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep other threads from reading, and the model free for other uses, for the while."""
+        """Pause reading in other threads, so that the model is free for other uses."""
         with self._lock:
             yield
 
@@ -225,6 +224,6 @@ _streams: weakref.WeakSet[ActivationStream] = weakref.WeakSet()
 
 @atexit.register
 def _end_streams() -> None:
-    """A daemon thread that is cut off in the middle of a forward pass takes the process with it."""
+    """End all streams: a daemon thread that is stopped inside a forward pass ends the process."""
     for stream in list(_streams):
         stream.end()

@@ -1,4 +1,4 @@
-"""Where the tokens of an `ActivationStream` come from: a model that reads images, or a cache."""
+"""The sources of an `ActivationStream`: a model that reads images, and a cache."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Window:
 
 
 class ModelSource:
-    """Activations made as they are needed, from images through a model.
+    """Activations computed from images by a model, as they are needed.
 
     Once `stopped` is set, batches end at the next opportunity.
     """
@@ -305,7 +305,7 @@ class CacheSource:
                 )
 
     def _rows(self, position: int, n: int) -> Tensor:
-        """Which tokens stand at `position` and the n - 1 places after it, over the epochs."""
+        """The numbers of the tokens at `position` and the n - 1 positions after it, over the epochs."""
         places = np.arange(position, position + n)
         rows = np.empty(n, dtype=np.int64)
         epochs = places // self.n_tokens

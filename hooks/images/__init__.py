@@ -1,4 +1,4 @@
-"""Images: which they are, how they are read, decoded and preprocessed."""
+"""Images: selection, reading, decoding and preprocessing."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The columns of a dataset: which holds the images, which the labels, and what their types are."""
+"""The columns of a dataset: those of images and labels, and their types."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Images with their labels, read raw from any `datasets` image dataset and decoded by ourselves.
+"""Images with their labels, read undecoded from any `datasets` image dataset and decoded here.
 
-Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt image is an error
-of its own (`CorruptImageError`) and never ends a run. `ImageLoader` decodes in worker processes.
+Reading stays undecoded (`datasets.Image(decode=False)`) so that one corrupt image is a separate
+error (`CorruptImageError`) and does not end a run. `ImageLoader` decodes in worker processes.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class ImageDataset:
         return decode_raw(self.reader(index), self.root)
 
     def source(self, index: int) -> str:
-        """How to name image `index` to a person: its path, or its row."""
+        """The name of image `index` in messages: its path, or its row."""
         return source_of(self.reader(index), self.root)
 
     # -- labels ---------------------------------------------------------------------------------

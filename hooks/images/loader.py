@@ -34,7 +34,7 @@ FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt ima
 
 @dataclass
 class ImageBatch:
-    """Images that could be decoded, in the order asked for, and what became of the others.
+    """Decoded images in the requested order, and the failures of the others.
 
     Attributes:
         pixel_values: float32 (b, 3, H, W).

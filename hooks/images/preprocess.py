@@ -63,7 +63,7 @@ class PilPreprocess:
         """From the fields of a ``preprocessor_config.json``.
 
         Raises:
-            ConfigError: a size that the plain steps do not know.
+            ConfigError: a size that the plain steps do not have.
         """
         config = {**config, **resized(config, image_size)}
         size = _size(config) if config.get("do_resize", True) else None
@@ -161,7 +161,7 @@ class ProcessorPreprocess:
 def preprocess_for(
     model: Any, image_size: int | None = None
 ) -> PilPreprocess | ProcessorPreprocess:
-    """What turns an RGB image into the input of `model`.
+    """The preprocessing of an RGB image for `model`.
 
     Args:
         model: a vision model. Its `processor`, an image processor of transformers, is used; else

@@ -1,4 +1,4 @@
-"""One image as it is stored: its place, its encoded bytes or where they lie, and its label."""
+"""One image as it is stored: its position, its encoded bytes or their path, and its label."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def decode_raw(raw: RawImage, root: str | None = None) -> Image.Image:
 
 
 def source_of(raw: RawImage, root: str | None = None) -> str:
-    """How to name an image to a person: its path (relative to the dataset's folder) or its row."""
+    """The name of an image in messages: its path (relative to the dataset's folder) or its row."""
     if not raw.path:
         return f"row {raw.index}"
     return os.path.relpath(raw.path, root) if root and os.path.isabs(raw.path) else raw.path

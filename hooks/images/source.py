@@ -1,4 +1,4 @@
-"""`ImageSource`: which images, how they are read and how they are decoded, as one value."""
+"""`ImageSource`: one value for the selection, the reading and the decoding of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORDED_SETTINGS = (
     *("eval_dataset_path", "eval_dataset_name", "eval_split"),
 )
 
-DECODING = ("batch_size", "num_workers", "max_corrupt_share")  # the fields that say how
+DECODING = ("batch_size", "num_workers", "max_corrupt_share")  # the arguments of `ImageLoader`
 
 
 def _setting(name: str, default: Any) -> Any:

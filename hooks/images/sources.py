@@ -1,4 +1,4 @@
-"""Where images come from: a hub name, files, folders, saved datasets -> one `datasets` object."""
+"""Opening of images from a hub name, files, folders or saved datasets as one `datasets` object."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def pick_split(
 ) -> Dataset:
     """One split, or a slice such as ``train[:10%]``, of datasets already in memory.
 
-    A single dataset that does not know its split counts as "train".
+    A single dataset without the name of its split counts as "train".
     """
     splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
     if split in splits:

@@ -1,6 +1,6 @@
-"""How the processes that decode images are started: quickly, and without running the user's script.
+"""Start of the processes that decode images, without running the user's script again.
 
-Importing this module imports nothing heavy, so that a command can start the server before all else.
+Importing this module imports no large library, so that a command can start the server first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _starting = threading.Lock()
 
 
 def worker_context() -> BaseContext:
-    """Processes that inherit nothing: a forked copy of a program with threads can deadlock.
+    """A context whose processes inherit nothing: a fork of a program with threads can deadlock.
 
     The first call starts the one server that forks all workers of this program. It imports what
     they need in the background, which takes some seconds.
@@ -89,7 +89,7 @@ class _MainFinder(pickle.Pickler):
 
 
 def prepare_worker(_: int) -> None:
-    """What each worker does first."""
+    """Prepare a worker process; called first in each."""
     import torch
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -100,7 +100,7 @@ def prepare_worker(_: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """The main process may be killed; torch's own watch sees only the server that forked us."""
+    """End the worker when the main process ends; torch's own check sees only the fork server."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

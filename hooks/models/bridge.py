@@ -24,7 +24,7 @@ class VisionBridge(SAETransformerBridge):
     """A vision transformer of Hugging Face under TransformerLens's hook names.
 
     `SAETransformerBridge` (6.54) leaves the aliases out of `hook_dict`: a hook or a cache asked for
-    under `blocks.0.hook_resid_post` is then dropped without a word. Here they are in.
+    under `blocks.0.hook_resid_post` is then dropped without a warning. This class adds them.
 
     Attributes:
         family: the name of its `VisionFamily`.

@@ -1,4 +1,4 @@
-"""The hot path: a forward pass that goes no further than the hook points asked for."""
+"""A forward pass that stops after the last of the requested hook points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tapped import TappedModel
 
 
 class _Done(Exception):
-    """Everything asked for has fired."""
+    """Raised when every requested hook point has fired."""
 
 
 @torch.no_grad()

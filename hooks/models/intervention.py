@@ -1,4 +1,4 @@
-"""Running a vision model with the activations at a hook point replaced by others."""
+"""Forward passes of a vision model with the activations at a hook point replaced."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class ModelIntervention:
         resume: False runs every pass from the pixels on.
 
     Attributes:
-        logit_classes: (outputs,) the class that each output stands for, −1 where none; None without
-            a head, and where no output stands for a class.
+        logit_classes: (outputs,) the class of each output, −1 where none; None without a head, and
+            where no output has a class.
 
     Raises:
         UnknownNameError, ConfigError: no such hook point or tokens, or a model whose last block
@@ -230,7 +230,7 @@ class ModelIntervention:
 
 
 def output_names(model: TappedModel) -> list[str] | None:
-    """What the outputs of the model's classification head are called; None without head or names."""
+    """The names of the outputs of the classification head; None without head or names."""
     cfg = model.cfg
     picture = torch.zeros(1, getattr(cfg, "n_channels", 3), *model.smallest_image)
     with torch.no_grad():

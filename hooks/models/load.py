@@ -1,4 +1,4 @@
-"""Vision models by name, tapped: loading them, and running them up to the hooks one wants."""
+"""Loading of vision models by name, with hook points."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
 
 @dataclass
 class Firing:
-    """What a hook point did in one forward pass: its place in the order, times, token shape."""
+    """A hook point in one forward pass: position in the order, number of calls, token shape."""
 
     order: int
     times: int
@@ -47,9 +47,9 @@ def resolve_hook_name(model: TappedModel, name: str) -> str:
 
 
 def expand_hook_names(model: TappedModel, patterns: Sequence[str]) -> list[str]:
-    """The hook names that `patterns` stand for, in the order in which they fire.
+    """The hook names that match `patterns`, in the order in which they fire.
 
-    A pattern is a name, or has wildcards (`*`, `?`, `[...]`) that stand for one part between dots,
+    A pattern is a name, or has wildcards (`*`, `?`, `[...]`) that match one part between dots,
     `**` for any number of parts, or has alternatives in braces: ``blocks.*.hook_resid_post``,
     ``blocks.{0,3,11}.hook_resid_post``, ``**.hook_out``. Names keep the spelling of their pattern:
     an alias stays an alias. Hook points that never fire are left out of a wildcard's matches,
@@ -248,7 +248,7 @@ def _never_fires(model: TappedModel, name: str) -> ConfigError:
 
 
 def no_attention_pattern(name: str, given: str) -> ConfigError:
-    """The error where a hook point wants attention patterns, which only "eager" attention has."""
+    """The error where a hook point needs attention patterns, which only "eager" attention has."""
     problem = f"the hook {name!r} needs attention patterns, which only eager attention forms"
     return ConfigError("attn_implementation", problem, given=given, allowed="eager")
 

@@ -1,4 +1,4 @@
-"""What a tapped vision model offers: the interface of `VisionBridge` and `HookedVisionModel`."""
+"""The interface of tapped vision models: `VisionBridge` and `HookedVisionModel`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The commands of the shell, one module each.
+"""The commands of the command line, one module each.
 
-`run(args)` parses its arguments and does the work; `parser()` has the arguments, for completion.
+`run(args)` parses the arguments and does the work; `parser()` declares them, also for completion.
 """
 
 COMMANDS = {

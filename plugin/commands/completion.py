@@ -1,4 +1,4 @@
-"""`taxolens completion`: commands, flags and names on the tab key, in bash, zsh and fish."""
+"""`taxolens completion`: a script that completes commands, flags and names in bash, zsh and fish."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def parser() -> shell.Parser:
 
 
 def run(args: list[str]) -> None:
+    """Print the completion script of one shell."""
     import shtab
 
     options = parser().parse_args(args)
@@ -41,7 +42,7 @@ def run(args: list[str]) -> None:
 
 
 def _tree() -> argparse.ArgumentParser:
-    """Every command with its flags, as argparse has them, and what may follow them."""
+    """A parser of every command, with its flags and the values that complete them."""
     import shtab
 
     names = {

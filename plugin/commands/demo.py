@@ -1,4 +1,4 @@
-"""`taxolens demo`: the main job, small, on what lies inside the package."""
+"""`taxolens demo`: a small training and evaluation, on the model and images inside the package."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def parser() -> shell.Parser:
 
 
 def run(args: list[str]) -> None:
-    """Run the demo and show what came of it."""
+    """Run the demo and show its results."""
     options = parser().parse_args(args)
     with shell.working() as print_json:
         from ..study.demo import run_demo
 
         demo = run_demo(options.output_path)
         if options.json:
-            told = outcome.as_dict(demo.results, demo.report)
-            print_json({**told, "wandb": demo.wandb_folder, "seconds": round(demo.seconds, 1)})
+            found = outcome.as_dict(demo.results, demo.report)
+            print_json({**found, "wandb": demo.wandb_folder, "seconds": round(demo.seconds, 1)})
     if not options.json:
         outcome.show(demo.results, demo.report)
         print(f"W&B run, offline: {demo.wandb_folder}   ({demo.seconds:.0f} s in all)")

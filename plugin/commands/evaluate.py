@@ -1,4 +1,4 @@
-"""`taxolens evaluate`: trained SAEs against a class tree, on held-out images."""
+"""`taxolens evaluate`: measures trained SAEs against a class tree, on held-out images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(args: list[str]) -> None:
     wandb = {key: given.pop(key) for key in ("log_to_wandb", "wandb_project", "run_name")}
     settings = {key: value for key, value in given.items() if value is not None}
     if settings.get("num_workers"):
-        worker_context()  # its imports run beside ours
+        worker_context()  # its imports run in parallel with ours
     with shell.working() as print_json:
         from ..evaluation.evaluate import evaluate_run
         from ..reporting.report import write_report
@@ -109,7 +109,7 @@ def _add_settings(parser: shell.Parser) -> None:
 
 
 def _kind(hint: Any) -> dict[str, Any]:
-    """How argparse reads a field of this type."""
+    """The arguments of `add_argument` for a field of this type."""
     kinds = [get_origin(kind) or kind for kind in (get_args(hint) or (hint,))]
     if hint is bool:
         return {"action": "store_true"}
@@ -129,6 +129,6 @@ def _options(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
     if not isinstance(options, dict):
         raise ConfigError(
-            "options", "not possible", given=text, allowed="evaluator names with their options"
+            "options", "not an object", given=text, allowed="evaluator names with their options"
         )
     return options

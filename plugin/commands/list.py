@@ -1,4 +1,4 @@
-"""`taxolens list`: the names that a config can use, with what each is and where it comes from."""
+"""`taxolens list`: the names that a config can use, each with its description and source."""
 
 from __future__ import annotations
 

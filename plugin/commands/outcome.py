@@ -1,4 +1,4 @@
-"""How a finished evaluation is told: to a person, and to a program."""
+"""Output of a finished evaluation: as text, as JSON, and as an error where evaluators failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def as_dict(results: Results, report: Path) -> dict[str, Any]:
-    """For `--json`: where everything lies, and the headline numbers beside their nulls."""
+    """For `--json`: the paths of all files, and the headline numbers beside their nulls."""
     from ..reporting.compare import METRICS_FOLDER
     from ..reporting.metric_table import summary_rows
     from ..reporting.results import RESULTS_FILENAME
@@ -28,7 +28,7 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 
 
 def show(results: Results, report: Path) -> None:
-    """The summary table on stdout, and where the rest is."""
+    """Print the summary table, and the paths of the other files, on stdout."""
     from ..reporting.compare import METRICS_FOLDER
     from ..reporting.metric_table import headlines, legend, summary_table, verdict
 
@@ -39,15 +39,19 @@ def show(results: Results, report: Path) -> None:
             console.print(text, highlight=False, markup=False)
     else:
         console.print("No evaluator gave a number.", highlight=False)
-    told = [f"report: {report}"]
+    lines = [f"report: {report}"]
     if (metrics := _place(results) / METRICS_FOLDER).is_dir():
-        told.insert(0, f"a table and a figure for every metric: {metrics}")
-    for line in told:
+        lines.insert(0, f"a table and a figure for every metric: {metrics}")
+    for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def raise_errors(results: Results) -> None:
-    """Say at the end, when everything else is safe, that an evaluator failed."""
+    """Report failed evaluators, after everything else is written.
+
+    Raises:
+        TaxolensError: an evaluator failed; the message names each with its error.
+    """
     if results.errors:
         named = "; ".join(f"{where}: {message}" for where, message in results.errors.items())
         raise TaxolensError(

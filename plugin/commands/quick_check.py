@@ -1,8 +1,8 @@
-"""Names of `taxolens train`'s flags and architectures, without the seconds that SAELens's import takes.
+"""Flags and architectures of `taxolens train`, found and checked without importing SAELens.
 
-They are read off the source of the dataclasses that the flags are made of, SAELens's and ours. So
-completion knows them, and the common mistakes are named at once; what passes here is checked again,
-in full, by `train_flags`.
+They are parsed from the source of the dataclasses that define the flags, SAELens's and ours.
+Completion uses them, and common mistakes are reported before the seconds that the import takes.
+`train_flags` makes the full check afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_FLAGS = {"sae", "logger"}  # fields that hold other dataclasses
 
 
 def first_look(args: Sequence[str]) -> Any:
-    """What decides which other flags there are."""
+    """Parse the three flags that decide which other flags there are."""
     parser = shell.Parser(prog="taxolens train", add_help=False)
     parser.add_argument("--preset")
     parser.add_argument("--config")
@@ -39,14 +39,15 @@ def first_look(args: Sequence[str]) -> Any:
 
 
 def check(args: Sequence[str]) -> dict[str, Any]:
-    """Refuse what is wrong whatever the architecture is; all settings, what was typed as text.
+    """Refuse what is wrong for every architecture; return all settings, typed values as text.
 
-    That is: an unknown preset or architecture, an unreadable file, an unknown flag, a number that
-    is none, and a missing model, dataset or hook point. Where third-party plugins are installed,
-    flags and architectures that are not ours or SAELens's may be theirs, and pass.
+    It refuses an unknown preset or architecture, an unreadable file, an unknown flag, a value that
+    is not a number where one is needed, and a missing model, dataset or hook point. Where
+    third-party plugins are installed, flags and architectures that are not ours or SAELens's may be
+    theirs, and pass.
 
     Raises:
-        ConfigError: the first of these, in the words of the full check.
+        ConfigError: the first of these, with the message of the full check.
     """
     first = first_look(args)
     sources = layers(preset=first.preset, config=first.config)
@@ -70,15 +71,14 @@ def check(args: Sequence[str]) -> dict[str, Any]:
             if not _is_among(name, known):
                 raise ConfigError(shell.unknown("argument", f"--{name}", map("--{}".format, known)))
     merged = {key: value for _, settings in sources for key, value in settings.items()} | given
-    if not of_saes:  # whose flags may not fit the architecture; the full check says that first
+    if not of_saes:  # their flags may not fit the architecture, which the full check reports first
         required(merged)
     return merged
 
 
 @cache
 def runner_fields() -> dict[str, str]:
-    """Every field of the runner's config and its logger, and what a study has beside them, each
-    with its annotation."""
+    """Field -> annotation, of the runner's config, of its logger and of `StudyFlags`."""
     paths = [_sae_lens() / "config.py", OURS / "plugin" / "training" / "config.py"]
     paths.append(Path(__file__).with_name("train_flags.py"))
     return _fields(paths, RUNNER_CLASSES)
@@ -86,20 +86,20 @@ def runner_fields() -> dict[str, str]:
 
 @cache
 def sae_fields() -> dict[str, str]:
-    """Every field of any SAE's config."""
+    """Field -> annotation, of the config of any SAE."""
     ours = (OURS / "registry" / "architectures").rglob("*.py")
     return _fields([*(_sae_lens() / "saes").glob("*.py"), *ours], None)
 
 
 @cache
 def architecture_names() -> list[str]:
-    """Every architecture that SAELens can train, ours included."""
+    """The architectures that SAELens can train, ours included."""
     text = (_sae_lens() / "__init__.py").read_text(encoding="utf-8")
     return sorted({*re.findall(r'register_sae_training_class\(\s*"(\w+)"', text), *ARCHITECTURES})
 
 
 def _fields(paths: Iterable[Path], classes: set[str] | None) -> dict[str, str]:
-    """The annotated names of these classes, or of all configs."""
+    """Name -> annotation, of the fields of these classes, or of all configs."""
     return {
         line.target.id: ast.unparse(line.annotation)
         for path in paths
@@ -114,7 +114,7 @@ def _fields(paths: Iterable[Path], classes: set[str] | None) -> dict[str, str]:
 
 
 def _is_among(flag: str, fields: Iterable[str]) -> bool:
-    """Flags of nested fields have a prefix, those that say no begin with it."""
+    """Whether a flag sets one of `fields`: by its name, after a prefix, or negated by `no`."""
     name = flag.rpartition(".")[2]
     return name in fields or (name.startswith("no") and name[2:] in fields) or name == "help_all"
 

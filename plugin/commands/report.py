@@ -1,4 +1,4 @@
-"""`taxolens report`: the report of an evaluation, from its results alone."""
+"""`taxolens report`: writes the report of an evaluation from its results alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that raises instead of exiting, and where output goes."""
+"""Shared parts of the commands: a parser that raises instead of exiting, and the output streams."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from rich.markup import escape
 from ...registry.errors import ConfigError
 from ...registry.names import did_you_mean, nearest
 
-# Where stdout is no terminal (a file, a pipe, a build log) rich assumes 80 columns; tables of
-# numbers are easier to read, and to search, when they do not wrap.
+# rich assumes 80 columns where stdout is not a terminal, which would wrap the tables.
 PIPE_WIDTH = 120
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as `ConfigError`, whole flag names only, and descriptions kept as
-    written."""
+    """`ArgumentParser` that raises `ConfigError` and accepts no abbreviated flags."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See `{self.prog} --help`.")
+        raise ConfigError(self.prog, message, allowed=f"see `{self.prog} --help`")
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         parsed, rest = self.parse_known_args(args, namespace)
@@ -41,12 +39,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of 100 columns, with the description as written."""
+
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=100)
 
 
 def underscored(args: Iterable[str]) -> list[str]:
-    """SAELens spells its flags with underscores; `--no-evaluate` is taken as `--no_evaluate`."""
+    """`args` with underscores in their flags, as SAELens spells them: `--no_evaluate`."""
     result = []
     for arg in args:
         flag, equals, value = arg.partition("=")
@@ -57,7 +57,7 @@ def underscored(args: Iterable[str]) -> list[str]:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """That a name is not known, with the nearest known names, or all of them where they are few."""
+    """The message for an unknown name, with the nearest known names, or all where they are few."""
     names = sorted(known)
     near = did_you_mean(nearest(name.partition("=")[0], names))
     allowed = f"; allowed: {', '.join(names)}." if len(names) <= 12 and not near else ""
@@ -65,27 +65,26 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def console() -> Console:
-    """Where results go: stdout."""
+    """The console of stdout, for results."""
     return _console(sys.stdout)
 
 
 def print_error(message: str) -> None:
-    """One line on stderr, red on a terminal."""
+    """Print one line on stderr, its first word red on a terminal."""
     _console(sys.stderr).print(
         f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
     )
 
 
 def print_notes(lines: Iterable[str]) -> None:
-    """Lines about what goes on, on stderr."""
+    """Print progress notes on stderr."""
     for line in lines:
         _console(sys.stderr).print(escape(line), highlight=False, soft_wrap=True, style="dim")
 
 
 @contextlib.contextmanager
 def working() -> Iterator[Callable[[Any], None]]:
-    """While work goes on, whatever is printed or logged goes to stderr; yields a printer of JSON
-    that still reaches stdout."""
+    """Send prints and logs to stderr meanwhile; yields a function that prints JSON on stdout."""
     real = sys.stdout
 
     def print_json(value: Any) -> None:
@@ -110,7 +109,7 @@ def working() -> Iterator[Callable[[Any], None]]:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with NaN and infinities as null, which JSON lacks, and odd objects as text."""
+    """`value` as JSON types: NaN and infinities as null, objects of other types as text."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,4 +1,4 @@
-"""`taxolens train`: from images to SAEs at one or many hook points, and to their report."""
+"""`taxolens train`: trains SAEs at one or many hook points, evaluates them, writes the report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ what comes out:
   --dry_run                      check everything, print the plan, train nothing
   --json                         the plan or the results as JSON on stdout
 
-  --help_all                     every flag, with SAELens's own words for each
+  --help_all                     every flag, with SAELens's own description of each
 
 examples:
   taxolens train --preset laptop --model_name facebook/dinov2-small --dataset_path photos/
@@ -63,7 +63,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every flag, whatever the architecture, by name; `train_flags` has the one that parses."""
+    """Every flag of every architecture, for completion; `train_flags` has the parser that is used."""
     made = argparse.ArgumentParser(prog="taxolens train")
     for name, annotation in {**quick_check.sae_fields(), **quick_check.runner_fields()}.items():
         options: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: list[str]) -> None:
-    """Train, evaluate and report; or print what would be done."""
+    """Train, evaluate and report; with `--dry_run`, print the plan only."""
     if not args or "-h" in args or "--help" in args:
         print(HELP, end="")
         return
@@ -89,7 +89,7 @@ def run(args: list[str]) -> None:
         print(text, end="")
         return
     if quick_check.check(args).get("num_workers", 0) not in (0, "0") and "--dry_run" not in args:
-        worker_context()  # its imports run beside ours
+        worker_context()  # its imports run in parallel with ours
     with shell.working() as print_json:
         from ..study.job import Job
         from .train_flags import parse
@@ -97,16 +97,16 @@ def run(args: list[str]) -> None:
         command = parse(args)
         job = Job(command.study, evaluate=command.evaluate)
         plan = job.plan()
-        told: dict[str, Any] = {"plan": plan}
+        shown: dict[str, Any] = {"plan": plan}
         evaluated = None
         if not command.dry_run:
             shell.print_notes(described(plan))
             job.train()
             if command.evaluate:
                 evaluated = job.evaluate()
-                told |= outcome.as_dict(*evaluated)
+                shown |= outcome.as_dict(*evaluated)
         if command.json:
-            print_json(told)
+            print_json(shown)
     if not command.json:
         if command.dry_run:
             print("\n".join(described(plan)))
@@ -119,7 +119,7 @@ def run(args: list[str]) -> None:
 
 
 def described(plan: dict[str, Any]) -> list[str]:
-    """The plan in the lines that a person checks before a long run."""
+    """The plan as lines of text, to be checked before a long run."""
     points = plan["hook_points"]
     sizes = sorted({f"{p['d_in']} -> {p['d_sae']}" for p in points.values()})
     shown = list(points) if len(points) <= 4 else [*list(points)[:2], "...", list(points)[-1]]

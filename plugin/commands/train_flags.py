@@ -1,9 +1,9 @@
 """The flags of `taxolens train`, read with simple-parsing as SAELens reads its own.
 
-SAELens's parser gives a whole config, defaults included. Here flags are laid over a preset and a
-file, so that only what was typed may come out: every default is suppressed. simple-parsing cannot
+SAELens's parser returns a complete config, defaults included. Here flags override a preset and a
+file, so that only the typed ones are returned: every default is suppressed. simple-parsing cannot
 suppress the default of a subgroup; the architecture is therefore looked up first, and its config
-class takes the place of the subgroup that SAELens has there.
+class replaces the subgroup that SAELens has there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..training.config import VisionSAERunnerConfig, training_config_class
 from . import shell
 from .quick_check import first_look
 
-# Help for what has no default of its own; the empty format keeps argparse from adding one.
+# Help of fields without a default; the empty format keeps argparse from adding one.
 FOUND_LATER = {
     "d_in": "Width of the activations. Defaults to the width at the hook point.%(default).0s",
     "d_sae": "Number of latents; or give --expansion_factor.%(default).0s",
@@ -36,7 +36,7 @@ FOUND_LATER = {
 
 @dataclass
 class StudyFlags:
-    """What `taxolens train` knows beside SAELens's fields.
+    """The flags of `taxolens train` beside SAELens's fields.
 
     Args:
         preset (str, optional): A packaged study; `taxolens list presets` shows them.
@@ -93,7 +93,7 @@ def parse(args: Sequence[str]) -> TrainCommand:
 
 
 def full_help(args: Sequence[str]) -> str:
-    """Every flag, for the architecture that `args` name."""
+    """The help of every flag, for the architecture that `args` name."""
     first = first_look([arg for arg in args if arg != "--help_all"])
     named = ("the command line", {"architecture": first.architecture})
     architecture = architecture_of([*layers(preset=first.preset, config=first.config), named])
@@ -103,16 +103,16 @@ def full_help(args: Sequence[str]) -> str:
 
 
 def _parser(architecture: str, *, only_given: bool) -> _Parser:
-    """A parser of every flag; with `only_given` it returns nothing that was not typed."""
+    """A parser of every flag; with `only_given` it returns only what was typed."""
     config_class = training_config_class(architecture)
-    # The widths come from the model later; the parser wants some.
+    # The parser needs widths; the model's replace them later.
     sae = field(default_factory=partial(config_class, d_in=512, d_sae=4096))
     run_class = make_dataclass(
         "VisionSAERunnerConfig", [("sae", config_class, sae)], bases=(VisionSAERunnerConfig,)
     )
-    run_class.__doc__ = "SAELens's runner config, and what images need beside it."
-    # It has no source. Said so, simple-parsing does not parse a module to look for it, which it
-    # would do once for each field: seconds.
+    run_class.__doc__ = "SAELens's runner config, and the fields that images need."
+    # The class has no source. With this module name simple-parsing does not parse a module for it,
+    # which takes seconds: once for each field.
     run_class.__module__ = "builtins"
     suppressed: dict[str, Any] = {"argument_default": argparse.SUPPRESS} if only_given else {}
     parser = _Parser(
@@ -133,10 +133,10 @@ def _parser(architecture: str, *, only_given: bool) -> _Parser:
 
 
 def _documented(config_class: type[Any]) -> dict[str, str]:
-    """What the docstrings say of each field; a subclass has the last word.
+    """Field -> its description in the docstrings; a subclass overrides its bases.
 
-    simple-parsing would prefer the comments beside a field, which SAELens writes for its own
-    developers, and the words of the class that declares a field to those of the one that means it.
+    simple-parsing prefers the comments beside a field, which SAELens writes for its own developers,
+    and the docstring of the class that first declares it.
     """
     found: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
@@ -147,27 +147,28 @@ def _documented(config_class: type[Any]) -> dict[str, str]:
 
 
 class _Parser(ArgumentParser):
-    """simple-parsing's parser, with errors as `ConfigError` and the nearest flags named."""
+    """simple-parsing's parser, which raises `ConfigError` with the nearest flags."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See `taxolens train --help`.")
+        raise ConfigError(self.prog, message, allowed="see `taxolens train --help`")
 
     def parse(self, args: Sequence[str]) -> dict[str, Settings]:
         try:
             parsed, rest = self.parse_known_args(list(args))
         except argparse.ArgumentError as error:
-            raise ConfigError(f"{error}. See `taxolens train --help`.") from error
+            raise ConfigError(self.prog, error, allowed="see `taxolens train --help`") from error
         if rest:
-            raise ConfigError(self._unknown(rest[0]))
+            raise self._unknown(rest[0])
         return vars(parsed)
 
-    def _unknown(self, arg: str) -> str:
+    def _unknown(self, arg: str) -> ConfigError:
         name = arg.partition("=")[0].removeprefix("--")
         having = [
             a for a, (_, c) in SAE_TRAINING_CLASS_REGISTRY.items() if name in c.__dataclass_fields__
         ]
         if having:
-            return f"--{name} is a flag of --architecture {', '.join(sorted(having))} only."
+            allowed = f"with --architecture {', '.join(sorted(having))}"
+            return ConfigError("argument", "of another architecture", given=arg, allowed=allowed)
         known = {flag for flag in self._option_string_actions if flag.startswith("--")}
         negations = {f"--no{flag.removeprefix('--')}" for flag in known}
-        return shell.unknown("argument", arg, known - negations)
+        return ConfigError(shell.unknown("argument", arg, known - negations))

@@ -1,8 +1,8 @@
-"""The embedded default: drawn pictures with a true class tree, and a small vision transformer.
+"""The embedded demo data: drawn pictures with a known class tree, and a small vision transformer.
 
-The pictures are drawn by `examples/demo_assets/draw_pictures.py`; the model has the architecture of
-DINOv2 and nothing else of it: `examples/demo_assets/train_model.py` trained it from scratch, on drawn
-pictures, to tell the leaf classes apart. Both scripts can be rerun by anyone.
+The pictures are drawn by `examples/demo_assets/draw_pictures.py`. The model has the architecture of
+DINOv2 and none of its weights: `examples/demo_assets/train_model.py` trained it from scratch, on
+drawn pictures, to classify the leaf classes. Both scripts can be rerun.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def _path(name: str) -> Path:
-    """A real path: setuptools installs packages unzipped, and the libraries that read these want files."""
+    """The path of a file: setuptools installs packages unzipped, and the libraries read files."""
     return Path(str(files(__name__).joinpath(name)))
 
 

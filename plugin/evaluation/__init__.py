@@ -1,1 +1,1 @@
-"""Measuring trained SAEs on held-out images, each number beside its nulls."""
+"""Evaluation of trained SAEs on held-out images, each number beside its null controls."""

@@ -1,4 +1,4 @@
-"""Measuring one SAE: evaluators over its latents, and the same ones over its null latents."""
+"""Measurement of one SAE: evaluators over its latents, and over the latents of its nulls."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Numbers = dict[str, float]
 Chosen = Mapping[str, tuple[type[Evaluator[Any]], Any]]
 
 SAMPLE_IMAGES = 2048  # fit images on which thresholds are calibrated
-SAMPLE_TOKENS = 2048  # tokens on which the mean of x and the sparsity of the SAE are taken
-LATENTS_AT_ONCE = 2**26  # numbers of z in memory while a batch with many tokens is encoded
+SAMPLE_TOKENS = 2048  # tokens for the mean of x and the sparsity of the SAE
+LATENTS_AT_ONCE = 2**26  # entries of z in memory while a batch with many tokens is encoded
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class HeldOutActivations:
         tokens: (n, k, d), memory-mapped or not.
         split: labels and halves of the n images.
         mean_patch: (n, d), where the model has patches.
-        embedding: (n, e), the images as the model's last block sees them.
-        intervene: runs the model on the images with the activations here edited.
-        no_intervention: why it is None, where it is.
+        embedding: (n, e), the output of the model's last block.
+        intervene: runs the model on the images with these activations edited.
+        no_intervention: why `intervene` is None, where it is.
     """
 
     tokens: np.ndarray
@@ -63,22 +63,23 @@ class HeldOutActivations:
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self.tokens.shape[-1]
 
     def read(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """tokens (b, k, d), mean_patch (b, d) and embedding (b, e) of the images at `positions`."""
+        """Tokens (b, k, d), mean_patch (b, d) and embedding (b, e) of the images at `positions`."""
         mean_patch = None if self.mean_patch is None else _rows(self.mean_patch, positions)
         embedding = None if self.embedding is None else _rows(self.embedding, positions)
         return _rows(self.tokens, positions), mean_patch, embedding
 
     def sample(self) -> Tensor:
-        """(SAMPLE_TOKENS or fewer, d): tokens spread evenly over up to SAMPLE_IMAGES fit images."""
+        """(SAMPLE_TOKENS or fewer, d): tokens at even distances in up to SAMPLE_IMAGES fit images."""
         tokens = _rows(self.tokens, self.split.sample(SAMPLE_IMAGES)).reshape(-1, self.d_in)
         return tokens[:: -(-len(tokens) // SAMPLE_TOKENS)]
 
 
 class SAELatents:
-    """The latents of a SAE. A training SAE needs its `activation_scaler`, SAELens's."""
+    """The latents of an SAE. One in training needs SAELens's `activation_scaler` too."""
 
     source = "sae"
 
@@ -90,18 +91,19 @@ class SAELatents:
         self.b_dec: Tensor | None = getattr(sae, "b_dec", None)
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
+        """(n, d) activations -> (n, m) latents."""
         return self._encode(x)[1]
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, d) -> (n, m) latents and (n, d) what is decoded from them, on the scale of x.
+        """(n, d) -> (n, m) latents and (n, d) reconstruction, on the scale of x.
 
-        In one go, as a SAE that normalises at run time keeps in between what it took away.
+        One call does both: an SAE that normalises at run time keeps the norms in between.
         """
         encoded, z = self._encode(x)
         return z, self.scaler.unscale(self.sae.decode(encoded)).float()
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents as the SAE gives them, and dense."""
+        """(n, m) latents as the SAE returns them, and the same dense."""
         z = self.sae.encode(self.scaler.scale(x.to(self.sae.device, self.sae.dtype)))
         return z, (z.to_dense() if z.is_sparse else z).float()
 
@@ -111,8 +113,8 @@ def image_latents(
 ) -> Tensor:
     """(n, m) latents of images from their tokens x (n, k, d).
 
-    A latent of an image is its largest (`aggregate="max"`) or mean activation over the image's
-    tokens (own definition); with one token an image there is nothing to aggregate.
+    The latent of an image is the largest (`aggregate="max"`) or mean activation over the image's
+    tokens (own definition); with one token per image the two are the same.
     """
     k = x.shape[1]
     if k == 1:
@@ -130,13 +132,13 @@ def image_latents(
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured and how: everything that numbers depend on beside SAE and images.
+    """The taxonomy, evaluators and options of a measurement: all but the SAE and the images.
 
     Args:
         taxonomy: the class tree.
         chosen: evaluator name -> (class, its options).
         settings: nulls, controls, permutations, seed, aggregate and device are read from it.
-        images_at_once: images that are measured at a time.
+        images_at_once: images in one batch.
     """
 
     taxonomy: Taxonomy
@@ -146,7 +148,7 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """Where latents are computed."""
+        """Device on which latents are computed."""
         return self.settings.device or "cpu"
 
     def wants(self, what: str) -> bool:
@@ -154,7 +156,7 @@ class Bench:
         return any(getattr(cls, f"wants_{what}") for cls, _ in self.chosen.values())
 
     def describe(self) -> dict[str, Any]:
-        """The options that numbers depend on, as results.json has them."""
+        """The options on which the numbers depend, as in results.json."""
         settings = self.settings
         return {
             "evaluators": list(self.chosen),
@@ -179,9 +181,11 @@ class Bench:
         """One pass of `source` over the images: fit half first, then score half.
 
         Args:
+            source: the latents that are measured.
+            held_out: the activations of the evaluation set.
             chosen: the evaluators that take part; by default those of the bench.
             peers: other SAEs to compare with.
-            prepare: called with the context before the pass, to share accumulators of one's own.
+            prepare: called with the context before the pass, to share more accumulators.
             progress: called with the number of images after each batch.
         """
         split, settings = held_out.split, self.settings
@@ -230,7 +234,7 @@ class Bench:
         peers: Sequence[Peer] = (),
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
-        """evaluator -> its numbers over another source of latents, or why it has none."""
+        """Evaluator -> its numbers over another source of latents, or why it has none."""
         done = self.run(source, held_out, chosen, peers=peers, progress=progress)
         found: dict[str, Numbers | str] = {}
         for name in chosen:
@@ -239,9 +243,9 @@ class Bench:
         return found
 
     def controls(self, held_out: HeldOutActivations) -> dict[str, dict[str, Numbers | str]]:
-        """control -> evaluator -> its numbers, or why it has none.
+        """Control -> evaluator -> its numbers, or why it has none.
 
-        Planted detectors know labels, not activations: once for all SAEs is enough.
+        Planted detectors depend on labels and not on activations: one pass serves all SAEs.
         """
         if "planted" not in self.settings.controls:
             return {}
@@ -256,12 +260,12 @@ class Bench:
         nulls: Mapping[str, Mapping[str, Numbers | str]] = {},
         controls: Mapping[str, Mapping[str, Numbers | str]] = {},
     ) -> dict[str, dict[str, MetricResult]]:
-        """evaluator -> metric -> its value beside its nulls.
+        """Evaluator -> metric -> its value beside its nulls.
 
         Args:
             done: the pass over the SAE's latents.
-            nulls: "random" and "neurons" -> what `numbers` gave over them.
-            controls: the same for controls that are no nulls.
+            nulls: "random" and "neurons" -> the result of `numbers` over them.
+            controls: the same for controls that are not nulls.
         """
         found = {}
         for name, (cls, _) in self.chosen.items():
@@ -281,8 +285,10 @@ class Bench:
     def null_sources(
         self, sae: LatentSource, held_out: HeldOutActivations
     ) -> dict[str, LatentSource]:
-        """The latents that the SAE must beat, centred on the mean of x over fit images; the random
-        ones as many and as sparse as the SAE's."""
+        """The null latents, centred on the mean of x over fit images.
+
+        The random ones have the number and the sparsity of the SAE's latents.
+        """
         x = held_out.sample().to(self.device)
         nothing = torch.zeros(len(x), dtype=torch.int64)
         sources: dict[str, LatentSource] = {}

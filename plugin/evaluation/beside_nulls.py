@@ -1,4 +1,4 @@
-"""A value beside its null controls: does it leave them behind?"""
+"""Compares a metric with its null controls."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ ROUNDING = 1e-9
 
 
 def beats(value: float, null: float, higher_is_better: bool | None) -> bool | None:
-    """Whether `value` is better than `null`, by more than rounding; None where that has no
-    meaning."""
+    """Whether `value` is better than `null` by more than rounding; None where that is undefined."""
     if higher_is_better is None or not (math.isfinite(value) and math.isfinite(null)):
         return None
     if math.isclose(value, null, rel_tol=ROUNDING, abs_tol=ROUNDING):
@@ -23,8 +22,7 @@ def beats(value: float, null: float, higher_is_better: bool | None) -> bool | No
 
 
 def null_result(value: float, draws: Sequence[float], higher_is_better: bool | None) -> NullResult:
-    """One null from its draws. Draws that are undefined are left out; with several, the value
-    has to beat the best of them."""
+    """One null from its draws, without undefined ones. The value is compared with the best draw."""
     defined = [float(draw) for draw in draws if math.isfinite(draw)]
     if not defined:
         return NullResult(reason="undefined under this null")
@@ -45,21 +43,21 @@ def with_nulls(
     invariant: Collection[str] = (),
     label_free: Collection[str] = (),
 ) -> dict[str, MetricResult]:
-    """Put every metric of `values` beside its nulls.
+    """Compare every metric of `values` with its nulls.
 
     Args:
         values: metric -> number, from the SAE.
         draws: null -> the same metrics under it, once per draw, or the reason why there are none.
-        directions: metric -> whether higher is better. A metric that is not named has none.
+        directions: metric -> whether higher is better. Metrics that are not named have no direction.
         controls: control -> the same metrics under it.
-        invariant: metrics that do not depend on where a class stands in the tree: to compare one
-            with itself under permuted classes says nothing.
-        label_free: metrics that use no label: the same for shuffled labels.
+        invariant: metrics that do not depend on the position of a class in the tree, for which
+            permuted classes carry no information.
+        label_free: metrics that use no label, for which shuffled labels carry no information.
     """
 
     def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
         if null_name == "permuted_classes" and metric in invariant:
-            return NullResult(reason="does not depend on where a class stands in the tree")
+            return NullResult(reason="does not depend on the position of a class in the tree")
         if null_name == "shuffled" and metric in label_free:
             return NullResult(reason="no label is used")
         if isinstance(found, str):

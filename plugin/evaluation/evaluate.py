@@ -1,4 +1,4 @@
-"""Measuring trained SAEs: every evaluator beside every null, from one forward pass over the images."""
+"""Evaluation of the SAEs of runs: every evaluator beside every null, from one pass over the images."""
 
 from __future__ import annotations
 
@@ -47,21 +47,22 @@ def evaluate_run(
 ) -> Results:
     """Measure every SAE of one or many runs on held-out images.
 
-    Each SAE's numbers are saved as soon as they are there; run again with the same settings, what
-    is finished is not done again. An evaluator that raises costs its own numbers: `Results.errors`
-    names it.
+    Each SAE's numbers are saved when they are complete; a second call with the same settings keeps
+    them. An evaluator that raises has no numbers, and `Results.errors` names it; the others are not
+    affected.
 
     Args:
         runs: run folders, checkpoints or bare SAE folders (see `find_saes`).
-        settings: what is measured, on which images, and how; by default what the runs say.
-        override_dataset, override_model: in place of the ones that the names stand for.
-        held_out: images and tree, where they are loaded already; how they are read is decided there.
-        options: fields of `EvaluationSettings`, in place of those of `settings`.
+        settings: what is measured, on which images, and how; by default the settings of the runs.
+        override_dataset: images in place of those of dataset_path.
+        override_model: a model in place of the runs' own.
+        held_out: loaded images and tree; the settings of their source are then not used.
+        **options: fields of `EvaluationSettings`, in place of those of `settings`.
 
     Raises:
         ConfigError: a setting is wrong, or the split was trained on.
         DataError: the images or labels cannot be used.
-        CheckpointError: a SAE's files are torn.
+        CheckpointError: an SAE's files are incomplete or damaged.
     """
     settings = (settings or EvaluationSettings()).override(**options)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,7 +121,7 @@ def choose_evaluators(
     options: Mapping[str, Any] | None,
     saes: Sequence[SAEFolder] = (),
 ) -> dict[str, tuple[type[Evaluator[Any]], Any]]:
-    """name -> (class, its options), checked.
+    """Name -> (class, its options), checked.
 
     Raises:
         ConfigError: an evaluator or option that does not exist.
@@ -139,11 +140,11 @@ def choose_evaluators(
 
 
 def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
-    """Before the forward pass: that every SAE can be loaded and fits its hook point.
+    """Check before the forward pass that every SAE can be loaded and fits its hook point.
 
     Raises:
-        CheckpointError: torn files.
-        ConfigError: another width, or an architecture that SAELens does not know.
+        CheckpointError: files are incomplete or damaged.
+        ConfigError: another width, or an architecture that SAELens does not have.
         UnknownNameError: a hook point that the model does not have.
     """
     for sae in saes:

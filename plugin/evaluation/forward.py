@@ -1,4 +1,4 @@
-"""The activations of all SAEs of an evaluation: one forward pass per model, made when first asked for."""
+"""The activations of all SAEs of an evaluation: one forward pass per model, made at first use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """What decides the activations: SAEs that share it share one forward pass."""
+    """The settings that determine activations; SAEs with equal ones share a forward pass."""
 
     model_name: str
     tokens: str
@@ -38,6 +38,7 @@ class ModelSetting:
 
     @classmethod
     def of(cls, sae: SAEFolder) -> ModelSetting:
+        """The setting with which an SAE was trained."""
         more: Mapping[str, Any] = sae.setting("model_from_pretrained_kwargs", {})
         return cls(
             model_name=sae.model_name,
@@ -49,6 +50,7 @@ class ModelSetting:
         )
 
     def load(self, hook_names: Sequence[str], device: str) -> Any:
+        """The model, tapped at `hook_names`; see `load_vision_model` for the errors raised."""
         return load_vision_model(
             self.model_name,
             device=device,
@@ -69,13 +71,17 @@ def activations_of(
     autocast: bool = False,
     progress: bool = True,
 ) -> ActivationCache:
-    """All hook points from one forward pass over the images, with the mean patch token where there
-    are patches.
+    """Activations at all hook points from one forward pass, with mean patch tokens where possible.
 
     Args:
-        folder: each set of activations has its own folder in it, so that an evaluation that was
-            stopped goes on from there; None keeps them as long as the object lives.
-        autocast, progress: see `Extraction` and `ActivationCache.build`.
+        held_out: the images.
+        hook_names: the hook points.
+        setting: which tokens, and the image size.
+        folder: each set of activations has a folder of its own in it, from which a stopped
+            evaluation goes on; None keeps them as long as the returned object exists.
+        model: the tapped model.
+        autocast: see `Extraction`.
+        progress: show a progress bar.
     """
     n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
     facts = [model_fingerprint(model), held_out.images.fingerprint, setting, sorted(hook_names)]
@@ -98,7 +104,7 @@ def activations_of(
 
 
 def last_block(model: Any) -> str | None:
-    """The hook point after the model's last block, where there is one of the usual name."""
+    """The hook point after the model's last block, None where it has another name."""
     name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     try:
         resolve_hook_name(model, name)
@@ -108,15 +114,15 @@ def last_block(model: Any) -> str | None:
 
 
 class Forward:
-    """One model, and the held-out images as it sees them; each made when first asked for.
+    """One model and its activations of the held-out images, each made at first use.
 
     Args:
         setting: of the model.
-        saes: those that read its activations.
+        saes: the SAEs that read its activations.
         held_out: the evaluation set.
         bench: decides whether the images are embedded by the last block and whether the model is
             run with its activations edited, and on which device.
-        folder: where activations are kept.
+        folder: folder of the activations.
         override_model: in place of the one that the setting names.
     """
 
@@ -134,6 +140,7 @@ class Forward:
 
     @cached_property
     def model(self) -> Any:
+        """The tapped model."""
         hook_names = list(dict.fromkeys(sae.hook_name for sae in self.saes))
         return self._override or self.setting.load(hook_names, self._bench.device)
 
@@ -143,6 +150,7 @@ class Forward:
 
     @cached_property
     def cache(self) -> ActivationCache:
+        """The activations at the hook points of the SAEs and after the last block."""
         hook_names = [*(sae.hook_name for sae in self.saes), self._embedder]
         return activations_of(
             self.held_out,
@@ -155,7 +163,7 @@ class Forward:
 
     @cached_property
     def split(self) -> Split:
-        """The halves of the images that could be read."""
+        """The split of the images that could be read."""
         n_classes = len(self._bench.taxonomy.classes)
         return Split.halves(np.asarray(self.cache.labels), n_classes, self._bench.settings.seed)
 
@@ -167,8 +175,8 @@ class Forward:
     def at(self, hook_name: str) -> HeldOutActivations:
         """The held-out activations at a hook point of one of the SAEs.
 
-        The class token of the last block (the mean patch token where the cache is of other tokens)
-        embeds the images, except at that block itself: it would not be independent.
+        The embedding is the class token of the last block (the mean patch token where the cache has
+        other tokens). At that block itself there is none: it would not be independent.
         """
         cache, embedder, embedding = self.cache, self._embedder, None
         if embedder is not None and embedder != hook_name:
@@ -192,14 +200,14 @@ class Forward:
         return replace(held_out, intervene=intervene, no_intervention="")
 
     def peers_at(self, hook_name: str) -> HeldOutActivations:
-        """The same for an SAE that another one is compared with: the model is not run again."""
+        """The same for a peer of another SAE: without embedding and interventions."""
         cache = self.cache
         return HeldOutActivations(
             cache.activations(hook_name), self.split, cache.mean_patch(hook_name)
         )
 
     def release(self) -> None:
-        """Forget the model; the activations stay."""
+        """Drop the model; the activations stay."""
         if "cache" in vars(self):
             for kept in ("model", "_pictures"):
                 vars(self).pop(kept, None)

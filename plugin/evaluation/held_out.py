@@ -1,4 +1,4 @@
-"""The evaluation images and their tree: which they are, that no SAE was trained on them."""
+"""The evaluation images and their class tree, and the check that no SAE was trained on them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ HELD_OUT_SPLITS = ("validation", "test")
 
 
 def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
-    """The evaluation images of all SAEs: what the caller gave, else what the runs' settings say.
+    """The source of the evaluation images: as given, else from the settings of the runs.
 
     Args:
-        given: fields of `ImageSource`; those that are None count as not given.
+        saes: the SAEs that are evaluated.
+        **given: fields of `ImageSource`; those that are None count as not given.
 
     Raises:
         ConfigError: the runs have different images, or none, and none are given.
@@ -45,12 +46,12 @@ def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The images that SAEs are evaluated on and the tree of their classes, loaded once for all.
+    """The evaluation images and the tree of their classes, loaded once for all SAEs.
 
     Args:
         source: of the images, with its split.
-        images: with a label each.
-        tree: what the taxonomy was loaded as.
+        images: labelled images.
+        tree: name or path of the taxonomy.
         taxonomy: over the classes of the images.
     """
 
@@ -75,7 +76,7 @@ class HeldOut:
         return cls(source, images, tree, load_taxonomy(tree, classes=images.class_names))
 
     def limited(self, max_images: int) -> HeldOut:
-        """At most `max_images` of the images: those that a source with this `max_images` has."""
+        """At most `max_images` of the images, the same as those of a source with this `max_images`."""
         if len(self.images) <= max_images:
             return self
         source = replace(self.source, max_images=max_images)
@@ -83,7 +84,7 @@ class HeldOut:
 
 
 def load_images_of(source: ImageSource) -> tuple[ImageDataset, ImageSource]:
-    """The images, and their source with its split; where it has none, validation or else test."""
+    """The images, and their source with its split: validation, or else test, where it has none."""
     failures: list[str] = []
     for split in [source.split] if source.split else HELD_OUT_SPLITS:
         chosen = replace(source, split=split)
@@ -118,10 +119,10 @@ def _only(values: Sequence[Any], name: str) -> Any:
 
 
 def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool) -> bool:
-    """Whether the images are those of the training, by name or by fingerprint.
+    """Whether an SAE was trained on these images, by name or by fingerprint.
 
     Raises:
-        ConfigError: they are, and that is not allowed.
+        ConfigError: it was, and `allow` is False.
     """
     for sae in saes:
         trained_on = ImageSource.of(sae.setting)
@@ -136,12 +137,17 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
                 raise ConfigError(
                     "split", message, allowed="a held-out split, or allow_train_split=True"
                 )
-            logger.warning("%s: nothing here is held out.", message)
+            logger.warning("%s: no image is held out.", message)
             return True
     return False
 
 
 def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:
+    """The taxonomy: as given, else from the settings of the runs.
+
+    Raises:
+        ConfigError: the runs have different ones, or none.
+    """
     name = given or _only([sae.setting("taxonomy") for sae in saes], "taxonomy")
     if not name:
         raise ConfigError("taxonomy", "neither given nor in the run's settings", allowed=TREES)

@@ -1,4 +1,4 @@
-"""The latents that a report shows: their place in the tree and the images they fire on most."""
+"""Cards of latents for the report: position in the tree and most activating images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 
 N_CARDS = 6
 N_IMAGES = 6
-TOP_IMAGES = 16  # as many as pair_depth keeps, so that both read the same accumulator
+TOP_IMAGES = 16  # the number that pair_depth keeps, so that both share one accumulator
 GOOD_F1 = 0.5
 THUMBNAIL = 96  # pixels a side
 THUMBNAILS_FOLDER = "thumbnails"
@@ -34,11 +34,12 @@ EMPTY = pd.DataFrame({"latent": [], "node": [], "f1": []})
 
 
 class NodeTables:
-    """What the evaluators' tables say of latents and nodes, each by the evaluator's `node_table`.
+    """Latents and nodes in the evaluators' tables, which each evaluator's `node_table` describes.
 
     Args:
         tables: evaluator -> table -> its rows.
         sources: evaluator -> its `node_table`.
+        taxonomy: the class tree.
         n_latents: of the SAE.
     """
 
@@ -59,7 +60,7 @@ class NodeTables:
         ]
 
     def node_f1(self) -> dict[str, float]:
-        """node -> F1 of its best latent."""
+        """Node -> F1 of its best latent."""
         table = next((table for source, table in self._found if source.f1), EMPTY)
         best: dict[str, float] = {}
         for node, f1 in zip(table["node"], table["f1"], strict=True):
@@ -67,7 +68,7 @@ class NodeTables:
         return best
 
     def placed_latents(self) -> pd.DataFrame:
-        """latent, node, f1, one row per latent: of several nodes the one it detects best."""
+        """Columns latent, node, f1; one row per latent, with the node that it detects best."""
         table = next((table for source, table in self._found if source.latent), EMPTY)
         best_first = table.query("latent >= 0").sort_values("f1", ascending=False, kind="stable")
         return best_first.drop_duplicates("latent")
@@ -75,8 +76,7 @@ class NodeTables:
     def _read(
         self, evaluator: str, source: NodeTable, tables: Mapping[str, pd.DataFrame]
     ) -> pd.DataFrame | None:
-        """latent, node, f1; None, with a warning, where the table cannot be read: cards are not
-        worth the numbers."""
+        """Columns latent, node, f1; None, with a warning, where the table cannot be read."""
         table = tables.get(source.name)
         if table is None:
             return None
@@ -100,8 +100,11 @@ class NodeTables:
 
 
 def pick(placed: pd.DataFrame, taxonomy: Taxonomy, n: int = N_CARDS) -> tuple[list[int], list[int]]:
-    """Rows of `placed`: the n most and the n least specific latents, by the number of classes below
-    their node and then by F1. Latents that detect their node well come before all others."""
+    """Rows of `placed`: the n most and the n least specific latents.
+
+    They are sorted by the number of classes below their node and then by F1. Latents with an F1 of
+    GOOD_F1 or more come before all others.
+    """
     if placed.empty:
         return [], []
     classes = np.array([taxonomy.n_leaves[taxonomy.index(node)] for node in placed["node"]])
@@ -126,9 +129,14 @@ def make_cards(
     rate: FiringRate,
     image_ids: np.ndarray,
 ) -> list[LatentCard]:
-    """Cards without thumbnails.
+    """Cards of some rows of `placed`; the thumbnails are written by `write_thumbnails`.
 
     Args:
+        placed: columns latent, node, f1.
+        rows: which of its rows.
+        taxonomy: the class tree.
+        top: the most activating images of each latent.
+        rate: the firing rate of each latent.
         image_ids: (n,) position in the evaluation set -> row of the dataset.
     """
     cards = []
@@ -160,14 +168,14 @@ def make_cards(
 
 
 def write_thumbnails(cards: list[LatentCard], images: Any, folder: Path) -> None:
-    """One small JPEG per image; an image that cannot be read has none."""
+    """Write one small JPEG per image; an image that cannot be read has none."""
     for index in sorted({image.index for card in cards for image in card.images}):
         file = folder / THUMBNAILS_FOLDER / f"{index}.jpg"
         if file.exists():
             continue
         try:
             write_atomically(file, thumbnail(images.decode(index)), sync=False)
-        except Exception as error:  # a picture for the report is not worth the numbers
+        except Exception as error:  # a missing thumbnail must not cost the numbers
             logger.warning("no thumbnail of image %d: %s", index, error)
 
 

@@ -1,4 +1,4 @@
-"""One SAE, measured: its numbers beside their nulls, its tables and figures as files, its cards."""
+"""The result of one SAE: numbers beside their nulls, tables and figures as files, latent cards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
 from .sae_folders import SAEFolder
 
-CARDS = "latent cards"  # who shares their facts; no evaluator's name has a space
+CARDS = "latent cards"  # name of the cards in `failures`; no evaluator's name has a space
 
 
 def measure_sae(
@@ -35,9 +35,11 @@ def measure_sae(
     rows: np.ndarray,
     output: Path,
 ) -> SAEResult:
-    """Everything about one SAE.
+    """Measure one SAE and write its tables, figures and thumbnails.
 
     Args:
+        bench: what is measured and how.
+        folder: the saved SAE.
         held_out: the activations at its hook point.
         fingerprint: see `SAEResult`.
         controls: control -> evaluator -> numbers, or why there are none.
@@ -56,7 +58,7 @@ def measure_sae(
         unit="img",
         disable=not bench.settings.progress,
     ) as bar:
-        # The nulls first: only the SAE's own pass stays in memory for its tables.
+        # The nulls come first, so that only the SAE's own pass stays in memory for its tables.
         nulls = {
             name: bench.numbers(
                 source, held_out, bench.chosen_for(name), peers=peers, progress=bar.update
@@ -119,7 +121,7 @@ def measure_sae(
 
 
 def share_card_facts(context: EvaluationContext) -> None:
-    """Have what the cards and L0 need gathered in the pass; without it there are none."""
+    """Add the accumulators of the cards and of L0 to the pass; if that fails there are none."""
 
     def share() -> None:
         context.share(FiringRate)
@@ -131,7 +133,7 @@ def share_card_facts(context: EvaluationContext) -> None:
 def _cards(
     context: EvaluationContext, places: cards.NodeTables, rows: np.ndarray
 ) -> tuple[list[LatentCard], list[LatentCard]]:
-    """The most and the least specific latents."""
+    """Cards of the most and of the least specific latents."""
     placed = places.placed_latents()
     facts = {
         "taxonomy": context.taxonomy,
@@ -144,7 +146,7 @@ def _cards(
 
 
 def _tables(evaluator: Evaluator[Any]) -> dict[str, tuple[pd.DataFrame, str]]:
-    """Each table, and as CSV."""
+    """Table name -> the table, and its CSV text."""
     return {
         name: (frame, frame.to_csv(index=False, float_format="%.6g"))
         for name, frame in evaluator.tables().items()

@@ -1,4 +1,4 @@
-"""Which other SAEs of an evaluation one is compared with, and their latents of the same images."""
+"""The peers of an SAE: other SAEs of the evaluation, and their latents of the same images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ IMAGES_AT_ONCE = 512
 
 
 def find_peers(sae: SAEFolder, saes: Sequence[SAEFolder]) -> list[tuple[SAEFolder, str]]:
-    """The SAEs that `sae` is compared with, at most `MAX_PEERS`, and what they share with it.
+    """The SAEs that `sae` is compared with, at most `MAX_PEERS`, and their relation to it.
 
-    Those nearest to it, of one kind (own definition): "seed", the same hook point, architecture and
-    width; else "hook", the same hook point; else "layer", the next hook points before and after it
-    in its run, or in any run where its own has none; else "model", the SAEs of other models or
-    tokens, those of its own hook point's name first.
+    The first relation with any SAE is used (own definition): "seed", the same hook point,
+    architecture and width; "hook", the same hook point; "layer", the next hook points before and
+    after it in its run, or in any run where its own has none; "model", the SAEs of other models or
+    tokens, those with the same name of hook point first.
     """
     others = [other for other in saes if other.id != sae.id]
     same_model = [o for o in others if ModelSetting.of(o) == ModelSetting.of(sae)]
@@ -49,7 +49,7 @@ def peers_of(
     saes: Sequence[SAEFolder],
     forwards: Mapping[ModelSetting, Forward],
 ) -> list[PeerSAE]:
-    """The other SAEs that one is compared with, where an evaluator wants that."""
+    """The peers of an SAE; none where no evaluator compares with peers."""
 
     def held_out(peer: SAEFolder) -> HeldOutActivations:
         return forwards[ModelSetting.of(peer)].peers_at(peer.hook_name)
@@ -63,7 +63,7 @@ def _kind(sae: SAEFolder) -> tuple[str, int]:
 
 
 def _adjacent(sae: SAEFolder, others: Sequence[SAEFolder]) -> list[SAEFolder]:
-    """The nearest before and the nearest after it, of its kind and place in the block if it can be."""
+    """The nearest before and after it: of its kind and place in a block, else of its place, else any."""
     for alike in (
         [o for o in others if _pattern(o) == _pattern(sae) and _kind(o) == _kind(sae)],
         [o for o in others if _pattern(o) == _pattern(sae)],
@@ -83,13 +83,13 @@ def _pattern(sae: SAEFolder) -> str:
 
 
 class PeerSAE:
-    """A saved SAE as the peer of another (see `Peer` of the evaluators).
+    """A saved SAE as the peer of another: see `Peer` of the evaluators.
 
     Args:
-        folder: where it is saved.
-        relation: what it shares with the SAE that is measured.
-        held_out: makes the activations at its hook point, once they are needed.
-        bench: with which the SAE is measured that it is compared with.
+        folder: the saved SAE.
+        relation: "seed", "hook", "layer" or "model"; see `find_peers`.
+        held_out: makes the activations at its hook point, when they are needed.
+        bench: the bench with which the other SAE is measured.
     """
 
     def __init__(
@@ -106,14 +106,16 @@ class PeerSAE:
 
     @property
     def same_space(self) -> bool:
+        """Whether the decoder rows of the two SAEs are directions of one space."""
         return self.relation != "model"
 
     @property
     def W_dec(self) -> Tensor | None:
+        """(m', d) decoder, None where it has none."""
         return SAELatents(self._folder.load()).W_dec
 
     def latents(self, index: np.ndarray) -> sparse.csr_array:
-        """(n, m') its latents above 0; kept for the next call, which is likely to be the same."""
+        """(n, m') its latents above 0; the last result is kept for equal calls."""
         asked = index.tobytes()
         if self._kept is None or self._kept[0] != asked:
             self._kept = asked, self._encode(index)

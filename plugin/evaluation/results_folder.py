@@ -1,4 +1,4 @@
-"""The results folder of an evaluation: results.json as it grows, and what is finished already."""
+"""The results folder of an evaluation: results.json, written after each SAE and taken up again."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ PACKAGES = (
 
 
 class ResultsFolder:
-    """The results as they grow, saved after each SAE.
+    """The results so far, saved after each SAE.
 
     Args:
-        folder: where they are written.
-        saes: all that are to be measured.
+        folder: the folder of results.json.
+        saes: all SAEs to measure.
         bench: what is measured and how.
         held_out: the images and their tree.
         seen_in_training: whether SAEs were trained on these images.
@@ -98,15 +98,16 @@ class ResultsFolder:
         self._take_over()
 
     def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
-        """Nothing where no evaluator looks at them: other SAEs then make no number stale."""
+        """The facts of the peers; none where no evaluator compares with peers."""
         peers = find_peers(sae, self.saes) if self._bench.wants("peers") else []
         return [[peer.id, relation, *facts[peer.id]] for peer, relation in peers]
 
     def missing(self, saes: Sequence[SAEFolder]) -> list[SAEFolder]:
-        """Those of the SAEs that have no numbers yet."""
+        """The SAEs among `saes` that have no numbers yet."""
         return [sae for sae in saes if sae.id not in self._found]
 
     def dataset_is(self, cache: ActivationCache, split: Split) -> None:
+        """Record the numbers of images of a forward pass, and the images that were skipped."""
         skipped = [SkippedImage(int(i), str(why)) for i, why in sorted(cache.failures.items())]
         self._dataset = replace(
             self._dataset,
@@ -117,18 +118,19 @@ class ResultsFolder:
         )
 
     def add(self, sae: SAEResult) -> None:
+        """Add the numbers of one SAE and save."""
         self._found[sae.id] = sae
         self._results(complete=False).save(self.folder)
 
     def finish(self) -> Results:
-        """Write everything, and read it back as any reader would."""
+        """Write everything, and return the results as read back from the file."""
         self._results(complete=True).save(self.folder)
         results = Results.load(self.folder)
         write_comparison(results)
         return results
 
     def _take_over(self) -> None:
-        """Keep what an earlier call with the same settings has finished."""
+        """Keep the SAEs that an earlier call with the same settings has finished."""
         try:
             earlier = Results.load(self.folder)
         except TaxolensError:
@@ -178,11 +180,12 @@ class ResultsFolder:
 
 @cache
 def versions() -> dict[str, str]:
+    """Package -> its version, for the packages on which the numbers depend."""
     return {package.replace("-", "_"): version(package) for package in PACKAGES}
 
 
 def provenance(device: str, seconds: float) -> dict[str, Any]:
-    """Versions and machine."""
+    """Versions, device and duration, as in results.json."""
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
     return {
         **versions(),
@@ -194,7 +197,7 @@ def provenance(device: str, seconds: float) -> dict[str, Any]:
 
 
 def _facts(sae: SAEFolder) -> list[Any]:
-    """What the numbers of this SAE depend on."""
+    """The facts of an SAE on which its numbers depend."""
     return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae))]
 
 

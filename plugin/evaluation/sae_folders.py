@@ -1,4 +1,4 @@
-"""Finding trained SAEs on disk: run folders, checkpoints, bare SAE folders."""
+"""Search for trained SAEs on disk: run folders, checkpoints, SAE folders."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from ...registry.errors import CheckpointError, ConfigError
 from ...registry.files import file_digest
 from ..reporting.series import layer_of, natural_key
 
-SAE_SCHEMA = "taxolens.sae/1"  # of our keys in the metadata: docs/formats/saes.md
+SAE_SCHEMA = "taxolens.sae/1"  # version of our keys in the metadata: docs/formats/saes.md
+
+RUNS = "run folders, checkpoints or SAE folders"
+LISTED = "an architecture of `taxolens list architectures`"
 
 
 @dataclass(frozen=True)
 class SAEFolder:
-    """A saved SAE. `settings` is the runner_cfg.json of its run, {} where there is none."""
+    """A saved SAE; `settings` is the runner_cfg.json of its run, {} where there is none."""
 
     id: str
     run: str
@@ -40,7 +43,7 @@ class SAEFolder:
     settings: Mapping[str, Any]
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """From the SAE's own metadata, else from its run's settings."""
+        """A setting from the SAE's own metadata, else from its run's settings."""
         for source in (self.cfg.get("metadata") or {}, self.settings):
             if source.get(name) is not None:
                 return source[name]
@@ -48,47 +51,61 @@ class SAEFolder:
 
     @property
     def hook_name(self) -> str:
+        """The hook point that it reads."""
         return self._required("hook_name")
 
     @property
     def model_name(self) -> str:
+        """The model that it reads."""
         return self._required("model_name")
 
     @property
     def tokens(self) -> str:
+        """Which tokens of an image it reads."""
         return self.setting("tokens", "class")
 
     @property
     def architecture(self) -> str:
-        """As its files say, "" where they do not."""
+        """The architecture in its config, "" where it names none."""
         return str(self.cfg.get("architecture", ""))
 
     @property
     def trained_as(self) -> str:
-        """The architecture that was trained, which SAELens records in the metadata: what saves as
-        `topk` may have been trained as another. Where it is not recorded, `architecture`."""
+        """The architecture that was trained, as SAELens records it; else `architecture`.
+
+        The two differ where an architecture is saved as another, such as `topk`.
+        """
         return str(
             (self.cfg.get("metadata") or {}).get("training_architecture") or self.architecture
         )
 
     @property
     def layer(self) -> int | None:
+        """The first whole number in the hook name, None where there is none."""
         return layer_of(self.hook_name)
 
     def weights_digest(self) -> str:
+        """Digest of the file of weights."""
         return file_digest(self.path / SAE_WEIGHTS_FILENAME)
 
     def load(self, device: str = "cpu") -> SAE[Any]:
-        """Raises CheckpointError where the weights are torn or not those of the config."""
+        """Load the SAE, for inference.
+
+        Raises:
+            CheckpointError: the weights are incomplete, damaged or not those of the config.
+            ConfigError: SAELens does not have its architecture.
+        """
         try:
             if (self.path / ACTIVATION_SCALER_CFG_FILENAME).exists():
                 return load_checkpoint(self.path, device)
             sae = SAE.load_from_disk(self.path, device=device)
         except KeyError as error:
             needed = self.setting("requires_plugin")
-            hint = f"; it needs the plugin {needed!r}" if needed else ""
             raise ConfigError(
-                self.path, f"SAELens knows no architecture {error.args[0]!r}{hint}"
+                self.path,
+                "an architecture that SAELens does not have",
+                given=error.args[0],
+                allowed=f"install the plugin {needed!r}" if needed else LISTED,
             ) from error
         except Exception as error:
             raise CheckpointError(self.path, f"the SAE cannot be loaded: {error}") from error
@@ -97,13 +114,13 @@ class SAEFolder:
     def _required(self, name: str) -> str:
         found = self.setting(name)
         if not found:
-            raise ConfigError(self.path / SAE_CFG_FILENAME, f"metadata has no {name!r}")
+            field = self.path / SAE_CFG_FILENAME
+            raise ConfigError(field, f"metadata has no {name!r}", allowed="metadata that names it")
         return found
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> SAE[Any]:
-    """A SAE that is still in training, as it would be saved now: what scales its inputs folded into
-    its weights."""
+    """An SAE from a checkpoint, with the scaling of its inputs folded into its weights."""
     sae = TrainingSAE.load_from_disk(path, device=device)
     scaler = ActivationScaler()
     scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
@@ -124,22 +141,23 @@ def load_checkpoint(path: Path, device: str = "cpu") -> SAE[Any]:
 def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
     """Every SAE in the given folders, in natural order of name (block 9 before block 10).
 
-    A folder is a run (runner_cfg.json, and one SAE or a folder for each), a checkpoint, or a bare
-    SAE (cfg.json and sae_weights.safetensors). `id` is unique: the SAE's name, with the run's
-    before it where several runs are given.
+    A folder is a run (runner_cfg.json, and one SAE or a folder for each), a checkpoint, or an SAE
+    (cfg.json and sae_weights.safetensors). `id` is unique: the SAE's name, with the run's before it
+    where several runs are given.
 
     Raises:
-        ConfigError: a folder that does not exist or holds no SAE, or metadata of another version.
+        ConfigError: a folder does not exist or has no SAE, or metadata is of another version.
         CheckpointError: a cfg.json or runner_cfg.json that is not JSON.
     """
     paths = [Path(p) for p in ([runs] if isinstance(runs, (str, Path)) else runs)]
     if not paths:
-        raise ConfigError("runs", "no folder is given")
+        raise ConfigError("runs", "no folder is given", allowed=RUNS)
     repeated = [
         str(path) for path, count in Counter(p.resolve() for p in paths).items() if count > 1
     ]
     if repeated:
-        raise ConfigError("runs", f"{', '.join(repeated)} is given twice")
+        problem = f"{', '.join(repeated)} is given twice"
+        raise ConfigError("runs", problem, allowed="each folder once")
     labels = _labels(paths)
     found = [
         sae for path, label in zip(paths, labels, strict=True) for sae in _saes_in(path, label)
@@ -155,7 +173,7 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
 
 def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     if not path.is_dir():
-        raise ConfigError("runs", f"{path} is not a folder")
+        raise ConfigError("runs", f"{path} is not a folder", allowed=RUNS)
     settings = _read_json(path / RUNNER_CFG_FILENAME)
     folders = [
         file.parent
@@ -185,13 +203,13 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
 
 
 def _is_older(folder: Path, run: Path) -> bool:
-    """A checkpoint on the way, kept inside the folder of its run."""
+    """Whether the folder is a checkpoint inside the folder of its run."""
     depth = len(folder.relative_to(run).parts)
     return depth > 1 and (folder / TRAINER_STATE_FILENAME).exists()
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart: ``seed0``, or ``a/sae`` and ``b/sae``."""
+    """The shortest distinct ends of the paths: ``seed0``, or ``a/sae`` and ``b/sae``."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(p[-length:]).strip("/") or "run" for p in parts]

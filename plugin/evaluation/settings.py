@@ -1,4 +1,4 @@
-"""The options of an evaluation, each written once: for `evaluate_run`, for the command line."""
+"""The options of an evaluation, for `evaluate_run` and for the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AGGREGATES = ("max", "mean")
 class EvaluationSettings:
     """Every option of an evaluation, by its name in `evaluate_run` and `taxolens evaluate`.
 
-    "The run's" is what the settings of the runs say, which must then be the same in all of them.
+    "The run's" is the value in the settings of the runs, which must be the same in all of them.
 
     Args:
         evaluators: names of `taxolens list evaluators`, or all; by default the run's
@@ -32,12 +32,12 @@ class EvaluationSettings:
         image_column: by default the run's, else found
         label_column: by default the run's, else found
         max_images: measure on this many; by default the run's eval_max_images
-        allow_train_split: measure on images trained on; the results say so
+        allow_train_split: measure on training images; the results record it
         nulls: null controls
-        controls: further controls. planted: detectors that know the tree
+        controls: further controls. planted: detectors built from the tree
         n_permutations: draws of the permuted classes
         seed: of halves, permutations and random latents
-        output_path: where everything goes; by default into the run
+        output_path: the folder of the results; by default the run
         device: by default a GPU where there is one
         batch_size: images in one forward pass
         num_workers: processes that decode images

@@ -1,4 +1,4 @@
-"""Which evaluation images choose (fit half) and which are scored, and in what order they pass."""
+"""The split of the evaluation images into a fit half and a score half, and their order."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ class Split:
 
     @classmethod
     def halves(cls, labels: np.ndarray, n_classes: int, seed: int = 0) -> Split:
-        """Halve every class; of a class with an odd number, the larger part goes to the half that
-        has fewer images so far.
+        """Halve every class, at random by `seed`.
+
+        Of a class with an odd number of images, the larger part goes to the half that has fewer
+        images so far.
 
         Raises:
             DataError: no image, or a label outside 0 … n_classes−1.
@@ -63,14 +65,15 @@ class Split:
 
     @property
     def n_score(self) -> int:
+        """Images in the score half."""
         return len(self) - self.n_fit
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """(positions, whether they are of the fit half); no batch mixes the halves."""
+        """(positions (b,), whether they are of the fit half); no batch mixes the halves."""
         for is_fit, half in ((True, self.order[: self.n_fit]), (False, self.order[self.n_fit :])):
             for start in range(0, len(half), size):
                 yield half[start : start + size], is_fit
 
     def sample(self, size: int) -> np.ndarray:
-        """Positions of up to `size` fit images."""
+        """(n,) positions of up to `size` fit images."""
         return self.order[: min(size, self.n_fit)]

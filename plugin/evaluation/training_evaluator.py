@@ -1,4 +1,4 @@
-"""Evaluators during training, in the evaluator slot of SAELens's trainers."""
+"""Evaluators during training, called by SAELens's trainers as their `evaluator`."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingEvaluator:
-    """Measures a SAE that is being trained, on held-out activations kept in memory.
+    """Measures an SAE during training, on held-out activations kept in memory.
 
-    The model is not run again: of an evaluator that intervenes in it, what that needs is NaN, and
-    left out of what is logged.
+    The model is not run again: metrics that need interventions are NaN and are not logged.
 
-    Called as SAELens calls an evaluator of one SAE; `__call__` gives the flat metrics
+    Called as SAELens calls an evaluator of one SAE; `__call__` returns the flat metrics
     ``eval/<evaluator>/<metric>`` and ``eval/<evaluator>/<metric>/permuted_classes``. Only this null
-    is computed here: it costs no further pass, and it is the one that matters.
+    is computed, as it needs no further pass.
 
-    The random state of torch and numpy is left as it was. A BatchTopK SAE is measured as it trains,
-    with its k over batches of these images.
+    The random state of torch and numpy is restored. A BatchTopK SAE is measured as it trains, with
+    its k over batches of these images.
 
     Args:
         held_out: hook point -> activations of the held-out images.
         taxonomy: the tree of their classes.
         evaluators: name -> (class, its options).
-        n_permutations, aggregate, seed: see `EvaluationSettings`.
+        n_permutations: see `EvaluationSettings`.
+        aggregate: see `EvaluationSettings`.
+        seed: see `EvaluationSettings`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class TrainingEvaluator:
         return self.measure(sae, sae.cfg.metadata.hook_name, activation_scaler)
 
     def measure(self, sae: Any, hook_name: str, activation_scaler: Any = None) -> dict[str, float]:
-        """Metrics of one SAE; `activation_scaler` is what training multiplies its inputs by."""
+        """Metrics of one SAE; `activation_scaler` scales its inputs in training."""
         numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=_devices(sae)):
             latents = SAELatents(sae, activation_scaler)
@@ -87,7 +88,7 @@ class TrainingEvaluator:
 def make_training_evaluator(
     cfg: Any, model: Any, held_out: HeldOut | None = None
 ) -> TrainingEvaluator:
-    """The training evaluator that a runner's config asks for, its activations computed now.
+    """The training evaluator of a runner's config; its activations are computed in this call.
 
     Args:
         cfg: a vision runner config with `evaluators` and `taxonomy`; images come from
@@ -97,7 +98,7 @@ def make_training_evaluator(
         held_out: images and tree, where they are loaded already.
 
     Raises:
-        ConfigError: these are the images of the training.
+        ConfigError: these are the training images.
     """
     held_out = held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
     held_out = held_out.limited(cfg.eval_max_images or MAX_TRAINING_IMAGES)

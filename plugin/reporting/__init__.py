@@ -1,1 +1,1 @@
-"""What a measurement leaves: results.json, tables, the report, W&B."""
+"""Outputs of an evaluation: results.json, tables, figures, the report, W&B."""

@@ -1,6 +1,6 @@
-"""Small static charts as SVG text: they need no script, print well and weigh little.
+"""Static charts as SVG text, which need no script.
 
-A line is told by its marker and its dashes as well as by its colour.
+Lines differ in marker and dash as well as colour, for greyscale print.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ FONT = "Inter, Helvetica, Segoe UI, Liberation Sans, Arial, sans-serif"
 
 @dataclass(frozen=True)
 class Style:
+    """Colour, marker, dashes and width of a line."""
+
     colour: str
     marker: str
     dashes: str = ""
@@ -47,7 +49,7 @@ RUN_STYLES = (
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: `y` is NaN where it has no point; `low`, `high` bound a band."""
+    """One line of a chart: `y` is NaN where it has no point; `low` and `high` bound a band."""
 
     label: str
     x: Sequence[float]
@@ -72,24 +74,28 @@ class Frame:
     parts: list[str] = field(default_factory=list)
 
     def at_x(self, value: float) -> float:
+        """The horizontal position of a value, in pixels from the left."""
         low, high = self.x
         room = self.width - self.left - self.right
         return self.left + room * (value - low) / ((high - low) or 1)
 
     def at_y(self, value: float) -> float:
+        """The vertical position of a value, in pixels from the top."""
         low, high = self.y
         room = self.height - self.top - self.bottom
         return self.height - self.bottom - room * (value - low) / ((high - low) or 1)
 
     def add(self, tag: str, text: str | None = None, **attributes: object) -> None:
+        """Add an element; see `element`."""
         self.parts.append(element(tag, text, **attributes))
 
     def svg(self, label: str) -> Markup:
+        """The SVG document of all elements."""
         return svg("".join(self.parts), self.width, self.height, label)
 
 
 def svg(content: str, width: float, height: float, label: str) -> Markup:
-    """An SVG document around elements, with a label for those who do not see it."""
+    """An SVG document of elements, with a label for screen readers."""
     return Markup(
         f'<svg viewBox="0 0 {width:g} {height:.6g}" role="img" aria-label="{escape(label)}" '
         f'xmlns="http://www.w3.org/2000/svg">{content}</svg>'
@@ -109,7 +115,7 @@ def element(tag: str, text: str | None = None, **attributes: object) -> str:
 def curves(
     lines: Sequence[Line], *, label: str, x_ticks: Mapping[float, str], x_title: str = "layer"
 ) -> Markup:
-    """Lines over layers. Undefined points leave a gap."""
+    """A chart of lines over layers, with gaps at undefined points."""
     values = [v for line in lines for part in (line.y, line.low, line.high) for v in part or ()]
     frame = Frame(_padded(list(x_ticks), 0.03), _padded(values, 0.07))
     _grid(frame, x_ticks, x_title)
@@ -121,13 +127,13 @@ def curves(
                 frame.add(
                     "polygon", points=_points(there + back), fill=line.style.colour, opacity=0.13
                 )
-    for line in reversed(lines):  # the first line lies on top
+    for line in reversed(lines):  # the first line is drawn on top
         _draw(frame, line)
     return frame.svg(label)
 
 
 def dots(rows: Mapping[str, Sequence[Line]], *, label: str) -> Markup:
-    """One row per SAE and in it one mark per line: for runs without a curve over layers."""
+    """A chart with one row per SAE and one mark per line, for runs without a curve over layers."""
     values = [v for lines in rows.values() for line in lines for v in line.y]
     left = min(200, 24 + max((len(name) for name in rows), default=0) * 6)
     frame = Frame(_padded(values, 0.07), (0, 1), height=46 + 22 * len(rows), left=left)
@@ -150,7 +156,7 @@ def dots(rows: Mapping[str, Sequence[Line]], *, label: str) -> Markup:
 def captioned(
     chart: Markup, *, title: str, subtitle: str, legend: Sequence[tuple[Style, str]]
 ) -> Markup:
-    """A chart as a document of its own, on white: its title above it, its legend below it."""
+    """A chart as a separate document on white, with its title above and its legend below."""
     width, height = map(float, str(chart).split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split())
     top, row = 40.0, 17.0
     longest = max([len(title) * 1.15, len(subtitle), *(len(words) + 8 for _, words in legend)])
@@ -213,11 +219,11 @@ def mark(style: Style, x: float, y: float, title: str = "") -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, a dash where undefined."""
+    """A value with three significant digits, or a dash where it is undefined."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
-    if size < 1e-9:  # rounding, not a number worth its digits
+    if size < 1e-9:  # a rounding error
         return "0"
     if size >= 1000 or (value == round(value) and size >= 10):
         return f"{value:,.0f}"
@@ -228,7 +234,7 @@ def number(value: float | None) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round values between `low` and `high`, `most` of them or fewer."""
+    """At most `most` round values between `low` and `high`."""
     if not high > low:
         return [low]
     rough = (high - low) / most

@@ -1,4 +1,4 @@
-"""One table and one figure per metric, SAEs side by side: files beside results.json."""
+"""The files of the folder `metrics`: one table and one figure per metric, SAEs side by side."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     """Write ``metrics/<evaluator>.<metric>.csv`` and ``.svg`` for every metric.
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
-    nulls; the figure is the report's, with a title and a legend. ``saes.csv`` says what the SAEs
-    are: architecture, tokens, widths and L0. What an earlier evaluation left there of metrics that
-    these results do not have is removed.
+    nulls; the figure is the report's, with a title and a legend. ``saes.csv`` lists the SAEs:
+    architecture, tokens, widths and L0. Files of an earlier evaluation for metrics that these
+    results do not have are removed.
 
     Args:
+        results: the results.
         folder: the results folder; by default where the results were read from.
 
     Returns:
@@ -51,7 +52,7 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
 
 
 def sae_table(report: Report) -> pd.DataFrame:
-    """A row per SAE, with the series whose column it is in in the tables of the metrics."""
+    """A row per SAE, with the series that names its column in the tables of the metrics."""
     return pd.DataFrame(
         {"series": series.label, **{name: getattr(sae, name) for name in SAE_COLUMNS}}
         for series in report.series

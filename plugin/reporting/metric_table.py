@@ -1,4 +1,4 @@
-"""Results on a terminal: one table, each number beside its null controls."""
+"""Results as one table for the terminal, each number beside its null controls."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...registry.presentation import Headline
 from .results import MetricResult, NullResult, Results, SAEResult
 from .series import all_series
 
-FIRST_COLUMN = 20  # characters; a longer title is wrapped
+FIRST_COLUMN = 20  # characters; longer titles are wrapped
 
 
 @dataclass(frozen=True)
 class ShownMetric:
-    """A metric that summaries show, under the name that a reader should call it."""
+    """A metric that summaries show, with its title."""
 
     evaluator: str
     metric: str
@@ -51,9 +51,9 @@ HEADINGS = {
 
 
 def headlines(results: Results) -> list[ShownMetric]:
-    """What the evaluators want to be shown, of the metrics that some SAE has, by priority.
+    """The headline metrics that the evaluators declare and some SAE has, by priority.
 
-    An evaluator that declares no headline has one: its first metric with a direction, or its first.
+    The default for an evaluator is its first metric with a direction, else its first metric.
     """
     present = set(results.metric_names())
     found = []
@@ -134,7 +134,7 @@ def summary_rows(
 
 
 def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
-    """At how many SAEs each headline metric is past its nulls, in one sentence."""
+    """The number of SAEs at which each headline metric beats its nulls, in one sentence."""
     counts = []
     for metric in headlines(results) if shown is None else shown:
         numbers = [number for _, number in _rows(results, metric)]
@@ -154,27 +154,27 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
 
 
 def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
-    """What the metrics and the columns of the table mean."""
+    """The meaning of the metrics and of the columns of the table."""
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
     metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}." for m in found)
     return "\n".join(
         [
             *metrics,
             "Beside each value the same number under null controls: classes permuted over the tree "
-            "(mean and best draw; the null that matters), labels shuffled over images, a random SAE, "
-            "the neurons. A dash: that null has no meaning there.",
+            "(mean and best draw; the main null), labels shuffled over images, a random SAE, "
+            "the neurons. A dash: that null is not defined there.",
         ]
     )
 
 
 def _direction(results: Results, metric: ShownMetric) -> str:
-    """What a reader must know unless higher is better, as everywhere else."""
+    """The direction of a metric where it is not "higher is better"."""
     better = results.direction(metric.evaluator, metric.metric)
-    return {True: "", False: " (lower is better)", None: " (it only describes)"}[better]
+    return {True: "", False: " (lower is better)", None: " (descriptive)"}[better]
 
 
 def _title(results: Results) -> str:
-    """What all SAEs share: where they are, where that is one curve, and their architecture."""
+    """What all SAEs share: their series, where there is one, and their architecture."""
     series = all_series(results)
     kinds = {sae.trained_as for sae in results.saes}
     shared = [*(s.label for s in series if len(series) == 1), *(kinds if len(kinds) == 1 else ())]
@@ -187,7 +187,7 @@ def _rows(results: Results, shown: ShownMetric) -> list[tuple[SAEResult, MetricR
 
 
 def _layers(results: Results) -> bool:
-    """Whether the layer alone tells the SAEs apart."""
+    """Whether the layer alone identifies an SAE."""
     layers = [sae.layer for sae in results.saes]
     return None not in layers and len(set(layers)) == len(layers) > 1
 

@@ -1,4 +1,4 @@
-"""`report.html`: one file, no network, readable with scripts off."""
+"""`report.html`: one file that needs no network, and no scripts except for interactive figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .series import Series, all_series, natural_key
 from .tree_chart import Icicle, scale
 
 REPORT_FILENAME = "report.html"
-UNTELLING = ("model", "checkpoint", "best", "final")  # of a folder
+UNTELLING = ("model", "checkpoint", "best", "final")  # names of folders that identify no model
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_FIGURE_BYTES = 2_000_000
 MAX_DRAWN_TREES = 4
@@ -41,6 +41,7 @@ def write_report(
     """Write the report of an evaluation.
 
     Args:
+        results: the results.
         path: the file; by default `report.html` in the results folder.
         interactive: include the evaluators' own Plotly figures, and with them plotly.js (5 MB).
 
@@ -65,7 +66,7 @@ def write_report(
 
 
 class Report:
-    """What the template asks for."""
+    """The values that the template shows."""
 
     def __init__(self, results: Results, interactive: bool = True) -> None:
         self.results = results
@@ -75,18 +76,19 @@ class Report:
 
     @property
     def subject(self) -> str:
-        """The models, a local one by the end of its path."""
+        """The names of the models, of a local one the end of its path."""
         names = dict.fromkeys(short_name(sae.model_name) for sae in self.results.saes)
         return " and ".join(names) or "the model"
 
     # Numbers ------------------------------------------------------------------------------------
 
     def direction(self, headline: ShownMetric) -> str:
+        """The direction of a metric in words."""
         better = self.results.direction(headline.evaluator, headline.metric)
         return {True: "higher is better", False: "lower is better", None: "descriptive"}[better]
 
     def verdict(self, series: Series, headline: ShownMetric) -> dict[str, Any]:
-        """One metric over a series: its ends, its best layer, and where nulls are left behind."""
+        """One metric over a series: first, last and best value, and where it beats its nulls."""
         found = [(sae, number) for sae in series if (number := headline.of(sae))]
         defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
         directed = [
@@ -118,25 +120,28 @@ class Report:
         }
 
     def missed(self, number: MetricResult) -> str:
+        """The nulls that a number does not beat, in words."""
         return ", ".join(COLUMNS.get(name, name) for name in number.missed)
 
     def past_all(self, number: MetricResult) -> bool:
+        """Whether a number beats every null that it is compared with."""
         judged = [
             null.left_behind for null in number.nulls.values() if null.left_behind is not None
         ]
         return bool(judged) and all(judged)
 
     def place(self, sae: SAEResult) -> str:
+        """The layer of an SAE, or its hook point where layers repeat."""
         return f"layer {sae.layer}" if self._by_layer else sae.hook_name
 
     @cached_property
     def _by_layer(self) -> bool:
-        """Whether the layer tells the SAEs of every series apart (stages of a CNN repeat it)."""
+        """Whether layers differ within every series (stages of a CNN repeat them)."""
         layers = [[sae.layer for sae in series] for series in self.series]
         return all(None not in here and len(set(here)) == len(here) for here in layers)
 
     def side_by_side(self, headline: ShownMetric) -> list[tuple[str, list[MetricResult | None]]]:
-        """(place, its number in every series), for comparing."""
+        """(place, its number in every series), for the comparison of series."""
         places = dict.fromkeys(self.place(sae) for series in self.series for sae in series)
         found = []
         for place in sorted(places, key=natural_key):
@@ -148,11 +153,11 @@ class Report:
         return found
 
     def describe(self, sae: SAEResult) -> str:
-        """A SAE's name, with its hook point where the name does not say it."""
+        """An SAE's name, with its hook point where the name does not contain it."""
         return sae.id if sae.hook_name in sae.id else f"{sae.id} ({sae.hook_name})"
 
     def all_metrics(self, evaluator: str) -> list[tuple[str, list[tuple[SAEResult, MetricResult]]]]:
-        """(metric, its number for every SAE), of one evaluator."""
+        """(metric, its number for every SAE) of one evaluator."""
         saes = [sae for series in self.series for sae in series]
         shown = [ShownMetric(e, m, m) for e, m in self.results.metric_names() if e == evaluator]
         return [(m.metric, [(sae, n) for sae in saes if (n := m.of(sae))]) for m in shown]
@@ -191,14 +196,16 @@ class Report:
 
     @property
     def layered(self) -> bool:
-        """Whether there is a curve to draw."""
+        """Whether any series has several layers."""
         return any(len(series) > 1 for series in self.series)
 
     @property
     def compares(self) -> bool:
+        """Whether there are several series."""
         return len(self.series) > 1
 
     def charts(self) -> Iterator[dict[str, Any]]:
+        """Title, source, direction and chart of each headline metric."""
         for headline in self.headlines:
             yield {
                 "title": headline.title,
@@ -208,7 +215,7 @@ class Report:
             }
 
     def chart(self, headline: ShownMetric) -> Markup:
-        """The metric over layers against its nulls; a row per SAE where there are no layers."""
+        """The metric and its nulls over layers; a row per SAE where there are no layers."""
         label = f"{headline.title}, over layers"
         if not self.layered:
             return charts.dots(
@@ -237,7 +244,7 @@ class Report:
         )
 
     def figure(self, headline: ShownMetric) -> Markup:
-        """The chart as a document of its own: title, direction and legend with it."""
+        """The chart as a separate document with title, direction and legend."""
         return charts.captioned(
             self.chart(headline),
             title=headline.title,
@@ -270,7 +277,7 @@ class Report:
         ]
 
     def thumbnail(self, file: str | None) -> str | None:
-        """A data URI; None where the file is not there."""
+        """The image as a data URI; None where the file is missing."""
         if file is None or self.results.folder is None:
             return None
         path = self.results.folder / file
@@ -280,6 +287,7 @@ class Report:
 
     @staticmethod
     def covers(card: LatentCard) -> str:
+        """The number of classes at or below the card's node, in words."""
         if not math.isfinite(card.generality):
             return ""
         n = round(2**card.generality)
@@ -287,11 +295,12 @@ class Report:
 
     @cached_property
     def icicle(self) -> Icicle:
+        """The layout of the class tree."""
         return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
 
     @cached_property
     def tree_colour(self) -> str:
-        """What the nodes of the covered tree are coloured by."""
+        """The meaning of the colours of the covered tree."""
         found = [
             table
             for name, info in self.results.evaluators.items()
@@ -303,11 +312,12 @@ class Report:
 
     @property
     def scale(self) -> list[tuple[str, str]]:
+        """(fill, range of F1) for the legend of the tree."""
         return scale()
 
     @cached_property
     def covered(self) -> list[tuple[Series, list[SAEResult], SAEResult]]:
-        """(series, its SAEs with node scores, the one of them that covers the tree best)."""
+        """(series, its SAEs with node scores, the one of them with the highest mean F1)."""
         found = []
         for series in self.series:
             saes = [sae for sae in series if sae.node_f1]
@@ -317,7 +327,7 @@ class Report:
 
     @cached_property
     def figures(self) -> dict[str, list[tuple[str, Markup]]]:
-        """figure -> (SAE, its Plotly JSON) for every SAE that has it, the last layer first."""
+        """Figure -> (SAE, its Plotly JSON) for every SAE that has it, the last layer first."""
         found: dict[str, list[tuple[str, Markup]]] = {}
         if not self.interactive or self.results.folder is None:
             return found
@@ -331,11 +341,12 @@ class Report:
         return found
 
     def plotly_js(self) -> Markup:
+        """The source of plotly.js."""
         return Markup(plotly.offline.get_plotlyjs())
 
 
 def _positions(series: Series) -> list[tuple[float, str]]:
-    """Where each SAE of a series stands on the layer axis, and what is written there."""
+    """(position on the layer axis, its tick label) of each SAE of a series."""
     layers = [sae.layer for sae in series]
     if None not in layers and len(set(layers)) == len(layers):
         return [(float(layer or 0), str(layer)) for layer in layers]
@@ -344,7 +355,7 @@ def _positions(series: Series) -> list[tuple[float, str]]:
 
 
 def _styles(n: int) -> list[Style]:
-    """As many, told apart by marker and colour, and from the ninth on by dashes."""
+    """`n` styles that differ in marker and colour, and from the ninth on in dashes."""
     if n == 1:
         return [VALUE]
     found = []
@@ -369,7 +380,7 @@ def _short_count(n: int) -> str:
 
 
 def _script_json(path: Path) -> Markup:
-    """Plotly's JSON, safe inside a script element, without the bulky default template."""
+    """Plotly's JSON, escaped for a script element, without the large default template."""
     figure = json.loads(path.read_text(encoding="utf-8"))
     layout = figure.setdefault("layout", {})
     layout["template"] = {}
@@ -379,8 +390,7 @@ def _script_json(path: Path) -> Markup:
 
 
 def short_name(model_name: str) -> str:
-    """``vit`` for ``/data/vit``, ``demo_assets/model`` for a folder that is called model; a name on
-    the hub as it is."""
+    """The last part of a path, or the last two where it is in UNTELLING; hub names unchanged."""
     path = PurePath(model_name)
     if len(path.parts) <= 2 and not path.is_absolute():
         return model_name

@@ -1,4 +1,4 @@
-"""The results of an evaluation, and their file `results.json`, schema ``taxolens.results/1``.
+"""Results of an evaluation, and their file `results.json`, schema ``taxolens.results/1``.
 
 docs/formats/results.md defines the file; `results.schema.json` is its JSON schema, generated from
 the types and docstrings below. In memory an undefined number is NaN; in the file it is null, so
@@ -32,8 +32,8 @@ class NullResult:
 
     Args:
         mean: the metric under the null, in its own unit; the mean where there are several draws.
-        best: the best of the draws, in the metric's own direction.
-        n: number of draws of the null that gave a number; 0 where there is a `reason`.
+        best: the best of the draws, in the metric's direction.
+        n: number of draws of the null with a number; 0 where there is a `reason`.
         left_behind: whether the value is strictly better than `best`; null where the metric has no
             direction or one of the two numbers is undefined.
         reason: why this null has no number here; null where it has one.
@@ -48,12 +48,12 @@ class NullResult:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A number beside its nulls and other controls.
+    """A number, with its nulls and other controls.
 
     Args:
-        value: the metric; its unit and meaning are those that the evaluator documents.
+        value: the metric; its unit and meaning are documented by the evaluator.
         nulls: null control (see `registry/nulls.py`) -> the metric under it.
-        controls: further control, such as `planted` (detectors that know the tree) -> the metric
+        controls: further control, such as `planted` (detectors built from the tree) -> the metric
             under it.
     """
 
@@ -63,7 +63,7 @@ class MetricResult:
 
     @property
     def missed(self) -> list[str]:
-        """The nulls that the value does not leave behind."""
+        """The nulls that the value does not beat."""
         return [name for name, null in self.nulls.items() if null.left_behind is False]
 
 
@@ -76,10 +76,10 @@ class EvaluatorResult:
         tables: table -> CSV file, relative to the results folder.
         figures: figure -> Plotly JSON file, relative to the results folder.
         seconds: the evaluator's own time in seconds, without what evaluators share.
-        error: type and text of what the evaluator raised; null where it raised nothing. What it gave
-            before stays.
-        notes: what a reader of the numbers needs to know: why some are undefined, with which SAEs
-            this one was compared.
+        error: type and text of the evaluator's error; null where there was none. Numbers computed
+            before the error stay.
+        notes: explanations of the numbers: why some are undefined, with which SAEs this one was
+            compared.
     """
 
     metrics: dict[str, MetricResult] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class TopImage:
 
 @dataclass(frozen=True)
 class LatentCard:
-    """A latent, its place in the tree, and the images that it fires on most.
+    """A latent, its position in the tree, and its most activating images.
 
     Args:
         latent: column of the latent in the SAE, counted from 0.
@@ -135,7 +135,7 @@ class LatentCard:
 
 @dataclass(frozen=True)
 class SAEResult:
-    """Everything about one SAE.
+    """The results of one SAE.
 
     Args:
         id: unique in the file: the SAE's name, with its run's before it when several runs are
@@ -150,13 +150,13 @@ class SAEResult:
         d_in: width of the activations.
         d_sae: number of latents.
         l0: mean number of latents above 0 on an image; null where counting them failed.
-        fingerprint: changes with whatever the numbers depend on; a second evaluation with the same
-            one keeps these numbers.
+        fingerprint: digest of everything on which the numbers depend; a second evaluation with an
+            equal one keeps these numbers.
         evaluators: evaluator -> its numbers.
         most_specific: cards of the latents whose nodes have the fewest classes below them.
         least_specific: cards of the latents whose nodes have the most classes below them.
-        node_f1: taxonomy node -> F1 of its best latent, from 0 to 1, scored on other images than it
-            was chosen on.
+        node_f1: taxonomy node -> F1 of its best latent, from 0 to 1, scored on other images than
+            those on which it was chosen.
         seconds: time taken in seconds.
         trained_as: the architecture that was trained, by the name that the user chose (`nested_topk` is
             saved as `topk`); `architecture` where the SAE does not record it.
@@ -186,19 +186,20 @@ class SAEResult:
 
     @property
     def errors(self) -> dict[str, str]:
+        """Evaluator -> its error, of those that failed."""
         return {name: e.error for name, e in self.evaluators.items() if e.error}
 
 
 @dataclass(frozen=True)
 class EvaluatorInfo:
-    """What an evaluator promises.
+    """What an evaluator declares.
 
     Args:
         description: one line.
-        directions: metric -> whether higher is better; null where the number only describes.
-        nulls: null control -> why it has no meaning for this evaluator; null where it is computed.
+        directions: metric -> whether higher is better; null where the metric is descriptive.
+        nulls: null control -> why it is not computed for this evaluator; null where it is computed.
         headlines: the metrics that summaries show; empty: its first metric with a direction.
-        labels: metric -> what reports and charts call it; by default the metric's key with spaces.
+        labels: metric -> its name in reports and charts; by default the metric's key with spaces.
         node_table: the table that places latents at nodes; null where there is none.
     """
 
@@ -230,13 +231,13 @@ class DatasetInfo:
     Args:
         path: dataset, as given.
         split: the held-out split.
-        fingerprint: changes with the images, their labels and the class names.
+        fingerprint: digest of the images, their labels and the class names.
         n_images: number of images measured on.
         n_fit: of them, those on which thresholds, latents and probes were chosen.
         n_score: of them, those that were scored.
         classes: class names, in the order of the labels.
         skipped: corrupt images, which are left out.
-        seen_in_training: whether the SAEs were trained on this split, which has to be asked for.
+        seen_in_training: whether the SAEs were trained on this split; refused unless allowed.
         name: the dataset's configuration; null where it has none.
     """
 
@@ -253,7 +254,7 @@ class DatasetInfo:
 
     @property
     def title(self) -> str:
-        """The dataset and what of it, as the report names them."""
+        """The dataset with its configuration and split, as the report shows it."""
         return (
             f"{self.path} ({self.name}, {self.split})"
             if self.name
@@ -286,16 +287,16 @@ class Results:
 
     Args:
         created: time of writing, ISO 8601 in UTC, to the second.
-        settings: what was asked for: evaluators with their options, nulls, controls,
-            n_permutations, seed, aggregate, runs.
+        settings: the options: evaluators with their options, nulls, controls, n_permutations, seed,
+            aggregate, runs.
         provenance: versions of taxolens and the libraries below it, Python, system, device, seconds.
         dataset: the evaluation images.
         taxonomy: the class tree.
-        evaluators: evaluator -> what it promises.
+        evaluators: evaluator -> what it declares.
         saes: one entry for each SAE that has been measured.
         complete: false while SAEs are still to be measured.
         schema: version of the file format.
-        folder: where the files named here lie; set on reading, not part of the file.
+        folder: folder of the files named here; set on reading, not part of the file.
     """
 
     created: str
@@ -326,18 +327,17 @@ class Results:
         return list(dict.fromkeys((evaluator, metric) for _, evaluator, metric, _ in self.rows()))
 
     def direction(self, evaluator: str, metric: str) -> bool | None:
-        """Whether higher is better; None where the metric only describes, or is not known."""
+        """Whether higher is better; None where the metric is descriptive or not known."""
         info = self.evaluators.get(evaluator)
         return info.directions.get(metric) if info else None
 
     def label(self, evaluator: str, metric: str) -> str:
-        """What the evaluator calls its metric; the metric's key where it has no label."""
+        """The evaluator's label of its metric; the metric's key where it has none."""
         info = self.evaluators.get(evaluator)
         return info.labels.get(metric, metric) if info else metric
 
     def frame(self) -> pd.DataFrame:
-        """One row per SAE and metric: the value, and per null its mean, best and whether it is
-        left behind."""
+        """One row per SAE and metric: the value, the mean and best of each null, and nulls not beaten."""
         return pd.DataFrame(
             {
                 "run": sae.run,
@@ -361,13 +361,18 @@ class Results:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of `results.json`."""
         data = asdict(self)
         del data["folder"]
         return {"schema": data.pop("schema"), **_nan_to_null(data)}
 
     @classmethod
     def from_dict(cls, data: Any, *, source: str = RESULTS_FILENAME) -> Results:
-        """Raises DataError, naming the place, where `data` is not of this schema."""
+        """The results in the content of a `results.json`.
+
+        Raises:
+            DataError: `data` is not of this schema; the message names the place.
+        """
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise DataError(source, "schema: not known", given=found, allowed=repr(SCHEMA))
@@ -383,7 +388,11 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Read a `results.json`, or the one in the folder `path`."""
+        """Read a `results.json`, or the one in the folder `path`.
+
+        Raises:
+            DataError: the file is missing, not JSON, or of another schema.
+        """
         path = Path(path)
         file = path / RESULTS_FILENAME if path.is_dir() else path
         try:

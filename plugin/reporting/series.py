@@ -1,4 +1,4 @@
-"""Which SAEs form one curve over layers."""
+"""Series of SAEs: those that form one curve over layers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 
 def all_series(results: Results) -> list[Series]:
-    """The SAEs of `results` as curves. Names count as the same when they differ only in the numbers
-    of their hook point: ``topk_0`` at block 0 and ``topk_11`` at block 11 are both ``topk_*``."""
+    """The SAEs of `results` as curves.
+
+    Names are equal when they differ only in the numbers of their hook point: ``topk_0`` at block 0
+    and ``topk_11`` at block 11 are both ``topk_*``.
+    """
     alone = Counter(sae.run for sae in results.saes)
     groups: dict[Key, list[SAEResult]] = defaultdict(list)
     for sae in results.saes:
@@ -48,7 +51,7 @@ def all_series(results: Results) -> list[Series]:
         " · ".join(dict.fromkeys(key[i] for i in varying or [2] if key[i])) for key, _ in found
     ]
     kinds = [" and ".join(dict.fromkeys(sae.trained_as for sae in saes)) for _, saes in found]
-    if len(set(kinds)) > 1:  # the name of a run need not say what was trained
+    if len(set(kinds)) > 1:  # the name of a run need not contain the architecture
         labels = [
             label if kind in label or not kind else f"{label} ({kind})"
             for label, kind in zip(labels, kinds, strict=True)
@@ -60,7 +63,7 @@ Key = tuple[str, str, str]  # run, name and hook point
 
 
 def _told_apart(groups: dict[Key, list[SAEResult]]) -> Iterator[tuple[Key, list[SAEResult]]]:
-    """A curve has one SAE per hook point: where a group has more, each SAE stands for itself."""
+    """Split groups with several SAEs at one hook point, which form no curve, into single SAEs."""
     for key, saes in groups.items():
         if len({sae.hook_name for sae in saes}) < len(saes):
             yield from ((_own_key(sae), [sae]) for sae in saes)

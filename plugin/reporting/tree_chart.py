@@ -1,4 +1,4 @@
-"""The class tree as an icicle: the root at the left, classes at the right, coloured by best F1."""
+"""Icicle chart of the class tree: root at the left, classes at the right, coloured by best F1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = (
     (1.01, "#0b4f8a"),
 )
 NOT_SCORED = "url(#not-scored)"
-ROOT_WIDTH = 0.3  # of a column: it is never scored and always the same
+ROOT_WIDTH = 0.3  # of a column: the root is not scored
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Icicle:
 
     @property
     def hatching(self) -> Markup:
-        """The pattern of nodes that are not scored; the page needs it once."""
+        """The fill pattern of nodes that are not scored, to be put into the page once."""
         line = element("path", d="M0 4l4 -4", stroke="#d4d4da", stroke_width=0.8)
         return Markup(
             '<svg style="position: absolute; width: 0; height: 0" aria-hidden="true"><defs>'
@@ -56,7 +56,7 @@ class Icicle:
         )
 
     def draw(self, f1: Mapping[str, float], *, label: str, width: int = 1120) -> Markup:
-        """The large drawing, with names where there is room and every number on hovering."""
+        """The large drawing, with names where they fit and every number on hovering."""
         unit = min(14.0, max(1.7, 940 / self.n_rows))
         parts = []
         for cell in self.cells:
@@ -65,7 +65,7 @@ class Icicle:
             y, height = cell.first * unit, cell.rows * unit
             n_classes = int(self.taxonomy.n_leaves[cell.node])
             classes = "1 class" if n_classes == 1 else f"{n_classes} classes"
-            said = f"F1 {number(value)}" if math.isfinite(value) else "not scored"
+            score = f"F1 {number(value)}" if math.isfinite(value) else "not scored"
             rectangle = element(
                 "rect",
                 x=x,
@@ -76,7 +76,7 @@ class Icicle:
                 stroke=GRID,
                 stroke_width=0.5,
             )
-            parts.append(f"<g>{element('title', f'{name}: {said}, {classes}')}{rectangle}</g>")
+            parts.append(f"<g>{element('title', f'{name}: {score}, {classes}')}{rectangle}</g>")
             if height >= 10.5:
                 parts.append(_label(name, value, x, y + height / 2, column))
         return svg("".join(parts), width, self.n_rows * unit, label)
@@ -97,7 +97,7 @@ class Icicle:
         return svg("".join(drawn) + edge, width, height, label)
 
     def _span(self, cell: Cell, width: float) -> tuple[float, float]:
-        """Where a cell's column begins, and how wide it is."""
+        """The left edge and the width of a cell's column."""
         column = width / (self.n_columns - 1 + ROOT_WIDTH)
         if cell.column == 0:
             return 0.0, ROOT_WIDTH * column
@@ -115,7 +115,7 @@ def colour(value: float) -> str:
 
 
 def scale() -> list[tuple[str, str]]:
-    """(fill, what it means) for the legend."""
+    """(fill, range of F1) for the legend."""
     bounds = [0.0, *(bound for bound, _ in STEPS[:-1]), 1.0]
     return [(fill, f"{low:g}–{high:g}") for (_, fill), low, high in zip(STEPS, bounds, bounds[1:])]
 
@@ -135,7 +135,7 @@ def _cells(taxonomy: Taxonomy) -> tuple[list[Cell], int]:
             end[v] = at
             continue
         first[v] = at
-        at += v in is_class  # a class has a row of its own, even where others lie below it
+        at += v in is_class  # a class has its own row, even where others are below it
         stack.append((v, True))
         # The largest branches first, so that the drawing reads from the top.
         children = sorted(below[v], key=lambda c: (taxonomy.n_leaves[c], taxonomy.label(c)))

@@ -1,6 +1,6 @@
-"""A W&B workspace for an evaluation, as code: its panels show what `log_results` logs.
+"""A W&B workspace for an evaluation, whose panels show what `log_results` logs.
 
-Needs the extra `workspaces`. Building one needs no account; saving it needs W&B's key.
+It needs the extra `workspaces`. Building it needs no account; saving it needs an API key of W&B.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def dashboard(results: Results, where: str, *, name: str = "taxolens") -> Worksp
     A metric is drawn with its nulls, over layers where the SAEs form such curves.
 
     Args:
+        results: the results.
         where: "PROJECT" or "ENTITY/PROJECT".
         name: of the saved view.
 
     Raises:
-        ConfigError: the extra is not installed, or `where` is no project.
+        ConfigError: the extra is not installed, or `where` is not a project.
     """
     entity, _, project = where.rpartition("/")
     if not project or "/" in entity:
@@ -63,16 +64,16 @@ def dashboard(results: Results, where: str, *, name: str = "taxolens") -> Worksp
 
 
 def save_dashboard(results: Results, where: str, *, name: str = "taxolens") -> str:
-    """Save it as a view of the project. Returns its address.
+    """Save the workspace as a view of the project; return its address.
 
     Raises:
         ConfigError: see `dashboard`.
-        TaxolensError: W&B did not take it.
+        TaxolensError: W&B did not save it.
     """
     workspace = dashboard(results, where, name=name)
     try:
         workspace.save()
-    except Exception as error:  # W&B raises its own, network and key errors alike
+    except Exception as error:  # W&B's errors have no common base
         raise TaxolensError("wandb_dashboard", f"W&B did not save it: {error}") from error
     return workspace.url
 

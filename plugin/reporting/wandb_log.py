@@ -1,7 +1,7 @@
-"""Results into Weights & Biases, under the names that docs/wandb.md fixes.
+"""Logging of results to Weights & Biases, under the keys that docs/wandb.md defines.
 
-W&B is never worth a run: where it cannot be reached, or refuses the key, logging goes on offline
-with a warning that says how to sync it later.
+An error of W&B does not end a run: where it cannot be reached, or refuses the key, logging goes on
+offline, with a warning that shows how to sync it later.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from .series import Series, all_series
 logger = logging.getLogger(__name__)
 
 WANDB_MODES = ("online", "offline", "disabled")
-MAX_TABLE_ROWS = 1000  # the whole tables are in the artifact
+MAX_TABLE_ROWS = 1000  # the complete tables are in the artifact
 
 
 def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init: Any) -> str:
-    """Start the W&B run, or fall back to one that cannot fail. Returns the mode in effect.
+    """Start the W&B run, offline or disabled where it cannot start; return the mode in effect.
 
-    Called before SAELens's own `wandb.init`, which then finds this run instead of starting (and
-    failing to start) its own. After a fall-back `WANDB_MODE` is set for the process, so that
-    nothing later in it waits for W&B again.
+    Called before SAELens's own `wandb.init`, which then finds this run instead of starting one.
+    After a failure `WANDB_MODE` is set for the process, so that later calls do not wait for W&B.
 
     Args:
-        mode: "online", "offline" or "disabled"; None leaves it to W&B's own settings.
-        init_timeout: seconds to wait for W&B to answer.
-        init: arguments of `wandb.init`: project, entity, name, id, config, dir, group, ...
+        mode: "online", "offline" or "disabled"; None uses W&B's own settings.
+        init_timeout: seconds to wait for W&B.
+        **init: arguments of `wandb.init`: project, entity, name, id, config, dir, group, ...
+
+    Raises:
+        ConfigError: another mode.
     """
     if mode is not None and mode not in WANDB_MODES:
         raise ConfigError("wandb mode", "not known", given=mode, allowed=", ".join(WANDB_MODES))
@@ -51,7 +53,7 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         try:
             settings = wandb.Settings(init_timeout=init_timeout)
             run = wandb.init(settings=settings, **init)
-        except Exception as error:  # W&B raises its own, network and file errors alike
+        except Exception as error:  # W&B's errors have no common base
             if following is None:
                 raise
             logger.warning("W&B could not start (%s); going on %s.", _first_line(error), following)
@@ -64,9 +66,11 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
 
 
 def _set_mode(mode: str | None) -> None:
-    """For this process; None leaves it to W&B's settings. W&B reads its environment when first used,
-    and `wandb.init` asks for a key even where a run is active: SAELens's would fail unless W&B forgot
-    what it read."""
+    """Set the mode for this process; None uses W&B's settings.
+
+    W&B reads its environment at first use, and `wandb.init` asks for a key even where a run is
+    active. `teardown` drops what it has read, so that SAELens's `wandb.init` does not fail.
+    """
     if mode is not None:
         os.environ["WANDB_MODE"] = mode
     if wandb.setup().settings.mode != (mode or "online"):
@@ -87,15 +91,20 @@ def log_results(
 ) -> str | None:
     """Log `results` into the active W&B run, or into a new one, which is finished afterwards.
 
-    Call it when everything is saved: whatever goes wrong here is a warning.
+    Call it when everything is saved: errors of W&B give a warning.
 
     Args:
-        report: report.html, to go into the artifact beside results.json.
+        results: the results.
+        mode: see `ensure_wandb`.
+        report: report.html, for the artifact of results.json.
         saes: SAE id -> folder, to be logged as artifacts of type "model".
-        init: arguments of `wandb.init` for a new run.
+        **init: arguments of `wandb.init` for a new run.
 
     Returns:
         the folder of the W&B run; None where W&B is disabled or failed.
+
+    Raises:
+        ConfigError: another mode.
     """
     started = wandb.run is None
     try:
@@ -142,7 +151,7 @@ def flat_metrics(results: Results) -> dict[str, float]:
 
 
 def metric_items(key: str, number: MetricResult) -> dict[str, float]:
-    """A number and its nulls as W&B scalars; what is undefined is left out."""
+    """A number and its nulls as W&B scalars, without undefined ones."""
     items = {key: number.value} | {f"{key}/{n}": null.mean for n, null in number.nulls.items()}
     return {name: value for name, value in items.items() if math.isfinite(value)}
 
@@ -158,13 +167,13 @@ def layer_rows(series: Series) -> Iterator[dict[str, float]]:
 
 
 def prefixed_series(results: Results) -> list[tuple[Series, str]]:
-    """The curves over layers, and what the keys of each start with."""
+    """The curves over layers, each with the prefix of its keys."""
     found = [series for series in all_series(results) if len(series) > 1]
     return [(series, f"{series.label}/" if len(found) > 1 else "") for series in found]
 
 
 def _charts(results: Results) -> Iterator[tuple[str, Any]]:
-    """Per metric one chart over layers that shows the value and its nulls together."""
+    """One chart over layers per metric, of the value and its nulls."""
     for series, prefix in prefixed_series(results):
         rows = list(layer_rows(series))
         for evaluator, metric in results.metric_names():

@@ -1,4 +1,4 @@
-"""What a training run is asked to do: settings from flags, files and presets, made ready as a job."""
+"""Settings of a training run from flags, files and presets, and the job that carries them out."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`taxolens demo`: the main job on the pictures and the model inside the package."""
+"""The demo: a small training and evaluation on the images and the model inside the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 class Demo(NamedTuple):
-    """What the demo made, and how long it took."""
+    """The results of the demo, its files, and its duration."""
 
     results: Results
     report: Path
@@ -33,8 +33,9 @@ def run_demo(output_path: str | Path, *, progress: bool = True, **settings: obje
     Needs no network and no account: the W&B run is offline, under ``<output_path>/wandb``.
 
     Args:
-        output_path: the folder for everything.
-        settings: changes to the preset `demo`, by the names of `taxolens train`.
+        output_path: the folder of all files.
+        progress: show progress bars.
+        **settings: changes to the preset `demo`, by the names of `taxolens train`.
     """
     started = time.perf_counter()
     folder = Path(output_path)
@@ -43,7 +44,7 @@ def run_demo(output_path: str | Path, *, progress: bool = True, **settings: obje
         "cached_activations_path": str(folder / "training_activations"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    # Those of an earlier version of the package would be refused.
+    # Activations that an earlier version of the package cached would be refused.
     shutil.rmtree(places["cached_activations_path"], ignore_errors=True)
     with _environment(ENVIRONMENT | {"WANDB_DIR": str(folder)}):
         job = Job(gather(preset=PRESET, flags={**places, **settings}))
@@ -54,7 +55,7 @@ def run_demo(output_path: str | Path, *, progress: bool = True, **settings: obje
 
 @contextmanager
 def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """Settings of W&B for this job only."""
+    """Set environment variables meanwhile."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

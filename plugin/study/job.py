@@ -1,4 +1,4 @@
-"""The work behind `taxolens train`: from a study to trained SAEs, their numbers and the report."""
+"""The work of `taxolens train`: trains the SAEs of a study, evaluates them, writes the report."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Facts = dict[str, Any]
 
 
 class Job:
-    """A study made ready: everything loaded and checked, nothing trained yet.
+    """A study with everything loaded and checked, and nothing trained yet.
 
-    Settings are checked before the model is loaded, the model before the images, and what the
-    evaluation needs before the training.
+    Settings are checked before the model is loaded, the model before the images, and the inputs of
+    the evaluation before the training.
 
     Args:
-        study: what to do.
-        evaluate: also measure the SAEs when they are trained, and write the report.
+        study: the settings.
+        evaluate: also measure the trained SAEs and write the report.
 
     Raises:
         ConfigError: a setting that cannot work; the message names it and what is allowed.
@@ -65,7 +65,7 @@ class Job:
         )
 
     def plan(self) -> Facts:
-        """How many images, tokens, steps and bytes the training takes. Time is not guessed."""
+        """The numbers of images, tokens, steps and bytes of the training. Time is not estimated."""
         cfg, images = self.runner.cfg, self.runner.images
         saes = cfg.sae_configs
         cache_bytes = preflight.cache_size(cfg, self.runner.model, images)
@@ -100,10 +100,10 @@ class Job:
         self.runner.run()
 
     def evaluate(self, *, progress: bool = True) -> tuple[Results, Path]:
-        """Measure what `train` has saved, write the report, and tell W&B: results and report.
+        """Measure the SAEs that `train` has saved, write the report, log to W&B: results and report.
 
-        The evaluation is a W&B run of its own, in one group with the training's: the training
-        closes its run when it ends.
+        The evaluation is a separate W&B run in the group of the training's run, which is closed
+        when the training ends.
         """
         cfg = self.runner.cfg
         settings = EvaluationSettings(device=cfg.llm_device, progress=progress)
@@ -126,7 +126,7 @@ class Job:
 
     @staticmethod
     def _load_held_out(cfg: Any) -> HeldOut:
-        """The images and the tree of the evaluation, and a check of its evaluators."""
+        """Load the images and the tree of the evaluation, and check its evaluators."""
         if not cfg.taxonomy:
             raise ConfigError(
                 "taxonomy",
@@ -138,7 +138,7 @@ class Job:
         return held_out
 
     def _evaluation(self, held_out: HeldOut) -> Facts:
-        """What the evaluation will measure, and on what."""
+        """The part of the plan that describes the evaluation."""
         return {
             "dataset_path": held_out.source.dataset_path,
             "split": held_out.source.split,

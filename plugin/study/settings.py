@@ -1,8 +1,8 @@
-"""A study: what a training run was asked for, put together before a model is loaded.
+"""A study: the settings of a training run, merged and checked before a model is loaded.
 
-A preset, a YAML file and the flags of the command line say the same things by the same names,
-those of the runner's config, its SAE config and its logger; what comes later wins. On top of
-SAELens's names a study knows
+A preset, a YAML file and the flags of the command line use the same names, those of the runner's
+config, its SAE config and its logger; later sources override earlier ones. Beside SAELens's names
+a study has
 
 - `architecture`: the SAE architecture (SAELens: `--architecture`);
 - `hook_names`: hook points, or patterns such as `blocks.*.hook_resid_post`;
@@ -39,13 +39,13 @@ SECTIONS = ("study", "runner", "logger", "sae")
 
 STAND_IN_WIDTH = 1024
 
-# The fields that say the same thing in two ways: naming one in a later source drops the other.
+# Pairs of fields of which one replaces the other: naming one in a later source drops the other.
 ALTERNATIVES = (
     ("hook_name", "hook_names"),
     ("d_sae", "expansion_factor"),
     ("training_tokens", "epochs"),
 )
-# Names for what lies inside the package.
+# Names of files inside the package.
 PACKAGED = {
     "demo:model": demo_assets.model_path,
     "demo:pictures": demo_assets.dataset_path,
@@ -88,17 +88,19 @@ class SAEChoice:
         try:
             return config_class(**fields)
         except (TypeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"architecture {self.architecture!r}", error) from error
+            allowed = f"see {config_class.__name__}"
+            field = f"architecture {self.architecture!r}"
+            raise ConfigError(field, error, allowed=allowed) from error
 
 
 @dataclass(frozen=True)
 class Study:
-    """A training run as asked for.
+    """The settings of a training run.
 
     Attributes:
         saes: the SAEs trained at every hook point, by name; the only one is called "".
         hook_names: hook points and patterns, as written.
-        runner: the given fields of the runner's config; what is missing keeps its default.
+        runner: the given fields of the runner's config; missing ones keep their defaults.
         logger: the given fields of SAELens's LoggingConfig.
         epochs: passes over the images, when asked for in place of training_tokens.
     """
@@ -115,7 +117,7 @@ class Study:
         """The runner's config: the single form for one SAE, the multi form for more.
 
         Args:
-            widths: hook point -> d_in, for every hook point that the patterns stand for.
+            widths: hook point -> d_in, for every hook point that the patterns match.
             tokens_per_epoch: tokens in one pass over the images; needed when epochs were given.
 
         Raises:
@@ -150,8 +152,10 @@ class Study:
         return self._build(VisionMultiSAERunnerConfig, runner, saes=saes, hook_names=hook_names)
 
     def draft(self) -> VisionSAERunnerConfig[Any] | VisionMultiSAERunnerConfig:
-        """The config with patterns in place of hook points, and stand-ins for what only the model
-        and the images tell. What it refuses is wrong whatever they are."""
+        """The config with patterns for hook points, and placeholders for widths and image counts.
+
+        An error in it is an error for every model and dataset.
+        """
         given = (choice.fields.get("d_in") for choice in self.saes.values())
         width = next((d_in for d_in in given if d_in), STAND_IN_WIDTH)
         return self.config(dict.fromkeys(self.hook_names, width), tokens_per_epoch=1 << 40)
@@ -170,13 +174,14 @@ class Study:
         except ConfigError:
             raise
         except (TypeError, ValueError, AssertionError) as error:
-            raise ConfigError(str(error)) from error
+            allowed = "see `taxolens train --help_all`"
+            raise ConfigError(config_class.__name__, error, allowed=allowed) from error
 
 
 def gather(
     *, preset: str | None = None, config: str | Path | None = None, flags: Settings | None = None
 ) -> Study:
-    """The study that a preset, a YAML file and flags describe together; later ones win.
+    """The study of a preset, a YAML file and flags; later ones override earlier ones.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a required setting missing.
@@ -202,8 +207,8 @@ def _sections(
 ) -> dict[str, Settings]:
     """The settings of one source, checked and sorted into SECTIONS.
 
-    A field of the logger or of the SAE may stand at the top, as among flags, or under `logger:`
-    and `sae:`. A name that both the runner and another section have means the runner's at the top.
+    A field of the logger or of the SAE may be given at the top, as among flags, or under `logger:`
+    and `sae:`. At the top, a name that the runner and another section share is the runner's.
     """
     hints = {"study": STUDY_FIELDS, "runner": _runner_hints(), "logger": _hints(LoggingConfig)}
     hints["sae"] = {k: v for cls in sae_classes for k, v in _hints(cls).items() if k != "metadata"}
@@ -233,7 +238,7 @@ def _sections(
 def _drop_alternatives(
     merged: dict[str, Settings], sections: dict[str, Settings], source: str
 ) -> None:
-    """Let this source's way of saying a thing replace the other way in earlier sources."""
+    """Remove from earlier sources the alternatives of the fields that this source gives."""
     given = {key for values in sections.values() for key in values}
     for one, other in ALTERNATIVES:
         if one in given and other in given:
@@ -252,7 +257,7 @@ def _study(architecture: str, merged: dict[str, Settings]) -> Study:
     for key, value in runner.items():
         if isinstance(value, str) and value in PACKAGED:
             runner[key] = str(PACKAGED[value]())
-    # The SAE lives where the run does, in its precision, unless it was placed by itself.
+    # The SAE has the device and dtype of the run, unless its own were given.
     for key in ("device", "dtype"):
         if key in runner:
             shared.setdefault(key, runner[key])
@@ -270,8 +275,8 @@ def _sae_choice(
         raise ConfigError(f"saes.{name}", "not settings", given=own, allowed="`name: value` lines")
     architecture = str(own.get("architecture", architecture))
     hints = _hints(training_config_class(architecture))
-    # What was said about another architecture and has no meaning here is left out: a preset's
-    # l1_coefficient does not stop `--architecture topk`.
+    # Fields of another architecture are left out, so that a preset's l1_coefficient does not stop
+    # `--architecture topk`.
     fields = {key: value for key, value in shared.items() if key in hints}
     for key, value in own.items():
         if key == "expansion_factor":
@@ -287,8 +292,8 @@ def _sae_choice(
 
 def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:
     near = did_you_mean(nearest(key, known, cutoff=0.6))
-    hint = near or "see `taxolens train --help_all`"
-    return f"{source}: key not known ({hint}); given {shown!r}."
+    allowed = "see `taxolens train --help_all`"
+    return f"{source}: key not known{f' ({near})' if near else ''}; given {shown!r}; allowed: {allowed}."
 
 
 def _hints(config_class: type[Any]) -> dict[str, Any]:
@@ -308,12 +313,12 @@ def _runner_hints() -> dict[str, Any]:
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that a config field asks for.
+    """`value` as the type of a config field.
 
-    YAML reads `3e-4` as text and a list where a tuple is wanted: both are put right here.
+    YAML reads `3e-4` as text, and a list where the field is a tuple: both are converted.
 
     Raises:
-        ConfigError: it cannot be; the message names the field, the value and the type.
+        ConfigError: it does not fit; the message names the field, the value and the type.
     """
     try:
         return coerce(value, hint, lenient=True)

@@ -1,4 +1,4 @@
-"""Where the settings of a run come from: a preset, a file, flags. Imports nothing heavy."""
+"""The sources of a run's settings: a preset, a file, flags. Imports no large library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Settings = dict[str, Any]
 def layers(
     *, preset: str | None = None, config: str | Path | None = None, flags: Settings | None = None
 ) -> list[tuple[str, Settings]]:
-    """The sources given, in rising order of precedence, each with a name for error messages."""
+    """The given sources by rising precedence, each with a name for error messages."""
     found: list[tuple[str, Settings]] = []
     if preset is not None:
         found.append((f"preset {preset!r}", load_preset(preset)))
@@ -27,7 +27,7 @@ def layers(
 
 
 def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
-    """The architecture that the last source to name one names; SAELens's default otherwise."""
+    """The architecture in the last source that names one, or SAELens's default."""
     for _, settings in reversed(sources):
         sae = settings.get("sae")
         name = settings.get("architecture") or (
@@ -39,7 +39,7 @@ def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
 
 
 def required(settings: Settings) -> list[str]:
-    """The hook points and patterns, when nothing that a run needs is missing.
+    """The hook points and patterns, after a check that the required settings are given.
 
     Raises:
         ConfigError: no model, no dataset, or no hook points.

@@ -1,1 +1,1 @@
-"""Training through SAELens: configs, the runners and what keeps a run whole."""
+"""Training with SAELens: configs, runners, checkpoints and exact resumption."""

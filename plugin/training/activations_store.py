@@ -1,4 +1,4 @@
-"""What SAELens's runners see in place of their `ActivationsStore`: images, not texts, behind it."""
+"""Adapter: an ActivationStream behind the interface of SAELens's ActivationsStore."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ STREAM_STATE_FILENAME = "activations_store_state.json"
 class VisionActivationsStore:
     """The part of SAELens's `ActivationsStore` that a runner calls, over an `ActivationStream`.
 
-    Two things differ, and make a resumed run exact:
+    It differs in two points, which make a resumed run exact:
 
-    - The position written into a checkpoint is that of the last batch the trainer has *had*,
-      which is `n_consumed` batches on; a prefetching thread may be further ahead.
+    - A checkpoint records the position after the last batch that the trainer has received, which is
+      `n_consumed` batches from the start; a prefetching thread may have read further.
     - Nothing is read before `open()`: SAELens starts its prefetching thread before it loads a
       checkpoint.
 
     Args:
         stream: the activations of one or many hook points.
-        hook_name: the hook point that plain iteration gives; None where only
-            `get_multi_hook_data_loader` is used.
+        hook_name: the hook point of plain iteration; None where only `get_multi_hook_data_loader`
+            is used.
     """
 
     def __init__(self, stream: ActivationStream, hook_name: str | None = None) -> None:
@@ -50,25 +50,29 @@ class VisionActivationsStore:
         return self._next()[self.hook_name]
 
     def get_multi_hook_data_loader(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless `{hook point: (train_batch_size_tokens, d)}`, all of the same tokens."""
+        """Endless batches `{hook point: (train_batch_size_tokens, d)}`, each of the same tokens."""
         return _MultiHookLoader(self)
 
     def open(self) -> None:
-        """Let batches through."""
+        """Allow batches to be read."""
         self._opened.set()
 
     def end(self) -> None:
-        """End the iteration, in whatever thread it goes on."""
+        """End the iteration, in any thread."""
         self._ended = True
         self._opened.set()
 
     def save_to_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """Write where the batch after the last consumed one begins."""
+        """Write the position after the last consumed batch."""
         state = self.stream.state_after(self.n_consumed)
         write_atomically(Path(checkpoint_path) / STREAM_STATE_FILENAME, json.dumps(state))
 
     def load_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """Go to where the checkpoint was written."""
+        """Go to the position in the checkpoint.
+
+        Raises:
+            CheckpointError: the file is missing or not readable.
+        """
         path = Path(checkpoint_path) / STREAM_STATE_FILENAME
         try:
             state = json.loads(path.read_text())

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or recognised as torn, and outputs that are whole or absent.
+"""Checkpoints with a manifest, by which incomplete and damaged ones are found, and atomic outputs.
 
-docs/formats/checkpoints.md and docs/formats/saes.md define what is written.
+docs/formats/checkpoints.md and docs/formats/saes.md define the files.
 
-SAELens's trainer writes a checkpoint file by file into its final folder. A manifest, written last
-and atomically, makes it one: it lists every file with its size and hash, and says which run the
-checkpoint belongs to. A folder without a manifest that fits is torn, and the one before it is
-used.
+SAELens's trainer writes a checkpoint file by file into its final folder. The manifest is written
+last and atomically: it lists every file with its size and hash, and identifies the run. A folder
+without a manifest is incomplete; one whose files differ from it is damaged. The checkpoint before
+it is then used.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RunIdentity:
     """What a checkpoint must have in common with the run that resumes from it.
 
     Attributes:
-        fixed: facts without which the weights, or the position in the data, have no meaning.
-        training: settings that the checkpoint carries on from before; a change takes no effect, or
-            makes another run of it.
+        fixed: facts on which the weights, and the position in the data, depend.
+        training: settings whose values in the checkpoint stay in effect; a change has no effect, or
+            makes it a different run.
     """
 
     fixed: Mapping[str, Any]
@@ -51,7 +51,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts in `checkpoint.json`."""
+    """The content of `checkpoint.json`."""
 
     n_training_samples: int
     n_training_steps: int
@@ -62,7 +62,7 @@ class Manifest:
 def write_manifest(
     folder: Path, run: RunIdentity, *, n_training_samples: int, n_training_steps: int
 ) -> None:
-    """Declare every file in `folder` part of a whole checkpoint. Syncs them to the disk first."""
+    """Sync every file in `folder` to the disk and write the manifest, which completes the checkpoint."""
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -84,11 +84,10 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What the checkpoint says of itself, its files not looked at.
+    """The manifest of a checkpoint; its files are not checked.
 
     Raises:
-        CheckpointError: the checkpoint is torn, as it has no readable manifest, or is of another
-            version.
+        CheckpointError: the manifest is missing, not readable, or of another version.
     """
     path = folder / MANIFEST_FILENAME
     try:
@@ -116,10 +115,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check that every file of the checkpoint is as it was written.
+    """Check that every file of the checkpoint is unchanged.
 
     Raises:
-        CheckpointError: the checkpoint is torn; the message names the file and what is wrong.
+        CheckpointError: it is incomplete or damaged; the message names the file and the fault.
     """
     for name, expected in read_manifest(folder).files.items():
         fault = _fault(folder / name, expected)
@@ -137,19 +136,19 @@ def is_whole(folder: Path) -> bool:
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, torn ones too, the newest first; not those written at the end."""
+    """The checkpoints of a run, newest first, incomplete ones included, final ones excluded."""
     folder = Path(folder)
     found = [path for path in _subfolders(folder) if _is_name(path.name) and not _is_run(path)]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def holds_checkpoints(folder: str | Path) -> bool:
-    """Whether a run has left checkpoints in `folder`; those torn while written do not count."""
+    """Whether `folder` has checkpoints of a run with a manifest."""
     return any((path / MANIFEST_FILENAME).exists() for path in checkpoints_in(folder))
 
 
 def latest_checkpoint(folder: str | Path, *, before: int | None = None) -> Path | None:
-    """The newest whole checkpoint of a run; torn ones are named in a warning and passed over.
+    """The newest usable checkpoint of a run; others are named in a warning and skipped.
 
     Args:
         folder: the folder that holds the run's checkpoints.
@@ -168,12 +167,12 @@ def latest_checkpoint(folder: str | Path, *, before: int | None = None) -> Path 
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The whole checkpoint that `path` stands for: itself, or the newest in that folder.
+    """The usable checkpoint at `path`: itself, or the newest in that folder.
 
-    A torn checkpoint stands for the one before it in its folder.
+    In place of an incomplete or damaged checkpoint it is the one before it in its folder.
 
     Raises:
-        CheckpointError: there is none, or it is one that cannot be resumed.
+        CheckpointError: there is none, or it is the final one, which cannot be resumed.
     """
     path = Path(path)
     if not path.is_dir():
@@ -186,7 +185,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not _is_checkpoint(path):
         found = latest_checkpoint(path)
         if found is None:
-            raise CheckpointError("resume_from_checkpoint", f"{path} holds no whole checkpoint")
+            raise CheckpointError("resume_from_checkpoint", f"{path} has no complete checkpoint")
         return found
     try:
         verify_checkpoint(path)
@@ -204,7 +203,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def find_checkpoint(root: str | Path, run: RunIdentity) -> Path | None:
-    """The whole checkpoint of this very run that has come furthest, in any folder under `root`."""
+    """The usable checkpoint of this run with the most training samples, in any folder of `root`."""
     root = Path(root)
     found: list[tuple[int, float, Path]] = []
     for folder in [root, *_subfolders(root)]:
@@ -217,10 +216,10 @@ def find_checkpoint(root: str | Path, run: RunIdentity) -> Path | None:
 
 
 def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
-    """Refuse a checkpoint of another run; warn of settings that resuming does not change.
+    """Refuse a checkpoint of another run; warn of changed settings that take no effect.
 
     Raises:
-        CheckpointError: naming each field that differs, what was found and what was wanted.
+        CheckpointError: fields differ; the message names each, the value found and the one wanted.
     """
     manifest = read_manifest(folder)
     differences = _differences(run.fixed, manifest.run.fixed)
@@ -232,27 +231,27 @@ def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
     if changed:
         logger.warning(
             f"resuming {folder} with changed settings, so not as the same run: {'; '.join(changed)}. "
-            "What the optimizer and its schedule hold already stays as it was."
+            "The state of the optimizer and its schedule stays as in the checkpoint."
         )
     return manifest
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Remove all but the `keep` newest whole checkpoints. Those written at the end stay."""
+    """Remove all but the `keep` newest complete checkpoints. Final ones stay."""
     whole = [path for path in checkpoints_in(folder) if (path / MANIFEST_FILENAME).exists()]
     for path in whole[keep:]:
-        # Without its manifest a checkpoint half removed is a torn one.
+        # Without its manifest a half removed checkpoint counts as incomplete.
         (path / MANIFEST_FILENAME).unlink()
         shutil.rmtree(path)
 
 
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """Write outputs so that an SAE under its final name is whole, whatever happens meanwhile.
+    """Write outputs so that an SAE under its final name is always complete.
 
     Yields a folder inside `folder` to write into; at the end its files move to their places,
-    replacing older ones. Each SAE's cfg.json leaves first and comes last: without it there is no
-    SAE to load. After an error while they are written `folder` is as it was.
+    replacing older ones. Each SAE's cfg.json is removed first and moved last: without it there is
+    no SAE to load. After an error while files are written `folder` is unchanged.
     """
     folder = Path(folder)
     partial = folder / PARTIAL_FOLDER
@@ -298,7 +297,7 @@ def _is_name(name: str) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder holds checkpoints: SAELens's random ids may consist of digits too."""
+    """Whether a folder contains checkpoints: SAELens's random ids may consist of digits too."""
     return any(_is_name(path.name) for path in _subfolders(folder))
 
 

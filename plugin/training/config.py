@@ -1,7 +1,6 @@
-"""The configs of the two training runners: SAELens's own, plus what images need.
+"""The configs of the two training runners: SAELens's own, with fields for images.
 
-SAELens's field names and meanings stay. `VisionFields` holds what both runners add, so that every
-shared rule is written once.
+SAELens's fields keep their names and meanings. `VisionFields` has the fields that both runners add.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ T_SAE_CONFIG = TypeVar("T_SAE_CONFIG", bound=TrainingSAEConfig)
 
 @dataclass
 class VisionLoggingConfig(LoggingConfig):
-    """SAELens's logging to W&B, where a failed upload is a warning and not the end of a run."""
+    """SAELens's logging to W&B; a failed upload gives a warning and does not end the run."""
 
     def log(
         self,
@@ -63,7 +62,7 @@ class VisionLoggingConfig(LoggingConfig):
 
 
 class _ValidlyNamed:
-    """A trainer whose SAE has a name that W&B allows: a model's path may hold anything."""
+    """A trainer whose SAE has a name that W&B allows; a model's path may have other characters."""
 
     def __init__(self, trainer: Any) -> None:
         self.sae = self
@@ -76,7 +75,7 @@ class _ValidlyNamed:
 
 @dataclass
 class VisionFields:
-    """What both vision runners add to SAELens's configs.
+    """The fields that both vision runners add to SAELens's configs.
 
     Without meaning for images, and refused or named in a warning when changed: `context_size`,
     `seqpos_slice` (use `tokens`), `prepend_bos`, `is_dataset_tokenized`, `use_chat_formatting`,
@@ -157,8 +156,7 @@ class VisionFields:
         check_fields(cfg)
         _round_up_training_tokens(cfg)
         cache_path, checkpoint_root = cfg.cached_activations_path, cfg.checkpoint_path
-        # SAELens's own account of a run counts texts, before the model is known: the runner says
-        # it better.
+        # SAELens's summary of a run counts texts; the runner logs one for images.
         verbose, cfg.verbose = cfg.verbose, False
         super().__post_init__()  # type: ignore[misc]  # SAELens's, next in line
         cfg.verbose = verbose
@@ -169,7 +167,7 @@ class VisionFields:
 
     @property
     def sae_configs(self) -> dict[str, TrainingSAEConfig]:
-        """SAE name -> SAE config; the single runner's SAE is called "sae"."""
+        """SAE name -> SAE config; the name in the single runner is "sae"."""
         raise NotImplementedError
 
     @property
@@ -184,17 +182,17 @@ class VisionFields:
 
     @property
     def image_source(self) -> ImageSource:
-        """The images that are trained on."""
+        """The training images."""
         return ImageSource.of(self._setting)
 
     @property
     def held_out_source(self) -> ImageSource:
-        """The images that are evaluated on; its split is None where eval_split is."""
+        """The evaluation images; the split is None where eval_split is."""
         return self.image_source.held_out(self._setting)
 
     @property
     def extraction(self) -> Extraction:
-        """The activations that are trained on."""
+        """The training activations."""
         cfg: Any = self
         size, dtype, autocast = cfg.image_size, cfg.dtype, cfg.autocast_lm
         return Extraction(cfg.unique_hook_names, cfg.tokens, False, size, dtype, autocast)
@@ -225,7 +223,8 @@ class VisionFields:
             text = path.read_text(encoding="utf-8")
             loaded = yaml.safe_load(text) if _is_yaml(path) else json.loads(text)
         except (OSError, yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"config file {path}", error) from error
+            allowed = "a .json, .yaml or .yml file"
+            raise ConfigError(f"config file {path}", error, allowed=allowed) from error
         if not isinstance(loaded, dict):
             raise ConfigError(
                 f"config file {path}", "not settings", given=loaded, allowed="`name: value` lines"
@@ -234,15 +233,16 @@ class VisionFields:
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> Any:
+        """The config that `to_dict`, or a YAML file, describes."""
         raise NotImplementedError
 
 
 @dataclass
 class VisionSAERunnerConfig(VisionFields, LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
-    """How to train one SAE on the activations of a vision model at one hook point.
+    """Config of training one SAE on the activations of a vision model at one hook point.
 
     Args:
-        sae (T_TRAINING_SAE_CONFIG): The SAE: any training config that SAELens knows. Its d_in must be the width at the hook point.
+        sae (T_TRAINING_SAE_CONFIG): The SAE: any training config of SAELens or a plugin. Its d_in must be the width at the hook point.
         hook_name (str): The TransformerLens hook point.
     """
 
@@ -271,12 +271,12 @@ class VisionSAERunnerConfig(VisionFields, LanguageModelSAERunnerConfig[T_TRAININ
 
 @dataclass
 class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
-    """How to train many SAEs, at one or many hook points, from one forward pass over the images.
+    """Config of training many SAEs, at one or many hook points, from one pass over the images.
 
     Args:
         saes (Mapping[str, TrainingSAEConfig]): SAE name -> SAE config. A name is also the SAE's folder in output_path.
         hook_names (Mapping[str, str] | str): SAE name -> TransformerLens hook point, or one hook point for all.
-        verbose (bool): Say how many images, tokens and steps the run has.
+        verbose (bool): Log how many images, tokens and steps the run has.
     """
 
     verbose: bool = True
@@ -320,7 +320,11 @@ def sae_config_for_hook(
     """A copy of `template` with the width of the hook point as its d_in.
 
     Args:
+        model: the tapped model.
+        hook_name: the hook point.
+        template: the SAE config; its d_in is replaced.
         expansion_factor: d_sae as a multiple of d_in; None keeps the template's d_sae.
+        image_size: height and width in pixels; None for the model's own.
 
     Raises:
         UnknownNameError: the model has no such hook point; the nearest ones are listed.
@@ -340,12 +344,14 @@ def sae_configs_for_hooks(
     expansion_factor: float | None = None,
     image_size: int | None = None,
 ) -> tuple[dict[str, T_SAE_CONFIG], dict[str, str]]:
-    """One SAE per hook point, each named after its own, for `VisionMultiSAERunnerConfig`.
+    """One SAE per hook point, named after it, for `VisionMultiSAERunnerConfig`.
 
     Args:
+        model: the tapped model.
         hook_names: hook points or patterns, as `expand_hook_names` takes them.
         template: the SAE config; its d_in is replaced by the width at each hook point.
         expansion_factor: d_sae as a multiple of each d_in; None keeps the template's d_sae.
+        image_size: height and width in pixels; None for the model's own.
 
     Returns:
         `saes` and `hook_names`, both keyed by SAE name.
@@ -380,11 +386,11 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
     try:
         return config_class.from_dict(copy.deepcopy(dict(sae)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(field_name, error) from error
+        raise ConfigError(field_name, error, allowed=f"see {config_class.__name__}") from error
 
 
 def _round_up_training_tokens(cfg: Any) -> None:
-    """SAELens trains on whole batches and overshoots: say so, so that every count is exact."""
+    """Round training_tokens up to complete batches, which SAELens trains on, so that counts are exact."""
     asked, batch = cfg.training_tokens, cfg.train_batch_size_tokens
     n_batches = math.ceil(asked / batch)
     cfg.training_tokens = n_batches * batch
@@ -396,7 +402,7 @@ def _round_up_training_tokens(cfg: Any) -> None:
 
 
 def _default_cache_path(cfg: Any) -> str:
-    """Like SAELens's, with the tokens and all hook points, which share one cache."""
+    """SAELens's path, with the tokens and all hook points, which share one cache."""
     hooks = cfg.unique_hook_names
     if len(hooks) == 1:
         last = hooks[0]
@@ -418,7 +424,7 @@ def _checked_dict(
 
 
 def _constructed(cls: type[Any], cfg_dict: dict[str, Any], **built: Any) -> Any:
-    """`cls(**cfg_dict)`, with a checkpoint_path that already has its id kept as it is."""
+    """`cls(**cfg_dict)`; a checkpoint_path that ends in its id is kept."""
     logging = cfg_dict.pop("logger", None) or {}
     if not isinstance(logging, Mapping):
         raise ConfigError("logger", "not possible", given=logging, allowed="a mapping")
@@ -430,8 +436,8 @@ def _constructed(cls: type[Any], cfg_dict: dict[str, Any], **built: Any) -> Any:
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    # As in SAELens, a path read back is taken as it is: it has its id already.
+        raise ConfigError("config", error, allowed=f"see {cls.__name__}") from error
+    # As in SAELens, a path that is read back has its id already.
     path = cfg_dict.get("checkpoint_path", cfg.checkpoint_path)
     if path is None or cfg.checkpoint_id in (None, Path(path).name):
         cfg.checkpoint_path = path
@@ -442,8 +448,12 @@ def _refuse_unknown_keys(given: Iterable[Any], known: Iterable[str], prefix: str
     known = sorted(known)
     for key in given:
         if key not in known:
-            near = did_you_mean(nearest(key, known) or known)
-            raise ConfigError(prefix + str(key), f"not known ({near})")
+            near = did_you_mean(nearest(key, known))
+            problem, allowed = (
+                f"not known ({near})" if near else "not known",
+                "a field of the config",
+            )
+            raise ConfigError(prefix + str(key), problem, allowed=allowed)
 
 
 def _is_yaml(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What the fields of a config may be, as far as neither model nor data are needed to tell."""
+"""Checks of the fields of a config that need neither the model nor the data."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
-# What each field must be. Only what SAELens would not refuse by itself, or would refuse after the
-# model and the data have been loaded.
+# (test, description) of allowed values. Only for what SAELens does not refuse itself, or refuses
+# after the model and the data have been loaded.
 Check = tuple[Callable[[Any], bool], str]
 
 
@@ -85,8 +85,7 @@ CHECKS: dict[str, Check] = {
     "autocast_lm": FLAG,
 }
 
-# Fields of SAELens that choose activations in a way that images do not have: changing one is asking
-# for something that would not happen.
+# Fields of SAELens that have no meaning for images; a changed one would have no effect.
 REFUSED: dict[str, tuple[Any, str]] = {
     "seqpos_slice": ((None,), "choose positions with `tokens`"),
     "hook_head_index": (None, "train at a hook point without heads"),
@@ -108,7 +107,7 @@ def check_fields(cfg: Any) -> None:
     """Check what can be checked without the model and the data.
 
     Raises:
-        ConfigError: naming the field, what was given and what is allowed.
+        ConfigError: a wrong value; the message names the field, the value and what is allowed.
     """
     for name, (fits, allowed) in CHECKS.items():
         value = getattr(cfg, name)
@@ -182,7 +181,7 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
     """The training config of an architecture by name.
 
     Raises:
-        UnknownNameError: SAELens cannot train it; those that it can are listed.
+        UnknownNameError: SAELens cannot train it; those that it can train are listed.
     """
     if architecture in SAE_TRAINING_CLASS_REGISTRY:
         return SAE_TRAINING_CLASS_REGISTRY[architecture][1]

@@ -1,8 +1,8 @@
-"""Every stage of an SAE's life in miniature, so that none fails for the first time after hours.
+"""Dry run of each SAE on random data, to fail before training rather than after.
 
-SAELens refuses some combinations only where they bite: matching pursuit cannot fold whitening
-when training ends, top-k architectures cannot revive dead latents under layer norm. Going through
-it once with random activations finds these, in any architecture, in well under a second.
+SAELens refuses some combinations of settings only when they are used: matching pursuit cannot fold
+whitening when training ends, top-k architectures cannot revive dead latents under layer norm. A dry
+run finds these in any architecture, in less than a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...registry.errors import ConfigError
 from .rng import set_apart
 
 N_SAMPLES = 4
-# Above this many weights the rehearsal narrows d_in, so that it stays small beside the training.
+# Above this many weights the dry run reduces d_in, so that its cost stays small.
 MAX_WEIGHTS = 1 << 26
 NARROW = 64
 
@@ -35,11 +35,12 @@ def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:
     """Build, train one step with every latent dead, fold, save, load.
 
     Args:
-        name: what to call the SAE in messages.
-        sae_cfg: stays as it is.
+        name: name of the SAE in messages.
+        sae_cfg: its config, which is not changed.
+        device: where it is trained.
 
     Raises:
-        ConfigError: a stage fails; the message says which, and why.
+        ConfigError: a stage fails; the message names the stage and the reason.
     """
     cfg = copy.deepcopy(sae_cfg)
     width = cfg.d_in if cfg.d_in * cfg.d_sae <= MAX_WEIGHTS else min(cfg.d_in, NARROW)

@@ -1,4 +1,4 @@
-"""What the trainers call as their `evaluator`, without a trace left in the training."""
+"""The `evaluator` of SAELens's trainers, which does not affect the training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 class EvaluationSlot:
     """Runs evaluators of one SAE each, for either trainer.
 
-    They get batches of their own, never the training's, and the global random state is set back:
+    They read separate batches, not those of the training, and the global random state is restored:
     weights do not depend on whether, or how often, a run is evaluated. The prefetching thread
-    waits meanwhile, since it uses the same model. An evaluator that fails is logged and costs
-    nothing but its numbers.
+    waits meanwhile, since it uses the same model. An evaluator that fails is logged; the training
+    goes on.
 
     Args:
-        open_stream: makes a stream of activations; called only when an evaluator reads one.
+        open_stream: makes a stream of activations; called when an evaluator first reads one.
 
     Attributes:
         evaluators: SAELens's signature, `(sae, data_provider, activation_scaler) -> metrics`.
@@ -79,7 +79,7 @@ class EvaluationSlot:
 
 
 class _OwnBatches(Iterator[torch.Tensor]):
-    """Activations at one hook point, from a stream that is opened when first asked."""
+    """Activations at one hook point, from a stream that is opened at first use."""
 
     def __init__(self, open_stream: Callable[[], ActivationStream], hook_name: str) -> None:
         self._open_stream = open_stream

@@ -1,4 +1,4 @@
-"""Stopping a training run between two steps, never inside one."""
+"""Interruption of a training run between two steps, not inside one."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ WATCH_EVERY = 100
 
 
 class TrainingInterrupted(TaxolensError, InterruptedException):
-    """A signal stopped the run. The message says where it can be resumed."""
+    """A signal stopped the run. The message names the checkpoint to resume from."""
 
 
 class Interrupts:
-    """While active, SIGINT and SIGTERM are noted, to be acted upon between two steps.
+    """Context in which SIGINT and SIGTERM are recorded, and stop the run between two steps.
 
-    SAELens raises out of the handler itself, which can leave weights and optimizer half updated.
-    A second Ctrl-C raises KeyboardInterrupt at once. The handlers that were there before come
-    back at the end. A signal that the process ignores stays ignored, and outside the main thread,
-    where Python allows no handlers, there are none.
+    SAELens raises in the handler itself, which can leave weights and optimizer half updated.
+    A second Ctrl-C raises KeyboardInterrupt at once. The earlier handlers are restored at the end.
+    A signal that the process ignores stays ignored. Outside the main thread, where Python allows no
+    handlers, signals are not recorded.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -52,7 +52,7 @@ class Interrupts:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not set from Python and cannot be put back.
+            # None is a handler that was not set from Python, and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
@@ -66,20 +66,25 @@ class Interrupts:
         )
 
     def check(self) -> None:
-        """Raise InterruptedException when a signal was noted."""
+        """Stop the run if a signal was recorded.
+
+        Raises:
+            InterruptedException: SAELens's, with the name of the signal.
+        """
         if self.received is not None:
             raise InterruptedException(self.received.name)
 
 
 class StepGate(Iterator[T], Generic[T]):
-    """The trainer's data provider: each step passes through here, in the trainer's own thread.
+    """The trainer's data provider; each step begins here, in the trainer's own thread.
 
-    It counts the batches that the trainer has had, and is where an interrupt or an error of the
-    data surfaces while weights and optimizer are whole.
+    It counts the batches that the trainer has received. Interrupts and errors of the data are
+    raised here, between two steps, when weights and optimizer are consistent.
 
     Args:
         source: gives the batches.
-        store: is told how many batches were consumed.
+        store: its `n_consumed` is counted.
+        interrupts: checked before each step.
         watch: called every `WATCH_EVERY` steps; raises when training should not go on.
     """
 
@@ -104,7 +109,7 @@ class StepGate(Iterator[T], Generic[T]):
         try:
             batch = next(self._source)
         except Exception as error:
-            # A signal reaches worker processes too, whose end is then no error of its own.
+            # A signal ends worker processes too, which is then not a separate error.
             if self._interrupts.received is not None:
                 raise InterruptedException(self._interrupts.received.name) from error
             raise
@@ -114,7 +119,7 @@ class StepGate(Iterator[T], Generic[T]):
         return batch
 
     def paused(self) -> AbstractContextManager[None]:
-        """Keep a prefetching thread from using the model meanwhile."""
+        """Pause the prefetching thread, which uses the same model."""
         return self._store.stream.paused()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What can go wrong in a training run, found out before the long work starts."""
+"""Checks of a training run that are made before the training starts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MIB = 1 << 20
 
 
 def check_settings(cfg: Any, *, has_dataset: bool) -> None:
-    """What needs neither model nor data: names of evaluators, devices, a dataset at all.
+    """Check what needs neither model nor data: names of evaluators, devices, a dataset.
 
     Raises:
-        ConfigError: naming the field, what was given and what is allowed.
+        ConfigError: a wrong value; the message names the field, the value and what is allowed.
     """
     if not cfg.dataset_path and not has_dataset:
         raise ConfigError(
@@ -49,11 +49,11 @@ def check_settings(cfg: Any, *, has_dataset: bool) -> None:
 
 
 def check_model(cfg: Any, model: Any) -> None:
-    """Whether the model has the hook points and tokens, and the SAEs the width found there.
+    """Check that the model has the hook points and tokens, and each SAE the width of its hook point.
 
     Raises:
-        UnknownNameError: a hook point that is not there; the nearest ones are listed.
-        ConfigError: a d_in that is not the width, or tokens that the model does not have.
+        UnknownNameError: a hook point does not exist; the nearest ones are listed.
+        ConfigError: a d_in is not the width, or the model does not have such tokens.
     """
     check_tokens(model, cfg.tokens)
     for name, hook_name in cfg.sae_hook_names.items():
@@ -67,10 +67,10 @@ def check_model(cfg: Any, model: Any) -> None:
 
 
 def check_taxonomy(cfg: Any, images: ImageDataset) -> None:
-    """Whether the class tree can be read, and has the classes that evaluation will meet.
+    """Check that the class tree can be read, and has the classes of the evaluation images.
 
     Raises:
-        ConfigError: it cannot, or classes of the images are not in it.
+        ConfigError: it cannot be read, or classes of the images are not in it.
     """
     if cfg.taxonomy is not None and cfg.evaluators:
         has_same_classes = cfg.held_out_source.same_dataset(cfg.image_source)
@@ -78,10 +78,10 @@ def check_taxonomy(cfg: Any, images: ImageDataset) -> None:
 
 
 def count_tokens(cfg: Any, model: Any, tokens: str) -> int:
-    """Tokens of one image, the same at every hook point of the run.
+    """The number of tokens of one image, the same at every hook point of the run.
 
     Raises:
-        ConfigError: they differ between hook points, as on the way through a CNN.
+        ConfigError: it differs between hook points, as between the stages of a CNN.
     """
     counts = token_counts(cfg, model, tokens)
     if len(set(counts.values())) > 1:
@@ -95,7 +95,7 @@ def count_tokens(cfg: Any, model: Any, tokens: str) -> int:
 
 
 def token_counts(cfg: Any, model: Any, tokens: str) -> dict[str, int]:
-    """Hook point -> tokens of one image there."""
+    """Hook point -> number of tokens of one image."""
     return {
         hook_name: tokens_per_image(model, tokens, cfg.image_size, hook_name)
         for hook_name in cfg.unique_hook_names
@@ -103,10 +103,10 @@ def token_counts(cfg: Any, model: Any, tokens: str) -> dict[str, int]:
 
 
 def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int = 0) -> None:
-    """Whether everything that the run is to write can be written, and has room.
+    """Check that the output folders can be written, and that there is enough disk space.
 
     Raises:
-        ConfigError: naming the field, the place, and the bytes needed and free.
+        ConfigError: the message names the field, the folder, and the bytes needed and free.
     """
     needed = bytes_needed(cfg, saes, cache_bytes=cache_bytes)
     places = {field: Path(getattr(cfg, field)) for field in needed if getattr(cfg, field, None)}
@@ -118,7 +118,7 @@ def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int
 def bytes_needed(
     cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int = 0
 ) -> dict[str, int]:
-    """Bytes that the run writes, at most, by the field that says where."""
+    """Field of an output folder -> the most bytes that the run writes there."""
     weights = sum(_n_bytes(sae) for sae in saes)
     n_checkpoints = cfg.n_checkpoints + 1  # one more for an interrupt
     if cfg.keep_checkpoints is not None:
@@ -132,7 +132,7 @@ def bytes_needed(
 
 
 def cache_size(cfg: Any, model: Any, images: ImageDataset) -> int:
-    """Bytes of the activations of all images, which `use_cached_activations` writes; 0 without."""
+    """Bytes of the activations that `use_cached_activations` writes; 0 where it is off."""
     if not cfg.use_cached_activations or images.is_streaming:
         return 0
     width = sum(hook_d_in(model, name, cfg.image_size) for name in cfg.unique_hook_names)
@@ -154,17 +154,18 @@ def _check_device(field: str, value: str | None) -> None:
 
 
 def _check_writable(field: str, place: Path) -> Path:
-    """The folder, or the one that it will be made in: a check leaves nothing behind."""
+    """The existing folder in which `place` is, or will be made; the check creates no folder."""
     there = next(path for path in (place, *place.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
             return there
     except OSError as error:
-        raise ConfigError(field, f"cannot write into {str(place)!r}: {error.strerror}") from error
+        problem = f"cannot write into {str(place)!r}: {error.strerror}"
+        raise ConfigError(field, problem, allowed="a folder that can be written") from error
 
 
 def _check_room(places: Mapping[str, Path], needed: Mapping[str, int]) -> None:
-    """Fields whose places lie on one disk share its room."""
+    """Check the free space of each disk; fields with folders on one disk share it."""
     disks: dict[int, list[str]] = {}
     for field, place in places.items():
         disks.setdefault(os.stat(place).st_dev, []).append(field)

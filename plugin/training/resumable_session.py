@@ -1,4 +1,4 @@
-"""One training: fitted so that it can be stopped at any step, and everything it writes whole."""
+"""A training that can be stopped and resumed at any step, with atomic checkpoints and outputs."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class TrainedSAE(NamedTuple):
 
 
 class TrainingSession:
-    """Runs one of SAELens's trainers and keeps its files whole.
+    """Runs one of SAELens's trainers and writes its checkpoints and outputs.
 
     Args:
         cfg: the runner's config.
         saes: SAE name -> SAE, as trained.
-        store: where the trainer's batches come from.
-        identity: what a checkpoint of this run is known by.
+        store: the source of the trainer's batches.
+        identity: identifies the checkpoints of this run.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class TrainingSession:
             trainer: an `SAETrainer` or `MultiSAETrainer`, its state loaded when it resumes.
 
         Raises:
-            TrainingInterrupted: a signal stopped it; the message says where to resume.
-            DivergedError: weights are not finite any more.
+            TrainingInterrupted: a signal stopped it; the message names the checkpoint to resume from.
+            DivergedError: weights are not finite.
             CheckpointError: a checkpoint could not be written.
         """
         self._trainer = trainer
@@ -103,10 +103,10 @@ class TrainingSession:
                 gate.close()
 
     def complete_checkpoint(self, folder: Path) -> None:
-        """Make a checkpoint of the files that SAELens has written into `folder`.
+        """Complete a checkpoint, whose other files SAELens has written into `folder`.
 
         Raises:
-            DivergedError: weights are not finite: a checkpoint to go on from must not be made.
+            DivergedError: weights are not finite; no checkpoint is made.
         """
         self._check_finite(thorough=True)
         save_rng_state(folder)
@@ -121,21 +121,22 @@ class TrainingSession:
             prune_checkpoints(folder.parent, self.cfg.keep_checkpoints)
 
     def write_output(self, output_path: str | Path, trained: Mapping[str, TrainedSAE]) -> None:
-        """Write SAEs for inference, each whole or not at all; then log them to W&B.
+        """Write SAEs for inference, atomically; then log them to W&B.
 
         Args:
+            output_path: the folder.
             trained: folder under `output_path` ("." for itself) -> SAE.
 
         Raises:
             DivergedError: weights are not finite.
-            CheckpointError: it cannot be written there; the message says where it is instead.
+            CheckpointError: writing failed; the message names the folder that was used instead.
         """
         self._check_finite(thorough=True)
         try:
             self._write(Path(output_path), trained)
         except WRITE_ERRORS as error:
-            message = f"output_path: {str(output_path)!r} could not be written: {error}."
-            raise CheckpointError(f"{message} {self._rescue(trained)}") from error
+            problem = f"{str(output_path)!r} could not be written: {error}. {self._rescue(trained)}"
+            raise CheckpointError("output_path", problem) from error
         if self.cfg.logger.log_to_wandb:
             for name, (sae, sparsity) in trained.items():
                 folder = Path(output_path) / name
@@ -156,7 +157,7 @@ class TrainingSession:
             (partial / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()))
 
     def _rescue(self, trained: Mapping[str, TrainedSAE]) -> str:
-        """A training is hours: put its result where there is room, and say where."""
+        """Write the SAEs to a temporary folder, so that the training is not lost; return a message."""
         with suppress(*WRITE_ERRORS):
             folder = Path(tempfile.mkdtemp(prefix="taxolens-"))
             self._write(folder, trained)
@@ -167,8 +168,11 @@ class TrainingSession:
         return f"Make room, then finish it with resume_from_checkpoint={last}."
 
     def _align(self, trainer: Any) -> None:
-        """Put right what SAELens restores wrongly: it saves `n_training_steps` before the step
-        counts, and would write the checkpoints that were passed once more."""
+        """Correct the state that SAELens restores.
+
+        It saves `n_training_steps` before counting the step, and would write earlier checkpoints
+        again.
+        """
         for each in (trainer, *getattr(trainer, "trainers", {}).values()):
             each.n_training_steps = each.n_training_samples // self.cfg.train_batch_size_tokens
         trainer.checkpoint_thresholds = [
@@ -178,12 +182,12 @@ class TrainingSession:
         ]
 
     def _save(self) -> Path | None:
-        """Save a checkpoint of the state between two steps, unless there is one."""
+        """Save a checkpoint of the state between two steps, unless it exists."""
         folder = self._folder_now()
         if folder is None:
             return None
         if self._trainer.n_training_samples == 0 and not self._has_estimates():
-            self.store.n_consumed = 0  # an estimate of norms half done starts over
+            self.store.n_consumed = 0  # an unfinished estimate of norms starts again
         if not (is_whole(folder) and read_manifest(folder).run == self.identity):
             try:
                 self._trainer.save_checkpoint(checkpoint_name=folder.name)
@@ -206,12 +210,12 @@ class TrainingSession:
             self._refuse_half_written(error)
 
     def _refuse_half_written(self, error: Exception) -> None:
-        """Raise CheckpointError when `error` came while a checkpoint was being written."""
+        """Raise CheckpointError if `error` was raised while a checkpoint was written."""
         folder = self._remove_half_written()
         if folder is None:
             return
         left = latest_checkpoint(folder.parent)
-        last = f"the last whole one is {left}" if left else "there is none before it"
+        last = f"the last complete one is {left}" if left else "there is none before it"
         raise CheckpointError(
             f"checkpoint {folder}", f"could not be written: {error}; {last}"
         ) from error
@@ -238,10 +242,10 @@ class TrainingSession:
         return f"{reason}: training stopped after {done:,} of {total:,} tokens; {how}."
 
     def _check_finite(self, thorough: bool = False) -> None:
-        """Raise DivergedError when weights are not finite.
+        """Raise DivergedError if weights are not finite.
 
-        Clipping the gradient's norm spreads one NaN to every weight, so that on the way b_dec,
-        which is small, is enough to look at.
+        Clipping the gradient's norm spreads one NaN to every weight, so that during training the
+        check of b_dec, which is small, is enough.
         """
         for name, sae in self.saes.items():
             tensors = sae.state_dict() if thorough else {"b_dec": sae.b_dec}
@@ -255,7 +259,7 @@ class TrainingSession:
 
 
 class _Logged(NamedTuple):
-    """What SAELens's `LoggingConfig.log` reads of a trainer."""
+    """The attributes of a trainer that SAELens's `LoggingConfig.log` reads."""
 
     sae: TrainingSAE[Any]
     cfg: Any

@@ -1,7 +1,7 @@
-"""torch's global random state: set apart, seeded, saved and restored.
+"""The global random state of torch: isolated, seeded, saved and restored.
 
-Images, tokens and their order have generators of their own; what is left to the global state is
-the initial weights, and whatever an architecture draws while it trains.
+Images, tokens and their order have separate generators. The global state determines the initial
+weights and what an architecture draws while it trains.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ RNG_STATE_FILENAME = "rng_state.pt"
 
 @contextmanager
 def set_apart() -> Iterator[None]:
-    """Whatever is drawn inside, the caller's random state is as before at the end."""
+    """Restore the caller's random state at the end."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside; the caller's random state is as before at the end."""
+    """Draw from `seed` meanwhile; restore the caller's random state at the end."""
     with set_apart():
         torch.manual_seed(seed)
         yield
@@ -37,7 +37,7 @@ def save_rng_state(folder: Path) -> None:
 
 
 def load_rng_state(folder: Path) -> None:
-    """Restore what `save_rng_state` saved; GPUs that are not there any more are passed over."""
+    """Restore what `save_rng_state` saved, of the GPUs that still exist."""
     state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu")
     torch.set_rng_state(state["cpu"])
     for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):

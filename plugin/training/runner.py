@@ -1,7 +1,7 @@
-"""Training on images: SAELens's two runners, with a vision model and images put in.
+"""The two training runners: SAELens's, with a vision model and images.
 
-The trainers, their loop, the schedules and `run()` are SAELens's. What stands here is what a run
-starts from; how it is stopped, resumed and written stands in `session.py`.
+The trainers, their loop, the schedules and `run()` are SAELens's. This module loads and checks the
+inputs of a run; `resumable_session.py` stops and resumes it, and writes its files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .rng import seeded
 
 logger = logging.getLogger(__name__)
 
-# Settings that a checkpoint carries on from before: see `RunIdentity`.
+# Settings whose values in a checkpoint stay in effect: see `RunIdentity`.
 TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
@@ -58,7 +58,7 @@ TRAINING_SETTINGS = (
 
 
 class _VisionRun:
-    """What the two runners share. It stands before SAELens's runner in the order of methods."""
+    """The shared part of the two runners; it comes before SAELens's runner in the method order."""
 
     cfg: Any
     model: Any
@@ -68,7 +68,7 @@ class _VisionRun:
     activations_store: Any
 
     def _load_inputs(self, override_dataset: Any, override_model: Any, held_out: Any) -> None:
-        """Model and images, each checked against the config as soon as it is there."""
+        """Load the model and the images, each checked against the config once it is loaded."""
         cfg = self.cfg
         self.held_out: HeldOut | None = held_out
         for what, override, configured in (
@@ -98,7 +98,7 @@ class _VisionRun:
             preflight.check_taxonomy(cfg, self.images)
 
     def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> None:
-        """Put activations, SAEs and the places written to together; find where to go on from."""
+        """Connect activations, SAEs and output folders; find the checkpoint to resume from."""
         cfg = self.cfg
         for sae in saes.values():
             sae.to(cfg.device)
@@ -127,7 +127,7 @@ class _VisionRun:
         )
 
     def _evaluators(self) -> list[Any]:
-        """What runs in SAELens's evaluator slot, which it calls only when it logs to W&B."""
+        """The evaluators during training, which SAELens calls only when it logs to W&B."""
         cfg = self.cfg
         if not cfg.logger.log_to_wandb:
             return []
@@ -188,9 +188,9 @@ class _VisionRun:
             the trained SAE, or SAE name -> trained SAE.
 
         Raises:
-            TrainingInterrupted: a signal stopped it; the message says where to resume.
+            TrainingInterrupted: a signal stopped it; the message names the checkpoint to resume from.
             DataError: the images or their activations cannot be used.
-            DivergedError: weights are not finite any more.
+            DivergedError: weights are not finite.
             CheckpointError: a checkpoint or the result could not be written.
         """
         cfg = self.cfg
@@ -228,7 +228,7 @@ class _VisionRun:
 class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
     """Trains one SAE on the activations of a vision model.
 
-    Everything that can be checked is checked here, before `run()` does the long work.
+    The constructor checks everything that can be checked before the training.
 
     Args:
         cfg: what to train; a resumed run gets its checkpoint folder from the checkpoint.
@@ -284,8 +284,8 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
 class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
     """Trains many SAEs, at one or many hook points, from one forward pass over the images.
 
-    Everything that can be checked is checked here, before `run()` does the long work. Each SAE
-    starts from the weights it would start from alone.
+    The constructor checks everything that can be checked before the training. Each SAE starts from
+    the same weights as in a run of its own.
 
     Args:
         cfg: what to train; a resumed run gets its checkpoint folder from the checkpoint.
@@ -372,26 +372,26 @@ def load_model(cfg: Any) -> Any:
 
 
 def _name_of(loaded: Any) -> str | None:
-    """What a model or images were loaded as; None where they were made in another way."""
+    """The name from which a model or images were loaded; None where there is none."""
     return getattr(getattr(loaded, "cfg", loaded), "model_name", getattr(loaded, "name", None))
 
 
 def compile_model(model: Any, mode: str | None) -> None:
-    """Have torch compile the model's forward pass when it first runs.
+    """Compile the model's forward pass with torch, at its first run.
 
-    SAELens compiles `run_with_cache`, which is not the way activations are read here.
+    SAELens compiles `run_with_cache`, which is not used here.
     """
     getattr(model, "original_model", model).compile(mode=mode)
 
 
 def new_sae(sae_cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    """A new SAE with the weights that `seed` gives it. Its config is a copy: training changes it."""
+    """A new SAE with initial weights from `seed`, and a copy of the config, which training changes."""
     with seeded(seed):
         return TrainingSAE.from_dict(TrainingSAEConfig.from_dict(sae_cfg.to_dict()).to_dict())
 
 
 def _rehearse_each_once(cfg: Any) -> None:
-    """SAEs that differ only in their hook point need one rehearsal."""
+    """Make the dry runs; SAEs that differ only in their hook point share one."""
     rehearsed = []
     for name, sae_cfg in cfg.sae_configs.items():
         settings = {k: v for k, v in sae_cfg.to_dict().items() if k != "metadata"}
@@ -404,7 +404,7 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
     """The SAE to fine-tune.
 
     Raises:
-        CheckpointError: `from_pretrained_path` holds none that can be trained.
+        CheckpointError: `from_pretrained_path` has none that can be trained.
     """
     try:
         return TrainingSAE.load_from_disk(path, device)
@@ -415,7 +415,7 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
 
 
 def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:
-    """The plugin without which SAELens cannot load what this config is saved as; None for none."""
+    """The plugin that SAELens needs to load an SAE of this config; None where it needs none."""
     architecture = sae_cfg.get_inference_config_class().architecture()
     entry = ARCHITECTURES.get(architecture)
     if entry is not None and entry.sae_class is not None:
@@ -425,14 +425,14 @@ def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:
 
 
 def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
-    """Turn cfg.resume_from_checkpoint into one whole checkpoint of this run, or None.
+    """Set cfg.resume_from_checkpoint to one usable checkpoint of this run, or None.
 
-    The resumed run writes its checkpoints beside that one: the newest is always in one folder,
-    however often a run is stopped.
+    The resumed run writes its checkpoints beside that one, so that all are in one folder however
+    often a run is stopped.
 
     Raises:
-        CheckpointError: no whole checkpoint, or one of another run.
-        ConfigError: a fresh start into a folder that holds a run's checkpoints.
+        CheckpointError: no usable checkpoint, or one of another run.
+        ConfigError: a fresh start into a folder that has a run's checkpoints.
     """
     if cfg.resume_from_checkpoint == AUTO:
         root = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path).parent

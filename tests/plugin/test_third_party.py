@@ -177,7 +177,7 @@ def test_an_evaluator_that_declares_nothing_is_shown_by_its_first_metric(
 ) -> None:
     results = evaluated["example_firing_rate"]
     assert [row["title"] for row in summary_rows(results)] == ["example firing rate: mean"] * 2
-    assert "images on which a latent fires (it only describes)" in legend(results)
+    assert "images on which a latent fires (descriptive)" in legend(results)
     assert verdict(results) == "No number here has a null to be compared with."
     page = write_report(results, tmp_path / "report.html", interactive=False).read_text()
     assert "example firing rate: mean" in page and 'id="latents"' not in page

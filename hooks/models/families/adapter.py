@@ -1,6 +1,6 @@
 """The common part of our TransformerLens adapters: pre-norm vision transformers of Hugging Face.
 
-A family is then a `Layout`, which says what Hugging Face calls the parts. The parts themselves run
+A family is then a `Layout`, which has Hugging Face's names of the parts. The parts themselves run
 Hugging Face's own code, so activations are equal to the bit.
 """
 
@@ -39,7 +39,7 @@ class VisionEmbeddings(GeneralizedComponent):
 
 
 class VisionNorm(NormalizationBridge):
-    """LayerNorm whose statistics are computed only for who asks for them.
+    """LayerNorm whose statistics are computed only where a hook reads them.
 
     TransformerLens computes `hook_scale` and `hook_normalized` at every call; without hooks, they
     cost more than the norm itself.
@@ -74,7 +74,7 @@ class VisionBlock(DelegatedAttentionBlockBridge):
 
 @dataclass(frozen=True)
 class Layout:
-    """What Hugging Face calls the parts of a pre-norm vision transformer.
+    """Hugging Face's names of the parts of a pre-norm vision transformer.
 
     Args:
         layers: the list of blocks.
@@ -107,7 +107,7 @@ class Layout:
 class VisionAdapter(ArchitectureAdapter):
     """Maps a Hugging Face vision transformer to TransformerLens's names, after its `layout`.
 
-    `cfg` also says how the tokens lie: `has_class_token`, `n_register_tokens` (every prefix token
+    `cfg` also has the layout of the tokens: `has_class_token`, `n_register_tokens` (every prefix token
     that is not the class token, so DeiT's distillation token too), `n_prefix_tokens` (all of
     them), `patch_size`, and `image_size`, the (height, width) that the model was trained at.
     """
@@ -139,7 +139,7 @@ class VisionAdapter(ArchitectureAdapter):
             self.cfg.positional_embedding_type = "rotary"
 
     def describe(self, hf_model: Any) -> None:
-        """Write into `cfg` how large the model is and how its tokens lie."""
+        """Write the sizes of the model and the layout of its tokens into `cfg`."""
         backbone = hf_model.get_submodule(self._prefix(hf_model).rstrip("."))
         self._read_sizes(getattr(hf_model.config, "vision_config", hf_model.config), backbone)
         self._read_tokens(backbone)

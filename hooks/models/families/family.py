@@ -1,4 +1,4 @@
-"""What a plugin registers for a model family: which checkpoints it claims, how it loads and taps them."""
+"""A model family as a plugin registers it: the checkpoints it claims, their loader and adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import ArchitectureAdapter
 
 @dataclass(frozen=True)
 class VisionSource:
-    """What a family's loader is asked for.
+    """The arguments of a family's loader.
 
     `config` is the Hugging Face config of the checkpoint (a dict for timm's). With
     `random_weights` the loader builds the architecture and reads no weights; the caller has seeded
@@ -85,7 +85,7 @@ def _untrained(model_class: Any, source: VisionSource, attention: str) -> nn.Mod
 
 
 class _quiet_transformers:
-    """Loading half a checkpoint (CLIP's vision tower) is no reason to list the other half's keys."""
+    """Silence the list of unused keys when half a checkpoint (CLIP's vision tower) is loaded."""
 
     def __enter__(self) -> None:
         self.verbosity = transformers.logging.get_verbosity()

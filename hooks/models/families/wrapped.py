@@ -1,4 +1,4 @@
-"""Everything else: CNNs, timm's models and vision models of Hugging Face that no family claims."""
+"""The default family: CNNs, timm's models and vision models of Hugging Face that no family claims."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _load_timm(source: VisionSource) -> nn.Module:
 
 
 def timm_preprocessing(config: dict[str, Any]) -> dict[str, Any]:
-    """timm's preprocessing settings in Hugging Face's words.
+    """Preprocessing settings of timm under the names of Hugging Face.
 
     timm resizes the shorter side to the crop over `crop_pct`, rounded down, then crops the centre.
     """
