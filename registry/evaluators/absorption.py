@@ -1,8 +1,8 @@
-"""`absorption`: whether a node's latent falls silent where a more specific one speaks for it.
+"""`absorption`: whether a node's latent is silent where a more specific latent fires instead.
 
 The measure is that of SAEBench (Karvonen et al. 2025, arXiv 2503.09532, after Chanin et al. 2024,
-arXiv 2409.14507), made for the first letters of words; its port to the nodes of a taxonomy is our
-own definition.
+arXiv 2409.14507), defined for the first letters of words; its port to taxonomy nodes is our own
+definition.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .parts.logistic import LogisticProber, best_threshold, f1_score, sparse_log
 from .parts.samples import ImageSample, shape
 
 FULL_COSINE, FRACTION_COSINE, LEAST_SHARE, N_ABSORBING = 0.025, 0.1, 0.4, 3
-"""Least cosine of an absorbing latent (full, fraction), least share of the probe's projection that
-it must make up, and how many may share in it: the constants of SAEBench."""
+"""Constants of SAEBench: least cosine of an absorbing latent (full, fraction), least share of the
+probe's projection that it accounts for, number of absorbing latents."""
 SALT = 103
 
 
 @dataclass(frozen=True)
 class AbsorptionOptions:
-    """max_images: of the sample on which probes are fitted and absorption is looked for.
-    max_nodes: tried at most, at random; None tries every one.
-    min_images: a node needs so many in either half of the sample.
-    probe_f1: a node is kept where its probe has more on held-out images.
-    main_rise: a main latent is added while F1 rises by this much.
-    max_main: main latents at most.
+    """max_images: size of the sample on which probes are fitted and absorption is measured.
+    max_nodes: nodes tried at most, chosen at random; None tries every node.
+    min_images: least number of images of a node in either half of the sample.
+    probe_f1: F1 on held-out images that the probe of a kept node exceeds.
+    main_rise: least increase of F1 for which a main latent is added.
+    max_main: main latents of a node, at most.
     """
 
     max_images: int = 4096
@@ -57,17 +57,17 @@ class AbsorptionOptions:
 
 
 class Probed(NamedTuple):
-    """The probes of the nodes tried."""
+    """The probes of k nodes."""
 
     node: np.ndarray  # (k,)
     member: np.ndarray  # (n, k) whether an image of the sample shows the node
-    said: np.ndarray  # (n, k) whether the probe says so
+    predicted: np.ndarray  # (n, k) prediction of the probe
     direction: Tensor  # (k, d), of length 1
     f1: np.ndarray  # (k,) on the score half
 
 
 class Absorbed(NamedTuple):
-    """Per image, each (t,)."""
+    """Absorption per image, each (t,)."""
 
     full: np.ndarray  # bool
     fraction: np.ndarray
@@ -77,25 +77,25 @@ class Absorption(Evaluator[AbsorptionOptions]):
     """Full and fractional absorption of the nodes with a linear probe.
 
     For each node v with several classes below it (less than a third of all): a logistic probe w on
-    x, its threshold chosen on fit images that it was not fitted on; v is kept where its F1 on the
-    score half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of
-    their standardised difference of means, added while F1 rises by `main_rise`.
+    x, with a threshold chosen on fit images held out from its fit. v is kept if its F1 on the score
+    half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of their
+    standardised difference of means, added while F1 increases by `main_rise`.
 
     On the true positives of the probe in the score half, with ŵ = w/‖w‖, P = (x − b_dec)·ŵ > 0 and
     proj_j = z_j (D_j·ŵ):
 
-    - *full*: no main latent fires; the latent of largest proj has cos(D_j, ŵ) ≥ .025 and makes up
-      at least .4 of P.
+    - *full*: no main latent fires; the latent of largest proj has cos(D_j, ŵ) ≥ .025 and is at
+      least .4 of P.
     - *fraction*: A = sum of the 3 largest proj of other latents with cos ≥ .1, M = that of the main
       latents: 0 if M ≥ P or A/P < .4; 1 if M ≤ 0; else A'/(A' + M) with A' = min(A, P − M).
 
-    A dead SAE scores a perfect 0, and an unexplained rest is no absorption: read both beside
-    `reconstructed_share`, Σ proj / P, and beside `nodes`, how many passed the probe. Everything but
-    the probes is NaN without a decoder. Memory O(max_images·(d + L0) + nodes·m).
+    A dead SAE has the best value 0, and an unexplained residual does not count as absorption: read
+    both with `reconstructed_share`, Σ proj / P, and `nodes`, the number of nodes kept. Everything
+    but the probes is NaN without a decoder. Memory O(max_images·(d + L0) + nodes·m).
     """
 
     name = "absorption"
-    description = "whether a node's latent falls silent where a more specific one speaks for it"
+    description = "whether a node's latent is silent where a more specific latent fires instead"
     higher_is_better = {
         "full_absorption": False,
         "fraction_absorption": False,
@@ -112,7 +112,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
         distinct = self.taxonomy.distinct_nodes
         size = self.taxonomy.n_leaves[distinct]
-        # From a third of the images on, saying yes to all of them already has an F1 of .5.
+        # For a third of the images or more, always predicting "yes" has F1 ≥ .5.
         able = distinct[(size > 1) & (3 * size < len(self.taxonomy.classes))]
         chosen = np.random.default_rng(self.context.seed).permutation(able)
         self.nodes = np.sort(chosen[: self.options.max_nodes])
@@ -120,7 +120,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
     @property
     @remembered
     def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images on which probes are fitted, on which thresholds are chosen, and the score half."""
+        """Positions of images for fitting probes, for choosing thresholds, and of the score half."""
         fit = np.flatnonzero(self._sample.is_fit)
         held = hashing.uniform(self._sample.index[fit], SALT) < 0.25
         return fit[~held], fit[held], np.flatnonzero(~self._sample.is_fit)
@@ -147,16 +147,16 @@ class Absorption(Evaluator[AbsorptionOptions]):
         probes = self._prober.fit(torch.from_numpy(member[train]))
         scores = (self._sample.x @ probes.weight.T + probes.bias).numpy()
         threshold = [best_threshold(s[choose], y[choose])[0] for s, y in zip(scores.T, member.T)]
-        said = scores > threshold
-        f1 = np.array([f1_score(a[score], b[score]) for a, b in zip(said.T, member.T)])
+        predicted = scores > threshold
+        f1 = np.array([f1_score(a[score], b[score]) for a, b in zip(predicted.T, member.T)])
         direction = torch.nn.functional.normalize(probes.weight, dim=1)
-        return Probed(self.nodes[kept], member, said, direction, f1)
+        return Probed(self.nodes[kept], member, predicted, direction, f1)
 
     @remembered
     def measure(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> pd.DataFrame:
-        """One row for each node with enough images; its absorption where it passes the probe."""
+        """One row for each node with enough images; NaN absorption where the probe fails."""
         probed = self.probe(permutation, shuffled)
         table = pd.DataFrame(
             {
@@ -189,7 +189,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
         gain = (decoder @ probed.direction[passed].T).numpy()
         cosine = gain / decoder.norm(dim=1).clamp(min=1e-12).numpy()[:, None]
         for i, v in enumerate(passed):
-            rows = score[(probed.member & probed.said)[score, v]]
+            rows = score[(probed.member & probed.predicted)[score, v]]
             target = (x[torch.from_numpy(rows)] @ probed.direction[v]).numpy()
             rows, target = rows[target > 0], target[target > 0]
             table.loc[v, ["true_positives", "main_latents"]] = len(rows), len(mains[i])
@@ -223,9 +223,9 @@ class Absorption(Evaluator[AbsorptionOptions]):
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`nodes`: every node tried, beside the permuted classes.
+        """`nodes`: every node tried, with the permuted classes.
 
-        `absorber` is the latent, not a main one, whose projection is largest in all.
+        `absorber`: the latent other than the main ones with the largest total projection.
         """
         table = self.measure().copy()
         permuted = [
@@ -241,7 +241,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
         return {"nodes": table}
 
     def figures(self) -> dict[str, Figure]:
-        """`fraction`: of each node by its number of classes, and with permuted classes."""
+        """`fraction`: of each node against its number of classes, and under permuted classes."""
         table = self.tables()["nodes"]
         drawing = summary.figure(
             "Absorption of each node", "classes below the node", "fraction absorbed"
@@ -264,12 +264,12 @@ class Absorption(Evaluator[AbsorptionOptions]):
 def absorbed(
     z: np.ndarray, gain: np.ndarray, cosine: np.ndarray, main: np.ndarray, target: np.ndarray
 ) -> Absorbed:
-    """Full absorption and its fraction for images of one node.
+    """Full and fractional absorption, each (t,), on images of one node.
 
     Args:
-        z: (t, l) latents, every one that fires on these images among them.
+        z: (t, l) latents, including every one that fires on these images.
         gain, cosine: (l,) D_j·ŵ and the cosine of D_j and ŵ.
-        main: (l,) bool, which latents are main ones.
+        main: (l,) bool, whether a latent is a main one.
         target: (t,) P, above 0.
     """
     projection = z * gain
@@ -281,16 +281,16 @@ def absorbed(
     near = np.where(~main & (cosine >= FRACTION_COSINE), projection, 0.0)
     count = min(N_ABSORBING, near.shape[1])
     absorbing = np.partition(near, near.shape[1] - count, axis=1)[:, -count:].sum(1)
-    spoken = projection[:, main].sum(1)
-    bounded = np.minimum(absorbing, target - spoken)
-    both = np.where(spoken > 0, bounded + spoken, 1.0)
-    fraction = np.where(spoken > 0, bounded / both, 1.0)
-    none = (spoken >= target) | (absorbing < LEAST_SHARE * target)
+    by_main = projection[:, main].sum(1)
+    bounded = np.minimum(absorbing, target - by_main)
+    both = np.where(by_main > 0, bounded + by_main, 1.0)
+    fraction = np.where(by_main > 0, bounded / both, 1.0)
+    none = (by_main >= target) | (absorbing < LEAST_SHARE * target)
     return Absorbed(full, np.where(none, 0.0, fraction))
 
 
 def active_part(z: sparse.csr_array, always: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The latents (l,) that fire anywhere in z or are in `always`, and z (t, l) of these, dense."""
+    """The latents (l,) that fire in z or are in `always`, and the dense (t, l) z of these."""
     columns = np.union1d(np.unique(z.indices), always)
     return columns, sparse.csc_array(z)[:, columns].toarray()
 
@@ -304,11 +304,11 @@ def main_latents(
     rise: float = 0.03,
     most: int = 10,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The latents that together tell each node, by k-sparse probing, and the F1 they reach.
+    """The latents that jointly detect each of g nodes, by k-sparse probing, and their F1 (g,).
 
     Latents are tried in the order of (mean on the node − mean elsewhere) / deviation. The k-th is
-    kept while the F1 of a logistic regression over the first k rises by `rise`, on images that it
-    was not fitted on.
+    added while the F1 of a logistic regression over the first k, on held-out images, increases by
+    `rise`.
 
     Args:
         train, choose: (n, m) latents; truth: (n, g) bool.
@@ -339,7 +339,7 @@ def main_latents(
 
 
 def order_latents(z: sparse.csr_array, truth: np.ndarray) -> np.ndarray:
-    """(g, m) latents by falling standardised difference of means; z (n, m), truth (n, g) bool."""
+    """(g, m) latents by decreasing standardised difference of means; z (n, m), truth (n, g) bool."""
     n = len(truth)
     inside = truth.sum(0)[:, None]
     total = z.sum(0)

@@ -1,6 +1,6 @@
-"""What an evaluator is: the batch it sees, the context it shares, and the numbers it gives.
+"""Base class of evaluators, with the batches, shared statistics and passes that they are run on.
 
-One pass over the evaluation set feeds every evaluator of one latent source:
+One pass over the evaluation set updates every evaluator of one source of latents:
 
     context = EvaluationContext(taxonomy=..., n_images=..., d_in=..., d_sae=...)
     done = stream(context, {"lch_height": (LCHHeight, None)}, batches)
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALL_NULLS: dict[str, str | None] = dict.fromkeys(NULLS)
-"""`nulls` of an evaluator for which every null has a meaning."""
+"""`nulls` of an evaluator to which every null applies."""
 
 
 class Firings(NamedTuple):
-    """The entries of z above 0, by image and then latent; on the CPU."""
+    """The entries of z above 0, ordered by image and then latent; on the CPU."""
 
     rows: Tensor  # (nnz,) int64, position in the batch
     latents: Tensor  # (nnz,) int64
@@ -56,7 +56,7 @@ class Firings(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """One slice of the evaluation set. Every fit-half image comes before any score-half image.
+    """One batch of the evaluation set. All fit-half images precede all score-half images.
 
     A latent *fires* on an image where z > 0; NaN never fires.
     """
@@ -66,7 +66,7 @@ class EvaluationBatch:
     labels: Tensor  # (n,) int64, position in `taxonomy.classes`
     shuffled_labels: Tensor  # (n,) int64, the labels permuted over the whole evaluation set
     index: Tensor  # (n,) int64, position in the evaluation set
-    is_fit: Tensor  # (n,) bool: thresholds, latents and probes are chosen here; the rest is scored
+    is_fit: Tensor  # (n,) bool: used to choose thresholds, latents and probes; the rest to score
     mean_patch: Tensor | None = None  # (n, d)
     embedding: Tensor | None = None  # (n, e) of an independent image encoder
     tokens: Tensor | None = None  # (n, k, d) the tokens that x is the mean of; None: x alone
@@ -80,14 +80,14 @@ class EvaluationBatch:
         return len(self.labels)
 
     def labels_of(self, shuffled: bool) -> Tensor:
-        """The true or the shuffled labels, on the CPU."""
+        """(n,) int64 the true or the shuffled labels, on the CPU."""
         return (self.shuffled_labels if shuffled else self.labels).cpu()
 
     @cached_property
     def firings(self) -> Firings:
-        """The nonzeros of z, found once for all accumulators of the pass."""
+        """The nonzeros of z, computed once for all accumulators of the pass."""
         fires = self.z > 0
-        if fires.device.type == "cpu":  # numpy finds few among many about ten times as fast
+        if fires.device.type == "cpu":  # numpy is about ten times as fast where few are nonzero
             flat = torch.from_numpy(np.flatnonzero(fires.numpy()))
         else:
             flat = fires.flatten().nonzero().squeeze(1)
@@ -97,12 +97,12 @@ class EvaluationBatch:
 
     @cached_property
     def priority(self) -> np.ndarray:
-        """(n,) float64: breaks ties between images of equal activation at random, repeatably."""
+        """(n,) float64 in random but reproducible order: breaks ties between equal activations."""
         return hashing.uniform(self.index.cpu().numpy())
 
 
 class InterventionResult(NamedTuple):
-    """What the model gave for a batch of images."""
+    """Outputs of the model for n images."""
 
     logits: Tensor | None  # (n, outputs); None where the model has no classification head
     embedding: Tensor  # (n, d_model) final class token (mean patch token where there is none)
@@ -111,8 +111,8 @@ class InterventionResult(NamedTuple):
 class Intervention(Protocol):
     """Runs the model with the activation at the hook point edited; implemented outside registry/.
 
-    `logit_classes[o]` is the class in `taxonomy.classes` that output o stands for, −1 where none;
-    None without a classification head, and where no output stands for a class.
+    `logit_classes[o]` is the position in `taxonomy.classes` of output o, −1 where it has none; None
+    without a classification head, and where no output has a class.
     """
 
     logit_classes: np.ndarray | None
@@ -122,8 +122,8 @@ class Intervention(Protocol):
     ) -> InterventionResult:
         """Run the images at positions `index` (n,) of the evaluation set.
 
-        `edit` maps the activations of the chosen tokens (n, k, d) to those that replace them;
-        None runs the model untouched.
+        `edit` maps the activations of the chosen tokens (n, k, d) to their replacements, of the
+        same shape; with None the model runs unmodified.
         """
         ...
 
@@ -133,11 +133,11 @@ class Peer(Protocol):
 
     name: str
     relation: str
-    """In one word what it shares with the SAE that is measured: "seed", "hook", "layer", "model"."""
+    """Its relation to the measured SAE, one word: "seed", "hook", "layer", "model"."""
 
     @property
     def same_space(self) -> bool:
-        """Whether the decoder rows of the two are directions of one space."""
+        """Whether the decoder rows of both are in the same space."""
         ...
 
     @property
@@ -146,22 +146,22 @@ class Peer(Protocol):
         ...
 
     def latents(self, index: np.ndarray) -> sparse.csr_array:
-        """(n, m') its latents above 0, of the images at positions `index` (n,) of the evaluation
-        set."""
+        """(n, m') its latents above 0, on the images at positions `index` (n,)."""
         ...
 
 
 class Accumulator(ABC):
-    """Statistics of one pass that several evaluators read; its size never depends on the images."""
+    """Statistics of one pass, shared by evaluators; size independent of the number of images."""
 
     def __init__(self, context: EvaluationContext) -> None:
         self.context = context
 
     def calibrate(self, batch: EvaluationBatch) -> None:  # noqa: B027 (optional)
-        """See a sample of fit-half images before the pass."""
+        """Receive a sample of fit-half images before the pass; optional."""
 
     @abstractmethod
-    def update(self, batch: EvaluationBatch) -> None: ...
+    def update(self, batch: EvaluationBatch) -> None:
+        """Add one batch to the statistics."""
 
 
 A = TypeVar("A", bound=Accumulator)
@@ -170,7 +170,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class EvaluationContext:
-    """The static facts of one latent source, and the accumulators its evaluators share."""
+    """Shapes, decoder and images of one source of latents, and its evaluators' accumulators."""
 
     taxonomy: Taxonomy
     n_images: int
@@ -181,43 +181,43 @@ class EvaluationContext:
     seed: int = 0
     n_permutations: int = 5
     shuffled: bool = True
-    """Also gather what `compute(shuffled=True)` needs. Off saves half of the memory."""
+    """Whether to collect what `compute(shuffled=True)` needs; doubles the memory."""
     class_counts: np.ndarray | None = None
-    """(C,) images per class of the whole evaluation set; lets counters be narrow integers."""
+    """(C,) images per class of the evaluation set; determines the integer type of counters."""
     W_dec: Tensor | None = None  # (m, d)
     b_dec: Tensor | None = None  # (d,)
     sae: Any = None
     reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    """(n, d) activations of tokens -> (n, m) their latents and (n, d) what is decoded from them."""
+    """(n, d) activations of tokens -> (n, m) their latents and (n, d) their reconstruction."""
     intervene: Intervention | None = None
-    no_intervention: str = "no model is at hand"
-    """Why `intervene` is None, where it is."""
+    no_intervention: str = "no model is available"
+    """Why `intervene` is None."""
     peers: Sequence[Peer] = ()
     """Other SAEs to compare with, for evaluators that have `wants_peers`."""
     failures: dict[Any, str] = field(default_factory=dict, init=False, repr=False)
-    """Why an evaluator, by its name, or a shared accumulator, by its key, has failed."""
+    """Name of an evaluator, or key of a shared accumulator, that failed -> the error."""
     batches: int = field(default=0, init=False)
-    """Number of batches that the pass has seen."""
+    """Number of batches so far."""
     _shared: dict[Any, Accumulator] = field(default_factory=dict, init=False, repr=False)
     _reads: defaultdict[Any, dict[Any, None]] = field(
         default_factory=lambda: defaultdict(dict), init=False, repr=False
     )
-    """Which accumulators an evaluator or accumulator has asked for."""
+    """Evaluator or accumulator -> the keys of the accumulators it shares."""
     _acting: list[Any] = field(default_factory=lambda: [None], init=False, repr=False)
-    """Who acts; the last one asks for accumulators."""
+    """Stack of evaluators and accumulators being run; the last one calls `share`."""
 
     def share(self, cls: type[A], **kwargs: Any) -> A:
-        """The one accumulator `cls(context, **kwargs)` of this pass, made when first asked for.
+        """The one accumulator `cls(context, **kwargs)` of this pass, constructed on first use.
 
         Raises:
-            TaxolensError: its constructor raises, or it has failed before.
+            TaxolensError: its constructor fails, or it has failed before.
         """
         arguments = inspect.signature(cls).bind(self, **kwargs)
-        arguments.apply_defaults()  # leaving an argument out is to give its default
+        arguments.apply_defaults()  # an omitted argument equals its default
         key = (cls, *list(arguments.arguments.items())[1:])
         self._reads[self._acting[-1]][key] = None
         if key not in self._shared and key not in self.failures:
-            # Made before it is entered: what it shares in turn must be updated before it is.
+            # Constructed before it is inserted: accumulators that it shares are updated first.
             made = self.attempt(key, partial(cls, self, **kwargs))
             if made is not None:
                 self._shared[key] = made
@@ -226,21 +226,21 @@ class EvaluationContext:
         return self._shared[key]  # pyright: ignore[reportReturnType]
 
     def calibrate(self, batch: EvaluationBatch) -> None:
-        """Show a sample of fit-half images to every shared accumulator."""
+        """Calibrate every shared accumulator on a sample of fit-half images."""
         for key, accumulator in list(self._shared.items()):
             self.attempt(key, partial(accumulator.calibrate, batch))
 
     def update(self, batch: EvaluationBatch) -> None:
-        """Show one batch to every shared accumulator; one that raises is dropped."""
+        """Update every shared accumulator; one that raises is not updated again."""
         self.batches += 1
         for key, accumulator in list(self._shared.items()):
             self.attempt(key, partial(accumulator.update, batch))
 
     def attempt(self, who: Any, act: Callable[[], T]) -> T | None:
-        """Let an evaluator (by its name) or a shared accumulator (by its key) act.
+        """Run `act` for an evaluator (`who` its name) or a shared accumulator (`who` its key).
 
-        None where it raises, and where it, or an accumulator that it has asked for, has raised
-        before: `failures` says why.
+        None where it raises, and where it, or an accumulator that it shares, has failed before;
+        the error is in `failures`.
         """
         reason = self._lost(who)
         if reason is None:
@@ -248,7 +248,7 @@ class EvaluationContext:
             try:
                 return act()
             except Exception as error:
-                # Hours of other numbers must not be lost to one evaluator.
+                # One failing evaluator must not end an evaluation of hours.
                 shared = [] if isinstance(who, str) else [f"shared {who[0].__name__}"]
                 logger.warning("%s failed on %s", *(shared or [who]), self.source, exc_info=True)
                 reason = self._lost(who) or ": ".join([*shared, type(error).__name__, str(error)])
@@ -259,7 +259,7 @@ class EvaluationContext:
         return None
 
     def _lost(self, who: Any) -> str | None:
-        """Why `who`, or an accumulator that it has asked for, has failed."""
+        """The error of `who`, or of an accumulator that it shares."""
         asked = (who, *self._reads[who])
         return next((self.failures[key] for key in asked if key in self.failures), None)
 
@@ -270,7 +270,7 @@ class EvaluationContext:
 
     @property
     def largest_class(self) -> int:
-        """An upper bound on the images of one class."""
+        """An upper bound on the images of one class (scalar)."""
         return self.n_images if self.class_counts is None else int(np.max(self.class_counts))
 
 
@@ -279,14 +279,14 @@ O = TypeVar("O")  # noqa: E741
 
 @dataclass(frozen=True)
 class NoOptions:
-    """For an evaluator with nothing to choose."""
+    """For an evaluator without options."""
 
 
 def require_at_least(least: int, options: Any, *names: str) -> None:
-    """Refuse options that are too small; one that is None is not set.
+    """Check the least value of options; one that is None is not checked.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: an option is smaller; the first is named.
     """
     for name in names:
         value = getattr(options, name)
@@ -298,12 +298,12 @@ M = TypeVar("M", bound=Callable[..., Any])
 
 
 def remembered(method: M) -> M:
-    """Decorator of an evaluator's method: its result is kept for equal arguments.
+    """Decorator of an evaluator's method: caches results by arguments, until the next batch.
 
-    It is kept until the context sees another batch. Arguments are hashable or arrays.
+    Arguments are hashable or arrays.
 
     Raises:
-        ConfigError: `shuffled` is asked for in a pass without shuffled labels.
+        ConfigError: `shuffled` is true in a pass without shuffled labels.
     """
     signature = inspect.signature(method)
 
@@ -330,40 +330,40 @@ def _hashable(value: Any) -> Any:
 class Evaluator(ABC, Generic[O]):
     """A measure of latents against a taxonomy: `update()` over batches, then `compute()`.
 
-    Memory is O(m·C) whatever the number of images. A number that is undefined (no latent fires, a
-    class without images) is NaN, never 0 and never an exception.
+    Memory is O(m·C), independent of the number of images. An undefined metric (no latent fires, a
+    class has no images) is NaN, not 0 and not an exception.
 
     Args:
         context: facts and shared accumulators of the pass.
         options: an instance of `Options`, a dict of its fields, or None for the defaults.
 
     Raises:
-        ConfigError: an option that does not exist.
+        ConfigError: an option does not exist or is out of range.
     """
 
     name: ClassVar[str]
     description: ClassVar[str]
     higher_is_better: ClassVar[dict[str, bool | None]]
-    """Every metric of `compute`, with its direction; None where it only describes."""
+    """Every metric of `compute`, with its direction; None for descriptive ones."""
     nulls: ClassVar[dict[str, str | None]] = ALL_NULLS
-    """For each of `NULLS`: None where it is computed, else why it has no meaning here."""
+    """For each of `NULLS`: None where it is computed, else why it does not apply."""
     invariant: ClassVar[frozenset[str]] = frozenset()
-    """Metrics that do not depend on where a class stands in the tree: permuting changes none."""
+    """Metrics that do not depend on the positions of classes in the tree (permuted classes)."""
     label_free: ClassVar[frozenset[str]] = frozenset()
-    """Metrics that use no label at all: shuffling changes none."""
+    """Metrics that do not depend on labels (shuffled labels)."""
     wants_embedding: ClassVar[bool] = False
-    """Whether `EvaluationBatch.embedding` is worth a whole forward pass through the model."""
+    """Whether `EvaluationBatch.embedding` is needed: a complete forward pass of the model."""
     wants_peers: ClassVar[bool] = False
     """Whether its numbers depend on `EvaluationContext.peers`."""
     wants_intervention: ClassVar[bool] = False
-    """Whether `EvaluationContext.intervene` is called: each call is a forward pass, so an option
-    must bound the images. Where it is None the evaluator gives NaN for what it cannot measure."""
+    """Whether `EvaluationContext.intervene` is called. Each call is a forward pass, so an option
+    bounds the images. Where `intervene` is None, metrics that need it are NaN."""
     headlines: ClassVar[tuple[Headline, ...]] = ()
-    """Metrics that the summaries show. Where it is empty they show the first that has a direction."""
+    """Metrics shown in summaries; if empty, the first metric that has a direction."""
     labels: ClassVar[Mapping[str, str]] = {}
-    """metric -> its name in reports and charts; by default the metric's key with spaces."""
+    """metric -> name in reports and charts; by default its key with spaces."""
     node_table: ClassVar[NodeTable | None] = None
-    """Which of `tables()` places latents at nodes, for the report's latent cards and tree chart."""
+    """The one of `tables()` that assigns latents to nodes, for latent cards and tree chart."""
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(
@@ -377,7 +377,7 @@ class Evaluator(ABC, Generic[O]):
         self.prepare()
 
     def prepare(self) -> None:
-        """Called once, before any batch: ask for shared accumulators, begin sums of one's own."""
+        """Initialise: get shared accumulators, set up own sums. Called once, before any batch."""
 
     @classmethod
     def _options(cls, options: Any) -> Any:
@@ -390,10 +390,10 @@ class Evaluator(ABC, Generic[O]):
         return cls.Options(**(options or {}))
 
     def calibrate(self, batch: EvaluationBatch) -> None:
-        """See a sample of fit-half images before the pass (to set thresholds)."""
+        """Receive a sample of fit-half images before the pass (to set thresholds)."""
 
     def update(self, batch: EvaluationBatch) -> None:
-        """See one batch. What several evaluators need belongs into a shared `Accumulator`."""
+        """Add one batch. Statistics of several evaluators belong in a shared `Accumulator`."""
 
     @abstractmethod
     def compute(
@@ -402,20 +402,20 @@ class Evaluator(ABC, Generic[O]):
         """The metrics, all keys of `higher_is_better`.
 
         Args:
-            permutation: (C,), class c takes the place of class permutation[c] in the tree.
-            shuffled: measure against the shuffled labels instead (needs `context.shuffled`).
+            permutation: (C,), class c takes the position of class permutation[c] in the tree.
+            shuffled: use the shuffled labels (requires `context.shuffled`).
         """
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Per latent, per node or per depth; by name."""
+        """Name -> table, with a row per latent, node or depth."""
         return {}
 
     def figures(self) -> dict[str, Figure]:
-        """Drawings by name."""
+        """Name -> figure."""
         return {}
 
     def notes(self) -> list[str]:
-        """Sentences a reader of the numbers needs: why some are undefined, what was left out."""
+        """Remarks on the numbers, as sentences: why some are undefined, what was left out."""
         return []
 
     def members(self, nodes: np.ndarray, permutation: np.ndarray | None = None) -> np.ndarray:
@@ -433,17 +433,17 @@ class Evaluator(ABC, Generic[O]):
 
 
 class Pass:
-    """Evaluators over the latents of one source. One that raises costs its own numbers only.
+    """Evaluators over the latents of one source; only the numbers of one that raises are lost.
 
-    A shared accumulator that raises costs the numbers of the evaluators that asked for it.
+    If a shared accumulator raises, the numbers of the evaluators that share it are lost.
 
     Args:
-        context: the facts of the source.
+        context: the context of the source.
         chosen: evaluator name -> (class, its options).
 
     Attributes:
         evaluators: name -> evaluator, without those that have failed.
-        seconds: name -> time spent in the evaluator, without its shared accumulators.
+        seconds: name -> time of the evaluator in s, without its shared accumulators.
     """
 
     def __init__(
@@ -459,16 +459,16 @@ class Pass:
 
     @property
     def errors(self) -> dict[str, str]:
-        """Evaluator name -> why it has failed."""
+        """Evaluator name -> its error."""
         return {who: why for who, why in self.context.failures.items() if isinstance(who, str)}
 
     def calibrate(self, sample: EvaluationBatch) -> None:
-        """Show a sample of fit-half images to shared accumulators, then to evaluators."""
+        """Calibrate shared accumulators, then evaluators, on a sample of fit-half images."""
         self.context.calibrate(sample)
         self._each(lambda evaluator: evaluator.calibrate(sample))
 
     def update(self, batch: EvaluationBatch) -> None:
-        """Show one batch to shared accumulators, then to evaluators."""
+        """Update shared accumulators, then evaluators, with one batch."""
         self.context.update(batch)
         self._each(lambda evaluator: evaluator.update(batch))
 
@@ -479,7 +479,7 @@ class Pass:
         )
 
     def attempt(self, name: str, act: Callable[[Evaluator[Any]], T]) -> T | None:
-        """Let one evaluator act; None where it fails, or has failed before."""
+        """Run `act` for one evaluator; None where it fails, or has failed before."""
         if name not in self.evaluators:
             return None
         return self._timed(name, partial(act, self.evaluators[name]))
@@ -504,13 +504,13 @@ def stream(
     *,
     calibration: Callable[[], EvaluationBatch] | None = None,
 ) -> Pass:
-    """Feed one pass to evaluators: make them, calibrate, then update with each batch in order.
+    """Run one pass: construct the evaluators, calibrate, then update with each batch in order.
 
     Args:
-        context: the facts of the source of latents.
+        context: the context of the source of latents.
         chosen: evaluator name -> (class, its options: an instance, a dict or None).
         batches: the evaluation set, the fit half first.
-        calibration: makes the sample of fit-half images for `calibrate`; by default the first batch.
+        calibration: returns the sample of fit-half images for `calibrate`; default: the first batch.
     """
     done = Pass(context, chosen)
     if calibration is not None:

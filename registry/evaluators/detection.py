@@ -1,8 +1,8 @@
-"""`detection`: the tree as explanation of a latent, tested on other images and in the model.
+"""`detection`: a taxonomy node as explanation of each latent, scored on held-out images and by
+steering the model.
 
-Automatic interpretability (Bills et al. 2023; its detection score is that of Paulo et al. 2024,
-arXiv 2410.13928) with the nodes of a taxonomy in place of sentences; the forms are our own
-definition.
+Automatic interpretability (Bills et al. 2023; detection score of Paulo et al. 2024, arXiv
+2410.13928) with taxonomy nodes in place of sentences; these forms are our own definition.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SALT = 104
 @dataclass(frozen=True)
 class DetectionOptions:
     """min_fired: latents that fire on fewer images of the fit half are not explained.
-    detected: the balanced accuracy from which an explanation counts as right.
-    n_latents: how many are steered; 0 leaves the model alone.
-    n_directions: random directions beside them.
-    max_images: of the score half, on which they are steered.
-    kl: nats between untouched and steered outputs, mean over the images.
-    probe_images: of the fit half, for the probe that stands in for a missing head.
+    detected: least balanced accuracy at which an explanation counts as correct.
+    n_latents: number of latents steered; 0 for no steering.
+    n_directions: number of random directions steered for comparison.
+    max_images: images of the score half used for steering, at most.
+    kl: KL divergence of steered from unmodified outputs, in nats, mean over the images.
+    probe_images: images of the fit half for the linear probe that replaces a missing head.
     """
 
     min_fired: int = 5
@@ -61,41 +61,43 @@ class DetectionOptions:
 
 
 class Explanations(NamedTuple):
-    """The node of each latent and how well it tells where the latent fires; each (m,)."""
+    """The explaining node of each latent and its scores; each (m,)."""
 
     node: np.ndarray  # −1 where the latent is not explained
-    fit_f1: np.ndarray  # on the images of the choice; the rest on the others
-    recall: np.ndarray  # of the images below the node, where it fires
-    false_alarms: np.ndarray  # of the other images
+    fit_f1: np.ndarray  # on the fit half; the scores below are on the score half
+    recall: np.ndarray  # share of the images below the node on which the latent fires
+    false_alarms: np.ndarray  # share of the other images on which it fires
     f1: np.ndarray
 
     @property
     def balanced_accuracy(self) -> np.ndarray:
+        """(m,) ½(recall + 1 − false alarms)."""
         return (self.recall + 1 - self.false_alarms) / 2
 
 
 class Detection(Evaluator[DetectionOptions]):
     """Each latent is explained by a node v: it fires (z > 0) if and only if the image is below v.
 
-    The explanation has the best F1 on the fit half, among the nodes with distinct classes, the root
-    left out; `group_*` have it among nodes of several classes, which is the same question for every
-    latent and every tree. `balanced_accuracy` = ½(recall + 1 − false alarms) on the score half,
-    mean over the latents explained; `f1` is harder on rare nodes; `detected_share`: of them from
-    `detected` on; `group_share`: whose best node is a group.
+    The explanation is the node of best F1 on the fit half, among the nodes with distinct classes
+    without the root; for `group_*`, among those of several classes, which makes latents and trees
+    comparable. On the score half, mean over the explained latents: `balanced_accuracy` =
+    ½(recall + 1 − false alarms); `f1`, which penalises false alarms more on rare nodes. Shares of
+    these latents: `detected_share`: balanced accuracy ≥ `detected`; `group_share`: best node has
+    several classes.
 
     *Intervention*: a decoder row of length 1 times a strength is added to the chosen tokens, the
-    strength such that KL(untouched‖steered) is `kl`. `steering` = mean change of the explaining
-    node's probability (the sum of the outputs below it), over a random sample of latents;
-    `steering_other`: what the other latents of the sample do to the same node;
-    `steering_direction`: what random directions do; `steering_excess` = steering − steering_other;
-    `steering_rank`: the share of the other latents that raise the node less (.5 by chance).
-    Outputs are those of the model's own head, or of a linear probe on the final embedding
-    (`ProbeReadout`) where no head knows the classes. NaN without decoder rows or a model at hand;
-    the table `steering` says why.
+    strength such that KL(unmodified‖steered) is `kl`. `steering` = mean change of the explaining
+    node's probability (the sum over its classes), over a random sample of latents;
+    `steering_other`: mean change of the same node by the other latents of the sample;
+    `steering_direction`: by random directions; `steering_excess` = steering − steering_other;
+    `steering_rank`: share of the other latents that raise the node less (.5 by chance).
+    Outputs are those of the model's head, or of a linear probe on the final embedding
+    (`ProbeReadout`) where the head lacks the classes. NaN without decoder rows or a model; the
+    table `steering` gives the reason.
     """
 
     name = "detection"
-    description = "whether a latent's best node tells where it fires, and what steering it does"
+    description = "how well a node predicts where a latent fires, and what steering the latent does"
     higher_is_better = {
         "balanced_accuracy": True,
         "f1": True,
@@ -124,10 +126,10 @@ class Detection(Evaluator[DetectionOptions]):
         self._firings = context.share(FiringHistogram, survival=(1.0,))
         self._images = context.share(ImagePositions, max_images=options.max_images)
         self._probed = context.share(ImagePositions, max_images=options.probe_images)
-        self._length = [0.0, 0]  # Σ‖x − a mean‖, images: where the search for a strength begins
+        self._length = [0.0, 0]  # Σ‖x − mean of the first batch‖, images: first strength tried
         self._mean: Tensor | None = None
         nodes = taxonomy.distinct_nodes[taxonomy.distinct_nodes != taxonomy.root]
-        # of equally good nodes the smallest explains
+        # smallest first: among equally good nodes the smallest is chosen
         self.nodes = nodes[np.argsort(taxonomy.n_leaves[nodes], kind="stable")]
         self.groups = self.nodes[taxonomy.n_leaves[self.nodes] > 1]
 
@@ -144,7 +146,7 @@ class Detection(Evaluator[DetectionOptions]):
     def explain(
         self, nodes: np.ndarray, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Explanations:
-        """The best of `nodes` (N,) for each latent."""
+        """The best of `nodes` (N,) for each latent, with scores (m,)."""
         return find_explanations(
             self._firings.fit(shuffled),
             self._firings.score(shuffled)[:, 0].numpy(),
@@ -189,8 +191,7 @@ class Detection(Evaluator[DetectionOptions]):
     # Steering ----------------------------------------------------------------------------------
 
     def effects(self, node: np.ndarray, permutation: np.ndarray | None = None) -> Effects:
-        """For each latent that was steered (s,): what it, the others and random directions did to
-        its node.
+        """Effects (s,) of each steered latent, of the others and of random directions on its node.
 
         Args:
             node: (m,) the node that explains each latent.
@@ -206,7 +207,7 @@ class Detection(Evaluator[DetectionOptions]):
 
     @property
     def reason(self) -> str:
-        """Why nothing is steered; "" where it is."""
+        """Why no latent is steered; "" where latents are steered."""
         if self.context.intervene is None:
             return self.context.no_intervention
         if self.context.W_dec is None:
@@ -221,8 +222,7 @@ class Detection(Evaluator[DetectionOptions]):
 
     @remembered
     def sample(self) -> np.ndarray:
-        """The latents to be steered: at random among those that can be explained; none where
-        nothing is steered."""
+        """(s,) latents to steer, at random among those that fire often enough; empty if `reason`."""
         if self.reason:
             return np.zeros(0, dtype=np.int64)
         fired = np.asarray(self._firings.fit().sum(1)).ravel()
@@ -232,7 +232,7 @@ class Detection(Evaluator[DetectionOptions]):
 
     @remembered
     def steered(self) -> tuple[Steered, Steered]:
-        """Steering along the latents of the sample, and along random directions."""
+        """Results of steering along the latents of the sample, and along random directions."""
         n_classes = len(self.taxonomy.classes)
         intervene, rows = self.context.intervene, self.context.W_dec
         if self.reason or intervene is None or rows is None:
@@ -264,7 +264,7 @@ class Detection(Evaluator[DetectionOptions]):
     # Showing -----------------------------------------------------------------------------------
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: the explanation of each. `steering`: of each that was steered, or why none."""
+        """`latents`: explanation of each. `steering`: effects of each steered one, or the reason."""
         best, group = self.explain(self.nodes), self.explain(self.groups)
         latent = np.flatnonzero(best.node >= 0)
         latents = {
@@ -290,7 +290,7 @@ class Detection(Evaluator[DetectionOptions]):
         }
 
     def _permuted(self) -> np.ndarray:
-        """(m,) mean balanced accuracy of each latent under the permuted classes."""
+        """(m,) balanced accuracy of each latent, mean over the permuted classes."""
         nulls = [
             self.explain(self.nodes, p).balanced_accuracy for p in self.context.permutations
         ] or [np.full(self.context.d_sae, np.nan)]
@@ -316,11 +316,11 @@ class Detection(Evaluator[DetectionOptions]):
         return pd.DataFrame(table)
 
     def figures(self) -> dict[str, Figure]:
-        """`balanced_accuracy`: beside that under permuted classes. `steering`: own against others."""
+        """`balanced_accuracy`: and under permuted classes. `steering`: own against others."""
         found = self.explain(self.nodes).balanced_accuracy
         drawings = {
             "balanced_accuracy": summary.histograms(
-                "How well a node tells where its latent fires",
+                "Nodes as predictors of where their latents fire",
                 "balanced accuracy on held-out images",
                 {"latents": found, "permuted classes": self._permuted()},
             )
@@ -329,8 +329,8 @@ class Detection(Evaluator[DetectionOptions]):
         if "change" in table:
             drawing = summary.figure(
                 f"Steering at a KL of {self.options.kl:g}",
-                "what other latents do to the node's probability",
-                "what its latent does",
+                "change of the node's probability by other latents",
+                "change by its own latent",
             )
             drawing.add_scatter(
                 x=table["change_by_others"],
@@ -353,14 +353,16 @@ def find_explanations(
     nodes: np.ndarray,
     min_fired: int,
 ) -> Explanations:
-    """Choose a node for each latent on the fit half by F1; score it on the other.
+    """Choose a node for each latent by F1 on the fit half; score it on the score half.
+
+    Latents that are not explained have node −1 and NaN scores.
 
     Args:
         fit, score: (m, C) images of each class on which each latent fires, in the halves.
         members: (C, N) whether a class lies below a node.
         fit_images, score_images: (C,) images of each class in the halves.
-        nodes: (N,); of equally good ones the first is taken.
-        min_fired: a latent that fires on fewer images of the fit half is left out.
+        nodes: (N,); among equally good ones the first is chosen.
+        min_fired: latents that fire on fewer images of the fit half are not explained.
     """
     explained = (np.asarray(fit.sum(1)).ravel() >= min_fired) & (len(nodes) > 0)
     at, fit_f1, found = explain(fit, score, members, fit_images, score_images)

@@ -1,6 +1,6 @@
-"""`feature_geometry`: do directions of nodes, and of latents, stand to each other as the tree says?
+"""`feature_geometry`: angles between the directions of nodes, and of latents, related in the tree.
 
-Hierarchical orthogonality is that of Park et al. 2024 (arXiv 2406.01506, §4), made for words;
+Hierarchical orthogonality is that of Park et al. 2024 (arXiv 2406.01506, §4), defined for words;
 conditional orthogonality and Babel function are those of MP-SAE (Costa et al. 2025, arXiv
 2506.03093); effective rank that of Roy and Vetterli 2007. The ports are our own definition.
 """
@@ -29,13 +29,13 @@ RANK_IMAGES, COACTIVE_IMAGES, BLOCK = 1024, 256, 1024
 
 @dataclass(frozen=True)
 class FeatureGeometryOptions:
-    """max_images: of the sample of x and z.
-    min_images: a node needs so many in the sample, half of them in either half.
-    node_images: at most so many of a node are read for its direction.
-    max_edges: (parent, child) edges that are looked at, at random.
-    detector_f1: a latent stands for a node where its firing has this F1 on the score half.
-    babel: how many rows are summed in the Babel function.
-    max_latents: decoder rows that it is computed over, at random among those that fire.
+    """max_images: size of the sample of x and z.
+    min_images: least number of images of a node in the sample, half of them in either half.
+    node_images: images from which the direction of a node is computed, at most.
+    max_edges: (parent, child) edges measured at most, chosen at random.
+    detector_f1: least F1 on the score half of a latent that represents a node.
+    babel: number of rows summed in the Babel function.
+    max_latents: decoder rows for the Babel function at most, at random among those that fire.
     """
 
     max_images: int = 8192
@@ -64,25 +64,25 @@ class Directions(NamedTuple):
 
 
 class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
-    """Orthogonality of what a child adds, of node vectors on x and of latents that detect nodes.
+    """Orthogonality of child minus parent to parent, of node vectors on x; cosines of detectors.
 
-    On x, whitened by the Ledoit–Wolf covariance of the fit half: node v has the direction
-    d = Σ_v⁻¹ m (m its mean, Σ_v its Ledoit–Wolf covariance), d̂ = d/‖d‖ and the vector ℓ = (m·d̂)d̂.
+    On x, whitened by the Ledoit–Wolf covariance of the fit half: node v has the direction d = Σ_v⁻¹
+    m (m its mean, Σ_v its Ledoit–Wolf covariance), d̂ = d/‖d‖ and the vector ℓ = (m·d̂)d̂.
 
     - `hierarchy_cosine`: |cos(ℓ_child − ℓ_parent, ℓ_parent)|, mean over the edges of the collapsed
       tree below its root; `random_parent_cosine`: with a random other node as parent.
-      A child's images are its parent's too, so permuted classes are near 0 as well: this number
-      tells nodes from noise, and not this tree from another.
-    - `parent_length`: ‖ℓ_parent‖/‖ℓ_child‖, mean over the edges (own definition): what the children
-      share. Means of unrelated classes are short, so permuted classes fall behind.
+      The parent has the child's images too, so permuted classes are also near 0: this number
+      separates nodes from noise, but not one tree from another.
+    - `parent_length`: ‖ℓ_parent‖/‖ℓ_child‖, mean over the edges (own definition): size of the
+      children's common part. It is small for unrelated classes, thus under permuted classes.
     - `projection_own`, `projection_other`: x·ℓ/‖ℓ‖² on held-out images of the node and on others.
 
-    Of the decoder: `parent_cosine`, `sibling_cosine`, `random_cosine`: |cos(D_a, D_b)| of the latents
-    that best detect a node and its parent, two children of one node, and of random pairs;
-    `detected_edges` counts the first. `coherence` and `babel` = μ₁(1), μ₁(r), with
-    μ₁(r) = max_j of the r largest |D_i·D_j|, summed (unit rows); `coactive_babel`: of the rows that
-    fire on an image, largest sum over the others, mean over images. `effective_rank` = exp(entropy
-    of the eigenvalues of zᵀz).
+    Of the decoder: `parent_cosine`, `sibling_cosine`, `random_cosine`: |cos(D_a, D_b)| of the
+    latents that best detect a node and its parent, of those of two children of one node, and of
+    random pairs; `detected_edges`: number of the first. `coherence` and `babel` = μ₁(1), μ₁(r),
+    with μ₁(r) = max_j of the r largest |D_i·D_j|, summed (unit rows); `coactive_babel`: μ₁ over all
+    the rows that fire on an image, mean over images. `effective_rank` = exp(entropy of the
+    eigenvalues of zᵀz).
 
     The other sources of latents share x, so its numbers are NaN there. Memory
     O(max_images·(d + L0) + d² + m·C).
@@ -122,7 +122,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         self._edges = self._choose_edges()
 
     def _choose_edges(self) -> np.ndarray:
-        """(E, 2) parent and child in the collapsed tree, the root's left out."""
+        """(E, 2) parent and child in the collapsed tree, without edges from the root."""
         edges = [(p, v) for v, ps in enumerate(self._tree.parents) for p in ps if p != 0]
         order = np.random.default_rng(self.context.seed).permutation(len(edges))
         chosen = np.sort(order[: self.options.max_edges])
@@ -131,7 +131,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     @property
     @remembered
     def _whitened(self) -> np.ndarray:
-        """(n, d) the sample of x, centred and whitened as its fit half says."""
+        """(n, d) the sample of x, centred and whitened with the statistics of its fit half."""
         x = self._sample.x.double().numpy()
         fit = x[self._sample.is_fit]
         if len(fit) < 2:
@@ -149,7 +149,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     def directions(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Directions:
-        """The vectors of the nodes of the edges, on the fit half, and how held-out images lie."""
+        """The vectors of the edges' nodes, from the fit half, and projections of held-out images."""
         labels = self._sample.labels(shuffled)
         member = self._tree.membership[labels if permutation is None else permutation[labels]]
         x, fit = self._whitened, self._sample.is_fit
@@ -196,7 +196,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
 
     @cached_property
     def _random_parents(self) -> np.ndarray:
-        """(E, 2) the edges, the parent replaced by another that is not above the child."""
+        """(E, 2) the edges, each parent replaced by a node that is not above the child."""
         generator = np.random.default_rng(self.context.seed + 1)
         members = self._tree.membership
         pairs = []
@@ -213,7 +213,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     def detectors(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> np.ndarray:
-        """(V,) the latent that stands for each node of the collapsed tree, −1 where none does."""
+        """(V,) the latent that represents each node of the collapsed tree, −1 where none does."""
         members = self._tree.membership
         found = find_detectors(
             self._firings.fit(shuffled),
@@ -260,7 +260,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     @property
     @remembered
     def _fixed(self) -> dict[str, float]:
-        """What depends on no label."""
+        """The metrics that depend on no label."""
         numbers = dict.fromkeys(self.invariant, float("nan"))
         sample, generator = self._sample, np.random.default_rng(self.context.seed + 3)
         z = sample.z
@@ -294,7 +294,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`edges`: one row for each (parent, child) that was looked at."""
+        """`edges`: one row for each (parent, child) measured."""
         tree, (parent, child) = self._tree, self._edges.T
         nan = np.full(len(parent), np.nan)
         cosine, latent = nan, np.full(len(tree.nodes), -1)
@@ -315,7 +315,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         return {"edges": pd.DataFrame(table)}
 
     def figures(self) -> dict[str, Figure]:
-        """`cosine`: of what each child adds to its parent, and with permuted classes."""
+        """`cosine`: of child − parent with the parent, and under permuted classes."""
         size = self._tree.n_leaves[self._edges[:, 0]]
         drawing = summary.figure(
             "Orthogonality of child and parent",
@@ -335,10 +335,10 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
 
 
 def ledoit_wolf(centred: np.ndarray) -> tuple[float, float]:
-    """The shrinkage towards scale·I, and the scale, for centred points (n, d).
+    """The shrinkage towards scale·I, and the scale, both scalar, for centred points (n, d).
 
-    Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4; from the (n, n) Gram matrix
-    where that is the smaller one.
+    Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4; from the smaller of the
+    (n, n) and (d, d) Gram matrices.
     """
     n, d = centred.shape
     gram = centred @ centred.T if n < d else centred.T @ centred
@@ -353,7 +353,7 @@ def ledoit_wolf(centred: np.ndarray) -> tuple[float, float]:
 def node_vector(x: np.ndarray) -> np.ndarray:
     """(d,) ℓ = (m·d̂)d̂ of a node's images x (n, d), d = Σ⁻¹m.
 
-    The inverse by the Woodbury identity: n is far below d for most nodes.
+    The inverse uses the Woodbury identity: n is far below d for most nodes.
     """
     n, d = x.shape
     mean = x.mean(0)
@@ -387,14 +387,14 @@ def pair_cosines(rows: Tensor, pairs: np.ndarray) -> np.ndarray:
     """(P,) |cos| of pairs (P, 2) of unit rows; NaN for −1 and for a latent with itself."""
     first, second = pairs.T
     cosine = np.full(len(pairs), np.nan)
-    told = np.flatnonzero((first >= 0) & (second >= 0) & (first != second))
-    a, b = (rows[torch.from_numpy(side[told].astype(np.int64))] for side in (first, second))
-    cosine[told] = (a * b).sum(1).abs().numpy()
+    defined = np.flatnonzero((first >= 0) & (second >= 0) & (first != second))
+    a, b = (rows[torch.from_numpy(side[defined].astype(np.int64))] for side in (first, second))
+    cosine[defined] = (a * b).sum(1).abs().numpy()
     return cosine
 
 
 def babel(rows: Tensor, sizes: tuple[int, ...]) -> list[float]:
-    """μ₁(r) of unit rows (l, d) for each r of `sizes`: max over j of its r largest |D_i·D_j|."""
+    """μ₁(r) of unit rows (l, d) for each r of `sizes`: max over j, sum of the r largest |D_i·D_j|."""
     most = [0.0] * len(sizes)
     for start in range(0, len(rows), BLOCK):
         gram = (rows[start : start + BLOCK] @ rows.T).abs()

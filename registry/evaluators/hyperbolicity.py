@@ -1,7 +1,7 @@
-"""`hyperbolicity`: how far distances are from those on a tree.
+"""`hyperbolicity`: deviation of distances from those on a tree.
 
-Gromov's four-point δ relative to the diameter, as Khrulkov et al. 2020 (arXiv 1904.02239, §3) and
-the hyperbolic category-discovery work after it use it.
+Gromov's four-point δ relative to the diameter, as in Khrulkov et al. 2020 (arXiv 1904.02239, §3)
+and later work on hyperbolic category discovery.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SETS = ("class_means", "images", "decoder", "latent_means")
 
 @dataclass(frozen=True)
 class HyperbolicityOptions:
-    """max_points: of a set, at random; time is cubic in it (1,500 points take some seconds each).
-    sample_images: images of the sample of x.
-    bases: base points; the mean over them is reported.
-    draws: Gaussian clouds that each set is compared with.
+    """max_points: points of a set at most, at random; time is cubic (some seconds for 1,500 points).
+    sample_images: size of the sample of x.
+    bases: number of base points, over which the mean is taken.
+    draws: number of Gaussian samples compared with each set.
     """
 
     max_points: int = 512
@@ -43,16 +43,16 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
 
     With Gromov products (a|b) = ½(d(a,w) + d(b,w) − d(a,b)) at a base point w,
     δ = max over a, b, c of min((a|c), (c|b)) − (a|b); Euclidean distances. Of four sets: the class
-    means of x, images, the decoder's rows, and the class means of the latents. Beside each the same
-    of a Gaussian cloud of equal size, mean and covariance, and once that of the tree itself.
+    means of x, images, the decoder's rows, and the class means of the latents. For
+    comparison: Gaussian samples of equal size, mean and covariance, and the tree itself.
 
-    No hierarchy score by itself: it sees that a set is tree-like, not that its tree is the
-    taxonomy, and any high-dimensional cloud of nearly equal distances is. The other sources of
-    latents share x, so `class_means` and `images` are NaN there. Memory O(max_points²).
+    Not a hierarchy score by itself: a small δ shows that a set is tree-like, not that its tree is
+    the taxonomy, and any high-dimensional set of nearly equal distances is tree-like. The other
+    sources of latents share x, so `class_means` and `images` are NaN there. Memory O(max_points²).
     """
 
     name = "hyperbolicity"
-    description = "how far distances between means, images and decoder rows are from a tree's"
+    description = "deviation of distances of means, images and decoder rows from tree distances"
     higher_is_better = {
         **{f"{kind}_{what}": None for kind in SETS for what in ("delta", "gaussian_delta")},
         "tree_delta": None,
@@ -74,7 +74,7 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
             self._images = self.context.share(ImageSample, max_images=self.options.sample_images)
 
     def points(self, kind: str, shuffled: bool = False) -> np.ndarray:
-        """(n, width) the points of a set, those without a value left out."""
+        """(n, width) the points of a set, without undefined ones."""
         if kind == "latent_means":
             points = self._latents.means(shuffled).T
         elif kind == "decoder":
@@ -93,7 +93,7 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
         return points
 
     def deltas(self, kind: str, shuffled: bool = False) -> tuple[float, float]:
-        """δ_rel of a set, and of Gaussian clouds like it."""
+        """δ_rel of a set, and of Gaussian samples of equal moments."""
         return self._deltas(kind, shuffled and kind in ("class_means", "latent_means"))
 
     @remembered
@@ -131,7 +131,7 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
         return {"sets": pd.DataFrame(rows, columns=["set", "points", "delta", "gaussian_delta"])}
 
     def figures(self) -> dict[str, Figure]:
-        """`delta`: of each set, beside a Gaussian cloud like it."""
+        """`delta`: of each set, with Gaussian samples of equal moments."""
         table = self.tables()["sets"]
         drawing = summary.figure("Distance from a tree", "", "2δ / diameter")
         for column, name, colour in (
@@ -153,7 +153,7 @@ def distances(points: np.ndarray) -> np.ndarray:
 
 
 def gaussian_like(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """As many points with the same mean and covariance, drawn from a Gaussian."""
+    """(n, width) Gaussian sample with the size, mean and covariance of points (n, width)."""
     if not len(points):
         return points
     mean = points.mean(0)
@@ -175,7 +175,7 @@ def gromov_delta(distance: np.ndarray, base: int) -> float:
 
 
 def relative_delta(distance: np.ndarray, bases: int = 4, seed: int = 0) -> float:
-    """2δ/diameter, mean over some base points; NaN for fewer than 4 points or all in one place."""
+    """2δ/diameter, mean over base points; NaN for fewer than 4 points or a diameter of 0."""
     n = len(distance)
     if n < 4 or not distance.max() > 0:
         return float("nan")

@@ -1,7 +1,7 @@
-"""`infomec`: modularity, compactness and explicitness, with the depths of the tree as factors.
+"""`infomec`: modularity, compactness and explicitness of latents, with tree depths as factors.
 
-InfoM, InfoC and InfoE are those of Hsu et al. 2023, "Disentanglement via latent quantization" (arXiv
-2305.18378, §4); taking the groups at each depth as factors is our own definition.
+InfoM, InfoC and InfoE are those of Hsu et al. 2023, "Disentanglement via latent quantization"
+(arXiv 2305.18378, §4); the groups at each depth as factors are our own definition.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .parts.logistic import class_log_odds
 from .parts.samples import ImageSample, shape
 
 BLOCK = 1024
-"""Latents at a time."""
+"""Latents processed at a time."""
 
 
 @dataclass(frozen=True)
 class InfoMECOptions:
-    """levels: a latent is cut into "silent" and as many levels, at the activations that these shares
-        of its firings reach; each must be one of `accumulators.SURVIVAL`.
-    max_images: of the sample for InfoE.
-    probe_latents: InfoE reads the most variable latents only, as many as this.
-    steps: of its regression, at most.
+    """levels: a latent is quantised into "silent" and one level per number, bounded by the
+        activations that these shares of its firings reach; each is one of `accumulators.SURVIVAL`.
+    max_images: size of the sample for InfoE.
+    probe_latents: number of most variable latents that InfoE uses.
+    steps: steps of its regression, at most.
     """
 
     levels: tuple[float, ...] = (1.0, 0.5, 0.125)
@@ -60,14 +60,14 @@ class InfoMECOptions:
 
 
 class Information(NamedTuple):
-    """What the latents tell of the factors, each (n_s, m); NaN where a factor has no entropy."""
+    """Information of latents about factors, each (n_s, m); NaN where a factor has no entropy."""
 
     nested: np.ndarray  # I(s_i; z_j) / H(s_i)
-    added: np.ndarray  # the same given the cut above
+    added: np.ndarray  # the same, conditional on the cut above
 
     @classmethod
     def of(cls, mutual: np.ndarray, entropy: np.ndarray) -> Information:
-        """From I (n_s, m) and H (n_s,) of nested factors, the coarsest first."""
+        """Normalise I (n_s, m) by H (n_s,) of nested factors, the coarsest first."""
         more = np.diff(mutual, axis=0, prepend=0).clip(min=0)
         more[more <= 1e-9] = 0.0
         grown = np.diff(entropy, prepend=0)
@@ -76,12 +76,12 @@ class Information(NamedTuple):
 
 
 class InfoMEC(Evaluator[InfoMECOptions]):
-    """Does a latent tell of one depth only, is a depth told by few latents, and can it be read off?
+    """Whether each latent encodes one depth, few latents encode each depth, and a probe can read it.
 
     Factors s_i: the group of an image at each distinct cut of the tree, from coarse to the classes.
-    z_j is cut into levels. The cuts are nested, unlike the factors that the measure was made for:
-    who knows the group at a depth knows all above it. So what counts is what a depth *adds*,
-    A_ij = (I(s_i; z_j) − I(s_{i−1}; z_j)) / (H(s_i) − H(s_{i−1})), which by the chain rule is the
+    z_j is quantised into levels. The cuts are nested, unlike the factors of the published measure:
+    a group determines those above it. So the information that a depth *adds* is used, A_ij =
+    (I(s_i; z_j) − I(s_{i−1}; z_j)) / (H(s_i) − H(s_{i−1})), which by the chain rule is the
     normalised information given the cut above (own definition).
 
     - `infom` = (mean over active latents of max_i A_ij / Σ_i A_ij − 1/n_s) / (1 − 1/n_s).
@@ -91,13 +91,13 @@ class InfoMEC(Evaluator[InfoMECOptions]):
       of a logistic regression on held-out images. One regression predicts the *class*; the
       probability of a group is the sum over its classes, so a permuted tree needs no second fit.
     - `nested_infom`, `nested_infoc`: the published forms, with I(s_i; z_j) / H(s_i) in place of A.
-      They have no direction: indicators of the nodes themselves score *below* indicators of random
-      class sets, because a hierarchical latent tells of several depths at once.
+      Neither direction is better: indicators of the nodes score *below* indicators of random class
+      sets, because a hierarchical latent is informative about several depths.
 
-    Even so no set of node indicators is fully modular: an indicator of one of many nodes at a depth
-    tells something of the depths above. The excess over permuted classes is what counts. I is
-    biased upwards by about levels·groups/(2·images): the shuffled null shows by how much.
-    `infoc` falls with the number of latents that know anything at all. Memory
+    No set of node indicators is fully modular: an indicator of one of many nodes at a depth is
+    informative about the depths above. Read the excess over permuted classes. I is biased upwards
+    by about levels·groups/(2·images), which the shuffled null measures. `infoc` decreases with the
+    number of informative latents. Memory
     O(m·T·C + max_images·L0).
     """
 
@@ -122,7 +122,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
 
     @cached_property
     def depths(self) -> list[int]:
-        """The cuts that are factors: each groups the classes in another way, none is one group."""
+        """Depths of the cuts that are factors: distinct groupings of more than one group."""
         return factor_depths(self.taxonomy)
 
     def groups(self, permutation: np.ndarray | None = None) -> np.ndarray:
@@ -134,7 +134,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     def information(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Information:
-        """What each latent tells of each factor."""
+        """Information of each latent about each factor, (n_s, m)."""
         self._check_shuffled(shuffled)
         images = self._classes.all(shuffled)
         n_levels = len(self.options.levels)
@@ -165,9 +165,9 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         """(a, C) log-probabilities of the classes for the score half of the sample."""
         sample = self._sample
         fit = sample.is_fit
-        known = sample.z[fit]
-        squares = np.bincount(known.indices, np.square(known.data), self.context.d_sae)
-        mean = np.bincount(known.indices, known.data, self.context.d_sae) / max(fit.sum(), 1)
+        fit_z = sample.z[fit]
+        squares = np.bincount(fit_z.indices, np.square(fit_z.data), self.context.d_sae)
+        mean = np.bincount(fit_z.indices, fit_z.data, self.context.d_sae) / max(fit.sum(), 1)
         spread = squares / max(fit.sum(), 1) - mean**2
         chosen = np.sort(np.argsort(-spread, kind="stable")[: self.options.probe_latents])
         z = torch.from_numpy(sparse.csc_array(sample.z)[:, chosen].toarray())
@@ -196,7 +196,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`factors`: one row for each depth; `latents`: for each active one the depth it tells."""
+        """`factors`: one row for each depth; `latents`: the main depth of each active latent."""
         information = np.nan_to_num(self.information().added)
         permutations = self.context.permutations
         permuted = [self.explicitness(p) for p in permutations]
@@ -221,10 +221,10 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         return {"factors": pd.DataFrame(factors), "latents": pd.DataFrame(latents)}
 
     def figures(self) -> dict[str, Figure]:
-        """`explicitness`: of each depth, and dotted with permuted classes."""
+        """`explicitness`: of each depth, with that under permuted classes dotted."""
         table = self.tables()["factors"]
         drawing = summary.figure(
-            "What a linear read-out of the latents explains", "depth of the cut", "(H₀ − H)/H₀"
+            "Entropy explained by a linear probe on the latents", "depth of the cut", "(H₀ − H)/H₀"
         )
         drawing.update_xaxes(dtick=1)
         for column, name, line in (
@@ -249,7 +249,7 @@ def factor_depths(taxonomy: Taxonomy) -> list[int]:
 def level_counts(
     histogram: FiringHistogram, levels: Sequence[float], shuffled: bool = False
 ) -> sparse.csr_array:
-    """(m·L, C) images of both halves that put each latent into each level, lowest level first."""
+    """(m·L, C) images of both halves in each level of each latent, lowest level first."""
     survival = np.array(histogram.thresholds.survival)
     level = np.searchsorted(-np.array(levels), -survival, side="right") - 1
     parts = []
@@ -271,12 +271,12 @@ def mutual_information(
 ) -> tuple[np.ndarray, float]:
     """I(s; z_j) of each latent (m,), and H(s), in nats; s is the group of an image's class.
 
-    Only nonzero counts are looked at.
+    Only nonzero counts are read.
 
     Args:
         counts: (m·L, C) images in each level of a latent's firing; the rest are silent.
-        images: (C,) of each class.
-        group: (C,) numbered from 0.
+        images: (C,) images of each class.
+        group: (C,) group of each class, numbered from 0.
     """
     n_groups = int(group.max(initial=-1)) + 1
     size = np.bincount(group, images, n_groups)

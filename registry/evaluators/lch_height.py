@@ -1,4 +1,4 @@
-"""`lch_height`: how high in the tree the classes of a latent meet.
+"""`lch_height`: height of the lowest common hypernym (LCH) of the classes of a latent.
 
 The idea is that of Olson et al. 2025 (arXiv 2505.15970); the forms are our own definition.
 """
@@ -26,16 +26,16 @@ RULES = ("frequency", "topk", "topk_strict", "any")
 
 @dataclass(frozen=True)
 class LCHHeightOptions:
-    """How classes are assigned to a latent.
+    """Assignment of classes to a latent.
 
     rule: `frequency`: the classes on at least `tau` of whose images it fires. `topk`: the smallest
-        node that holds at least `keep` of its `k` most activating images. `topk_strict`: the LCH of
-        all the classes among them; one stray image sends it to the root, and its trend over depth
+        node with at least `keep` of its `k` most activating images. `topk_strict`: the LCH of all
+        classes among these images; one outlier image can make it the root, and its trend over depth
         can have the wrong sign: for comparison with the paper only. `any`: every class it fires on.
-    tau: share of a class's images, above 0.
-    k: at most; never more than half of the smallest class.
-    keep: share of the k images.
-    repeats: random class sets of each size that the gaps compare with.
+    tau: least share of a class's images, above 0.
+    k: number of most activating images, bounded by half of the smallest class.
+    keep: least share of the k images.
+    repeats: random class sets of each size for the gaps.
     """
 
     rule: str = "frequency"
@@ -67,14 +67,14 @@ class Assignment(NamedTuple):
 class LCHHeight(Evaluator[LCHHeightOptions]):
     """Height and generality of LCH(S_j), S_j the classes of latent j.
 
-    A latent whose S_j is empty is undefined and left out, never 0. Read `height` and `generality`
-    with `single_class_share`: a latent of one class has height 0, so few and narrow latents make a
-    low mean. The gaps say how much lower a latent of several classes lies than random sets of as
-    many classes. The metrics are those of the chosen rule; the tables compare all.
+    A latent with empty S_j is undefined and left out of means. Read `height` and `generality` with
+    `single_class_share`: a latent of one class has height 0, so few specific latents give a low
+    mean. The gaps are the differences between random sets of as many classes and the latents of
+    several classes. The metrics are those of the chosen rule; the tables compare all rules.
     """
 
     name = "lch_height"
-    description = "how high in the tree the classes of a latent meet"
+    description = "height in the tree of the lowest common hypernym of a latent's classes"
     higher_is_better = {
         "height": None,
         "generality": None,
@@ -90,13 +90,13 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         Headline(
             "height_gap",
             "LCH height",
-            "how much lower the classes of a latent meet than random sets of as many classes",
+            "LCH height of random class sets of equal size minus that of a latent's classes",
             priority=30,
         ),
         Headline(
             "generality_gap",
             "LCH generality",
-            "the same in bits of classes below the node",
+            "the same difference in log₂ of the number of classes below the node",
             priority=30,
         ),
     )
@@ -114,7 +114,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         shuffled: bool = False,
         rule: str | None = None,
     ) -> Assignment:
-        """The node of each latent under `rule`, None for the chosen one."""
+        """The node of each latent under `rule`; None for the chosen rule."""
         self._check_shuffled(shuffled)
         options, rule = self.options, rule or self.options.rule
         if rule.startswith("topk"):
@@ -159,9 +159,8 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         return random_sets(self.taxonomy, self.options.repeats, self.context.seed)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: one row for each latent that the chosen rule defines, with its node under the
-        other rules; `nodes`: how many latents each rule puts at a node; `rules`: what each gives.
-        """
+        """`latents`: each latent defined under the chosen rule, with its node under the other
+        rules; `nodes`: number of latents per node and rule; `rules`: metrics of each rule."""
         assigned = {rule: self.assign(rule=rule) for rule in RULES}
         return {
             "latents": self._latent_table(assigned),
@@ -234,7 +233,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
 
 
 def frequent_classes(fired: np.ndarray, images: np.ndarray, tau: float) -> np.ndarray:
-    """(m, C) the classes where a latent fires at all and on at least `tau` of the images.
+    """(m, C) the classes on at least `tau` of whose images, and at least one, a latent fires.
 
     Args:
         fired: (m, C) images on which the latent fires.
@@ -244,7 +243,7 @@ def frequent_classes(fired: np.ndarray, images: np.ndarray, tau: float) -> np.nd
 
 
 def top_labels(top: TopImages, k: int, shuffled: bool) -> np.ndarray:
-    """(m, k) classes of the k most activating images; a row of −1 where fewer than k fire."""
+    """(m, k) classes of the k most activating images; −1 where the latent fires on fewer."""
     labels = top.labels(shuffled)[:, :k]
     return np.where((labels >= 0).all(1, keepdims=True), labels, -1)
 
@@ -252,8 +251,8 @@ def top_labels(top: TopImages, k: int, shuffled: bool) -> np.ndarray:
 def smallest_holding(taxonomy: Taxonomy, labels: np.ndarray, keep: float) -> Assignment:
     """The smallest node above at least `keep` of the labels of each row (m, k).
 
-    Smallest: fewest classes; ties go to the deepest node, then to the smallest id. `size` counts
-    the distinct classes held.
+    Smallest: fewest classes; ties: the deepest node, then the smallest id. `size` is the number of
+    distinct classes of the labels below it.
     """
     m, k = labels.shape
     images = np.zeros((m, len(taxonomy.classes)), dtype=np.float32)
@@ -270,7 +269,7 @@ def smallest_holding(taxonomy: Taxonomy, labels: np.ndarray, keep: float) -> Ass
 def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean height and generality of the LCH of s random classes, each (C + 1,); NaN at s = 0.
 
-    Each of `repeats` random orders of the classes gives one set of every size: its prefixes.
+    The prefixes of each of `repeats` random orders of the classes are the sets.
     """
     generator = np.random.default_rng(seed)
     best_first = taxonomy.by_preference[::-1]
@@ -279,7 +278,7 @@ def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray
     generality = np.zeros(len(taxonomy.classes))
     for _ in range(repeats):
         order = generator.permutation(len(height))
-        above_first = np.flatnonzero(membership[order[0]])  # no other node holds a whole prefix
+        above_first = np.flatnonzero(membership[order[0]])  # only these can contain a prefix
         common = np.logical_and.accumulate(membership[order][:, above_first])
         lch = best_first[above_first[common.argmax(1)]]
         height += taxonomy.height[lch] / repeats

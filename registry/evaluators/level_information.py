@@ -1,6 +1,6 @@
-"""`level_information`: how much activations and latents tell at each depth of the tree.
+"""`level_information`: information in activations and latents about each depth of the tree.
 
-Own definition, after the layer-by-layer question of Olson et al. 2025 (arXiv 2505.15970).
+Own definition, after the layer-by-layer analysis of Olson et al. 2025 (arXiv 2505.15970).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PROBES = ("probe", "knn")
 @dataclass(frozen=True)
 class LevelInformationOptions:
     """ridge: of the linear probe, relative to the variance of a feature.
-    neighbours, neighbours_per_class: k of kNN, and the size of its database.
-    probe_latents: z is probed through its most variable latents only, as many as this.
+    neighbours, neighbours_per_class: k of kNN, and the size of its database per class.
+    probe_latents: number of most variable latents of z that are probed.
     """
 
     ridge: float = 0.01
@@ -43,7 +43,7 @@ class LevelInformationOptions:
 
 
 class LevelInformation(Evaluator[LevelInformationOptions]):
-    """Probe accuracy, right group given wrong leaf, and variance share, cut at each depth.
+    """Probe accuracy, correct group given a wrong class, and variance share, at each depth.
 
     Three features: `x` (the activations as trained on), `mean_patch` where given, and `z`. A linear
     probe and kNN, fitted on the fit half, predict the *class* of the images of the other half; at a
@@ -51,18 +51,17 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
 
     - `*_accuracy`: of the class. `*_level_accuracy`: of the group, mean over the informative cuts
       (those with more than one group and fewer groups than classes).
-    - `*_right_group`: of the images whose class is missed, the share put into the right group; mean
-      over the informative cuts. This is what a hierarchy adds to knowing classes.
+    - `*_right_group`: of the misclassified images, the share predicted into the right group; mean
+      over the informative cuts. It measures hierarchy beyond class accuracy.
     - `*_variance_share`: between-group variance over the total, mean over the informative cuts. It
-      rises with depth by construction: only its excess over permuted classes means anything.
+      rises with depth by construction: read only its excess over permuted classes.
 
-    Each depth by itself, beside its own permuted-classes null, is in the table `levels`. The other
-    sources of latents share x, so `x_*` and `mean_patch_*` are NaN there. Memory
-    O(C·(d + m) + d²).
+    The table `levels` has each depth with its own permuted-classes null. The other sources of
+    latents share x, so `x_*` and `mean_patch_*` are NaN there. Memory O(C·(d + m) + d²).
     """
 
     name = "level_information"
-    description = "what activations and latents tell at each depth of the tree"
+    description = "information in activations and latents about each depth of the tree"
     higher_is_better = {
         f"{feature}_{measure}": True
         for feature in FEATURES
@@ -86,7 +85,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         Headline(
             "x_probe_right_group",
             "right group",
-            "of the images whose class that probe misses, the share put into the right group",
+            "of the images that this probe misclassifies, the share predicted into the right group",
             priority=40,
         ),
     )
@@ -125,9 +124,9 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
     def levels(
         self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, np.ndarray]:
-        """Each measure of a feature at the informative cuts (L,), and `*_accuracy` of the class.
+        """Each measure of a feature at the informative cuts (L,); `*_accuracy`, of the class, (1,).
 
-        Empty where the feature was not seen.
+        Empty where no batch has the feature.
         """
         self._check_shuffled(shuffled)
         if feature not in self._measures:
@@ -147,7 +146,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`levels`: every feature, measure and informative depth, beside the permuted classes."""
+        """`levels`: each feature, measure and informative depth, with the permuted classes."""
         columns = ["feature", "measure", "depth", "groups", "value", "permuted", "permuted_most"]
         groups = [len(np.unique(self.taxonomy.cut(t))) for t in self._cuts]
         rows = []
@@ -155,7 +154,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
             nulls = [self.levels(feature, p) for p in self.context.permutations]
             for measure, values in self.levels(feature).items():
                 if f"{feature}_{measure}" in self.invariant:
-                    continue  # of the class, so the same at every depth
+                    continue  # of the class: equal at every depth
                 null = np.array([n[measure] for n in nulls] or [np.full(len(values), np.nan)])
                 for i, depth in enumerate(self._cuts):
                     at = null[:, i]
@@ -168,7 +167,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         return {"levels": table}
 
     def figures(self) -> dict[str, Figure]:
-        """For each measure its values over depth, and dotted the permuted classes."""
+        """Each measure over depth, with the permuted classes dotted."""
         table = self.tables()["levels"]
         figures = {}
         for measure in table["measure"].unique():
@@ -215,14 +214,14 @@ class _FeatureInformation:
             self.ridge.fit(probed[on], chosen)
             self.knn.fit(probed[on], chosen, batch.index.cpu()[fit])
         if not fit.all():
-            asked = probed[~fit.to(probed.device)]
+            held_out = probed[~fit.to(probed.device)]
             for confusion, probe in zip(self.confusion, (self.ridge, self.knn)):
-                for counts, labels, guess in zip(confusion, labellings, probe.predict(asked)):
+                for counts, labels, guess in zip(confusion, labellings, probe.predict(held_out)):
                     truth, guess = labels[~fit][guess >= 0].numpy(), guess[guess >= 0].numpy()
                     np.add.at(counts, (truth, guess), 1)
 
     def levels(self, groups: np.ndarray, labelling: int) -> dict[str, np.ndarray]:
-        """Measures for groups (L, C): the group of each class at each cut."""
+        """Measures (L,) for groups (L, C), the group of each class at each cut."""
         found: dict[str, np.ndarray] = {}
         for probe, confusion in zip(PROBES, self.confusion[:, labelling]):
             accuracy, at_level, right_group = read_off(confusion, groups)
@@ -242,7 +241,7 @@ def read_off(confusion: np.ndarray, groups: np.ndarray) -> tuple[float, np.ndarr
         groups: (L, C) the group of each class at each cut.
 
     Returns:
-        a number, and two arrays (L,); NaN where there is no image to count.
+        a number, and two arrays (L,); NaN where no image counts.
     """
     truth, guess = np.nonzero(confusion)
     images = confusion[truth, guess].astype(float)

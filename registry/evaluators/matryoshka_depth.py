@@ -1,7 +1,7 @@
-"""`matryoshka_depth`: whether later prefix groups of a dictionary hold more specific latents.
+"""`matryoshka_depth`: whether latents of later prefix groups are more specific.
 
-The LCA depth per prefix group is that of Pach et al. 2025 (arXiv 2504.02821, §4.3); trend, groups by
-firing rank and the form over pairs of different classes are our own definition.
+The LCA depth per prefix group is that of Pach et al. 2025 (arXiv 2504.02821, §4.3); trend, groups
+by firing rank and the form over pairs of different classes are our own definition.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .parts.pair_depths import all_pair_depths, pair_depths
 from .parts.ranks import spearman
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
-"""The groups of the paper, as shares of the dictionary; by firing rank of those that have a depth."""
+"""The groups of the paper, as shares of the dictionary; by rate, of the latents with a depth."""
 COLUMNS = [
     "group",
     "latents",
@@ -38,10 +38,10 @@ ORDERS = ("auto", "index", "rate")
 
 @dataclass(frozen=True)
 class MatryoshkaDepthOptions:
-    """k: the most activating images of a latent; it is skipped where it fires on fewer.
-    widths: the ends of the prefixes, rising up to d_sae; None takes those of the SAE, else `SHARES`.
-    order: `index`: latents as the SAE numbers them. `rate`: from the most to the least frequent.
-        `auto`: `index` where there are widths, else `rate`.
+    """k: number of most activating images of a latent; undefined where it fires on fewer.
+    widths: ends of the prefixes, increasing, at most d_sae; None: those of the SAE, else `SHARES`.
+    order: `index`: latents by index. `rate`: by decreasing firing rate. `auto`: `index` if there
+        are widths, else `rate`.
     """
 
     k: int = 16
@@ -55,7 +55,7 @@ class MatryoshkaDepthOptions:
             )
         if self.order not in ORDERS:
             raise ConfigError(
-                "order", "not known", given=self.order, allowed=f"one of {', '.join(ORDERS)}"
+                "order", "not defined", given=self.order, allowed=f"one of {', '.join(ORDERS)}"
             )
         widths = self.widths
         if widths is not None and (not widths or list(widths) != sorted({*widths} - {0})):
@@ -71,18 +71,18 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
     """Mean LCA depth of the top images of the latents of each prefix group.
 
     The depth of a latent is the mean over the pairs of its top k images, a pair of one class
-    counting with the depth of that class; `different_*` leave such pairs out and so cannot be won
-    by latents that merely know classes. `gain` is the last group less the first, `trend` the rank
-    correlation over latents of group and depth: both are above 0 where early latents are general
+    counting with the depth of that class; `different_*` leave such pairs out, so that class
+    detectors do not raise them. `gain` is the last group minus the first, `trend` the rank
+    correlation of group and depth over latents: both are above 0 where early latents are general
     and late ones specific.
 
-    An SAE without prefixes, and a Matryoshka SAE that was saved as another architecture without its
-    widths (give them in the options), is grouped by firing rank: `by_rate` is 1. So are the
-    `random` and `neurons` nulls, unless the widths are in the options.
+    An SAE without prefixes, or a Matryoshka SAE saved as another architecture without its widths
+    (give them in the options), is grouped by firing rate: `by_rate` is 1. So are the `random` and
+    `neurons` nulls, unless the options give widths.
     """
 
     name = "matryoshka_depth"
-    description = "whether later prefix groups of the dictionary hold more specific latents"
+    description = "whether latents of later prefix groups of the dictionary are more specific"
     higher_is_better = {
         "depth": True,
         "first_depth": None,
@@ -103,7 +103,7 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         self._top = self.context.share(TopImages, k=self.options.k)
         self._rate = self.context.share(FiringRate)
         given, order = self.options.widths, self.options.order
-        # Another number of latents (raw neurons) has prefixes of the same shares.
+        # With another number of latents (neurons), prefixes are the same shares.
         widths = [round(w / given[-1] * self.context.d_sae) for w in given] if given else None
         self._widths = widths or prefix_widths(self.context.sae)
         self.by_rate = order == "rate" or (order == "auto" and self._widths is None)
@@ -113,7 +113,7 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         """The ends of the groups."""
         d_sae, widths = self.context.d_sae, self._widths
         if widths is None:
-            # Rare latents come last by rate: of all, they alone could fill the last group.
+            # Rare latents are last by rate: the last group might have no latent with a depth.
             able = int((self._rate.fired >= self.options.k).sum()) if self.by_rate else d_sae
             widths = [round(share * able) for share in np.cumsum(SHARES)[:-1]]
         return sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
@@ -146,18 +146,21 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         }
         for prefix, depth in zip(("", "different_"), self.depths(permutation, shuffled)):
             first, last = (summary.mean(depth, group == g) for g in (0, len(self.widths) - 1))
-            known = np.isfinite(depth)
+            defined = np.isfinite(depth)
             numbers[f"{prefix}depth"] = summary.mean(depth)
             numbers[f"{prefix}gain"] = last - first
-            numbers[f"{prefix}trend"] = spearman(group[known], depth[known])
+            numbers[f"{prefix}trend"] = spearman(group[defined], depth[defined])
             if not prefix:
-                numbers |= {"first_depth": first, "last_depth": last, "defined": float(known.sum())}
+                numbers |= {
+                    "first_depth": first,
+                    "last_depth": last,
+                    "defined": float(defined.sum()),
+                }
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`groups`: one row for each prefix group, beside the permuted classes; `latents`: one for
-        each latent that is defined, in the order of the dictionary.
-        """
+        """`groups`: one row for each prefix group, with the permuted classes; `latents`: one for
+        each defined latent, by index."""
         group = self.group
         depth, different = self.depths()
         permuted = [self.depths(p) for p in self.context.permutations]
@@ -189,7 +192,7 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         return {"groups": pd.DataFrame(rows, columns=COLUMNS), "latents": pd.DataFrame(latents)}
 
     def figures(self) -> dict[str, Figure]:
-        """`groups`: depth of each group, and dotted the permuted classes."""
+        """`groups`: depth of each group, with the permuted classes dotted."""
         table = self.tables()["groups"]
         of = "firing rank" if self.by_rate else "prefix"
         drawing = summary.figure("LCA depth of the top images", f"group by {of}", "mean depth")
@@ -210,10 +213,10 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
 
 
 def prefix_widths(sae: Any) -> list[int] | None:
-    """The ends of the prefixes that an SAE's config names, None where it names none.
+    """The ends of the prefixes in an SAE's config; None where it has none.
 
-    Looked for: `matryoshka_widths` (ends) in the config, in its metadata, and in what SAELens keeps
-    there of the training config of an SAE that it saves as another; `level_widths` (widths).
+    Read from: `matryoshka_widths` (ends) in the config, its metadata, and the training config that
+    SAELens stores in the metadata of a converted SAE; `level_widths` (widths).
     """
     cfg = getattr(sae, "cfg", None)
     metadata = _get(cfg, "metadata")

@@ -1,6 +1,6 @@
-"""`monosemanticity`: how alike the images of a latent look to an independent encoder.
+"""`monosemanticity`: similarity of a latent's images in the embedding of an independent encoder.
 
-MonoScore of Pach et al. 2025 (arXiv 2504.02821, §3.2), here streamed in linear time.
+MonoScore of Pach et al. 2025 (arXiv 2504.02821, §3.2), computed in one pass and linear time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .parts import summary
 logger = logging.getLogger(__name__)
 
 DENSE = 0.05
-"""From this share of nonzeros on, a product of dense matrices is faster."""
+"""Share of nonzeros above which a dense matrix product is faster."""
 ENCODERS = ("auto", "embedding", "model", "mean_patch", "x")
 
 
 @dataclass(frozen=True)
 class MonosemanticityOptions:
-    """encoder: what embeds the images. `embedding`: that of the batches, given by who runs the pass.
-    `model`: the final class token of the model itself, one more forward per image. `mean_patch`
-    and `x`: the activations at the hook point. A path: a .npy of shape (images, e), rows in the
-    order of the evaluation set. `auto`: `embedding` where the batches have it, else `x`, with a
-    warning: it is the SAE's own layer.
+    """encoder: source of the embeddings. `embedding`: that of the batches. `model`: the final class
+    token of the model itself, one more forward pass per image. `mean_patch` and `x`: the
+    activations at the hook point. A path: a .npy of shape (images, e), rows in the order of the
+    evaluation set. `auto`: `embedding` where the batches have it, else `x`, with a warning, since
+    it is not independent of the SAE.
     """
 
     encoder: str = "auto"
@@ -51,18 +51,18 @@ class MonosemanticityOptions:
 
 
 class Monosemanticity(Evaluator[MonosemanticityOptions]):
-    """The similarity of a latent's images, weighted by its activation.
+    """Mean similarity of a latent's images, weighted by its activation.
 
-    MS_j = Σ_{a<b} ã_a ã_b cos(E_a, E_b) / Σ_{a<b} ã_a ã_b over the pairs of images, ã the activation
-    of latent j scaled to 0 … 1 over all images, E the embedding. With Ê = E/‖E‖ this equals
-    (‖Σ ã Ê‖² − Σ ã²) / ((Σ ã)² − Σ ã²): one sum per latent, whatever the number of images.
+    MS_j = Σ_{a<b} ã_a ã_b cos(E_a, E_b) / Σ_{a<b} ã_a ã_b over the pairs of images, ã the
+    activation of latent j scaled to 0 … 1 over all images, E the embedding. With Ê = E/‖E‖ this
+    equals (‖Σ ã Ê‖² − Σ ã²) / ((Σ ã)² − Σ ã²): from one sum per latent.
 
     Undefined for a latent that is constant or that only one image activates. The `baseline` is the
-    mean cosine over all pairs of images: what a latent with no preference scores. Memory O(m·e).
+    mean cosine over all pairs of images, the score of a latent without preference. Memory O(m·e).
     """
 
     name = "monosemanticity"
-    description = "how alike the images of a latent look to an independent encoder"
+    description = "similarity of a latent's images in the embedding of an independent encoder"
     higher_is_better = {
         "monosemanticity": True,
         "excess": True,
@@ -111,8 +111,8 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         self._most.scatter_reduce_(0, latents, values, "amax")
 
     def _add(self, batch: EvaluationBatch, embedding: Tensor) -> None:
-        """Add Σ z Ê of a batch, at once where z is dense; else its firings wait, as every sparse
-        product writes all of (m, e): for as many images as there are latents, at most."""
+        """Add Σ z Ê of a batch. A sparse product writes all of (m, e), so the firings of a sparse z
+        are collected first, of at most as many images as there are latents."""
         assert self._weighted is not None
         rows, latents, values = batch.firings
         n, m = batch.z.shape
@@ -143,8 +143,8 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
             encoder = "x" if batch.embedding is None else "embedding"
             if encoder == "x" and not self._own_layer and self.context.source == "sae":
                 logger.warning(
-                    "monosemanticity: no independent embedding is given, so images are compared "
-                    "by the activations that the SAE was trained on"
+                    "monosemanticity: no independent embedding is given; images are compared by the "
+                    "activations that the SAE was trained on"
                 )
         if encoder == "x":
             self._own_layer = True
@@ -152,13 +152,11 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         if encoder in ("embedding", "mean_patch"):
             found: Tensor | None = getattr(batch, encoder)
             if found is None:
-                raise ConfigError(
-                    "encoder", f"{encoder!r} was asked for, but the batches have none"
-                )
+                raise ConfigError("encoder", f"{encoder!r} is chosen, but the batches have none")
             return found
         if encoder == "model":
             if self.context.intervene is None:
-                raise ConfigError("encoder", "'model' was asked for, but no model is at hand")
+                raise ConfigError("encoder", "'model' is chosen, but no model is available")
             return self.context.intervene(batch.index).embedding
         if self._file is None:
             self._file = read_embeddings(encoder, self.context.n_images)
@@ -186,7 +184,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
 
     @property
     def baseline(self) -> float:
-        """The mean cosine over all pairs of images."""
+        """The mean cosine over all pairs of images (scalar)."""
         if self._embedded is None or self._images < 2:
             return float("nan")
         n = self._images
@@ -206,7 +204,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: one row for each that is defined, the most monosemantic first."""
+        """`latents`: one row for each defined latent, by decreasing score."""
         scores = self.scores()
         latent = np.flatnonzero(np.isfinite(scores))
         latent = latent[np.argsort(-scores[latent], kind="stable")]
@@ -214,7 +212,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         return {"latents": pd.DataFrame(table)}
 
     def figures(self) -> dict[str, Figure]:
-        """`monosemanticity`: the latents, and where one without preference would lie."""
+        """`monosemanticity`: scores of the latents, and the baseline."""
         drawing = summary.histograms(
             "Monosemanticity of latents", "similarity of its images", {"latents": self.scores()}
         )
@@ -224,16 +222,16 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
 
 
 def read_embeddings(path: str, n_images: int) -> np.ndarray:
-    """The rows of a .npy file, memory-mapped.
+    """(images, e) the rows of a .npy file, memory-mapped.
 
     Raises:
-        ConfigError: another number of rows than images.
+        ConfigError: the numbers of rows and images differ.
     """
     rows = np.load(path, mmap_mode="r")
     if rows.ndim != 2 or len(rows) != n_images:
         raise ConfigError(
             "encoder",
-            f"{path!r} has other rows than images",
+            f"{path!r} has another number of rows than images",
             given=rows.shape,
             allowed=f"one row for each of the {n_images} images",
         )

@@ -1,4 +1,4 @@
-"""`ontological_coverage`: how much of the tree has a detector among the latents.
+"""`ontological_coverage`: how well the nodes of the tree are detected by latents.
 
 The idea is that of Olson et al. 2025 (arXiv 2505.15970); the form is our own definition.
 """
@@ -22,8 +22,8 @@ from .parts.node_f1 import Detectors, find_detectors
 
 @dataclass(frozen=True)
 class CoverageOptions:
-    """covered: a node counts as covered from this F1. Nodes where saying yes to every image reaches
-        it are left out.
+    """covered: least F1 of a covered node. Nodes where always predicting "yes" reaches it are left
+        out.
     survival: the grid of thresholds, see `accumulators.SURVIVAL`.
     """
 
@@ -42,17 +42,17 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     """The best latent's F1 for "the image shows a class below v", over the nodes v.
 
     Latent and threshold are chosen on the fit half and scored on the other. Nodes with the same
-    classes count once. Internal nodes (several classes) and leaves (one) are told apart: leaves
-    alone would make a flat classifier look hierarchical. Left out: nodes without images in either
-    half, and nodes so common that always saying yes would cover them. A node for which nothing
-    fires scores 0.
+    classes count once. Internal nodes (several classes) and leaves (one) are scored separately,
+    since a flat classifier detects all leaves. Left out: nodes without images in either half, and
+    nodes so common that always predicting "yes" covers them. A node without a firing latent scores
+    0.
 
-    Permuting the classes moves leaves but leaves each one's detector as good as it was: the leaf
-    scores have no permuted-classes null of their own, theirs equals the value.
+    Permuting the classes does not change the detectors of leaves: for leaf scores, the
+    permuted-classes null equals the value.
     """
 
     name = "ontological_coverage"
-    description = "how much of the tree has a detector among the latents"
+    description = "how well the nodes of the tree are detected by latents"
     higher_is_better = {
         "internal_f1": True,
         "internal_covered_share": True,
@@ -72,7 +72,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     )
     node_table = NodeTable(
         "nodes",
-        meaning="the F1 of the best latent for it: latent and threshold chosen on one half of the "
+        meaning="F1 of its best latent: latent and threshold chosen on one half of the "
         "images, scored on the other",
         priority=10,
     )
@@ -106,7 +106,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
         internal = self.detectors(self.internal, permutation, shuffled).f1
-        leaf = self.detectors(self.leaves, None, shuffled).f1  # a permutation changes none
+        leaf = self.detectors(self.leaves, None, shuffled).f1  # permutation invariant
         numbers: dict[str, float] = {}
         for kind, f1 in (("internal", internal), ("leaf", leaf)):
             f1 = f1[np.isfinite(f1)]
@@ -116,7 +116,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`nodes`: the best latent of every node that is scored, and its permuted-classes null."""
+        """`nodes`: the best latent of every scored node, with the permuted-classes null."""
         parts = [self._table(self.internal, "internal"), self._table(self.leaves, "leaf")]
         return {
             "nodes": pd.concat(parts, ignore_index=True).dropna(subset=["f1"], ignore_index=True)

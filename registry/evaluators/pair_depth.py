@@ -1,7 +1,7 @@
-"""`pair_depth`: how deep in the tree the classes of a latent's top images meet, pair by pair.
+"""`pair_depth`: depth of the lowest common ancestor of pairs of classes of a latent's top images.
 
 Pach et al. 2025 (arXiv 2504.02821) average the LCA depth over all pairs; leaving out pairs of
-one class is our own definition, and makes the score one that knowing classes alone cannot win.
+one class is our own definition, so that detectors of single classes do not raise the score.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .parts.pair_depths import Pairs, pair_depths
 
 @dataclass(frozen=True)
 class PairDepthOptions:
-    """k: the most activating images of a latent; it is skipped where it fires on fewer."""
+    """k: number of most activating images of a latent; undefined where it fires on fewer."""
 
     k: int = 16
 
@@ -41,7 +41,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
     """
 
     name = "pair_depth"
-    description = "how deep the classes of a latent's top images meet, pairs of one class left out"
+    description = "LCA depth of pairs of different classes among a latent's top images"
     higher_is_better = {
         "pair_depth": True,
         "pair_depth_normalized": True,
@@ -57,7 +57,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
 
     @remembered
     def pairs(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Pairs:
-        """The per-latent numbers."""
+        """The values of each latent."""
         labels = self._top.labels(shuffled)
         return pair_depths(self.taxonomy.leaf_lca_depth, labels, permutation)
 
@@ -75,7 +75,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: one row for each latent where it is defined, the deepest first."""
+        """`latents`: one row for each defined latent, by decreasing depth."""
         depth, same_class = self.pairs()
         null = np.full(len(depth), np.nan)
         if self.context.permutations:
@@ -92,7 +92,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         return {"latents": pd.DataFrame(table)}
 
     def figures(self) -> dict[str, Figure]:
-        """`pair_depth`: of the latents, against the permuted classes."""
+        """`pair_depth`: histogram over latents, with the permuted classes."""
         permuted = [self.pairs(p).depth for p in self.context.permutations]
         return {
             "pair_depth": summary.histograms(

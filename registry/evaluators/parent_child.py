@@ -1,4 +1,4 @@
-"""`parent_child`: which latents fire only where another fires, and whether the tree agrees.
+"""`parent_child`: latents that fire only where another fires, compared with the tree.
 
 Implication and the test against the decoder are those of Tree SAE (arXiv 2605.07922), the Hamming
 distance that of HSAE (arXiv 2602.11881); forest, agreement and rewiring are our own definition.
@@ -38,24 +38,23 @@ from .parts.node_f1 import best_nodes
 from .parts.samples import FiringSample, ImageSample, fires, shape
 
 DRAWN = 300
-"""Latents in the drawing at most."""
+"""Maximum number of latents in the figure."""
 REWIRINGS = 5
-"""Draws behind each `rewired_` number."""
+"""Random draws for each `rewired_` number."""
 
 
 @dataclass(frozen=True)
 class ParentChildOptions:
-    """When a latent p is a parent of a latent c, on the fit half of a sample of images.
+    """Conditions for a latent p to be a parent of a latent c, on the fit half of a sample of images.
 
-    implication: P(p fires | c fires) is at least this.
-    ratio: p fires at least so many times as often as c.
-    lift: P(p | c) / P(p) is at least this; else a latent that fires nearly everywhere would be the
-        parent of all.
-    min_fired: c fires on so many images.
+    implication: least P(p fires | c fires).
+    ratio: least quotient of the firing rates of p and c.
+    lift: least P(p | c) / P(p); excludes latents that fire nearly everywhere as parents of all.
+    min_fired: least number of images on which c fires.
     max_images: size of the sample for co-firing.
-    probed: edges that are tested against the decoder, at random; 0 for none.
+    probed: edges tested against the decoder, chosen at random; 0 for none.
     probe_images: size of the sample of x for their probes.
-    nearest: an edge passes where both decoder rows are among so many nearest to the probe.
+    nearest: an edge passes if both decoder rows are among this many nearest to the probe.
     """
 
     implication: float = 0.9
@@ -80,11 +79,10 @@ class ParentChildOptions:
 
 
 class ParentChild(Evaluator[ParentChildOptions]):
-    """The forest of latents by implication, and that of the SAE itself, against the taxonomy.
+    """Compares the forest of latents by implication, and the SAE's own, with the taxonomy.
 
-    A pair: c fires on `min_fired` images, P(p|c) ≥ `implication`, p fires `ratio` times as often
-    and with `lift`. Of several parents the *forest* keeps the one that fires least. Pairs are
-    chosen on the fit half and measured on the other.
+    A pair (p, c) meets the conditions of the options. Of several parents the *forest* keeps the one
+    that fires least. Pairs are chosen on the fit half and measured on the score half.
 
     - `pairs`, `edges`, `child_share`: pairs; children with a parent; these per latent that fires
       `min_fired` times. `implication`, `holds_share`: mean P(p|c) on the score half, and the share
@@ -94,26 +92,25 @@ class ParentChild(Evaluator[ParentChildOptions]):
     - `reconstruction_share`: of at most `probed` edges those that pass Tree SAE's condition: with a
       logistic probe of the child's firing on x, the decoder rows of parent and child both are among
       the `nearest` to it by cosine. NaN without a decoder.
-    - `edge_precision`: each latent stands for the node of best F1 with its firing; of the edges,
-      those whose parent's node holds strictly more classes than the child's, among them all of the
-      child's, and is not the root. `edge_recall`: of the (parent, child) edges of the collapsed
-      tree below its root, those that some forest edge stands for.
+    - `edge_precision`: each latent represents the node of best F1 with its firing; share of the
+      edges whose parent's classes are a strict superset of the child's and whose parent is not the
+      root. `edge_recall`: share of the (parent, child) edges of the collapsed tree below its root
+      that some forest edge represents.
 
-    An SAE that has a forest of its own (`parents` in its config, as `tree` and `hsae` write it) has
-    that one measured too, over the edges whose child fires `min_fired` times on the fit half; NaN
-    for all other SAEs.
+    An SAE's own forest (`parents` in its config, as `tree` and `hsae` write it) is measured too,
+    over the edges whose child fires `min_fired` times on the fit half; NaN for all other SAEs.
 
-    - `recorded_edges`: these edges; `recorded_found`: the share of them that are edges of the forest
-      by implication too. The other `recorded_` numbers are those above, over these edges.
-    - `rewired_implication`, `rewired_reconstruction_share`, `rewired_edge_precision`: the same after
-      children of equal depth exchanged their parents at random, mean over draws: what a forest of
-      this shape over these latents has by chance.
+    - `recorded_edges`: these edges; `recorded_found`: the share of them that are edges of the
+      forest by implication too. The other `recorded_` numbers are those above, over these edges.
+    - `rewired_implication`, `rewired_reconstruction_share`, `rewired_edge_precision`: the same
+      after parents are permuted among children of equal depth, mean over draws: the value by chance
+      for a forest of this shape over these latents.
 
     Memory O(max_images·L0 + probe_images·d + m·L0).
     """
 
     name = "parent_child"
-    description = "latents that fire only where another fires, and whether the tree agrees"
+    description = "latents that fire only where another fires, compared with the tree"
     higher_is_better = {
         "edge_precision": True,
         "edge_recall": True,
@@ -155,7 +152,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @property
     @remembered
     def pairs(self) -> Pairs:
-        """Every pair that the fit half shows."""
+        """Every (parent, child) pair on the fit half."""
         sample, options = self._sample, self.options
         return implied_pairs(
             fires(sample.z[sample.is_fit]),
@@ -174,7 +171,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @property
     @remembered
     def recorded(self) -> Pairs:
-        """The edges of the SAE's own forest whose child is alive."""
+        """The edges of the SAE's own forest whose child fires `min_fired` times."""
         parents = self._parents
         child = np.flatnonzero((parents >= 0) & (self._fired >= self.options.min_fired))
         return Pairs(parents[child], child)
@@ -182,7 +179,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @property
     @remembered
     def rewired(self) -> list[Pairs]:
-        """`recorded` with the parents of children of equal depth exchanged, once per draw."""
+        """`recorded` with parents permuted among children of equal depth, once per draw."""
         generator = np.random.default_rng(self.context.seed)
         depth = depths(self._parents)[self.recorded.child]
         return [rewire(self.recorded, depth, generator) for _ in range(REWIRINGS)]
@@ -224,17 +221,17 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @property
     @remembered
     def reconstructs(self) -> np.ndarray:
-        """(E,) whether an edge passes Tree SAE's condition: 1, 0, or NaN where it was not asked."""
+        """(E,) whether an edge passes Tree SAE's condition: 1, 0, or NaN where not tested."""
         return self._condition([self.forest])[0]
 
     @property
     @remembered
     def recorded_reconstructs(self) -> list[np.ndarray]:
-        """The same for `recorded`, then for each of `rewired`."""
+        """`reconstructs`, (E,) each, of `recorded` and then of each of `rewired`."""
         return self._condition([self.recorded, *self.rewired])
 
     def _condition(self, forests: list[Pairs]) -> list[np.ndarray]:
-        """Tree SAE's condition for several forests over the same children, with one probe each."""
+        """Tree SAE's condition, (E,) each, of forests over the same children; one probe per child."""
         child = forests[0].child
         passes = [np.full(len(child), np.nan) for _ in forests]
         decoder = self.context.W_dec
@@ -245,14 +242,14 @@ class ParentChild(Evaluator[ParentChildOptions]):
         fired = np.bincount(z.indices, minlength=m)[child]
         able = np.flatnonzero((fired >= 5) & (fired < n))
         generator = np.random.default_rng(self.context.seed)
-        asked = np.sort(generator.permutation(able)[: self.options.probed])
-        if len(asked):
-            targets = torch.from_numpy(z[:, child[asked]].toarray() > 0)
+        tested = np.sort(generator.permutation(able)[: self.options.probed])
+        if len(tested):
+            targets = torch.from_numpy(z[:, child[tested]].toarray() > 0)
             direction = LogisticProber(self._images.x).fit(targets).weight
             rows = decoder.detach().float().cpu()
             for forest, passed in zip(forests, passes):
-                pairs = np.stack([forest.parent[asked], child[asked]])
-                passed[asked] = near_probe(rows, direction, pairs, self.options.nearest)
+                pairs = np.stack([forest.parent[tested], child[tested]])
+                passed[tested] = near_probe(rows, direction, pairs, self.options.nearest)
         return passes
 
     def best_nodes(
@@ -261,10 +258,10 @@ class ParentChild(Evaluator[ParentChildOptions]):
         permutation: np.ndarray | None = None,
         shuffled: bool = False,
     ) -> np.ndarray:
-        """The node of best F1 with the firing of each latent, as a position in `_nodes`."""
+        """The node of best F1 with the firing of each of `latents`, as a position in `_nodes`."""
         members = self.members(self._nodes, permutation)
-        known, place = np.unique(latents, return_inverse=True)
-        fired = self._firings.fired(shuffled, known)
+        distinct, place = np.unique(latents, return_inverse=True)
+        fired = self._firings.fired(shuffled, distinct)
         return best_nodes(fired, self._classes.all(shuffled), members)[0][place]
 
     def compute(
@@ -307,7 +304,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @property
     @remembered
     def _recorded_facts(self) -> dict[str, float]:
-        """What the tree has no part in."""
+        """The `recorded_` and `rewired_` metrics that do not depend on the tree."""
         recorded, scored = self.recorded, self._scored
         own, *chance = (summary.mean(passed) for passed in self.recorded_reconstructs)
         implied = [measure_edges(scored, forest).implication for forest in self.rewired]
@@ -336,21 +333,22 @@ class ParentChild(Evaluator[ParentChildOptions]):
 
     @cached_property
     def _above(self) -> np.ndarray:
-        """(N, N) whether the classes of one node are a strict part of the other's."""
+        """(N, N) whether the classes of the second node are a strict subset of the first's."""
         members = self.taxonomy.membership[:, self._nodes].astype(np.float32)
         size = members.sum(0)
         return (members.T @ members == size) & (size[:, None] > size)
 
     @cached_property
     def _tree_edges(self) -> np.ndarray:
-        """(E, 2) parent and child of the collapsed tree as positions in `_nodes`, root left out."""
+        """(E, 2) parent and child of the collapsed tree as positions in `_nodes`, without the
+        root."""
         position = {self.taxonomy.nodes[v]: i for i, v in enumerate(self._nodes)}
         edges = [(position[p], position[c]) for p, c in self.taxonomy.collapsed().edges()]
         return np.array([edge for edge in edges if edge[0] != 0], dtype=np.int64).reshape(-1, 2)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`forest`: one row for each child; `parents`: one for each parent; `recorded`: as `forest`,
-        where the SAE has a forest of its own."""
+        """`forest`: one row for each child; `parents`: one for each parent; `recorded`: as
+        `forest`, of the SAE's own forest."""
         tables = {"forest": self._rows(self.forest, self.edges, self.reconstructs)}
         parents = self._hamming.copy()
         nodes = self.best_nodes(parents["parent"].to_numpy())
@@ -382,7 +380,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return np.array([self.taxonomy.label(v) for v in self._nodes], dtype=object)
 
     def figures(self) -> dict[str, Figure]:
-        """`forest`: the latents that fire most, each below its parent; colour: P(p|c)."""
+        """`forest`: the most frequently firing latents below their parents; colour: P(p|c)."""
         table = self.tables()["forest"]
         fired = self._fired
         latents = np.unique(np.concatenate([self.forest.parent, self.forest.child]))

@@ -24,7 +24,7 @@ SALT = 102
 
 @dataclass(frozen=True)
 class QuasiOrthogonalityOptions:
-    """plot_images: about so many points in the ZF plot."""
+    """plot_images: approximate number of points in the ZF plot."""
 
     plot_images: int = 1000
 
@@ -33,16 +33,15 @@ class QuasiOrthogonalityOptions:
 
 
 class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
-    """How far ‖f̃‖ is from ‖x‖, f̃ = [z_i‖D_i‖ …, ‖b_dec‖].
+    """Difference of ‖f̃‖ and ‖x‖, f̃ = [z_i‖D_i‖ …, ‖b_dec‖].
 
-    Were the active decoder rows orthogonal and the reconstruction perfect, the two would be equal.
-    `epsilon_lbo` = |‖x‖² − ‖f̃‖²| / ((m − 1)‖f̃‖²), mean over images: a lower bound of how far from
-    orthogonal the rows are; `epsilon_lbo_l0` has the latents that fire in place of all m, and says
-    how far those are (own definition). `within_*`: images with |‖x‖² − ‖f̃‖²| ≤ c‖f̃‖².
-    `norm_ratio`: mean ‖f̃‖/‖x‖; `norm_correlation`: of the two norms over images, which has no
-    meaning where the model's norm layer makes ‖x‖ nearly constant (`norm_spread`, deviation of ‖x‖
-    over its mean). A poor reconstruction raises all distances. NaN without a decoder, and where an
-    image's f̃ is 0.
+    They are equal if the active decoder rows are orthogonal and the reconstruction is exact.
+    `epsilon_lbo` = |‖x‖² − ‖f̃‖²| / ((m − 1)‖f̃‖²), mean over images: a lower bound on the
+    deviation of the rows from orthogonality; `epsilon_lbo_l0` uses the latents that fire in place
+    of all m (own definition). `within_*`: images with |‖x‖² − ‖f̃‖²| ≤ c‖f̃‖². `norm_ratio`: mean
+    ‖f̃‖/‖x‖; `norm_correlation`: of the two norms over images, not meaningful where a norm layer
+    makes ‖x‖ nearly constant (`norm_spread`: standard deviation of ‖x‖ over its mean). A poor
+    reconstruction increases all differences. NaN without a decoder, and where an image's f̃ is 0.
     """
 
     name = "quasi_orthogonality"
@@ -109,7 +108,7 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         n, x, f, x2, f2, xf = self._moments
         if n:
             x_var, f_var = (max(s2 / n - (s / n) ** 2, 0.0) for s, s2 in ((x, x2), (f, f2)))
-            # Below this it is rounding that varies.
+            # Smaller variation is rounding error.
             if min(x_var / max(x2 / n, 1e-30), f_var / max(f2 / n, 1e-30)) > 1e-12:
                 covariance = xf / n - x * f / n**2
                 numbers["norm_correlation"] = float(covariance / np.sqrt(x_var * f_var))

@@ -1,4 +1,4 @@
-"""`reconstruction`: how well x is given back, how sparsely, and what the model loses by it.
+"""`reconstruction`: reconstruction error, sparsity, and effect of x̂ on the model's outputs.
 
 SAELens's own evals (6.54, `sae_lens/evals.py`), under its names, for tokens of images.
 """
@@ -29,13 +29,13 @@ from .parts.image_positions import ImagePositions
 from .parts.readout import class_probabilities, head_of, kl_divergence
 
 TINY = 1e-6
-"""An ablation that costs less than this leaves nothing to recover."""
+"""Least effect of an ablation for which scores are defined."""
 
 
 @dataclass(frozen=True)
 class ReconstructionOptions:
-    """max_images: of the score half, on which the SAE is spliced in.
-    almost_dead, dense: shares of the tokens; a latent that fires on fewer, or on more.
+    """max_images: images of the score half on which x is replaced by x̂, at most.
+    almost_dead, dense: a latent that fires on a smaller, or larger, share of the tokens.
     """
 
     max_images: int = 256
@@ -53,17 +53,17 @@ class ReconstructionOptions:
 
 @dataclass(frozen=True)
 class Downstream:
-    """The model's outputs with something in place of the activations, means over the images."""
+    """Outputs of the model with replaced activations, means over the images."""
 
-    ce_loss: float  # nats; NaN where no head knows the classes
+    ce_loss: float  # nats; NaN without a head for the classes
     accuracy: float
-    kl_div: float  # from the untouched outputs; NaN without a head
-    cossim: float  # of the final embedding with the untouched one
-    change: float  # ‖difference‖ / ‖untouched‖
+    kl_div: float  # from the unmodified outputs; NaN without a head
+    cossim: float  # of the final embedding with the unmodified one
+    change: float  # ‖difference‖ / ‖unmodified‖
 
 
 class Reconstruction(Evaluator[ReconstructionOptions]):
-    """Quality, sparsity and downstream cost of x̂, the decoded latents; over tokens, not images.
+    """Error, sparsity and downstream effect of x̂, the decoded latents; over tokens, not images.
 
     `mse` = mean ‖x − x̂‖²; `fvu` = mse / total variance of x, `explained_variance` = 1 − fvu;
     `cossim`, mean cos(x, x̂); `l2_ratio`, mean ‖x̂‖/‖x‖; `relative_reconstruction_bias` =
@@ -73,19 +73,18 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
 
     Splicing replaces the chosen tokens at the hook point by x̂; ablation by 0, mean ablation by
     their mean over the fit half. `ce_loss_without_sae`, `_with_sae`, `_with_ablation`,
-    `_with_mean_ablation`: the model's own head against the true class, −log Σ of the outputs that
-    stand for it. `ce_loss_score` = (ablated − spliced)/(ablated − clean), `ce_loss_score_mean` the
+    `_with_mean_ablation`: the model's own head against the true class, −log Σ of the outputs of
+    that class. `ce_loss_score` = (ablated − spliced)/(ablated − clean), `ce_loss_score_mean` the
     same for mean ablation; `kl_div_score` = 1 − KL(clean‖spliced)/KL(clean‖ablated). For any model
-    (own definition): `embedding_cossim_*` of the final embedding with the untouched one,
-    `embedding_change` = ‖difference‖/‖untouched‖, `embedding_score` = 1 − (1 − cos spliced)/(1 −
-    cos ablated). NaN where there is no head, no decoder or no model at hand; the table `splicing`
-    says which.
+    (own definition): `embedding_cossim_*` of the final embedding with the unmodified one,
+    `embedding_change` = ‖difference‖/‖unmodified‖, `embedding_score` = 1 − (1 − cos spliced)/(1 −
+    cos ablated). NaN without a head, a decoder or a model; the table `splicing` gives the reason.
 
     The `random` null is decoded at the scale of least squared error (see `RandomLatents`).
     """
 
     name = "reconstruction"
-    description = "how well the activations are given back, and what the model loses by it"
+    description = "reconstruction error, sparsity, and the effect on the model's outputs"
     higher_is_better = {
         "explained_variance": True,
         "fvu": False,
@@ -121,9 +120,9 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
     }
     nulls = {
         **ALL_NULLS,
-        "permuted_classes": "no tree enters",
-        "shuffled": "but for the head's cross-entropy no label is used",
-        "neurons": "x⁺ and (−x)⁺ give x back exactly",
+        "permuted_classes": "no tree is used",
+        "shuffled": "only the cross-entropy of the head uses labels",
+        "neurons": "x⁺ and (−x)⁺ reconstruct x exactly",
     }
     invariant = frozenset(higher_is_better)
     wants_intervention = True
@@ -137,7 +136,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
             self.context.d_sae, dtype=np.int64
         )  # tokens on which each latent fires
         self._sums: dict[str, float] = {}
-        self._offset: Tensor | None = None  # of the first batch: raw squares would lose precision
+        self._offset: Tensor | None = None  # mean of the first batch, for precision of squares
         self._moved = torch.zeros(self.context.d_in, dtype=torch.float64)  # Σ (x − offset)
         self._fit_sum = torch.zeros(self.context.d_in, dtype=torch.float64)
         self._fit_tokens = 0
@@ -148,7 +147,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
             return
         tokens = batch.x[:, None] if batch.tokens is None else batch.tokens
         per_image = max(1, tokens.shape[1])
-        # a batch of many tokens each would not fit as latents all at once
+        # the latents of all tokens of a batch might not fit into memory
         for images in torch.arange(len(tokens)).split(max(1, 4096 // per_image)):
             x = tokens[images].flatten(0, 1)
             z, decoded = reconstruct(x)
@@ -209,7 +208,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
 
     @property
     def density(self) -> np.ndarray:
-        """(m,) share of the tokens on which each latent fires; NaN where nothing was decoded."""
+        """(m,) share of the tokens on which each latent fires; NaN if nothing is decoded."""
         return summary.ratio(self._fired, self._tokens)
 
     # Downstream --------------------------------------------------------------------------------
@@ -244,12 +243,13 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
 
     @remembered
     def downstream(self) -> dict[str, Downstream]:
-        """ "clean", "spliced", "zero" and "mean" -> what the model gave; {} where it cannot be run."""
+        """ "clean", "spliced", "zero" and "mean" -> outputs of the model; {} where it cannot be
+        run."""
         return {} if self.reason else self._run()
 
     @property
     def reason(self) -> str:
-        """Why there is no downstream cost; "" where there is."""
+        """Why there are no downstream metrics; "" where there are."""
         if self.context.intervene is None:
             return self.context.no_intervention
         if self.context.reconstruct is None:
@@ -283,12 +283,12 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
             kl_div = float(kl_divergence(before, after).mean())
         if head is not None:
             labels = self._images.labels(fit=False)
-            known = np.flatnonzero(np.isin(labels, head.classes))
-            log_probs = head(result)[known]
+            labelled = np.flatnonzero(np.isin(labels, head.classes))
+            log_probs = head(result)[labelled]
             p = class_probabilities(log_probs, head.classes, len(self.taxonomy.classes))
-            own = p[np.arange(len(known)), labels[known]].clamp(min=1e-300)
+            own = p[np.arange(len(labelled)), labels[labelled]].clamp(min=1e-300)
             ce_loss = summary.mean(-own.log().numpy())
-            accuracy = summary.mean(head.classes[log_probs.argmax(1).numpy()] == labels[known])
+            accuracy = summary.mean(head.classes[log_probs.argmax(1).numpy()] == labels[labelled])
         one, other = clean.embedding.double(), result.embedding.double()
         return Downstream(
             ce_loss,
@@ -299,7 +299,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         )
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: how often each fires. `splicing`: the four runs, or why there are none."""
+        """`latents`: firing rate of each. `splicing`: the four runs, or why there are none."""
         rows = [
             {"run": run, **vars(found), "reason": ""} for run, found in self.downstream().items()
         ]
@@ -317,20 +317,20 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         }
 
     def figures(self) -> dict[str, Figure]:
-        """`density`: how often latents fire. `splicing`: the final embedding of the four runs."""
+        """`density`: firing rates of latents. `splicing`: final embedding of the four runs."""
         density = self._rate.rate if not self._tokens else self.density
         drawing = summary.histograms(
-            "How often latents fire (those that do)",
+            "Firing rates of latents, without dead ones",
             "log₁₀ share of the tokens",
             {"latents": np.log10(density[density > 0])},
         )
         drawings = {"density": drawing}
         if runs := self.downstream():
-            drawing = summary.figure("With something in place of the activations", "", "cosine")
+            drawing = summary.figure("Model with replaced activations", "", "cosine")
             drawing.add_bar(
                 x=list(runs),
                 y=[found.cossim for found in runs.values()],
-                name="final embedding, cosine with the untouched",
+                name="final embedding, cosine with the unmodified one",
                 marker={"color": summary.VALUE},
             )
             if np.isfinite(runs["clean"].accuracy):

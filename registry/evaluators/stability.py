@@ -1,4 +1,4 @@
-"""`stability`: does another SAE find the same latents?
+"""`stability`: whether another SAE finds the same latents.
 
 One-to-one and one-to-many matching are those of convergent learning (Li et al. 2016, arXiv
 1511.07543, made for the units of networks); relative representations are those of Moschella et al.
@@ -31,12 +31,12 @@ MATCHES = ("decoder", "activation")
 
 @dataclass(frozen=True)
 class StabilityOptions:
-    """max_images: of the sample on which latents are compared; half of it chooses, half scores.
-    max_latents: of either SAE so many that fire on most images are matched, for the matching takes
-    the cube of their number.
-    regressors: at most so many latents of the peer tell one latent together.
-    anchors: images that the others are described by in a relative representation.
-    same: a pair with this cosine, or correlation, counts as the same latent.
+    """max_images: size of the sample on which latents are compared, fit and score half together.
+    max_latents: number of most frequently firing latents matched, of either SAE; the time is cubic
+    in it.
+    regressors: latents of the peer that predict one latent jointly, at most.
+    anchors: reference images of a relative representation.
+    same: least cosine, or correlation, at which a pair counts as the same latent.
     """
 
     max_images: int = 4096
@@ -52,39 +52,38 @@ class StabilityOptions:
 
 
 class Comparison(NamedTuple):
-    """The SAE beside one peer; arrays are over the latents compared, NaN and −1 where undefined."""
+    """Comparison with one peer; arrays over the latents compared, NaN and −1 where undefined."""
 
     peer: str
     relation: str
     latent: np.ndarray  # (a,) of the SAE
     partner: dict[str, np.ndarray]  # match -> (a,) latent of the peer
     likeness: dict[str, np.ndarray]  # match -> (a,) cosine, or held-out correlation
-    r2: np.ndarray  # (regressors, a) held-out, by that many latents of the peer or fewer
+    r2: np.ndarray  # (regressors, a) held-out, from at most that many latents of the peer
     relative_cosine: float
     relative_mrr: float
 
 
 class Stability(Evaluator[StabilityOptions]):
-    """The SAE beside the other SAEs of the evaluation, its peers; every number a mean over them.
+    """Compares the SAE with its peers, the evaluation's other SAEs; numbers are means over peers.
 
-    - `decoder_cosine`: mean cosine of the decoder rows under the one-to-one matching that makes it
-      largest (Hungarian); `decoder_same_share`: pairs of cosine .7 or more. Only between decoders
-      of one space: not across models, and across layers only as far as these share a residual
-      stream.
+    - `decoder_cosine`: mean cosine of the decoder rows under the one-to-one matching of largest sum
+      (Hungarian); `decoder_same_share`: pairs of cosine .7 or more. Only between decoders of one
+      space: not across models; across layers only as far as they share a residual stream.
     - `activation_correlation`, `activation_same_share`: the same with the correlation of
       activations over images, pairs chosen on the fit half and correlated on the other.
     - `agreement`: latents that both matchings give the same partner.
-    - `one_to_one_r2`, `one_to_many_r2`: the share of a latent's held-out variance told linearly by
-      the best one of the peer's latents, and by up to five chosen greedily on the fit half
+    - `one_to_one_r2`, `one_to_many_r2`: the share of a latent's held-out variance that is predicted
+      linearly from the best latent of the peer, and from up to five chosen greedily on the fit half
       (orthogonal matching pursuit in place of the paper's lasso); a prediction worse than the mean
-      counts 0. Where the second is far above the first, the peer has split or merged the latent.
-    - `relative_cosine`, `relative_mrr`: each held-out image is described by the cosines of its
-      latents with those of the anchors, images of the fit half. The two SAEs' descriptions of the
-      same images are compared: mean cosine, about the mean description; and mean reciprocal rank of
-      an image among all images, by description. The one form for SAEs of other width or model.
+      counts 0. If the second is far above the first, the peer has split or merged the latent.
+    - `relative_cosine`, `relative_mrr`: a held-out image is represented by the cosines of its
+      latents with those of the anchors, images of the fit half. The two SAEs' representations of
+      the same images are compared: mean cosine, after centring; mean reciprocal rank of an image
+      among all images. Comparable across SAEs of different width or model.
 
-    Latents that fire on no fit image of the sample are left out (`latents` are matched), and in wide
-    dictionaries those that fire least. Everything is NaN without a peer. Memory
+    Latents that fire on no fit image of the sample are left out, and in wide dictionaries those
+    that fire least; `latents` are matched. Everything is NaN without a peer. Memory
     O(max_images·(L0 + max_latents) + max_latents²).
     """
 
@@ -117,7 +116,7 @@ class Stability(Evaluator[StabilityOptions]):
 
     @remembered
     def comparisons(self) -> list[Comparison]:
-        """The SAE beside each peer."""
+        """One comparison for each peer."""
         return [self._compare(peer) for peer in self.context.peers]
 
     def _compare(self, peer: Peer) -> Comparison:
@@ -195,20 +194,20 @@ class Stability(Evaluator[StabilityOptions]):
         return {**numbers, "latents": float(len(found.latent))}
 
     def notes(self) -> list[str]:
-        """With whom the SAE was compared, or why with none."""
+        """The peers compared with, or why there are none."""
         if not self.context.peers:
             return [
                 "There is no other SAE to compare with: evaluate two runs (seeds), a run of several "
                 "layers, or SAEs of two models together."
             ]
-        told = ", ".join(f"{peer.name} ({peer.relation})" for peer in self.context.peers)
-        notes = [f"Compared with {told}."]
+        peers = ", ".join(f"{peer.name} ({peer.relation})" for peer in self.context.peers)
+        notes = [f"Compared with {peers}."]
         if not all(peer.same_space for peer in self.context.peers):
             notes.append("Decoder rows of two models have no common space: no cosine is given.")
         return notes
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: every latent compared and its partners; `peers`: the numbers of each peer."""
+        """`latents`: partners of every latent compared; `peers`: the numbers for each peer."""
         found = self.comparisons()
         if not found:
             return {}
@@ -219,7 +218,7 @@ class Stability(Evaluator[StabilityOptions]):
         return {"peers": peers, **({"latents": latents} if len(latents) else {})}
 
     def figures(self) -> dict[str, Figure]:
-        """`matches`: how alike matched latents are, by decoder and by activation."""
+        """`matches`: similarity of matched latents, by decoder and by activation."""
         found = self.comparisons()
         if not found:
             return {}
@@ -249,7 +248,7 @@ def _latents(found: Comparison) -> pd.DataFrame:
 
 
 def most_firing(z: sparse.csr_array, most: int) -> np.ndarray:
-    """(≤ most,) the latents of z (n, m) that fire on most images, ascending; none that never does."""
+    """(≤ most,) the latents of z (n, m) that fire on most images, ascending; no silent ones."""
     fired = np.asarray(fires(z).sum(0)).ravel()
     order = np.argsort(-fired, kind="stable")[:most]
     return np.sort(order[fired[order] > 0])
@@ -258,7 +257,7 @@ def most_firing(z: sparse.csr_array, most: int) -> np.ndarray:
 def match(likeness: np.ndarray) -> np.ndarray:
     """(a,) the column of each row of likeness (a, b) in the one-to-one matching of largest sum.
 
-    −1 for rows that are left over, and for all of them where a likeness is NaN.
+    −1 for unmatched rows, and for all rows where a likeness is NaN.
     """
     column = np.full(len(likeness), -1)
     if np.isfinite(likeness).all():
@@ -268,7 +267,7 @@ def match(likeness: np.ndarray) -> np.ndarray:
 
 
 def of_pairs(likeness: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """(a,) the likeness of each row with its column, NaN where it has none."""
+    """(a,) likeness of each row with its column; NaN where the column is −1."""
     found = np.full(len(column), np.nan)
     rows = np.flatnonzero(column >= 0)
     found[rows] = likeness[rows, column[rows]]
@@ -276,12 +275,12 @@ def of_pairs(likeness: np.ndarray, column: np.ndarray) -> np.ndarray:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1; those of length 0 stay."""
+    """x (n, d) with rows scaled to length 1; zero rows stay."""
     return torch.nn.functional.normalize(x, dim=1)
 
 
 def standard(x: Tensor) -> Tensor:
-    """Columns of x (n, w) with mean 0 and length √n; a constant one is 0."""
+    """x (n, w) with columns of mean 0 and length √n; constant columns become 0."""
     x = x.double()
     centred = x - x.mean(0) if len(x) else x
     deviation = centred.square().mean(0).sqrt() if len(x) else torch.zeros(x.shape[1])
@@ -293,7 +292,7 @@ def correlations(x: Tensor, y: Tensor, constant: float = 0.0) -> np.ndarray:
     """(a, b) Pearson correlations of the columns of x (n, a) and y (n, b).
 
     Args:
-        constant: takes the place of what is undefined, because one of the two does not vary.
+        constant: value where a column is constant, so that the correlation is undefined.
     """
     x, y = standard(x), standard(y)
     found = (x.T @ y) / max(len(x), 1)
@@ -307,7 +306,7 @@ def regression_r2(
     """(regressors, a) R² of the columns of x (n, a), from the s columns of y (n, b) that orthogonal
     matching pursuit picks for each, s = 1 …; on the rows held out, never below 0.
 
-    NaN where a column does not vary there. Where the columns run out, the last R² stands.
+    NaN where a column is constant there. With fewer than s columns, R² of all of them.
     """
     n_targets, n_sources = x.shape[1], y.shape[1]
     r2 = np.full((regressors, n_targets), np.nan)
@@ -315,7 +314,7 @@ def regression_r2(
         return r2
     x_mean, y_mean = x.mean(0), y.mean(0)
     y_scale = y.std(0, correction=0)
-    y_scale = y_scale.masked_fill(y_scale == 0, torch.inf)  # a constant tells nothing
+    y_scale = y_scale.masked_fill(y_scale == 0, torch.inf)  # a constant contributes 0
     source = ((y - y_mean) / y_scale).float()
     target = (x - x_mean).float()
     gram = source.T @ source / len(x) + RIDGE * torch.eye(n_sources)
@@ -327,8 +326,8 @@ def regression_r2(
     rest = moment.clone()
     for size in range(1, regressors + 1):
         if size <= n_sources:
-            told = rest.abs().scatter_(1, chosen, -1.0)
-            chosen = torch.cat([chosen, told.argmax(1, keepdim=True)], dim=1)
+            gain = rest.abs().scatter_(1, chosen, -1.0)
+            chosen = torch.cat([chosen, gain.argmax(1, keepdim=True)], dim=1)
             among = gram[chosen[:, :, None], chosen[:, None, :]]
             weight = torch.linalg.solve(among, moment.gather(1, chosen))
             predicted = x_mean.expand(len(held), -1).clone()
@@ -343,7 +342,7 @@ def regression_r2(
 
 
 def relative(z: sparse.csr_array, anchors: sparse.csr_array) -> np.ndarray:
-    """(n, A) cosines of the rows of z (n, m) with those of anchors (A, m); 0 with a row of zeros."""
+    """(n, A) cosines of the rows of z (n, m) with those of anchors (A, m); 0 for zero rows."""
     dots = np.asarray((z @ anchors.T).toarray(), dtype=np.float64)
     for axis, rows in ((1, z), (0, anchors)):
         squares = sparse.csr_array((np.square(rows.data), rows.indices, rows.indptr), shape(rows))

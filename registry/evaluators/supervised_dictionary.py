@@ -1,9 +1,9 @@
-"""`supervised_dictionary`: the SAE beside the dictionary that one would write down knowing the labels.
+"""`supervised_dictionary`: compares the SAE with a dictionary computed from the class labels.
 
 Makelov et al. 2024, "Towards principled evaluations of sparse autoencoders for interpretability and
 control" (arXiv 2405.08366): mean-difference vectors as an upper baseline for approximation, sparse
-control and interpretability. Their attributes are those of a sentence; that the nodes of a taxonomy
-take their place, and all that follows from it, is our own definition.
+control and interpretability. Their attributes describe sentences; the use of taxonomy nodes in
+their place, with the changes it requires, is our own definition.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .parts.readout import kl_divergence
 from .parts.samples import ImageSample
 
 SPLICED = ("sufficiency", "necessity", "control")
-OVER_SPLIT = 10  # latents of one attribute
+OVER_SPLIT = 10  # latents of one node
 ROUNDING = 1e-9  # of cosines
 
 
 @dataclass(frozen=True)
 class SupervisedDictionaryOptions:
-    """max_images: of the sample of x from which the dictionary is made and on which it is asked.
-    spliced_images: about so many images of the score half run through the model, nine times each.
-    swaps: at most so many latents of a token are set to their counterfactual values.
-    detected: a node counts as found where its best detector has this F1 on the score half.
+    """max_images: size of the sample of x on which the dictionary is computed and scored.
+    spliced_images: images of the score half run through the model, approximately; nine runs each.
+    swaps: latents of a token set to their counterfactual values, at most.
+    detected: least F1 on the score half at which a node counts as detected.
     """
 
     max_images: int = 8192
@@ -54,7 +54,7 @@ class SupervisedDictionaryOptions:
 
 
 class Supervised(NamedTuple):
-    """The supervised dictionary; N nodes."""
+    """The supervised dictionary of C classes and N nodes."""
 
     mean: np.ndarray  # (d,) of x
     of_class: np.ndarray  # (C, d) u of each class, NaN without images
@@ -63,53 +63,56 @@ class Supervised(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the dictionary and the latents find of the tree."""
+    """The supervised dictionary and the latents as detectors of nodes."""
 
     supervised: Supervised
     detectors: Detectors  # of the latents, per node
-    node: np.ndarray  # (m,) the node that each latent tells best, −1 where it never fires
+    node: np.ndarray  # (m,) best node of each latent, −1 where it never fires
     f1: np.ndarray  # (m,) of the latent as detector of that node, on the score half
     precision: np.ndarray  # (m,)
 
 
 class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
-    """The SAE beside u_v = mean(x | v) − mean(x), v the nodes of the tree, from fit images.
+    """Compares the SAE with u_v = mean(x | v) − mean(x) of each node v, from fit images.
 
-    By splicing into the model, on score images; E[x] is the mean of x:
+    From replaced activations in the model, on score images, E[x] the mean of x:
 
-    - `sufficiency`: x is replaced by its reconstruction x̂; 1 − D(x̂)/D(E[x]), D the mean divergence
-      of what the model gives from what it gives untouched. 1: nothing is lost; 0: as bad as E[x].
-    - `necessity`: x is replaced by E[x] + (x − x̂); D/D(E[x]). 1: what x̂ leaves out says nothing.
-    - `control`: an image shall pass for one of another class. At most four latents are set to the
-      values that they have on that one, chosen greedily to bring x nearest to its x'. The share of
-      pairs in which the model answers as it does when x' itself is put in, among the pairs where
-      that changes the answer.
+    - `sufficiency`: x is replaced by its reconstruction x̂; 1 − D(x̂)/D(E[x]), D the mean
+      divergence of outputs from the unmodified ones. 1: no loss; 0: no better than E[x].
+    - `necessity`: x is replaced by E[x] + (x − x̂); D/D(E[x]). 1: the residual x − x̂ carries no
+      information.
+    - `control`: each image is paired with one of another class, with activations x'. At most four
+      latents of x are set to their values on x', chosen greedily to bring x nearest to x'. Among
+      the pairs where patching in x' changes the prediction, the share whose prediction equals that
+      with x'.
     - `supervised_*`: the same for the supervised dictionary: x̂ = E[x] + u_class, and one swap,
       x + u_class' − u_class.
 
-    D is the KL divergence of the logits, the answer the largest logit; a model without a head has
-    D = 1 − cosine of the embeddings, and answers as x' where its embedding lies nearer (cosine) to
-    that of x' put in than to the untouched one. A SAE of many tokens is spliced in at each of them.
+    D is the KL divergence of the logits; the prediction is the largest logit. A model without a
+    head has D = 1 − cosine of the embeddings, and predictions are equal where the embedding is
+    nearer (cosine) to the one with x' than to the unmodified one. An SAE of several tokens replaces
+    all.
 
     Without the model, on counts of firings:
 
-    - `interpretability`: over latents that fire, the F1 of their firing for the node that it tells
-      best, chosen on the fit half and scored on the other; `supervised_interpretability`: over
-      nodes, that of x·u_v above a threshold of the fit half.
-    - `detected_share`: of the `supervised_nodes`, those that u_v detects with an F1 of .5, the
-      share that some latent detects too.
-    - `occluded`: of these nodes, how many are missed while a parent or child with a longer u is
-      detected; `occluded_share`: of the pairs of parent and child with one missed, how often it is
-      the one with the shorter u (.5 by chance).
-    - `over_split`: nodes that ten latents or more tell best, each with a precision of .5.
+    - `interpretability`: over latents that fire, the F1 of their firing for their best node,
+      chosen on the fit half and scored on the other; `supervised_interpretability`: over
+      nodes, that of x·u_v above a threshold chosen on the fit half.
+    - `detected_share`: of the `supervised_nodes` (u_v detects them with F1 ≥ .5), the share that
+      some latent detects too.
+    - `occluded`: of these nodes, how many no latent detects while a parent or child with a longer u
+      is detected; `occluded_share`: of the parent-child pairs with one undetected, the share where
+      that one has the shorter u (.5 by chance).
+    - `over_split`: nodes that are the best node of ten or more latents of precision ≥ .5.
 
-    Nodes with the same classes count once; the root, nodes without images in a half, and nodes where
-    "always yes" reaches F1 .5 are left out. Other sources of latents share x: the supervised numbers
-    are NaN there, and under shuffled labels all that is spliced is. Memory O(max_images·d + m·C).
+    Nodes with the same classes count once. The root, nodes without images in a half, and nodes
+    where always predicting "yes" reaches F1 .5 are left out. Other sources of latents share x: the
+    supervised numbers are NaN there. Metrics from the model are NaN under shuffled labels. Memory
+    O(max_images·d + m·C).
     """
 
     name = "supervised_dictionary"
-    description = "the SAE beside mean-difference vectors of the nodes: approximation, control, F1"
+    description = "the SAE against mean-difference vectors of nodes: approximation, control, F1"
     higher_is_better = {
         **dict.fromkeys(SPLICED, True),
         **{f"supervised_{metric}": True for metric in SPLICED},
@@ -137,7 +140,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         self._images = context.share(ImagePositions, max_images=options.spliced_images)
         self.nodes = self.taxonomy.distinct_nodes[self.taxonomy.distinct_nodes != 0]
 
-    # What is found of the tree ---------------------------------------------------------------------
+    # Detection of nodes -----------------------------------------------------------------------------
 
     @remembered
     def found(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Found:
@@ -148,11 +151,11 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         detectors = find_detectors(fit, score, members, *images)
         scored = np.isfinite(detectors.f1)
         at, fit_f1, outcome = explain(fit, score[:, 0].numpy(), members[:, scored], *images)
-        told = fit_f1 > 0
-        node = np.append(np.flatnonzero(scored), -1)[np.where(told, at, -1)]
+        fires = fit_f1 > 0
+        node = np.append(np.flatnonzero(scored), -1)[np.where(fires, at, -1)]
         supervised = self._supervise(members, shuffled)
         supervised.f1[~scored] = np.nan
-        rates = (np.where(told, rate, np.nan) for rate in (outcome.f1, outcome.precision))
+        rates = (np.where(fires, rate, np.nan) for rate in (outcome.f1, outcome.precision))
         return Found(supervised, detectors, node, *rates)
 
     def _supervise(self, members: np.ndarray, shuffled: bool) -> Supervised:
@@ -172,8 +175,8 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         return Supervised(mean, of_class, np.linalg.norm(vectors, axis=1), f1)
 
     def _occlusion(self, found: Found) -> tuple[np.ndarray, float]:
-        """(N,) which nodes are occluded, and of the pairs with one missed, the share in which it is
-        the one with the shorter vector."""
+        """(N,) which nodes are occluded; of the pairs with one node undetected, the share where
+        that node has the shorter vector."""
         norm = found.supervised.norm
         known = found.supervised.f1 >= self.options.detected
         seen = found.detectors.f1 >= self.options.detected
@@ -188,7 +191,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
 
     @property
     def _edges(self) -> np.ndarray:
-        """(E, 2) parent and child among `nodes`, in the collapsed tree."""
+        """(E, 2) edges of the collapsed tree, parent first, as positions in `nodes`."""
         tree = self.taxonomy.collapsed()
         place = {self.taxonomy.nodes[v]: i for i, v in enumerate(self.nodes)}
         edges = [
@@ -200,15 +203,15 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         return np.array(edges, dtype=np.int64).reshape(-1, 2)
 
     def _split_into(self, found: Found) -> np.ndarray:
-        """(N,) how many latents tell each node best and with a precision of .5."""
-        told = found.node[(found.node >= 0) & (found.precision >= 0.5)]
-        return np.bincount(told, minlength=len(self.nodes))
+        """(N,) the number of latents of precision ≥ .5 with each node as their best."""
+        best = found.node[(found.node >= 0) & (found.precision >= 0.5)]
+        return np.bincount(best, minlength=len(self.nodes))
 
     # Splicing into the model -----------------------------------------------------------------------
 
     @remembered
     def spliced(self) -> Spliced:
-        """What the model gives for activations that are replaced; nothing where it is not at hand."""
+        """Results of the model with replaced activations; empty without a model."""
         return NOTHING if self._why_not_spliced() else self._splice()
 
     def _why_not_spliced(self) -> str:
@@ -262,7 +265,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         return Spliced(index, labels, labels[partner], shares, agree, untouched.logits is not None)
 
     def _swap(self, x: Tensor, target: Tensor) -> Tensor:
-        """x (n, k, d) with a few latents of each token as on the target."""
+        """(n, k, d) x with at most `swaps` latents of each token set to their target values."""
         reconstruct, W_dec = self.context.reconstruct, self.context.W_dec
         assert reconstruct is not None and W_dec is not None
         rows = W_dec.detach().float().cpu()
@@ -302,16 +305,16 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         return numbers
 
     def notes(self) -> list[str]:
-        """What is missing, and on what the model was judged."""
+        """The reason for missing metrics; whether outputs are embeddings."""
         if why := self._why_not_spliced():
-            return [f"Sufficiency, necessity and control are left out: {why}."]
+            return [f"Sufficiency, necessity and control are not computed: {why}."]
         if len(self.spliced().index) and not self.spliced().has_logits:
-            return ["The model has no classification head: it is judged by its final embedding."]
+            return ["The model has no classification head: its final embedding is compared."]
         return []
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`nodes`: the supervised vector and the best latent of each; `latents`: the node that each
-        tells best; `control`: the agreement by the depth at which the two classes meet."""
+        """`nodes`: supervised vector and best latent of each; `latents`: best node of each;
+        `control`: agreement by the depth of the lowest common ancestor of the two classes."""
         found, taxonomy = self.found(), self.taxonomy
         nodes = pd.DataFrame(
             {
@@ -344,10 +347,10 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
     def _control_table(self) -> pd.DataFrame:
         spliced = self.spliced()
         depth = self.taxonomy.leaf_lca_depth[spliced.label, spliced.other_label]
-        asked = np.isfinite([*spliced.agree.values(), np.full(len(depth), np.nan)]).any(0)
+        defined = np.isfinite([*spliced.agree.values(), np.full(len(depth), np.nan)]).any(0)
         rows = []
-        for t in np.unique(depth[asked]):
-            at = asked & (depth == t)
+        for t in np.unique(depth[defined]):
+            at = defined & (depth == t)
             agree = {name: summary.mean(values, at) for name, values in spliced.agree.items()}
             rows.append({"depth": int(t), "pairs": int(at.sum()), **agree})
         return pd.DataFrame(rows)
@@ -356,7 +359,9 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         """`nodes`: F1 of each node's best latent against that of its supervised vector."""
         found = self.found()
         drawing = summary.figure(
-            "Nodes found by latents and by the supervised dictionary", "supervised F1", "latent F1"
+            "Nodes detected by latents and by the supervised dictionary",
+            "supervised F1",
+            "latent F1",
         )
         ends = [0, 1]
         drawing.add_scatter(
@@ -374,13 +379,13 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
 
 
 class Spliced(NamedTuple):
-    """What the model gave; empty where it was not run."""
+    """Results of the model with replaced activations; empty where it was not run."""
 
     index: np.ndarray  # (n,) positions of the images
-    label: np.ndarray  # (n,) and the class that each shall pass for:
-    other_label: np.ndarray
+    label: np.ndarray  # (n,) class of each
+    other_label: np.ndarray  # (n,) class of its partner
     shares: dict[str, float]
-    agree: dict[str, np.ndarray]  # (n,) 0 or 1, NaN where there is nothing to agree about
+    agree: dict[str, np.ndarray]  # (n,) 0 or 1; NaN where patching does not change the prediction
     has_logits: bool
 
 
@@ -391,7 +396,7 @@ NOTHING = Spliced(EMPTY, EMPTY, EMPTY, {}, {}, False)
 def held_out_f1(
     scores: np.ndarray, truth: np.ndarray, held_scores: np.ndarray, held_truth: np.ndarray
 ) -> np.ndarray:
-    """(N,) F1 of scores > t for each column on held-out rows, t the best on the others.
+    """(N,) F1 of scores > t for each column on held-out rows, t of best F1 on the other rows.
 
     Args:
         scores, held_scores: (n, N); NaN columns give NaN.
@@ -405,11 +410,11 @@ def held_out_f1(
 
 
 def greedy_swap(x: Tensor, target: Tensor, change: Tensor, rows: Tensor, swaps: int) -> Tensor:
-    """x (n, d) + Σ change_l·D_l over at most `swaps` latents l of each row, taken one after the other
-    as they bring it nearest to the target (n, d); none that would lead away from it.
+    """x (n, d) + Σ change_l·D_l over at most `swaps` latents l of each row: greedily, the one that
+    most reduces the distance to the target (n, d), while one does.
 
     Args:
-        change: (n, m) what each latent would change by.
+        change: (n, m) change of each latent when swapped.
         rows: (m, d) the decoder.
     """
     change = change.clone()
@@ -425,7 +430,7 @@ def greedy_swap(x: Tensor, target: Tensor, change: Tensor, rows: Tensor, swaps: 
 
 
 def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of labels (n,) the next one around that differs, and whether there is one."""
+    """(n,) the next position, cyclically, with another label; (n,) whether there is one."""
     n = len(labels)
     partner = np.arange(n)
     for step in range(1, n):
@@ -435,17 +440,17 @@ def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tokens(x: Tensor) -> tuple[Tensor, ...]:
-    """x (n, k, d) as a few (·, d), so that their latents fit into memory."""
+    """x (n, k, d) split into parts (≤ 256, d), to bound the memory of their latents."""
     return x.flatten(0, 1).split(256)
 
 
 def run(
     intervene: Intervention, index: np.ndarray, replacement: Tensor | None = None
 ) -> tuple[Tensor, InterventionResult]:
-    """Run images with their activations replaced by (n, k, d), or untouched.
+    """Run the model on images, with their activations replaced by (n, k, d), or unmodified.
 
     Returns:
-        the activations that were there, (n, k, d); what the model gave.
+        the original activations (n, k, d); the model's outputs.
     """
     seen: list[Tensor] = []
 
@@ -469,7 +474,7 @@ def divergence(untouched: InterventionResult, other: InterventionResult) -> np.n
 
 
 def differs(one: InterventionResult, other: InterventionResult) -> np.ndarray:
-    """(n,) whether the largest logit, without logits the embedding, is another."""
+    """(n,) whether the largest logit differs; without logits, whether the embedding does."""
     if one.logits is not None and other.logits is not None:
         return (one.logits.argmax(1) != other.logits.argmax(1)).numpy()
     return cosine(one, other) < 1 - ROUNDING
@@ -478,14 +483,14 @@ def differs(one: InterventionResult, other: InterventionResult) -> np.ndarray:
 def answers(
     given: InterventionResult, untouched: InterventionResult, wanted: InterventionResult
 ) -> np.ndarray:
-    """(n,) whether the model answers as wanted: with the same largest logit, or without logits with
-    an embedding nearer to the wanted than to the untouched one."""
+    """(n,) whether the prediction is that of `wanted`: the same largest logit; without logits, an
+    embedding nearer to that of `wanted` than to the unmodified one."""
     if wanted.logits is not None:
         return ~differs(given, wanted)
     return cosine(given, wanted) > cosine(given, untouched) + ROUNDING
 
 
 def cosine(one: InterventionResult, other: InterventionResult) -> np.ndarray:
-    """(n,) of the embeddings."""
+    """(n,) cosine of the embeddings."""
     similarity = torch.nn.functional.cosine_similarity
     return similarity(one.embedding.double(), other.embedding.double()).numpy()

@@ -1,7 +1,7 @@
-"""`taxonomic_autocorrelation`: whether a latent is as active on classes that are near in the tree.
+"""`taxonomic_autocorrelation`: similarity of a latent's activation on classes near in the tree.
 
-Moran's I (Moran 1950, https://doi.org/10.2307/2332142) with tree distances in place of those on a
-map: own definition.
+Moran's I (Moran 1950, https://doi.org/10.2307/2332142) with tree distances in place of
+geographic ones: own definition.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .parts.ranks import benjamini_hochberg
 from .parts.sums import LatentSums
 
 BLOCK = 256
-"""Latents at a time."""
+"""Latents processed at a time."""
 
 
 @dataclass(frozen=True)
 class AutocorrelationOptions:
-    """scale: two classes at tree distance t weigh e^(−t/scale).
-    draws: random arrangements of the classes behind each p-value.
-    level: of the false discovery rate.
+    """scale: two classes at tree distance t have weight e^(−t/scale).
+    draws: random permutations of the classes for each p-value.
+    level: level of the false discovery rate.
     """
 
     scale: float = 1.0
@@ -58,19 +58,20 @@ class Autocorrelation(NamedTuple):
 class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
     """Moran's I of each latent's class means over the tree.
 
-    I = (C / ΣW) · Σ_{a≠b} W_ab (y_a − ȳ)(y_b − ȳ) / Σ_a (y_a − ȳ)², y the mean activation on a class
-    and W_ab = e^(−distance/scale) on the primary tree. Without structure it is −1/(C − 1) on
-    average. p: the share of random arrangements of the same class means that reach I, the observed
-    one counted in; q: its false discovery rate over the latents (Benjamini and Hochberg). With few
-    draws few latents can be significant: the smallest p is 1/(draws + 1).
+    I = (C / ΣW) · Σ_{a≠b} W_ab (y_a − ȳ)(y_b − ȳ) / Σ_a (y_a − ȳ)², y the mean activation on a
+    class and W_ab = e^(−distance/scale) on the primary tree. Without structure it is −1/(C − 1) on
+    average. p: the share of random permutations of the class means with at least I, the observed
+    one included; q: p adjusted for the false discovery rate over the latents (Benjamini and
+    Hochberg). The smallest p is 1/(draws + 1), so few draws limit the number of significant
+    latents.
 
-    As W = BBᵀ − 1 with B (C, V) sparse, an arrangement costs C·depth for each latent, not C². The
-    arrangements start from the sorted means and are thus the same for every permuted tree. Memory
+    As W = BBᵀ − 1 with B (C, V) sparse, a permutation costs C·depth for each latent, not C². The
+    permutations start from the sorted means and are thus the same for every permuted tree. Memory
     O(m·(C + draws)).
     """
 
     name = "taxonomic_autocorrelation"
-    description = "whether latents are as active on classes that are near in the tree (Moran's I)"
+    description = "similarity of a latent's activation on classes near in the tree (Moran's I)"
     higher_is_better = {
         "moran_i": True,
         "significant_share": True,
@@ -88,7 +89,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
     def autocorrelation(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Autocorrelation:
-        """The per-latent numbers."""
+        """I, p and q of each latent."""
         self._check_shuffled(shuffled)
         present = np.flatnonzero(self._classes.all(shuffled))
         places = present if permutation is None else permutation[present]
@@ -97,14 +98,14 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         means = self._sums.means(shuffled)[:, present[order]]
         observed = moran(standardised(means), factor)
         drawn = self._drawn(places[order], shuffled)
-        # Draws are kept in single precision: a hair more than its rounding, as equal ones tie.
+        # Draws are in single precision: the tolerance exceeds its rounding, so that equal ones tie.
         reached = (drawn >= observed[:, None] - 1e-6).sum(1)
         p = np.where(np.isfinite(observed), (1 + reached) / (1 + self.options.draws), np.nan)
         return Autocorrelation(observed, p, benjamini_hochberg(p))
 
     @remembered
     def _drawn(self, places: np.ndarray, shuffled: bool) -> np.ndarray:
-        """(m, draws) I of random arrangements of the class means over the places of the classes."""
+        """(m, draws) I of random permutations of the class means over the leaves."""
         present = np.flatnonzero(self._classes.all(shuffled))
         means = np.sort(self._sums.means(shuffled)[:, present], axis=1)
         factor = sparse.csr_array(self._factor[places])
@@ -130,7 +131,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`latents`: one row for each that is defined, the largest I first."""
+        """`latents`: one row for each defined latent, by decreasing I."""
         found = self.autocorrelation()
         latent = np.flatnonzero(np.isfinite(found.moran_i))
         latent = latent[np.argsort(-found.moran_i[latent], kind="stable")]
@@ -139,7 +140,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         return {"latents": pd.DataFrame(table)}
 
     def figures(self) -> dict[str, Figure]:
-        """`moran_i`: of the latents, against the permuted classes."""
+        """`moran_i`: histogram over latents, with the permuted classes."""
         permuted = [self.autocorrelation(p).moran_i for p in self.context.permutations]
         return {
             "moran_i": summary.histograms(
@@ -156,8 +157,8 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
 def weight_factor(taxonomy: Taxonomy, scale: float = 1.0) -> sparse.csr_array:
     """B (C, V) with (BBᵀ)_ab = e^(−tree distance of a and b / scale).
 
-    The distance is depth(a) + depth(b) − 2·depth of where their primary paths part, so each node on
-    a class's path adds what one more shared level adds.
+    The distance is depth(a) + depth(b) − 2·depth of the last common node of their primary paths, so
+    the entry of a node on a class's path is the increment of one more shared level.
     """
     rows, columns, values = [], [], []
     step = np.sqrt(-np.expm1(-2 / scale))
@@ -180,7 +181,7 @@ def standardised(values: np.ndarray) -> list[np.ndarray]:
     for start in range(0, len(values), BLOCK):
         y = values[start : start + BLOCK].T
         if len(y):
-            spread = np.ptp(y, axis=0) > 1e-6 * np.abs(y).max(0)  # else it is rounding that differs
+            spread = np.ptp(y, axis=0) > 1e-6 * np.abs(y).max(0)  # else rounding error
             y = y - y.mean(0)
             y = np.where(spread, y / np.where(spread, np.sqrt(np.square(y).sum(0)), 1), np.nan)
         blocks.append(np.ascontiguousarray(y))
@@ -191,10 +192,10 @@ def moran(blocks: list[np.ndarray], factor: sparse.csr_array) -> np.ndarray:
     """(m,) Moran's I, weights BBᵀ off the diagonal.
 
     Args:
-        blocks: what `standardised` makes of the values (m, C).
+        blocks: `standardised(values)` of values (m, C).
         factor: B (C, V), rows of length 1.
     """
-    # A column of one class weighs nothing but the diagonal: left out, nothing large cancels.
+    # Columns of one class affect only the diagonal; leaving them out avoids cancellation.
     shared = sparse.csr_array(factor[:, np.diff(sparse.csc_array(factor).indptr) > 1])
     own = np.asarray(shared.multiply(shared).sum(1))
     total = float(np.square(shared.sum(0)).sum() - own.sum())

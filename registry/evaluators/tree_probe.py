@@ -28,9 +28,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True)
 class TreeProbeOptions:
-    """splits: random divisions of the classes into those fitted on and those asked.
-    asked_share: of the classes, those asked in each split.
-    rank: dimensions of the map at most.
+    """splits: number of random divisions of the classes into fitted and held-out ones.
+    asked_share: share of the classes held out in each split.
+    rank: dimensions of the map, at most.
     """
 
     splits: int = 5
@@ -46,20 +46,20 @@ class TreeProbeOptions:
 
 
 class Split(NamedTuple):
-    """One division of the places in the tree, and the tree over those asked."""
+    """One division of the leaves of the tree, and the tree over the held-out ones."""
 
     fitted: np.ndarray
-    asked: np.ndarray
-    members: np.ndarray  # (asked, nodes) of the collapsed tree over the places asked
+    asked: np.ndarray  # the held-out ones
+    members: np.ndarray  # (asked, nodes) of the collapsed tree over the held-out leaves
     edges: frozenset[tuple[int, int]]  # between these nodes
 
 
 class Fitted(NamedTuple):
-    """What a probe reached; means over the splits."""
+    """Scores of a probe, means over the splits."""
 
-    spearman: float  # on classes it was not fitted on
-    euclidean: float  # the same pairs by plain Euclidean distance
-    in_sample: float  # on the classes it was fitted on
+    spearman: float  # on held-out classes
+    euclidean: float  # the same pairs, without the map
+    in_sample: float  # on the fitted classes
     uuas: float
     euclidean_uuas: float
     ceiling: float
@@ -69,26 +69,26 @@ UNDEFINED = Fitted(*[float("nan")] * 6)
 
 
 class TreeProbe(Evaluator[TreeProbeOptions]):
-    """Rank correlation of probed and tree distances, on classes that the probe was not fitted on.
+    """Rank correlation of probe and tree distances, on held-out classes.
 
     The probe is B with ‖B(h_a − h_b)‖² ≈ tree distance of a and b, h the class means. Square roots
-    of tree distances are Euclidean, so classical scaling places the classes fitted on at points
-    whose squared distances *are* those of the tree; B is the ridge regression of these points on h,
+    of tree distances are Euclidean, so classical scaling places the fitted classes at points
+    whose squared distances equal those of the tree; B is the ridge regression of these points on h,
     its ridge chosen by leave-one-class-out error.
 
-    - `*_spearman`: over the pairs of asked classes, mean over the splits; `*_euclidean`: of plain
-      distances; `*_excess`: the difference. `*_in_sample`: on the classes fitted on, to show what
-      it is worth: it nears its ceiling for any tree.
-    - `ceiling`: the most that a correlation with distances that never tie can reach. Most pairs of
-      classes are equally far in a tree, so this is well below 1.
-    - `*_uuas`: of the edges of the collapsed tree over the asked classes, those found by the
-      minimum spanning tree of probed distances, where a node stands at the mean of its classes.
-      Between the leaves alone the spanning tree is not unique. Each inner node being a mean of what
-      lies below, plain distances are a strong null: `*_euclidean_uuas`.
+    - `*_spearman`: over the pairs of held-out classes, mean over the splits; `*_euclidean`: without
+      the map; `*_excess`: the difference. `*_in_sample`: on the fitted classes, for comparison: it
+      approaches its ceiling for any tree.
+    - `ceiling`: the largest rank correlation with the tree distances of distances without ties.
+      Most pairs of classes have equal tree distances, so it is well below 1.
+    - `*_uuas`: share of the edges of the collapsed tree over the held-out classes that are in the
+      minimum spanning tree of probe distances, a node placed at the mean of its classes (over the
+      leaves alone the spanning tree is not unique). Since inner nodes are means of the classes
+      below, `*_euclidean_uuas`, without the map, is a strong null.
 
     `x_*` describes the model and not the SAE; `z_*` are the class means of the latents. The other
-    sources of latents share x, so `x_*` is NaN there. NaN where fewer than 4 classes are asked or
-    fitted on. Memory O(C·(d + m) + C²).
+    sources of latents share x, so `x_*` is NaN there. NaN with fewer than 4 held-out or
+    fitted classes. Memory O(C·(d + m) + C²).
     """
 
     name = "tree_probe"
@@ -117,7 +117,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
 
     @cached_property
     def splits(self) -> list[Split]:
-        """The same places of the tree for every permutation, so that each asks the same of it."""
+        """Divisions of leaves, the same for every permutation, so that results are comparable."""
         n_classes = len(self.taxonomy.classes)
         n_asked = round(self.options.asked_share * n_classes)
         if n_asked < 4 or n_classes - n_asked < 4:
@@ -143,7 +143,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             return UNDEFINED
         means = self._sums[feature].means(shuffled)
         means = (means.T if feature == "z" else means).astype(np.float64)
-        if permutation is not None:  # the class that stands at each place
+        if permutation is not None:  # the class at each leaf
             means = means[np.argsort(permutation)]
         found = [self._ask(means, split) for split in self.splits] or [UNDEFINED]
         return Fitted(*(summary.mean(column) for column in zip(*found)))
@@ -177,7 +177,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
 
     @remembered
     def _coordinates(self, places: np.ndarray) -> np.ndarray:
-        """`scaled_points` of these places, the same for every permutation."""
+        """(n, r) `scaled_points` of these n leaves, the same for every permutation."""
         distance = self.taxonomy.tree_distance[np.ix_(places, places)].astype(np.float64)
         return scaled_points(distance, self.options.rank)
 
@@ -195,7 +195,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`features`: what was reached on x and on z, beside the permuted classes."""
+        """`features`: the scores on x and on z, with those under permuted classes."""
         rows = []
         for feature in FEATURES:
             null = [self.fitted(feature, p) for p in self.context.permutations]
@@ -205,7 +205,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         return {"features": pd.DataFrame(rows, columns=["feature", "measure", "value", "permuted"])}
 
     def figures(self) -> dict[str, Figure]:
-        """`spearman`: of probe and plain distance, beside the permuted classes."""
+        """`spearman`: with and without the map, and under permuted classes."""
         table = self.tables()["features"]
         table = table[table["measure"].isin(["spearman", "euclidean"])]
         drawing = summary.figure("Tree distance between classes", "", "rank correlation")
@@ -232,14 +232,15 @@ def scaled_points(distance: np.ndarray, rank: int) -> np.ndarray:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def ridge_map(known: np.ndarray, points: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """(a, r) where a ridge regression of `points` (n, r) on `known` (n, w) puts `asked` (a, w).
+def ridge_map(fitted: np.ndarray, points: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """(a, r) predictions for `held_out` (a, w) of a ridge regression of `points` (n, r) on `fitted`
+    (n, w).
 
-    The ridge, relative to the mean squared length of `known`, is the one of `RIDGES` with the least
-    leave-one-out error.
+    The ridge, relative to the mean squared length of `fitted`, is the one of `RIDGES` with the
+    least leave-one-out error.
     """
-    mean = known.mean(0)
-    centred = known - mean
+    mean = fitted.mean(0)
+    centred = fitted - mean
     values, vectors = np.linalg.eigh(centred @ centred.T)
     values = values.clip(min=0)
     scale = values.mean()
@@ -249,19 +250,20 @@ def ridge_map(known: np.ndarray, points: np.ndarray, asked: np.ndarray) -> np.nd
     best, least = None, np.inf
     for ridge in RIDGES:
         weight = 1 / (values + ridge * scale)
-        # The mean is estimated too: it takes part of each point's own weight, 1/n.
-        leverage = 1 / len(known) + (vectors**2 * (values * weight)).sum(1)
+        # 1/n: the leverage of the estimated mean.
+        leverage = 1 / len(fitted) + (vectors**2 * (values * weight)).sum(1)
         rest = points - vectors @ ((values * weight)[:, None] * turned)
         error = np.square(rest / (1 - leverage).clip(min=1e-6)[:, None]).sum()
         if error < least:
             best, least = vectors @ (weight[:, None] * turned), error
     assert best is not None
-    return (asked - mean) @ (centred.T @ best)
+    return (held_out - mean) @ (centred.T @ best)
 
 
 def tie_ceiling(values: np.ndarray) -> float:
-    """The largest rank correlation with values (n,) of anything without ties: √(1 − Σ(t³ − t)/(n³ − n)),
-    t the sizes of the ties.
+    """The largest rank correlation of numbers without ties with values (n,).
+
+    It is √(1 − Σ(t³ − t)/(n³ − n)), t the sizes of the groups of tied values.
     """
     n = float(len(values))
     ties = np.unique(values, return_counts=True)[1].astype(float)
@@ -269,7 +271,7 @@ def tie_ceiling(values: np.ndarray) -> float:
 
 
 def spanned(points: np.ndarray, split: Split) -> float:
-    """The share of the tree's edges that the minimum spanning tree of the nodes' points has."""
+    """The share of the tree's edges that are in the minimum spanning tree of the nodes' points."""
     if not split.edges:
         return float("nan")
     members = split.members.astype(np.float64)

@@ -175,7 +175,7 @@ def test_what_is_not_steered_has_a_reason(planted, knows_the_tree) -> None:
         assert found["balanced_accuracy"] == 1.0
         return evaluator.tables()["steering"]["reason"].item()
 
-    assert reason() == "no model is at hand"
+    assert reason() == "no model is available"
     assert reason(model=knows_the_tree, n_latents=0) == "n_latents is 0"
     assert reason(model=knows_the_tree, kl=1e9) == "no direction reaches a KL of 1e+09"
 

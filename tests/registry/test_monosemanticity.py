@@ -118,7 +118,7 @@ def test_bad_encoders_are_named(
     np.save(tmp_path / "few.npy", np.zeros((3, 2)))
     for encoder, message in (
         ("mean_patch", "the batches have none"),
-        ("model", "no model is at hand"),
+        ("model", "no model is available"),
         (str(tmp_path / "few.npy"), "one row for each of the 12 images"),
     ):
         with pytest.raises(AssertionError, match=f"ConfigError: encoder: .*{message}"):

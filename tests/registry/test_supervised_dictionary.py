@@ -202,7 +202,7 @@ def test_without_a_head_the_embedding_judges(spliced: Any, world: Any, toy_model
 def test_without_a_model_the_rest_is_there_and_the_reason_too(spliced: Any) -> None:
     with_model = spliced().compute()
     for changes, reason in (
-        ({"intervene": None}, "no model is at hand"),
+        ({"intervene": None}, "no model is available"),
         ({"intervene": None, "no_intervention": "it is too large"}, "it is too large"),
         ({"reconstruct": None}, r"latents (sae) cannot be decoded"),
     ):

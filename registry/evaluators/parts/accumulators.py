@@ -1,6 +1,6 @@
-"""The statistics that the count-based evaluators read, each gathered once per pass.
+"""Shared statistics of the count-based evaluators, each computed once per pass.
 
-All are built from the nonzeros of z, so a sparse z costs what its firings cost.
+All are computed from the nonzeros of z, so the cost is that of the firings.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ...errors import ConfigError
 from ..base import Accumulator, EvaluationBatch, EvaluationContext
 
 SURVIVAL = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.04, 0.025, 0.015, 0.008, 0.004)
-"""The share of a latent's firings that lies at or above each threshold. Most of the grid is in the
-tail: a dense latent (a raw neuron) can only single out a small node far above its median."""
+"""Share of a latent's firings at or above each threshold. Most of the grid is in the tail: a dense
+latent (a neuron) can detect a small node only far above its median."""
 
 DTYPES = ((255, torch.uint8), (2**15 - 1, torch.int16), (2**31 - 1, torch.int32))
 
 
 class ClassCounts(Accumulator):
-    """Images per class, fit and score halves apart, under the true and the shuffled labels."""
+    """Images per class of fit and score half, under the true and the shuffled labels."""
 
     def __init__(self, context: EvaluationContext) -> None:
         super().__init__(context)
@@ -52,10 +52,10 @@ class ClassCounts(Accumulator):
 
 
 def check_survival(survival: Sequence[float]) -> None:
-    """Refuse a grid of thresholds that does not fall from 1.
+    """Check a grid of thresholds.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: it does not decrease strictly from 1.
     """
     if not survival or survival[0] != 1 or list(survival) != sorted(set(survival), reverse=True):
         raise ConfigError(
@@ -67,11 +67,11 @@ def check_survival(survival: Sequence[float]) -> None:
 
 
 class Thresholds(Accumulator):
-    """Per latent, the activations that a given share of its firings reaches, from the calibration.
+    """Quantiles of each latent's firings in the calibration sample.
 
-    `values (m, T)` rises along T. The first threshold is 0: the latent fires at all. The others lie
-    halfway between two firings, so that the rounding of z decides nothing. A latent that never
-    fired in the calibration sample takes the quantiles of all firings pooled.
+    `values (m, T)` increases along T. The first threshold is 0: every firing. The others are
+    midpoints between two firings, so that rounding of z has no effect. A latent silent
+    in the calibration sample has the quantiles of all firings pooled.
     """
 
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
@@ -105,7 +105,7 @@ class Thresholds(Accumulator):
 
     def bins(self, latents: Tensor, values: Tensor) -> Tensor:
         """(nnz,) the last threshold that each firing reaches."""
-        assert self.values is not None, "Thresholds.bins is asked for before any batch was seen"
+        assert self.values is not None, "Thresholds.bins is called before the first batch"
         thresholds = torch.from_numpy(self.values)
         parts = zip(latents.split(2**20), values.split(2**20))
         above = [torch.searchsorted(thresholds[j], v[:, None], right=True) for j, v in parts]
@@ -113,14 +113,14 @@ class Thresholds(Accumulator):
 
 
 class FiringHistogram(Accumulator):
-    """How many images of each class put each latent into each bin between its thresholds.
+    """Number of images of each class in each bin between the thresholds of each latent.
 
     `counts (labellings, 2, m, T, C)`: true and shuffled labels; fit and score half; bin t holds the
-    firings from threshold t up to the next. In the narrowest integer that can count the largest
-    class, so bytes where no class has more than 255 images.
+    firings from threshold t up to the next. The integer type is the narrowest for the largest
+    class: bytes where no class has more than 255 images.
 
     Args:
-        survival: see `SURVIVAL`; `(1.0,)` counts firings alone.
+        survival: see `SURVIVAL`; `(1.0,)` counts firings only.
     """
 
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
@@ -148,22 +148,22 @@ class FiringHistogram(Accumulator):
         return self.counts.shape[3]
 
     def fired(self, shuffled: bool = False, latents: np.ndarray | None = None) -> np.ndarray:
-        """(m, C) images of both halves on which the latent fires at all; or of some `latents` (l,)."""
+        """(m, C) images of both halves on which each latent fires; (l, C) for `latents` (l,)."""
         counts = self.counts[int(shuffled)]
         if latents is not None:
             counts = counts[:, torch.from_numpy(latents)]
         _, m, n_bins, n_classes = counts.shape
         fired = torch.zeros(m, n_classes, dtype=torch.int32)
         for half in counts:
-            for t in range(n_bins):  # a sum() over both would widen all the counts at once
+            for t in range(n_bins):  # a sum() over both would copy all counts to a wider type
                 fired += half[:, t]
         return fired.numpy()
 
     def fit(self, shuffled: bool = False) -> sparse.csr_array:
         """(m·T, C) counts of the fit half; row j·T + T − 1 − t is bin t of latent j.
 
-        The highest bin of a latent comes first, so that a running sum down its rows counts what
-        reaches each threshold.
+        The highest bin of a latent is first, so that a cumulative sum over its rows counts the
+        images at or above each threshold.
         """
         if shuffled not in self._sparse:
             self._sparse[shuffled] = _csr(self.counts[int(shuffled), 0])
@@ -194,8 +194,8 @@ def _csr(counts: Tensor, block: int = 1024) -> sparse.csr_array:
 class TopImages(Accumulator):
     """The k most activating images of each latent, best first; equal activations in random order.
 
-    An image is a column of five: activation, priority among equals, index, true and shuffled label.
-    Those that might enter wait in a buffer of bounded size, and are merged a few times a pass.
+    An image has five entries: activation, priority in ties, index, true and shuffled label.
+    Candidates are collected in a buffer of bounded size and merged when it is full.
     """
 
     def __init__(self, context: EvaluationContext, k: int = 16) -> None:
@@ -265,9 +265,9 @@ class TopImages(Accumulator):
 
 
 class FiringRate(Accumulator):
-    """How often and how strongly each latent fires.
+    """Firing rate and activation of each latent.
 
-    `fired (m,)` images, `total (m,)` sum and `largest (m,)` activation; `n` images seen.
+    `fired (m,)` images, `total (m,)` sum and `largest (m,)` activation; `n` images in all.
     """
 
     def __init__(self, context: EvaluationContext) -> None:

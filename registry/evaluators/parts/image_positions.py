@@ -1,4 +1,4 @@
-"""Which images of a pass a model is run on again: a capped sample of positions."""
+"""Capped sample of the positions of images on which a model is run again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SALT = 103
 class ImagePositions(Accumulator):
     """Positions, labels and halves of up to `max_images` images of each half.
 
-    The images of smallest hash, so that the sample depends neither on batches nor on labels.
+    They are those of smallest hash, so the sample depends neither on batches nor on labels.
     """
 
     def __init__(self, context: EvaluationContext, max_images: int = 256) -> None:
@@ -38,5 +38,5 @@ class ImagePositions(Accumulator):
         return self._columns[fit][:, 0]
 
     def labels(self, fit: bool, shuffled: bool = False) -> np.ndarray:
-        """(n,) their classes."""
+        """(n,) the classes of these images."""
         return self._columns[fit][:, 1 + shuffled]

@@ -1,4 +1,4 @@
-"""Forests of latents: pairs by implication, the forest that an SAE records, and how well both hold."""
+"""Forests of latents: by implication, and as recorded by an SAE; measures of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import summary
 from .samples import fires, shape, together
 
 BLOCK = 1024
-"""Latents at a time."""
+"""Latents processed at a time."""
 
 
 class Pairs(NamedTuple):
@@ -32,9 +32,9 @@ class Edges(NamedTuple):
 
 
 def recorded_parents(sae: Any, m: int) -> np.ndarray:
-    """(m,) the latent above each latent in the forest that an SAE has of its own, −1 where none.
+    """(m,) the parent of each latent in the SAE's own forest, −1 where none.
 
-    Read from the forest by which the SAE fires, where it has one, or else from its config.
+    Read from the forest that gates the SAE's firing, where it has one, else from its config.
     """
     own: Any = getattr(getattr(sae, "forest", None), "parents", None)
     parents = own if own is not None else getattr(getattr(sae, "cfg", None), "parents", None)
@@ -44,9 +44,9 @@ def recorded_parents(sae: Any, m: int) -> np.ndarray:
 
 
 def depths(parents: np.ndarray) -> np.ndarray:
-    """(m,) how many ancestors each latent has; `parents` (m,) holds −1 at a root."""
+    """(m,) the number of ancestors of each latent; `parents` (m,) is −1 at a root."""
     depth, above = np.zeros_like(parents), parents
-    for _ in range(len(parents)):  # as many rounds as the longest chain; circles end here
+    for _ in range(len(parents)):  # ends at the longest chain, and for cycles
         inner = above >= 0
         if not inner.any():
             break
@@ -56,7 +56,7 @@ def depths(parents: np.ndarray) -> np.ndarray:
 
 
 def rewire(forest: Pairs, depth: np.ndarray, generator: np.random.Generator) -> Pairs:
-    """The forest after children of equal `depth` (E,) exchanged their parents at random."""
+    """The forest with parents permuted at random among children of equal `depth` (E,)."""
     parent = forest.parent.copy()
     for level in np.unique(depth):
         here = np.flatnonzero(depth == level)
@@ -73,7 +73,7 @@ def implied_pairs(
     min_fired: int = 1,
     block: int = BLOCK,
 ) -> Pairs:
-    """All pairs of latents that meet the bounds, by child and then parent.
+    """All pairs of latents within the bounds, ordered by child and then parent.
 
     Args:
         firings: (n, m) of zeros and ones.
@@ -86,7 +86,7 @@ def implied_pairs(
         child = children[start : start + block]
         at, parent, both = together(firings, child)
         own, above = fired[child[at]], fired[parent]
-        # In whole numbers but for a hair, or rounding would decide at a bound like 0.9 · 10.
+        # A tolerance for the rounding of bounds like 0.9 · 10.
         holds = (both >= implication * own - 1e-9) & (above >= ratio * own - 1e-9)
         holds &= both * n >= lift * own * above - 1e-9
         found.append(np.stack([parent[holds], child[at[holds]]]))
@@ -95,7 +95,7 @@ def implied_pairs(
 
 
 def nearest_parents(pairs: Pairs, fired: np.ndarray) -> Pairs:
-    """For each child the parent that fires least (ties: the smallest number), by child."""
+    """For each child the parent that fires least (ties: smallest index), ordered by child."""
     order = np.lexsort((pairs.parent, fired[pairs.parent], pairs.child))
     child, first = np.unique(pairs.child[order], return_index=True)
     return Pairs(pairs.parent[order][first], child)
@@ -112,11 +112,11 @@ def measure_edges(firings: sparse.csr_array, forest: Pairs) -> Edges:
 
 
 def hamming(firings: sparse.csr_array, forest: Pairs) -> pd.DataFrame:
-    """Where each parent's firing differs from the OR of its children's.
+    """Hamming distance of each parent's firing from the OR of its children's.
 
     Returns:
         one row for each parent: its number of `children`; `hamming`, the share of images on which
-        the two differ; `hamming_relative`, of those on which either fires.
+        they differ; `hamming_relative`, the same of the images on which either fires.
     """
     n, m = shape(firings)
     parents, group = np.unique(forest.parent, return_inverse=True)
@@ -143,8 +143,8 @@ def near_probe(
 
     Args:
         decoder: (m, d).
-        direction: (E, d) the probes.
-        latents: (2, E).
+        direction: (E, d) weights of the probes.
+        latents: (2, E) parent and child of each edge.
     """
     rows = torch.nn.functional.normalize(decoder, dim=1)
     cosine = torch.nn.functional.normalize(direction, dim=1) @ rows.T

@@ -1,5 +1,6 @@
-"""Logistic regressions: many yes-or-no targets over all of x or over a few latents each, and one of
-several classes. `best_threshold` and `f1_score` turn scores into answers.
+"""Logistic regressions: many binary targets on x or on a few latents each, and multinomial ones.
+
+`best_threshold` and `f1_score` evaluate their scores.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ class Probes(NamedTuple):
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the columns of x (n, d), each (d,); ∞ for one that is constant
-    beside the others, so that it weighs nothing once divided by it."""
+    """Mean and standard deviation of the columns of x (n, d), each (d,). The deviation of columns
+    that are constant relative to the others is ∞, so that scaled they are 0."""
     deviation = x.std(0, unbiased=False)
     return x.mean(0), torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
 
 
 class LogisticProber:
-    """Logistic regressions on the same x, positives and negatives of each weighing the same.
+    """Logistic regressions on the same x, with equal total weights of positives and negatives.
 
     Solved by accelerated gradient steps (Nesterov 1983) in the coordinates u = (R + ridge·I)^{-1/2}
     (x − mean)/deviation with R the correlations, penalised by penalty/2·‖weight in u‖².
@@ -44,7 +45,7 @@ class LogisticProber:
         self._u = torch.cat([z @ self._whiten, torch.ones(len(z), 1)], dim=1)
 
     def fit(self, targets: Tensor, *, penalty: float = 1e-3, steps: int = 60) -> Probes:
-        """One probe for each column of targets (n, k) bool; 0 where a column is all one value."""
+        """One probe for each column of targets (n, k) bool; 0 for constant columns."""
         y = targets.to(self._u.dtype)
         positives, negatives = y.sum(0), (1 - y).sum(0)
         solvable = (positives > 0) & (negatives > 0)
@@ -73,7 +74,7 @@ def _accelerated(
     steps: int,
     visit: Callable[[Tensor], None] = lambda weight: None,
 ) -> Tensor:
-    """The weight after accelerated gradient steps (Nesterov 1983); `visit` sees it after each."""
+    """The weight after accelerated gradient steps (Nesterov 1983); `visit` is called after each."""
     ahead, momentum = weight, 1.0
     for _ in range(steps):
         following = ahead - step * slope(ahead)
@@ -92,19 +93,19 @@ def _largest_curvature(u: Tensor, share: Tensor, rounds: int = 12) -> Tensor:
         v = u.T @ (share * (u @ v))
         size = v.norm(dim=0).clamp(min=1e-12)
         v = v / size
-    return 1.2 * size  # the power method approaches from below
+    return 1.2 * size  # the power method converges from below
 
 
 def sparse_logistic(
-    train: Tensor, asked: Tensor, targets: Tensor, *, ridge: float = 1e-3, rounds: int = 12
+    train: Tensor, held_out: Tensor, targets: Tensor, *, ridge: float = 1e-3, rounds: int = 12
 ) -> Tensor:
-    """(g, a) the scores that g logistic regressions, each over its own few latents, give.
+    """(g, a) the scores of g logistic regressions, each on its own k latents.
 
-    Newton's method; positives and negatives weigh the same. Features are scaled by their largest
-    value, and the weights penalised by ridge/2·‖weight‖².
+    Newton's method; equal total weights of positives and negatives. Features are scaled by their
+    largest value, and the weights penalised by ridge/2·‖weight‖².
 
     Args:
-        train: (g, n, k) the features fitted on, asked: (g, a, k) those to be scored.
+        train: (g, n, k) features to fit; held_out: (g, a, k) features to score.
         targets: (g, n) bool, each with positives and negatives.
     """
     scale = train.abs().amax(1, keepdim=True)
@@ -123,13 +124,13 @@ def sparse_logistic(
         slope = (u * (share * (p - y))[..., None]).sum(1) + penalty * weight
         curvature = u.mT @ (u * (share * p * (1 - p))[..., None]) + torch.diag(penalty)
         weight = weight - torch.linalg.solve(curvature, slope).clamp(-10, 10)
-    return (features(asked) @ weight[..., None])[..., 0]
+    return (features(held_out) @ weight[..., None])[..., 0]
 
 
 def multinomial(x: Tensor, labels: Tensor, n_classes: int, *, penalty: float, steps: int) -> Probes:
     """Multinomial logistic regression on standardised x (n, d): cross-entropy + penalty/2·‖W‖².
 
-    L-BFGS from 0, `steps` at most. A class without a label (n,) has the bias −∞.
+    At most `steps` steps of L-BFGS from 0. A class that labels (n,) lack has bias −∞.
     """
     mean, deviation = moments(x)
     z = (x - mean) / deviation
@@ -153,16 +154,16 @@ def multinomial(x: Tensor, labels: Tensor, n_classes: int, *, penalty: float, st
 
 
 def class_log_odds(
-    z: Tensor, labels: Tensor, asked: Tensor, n_classes: int, *, steps: int = 100
+    z: Tensor, labels: Tensor, held_out: Tensor, n_classes: int, *, steps: int = 100
 ) -> Tensor:
     """(a, C) log-probabilities of the classes by multinomial logistic regression.
 
-    Accelerated gradient steps from the classes' frequencies on; about every fourth image is held
-    back, and the step that predicts those best is the one used. Features are standardised, but for the
-    mean: zeros stay zeros.
+    Accelerated gradient steps from the class frequencies; the step with the least loss on about a
+    quarter of the images, held out from the fit, is used. Features are scaled to unit deviation but
+    not centred: zeros stay zeros.
 
     Args:
-        z: (n, k) fitted on, with labels (n,); asked: (a, k).
+        z: (n, k) to fit, with labels (n,); held_out: (a, k) to score.
     """
     held = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.25
     scale = z.square().mean(0).sqrt()
@@ -171,11 +172,13 @@ def class_log_odds(
     frequency = torch.bincount(labels, minlength=n_classes) + 0.5
     prior = (frequency / frequency.sum()).log()
     target = torch.nn.functional.one_hot(labels[~held], n_classes).to(u.dtype)
-    known, n = u[~held], max(int((~held).sum()), 1)
-    step = 1 / (0.5 * float(torch.linalg.matrix_norm(known, 2) ** 2 if u.numel() else 1) / n + 1e-3)
+    fitted, n = u[~held], max(int((~held).sum()), 1)
+    step = 1 / (
+        0.5 * float(torch.linalg.matrix_norm(fitted, 2) ** 2 if u.numel() else 1) / n + 1e-3
+    )
 
     def slope(w: Tensor) -> Tensor:
-        return known.T @ (torch.softmax(known @ w + prior, dim=1) - target) / n
+        return fitted.T @ (torch.softmax(fitted @ w + prior, dim=1) - target) / n
 
     best, least = torch.zeros(u.shape[1], n_classes), torch.inf
 
@@ -186,13 +189,13 @@ def class_log_odds(
             best, least = w, loss
 
     last = _accelerated(slope, best, step, steps, keep_best)
-    return torch.log_softmax(asked / scale @ (best if held.any() else last) + prior, dim=1)
+    return torch.log_softmax(held_out / scale @ (best if held.any() else last) + prior, dim=1)
 
 
 def best_threshold(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """The threshold whose "score above it" has the largest F1, and that F1.
+    """The threshold such that score > threshold has the largest F1, and that F1 (scalars).
 
-    It lies half way between two scores. Without positives (−inf, NaN).
+    It is the midpoint of two scores. Without positives (−inf, NaN).
 
     Args:
         scores: (n,).
@@ -204,13 +207,13 @@ def best_threshold(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]
     ordered = scores[order]
     hits = np.cumsum(truth[order])
     f1 = 2 * hits / (np.arange(1, len(scores) + 1) + hits[-1])
-    f1[:-1][ordered[:-1] == ordered[1:]] = -1  # equal scores cannot be told apart
+    f1[:-1][ordered[:-1] == ordered[1:]] = -1  # no threshold separates equal scores
     best = int(f1.argmax())
     below = ordered[best + 1] if best + 1 < len(ordered) else ordered[best] - 1.0
     return float((ordered[best] + below) / 2), float(f1[best])
 
 
-def f1_score(said: np.ndarray, truth: np.ndarray) -> float:
-    """F1 of two boolean (n,); NaN where neither says yes."""
-    whole = said.sum() + truth.sum()
-    return float(2 * (said & truth).sum() / whole) if whole else float("nan")
+def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """F1 of two boolean (n,), scalar; NaN where both are all false."""
+    whole = predicted.sum() + truth.sum()
+    return float(2 * (predicted & truth).sum() / whole) if whole else float("nan")

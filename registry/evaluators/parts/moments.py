@@ -1,4 +1,4 @@
-"""Class means and variances of a feature, from sums alone."""
+"""Between-group variance of a feature, from sums per class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ClassMoments:
     """Per-class sums of a feature about a fixed offset, and the total sum of squares."""
 
     def __init__(self, n_classes: int, n_labellings: int, feature: Tensor) -> None:
-        # Sparse latents keep their zeros; anything dense is taken about the first batch's mean,
-        # or its offset would drown the variance.
+        # Sparse latents keep their zeros; dense features are centred on the first batch's mean,
+        # since a large offset would cancel the precision of the variance.
         self.offset = None if float((feature == 0).float().mean()) > 0.5 else feature.mean(0)
         shape = (n_labellings, n_classes, feature.shape[1])
         self.sums = torch.zeros(shape, dtype=torch.float32, device=feature.device)
@@ -23,6 +23,7 @@ class ClassMoments:
         self._gram: dict[int, np.ndarray] = {}
 
     def update(self, feature: Tensor, labellings: list[Tensor]) -> None:
+        """Add a batch of the feature (n, d) with its labels (n,) under each labelling."""
         if self.offset is not None:
             feature = feature - self.offset
         for sums, counts, labels in zip(self.sums, self.counts, labellings):
@@ -34,8 +35,8 @@ class ClassMoments:
     def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:
         """(L,) between-group over total variance, for groups (L, C).
 
-        Σ_g ‖s_g‖²/n_g − ‖s‖²/n with s the sums; ‖s_g‖² is a sum over the Gram matrix of the classes'
-        sums, which is made once for all cuts and permutations.
+        Σ_g ‖s_g‖²/n_g − ‖s‖²/n with s the sums; ‖s_g‖² is a sum over the Gram matrix of the
+        classes' sums, computed once for all cuts and permutations.
         """
         if labelling not in self._gram:
             sums = self.sums[labelling]

@@ -15,12 +15,12 @@ from . import summary
 from .samples import shape
 
 BLOCK = 2**22
-"""About how many nonzeros of (latents × thresholds × nodes), or cells of (latents × nodes), are held
-at a time."""
+"""Approximate number of nonzeros of (latents × thresholds × nodes), or cells of (latents × nodes),
+in memory at a time."""
 
 
 class Outcome(NamedTuple):
-    """What k detectors did on some images, each (k,); ratios are NaN where nothing is counted."""
+    """Counts of k detectors on some images, each (k,); ratios are NaN where a denominator is 0."""
 
     hits: np.ndarray  # images of the detector's node on which it fires
     fired: np.ndarray  # images on which it fires
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
     @classmethod
     def of(cls, fired: np.ndarray, members: np.ndarray, images: np.ndarray) -> Outcome:
-        """Count.
+        """Count the images of each detector.
 
         Args:
             fired: (k, C) images of each class on which a detector fires.
@@ -40,12 +40,12 @@ class Outcome(NamedTuple):
 
     @property
     def precision(self) -> np.ndarray:
-        """(k,)"""
+        """(k,) hits / fired."""
         return summary.ratio(self.hits, self.fired)
 
     @property
     def recall(self) -> np.ndarray:
-        """(k,)"""
+        """(k,) hits / positives."""
         return summary.ratio(self.hits, self.positives)
 
     @property
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 def best_nodes(
     fired: np.ndarray | sparse.csr_array, images: np.ndarray, members: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(L,) the node whose F1 with a latent's firing is best, ties to the first, and (L,) that F1.
+    """(L,) the first node of best F1 with a latent's firing, and (L,) that F1.
 
     Without nodes 0 and NaN.
 
@@ -87,8 +87,8 @@ def explain(
     fit_images: np.ndarray,
     score_images: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, Outcome]:
-    """For each latent its best node on the fit half (m,), the F1 there (m,), and its outcome on the
-    other half. Without nodes 0, NaN and an outcome without positives.
+    """For each latent its best node on the fit half (m,), its F1 there (m,), and the outcome (m,)
+    on the score half. Without nodes 0, NaN and an outcome without positives.
 
     Args:
         fit, score: (m, C) images of each class on which a latent fires, in the halves.
@@ -104,9 +104,9 @@ class Detectors(NamedTuple):
     """The latent and threshold chosen for each node, and their score; each (N,)."""
 
     latent: np.ndarray  # −1 where no latent fires on the fit half
-    bin: np.ndarray  # which threshold of the grid
-    fit_f1: np.ndarray  # on the images of the choice
-    precision: np.ndarray  # on the other images; NaN where the node is left out
+    bin: np.ndarray  # threshold, as position in the grid
+    fit_f1: np.ndarray  # on the fit half
+    precision: np.ndarray  # on the score half; NaN where the node is left out
     recall: np.ndarray
     f1: np.ndarray
 
@@ -123,10 +123,10 @@ def find_detectors(
 
     Args:
         fit: (m·T, C) and
-        score: (m, T, C) counts of the halves, as `FiringHistogram` gives them.
+        score: (m, T, C) counts of the halves, from `FiringHistogram`.
         members: (C, N) whether a class lies below a node.
         fit_images, score_images: (C,) images of each class in the halves.
-        covered: nodes where "always yes" reaches this F1 are left out.
+        covered: nodes where always predicting "yes" reaches this F1 are left out.
     """
     belongs = sparse.csr_array(members.astype(np.float32))
     fit_positives = fit_images @ belongs
@@ -142,10 +142,10 @@ def find_detectors(
 def _choose(
     counts: sparse.csr_array, n_bins: int, belongs: sparse.csr_array, positives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The latent, threshold and F1 that are best for each node, each (N,).
+    """The latent and threshold of best F1 for each node, and that F1, each (N,).
 
-    F1 = 2·hits / (fired + positives) for all at once: hits = counts @ belongs, summed from the
-    highest bin down. Only nonzeros are looked at: where a bin adds no hit, the threshold above it
+    F1 = 2·hits / (fired + positives) of all pairs: hits = counts @ belongs, summed from the highest
+    bin down. Only nonzeros are read: where a bin adds no hit, the threshold above it
     has the same hits and fewer firings.
     """
     best = np.zeros(len(positives))
@@ -163,7 +163,7 @@ def _choose(
         most = np.zeros(len(positives))
         most[filled] = np.maximum.reduceat(f1, hits.indptr[filled])
         at = np.flatnonzero((f1 == most[node]) & (most > best)[node])[::-1]
-        row[node[at]] = start + hits.indices[at]  # of several, the first is written last
+        row[node[at]] = start + hits.indices[at]  # so that the first of equal ones remains
         best = np.maximum(best, most)
     chosen = row >= 0
     bins = np.where(chosen, n_bins - 1 - row % n_bins, 0)
@@ -182,7 +182,7 @@ def _blocks(
 
 
 def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The running sum of `values` inside each run of equal `group`."""
+    """The cumulative sum of `values` within each run of equal `group`."""
     total = np.cumsum(values, dtype=np.float64)
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     lengths = np.diff(np.append(starts, len(group)))

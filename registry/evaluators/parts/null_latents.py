@@ -1,6 +1,6 @@
-"""The latents that a trained SAE must beat, and the shuffling of labels (methods: null controls).
+"""Null controls: latents of untrained sources, and shuffled labels.
 
-`LatentSource` is what the two sources of null latents and the planted detectors have in common.
+`LatentSource` is the interface of both sources of null latents and of the planted detectors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...errors import ConfigError
 
 
 class LatentSource(Protocol):
-    """Anything that turns activations into latents."""
+    """A function from activations to latents."""
 
     source: str
     d_sae: int
@@ -26,12 +26,12 @@ class LatentSource(Protocol):
 
 
 def shuffle_labels(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The labels permuted over the images: the `shuffled` null."""
+    """(n,) the labels (n,) permuted over the images: the `shuffled` null."""
     return np.random.default_rng(seed).permutation(labels)
 
 
 class NeuronLatents:
-    """x⁺ and (−x)⁺ after centring: the neurons themselves, as 2·d latents (own definition).
+    """The neurons as 2·d latents: x⁺ and (−x)⁺ after centring (own definition).
 
     Args:
         mean: (d,) mean of x.
@@ -50,6 +50,7 @@ class NeuronLatents:
 
     @property
     def b_dec(self) -> Tensor:
+        """(d,) mean of x."""
         return self.mean
 
     @property
@@ -59,6 +60,7 @@ class NeuronLatents:
         return torch.cat([eye, -eye])
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
+        """(n, d) -> (n, m) z."""
         centred = x.float() - self.mean
         return torch.cat([centred, -centred], dim=-1).relu_()
 
@@ -71,15 +73,15 @@ class NeuronLatents:
 class RandomLatents:
     """An untrained SAE: random unit directions, b_dec = mean of x, one threshold that gives `l0`.
 
-    z = p where p = (x − b_dec) W_enc exceeds the threshold, else 0: a JumpReLU SAE with
-    W_dec = W_encᵀ (own definition). Decoded as it is, the sum of all that fires would be far too
-    long: x̂ = b_dec + scale·z W_dec, with the scale that has the least squared error.
+    z = p where p = (x − b_dec) W_enc exceeds the threshold, else 0: a JumpReLU SAE with W_dec =
+    W_encᵀ (own definition). Reconstruction: x̂ = b_dec + scale·z W_dec with the scale of least
+    squared error, since the unscaled sum of firing latents is far too long.
 
     Args:
         mean: (d,) mean of x.
         threshold: the value that p must exceed.
         d_sae: number of latents m.
-        seed: of the directions.
+        seed: seed of the directions.
     """
 
     source = "random"
@@ -95,17 +97,17 @@ class RandomLatents:
 
     @classmethod
     def fit(cls, x: Tensor, d_sae: int, l0: float, seed: int = 0) -> RandomLatents:
-        """Take mean and threshold from a sample x (n, d), so that `l0` latents fire on average.
+        """Compute mean and threshold from a sample x (n, d), for `l0` firing latents on average.
 
         Raises:
-            ConfigError: `l0` outside 0 … d_sae.
+            ConfigError: `l0` is outside 0 … d_sae.
         """
         if not 0 <= l0 <= d_sae:
             raise ConfigError(
                 "l0", "out of range", given=l0, allowed=f"a number between 0 and d_sae={d_sae}"
             )
         latents = cls(x.float().mean(0), 0.0, d_sae, seed)
-        # A threshold below 0 would let a negative activation fire: half of all is the most.
+        # At least 0, so that no negative activation fires: L0 is at most about half of d_sae.
         n_kept = min(round(l0 * len(x)), x.shape[0] * d_sae)
         pre = ((x.float() - latents.b_dec) @ latents.W_dec.T).flatten()
         if n_kept < len(pre):
@@ -117,6 +119,7 @@ class RandomLatents:
         return latents
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
+        """(n, d) -> (n, m) z."""
         pre = (x.float() - self.b_dec) @ self.W_dec.T
         return torch.where(pre > self.threshold, pre, torch.zeros_like(pre))
 

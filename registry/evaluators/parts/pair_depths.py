@@ -1,4 +1,4 @@
-"""Depth in the tree at which the classes of a latent's top images meet, pair by pair."""
+"""LCA depths of pairs of classes among a latent's top images."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Pairs(NamedTuple):
     """Per latent, each (m,)."""
 
     depth: np.ndarray  # mean depth over the pairs of different classes; NaN without any
-    same_class: np.ndarray  # share of pairs of one class; NaN where the latent is skipped
+    same_class: np.ndarray  # share of pairs of one class; NaN where undefined
 
 
 def pair_depths(
     lca_depth: np.ndarray, labels: np.ndarray, permutation: np.ndarray | None = None
 ) -> Pairs:
-    """The pairs of each row of labels.
+    """Mean LCA depth of pairs of different classes in each row of labels.
 
     Args:
         lca_depth: (C, C) depth of the LCH of two classes.
-        labels: (m, k) classes of the top images; a row with any −1 is skipped.
-        permutation: (C,) the place that each class takes in the tree.
+        labels: (m, k) classes of the top images; a row with any −1 is undefined.
+        permutation: (C,) the position that each class takes in the tree.
     """
     first, second = np.triu_indices(labels.shape[1], 1)
     full = (labels >= 0).all(1)

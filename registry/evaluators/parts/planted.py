@@ -1,4 +1,4 @@
-"""Planted detectors: latents that know the tree, to show what an evaluator can see at all."""
+"""Planted detectors: latents computed from the labels and the tree, as positive controls."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class PlantedLatents:
 
     Latent v fires on an image of its classes with probability `recall`, on any other with
     probability `false_alarm`; a firing is 1 + u with u uniform in [0, 1). Recall 1 and false alarm
-    0 give the node indicators themselves.
+    0 give exact node indicators.
 
     Args:
-        taxonomy: the tree to know.
+        taxonomy: the tree whose nodes are detected.
         recall, false_alarm: probabilities; the standard controls are .8 with .001 and with .01.
-        binary: a firing is exactly 1.
-        shuffle_nodes: each node knows a random set of as many classes instead: no hierarchy.
+        binary: every firing is 1.
+        shuffle_nodes: each node is replaced by a random set of as many classes: no hierarchy.
 
     Attributes:
-        node: (m,) the node in `taxonomy` that each latent stands for.
+        node: (m,) the node of each latent in `taxonomy`.
     """
 
     source = "planted"
@@ -54,6 +54,7 @@ class PlantedLatents:
         self.d_sae = len(self.node)
 
     def encode(self, x: Tensor | None = None, *, labels: Tensor, index: Tensor, **_: Any) -> Tensor:
+        """(n, m) z of images with classes `labels` (n,) at positions `index` (n,)."""
         cells = index.cpu().numpy()[:, None] * self.d_sae + np.arange(self.d_sae)
         odds = np.where(self.members[labels.cpu().numpy()], self.recall, self.false_alarm)
         fires = uniform(cells, 2 * self.seed) < odds

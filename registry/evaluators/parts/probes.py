@@ -1,6 +1,6 @@
-"""Linear probe and nearest neighbours in one pass: fitted on the fit half, asked on the other.
+"""Linear and nearest-neighbour probes in one pass: fitted on the fit half, scored on the other.
 
-Both predict the class. Accuracy at any cut of the tree is then read off the confusion matrix, so a
+Both predict the class. Accuracy at any cut of the tree follows from the confusion matrix, so a
 permuted tree needs no second fit.
 """
 
@@ -16,9 +16,9 @@ from ... import hashing
 
 
 class RidgeProbe:
-    """Ridge regression of standardised features on the one-hot classes; the largest wins.
+    """Ridge regression of one-hot classes on standardised features; predicts the largest.
 
-    W = (ZᵀZ + λ·n·I)⁻¹ Zᵀ(Y − Ȳ) with Z the features less their mean over their deviation (own
+    W = (ZᵀZ + λ·n·I)⁻¹ Zᵀ(Y − Ȳ) with Z the features minus their mean over their deviation (own
     definition; a least-squares linear probe). Memory O(d² + labellings·C·d).
 
     Args:
@@ -34,10 +34,10 @@ class RidgeProbe:
         self._weights: list[Tensor] | None = None
 
     def fit(self, x: Tensor, labellings: Sequence[Tensor]) -> None:
-        """See x (n, d) and its labels (n,) of the fit half."""
+        """Add x (n, d) and its labels (n,) of the fit half."""
         if self._gram is None:
             d = x.shape[1]
-            # Sums about the first batch's mean: raw ones would lose what a large offset drowns.
+            # Centred on the first batch's mean: a large offset would cancel precision.
             self._offset = x.mean(0)
             self._gram = torch.zeros(d, d, dtype=torch.float64)
             self._sums = torch.zeros(self.n_labellings, self.n_classes, d, dtype=torch.float64)
@@ -52,7 +52,7 @@ class RidgeProbe:
         self._weights = None
 
     def predict(self, x: Tensor) -> list[Tensor]:
-        """The class of each of x (n, d) under every labelling; −1 where nothing was fitted."""
+        """(n,) classes of x (n, d) under every labelling; −1 if nothing was fitted."""
         if self._gram is None:
             return [torch.full((len(x),), -1, dtype=torch.int64)] * self.n_labellings
         if self._weights is None:
@@ -69,7 +69,7 @@ class RidgeProbe:
         covariance = gram / self.n - torch.outer(mean, mean)
         variance = covariance.diagonal().clamp(min=0)
         scale = variance.sqrt()
-        scale[scale <= 1e-6 * scale.max()] = torch.inf  # a constant feature tells nothing
+        scale[scale <= 1e-6 * scale.max()] = torch.inf  # a constant feature has weight 0
         correlation = covariance / torch.outer(scale, scale)
         correlation.diagonal().add_(self.ridge)
         factor = torch.linalg.cholesky(correlation)
@@ -78,7 +78,7 @@ class RidgeProbe:
         for sums, counts in zip(self._sums, self._counts):
             moments = (sums - counts[:, None] * mean) / scale / self.n
             self._weights.append(torch.cholesky_solve(moments.T, factor).float())
-            # A class never seen must not win by default where all others are below their prior.
+            # A class without images is never predicted.
             self._bias.append(torch.where(counts > 0, counts / self.n, -torch.inf).float())
 
 
@@ -86,15 +86,16 @@ class NeighbourProbe:
     """The k nearest of a capped database by cosine, votes weighted by exp(cos / temperature).
 
     Features are centred on the mean of the database. It keeps at most `per_class` fit images of a
-    class, chosen by a hash of their index: memory O(C·d), whatever the number of images. The form
-    of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are our own.
+    class, chosen by a hash of their index: memory O(C·d), independent of the number of images. The
+    form of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are our
+    own.
 
     Args:
         n_classes: C.
         n_labellings: how many labellings vote at once.
-        k: neighbours.
+        k: number of neighbours.
         per_class: images of the database for each class of the first labelling.
-        temperature: of the vote.
+        temperature: temperature of the vote.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class NeighbourProbe:
         self._ready: Tensor | None = None  # (N, d), centred, of length 1
 
     def fit(self, x: Tensor, labellings: Sequence[Tensor], index: Tensor) -> None:
-        """See x (n, d), its labels (n,) and its positions (n,) of the fit half."""
+        """Add x (n, d), its labels (n,) and its positions (n,) of the fit half."""
         if self._features is None:
             shape = (*self._priority.shape, x.shape[1])
             self._features = torch.zeros(shape, dtype=torch.float32, device=x.device)
@@ -130,7 +131,7 @@ class NeighbourProbe:
         self._ready = None
 
     def predict(self, x: Tensor) -> list[Tensor]:
-        """The class of each of x (n, d) under every labelling; −1 where the database is empty."""
+        """(n,) classes of x (n, d) under every labelling; −1 if the database is empty."""
         kept = torch.from_numpy(np.isfinite(self._priority))
         if self._features is None or not kept.any():
             return [torch.full((len(x),), -1, dtype=torch.int64)] * len(self._labels)

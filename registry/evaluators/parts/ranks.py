@@ -1,4 +1,4 @@
-"""Rank correlation, and which of many p-values are significant."""
+"""Rank correlation and false discovery rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import summary
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,), ties sharing their mean rank; NaN where either is constant."""
+    """Rank correlation of two (n,), ties with their mean rank; NaN if either is constant."""
     if len(a) < 2:
         return float("nan")
     a, b = (rankdata(v) - (len(v) + 1) / 2 for v in (a, b))
@@ -17,13 +17,13 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """(n,) the false discovery rate at which each of p (n,) would be significant.
+    """(n,) the least false discovery rate at which each of p (n,) is significant.
 
-    Benjamini and Hochberg 1995: q_(i) = min over j ≥ i of p_(j)·n/j, n the p-values that are
-    defined. NaN stays NaN.
+    Benjamini and Hochberg 1995: q_(i) = min over j ≥ i of p_(j)·n/j, n the number of
+    defined p-values. NaN stays NaN.
     """
     q = np.full(len(p), np.nan)
-    known = np.isfinite(p)
-    if known.any():
-        q[known] = false_discovery_control(p[known])
+    defined = np.isfinite(p)
+    if defined.any():
+        q[defined] = false_discovery_control(p[defined])
     return q

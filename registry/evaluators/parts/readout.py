@@ -1,4 +1,4 @@
-"""What a model says of an image after an intervention, as log-probabilities of classes."""
+"""Log-probabilities of classes from the outputs of a model under intervention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 100
 class HeadReadout:
     """The model's own classification head.
 
-    `classes (O,)`: the class of each output, −1 where it stands for none of the taxonomy's.
+    `classes (O,)`: the class of each output, −1 where it has none in the taxonomy.
     """
 
     name = "head"
@@ -37,7 +37,7 @@ class ProbeReadout:
     PENALTY/2·‖W‖², L-BFGS from 0. Classes without an image have no probability.
 
     Args:
-        embedding: (n, e) of the untouched model.
+        embedding: (n, e) of the unmodified model.
         labels: (n,) classes.
         n_classes: C.
     """
@@ -59,7 +59,7 @@ Readout = HeadReadout | ProbeReadout
 
 
 def head_of(intervene: Intervention | None) -> HeadReadout | None:
-    """The head, where there is one that knows some of the classes."""
+    """The model's head, or None where it has none for classes of the taxonomy."""
     if intervene is None or intervene.logit_classes is None:
         return None
     return HeadReadout(intervene.logit_classes)
@@ -73,7 +73,7 @@ def kl_divergence(clean: Tensor, edited: Tensor) -> Tensor:
 
 def class_probabilities(log_probs: Tensor, classes: np.ndarray, n_classes: int) -> Tensor:
     """(n, C) the sum over the outputs of each class, from log-probabilities (n, O)."""
-    known = torch.from_numpy(np.flatnonzero(classes >= 0))
-    target = torch.from_numpy(classes)[known]
+    labelled = torch.from_numpy(np.flatnonzero(classes >= 0))
+    target = torch.from_numpy(classes)[labelled]
     p = torch.zeros(len(log_probs), n_classes, dtype=log_probs.dtype)
-    return p.index_add_(1, target, log_probs[:, known].exp())
+    return p.index_add_(1, target, log_probs[:, labelled].exp())

@@ -1,7 +1,7 @@
-"""Capped samples of images, for what no running sum can tell: pairs of latents, probes, geometry.
+"""Capped samples of images, for pairs of latents, probes and geometry, which need more than sums.
 
-Whether an image is kept is a hash of its position, so a sample does not depend on the batches. The
-cap is met on average: a sample of 1,000 may hold 1,030.
+A hash of its position decides whether an image is kept, so samples do not depend on the batches.
+The cap holds on average: a sample of 1,000 may contain 1,030.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SALT = 101
 
 
 class FiringSample(Accumulator):
-    """The firings of about `max_images` images, each image as likely as any other.
+    """The firings of about `max_images` images, sampled uniformly.
 
     Memory O(max_images · L0).
     """
@@ -32,7 +32,7 @@ class FiringSample(Accumulator):
         self._parts: list[sparse.csr_array] = []
 
     def odds(self, labels: np.ndarray) -> np.ndarray | float:
-        """How likely images of these classes (n,) are to be kept."""
+        """(n,) or scalar: the probability that images of these classes (n,) are kept."""
         return self.max_images / max(self.context.n_images, 1)
 
     def update(self, batch: EvaluationBatch) -> None:
@@ -78,9 +78,9 @@ class FiringSample(Accumulator):
 
 
 class ImageSample(FiringSample):
-    """Activations and firings of about `max_images` images, each class with the same share of them.
+    """Activations and firings of about `max_images` images, in equal shares of the classes.
 
-    A class with fewer images than its share keeps all. Memory O(max_images · (d + L0)).
+    A class with fewer images than its share is kept entirely. Memory O(max_images·(d + L0)).
     """
 
     def __init__(self, context: EvaluationContext, max_images: int = 4096) -> None:
@@ -106,21 +106,21 @@ class ImageSample(FiringSample):
 
 
 class Together(NamedTuple):
-    """Pairs of latents that fire on some image both, each (P,); by the first, then the second."""
+    """P pairs of latents that fire on some common image, each (P,); by the first, then the second."""
 
     first: np.ndarray
     second: np.ndarray
-    images: np.ndarray  # how many
+    images: np.ndarray  # number of common images
 
 
 def together(firings: sparse.csr_array, latents: np.ndarray) -> Together:
-    """Each of `latents` (b,), told by its place there, with every latent that fires where it does.
+    """Pairs of each of `latents` (b,), by position, with every latent that fires on a common image.
 
     Args:
         firings: (n, m) of zeros and ones.
     """
     n, m = shape(firings)
-    if firings.nnz > 0.02 * n * m:  # a product of dense ones is faster by then
+    if firings.nnz > 0.02 * n * m:  # a dense product is faster here
         dense = firings.toarray()
         both = dense[:, latents].T @ dense
         first, second = np.nonzero(both)
@@ -132,7 +132,7 @@ def together(firings: sparse.csr_array, latents: np.ndarray) -> Together:
 
 
 def shape(matrix: sparse.csr_array) -> tuple[int, int]:
-    """Rows and columns (scipy's own annotation allows for None)."""
+    """Rows and columns (scipy annotates `shape` as optional)."""
     n, m = matrix.shape or (0, 0)
     return n, m
 

@@ -1,4 +1,4 @@
-"""Steering: adding a direction to the activations at a fixed KL, and what that does to the classes."""
+"""Steering: effect on class probabilities of a direction added to activations at a fixed KL."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from . import summary
 from .readout import Readout, class_probabilities, kl_divergence
 
 NEAR = 0.05
-"""A steering strength is found when its KL is this near to the one asked for, relatively."""
+"""Relative tolerance of the KL of a steering strength."""
 STEPS = 12
 LEAP = 8.0
-"""By how much a strength may change in one step of the search."""
+"""Largest factor by which a strength changes in one step of the search."""
 
 
 class Steered(NamedTuple):
-    """What steering along s directions, each at the same KL, did to the classes."""
+    """Results of steering along s directions, each at the same KL."""
 
-    strength: np.ndarray  # (s,) length of what was added to each token; NaN where KL is not reached
+    strength: (
+        np.ndarray
+    )  # (s,) length of the vector added to each token; NaN where KL is not reached
     kl: np.ndarray  # (s,) nats
     change: np.ndarray  # (s, C) of each class's probability, mean over the images
 
@@ -33,7 +35,7 @@ class Steered(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What steering along s latents did to the node of each, each (s,); NaN where undefined."""
+    """Changes of the node of each of s steered latents, each (s,); NaN where undefined."""
 
     own: np.ndarray  # by its own latent
     others: np.ndarray  # by the other latents, mean
@@ -56,7 +58,7 @@ def steer(
     Args:
         index: (n,) positions of the images in the evaluation set.
         directions: (s, d); one of length 0 has no strength.
-        kl: mean KL(untouched ‖ steered) over the images, in nats.
+        kl: mean KL(unmodified ‖ steered) over the images, in nats.
         start: the first strength tried.
     """
     clean = readout(intervene(index))
@@ -75,7 +77,7 @@ def steer(
         strength, steered = find_strength(lambda s, unit=unit: outputs(unit, s), clean, kl, start)
         if steered is None:
             continue
-        found.strength[i] = start = strength  # the next one will be much alike
+        found.strength[i] = start = strength  # start of the next search
         found.kl[i] = float(kl_divergence(clean, steered).mean())
         after = class_probabilities(steered, readout.classes, n_classes)
         found.change[i] = (after - before).mean(0).numpy()
@@ -83,7 +85,7 @@ def steer(
 
 
 def effects(by_latents: np.ndarray, by_directions: np.ndarray, members: np.ndarray) -> Effects:
-    """Compare what each latent did to its node with what the rest did to it.
+    """Compare the effect (s,) of each latent on its node with that of the other latents.
 
     Args:
         by_latents: (s, C) and
@@ -110,9 +112,9 @@ def find_strength(
 ) -> tuple[float, Tensor | None]:
     """The strength at which the mean KL(clean ‖ steered) is `kl`, and the steered outputs there.
 
-    KL grows about as the square of the strength: each step goes where that would lead, and halves
-    the bracket (on a logarithmic scale) where it would lead out of it. None where `STEPS` steps do
-    not reach it.
+    KL grows about as the square of the strength: each step extrapolates this, or bisects the
+    bracket on a logarithmic scale if the result is outside it. (NaN, None) if `STEPS` steps do not
+    reach it.
 
     Args:
         outputs: strength -> log-probabilities (n, O).

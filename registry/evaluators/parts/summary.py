@@ -1,4 +1,4 @@
-"""Small numbers and plain drawings that every evaluator uses."""
+"""Means, ratios and figures used by evaluators."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
 VALUE, NULL, OTHER = "#1f5f8b", "#9a9a9a", "#c8742c"
-"""Colours of what was measured, of its null, and of a third thing."""
+"""Colours of the measured value, its null, and a third series."""
 
 
 def mean(values: ArrayLike, where: ArrayLike | None = None) -> float:
-    """The mean of the finite values (where `where`); NaN, without a warning, of none."""
+    """The mean of the finite values (where `where`); NaN, without a warning, if there are none."""
     kept = np.asarray(values, dtype=float)
     if where is not None:
         kept = kept[np.asarray(where)]
@@ -39,7 +39,7 @@ def figure(title: str, x: str, y: str) -> go.Figure:
             xaxis={"title": x},
             yaxis={"title": y},
             margin={"l": 60, "r": 20, "t": 50, "b": 90},
-            # Below the axis: above it, six entries would lie on the title.
+            # Below the axis, since six entries above it would overlap the title.
             legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left"},
             font={"size": 12},
         )
@@ -49,7 +49,7 @@ def figure(title: str, x: str, y: str) -> go.Figure:
 def histograms(
     title: str, x: str, values: Mapping[str, np.ndarray], *, bins: int = 30
 ) -> go.Figure:
-    """Outlined histograms on one grid, the first the measured one and the rest its nulls."""
+    """Outlined histograms on one grid: the measured values first, then the nulls."""
     drawing = figure(title, x, "share of latents")
     finite = {name: v[np.isfinite(v)] for name, v in values.items()}
     joined = np.concatenate([*finite.values(), np.zeros(0)])

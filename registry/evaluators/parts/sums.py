@@ -1,4 +1,4 @@
-"""Mean activation and mean latent of each class, gathered once per pass."""
+"""Mean activation and mean latent of each class, computed once per pass."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class LatentSums(Accumulator):
 
 
 class ActivationSums(Accumulator):
-    """`sums (labellings, C, d)`: x less `offset`, summed over the images of each class.
+    """`sums (labellings, C, d)`: x − `offset`, summed over the images of each class.
 
-    The offset is the mean of the first batch: a large one would drown what tells classes apart.
+    The offset is the mean of the first batch, for the precision of differences between classes.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
@@ -53,5 +53,5 @@ class ActivationSums(Accumulator):
             sums.index_add_(0, batch.labels_of(shuffled), x)
 
     def means(self, shuffled: bool = False) -> np.ndarray:
-        """(C, d) about the offset, NaN for a class without images."""
+        """(C, d) minus the offset, NaN for a class without images."""
         return summary.ratio(self.sums[int(shuffled)].numpy(), self._classes.all(shuffled)[:, None])
