@@ -56,6 +56,8 @@ class SAEFolder:
 
     @property
     def tokens(self) -> str:
+        if self.setting("source_format"):  # of another library, for which no tokens can be meant
+            return self._required("tokens")
         return self.setting("tokens", "class")
 
     @property
@@ -97,7 +99,13 @@ class SAEFolder:
     def _required(self, name: str) -> str:
         found = self.setting(name)
         if not found:
-            raise ConfigError(self.path / SAE_CFG_FILENAME, f"metadata has no {name!r}")
+            raise ConfigError(
+                self.path / SAE_CFG_FILENAME,
+                f"metadata has no {name!r}",
+                allowed=f"`taxolens convert` with --{name}"
+                if self.setting("source_format")
+                else None,
+            )
         return found
 
 

@@ -8,6 +8,8 @@ import torch
 from sae_files import FILES
 from sae_lens import SAE
 from taxolens.plugin import cli
+from taxolens.plugin.evaluation.sae_folders import find_saes
+from taxolens.registry.errors import ConfigError
 from taxolens.registry.table import LOADERS, Loader
 
 
@@ -37,6 +39,20 @@ def test_a_file_becomes_a_folder(convert, tmp_path):
         assert torch.allclose(sae(file.x), file.x_hat, atol=1e-5)
     assert sae.cfg.metadata.tokens == "patch"
     assert sae.cfg.metadata.given == {"subtract_b_dec": True, "tokens": "patch"}
+
+
+def test_what_is_unknown_is_not_guessed_later(convert, tmp_path):
+    file = FILES["saev schema 5"](tmp_path)
+    assert convert(file.path, tmp_path / "out")[0] == 0
+    (sae,) = find_saes(tmp_path / "out")
+    for name in ("model_name", "hook_name", "tokens"):
+        with pytest.raises(ConfigError, match=f"metadata has no '{name}'; allowed: .* --{name}"):
+            getattr(sae, name)
+    place = {"model_name": "vit", "hook_name": "blocks.1.hook_resid_post", "tokens": "patch"}
+    flags = [f"--{name}={value}" for name, value in place.items()]
+    assert convert(file.path, tmp_path / "again", *flags)[0] == 0
+    (sae,) = find_saes(tmp_path / "again")
+    assert {name: getattr(sae, name) for name in place} == place
 
 
 def test_json(convert, tmp_path):

@@ -129,7 +129,7 @@ def finish(
     metadata = {
         "sae_lens_version": version("sae-lens"),
         "sae_lens_training_version": None,
-        "taxolens_version": version("taxolens"),
+        "converted_by": f"taxolens {version('taxolens')}",
         **{name: value for name, value in held.items() if value is not None},
         "source": loader,
         "source_format": f"{loader}: {converted.form}",
