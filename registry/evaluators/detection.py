@@ -364,13 +364,11 @@ def find_explanations(
         nodes: (N,); among equally good ones the first is chosen.
         min_fired: latents that fire on fewer images of the fit half are not explained.
     """
-    explained = (np.asarray(fit.sum(1)).ravel() >= min_fired) & (len(nodes) > 0)
     at, fit_f1, found = explain(fit, score, members, fit_images, score_images)
     others = score_images.sum() - found.positives
     false_alarms = summary.ratio(found.fired - found.hits, others)
     f1 = np.where(found.positives > 0, found.f1, np.nan)
+    known = np.asarray(fit.sum(1)).ravel() >= min_fired
+    node = np.where(known, np.append(nodes, -1)[at], -1)
     rates = (fit_f1, found.recall, false_alarms, f1)
-    return Explanations(
-        np.where(explained, np.append(nodes, -1)[at], -1),
-        *(np.where(explained, rate, np.nan) for rate in rates),
-    )
+    return Explanations(node, *(np.where(node >= 0, rate, np.nan) for rate in rates))

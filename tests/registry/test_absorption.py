@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.absorption import Absorption, absorbed, main_latents
+from taxolens.registry.evaluators.absorption import (
+    Absorption,
+    absorbed,
+    active_part,
+    main_latents,
+    order_latents,
+)
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]
@@ -50,6 +56,40 @@ def test_equals_the_definition_image_by_image(seed: int, n_latents: int) -> None
         else:
             fraction = min(a, target[i] - m) / (min(a, target[i] - m) + m)
         assert found.fraction[i] == pytest.approx(fraction)
+
+
+def test_bounds_that_are_met_exactly_count() -> None:
+    """One latent that is no main one: cos .025 and .4 of P; and cos .1 for the fraction."""
+    z, target, main = np.ones((1, 1)), np.array([1.0]), np.zeros(1, dtype=bool)
+    for gain, cosine, full, fraction in (
+        (0.4, 0.025, True, 0),
+        (0.4, 0.024, False, 0),
+        (0.39, 0.1, False, 0),
+        (0.4, 0.1, True, 1),
+        (0.4, 0.099, True, 0),
+    ):
+        found = absorbed(z, np.array([gain]), np.array([cosine]), main, target)
+        assert (bool(found.full[0]), found.fraction[0]) == (full, fraction), (gain, cosine)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_latents_in_order_of_their_standardised_difference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = (rng.random((30, 5)) * (rng.random((30, 5)) < 0.5)).astype(np.float32)
+    z[:, 2] = 0
+    truth = rng.random((30, 2)) < 0.5
+    truth[0], truth[1] = True, False
+    for order, inside in zip(order_latents(sparse.csr_array(z), truth), truth.T):
+        gap = z[inside].mean(0) - z[~inside].mean(0)
+        score = [gap[j] / z[:, j].std() if z[:, j].any() else -np.inf for j in range(5)]
+        assert order.tolist() == np.argsort(-np.array(score), kind="stable").tolist()
+
+
+def test_the_part_of_z_that_is_active() -> None:
+    z = np.array([[0, 2, 0, 0], [0, 0, 0, 3]])
+    columns, dense = active_part(sparse.csr_array(z), np.array([2, 3]))
+    assert columns.tolist() == [1, 2, 3] and dense.tolist() == z[:, 1:].tolist()
 
 
 def world(absorb: bool, one_batch: Measured) -> tuple[Any, torch.Tensor]:

@@ -82,6 +82,23 @@ def test_a_cut_is_credited_with_what_it_adds() -> None:
     assert np.isnan(one_group.added[0, 0]) and one_group.added[1, 0] == 0
 
 
+def test_rounding_of_an_entropy_is_no_growth() -> None:
+    mutual = np.array([[0.5, 0.0], [0.5 + 1e-12, 0.0]])
+    found = Information.of(mutual, np.array([0.7, 0.7 + 1e-12]))
+    assert np.isnan(found.added[1]).all() and found.nested[1, 0] == pytest.approx(0.5 / 0.7)
+    # And what grows is information of rounding alone: none.
+    found = Information.of(mutual, np.array([0.7, 0.9]))
+    assert found.added[1].tolist() == [0, 0]
+
+
+def test_information_without_classes_or_images() -> None:
+    none = sparse.csr_array((4, 3), dtype=np.float32)
+    mutual, entropy = mutual_information(none, 2, np.zeros(3), np.array([0, 1, 2]))
+    assert mutual.tolist() == [0, 0] and entropy == 0
+    mutual, entropy = mutual_information(none, 2, np.full(3, 5), np.zeros(3, dtype=int))
+    assert mutual.tolist() == [0, 0] and entropy == 0
+
+
 def test_the_factors_are_the_cuts_that_differ(animals: Taxonomy) -> None:
     assert factor_depths(animals) == [1, 2, 3]
     chain = Taxonomy.from_edges([("r", "a"), ("r", "b"), ("b", "c"), ("c", "d"), ("c", "e")])

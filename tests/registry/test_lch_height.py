@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.lch_height import LCHHeight, random_sets, smallest_holding
+from taxolens.registry.evaluators.lch_height import (
+    LCHHeight,
+    random_sets,
+    smallest_holding,
+    top_labels,
+)
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
@@ -183,6 +190,13 @@ def test_smallest_holding_prefers_few_classes_then_depth_then_id():
     node, size = smallest_holding(taxonomy, labels, 0.75)
     assert [taxonomy.nodes[v] if v >= 0 else None for v in node] == ["p", "a", "r", None]
     assert size.tolist()[:3] == [2, 1, 3]
+
+
+def test_a_latent_with_fewer_top_images_has_none():
+    labels = np.array([[3, 1, 2], [4, 5, -1], [-1, -1, -1]])
+    top = SimpleNamespace(labels=lambda shuffled: labels + shuffled)
+    assert top_labels(top, 3, False).tolist() == [[3, 1, 2], [-1] * 3, [-1] * 3]
+    assert top_labels(top, 2, False).tolist() == [[3, 1], [4, 5], [-1] * 2]
 
 
 def test_random_sets_against_the_mean_over_all_sets(animals):

@@ -142,6 +142,25 @@ def test_informative_cuts(animals):
     assert informative_cuts(flat) == []
 
 
+def test_a_cut_that_tells_all_classes_apart_is_not_informative():
+    edges = [("r", "b"), ("r", "c"), ("b", "x"), ("b", "y"), ("c", "z"), ("x", "end")]
+    # b and c at depth 1; x, y and z at 2, which are all classes already.
+    assert informative_cuts(Taxonomy.from_edges(edges)) == [1]
+
+
+def test_the_options_reach_the_probes(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 8)
+    options = {"ridge": 0.3, "neighbours": 3, "neighbours_per_class": 2, "probe_latents": 4}
+    batch = one_batch(np.random.default_rng(0).random((96, 6)).astype(np.float32), labels)
+    (evaluator,) = measured(animals, batch, [LevelInformation], options=options)
+    found = evaluator._measures["z"]
+    assert (found.ridge.ridge, found.knn.k) == (0.3, 3)
+    assert np.isfinite(found.knn._priority).sum(1).tolist() == [2] * 12
+    assert found.ridge._gram.shape == (4, 4)  # the most variable latents alone
+    spread = batch.z[batch.is_fit].var(0, correction=0)
+    assert evaluator._latents.tolist() == sorted(spread.topk(4).indices.tolist())
+
+
 def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 60)
     x = embedded(animals, labels, noise=6)
