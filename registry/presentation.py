@@ -1,7 +1,6 @@
-"""Declarations of how an evaluator's results are shown in tables, reports and dashboards.
+"""How an evaluator's results are shown in tables, reports and dashboards.
 
-No imports, so that a report can be written without the evaluators.
-"""
+No imports, so that a report can be written without the evaluators."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_node_indicators_are_explained_perfectly(planted, animals) -> None:
     assert found["group_f1"] > max(m["group_f1"] for m in moved)
 
 
-def test_latents_of_random_classes_are_told_no_better_than_by_another_tree(planted, animals):
+def test_latents_of_random_classes_are_explained_no_better_than_by_another_tree(planted, animals):
     evaluator = planted(shuffle=True)
     found = evaluator.compute()["group_balanced_accuracy"]
     moved = [
