@@ -1,5 +1,4 @@
-"""`detection`: a taxonomy node as explanation of each latent, scored on held-out images and by
-steering the model.
+"""`detection`: nodes as explanations of latents, scored on held-out images and by steering.
 
 Automatic interpretability (Bills et al. 2023; detection score of Paulo et al. 2024, arXiv
 2410.13928) with taxonomy nodes in place of sentences; these forms are our own definition.
@@ -353,9 +352,7 @@ def find_explanations(
     nodes: np.ndarray,
     min_fired: int,
 ) -> Explanations:
-    """Choose a node for each latent by F1 on the fit half; score it on the score half.
-
-    Latents that are not explained have node −1 and NaN scores.
+    """Choose a node for each latent by F1 on the fit half; score it (m,) on the score half.
 
     Args:
         fit, score: (m, C) images of each class on which each latent fires, in the halves.

@@ -93,7 +93,7 @@ def test_the_part_of_z_that_is_active() -> None:
 
 
 def world(absorb: bool, one_batch: Measured) -> tuple[Any, torch.Tensor]:
-    """x = family + kind of species; latents are these parts, or species 0 speaks for its family too."""
+    """x = family + kind of species; latents are these parts, or species 0 replaces its family."""
     labels = np.repeat(np.arange(len(TREE.classes)), 40)
     names = [TREE.classes[c] for c in labels]
     family = np.array([int(n[1]) for n in names])
@@ -104,8 +104,8 @@ def world(absorb: bool, one_batch: Measured) -> tuple[Any, torch.Tensor]:
     leaf = FAMILIES + family * SPECIES + species
     z = np.zeros((len(labels), FAMILIES + FAMILIES * SPECIES), dtype=np.float32)
     z[np.arange(len(labels)), leaf] = 1.0
-    speaks = (species > 0) if absorb else np.ones(len(labels), dtype=bool)
-    z[np.arange(len(labels))[speaks], family[speaks]] = 1.0
+    fires = (species > 0) if absorb else np.ones(len(labels), dtype=bool)
+    z[np.arange(len(labels))[fires], family[fires]] = 1.0
     decoder = np.concatenate([parts[:FAMILIES], *[parts[FAMILIES:]] * FAMILIES])
     if absorb:
         for f in range(FAMILIES):
@@ -128,7 +128,7 @@ def test_a_dictionary_of_the_true_parts_absorbs_nothing(
     assert numbers["reconstructed_share"] == pytest.approx(1, abs=0.1)
 
 
-def test_a_species_that_speaks_for_its_family_is_found(
+def test_a_species_that_fires_in_place_of_its_family_is_found(
     one_batch: Measured, measured: Measured
 ) -> None:
     batch, decoder = world(True, one_batch)
@@ -168,7 +168,7 @@ def test_without_the_offset_of_the_decoder_nothing_projects(
     assert shifted.compute() == pytest.approx(plain.compute(), abs=1e-3)
 
 
-def test_without_a_decoder_only_the_probes_are_told(
+def test_without_a_decoder_only_the_probes_have_values(
     one_batch: Measured, measured: Measured
 ) -> None:
     batch, _ = world(False, one_batch)

@@ -129,7 +129,7 @@ def test_a_flat_tree_has_no_group_to_explain_by(one_batch, measured) -> None:
     assert evaluator.compute()["balanced_accuracy"] == 1.0
 
 
-def test_latents_of_random_classes_are_told_no_better_than_by_another_tree(planted, animals):
+def test_latents_of_random_classes_are_explained_no_better_than_by_another_tree(planted, animals):
     evaluator = planted(shuffle=True)
     found = evaluator.compute()["group_balanced_accuracy"]
     moved = [

@@ -1,4 +1,4 @@
-"""`feature_geometry`: its parts against plain algebra, and a world laid out as the theory says."""
+"""`feature_geometry`: its parts against plain algebra, and data constructed as in the theory."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_world_of_added_directions_is_the_ideal(one_batch: Measured, measured:
     assert numbers["coactive_babel"] == pytest.approx(0, abs=1e-5)
     permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
     assert max(n["parent_length"] for n in permuted) < numbers["parent_length"] - 0.05
-    # Why the docs tell not to read it as evidence of this tree:
+    # Why it is not evidence of this tree:
     assert max(n["hierarchy_cosine"] for n in permuted) < 0.25
     assert max(n["detected_edges"] for n in permuted) < 36
     assert evaluator.compute(shuffled=True)["projection_own"] < 0.5
@@ -143,7 +143,7 @@ def test_a_world_of_added_directions_is_the_ideal(one_batch: Measured, measured:
     assert len(evaluator.figures()["cosine"].data) == 2
 
 
-def test_a_child_that_repeats_its_parent_is_seen_in_the_decoder(
+def test_a_child_that_repeats_its_parent_is_detected_in_the_decoder(
     one_batch: Measured, measured: Measured
 ) -> None:
     batch, directions = world(one_batch)

@@ -1,4 +1,4 @@
-"""`lch_height` against sets of classes, and on detectors that know the tree."""
+"""`lch_height` against sets of classes, and on detectors of its nodes."""
 
 from __future__ import annotations
 
@@ -132,13 +132,13 @@ def test_frequency_bears_false_alarms(animals, one_batch, measured):
     assert right["frequency"] == 1.0 and right["any"] < 0.6
 
 
-def test_one_stray_image_sends_only_the_strict_rule_to_the_root(animals, one_batch, measured):
+def test_one_outlier_image_moves_only_the_strict_rule_to_the_root(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 40)
     latents, z = planted(animals, labels)
     leaf, family = np.flatnonzero(latents.members.sum(0) == 1), animals.cut(1)
     for j, of_class in zip(leaf, latents.members[:, leaf].argmax(0)):
-        stray = np.flatnonzero(family[labels] != family[of_class])[j]
-        z[stray, j] = 9
+        outlier = np.flatnonzero(family[labels] != family[of_class])[j]
+        z[outlier, j] = 9
     for rule, right in (("topk", latents.node[leaf]), ("topk_strict", animals.root)):
         (evaluator,) = measured(animals, one_batch(z, labels), [LCHHeight], options={"rule": rule})
         assert (evaluator.assign().node[leaf] == right).all()

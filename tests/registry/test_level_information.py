@@ -82,7 +82,7 @@ def test_the_neighbour_database_is_capped_and_does_not_depend_on_batches():
     assert kept[0] == kept[1] and len(kept[0]) == 15
 
 
-def test_probes_without_a_fit_know_nothing():
+def test_probes_without_a_fit_predict_no_class():
     assert RidgeProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
     assert NeighbourProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
 
@@ -179,7 +179,7 @@ def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, 
     assert shuffled["x_probe_accuracy"] < 0.16 and shuffled["x_knn_accuracy"] < 0.16
 
 
-def test_class_knowledge_alone_leaves_no_null_behind(animals, one_batch, measured):
+def test_class_detectors_alone_beat_no_null(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 60)
     flat = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))[torch.from_numpy(labels)]
     x = flat * 2 + torch.randn(720, 64, generator=torch.Generator().manual_seed(2)) * 4

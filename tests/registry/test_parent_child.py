@@ -168,10 +168,10 @@ def test_the_size_of_a_batch_changes_nothing(
     facts = {"W_dec": torch.randn(21, 5), "options": {"max_images": 300, "probe_images": 200}}
     one, many = (measured(animals, batch, [ParentChild], size=s, **facts)[0] for s in (480, 7))
     assert one.compute() == pytest.approx(many.compute(), nan_ok=True)
-    assert 200 < one._sample.z.shape[0] < 400  # about as many as asked for
+    assert 200 < one._sample.z.shape[0] < 400  # approximately `max_images`
 
 
-def test_the_condition_on_the_decoder_tells_shared_directions(
+def test_the_condition_on_the_decoder_detects_shared_directions(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
     """x is made of the latents' own directions: a parent that its child needs is near its probe."""
@@ -254,7 +254,7 @@ def test_without_a_recorded_forest_its_numbers_are_undefined(
         assert "recorded" not in evaluator.tables()
 
 
-def test_the_condition_on_the_decoder_tells_the_recorded_forest_from_a_rewired_one(
+def test_the_condition_on_the_decoder_separates_the_recorded_forest_from_a_rewired_one(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
     latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)

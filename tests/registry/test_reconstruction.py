@@ -152,7 +152,7 @@ def test_the_model_is_run_four_times_on_no_more_images_than_allowed(pass_over, m
     assert model.images == 4 * 5
 
 
-def test_images_of_classes_that_the_head_does_not_know_have_no_loss(pass_over, model) -> None:
+def test_images_of_classes_that_the_head_lacks_have_no_loss(pass_over, model) -> None:
     model.logit_classes = np.where(model.logit_classes < 6, model.logit_classes, -1)
     evaluator = pass_over(intervene=model)
     index = torch.from_numpy(evaluator._images.index(fit=False))

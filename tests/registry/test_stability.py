@@ -117,7 +117,7 @@ def test_the_regression_is_a_pursuit_done_by_hand(seed: int) -> None:
             assert found[size, t] == pytest.approx(max(r2, 0), abs=1e-3)
 
 
-def test_a_split_latent_is_told_by_its_halves_together() -> None:
+def test_a_split_latent_is_predicted_by_its_halves_jointly() -> None:
     rng = np.random.default_rng(0)
     y = np.abs(rng.normal(size=(400, 8))) * (rng.random((400, 8)) < 0.2)
     x = y[:, :2].sum(1, keepdims=True)

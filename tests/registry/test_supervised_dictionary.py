@@ -217,7 +217,7 @@ def test_latents_that_are_the_nodes_are_ideal(spliced: Any, world: Any) -> None:
         if metric != "detected_share":
             assert numbers[f"supervised_{metric}"] > 0.95, metric
     assert numbers["occluded"] == numbers["over_split"] == 0
-    # Of the root's two children "always yes" already has F1 2/3: they are not asked.
+    # For the root's two children, always predicting "yes" has F1 2/3: they are left out.
     assert numbers["supervised_nodes"] == len(world["nodes"]) - 2
     assert numbers["latents"] == len(world["nodes"]) and numbers["spliced_images"] == 64
 
