@@ -1,1 +1,1 @@
-"""WHAT a config can name."""
+"""Architectures, evaluators, taxonomies, presets and loaders that a config names."""

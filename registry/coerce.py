@@ -1,4 +1,4 @@
-"""Values from files and flags, checked against type hints and turned into what these ask for."""
+"""Type coercion: values from files and flags, checked and converted by type hints."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 
 class MisfitError(ValueError):
-    """A value does not fit its type hint. The message names the place, the type and the value."""
+    """A value does not fit its type hint; with place, type and value in the message."""
 
 
 def coerce(value: Any, hint: Any, where: str = "", *, lenient: bool = False) -> Any:
-    """`value` as `hint`: a scalar, `Any`, a literal, union, list, tuple, dict or dataclass.
+    """Convert `value` to `hint`: a scalar, `Any`, literal, union, list, tuple, dict or dataclass.
 
-    As JSON is read: null is the NaN of a float, and keys that a dataclass does not know are
-    ignored, as a later minor version may have added them.
+    By default as for JSON: null is the NaN of a float, and keys that are not fields of a dataclass
+    are ignored, as a later minor version may have added them.
 
     Args:
         where: place of the value, for the message.
-        lenient: for YAML and flags. Text may be a number ("3e-4") or a list of one, and a whole float
-            an int; null is no float; dataclasses and classes other than scalars are left as given.
+        lenient: for YAML and flags. Text may be a number ("3e-4") or a list of one; an integral
+            float may be an int; null is not a float; dataclasses and other classes are unchanged.
 
     Raises:
-        MisfitError: it cannot be.
+        MisfitError: the value does not fit.
     """
     kind: Any = get_origin(hint) or hint
     members = get_args(hint)
@@ -60,7 +60,7 @@ def coerce(value: Any, hint: Any, where: str = "", *, lenient: bool = False) -> 
 
 
 def _first_fit(value: Any, members: tuple[Any, ...], where: str, lenient: bool) -> Any:
-    """The member whose type the value has already, else the first one it can become."""
+    """The value as the member of its own type, else as the first member that it fits."""
     exact = [m for m in members if isinstance(m, type) and type(value) is m]
     *others, last = [*exact, *(m for m in members if m is not type(None))]
     for member in others:

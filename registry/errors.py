@@ -1,26 +1,26 @@
-"""The errors a user of taxolens can meet.
+"""Exceptions of taxolens.
 
-`ConfigError` means that what was asked for is wrong (the command line exits with 2);
-every other `TaxolensError` means that the work failed (it exits with 1).
+`ConfigError` means invalid settings (the command line exits with 2); every other `TaxolensError`
+means a failure of the run (it exits with 1).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_NOT_SAID: Any = object()
+_OMITTED: Any = object()
 
 
 class TaxolensError(Exception):
     """Base class of every error that taxolens raises on purpose.
 
-    The message has one grammar: ``field: problem; given X; allowed: Y.``
+    The message has one form: ``field: problem; given X; allowed: Y.``
 
     Args:
-        field: the setting, file or object that is wrong; the whole message where it stands alone.
+        field: the setting, file or object that is wrong; the complete message if given alone.
         problem: what is wrong with it.
-        given: the value that was found, shown by `repr`.
-        allowed: what would be right, or what to do.
+        given: the invalid value, shown by `repr`.
+        allowed: the valid values, or what to do.
     """
 
     def __init__(
@@ -28,45 +28,45 @@ class TaxolensError(Exception):
         field: Any,
         problem: Any = None,
         *,
-        given: Any = _NOT_SAID,
+        given: Any = _OMITTED,
         allowed: Any = None,
     ) -> None:
         parts = [f"{field}" if problem is None else f"{field}: {str(problem).rstrip('.')}"]
-        if given is not _NOT_SAID:
+        if given is not _OMITTED:
             parts.append(f"given {given!r}")
         if allowed is not None:
             parts.append(f"allowed: {str(allowed).rstrip('.')}")
-        # One argument, so that an error crosses process boundaries as it is.
+        # One argument, so that an error is unchanged by pickling.
         super().__init__(parts[0] if problem is None else "; ".join(parts) + ".")
 
 
 class ConfigError(TaxolensError, ValueError):
-    """A setting is wrong. The message names the field, what was given and what is allowed."""
+    """A setting is invalid. The message has the field, the given and the allowed values."""
 
 
 class UnknownNameError(ConfigError, KeyError):
-    """A name is in no table. The message lists the nearest known names.
+    """A name is not registered. The message lists the most similar names.
 
-    It is a `KeyError` too, so that tables behave as mappings (`table.get(name)`).
+    Also a `KeyError`, so that tables are mappings (`table.get(name)`).
     """
 
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
 class DuplicateNameError(ConfigError):
-    """Two plugins register the same name. The message names both."""
+    """Two plugins register the same name. The message has both plugins."""
 
 
 class DataError(TaxolensError):
-    """The data cannot be used: empty, corrupt beyond the allowed share, NaN, labels off the tree."""
+    """Data cannot be used: empty, too many corrupt images, NaN, labels outside the tree."""
 
 
 class CheckpointError(TaxolensError):
-    """A checkpoint is torn, truncated, or belongs to another run."""
+    """A checkpoint is incomplete, damaged, or from another run."""
 
 
 class CorruptImageError(DataError):
-    """One image that cannot be read. The message names its index, its source and the reason."""
+    """One image cannot be read. The message has its index, its source and the reason."""
 
     def __init__(self, index: int, source: str, reason: str) -> None:
         Exception.__init__(self, index, source, reason)
@@ -79,4 +79,4 @@ class CorruptImageError(DataError):
 
 
 class DivergedError(TaxolensError):
-    """Training went to NaN or infinity. The checkpoints before that are whole."""
+    """Training diverged to NaN or infinity. Earlier checkpoints are complete."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the hash of what a file holds."""
+"""Atomic writes of files, and digests of their content."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 def write_atomically(path: str | Path, content: str | bytes, *, sync: bool = True) -> Path:
     """Write `content` (text as UTF-8) to `path` through a temporary file beside it.
 
-    Whatever happens meanwhile, a kill or a full disk, `path` holds either its old content or
-    all of the new one. Without `sync` that holds for a kill, not for a power cut: for the many small
-    files that can be written again.
+    After a kill or with a full disk, `path` has either its old content or all of the new one.
+    Without `sync` this holds after a kill but not after a power failure: for many small files that
+    can be written again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, content: str | bytes, *, sync: bool = Tru
 def file_digest(path: str | Path, *, sync: bool = False) -> str:
     """64 hex digits: the SHA-256 of a file, read a megabyte at a time.
 
-    With `sync` its content is on the disk when this returns.
+    With `sync` its content is flushed to disk first.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
-"""Fingerprints of content, and random numbers that are functions of an image's position.
+"""Fingerprints of content, and random numbers as functions of an image's position.
 
-A streamed pass must give the same result whatever the batch size, so every random choice about an
-image (tie-breaks, which images are kept, planted misses) is a hash of its index.
+Results of a pass do not depend on the batch size: every random choice for an image (tie-breaks,
+sampling, planted misses) is a hash of its index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def fingerprint(parts: Iterable[str | bytes], *, digits: int = 16) -> str:
 
 
 def splitmix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64 bits for each of 64, well mixed: a bijection, same shape.
+    """Mix each 64-bit integer by a bijection; same shape.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195).
     """
@@ -33,7 +33,7 @@ def splitmix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(index: ArrayLike, salt: int = 0) -> NDArray[np.float64]:
-    """One number in [0, 1) for each element of `index`, the same at each call; same shape."""
+    """A deterministic number in [0, 1) for each element of `index`; same shape."""
     z = np.asarray(index).astype(np.uint64)
     with np.errstate(over="ignore"):
         z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

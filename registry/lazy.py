@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used (PEP 562)."""
+"""Lazy import of a package's names on first use (PEP 562)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers to a name that is not known: the nearest known names, and the message with them."""
+"""Suggestions for unknown names, and the error message with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def did_you_mean(names: Iterable[str]) -> str:
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """What is not known, the nearest known names, and up to 40 of all known names."""
+    """The message for an unknown `name`, with similar names and up to 40 of all names."""
     names = sorted(known)
     near = did_you_mean(nearest(name, names))
     shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]

@@ -1,4 +1,4 @@
-"""Names of the null controls that every metric stands beside, and of the further controls."""
+"""Names of the null controls computed for every metric, and of further controls."""
 
 NULLS = ("permuted_classes", "shuffled", "random", "neurons")
 CONTROLS = ("planted",)

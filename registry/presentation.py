@@ -1,5 +1,7 @@
-"""How an evaluator shows itself in tables, reports and dashboards. Imports nothing, so that a report
-can be written without the evaluators."""
+"""Declarations of how an evaluator's results are shown in tables, reports and dashboards.
+
+No imports, so that a report can be written without the evaluators.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Headline:
-    """A metric that the summaries show: terminal table, report and dashboard.
+    """A metric shown in the summaries: terminal table, report and dashboard.
 
     Args:
         metric: a key of `Evaluator.higher_is_better`.
-        title: what the summaries call it; up to 20 characters fit on one line of the terminal.
+        title: its name in summaries; up to 20 characters fit on one line of the terminal.
         meaning: what it measures, in one clause; by default the evaluator's description.
-        priority: the smallest of all evaluators comes first; equal ones in order of evaluation.
+        priority: smallest first over all evaluators; equal ones in order of evaluation.
     """
 
     metric: str
@@ -25,7 +27,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class NodeTable:
-    """The table of an evaluator that places latents at nodes of the taxonomy.
+    """The table of an evaluator that assigns latents to nodes of the taxonomy.
 
     The latent cards of a report come from the table of smallest priority that has a `latent`
     column, its tree chart from the one of smallest priority that has an `f1` column.

@@ -1,4 +1,4 @@
-"""The tables of what a config can name: architectures, models, evaluators, taxonomies, loaders."""
+"""Registries of the names in a config: architectures, models, evaluators, taxonomies, loaders."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Table(Mapping[str, T], Generic[T]):
-    """A read-only mapping from name to entry, filled through `register` alone.
+    """A read-only mapping from name to entry, filled by `register`.
 
     Args:
         kind: what an entry is called in error messages, e.g. ``"evaluator"``.
 
     Attributes:
-        source: called before each read, to `register` what is not there yet.
+        source: called before each read, to `register` missing entries.
     """
 
     def __init__(self, kind: str) -> None:
@@ -29,10 +29,10 @@ class Table(Mapping[str, T], Generic[T]):
         self._plugins: dict[str, str] = {}
 
     def register(self, name: str, entry: T, *, plugin: str = "taxolens") -> None:
-        """Add `entry` under `name`; the same entry of the same plugin again changes nothing.
+        """Add `entry` under `name`; repeating it for the same entry and plugin has no effect.
 
         Raises:
-            DuplicateNameError: when the name is taken; it names both plugins.
+            DuplicateNameError: the name is registered already; with both plugins in the message.
         """
         if name in self._entries:
             if self._entries[name] is entry and self._plugins[name] == plugin:
@@ -77,9 +77,9 @@ class Table(Mapping[str, T], Generic[T]):
 
 @dataclass(frozen=True)
 class Architecture:
-    """One SAE architecture, as SAELens's registries want it.
+    """One SAE architecture, with the classes for SAELens's registries.
 
-    `sae_class` and `sae_config_class` stay None where the trained SAE is saved as an architecture
+    `sae_class` and `sae_config_class` are None where the trained SAE is saved as an architecture
     that SAELens already has: it then loads without this package.
     """
 
@@ -94,8 +94,8 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TaxonomySource:
-    """A named class tree. `load(classes)` gives the tree over those classes, in that order;
-    with None, over all classes it has."""
+    """A named class tree. `load(classes)` returns the tree over these classes, in this order; with
+    None, over all its classes."""
 
     name: str
     load: Callable[[Any], Any]
@@ -105,7 +105,7 @@ class TaxonomySource:
 
 @dataclass(frozen=True)
 class Loader:
-    """A reader of SAE files that another library wrote.
+    """A reader of SAE files of another library.
 
     Args:
         disk: SAELens's ``PretrainedSaeDiskLoader``: ``(path, device, cfg_overrides) ->

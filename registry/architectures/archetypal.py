@@ -7,7 +7,7 @@ Vision Models" (Fel et al. 2025, arXiv 2502.12892), section 4, RA-SAE:
 
 with A (n_candidates, d_in) candidate points among the data and mu a scalar. W and Lambda are kept
 in their sets by projection after each step (W as in the authors' code: negative entries to 0, rows
-divided by their sum), the gradient passing the projection unchanged.
+divided by their sum); the gradient ignores the projection.
 
 Deviations: A comes from the activation stream itself. It starts as rows of the first batch (and of
 the next ones, where it has more candidates than a batch has rows) and is refined by mini-batch
@@ -46,10 +46,10 @@ class ArchetypalSettings:
     """Settings of both archetypal architectures.
 
     Args:
-        n_candidates: points the dictionary is made of; by default as many as latents.
-        delta: how far an atom may leave the hull of the candidates, before scaling by e^mu.
+        n_candidates: number of candidate points; by default as many as latents.
+        delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu.
         candidate_steps: training steps over which k-means refines the candidates.
-        seed: of the candidates.
+        seed: seed of the candidates.
     """
 
     n_candidates: int | None = None
@@ -97,8 +97,7 @@ class ArchetypalTopKTrainingSAEConfig(ArchetypalSettings, TopKTrainingSAEConfig)
 
 @dataclass
 class ArchetypalJumpReLUTrainingSAEConfig(ArchetypalSettings, JumpReLUTrainingSAEConfig):
-    """Settings of `archetypal_jumprelu`: those of `jumprelu`, and n_candidates, delta,
-    candidate_steps."""
+    """Settings of `archetypal_jumprelu`: `jumprelu`'s, and n_candidates, delta, candidate_steps."""
 
     decoder_init_norm: float | None = None
 
@@ -118,7 +117,7 @@ class ArchetypalJumpReLUTrainingSAEConfig(ArchetypalSettings, JumpReLUTrainingSA
 
 
 class ArchetypalDictionary(SAE[Any]):
-    """Mixin: `W_dec` is computed from candidates instead of being a parameter."""
+    """Mixin: `W_dec` is computed from candidates and is not a parameter."""
 
     mixture: nn.Parameter  # W, (d_sae, n_candidates)
     relaxation: nn.Parameter  # Lambda, (d_sae, d_in)
@@ -133,7 +132,7 @@ class ArchetypalDictionary(SAE[Any]):
     def W_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.dictionary() if self._held is None else self._held
 
-    # As SAELens's matching pursuit does for W_enc: the base class assigns a W_dec.
+    # As in SAELens's matching pursuit for W_enc: the base class assigns W_dec.
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "W_dec":
@@ -169,20 +168,20 @@ class ArchetypalDictionary(SAE[Any]):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Put W back on the simplex and Lambda back into its balls."""
+        """Project W to the simplex and Lambda to its balls."""
         self.mixture.copy_(_on_simplex(self.mixture))
         self.relaxation.copy_(self._in_ball(self.relaxation))
 
     @torch.no_grad()
     def learn_candidates(self, x: Tensor, step: int) -> None:
-        """Take candidates from the first batches, and refine them with the next ones."""
+        """Initialise candidates with the first batches, and refine them with later ones."""
         if step >= max(self.cfg.candidate_steps, 1):
             return
         x = x.to(self.candidates.dtype)
-        x = x[x.any(dim=1)]  # an input of zeros is no direction: its atom could not be normalised
+        x = x[x.any(dim=1)]  # a zero input could not be normalised as an atom
         if not len(x):
             return
-        # Before the first step that is all of them; later those beyond the rows seen so far, which
+        # Before the first step these are all; later those beyond the rows so far, which
         # repeat others and so have never been the nearest to a point.
         idle = self.candidate_counts == 0
         if bool(idle.any()):
@@ -197,10 +196,10 @@ class ArchetypalDictionary(SAE[Any]):
             ).T
 
     def set_candidates(self, points: Tensor) -> None:
-        """Use these points (n_candidates, d_in) and learn none.
+        """Use these points (n_candidates, d_in), without refinement.
 
         Raises:
-            ConfigError: for points of another shape.
+            ConfigError: the points have another shape.
         """
         if points.shape != self.candidates.shape:
             raise ConfigError(
@@ -214,7 +213,7 @@ class ArchetypalDictionary(SAE[Any]):
 
     @contextmanager
     def one_dictionary(self):
-        """Compute D once for everything that asks for `W_dec` inside."""
+        """Context in which D is computed once for all uses of `W_dec`."""
         self._held = self.dictionary()
         try:
             yield
@@ -255,7 +254,7 @@ class ArchetypalDictionary(SAE[Any]):
         back = unwhitening_matrix.to(self.device, dtype)
         self.candidates.copy_(self.candidates.to(dtype) @ back)
         self.relaxation.copy_(relaxation.to(dtype) @ back)
-        self.delta.fill_(torch.inf)  # a ball of the whitened space is none of the raw one
+        self.delta.fill_(torch.inf)  # a ball in whitened space is not a ball in raw space
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_dec"] = self.dictionary().detach()
@@ -277,7 +276,7 @@ _OWN_STATE = (
 
 
 def _on_simplex(rows: Tensor) -> Tensor:
-    """Negative entries to 0, then each row divided by its sum; uniform where nothing is left."""
+    """Negative entries to 0, then each row divided by its sum; uniform if all are 0."""
     rows = rows.relu()
     total = rows.sum(dim=1, keepdim=True)
     return torch.where(total > 0, rows / total.clamp_min(1e-12), 1.0 / rows.shape[1])

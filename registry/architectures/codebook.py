@@ -1,18 +1,18 @@
-"""`codebook`: each input becomes the mean of the k codes nearest in direction.
+"""`codebook`: each input is reconstructed as the mean of the k codes nearest in direction.
 
 Source: "Codebook Features: Sparse and Discrete Interpretability for Neural Networks" (Tamkin et
 al. 2023, arXiv 2310.17230), section 2: the k codes with the largest inner product between the input
-and the normalised codes are active, the output is the mean of the raw codes, gradients pass to the
-input straight through, and a codebook loss draws active codes to the input. Training an SAE on
-fixed activations, its squared error *is* that loss.
+and the normalised codes are active, the output is the mean of the raw codes, gradients pass
+straight through to the input, and a codebook loss moves active codes to the input. For an SAE on
+fixed activations, the squared error is that loss.
 
-Deviations: a bias b_dec is subtracted and added as in SAELens's SAEs; `kmeans_init` starts the codes
-by k-means steps on the first batch; `replace_dead`, off by default, puts random inputs of the batch
-in the place of codes that are dead by SAELens's count. A code that is an input outdoes the codes
-whose mean was that input: where there are few different inputs, it does harm.
+Deviations: a bias b_dec is subtracted and added as in SAELens's SAEs; `kmeans_init` starts the
+codes by k-means steps on the first batch; `replace_dead`, off by default, replaces codes that are
+dead by SAELens's count by random inputs of the batch. A code equal to an input displaces the codes
+whose mean was that input, which is harmful with few distinct inputs.
 
-The activation of a chosen code is 1/k, so decoding is linear. Saved as `codebook`; needs taxolens to
-load.
+The activation of a chosen code is 1/k, so decoding is linear. Saved as `codebook`; needs taxolens
+to load.
 """
 
 from dataclasses import dataclass
@@ -62,9 +62,9 @@ class CodebookTrainingSAEConfig(PluginTrainingSAEConfig):
 
     Args:
         k: active codes per input.
-        kmeans_init: k-means steps on the first batch before training; 0 leaves random codes.
-        replace_dead: put random inputs in the place of dead codes.
-        seed: of both.
+        kmeans_init: k-means steps on the first batch before training; 0 for random codes.
+        replace_dead: replace dead codes by random inputs.
+        seed: seed of both.
     """
 
     k: int = 8
@@ -92,9 +92,9 @@ class CodebookTrainingSAEConfig(PluginTrainingSAEConfig):
 
 
 class Codebook(SAE[Any]):
-    """What training and inference share; the codes are the rows of `W_dec`."""
+    """Common part of training and inference; the codes are the rows of `W_dec`."""
 
-    # As in SAELens's matching pursuit: the base class insists on a W_enc.
+    # As in SAELens's matching pursuit: the base class requires W_enc.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return F.normalize(self.W_dec, dim=1).T
@@ -126,7 +126,7 @@ class Codebook(SAE[Any]):
     @override
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        # straight through: the choice of codes has no gradient of its own
+        # straight-through: the choice of codes has no gradient
         return out + (x - x.detach()).to(out.dtype)
 
     @override
@@ -174,7 +174,7 @@ class CodebookTrainingSAE(Codebook, TrainingSAE[CodebookTrainingSAEConfig]):
 
     @torch.no_grad()
     def _place_codes(self, step_input: TrainStepInput, step: int) -> None:
-        """k-means at the first step; afterwards new places for dead codes."""
+        """k-means at the first step; afterwards replacement of dead codes."""
         codes, dead = self.W_dec.data, step_input.dead_neuron_mask
         first = step == 0 and self.cfg.kmeans_init > 0
         if not first and (not self.cfg.replace_dead or dead is None or not bool(dead.any())):

@@ -1,17 +1,17 @@
 """`hsae`: SAEs of growing width, trained together so that a latent equals the sum of its children.
 
 Source: "From Atoms to Trees: Building a Structured Feature Forest with Hierarchical Sparse
-Autoencoders" (Luo et al. 2026, arXiv 2602.11881), section 3. With f_i(x) = z_i D_i the part of
-latent i, the loss is sum_l ||x - SAE_l(x)||^2 + rho sum_p ||f_p - sum_{c in C(p)} f_c||^2, rho = .01
-(section 3.1). In the reconstruction each latent is replaced by the sum of its children with
+Autoencoders" (Luo et al. 2026, arXiv 2602.11881), section 3. With f_i(x) = z_i D_i the contribution
+of latent i, the loss is sum_l ||x - SAE_l(x)||^2 + rho sum_p ||f_p - sum_{c in C(p)} f_c||^2, rho =
+.01 (section 3.1). In the reconstruction each latent is replaced by the sum of its children with
 probability 5 % (section 3.2). Every 5,000 steps each latent chooses as parent the latent of the
-level above with the most similar encoder vector (cosine), and the least similar 20 % stay without
-(section 3.3). All levels aim at the same number of active latents.
+level above with the most similar encoder vector (cosine), and the least similar 20 % have none
+(section 3.3). All levels have the same target number of active latents.
 
 Deviations: each level is TopK with SAELens's auxiliary loss for dead latents, where the paper has
 JumpReLU with a controlled sparsity weight and ghost gradients; levels share b_dec; latents are
-ranked by what they contribute in place of renormalised rows. The paper keeps L reconstructions;
-the output of the whole is their mean (own definition), so that every latent acts on it.
+ranked by the norm of their contribution in place of renormalised rows. The paper keeps L
+reconstructions; the output is their mean (own definition), so that it depends on every latent.
 
 Saved as `hsae`, with the forest in its config as `parents`; needs taxolens to load.
 """
@@ -53,7 +53,7 @@ class HSAEConfig(SAEConfig):
     Args:
         k: active latents of each level.
         level_widths: latents of each level, in order.
-        parents: for each latent the one above it, -1 for none.
+        parents: parent of each latent, -1 for none.
     """
 
     k: int = 32
@@ -71,16 +71,16 @@ class HSAETrainingSAEConfig(PluginTrainingSAEConfig):
     """Settings of `hsae`.
 
     Args:
-        k: active latents of each level; a level narrower than k may fire as a whole.
+        k: active latents of each level; in a level narrower than k, all may fire.
         level_widths: latents of each level; by default 1/15, 2/15, 4/15 and 8/15 of them.
-        parents: the forest to start from; by default the first assignment is made at once.
+        parents: the initial forest; by default assigned at the first step.
         family_coefficient: rho, weight of the difference between a latent and its children.
-        swap_probability: how often a latent is replaced by its children in the reconstruction.
+        swap_probability: probability that children replace their latent in the reconstruction.
         reassign_every: steps between assignments of parents.
-        unassigned_share: share of each level that stays without a parent.
+        unassigned_share: share of each level without a parent.
         aux_loss_coefficient: weight of the auxiliary loss for dead latents of each level.
-        rescale_acts_by_decoder_norm: rank latents by what they contribute.
-        seed: of the swaps.
+        rescale_acts_by_decoder_norm: rank latents by the norm of their contribution.
+        seed: seed of the swaps.
     """
 
     k: int = 32
@@ -161,8 +161,8 @@ def family_loss(
 ) -> Tensor:
     """mean over inputs of sum_p ||f_p - sum_{c in C(p)} f_c||^2 over parents p with children.
 
-    Only active latents have a part, so the squared norms are summed over pairs of active members of
-    one family: O(n k^2) comparisons and few products of decoder rows.
+    Only active latents contribute, so the squared norms are summed over pairs of active members of
+    a family: O(n k^2) comparisons and few products of decoder rows.
     """
     loss = acts.new_zeros(())
     slices, budgets = level_slices(widths), _budgets(k, widths)
@@ -266,7 +266,7 @@ class HSAETrainingSAE(RecordsForest, TopKTrainingSAE):
         return TrainStepOutput(x, sae_out, acts, hidden_pre, loss, losses)
 
     def _level_outputs(self, acts: Tensor, atoms: Tensor, step: int) -> list[tuple[slice, Tensor]]:
-        """Each level's latents and its reconstruction, some latents swapped for their children."""
+        """Latents and reconstruction of each level, some latents replaced by their children."""
         parents = self.forest.parents
         swapped = self._draw_swaps(step)
         by_parent = torch.where(parents == ROOT, False, swapped[parents.clamp_min(0)])
@@ -281,7 +281,7 @@ class HSAETrainingSAE(RecordsForest, TopKTrainingSAE):
         return outputs
 
     def _draw_swaps(self, step: int) -> Tensor:
-        """Latents (m,) that this step replaces by their children; only those that have any."""
+        """(m,) bool, the latents with children that these replace in this step."""
         m, parents = self.cfg.d_sae, self.forest.parents
         generator = self.clock.generator(step, self.device)
         drawn = torch.rand(m, generator=generator, device=self.device) < self.cfg.swap_probability
@@ -291,7 +291,7 @@ class HSAETrainingSAE(RecordsForest, TopKTrainingSAE):
 
     @torch.no_grad()
     def reassign(self) -> None:
-        """Let every latent choose its parent anew."""
+        """Assign the parents of all latents again."""
         self.forest.parents.copy_(
             most_similar_parents(self.W_enc.T, self.cfg.widths, self.cfg.unassigned_share)
         )

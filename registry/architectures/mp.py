@@ -3,16 +3,16 @@
 Source: "From Flat to Hierarchical: Extracting Sparse Representations with Matching Pursuit"
 (Costa et al. 2025, arXiv 2506.03093), section 3 and algorithm 1.
 
-Beside SAELens's own `matching_pursuit`, as which a trained SAE is saved:
+Differences from SAELens's `matching_pursuit`, as which a trained SAE is saved:
 - exactly `k` steps are the default, where SAELens stops once an atom is picked twice
-  (`stop_on_duplicate_support`, off here: it is no part of the algorithm and changes supports);
-- rows have norm 1 at every step of training, as propositions 3.1-3.3 of the paper need (its public
-  code, github.com/mpsae/MP-SAE, sets them so at the start only). Such rows turn by the learning rate
-  alone, so it wants to be higher: docs/architectures.md has numbers;
-- the encoder is `pursuit.matching_pursuit`, and a training step takes its reconstruction from the
-  residual, so no step multiplies by the whole dictionary but the first;
+  (`stop_on_duplicate_support`, off here: not in the algorithm, and it changes supports);
+- rows have norm 1 at every step of training, as propositions 3.1-3.3 of the paper require (its
+  public code, github.com/mpsae/MP-SAE, normalises at the start only). The learning rate alone
+  determines the rotation of such rows, so it should be higher: see docs/architectures.md;
+- the encoder is `pursuit.matching_pursuit`, and a training step computes its reconstruction from
+  the residual, so only the first step multiplies by the complete dictionary;
 - `atom_dropout`, an *own definition*: at each training step a random share of the atoms cannot be
-  chosen, the same ones for the whole batch, which gives rarely chosen atoms a turn.
+  chosen, the same for the complete batch, so that rarely chosen atoms are chosen more often.
 
 Any k' <= k can be used afterwards: the first k' steps of a pursuit are the pursuit of k' steps.
 Set `cfg.k` of the trained SAE, or `cfg.max_iterations` once saved and loaded.
@@ -46,7 +46,7 @@ class MPTrainingSAEConfig(TrainingSAEConfig):
         seed: of the atom dropout.
         max_gram_bytes: largest Gram matrix (d_sae^2 numbers) the fast encoder may hold.
         compile_encoder: fuse the encoder's inner loop with torch.compile on the CPU; takes some
-            seconds once, and is left out, with a line in the log, where there is no C++ compiler.
+            seconds once. Without a C++ compiler it is not used, which is logged.
     """
 
     k: int = 32
@@ -81,7 +81,7 @@ class MPTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
-        # SAELens fills the inference config from fields of the same name; ours has k for it.
+        # SAELens copies fields of the same name to the inference config; here it is k.
         names = MatchingPursuitSAEConfig.__dataclass_fields__
         return {
             **{name: getattr(self, name) for name in names if name != "max_iterations"},
@@ -115,7 +115,7 @@ class MPTrainingSAE(PursuitTrainingSAE[MPTrainingSAEConfig]):
             "residual_threshold": self.cfg.residual_threshold,
             "stop_on_duplicate": self.cfg.stop_on_duplicate_support,
             "allowed": self._allowed_atoms(step),
-            # While weights change at every step a kept Gram matrix would only cost memory.
+            # While weights change at every step, caching the Gram matrix has no use.
             "cache": self.gram_cache if step is None else None,
             "max_gram_bytes": self.cfg.max_gram_bytes,
             "compiled": self.cfg.compile_encoder,

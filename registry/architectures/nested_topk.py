@@ -5,8 +5,8 @@ arXiv 2502.20578), section 3: loss = sum_i w_i NMSE_i / sum_i w_i over k_1 < ...
 weights equal ("uniform") or larger for smaller k ("reverse").
 
 Deviations: NMSE is the batch's squared error over the batch's variance about its mean (own
-definition; it does not change when data are shifted). Latents are ranked by what they contribute
-(`rescale_acts_by_decoder_norm`), SAELens's way of keeping decoder norms out of the ranking. The
+definition; it does not change when data are shifted). Latents are ranked by the norm of their
+contribution (`rescale_acts_by_decoder_norm` of SAELens). The
 auxiliary loss for dead latents is SAELens's, divided by the same variance.
 
 Saved as `topk` at `inference_k`, by default the largest k.
@@ -34,7 +34,7 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         k: the largest level; `ks` must end with it.
         ks: the levels, strictly increasing; by default k/8, k/4, k/2 and k.
         level_weights: "uniform", or "reverse": weight L for the smallest k, 1 for the largest.
-        inference_k: the k with which the SAE is saved; by default `k`.
+        inference_k: the k of the saved SAE; by default `k`.
     """
 
     ks: list[int] = field(default_factory=list)

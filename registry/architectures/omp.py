@@ -1,16 +1,16 @@
-"""`omp`: orthogonal matching pursuit; all coefficients are fitted anew at each step.
+"""`omp`: orthogonal matching pursuit; all coefficients are refitted at each step.
 
-Source: orthogonal matching pursuit (Pati et al. 1993) in the place of plain matching pursuit in
+Source: orthogonal matching pursuit (Pati et al. 1993) in place of plain matching pursuit in
 the MP-SAE of Costa et al. 2025 (arXiv 2506.03093), with the coefficients kept non-negative as an
 SAE's are: after each choice, non-negative least squares over the atoms chosen so far. The residual
 is then orthogonal to every active atom, so no atom is chosen twice and k steps explain at least as
 much as k steps of `mp` on the same support.
 
-Own definitions: an atom whose coefficient falls to 0 stays among the chosen and may become active
-again, and an input stops early once no atom correlates positively with its residual. Rows have
-norm 1 throughout, as in `mp`.
+Own definitions: an atom whose coefficient becomes 0 remains chosen and may become active again, and
+an input stops early once no atom correlates positively with its residual. Rows have norm 1
+throughout, as in `mp`.
 
-SAELens has no such inference: it is saved as `omp` and needs taxolens to load.
+SAELens has no such inference, so it is saved as `omp` and needs taxolens to load.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class OMPTrainingSAEConfig(PluginTrainingSAEConfig):
 
     @property
     def seed(self) -> int:
-        return 0  # nothing is drawn
+        return 0  # no randomness
 
 
 class OMPSAE(UnitDictionary):

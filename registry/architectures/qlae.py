@@ -1,18 +1,18 @@
-"""`qlae`: each latent takes one of a few learned values.
+"""`qlae`: quantised latents, each with a few learned values.
 
 Source: "Disentanglement via Latent Quantization" (Hsu et al. 2023, arXiv 2305.18378), section 3:
-latent i snaps to the nearest of its own n_levels scalars, at first evenly spaced in [-0.5, 0.5]; the
-gradient passes straight through; the loss adds .01 ||sg(z_c) - z_q||^2 (quantisation, which moves the
-levels) and .01 ||z_c - sg(z_q)||^2 (commitment, which moves the encoder); weight decay .1 on encoder
-and decoder.
+latent i is quantised to the nearest of its n_levels scalars, initially evenly spaced in [-0.5,
+0.5]; the gradient passes straight through; the loss adds .01 ||sg(z_c) - z_q||^2 (quantisation,
+which moves the levels) and .01 ||z_c - sg(z_q)||^2 (commitment, which moves the encoder); weight
+decay .1 on encoder and decoder.
 
 Deviations: encoder and decoder are linear, as an SAE's are. SAELens's optimiser is Adam without
 decay, so the decoupled decay is applied here, as W <- (1 - decay_per_step) W before each step; the
 paper's is .1 at a learning rate of 1e-3, hence 1e-4. Errors are summed over coordinates and
 latents, as SAELens sums them.
 
-Latents are dense: all of them are active unless a level is exactly 0. Saved as `qlae`; needs taxolens
-to load.
+Latents are dense: all of them are active unless a level is exactly 0. Saved as `qlae`; needs
+taxolens to load.
 """
 
 from dataclasses import dataclass
@@ -57,8 +57,8 @@ class QLAETrainingSAEConfig(PluginTrainingSAEConfig):
 
     Args:
         n_levels: values each latent can take.
-        quantization_coefficient: draws the levels to the encoder's output.
-        commitment_coefficient: draws the encoder's output to the levels.
+        quantization_coefficient: weight of the loss that moves levels to the encoder's output.
+        commitment_coefficient: weight of the loss that moves the encoder's output to levels.
         decay_per_step: decoupled weight decay of encoder and decoder per training step.
     """
 
@@ -97,7 +97,7 @@ def snap(continuous: Tensor, levels: Tensor) -> Tensor:
         continuous: (..., m).
         levels: (m, n_levels).
     """
-    # One level after the other: the (..., m, n_levels) distances would be n_levels times larger.
+    # One level at a time, since (..., m, n_levels) distances need n_levels times the memory.
     nearest, distance = levels[:, 0].expand_as(continuous), (continuous - levels[:, 0]).abs()
     for column in levels.T[1:]:
         other = (continuous - column).abs()

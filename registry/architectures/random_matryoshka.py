@@ -1,8 +1,8 @@
-"""`random_matryoshka`: prefixes of the dictionary, drawn anew at each step, must reconstruct alone.
+"""`random_matryoshka`: reconstruction from prefixes of the dictionary, random at each step.
 
 Source: "Matryoshka Sparse Autoencoders" (Nabeshima 2024, LessWrong), whose prefix lengths follow a
 truncated Pareto law, P(length >= l) proportional to l^-alpha, sampled without replacement, the
-whole dictionary always among them; the loss is the mean over prefixes. SAELens's
+complete dictionary always among them; the loss is the mean over prefixes. SAELens's
 `matryoshka_batchtopk` (Bussmann et al. 2025, arXiv 2503.17547) has fixed prefixes instead.
 
 Deviations: sparsity is BatchTopK as in SAELens, not ReLU with an L1 penalty; latents are not
@@ -31,10 +31,10 @@ class RandomMatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     """Settings of `random_matryoshka`, beside those of SAELens's `batchtopk`.
 
     Args:
-        n_prefixes: reconstructions a step, the whole dictionary included.
+        n_prefixes: reconstructions per step, including that of the complete dictionary.
         pareto_alpha: exponent of the Pareto law; larger means shorter prefixes.
         min_prefix: the shortest prefix.
-        seed: of the prefix lengths.
+        seed: seed of the prefix lengths.
     """
 
     n_prefixes: int = 10
@@ -106,7 +106,7 @@ class RandomMatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         return [*sorted(drawn.tolist()), cfg.d_sae]
 
     def _partial_outputs(self, acts: Tensor, prefixes: list[int]) -> list[Tensor]:
-        """One reconstruction per prefix; together they cost one decoding."""
+        """One reconstruction per prefix, at the cost of one decoding in all."""
         if acts.is_sparse:
             acts = acts.to_dense()
         if self.cfg.rescale_acts_by_decoder_norm:

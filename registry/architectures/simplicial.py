@@ -1,12 +1,12 @@
-"""`simplicial`: latents in groups, a softmax over each group.
+"""`simplicial`: latents in groups, with a softmax over each group.
 
 Source: "Simplicial Embeddings in Self-Supervised Learning and Downstream Classification" (Lavoie et
 al. 2022, arXiv 2204.00616), section 3: L groups of V latents, z = softmax(group / tau). The paper
-puts it between an encoder and a self-supervised loss; here encoder and decoder are linear and the
+uses it between an encoder and a self-supervised loss; here encoder and decoder are linear and the
 loss is the squared error, without a sparsity penalty.
 
-Every latent is positive, so L0 is d_sae; how concentrated a group is shows in its entropy, logged as
-`group_entropy` in nats (log V for an even group). Saved as `simplicial`; needs taxolens to load.
+Every latent is positive, so L0 is d_sae. `group_entropy`, in nats, logs the concentration of groups
+(log V for a uniform group). Saved as `simplicial`; needs taxolens to load.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class SimplicialTrainingSAEConfig(PluginTrainingSAEConfig):
 
 
 def grouped_softmax(scores: Tensor, group_size: int, temperature: float) -> Tensor:
-    """Softmax over consecutive groups of the last dimension."""
+    """Softmax over consecutive groups of the last dimension of scores (..., m), (..., m)."""
     groups = scores.unflatten(-1, (-1, group_size)) / temperature
     return groups.softmax(dim=-1).flatten(-2)
 

@@ -1,4 +1,4 @@
-"""`top_afa`: as many latents per input as make the norm of the code match the norm of the input.
+"""`top_afa`: as many latents per input as match the norm of the code to that of the input.
 
 Source: "Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality"
 (Lee et al. 2025, arXiv 2503.24277), section 5, and the authors' training code. With
@@ -7,13 +7,13 @@ the k largest s) nearest to ||x - b_dec|| is kept. The loss adds lambda * mean (
 and the usual auxiliary loss for dead latents (weight 1/32).
 
 Deviations: the authors average the squared error over the d_in coordinates and SAELens sums it, so
-lambda is multiplied by d_in here and means what it means in the paper. Decoder rows are not
-renormalised; codes are measured in units of what they contribute (`rescale_acts_by_decoder_norm`),
+lambda is multiplied by d_in here and has the paper's meaning. Decoder rows are not
+renormalised; codes are measured by the norm of their contribution (`rescale_acts_by_decoder_norm`),
 which is the same function with the same gradient directions. Whitening is refused: the rule
 compares norms in the space of the input, and folding would change that space.
 
-To know before using it: the wins it was published with are at L0 of about 2,000, above d_in = 768;
-and where inputs have norm 1, the target is one number for all inputs, so nothing adapts.
+Limits: the published gains are at L0 of about 2,000, above d_in = 768. With inputs of norm 1 the
+target is the same for all inputs, so k does not adapt.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class TopAFATrainingSAEConfig(PluginTrainingSAEConfig):
         afa_coefficient: lambda in the paper's units, there 1/128 to 1/16.
         afa_warm_up_steps: steps over which lambda rises from 0.
         aux_loss_coefficient: weight of the auxiliary loss for dead latents.
-        rescale_acts_by_decoder_norm: measure codes by what they contribute.
+        rescale_acts_by_decoder_norm: measure codes by the norm of their contribution.
     """
 
     afa_coefficient: float = 1 / 32
@@ -79,10 +79,10 @@ class TopAFATrainingSAEConfig(PluginTrainingSAEConfig):
 
 
 def select_by_norm(contributions: Tensor, target: Tensor) -> Tensor:
-    """Which latents `top_afa` keeps, (n, m) bool.
+    """(n, m) bool, the latents that `top_afa` keeps.
 
     Args:
-        contributions: non-negative norm of each latent's part of the reconstruction, (n, m).
+        contributions: norm of each latent's contribution to the reconstruction, (n, m).
         target: the norm to match, (n,).
     """
     ordered, order = contributions.sort(dim=-1, descending=True, stable=True)
@@ -116,7 +116,7 @@ class TopAFASAE(StandardSAE):
 
 
 class TopAFATrainingSAE(TopKTrainingSAE):
-    """Trains `top_afa`. The encoder has no bias of its own: `b_enc` stays 0."""
+    """`top_afa` in training. The encoder has no bias: `b_enc` stays 0."""
 
     cfg: TopAFATrainingSAEConfig  # type: ignore[assignment]
 
@@ -165,7 +165,7 @@ class TopAFATrainingSAE(TopKTrainingSAE):
     @override
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
-        # Selection goes by contributions in either case, so folding is always exact.
+        # Selection is by contributions in either case, so folding is exact.
         self.fold_and_get_W_dec_norm()
 
 

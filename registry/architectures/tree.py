@@ -1,15 +1,16 @@
-"""`tree`: a child may fire only where its parent fires, and every level must reconstruct.
+"""`tree`: children fire only where their parent fires, and every level reconstructs.
 
 Source: "Tree SAE: Learning Hierarchical Feature Structures in Sparse Autoencoders" (Cao et al.
 2026, arXiv 2605.07922), section 4: latents lie in levels; each latent after the first level has one
 parent among all earlier latents, or the always-active root (eq. 6); each level keeps its k_l
-strongest among those whose parent fires; the loss is sum_l ||x - x_hat_{<=l}||^2 over the cumulative
-reconstructions (eq. 7), with the auxiliary loss for dead latents on the first level (eq. 8, weight
-1/32). Children that are dead move to parents with room (algorithms 1 and 2, see `tree_growth`).
+strongest among those whose parent fires; the loss is sum_l ||x - x_hat_{<=l}||^2 over the
+cumulative reconstructions (eq. 7), with the auxiliary loss for dead latents on the first level
+(eq. 8, weight 1/32). Dead children move to parents with capacity (algorithms 1 and 2, see
+`tree_growth`).
 
-Deviations: latents are ranked by what they contribute (`rescale_acts_by_decoder_norm`) in place of
-renormalised decoder rows; errors are not divided by the variance of the input; whether a child is
-dead is SAELens's count (`dead_feature_window` steps).
+Deviations: latents are ranked by the norm of their contribution (`rescale_acts_by_decoder_norm`) in
+place of renormalised decoder rows; errors are not divided by the variance of the input; whether a
+child is dead is SAELens's count (`dead_feature_window` steps).
 
 Saved as `tree`, with the forest in its config as `parents`; needs taxolens to load.
 """
@@ -49,7 +50,7 @@ class TreeSAEConfig(SAEConfig):
     Args:
         level_widths: latents of each level, in order.
         level_k: active latents of each level.
-        parents: for each latent the one above it, -1 for the root.
+        parents: parent of each latent, -1 for the root.
     """
 
     level_widths: list[int] = field(default_factory=list)
@@ -70,15 +71,15 @@ class TreeTrainingSAEConfig(PluginTrainingSAEConfig):
         k: active latents over all levels, where `level_k` is not given: split evenly.
         level_widths: latents of each level; by default 1/16, 1/8, 3/8 and 7/16 of them.
         level_k: active latents of each level.
-        parents: the forest to start from; by default a random one.
+        parents: the initial forest; by default a random one.
         reallocate_every: steps to the first reallocation of dead children.
         reallocate_growth: factor by which the interval grows after each.
         reallocate_at_most_every: the longest interval.
-        root_reset_step: at this step dead children go to the root and the forest stays as it is.
-        parent_eligibility_steps: a parent must have fired within so many steps to get children.
+        root_reset_step: step at which dead children get the root as parent; then the forest is fixed.
+        parent_eligibility_steps: a parent gets children if it fired within this many steps.
         aux_loss_coefficient: weight of the auxiliary loss on the first level.
-        rescale_acts_by_decoder_norm: rank latents by what they contribute.
-        seed: of the first forest.
+        rescale_acts_by_decoder_norm: rank latents by the norm of their contribution.
+        seed: seed of the initial forest.
     """
 
     k: int = 32
@@ -126,7 +127,7 @@ class TreeTrainingSAEConfig(PluginTrainingSAEConfig):
 def tree_activations(
     hidden_pre: Tensor, parents: Tensor, widths: Sequence[int], budgets: Sequence[int]
 ) -> Tensor:
-    """Activations (..., m): per level the strongest of those latents whose parent is active."""
+    """Activations (..., m): per level the strongest latents with an active parent."""
     acts: list[Tensor] = []
     for level, (latents, k) in enumerate(zip(level_slices(widths), budgets)):
         scores = hidden_pre[..., latents]
@@ -141,7 +142,7 @@ def tree_activations(
 
 
 def random_forest(widths: Sequence[int], seed: int) -> list[int]:
-    """For each latent after the first level an earlier-level latent or the root, uniformly."""
+    """(m,) for each latent after the first level a uniform earlier-level latent or the root."""
     generator = torch.Generator().manual_seed(seed)
     parents = [ROOT] * widths[0]
     for latents, width in list(zip(level_slices(widths), widths))[1:]:
@@ -228,7 +229,7 @@ class TreeTrainingSAE(RecordsForest, TopKTrainingSAE):
 
     @torch.no_grad()
     def _grow(self, step: int, acts: Tensor, loss: Tensor, dead: Tensor | None) -> None:
-        """Count what fired, and move dead children when it is time."""
+        """Count firings, and reallocate dead children when due."""
         cfg, growth, parents = self.cfg, self.growth, self.forest.parents
         growth.observe((acts > 0).any(dim=0), loss)
         if dead is None or (cfg.root_reset_step is not None and step > cfg.root_reset_step):

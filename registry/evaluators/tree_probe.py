@@ -245,7 +245,7 @@ def ridge_map(fitted: np.ndarray, points: np.ndarray, held_out: np.ndarray) -> n
     values = values.clip(min=0)
     scale = values.mean()
     if not scale > 0:
-        return np.zeros((len(asked), points.shape[1]))
+        return np.zeros((len(held_out), points.shape[1]))
     turned = vectors.T @ points
     best, least = None, np.inf
     for ridge in RIDGES:

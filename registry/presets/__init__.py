@@ -1,8 +1,7 @@
-"""Ready-made studies: one YAML file each, with the settings of a training run by SAELens's names.
+"""Presets: settings of training runs by SAELens's names, one YAML file each.
 
-A preset starts with comment lines that say what it is (the first line), what it costs
-(`# Cost: ...`) and where it comes from (`# Source: ...`); the lines up to the next such word, or
-to an empty comment line, belong together.
+A preset starts with comment lines: its description, its cost (`# Cost: ...`) and its source
+(`# Source: ...`). Each of these ends at the next one or at an empty comment line.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PRESETS: tuple[str, ...] = tuple(sorted(path.stem for path in FOLDER.glob("*.yam
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset's name, and its own words about itself."""
+    """A preset's name and the comments of its file."""
 
     name: str
     description: str
@@ -40,7 +39,7 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def describe_preset(name: str) -> Preset:
-    """What the comment lines at the head of the preset say."""
+    """Parse the comment lines at the head of the preset."""
     parts = {"description": "", "cost": "", "source": ""}
     part = "description"
     for line in _path(name).read_text(encoding="utf-8").splitlines():
@@ -61,19 +60,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in the YAML (or JSON) file at `path`.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or holds something else than a mapping.
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError("config", f"{path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", f"{path} is no YAML: {error}") from error
+        raise ConfigError("config", f"{path} is not valid YAML: {error}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(
-            "config", f"{path} holds a {type(settings).__name__}", allowed="`name: value` lines"
+            "config", f"{path} contains a {type(settings).__name__}", allowed="`name: value` lines"
         )
     return settings
 

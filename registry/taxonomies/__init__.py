@@ -1,4 +1,4 @@
-"""Trees of classes: the `Taxonomy` itself and where one comes from."""
+"""Class trees: `Taxonomy` and its sources."""
 
 from .load import load_taxonomy
 from .taxonomy import Taxonomy

@@ -30,18 +30,18 @@ SUPERCLASSES = {
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
 ROOT = "cifar100"
-MISSPELT = {"cra": "crab"}  # so in the Hugging Face copy of the data set
+MISSPELT = {"cra": "crab"}  # the spelling of the Hugging Face copy of the data set
 
 
 def cifar100(classes: Sequence[str] | None = None) -> Taxonomy:
-    """CIFAR-100's two levels.
+    """The class tree of CIFAR-100, with two levels.
 
     Args:
-        classes: fine label names in order, spaces or underscores alike; None takes all 100 in
+        classes: fine label names in order, with spaces or underscores; None takes all 100 in
             alphabetical order, which is the order of the labels.
 
     Raises:
-        ConfigError: a name that is no CIFAR-100 class.
+        ConfigError: a name is not a CIFAR-100 class.
     """
     edges = [(ROOT, group) for group in SUPERCLASSES]
     edges += [(group, c) for group, members in SUPERCLASSES.items() for c in members.split()]

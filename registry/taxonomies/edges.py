@@ -17,17 +17,17 @@ Edge = tuple[str, str]
 def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonomy:
     """Read a `.csv` or a `.json`.
 
-    CSV: columns `parent,child` and perhaps `name` (the child's human name), with or without that
-    header line; a row without a parent names the root. JSON: `[["animal", "dog"], …]`,
-    `{"animal": ["dog", "cat"]}`, nested `{"animal": {"dog": ["poodle", "pug"]}}`, or what
-    `Taxonomy.to_json` wrote.
+    CSV: columns `parent,child` and optionally `name` (the child's human name), with or without a
+    header line; a row without a parent is the root. JSON: `[["animal", "dog"], …]`,
+    `{"animal": ["dog", "cat"]}`, nested `{"animal": {"dog": ["poodle", "pug"]}}`, or the
+    output of `Taxonomy.to_json`.
 
     Args:
         path: the file.
-        classes: labels in order; None takes the file's own list or every node without children.
+        classes: labels in order; None takes the list in the file, or every node without children.
 
     Raises:
-        ConfigError: a file of another form, and all that `Taxonomy.from_edges` refuses.
+        ConfigError: the file has another form, or as `Taxonomy.from_edges`.
     """
     path = Path(path)
     read = {".csv": _read_csv, ".json": _read_json}.get(path.suffix.lower())

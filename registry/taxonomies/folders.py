@@ -1,4 +1,4 @@
-"""A taxonomy from nested class folders: `animal/dog/poodle/1.jpg` puts poodle under dog."""
+"""A taxonomy from nested class folders: in `animal/dog/poodle/1.jpg`, poodle is a child of dog."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .taxonomy import Taxonomy
 def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxonomy:
     """Read the tree of folders under `path` (the folder of one split).
 
-    A folder that itself holds files is a class; where none does, the innermost folders are. A node
-    is called after its folder, or by its path from the top ("animal/other") where several folders
-    share the name.
+    Folders that contain files are classes; if there are none, the innermost folders are. The id of
+    a node is the name of its folder, or its path from the top ("animal/other") where several
+    folders share the name.
 
     Args:
         path: the top folder; its name becomes the root's human name.
@@ -24,7 +24,7 @@ def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxo
             class sorted by name.
 
     Raises:
-        ConfigError: no such folder, no class folder in it, or an unknown label.
+        ConfigError: the folder is missing or has no class folder, or a label is unknown.
     """
     top = Path(path)
     if not top.is_dir():

@@ -1,4 +1,4 @@
-"""Directed graphs as `child -> parents`: the checks and the order that a taxonomy needs."""
+"""Directed graphs as `child -> parents`: checks, ancestors and depths for a taxonomy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Parents = Mapping[str, Sequence[str]]
 
 
 def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Gather (parent, child) pairs; a pair given twice counts once."""
+    """The parents of each node from (parent, child) pairs; repeated pairs count once."""
     parents: dict[str, list[str]] = {}
     for parent, child in edges:
         parents.setdefault(parent, [])
@@ -21,7 +21,7 @@ def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def check_one_rooted(parents: Parents) -> None:
-    """Raise a ConfigError that names a cycle, or the roots where there are several."""
+    """Raise a ConfigError with the nodes of a cycle, or the roots if there are several."""
     if cycle := find_cycle(parents):
         raise ConfigError("taxonomy", f"cycle {' -> '.join(cycle)} (parent -> child)")
     roots = sorted(node for node, above in parents.items() if not above)
@@ -46,7 +46,7 @@ def find_cycle(parents: Parents) -> list[str] | None:
                 done.add(node)
             elif node in on_path:
                 cycle = [*path[path.index(node) :], node]
-                return cycle[::-1]  # walked from child to parent
+                return cycle[::-1]  # collected from child to parent
             elif node not in done:
                 path.append(node)
                 on_path.add(node)
@@ -56,7 +56,7 @@ def find_cycle(parents: Parents) -> list[str] | None:
 
 
 def ancestors(parents: Parents, node: str) -> set[str]:
-    """The node and everything above it."""
+    """The node and its ancestors."""
     found: set[str] = set()
     stack = [node]
     while stack:
@@ -68,7 +68,7 @@ def ancestors(parents: Parents, node: str) -> set[str]:
 
 
 def depths(parents: Parents) -> dict[str, int]:
-    """Longest path from a node without parents, in edges."""
+    """Node -> longest path from a node without parents, in edges."""
     depth: dict[str, int] = {}
     stack = list(parents)
     while stack:
@@ -82,7 +82,7 @@ def depths(parents: Parents) -> dict[str, int]:
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
-    """The names in quotes, the first `most` of them."""
+    """The first `most` names in quotes, and the number of further ones."""
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

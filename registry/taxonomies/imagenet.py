@@ -1,6 +1,6 @@
 """ImageNet-1k: the WordNet 3.0 hypernyms of the 1,000 ILSVRC synsets.
 
-The data is made by examples/derive_imagenet_taxonomy.py; data/WORDNET-LICENSE.txt is its notice.
+examples/derive_imagenet_taxonomy.py generates the data; data/WORDNET-LICENSE.txt is its notice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DATA = Path(__file__).with_name("data") / "imagenet.json"
 
 
 class WordNet(NamedTuple):
-    """The shipped part of WordNet."""
+    """The packaged part of WordNet."""
 
     taxonomy: Taxonomy
     words: dict[str, tuple[str, ...]]  # synset id -> its words, the usual one first
@@ -36,15 +36,15 @@ def _wordnet() -> WordNet:
 
 
 def imagenet(classes: Sequence[str] | None = None) -> Taxonomy:
-    """The WordNet tree over ImageNet-1k or any part of it.
+    """The WordNet tree over ImageNet-1k or a subset.
 
     Args:
         classes: labels in order, each a synset id ("n01440764"; any synset of the tree may be a
             class) or its WordNet words as data sets write them ("tench, Tinca tinca", "tench").
-            None takes all 1,000 in the order of their ids, which is the usual order of labels.
+            None takes all 1,000 in the order of their ids, the usual order of labels.
 
     Raises:
-        ConfigError: a label that is none of these, or that fits several synsets.
+        ConfigError: a label is none of these, or fits several synsets.
     """
     taxonomy, words = _wordnet()
     if classes is None or tuple(classes) == taxonomy.classes:
@@ -59,8 +59,8 @@ def _is_usual_order(
 ) -> bool:
     """Whether 1,000 names follow the order of the synset ids.
 
-    Two cranes and two maillots make some names ambiguous, and data sets tell them apart in their
-    own ways ("crane2"): the place of a label decides where nearly all the others fit theirs.
+    Some names are ambiguous (two cranes, two maillots), and data sets distinguish them in different
+    ways ("crane2"). Their positions identify them if nearly all other names fit theirs.
     """
     if len(labels) != len(synsets):
         return False
@@ -69,7 +69,7 @@ def _is_usual_order(
 
 
 def synsets(labels: Sequence[str]) -> list[str | None]:
-    """The synset of each label, read as `imagenet` reads them; None where there is no single one."""
+    """The synset of each label, as in `imagenet`; None where it is unknown or ambiguous."""
     taxonomy, words = _wordnet()
     if _is_usual_order(labels, taxonomy.classes, words):
         return list(taxonomy.classes)

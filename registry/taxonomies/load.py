@@ -1,4 +1,4 @@
-"""One door to every taxonomy: a registered name, a folder of class folders, or a file."""
+"""Loads a taxonomy by registered name, from a folder of class folders, or from a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TREES = f"a name of `taxolens list taxonomies`, {TREE_FILES}"
 
 
 def load_taxonomy(name_or_path: str | Path, *, classes: Sequence[str] | None = None) -> Taxonomy:
-    """Load a taxonomy and, with `classes`, restrict and order it to them.
+    """Load a taxonomy; with `classes`, restricted to them in their order.
 
     Args:
         name_or_path: a registered name ("imagenet", "cifar100", …), a folder of nested class
@@ -24,8 +24,8 @@ def load_taxonomy(name_or_path: str | Path, *, classes: Sequence[str] | None = N
         classes: the labels of the data set in order: class i of the result is label i.
 
     Raises:
-        UnknownNameError: neither a registered name nor something on disk.
-        ConfigError: cycles, several roots, unknown or repeated labels; all by name.
+        UnknownNameError: neither a registered name nor a path.
+        ConfigError: cycles, several roots, unknown or repeated labels; listed in the message.
     """
     if str(name_or_path) in TAXONOMIES:
         return TAXONOMIES[str(name_or_path)].load(classes)

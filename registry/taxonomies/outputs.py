@@ -1,4 +1,4 @@
-"""Which class of a taxonomy each output of a classifier stands for."""
+"""Assignment of a classifier's outputs to the classes of a taxonomy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .taxonomy import Taxonomy
 
 
 def classes_of_outputs(taxonomy: Taxonomy, names: Sequence[str]) -> np.ndarray:
-    """(outputs,) int64, the class of each output; −1 where its name is that of no class.
+    """(outputs,) int64, the class of each output; −1 where its name matches no class.
 
-    A name is the id of a class, its human name or its WordNet words ("tench, Tinca tinca"), in
-    small or large letters, with spaces or underscores. A thousand names in the usual order of
-    ImageNet-1k are taken by their place, as two pairs of them are the same. Of several classes or
-    several outputs with one human name, none is taken.
+    A name is the id of a class, its human name or its WordNet words ("tench, Tinca tinca"), in any
+    case, with spaces or underscores. A thousand names in the usual order of ImageNet-1k are matched
+    by position, as two pairs of them are equal. Human names of several classes or outputs are not
+    matched.
     """
     place = {c: i for i, c in enumerate(taxonomy.classes)}
     by_id = _places(taxonomy.classes)
@@ -35,6 +35,6 @@ def _plain(name: str) -> str:
 
 
 def _places(names: Sequence[str]) -> dict[str, int]:
-    """name -> its place, of the names that are there once."""
+    """name -> position, for names that occur once."""
     plain = [_plain(name) for name in names]
     return {name: i for i, name in enumerate(plain) if plain.count(name) == 1}

@@ -28,9 +28,9 @@ A = TypeVar("A", bound=NDArray[Any])
 class Taxonomy:
     """A rooted DAG over classes; immutable. Build one with `from_edges` or `load_taxonomy`.
 
-    Nodes are numbered by depth and then by id, so the root is 0 and parents come before children.
-    The root is the LCH of the classes: what lies above all of them, or below none, is left out. A
-    class may lie above another class; it keeps its node, which then has a height above 0.
+    Nodes are ordered by depth and then by id, so the root is 0 and parents precede children. The
+    root is the lowest common hypernym (LCH) of the classes. Nodes above it, and nodes with no class
+    at or below them, are left out. A class may be above another one; its node then has height > 0.
 
     C classes, V nodes. Every array is read-only.
 
@@ -41,7 +41,7 @@ class Taxonomy:
         names: human names by id, where there are any.
 
     Raises:
-        ConfigError: anything that is not such a graph; the message names the nodes.
+        ConfigError: the graph is not of this form; with the nodes in the message.
     """
 
     nodes: tuple[str, ...]
@@ -61,7 +61,8 @@ class Taxonomy:
             if any(p >= v or p < 0 for p in above) or (not above) != (v == 0):
                 raise ConfigError(
                     "parents",
-                    f"node {self.nodes[v]!r} must follow its parents, and only the first node has none; got {above} at position {v}",
+                    f"node {self.nodes[v]!r} must follow its parents, and only the first has none",
+                    given=above,
                 )
         if not self.membership.any(0).all():
             barren = [self.nodes[v] for v in np.flatnonzero(~self.membership.any(0))]
@@ -79,17 +80,17 @@ class Taxonomy:
         """Build from (parent, child) pairs.
 
         Args:
-            edges: the graph; it must have one root and no cycle, as a whole.
+            edges: the graph, with one root and without cycles.
             classes: nodes that are classes, in the order of the labels; None takes the nodes
                 without children, sorted by id.
             names: human names by id.
 
         Raises:
-            ConfigError: cycles, several roots, unknown or repeated classes, all by name.
+            ConfigError: cycles, several roots, unknown or repeated classes; with their names.
         """
         parents = graph.parents_of(edges)
         if not parents and classes is not None and len(classes) == 1:
-            parents = {classes[0]: []}  # one class, and nothing to tell it from
+            parents = {classes[0]: []}  # a single class without edges
         if classes is None:
             above = {p for ps in parents.values() for p in ps}
             classes = sorted(set(parents) - above)
@@ -100,7 +101,7 @@ class Taxonomy:
     def _rooted(
         cls, parents: graph.Parents, classes: Sequence[str], names: Mapping[str, str]
     ) -> Taxonomy:
-        """Keep what lies between the classes and their LCH."""
+        """Keep the nodes between the classes and their LCH."""
         if not classes:
             raise ConfigError("classes", "none given", allowed="at least one")
         _check_classes(classes, parents)
@@ -126,6 +127,7 @@ class Taxonomy:
 
     @property
     def root(self) -> int:
+        """Position of the root: 0."""
         return 0
 
     @cached_property
@@ -133,21 +135,22 @@ class Taxonomy:
         return {v: i for i, v in enumerate(self.nodes)}
 
     def index(self, node: str) -> int:
-        """The number of a node id.
+        """The position of a node id.
 
         Raises:
-            ConfigError: no such node; the message lists the nearest ids.
+            ConfigError: there is no such node; the message lists similar ids.
         """
         if node not in self._position:
             raise ConfigError(unknown_name_message("taxonomy node", node, list(self.nodes)))
         return self._position[node]
 
     def label(self, v: int) -> str:
-        """The human name of node v, its id where it has none."""
+        """The human name of node v; its id if it has none."""
         return self.names.get(self.nodes[v], self.nodes[v])
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
+        """The positions of the children of each node."""
         below: list[list[int]] = [[] for _ in self.nodes]
         for v, above in enumerate(self.parents):
             for p in above:
@@ -169,7 +172,7 @@ class Taxonomy:
 
     @cached_property
     def height(self) -> IntArray:
-        """(V,) longest path down, in edges; 0 where nothing lies below."""
+        """(V,) longest path down, in edges; 0 for nodes without children."""
         height = np.zeros(len(self.nodes), dtype=np.int64)
         for v in reversed(range(len(self.nodes))):
             height[v] = max((height[c] + 1 for c in self.children[v]), default=0)
@@ -182,18 +185,19 @@ class Taxonomy:
 
     @cached_property
     def generality(self) -> NDArray[np.float64]:
-        """(V,) log₂ of `n_leaves`: the scale of generality that height is not."""
+        """(V,) log₂ of `n_leaves`."""
         return _frozen(np.log2(self.n_leaves))
 
     @property
     def max_depth(self) -> int:
+        """The largest depth of a node (scalar)."""
         return int(self.depth.max())
 
     # Membership and common ancestors ------------------------------------------------------------
 
     @cached_property
     def membership(self) -> BoolArray:
-        """(C, V) whether class c lies at or below node v."""
+        """(C, V) whether class c is at or below node v."""
         below = np.zeros((len(self.nodes), len(self.classes)), dtype=bool)
         below[self.class_nodes, np.arange(len(self.classes))] = True
         for v in reversed(range(len(self.nodes))):
@@ -203,27 +207,27 @@ class Taxonomy:
 
     @cached_property
     def sparse_membership(self) -> sparse.csr_array:
-        """(C, V) `membership` as float32: a class has few ancestors, so products with it are cheap."""
+        """(C, V) `membership` as sparse float32, for fast products."""
         return sparse.csr_array(self.membership.astype(np.float32))
 
     def leaves(self, v: int) -> IntArray:
-        """The classes at or below node v."""
+        """(n,) the classes at or below node v."""
         return np.flatnonzero(self.membership[:, v])
 
     @cached_property
     def by_preference(self) -> IntArray:
-        """Nodes from the least to the most wanted common ancestor: deep, few leaves, small id."""
+        """(V,) nodes by increasing preference as LCH: depth, then few leaves, then small id."""
         number = np.arange(len(self.nodes))
         return np.lexsort((-number, -self.n_leaves, self.depth))
 
     def lch(self, class_ids: Iterable[int]) -> int:
         """The lowest common hypernym: the deepest node above all these classes.
 
-        Ties go to the node with the fewest classes, then to the smallest id. It is the deepest
-        node of the intersected ancestor sets, never a fold of pairs: on a DAG that can differ.
+        Ties: the node with the fewest classes, then the smallest id. It is the deepest node of the
+        intersection of ancestor sets; on a DAG, LCHs of pairs can give another node.
 
         Raises:
-            ConfigError: no class given.
+            ConfigError: there are no classes.
         """
         below = list(class_ids)
         if not below:
@@ -235,9 +239,9 @@ class Taxonomy:
     def lch_many(
         self, sets: BoolArray | sparse.csr_array, permutation: IntArray | None = None
     ) -> IntArray:
-        """The LCH of each row of a boolean (m, C), dense or sparse; −1 where a row is empty.
+        """(m,) the LCH of each row of a boolean (m, C), dense or sparse; −1 for empty rows.
 
-        With a `permutation` (C,), class c takes the place of class permutation[c].
+        With a `permutation` (C,), class c takes the position of class permutation[c].
         """
         sets = sparse.csr_array(sets, dtype=np.float32)
         best_first = self.by_preference[::-1]
@@ -257,9 +261,9 @@ class Taxonomy:
 
     @cached_property
     def leaf_lch(self) -> NDArray[np.int32]:
-        """(C, C) LCH of every pair of classes; of a class with itself its own node."""
+        """(C, C) LCH of every pair of classes; on the diagonal the node of the class."""
         lch = np.zeros((len(self.classes), len(self.classes)), dtype=np.int32)
-        for v in self.by_preference:  # the more wanted overwrite the less wanted
+        for v in self.by_preference:  # preferred nodes overwrite others
             below = self.leaves(v)
             lch[np.ix_(below, below)] = v
         return _frozen(lch)
@@ -275,7 +279,7 @@ class Taxonomy:
     def primary_parent(self) -> IntArray:
         """(V,) the deepest parent (ties: fewest classes, then id), −1 at the root.
 
-        Depth is the longest path, so the primary parent always lies exactly one level up.
+        Depth is the longest path, so the primary parent is exactly one level above.
         """
         rank = np.argsort(self.by_preference)
         return _frozen(
@@ -293,7 +297,7 @@ class Taxonomy:
         """(C,) the primary ancestor of each class at depth min(t, depth): nested groups.
 
         Raises:
-            ConfigError: a negative depth.
+            ConfigError: t is negative.
         """
         if t < 0:
             raise ConfigError("t", "too small", given=t, allowed="0 or more")
@@ -304,7 +308,7 @@ class Taxonomy:
 
     @cached_property
     def tree_distance(self) -> NDArray[np.int16]:
-        """(C, C) edges between two classes on the primary tree (a metric; on the DAG it is none)."""
+        """(C, C) edges between two classes on the primary tree (a metric, unlike on the DAG)."""
         own = self.depth[self.class_nodes].astype(np.int16)
         shared = np.zeros((len(own), len(own)), dtype=np.int16)
         for t in range(1, self.max_depth + 1):
@@ -317,7 +321,7 @@ class Taxonomy:
 
     @cached_property
     def distinct_nodes(self) -> IntArray:
-        """The deepest node of every distinct set of classes (ties: smallest id), ascending."""
+        """(n,) the deepest node of each distinct set of classes (ties: smallest id), ascending."""
         keys = np.packbits(self.membership, axis=0).T
         best: dict[bytes, int] = {}
         for v in self.by_preference:
@@ -334,17 +338,17 @@ class Taxonomy:
         return Taxonomy.from_edges(edges, self.classes, self.names)
 
     def restrict(self, classes: Sequence[str]) -> Taxonomy:
-        """The taxonomy of these nodes as classes, in this order, rooted at their own LCH (by the
-        depths of this taxonomy).
+        """The taxonomy with these nodes as classes, in this order, rooted at their LCH by the
+        depths of this taxonomy.
 
         Raises:
-            ConfigError: an unknown or repeated class.
+            ConfigError: a class is unknown or repeated.
         """
         parents = {v: [self.nodes[p] for p in ps] for v, ps in zip(self.nodes, self.parents)}
         return Taxonomy._rooted(parents, classes, self.names)
 
     def permutation(self, seed: int) -> IntArray:
-        """(C,) a random permutation: class c takes the place of class permutation[c]."""
+        """(C,) a random permutation: class c takes the position of class permutation[c]."""
         return np.random.default_rng(seed).permutation(len(self.classes))
 
     # Files --------------------------------------------------------------------------------------
@@ -354,7 +358,7 @@ class Taxonomy:
         return [(self.nodes[p], v) for v, ps in zip(self.nodes, self.parents) for p in ps]
 
     def to_json(self) -> str:
-        """A JSON document that `from_json` reads back as an equal taxonomy."""
+        """A JSON document from which `from_json` restores an equal taxonomy."""
         data = {
             "format": FORMAT,
             "classes": self.classes,
@@ -365,10 +369,10 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, text: str) -> Taxonomy:
-        """Read what `to_json` wrote.
+        """Restore a taxonomy from the output of `to_json`.
 
         Raises:
-            ConfigError: not such a document.
+            ConfigError: the document has another form.
         """
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -54,7 +54,11 @@ def test_an_unknown_preset_names_the_nearest():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "is no YAML"), ("- 1\n- 2", "holds a list"), ("just words", "holds a str")],
+    [
+        ("a: [1", "is not valid YAML"),
+        ("- 1\n- 2", "contains a list"),
+        ("just words", "contains a str"),
+    ],
 )
 def test_a_file_that_is_no_study(tmp_path, text, message):
     path = tmp_path / "study.yaml"

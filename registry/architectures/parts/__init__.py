@@ -1,1 +1,1 @@
-"""Encoders, dictionaries and configs that architectures share. Nothing here is registered."""
+"""Encoders, dictionaries and configs shared by architectures; not registered."""

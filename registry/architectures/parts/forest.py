@@ -1,4 +1,4 @@
-"""Which latent is the parent of which: a forest over the latents, part of the saved state."""
+"""A forest over the latents, in the saved state and in the saved config."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ ROOT = -1
 
 
 class Forest(nn.Module):
-    """`parents` (m,) holds the latent above each latent, or -1 for none."""
+    """`parents` (m,): the parent of each latent, or -1 for none."""
 
     parents: Tensor
 
@@ -32,8 +32,8 @@ class Forest(nn.Module):
         self.register_buffer("parents", torch.tensor(self.known, device=device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # SAELens's disk loader casts every tensor to the SAE's dtype, in which large indices may
-        # not exist; the config has them too.
+        # SAELens's disk loader casts every tensor to the SAE's dtype, which may not represent
+        # large indices; the config has them too.
         parents = state_dict.get(prefix + "parents")
         if parents is not None and parents.is_floating_point():
             state_dict[prefix + "parents"] = torch.tensor(self.known, device=parents.device)
@@ -41,7 +41,7 @@ class Forest(nn.Module):
 
 
 class RecordsForest(TrainingSAE[Any]):
-    """Mixin: whatever is saved has the forest in its config, as `parents`."""
+    """Mixin: saved configs contain the forest as `parents`."""
 
     forest: Forest
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def seed_centroids(batch: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """`n` rows of `batch` drawn without replacement, (n, d); with repeats once they run out."""
+    """`n` rows of `batch` drawn without replacement, (n, d); with repeats if there are fewer."""
     order = torch.cat(
         [
             torch.randperm(batch.shape[0], generator=generator, device=batch.device)

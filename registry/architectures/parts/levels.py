@@ -1,4 +1,4 @@
-"""Dictionaries cut into levels: widths, budgets, and the auxiliary loss of one level."""
+"""Dictionaries with levels: widths, budgets, and the auxiliary loss of one level."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from ...errors import ConfigError
 
 
 def split_by_shares(total: int, shares: Sequence[int]) -> list[int]:
-    """`total` in whole parts close to `shares`, each at least 1; the last takes the remainder."""
+    """`total` as integers close to `shares`, each at least 1; the last has the remainder."""
     parts = [max(1, total * share // sum(shares)) for share in shares[:-1]]
     return [*parts, max(1, total - sum(parts))]
 
@@ -50,14 +50,14 @@ def positive_topk(scores: Tensor, k: int) -> Tensor:
 def dead_latent_loss(
     hidden_pre: Tensor, dead: Tensor | None, atoms: Tensor, residual: Tensor
 ) -> Tensor:
-    """The auxiliary loss of Gao et al. (2024, arXiv 2406.04093, appendix A.2), as SAELens scales it:
-    the strongest d/2 dead latents reconstruct what the living ones leave.
+    """The auxiliary loss of Gao et al. (2024, arXiv 2406.04093, appendix A.2), as SAELens scales
+    it: the strongest d/2 dead latents reconstruct the residual of the others.
 
     Args:
         hidden_pre: pre-activations of the level, (n, w).
         dead: its dead latents, (w,) bool.
         atoms: its decoder rows in the units of `hidden_pre`, (w, d).
-        residual: what the level leaves of the input, (n, d); no gradient passes it.
+        residual: input minus the level's reconstruction, (n, d), detached.
     """
     if dead is None or (n_dead := int(dead.sum())) == 0:
         return residual.new_zeros(())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .pursuit import Codes
 
-# Inputs handled together: the atoms on their supports take ROW_BLOCK * k * d numbers.
+# Inputs per block: the atoms on their supports are ROW_BLOCK * k * d numbers.
 ROW_BLOCK = 512
 
 
@@ -19,7 +19,7 @@ def orthogonal_pursuit(
     correlations: Tensor | None = None,
     residual_threshold: float = 0.0,
 ) -> Codes:
-    """k steps of: choose the atom most correlated with the residual, re-fit all chosen ones.
+    """k steps: choose the atom most correlated with the residual, refit all chosen ones.
 
     The re-fit is non-negative least squares over the atoms chosen so far (Lawson & Hanson 1974,
     chapter 23), exact up to rounding. An input stops when no further atom correlates positively
@@ -28,11 +28,11 @@ def orthogonal_pursuit(
     Args:
         x: inputs, bias removed, (n, d), float32 or float64.
         atoms: unit rows, (m, d), of the same dtype.
-        correlations: ``x @ atoms.T``, when the caller has it already.
+        correlations: ``x @ atoms.T``, if already computed.
 
     Returns:
         Codes with each atom at most once per input. Gradients are those of least squares on the
-        atoms that are active in the end: the support is held fixed.
+        finally active atoms: the support is fixed.
     """
     with torch.no_grad():
         fixed_x, fixed_atoms = x.detach(), atoms.detach()
@@ -61,7 +61,7 @@ def _support(
     values = x.new_zeros(n, k, dtype=torch.float64)
     valid = torch.zeros(n, k, dtype=torch.bool, device=x.device)
     active = torch.ones(n, dtype=torch.bool, device=x.device)
-    # Below this a correlation is rounding: atoms in the span of the chosen ones have one of 0.
+    # Smaller correlations are rounding errors: those of atoms in the span of the chosen ones.
     floor = 32 * torch.finfo(x.dtype).eps * x.norm(dim=1)
     residual = x
     for step in range(k):
@@ -109,7 +109,7 @@ def non_negative_least_squares(
     passive |= valid & ((targets - torch.einsum("nij,nj->ni", gram, z)) > tolerance)
     eye = torch.eye(s, dtype=gram.dtype, device=gram.device)
     open_rows = torch.arange(gram.shape[0], device=gram.device)
-    for _ in range(4 * s + 4):  # each round frees or fixes one variable; cycles end here
+    for _ in range(4 * s + 4):  # each round frees or fixes one variable; the bound ends cycles
         if open_rows.numel() == 0:
             break
         g, b, p, old = gram[open_rows], targets[open_rows], passive[open_rows], z[open_rows]
@@ -137,8 +137,8 @@ def non_negative_least_squares(
 class _LeastSquares(torch.autograd.Function):
     """z = argmin ||x - D_S^T z|| on a fixed support S, and the residual, with their gradients.
 
-    With A = D_S D_S^T, r = x - D_S^T z and an incoming gradient g for z: u = A^-1 g, w = D_S^T u give
-    dx = w and dD_j = u_j r - z_j w.
+    With A = D_S D_S^T, r = x - D_S^T z and an incoming gradient g for z: u = A^-1 g, w = D_S^T u
+    give dx = w and dD_j = u_j r - z_j w.
     """
 
     @staticmethod

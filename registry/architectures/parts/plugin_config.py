@@ -11,7 +11,7 @@ from ...errors import ConfigError
 
 @dataclass
 class PluginTrainingSAEConfig(TrainingSAEConfig):
-    """A training config whose saved SAE says in its metadata that it needs taxolens to load."""
+    """A training config whose saved SAE has in its metadata that it needs taxolens to load."""
 
     @override
     def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
@@ -21,10 +21,10 @@ class PluginTrainingSAEConfig(TrainingSAEConfig):
 
 
 def refuse_input_normalisation(cfg: Any) -> None:
-    """For losses over several reconstructions: SAELens undoes these two only once a batch.
+    """Check for losses over several reconstructions, where SAELens inverts normalisation only once.
 
     Raises:
-        ConfigError: for a normalisation that is undone from statistics of the single input.
+        ConfigError: a normalisation is inverted with statistics of the single input.
     """
     if cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         raise ConfigError(
@@ -37,7 +37,7 @@ def refuse_input_normalisation(cfg: Any) -> None:
 
 def refuse_whitening(cfg: Any, why: str) -> None:
     """Raises:
-    ConfigError: when `cfg` asks for whitening, which after training could not be folded.
+    ConfigError: `cfg` has whitening, which cannot be folded after training.
     """
     if cfg.normalize_activations == "covariance_whitening":
         raise ConfigError(

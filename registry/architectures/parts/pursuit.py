@@ -1,19 +1,19 @@
 """Matching pursuit over a batch, exact and fast.
 
 The textbook loop (Mallat & Zhang 1993; Costa et al. 2025, arXiv 2506.03093, section 3) starts at
-r = x and repeats: j = argmax D r, a = relu(D_j . r), r <- r - a D_j. Its cost is one (n, d) x (d, m)
-product a step. The same numbers follow from c = D r alone: c <- c - a G_j with the Gram matrix
-G = D D^T, one row of G a step, which is the update of Batch-OMP (Rubinstein et al. 2008, section 3).
+r = x and repeats: j = argmax D r, a = relu(D_j . r), r <- r - a D_j. It costs one (n, d) x (d, m)
+product per step. c = D r has its own recurrence: c <- c - a G_j with the Gram matrix G = D D^T, one
+row of G per step, the update of Batch-OMP (Rubinstein et al. 2008, section 3).
 
-What is exact: the path through the dictionary (which atom at which step, ties to the lowest index,
-early stops) is that of the textbook loop, up to rounding where two atoms tie within it. Where a
-gradient is wanted, values and gradients are computed along that path from the residual itself, as
-the textbook loop does; without one the values come from the correlations and agree to rounding.
+Exactness: the path (the atom of each step, ties to the lowest index, early stops) is that of the
+textbook loop, except for ties within rounding. Where a gradient is required, values and gradients
+are computed along that path from the residual, as in the textbook loop; otherwise the values are
+computed from the correlations and agree to rounding.
 
-What it costs in memory, beside input and output: G (m^2 numbers, refused above `max_gram_bytes`),
-the correlations (n m), on the CPU the scores of one block of rows (`ROW_BLOCK` m, or `FUSED_BLOCK` m
-where compiled), on CUDA a second n m without the kernel and, where a gradient is asked for, O(n d):
-the backward pass rebuilds each residual instead of keeping all k of them.
+Memory, without input and output: G (m^2 numbers, refused above `max_gram_bytes`), the correlations
+(n m), on the CPU the scores of one block of rows (`ROW_BLOCK` m, or `FUSED_BLOCK` m where
+compiled), on CUDA a second n m without the kernel and, with gradients, O(n d): the backward pass
+recomputes each residual instead of storing all k of them.
 """
 
 import functools
@@ -30,21 +30,21 @@ logger = logging.getLogger(__name__)
 Method = Literal["auto", "gram", "textbook"]
 
 MAX_GRAM_BYTES = 2**30
-# Rows handled together on the CPU, so that their correlations stay in a core's L2 cache.
+# Rows per block on the CPU, so that their correlations fit into a core's L2 cache.
 ROW_BLOCK = 64
-# The same for the compiled update, which reads each matrix once: large enough to hide the calls, and
-# one shape for any size of batch, as each is compiled anew.
+# The same for the compiled update, which reads each matrix once: large enough to amortise the calls,
+# and one shape for any size of batch, as each shape is compiled separately.
 FUSED_BLOCK = 256
 PATH_BLOCK = 256
 # Multiply-adds that take as long as one element of the Gram update; measured on a Xeon with AVX-512
 # (1.9 ns against 0.0105 ns). On CUDA an estimate from bandwidth against FP32 throughput.
 ELEMENT_COST = {"cpu": 180, "cuda": 64}
-# A Gram matrix that is kept serves later calls too; assume at least this many.
+# Assumed number of later calls that use a cached Gram matrix.
 ASSUMED_REUSE = 4
 
 
 class Path(NamedTuple):
-    """Where the pursuit went: atom and coefficient of each step, both (n, k); 0 after a stop."""
+    """Atom and coefficient of each step, both (n, k); 0 after a stop."""
 
     indices: Tensor
     values: Tensor
@@ -56,7 +56,7 @@ class Path(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A path and what it leaves: `residual` (n, d) is x minus the sum of values times atoms."""
+    """A path and its `residual` (n, d), x minus the sum of values times atoms."""
 
     indices: Tensor
     values: Tensor
@@ -69,30 +69,32 @@ class Codes(NamedTuple):
 
 @dataclass
 class GramCache:
-    """The Gram matrix of the dictionary last seen; holds up to `max_gram_bytes` until cleared.
+    """The Gram matrix of the last dictionary; up to `max_gram_bytes` until cleared.
 
-    Whether the dictionary is still the same is decided by its product with a fixed random vector:
-    the version counter of a tensor misses writes through `.data`, with which SAELens folds weights.
+    A dictionary is identified by its product with a fixed random vector: the version counter of a
+    tensor misses writes through `.data`, with which SAELens folds weights.
     """
 
     gram: Tensor | None = None
     fingerprint: Tensor | None = None
 
     def get(self, atoms: Tensor) -> Tensor | None:
-        """The kept matrix, when it belongs to `atoms`."""
+        """The cached matrix (m, m) if it is that of `atoms`, else None."""
         if self.gram is None or self.fingerprint is None:
             return None
         if self.gram.device != atoms.device or self.gram.dtype != atoms.dtype:
             return None
-        seen = _fingerprint(atoms)
-        return self.gram if torch.equal(seen, self.fingerprint) else None
+        same = torch.equal(_fingerprint(atoms), self.fingerprint)
+        return self.gram if same else None
 
     def build(self, atoms: Tensor) -> Tensor:
-        self.clear()  # before the new one is made, so that never two are held
+        """Compute and cache the Gram matrix (m, m) of `atoms`."""
+        self.clear()  # first, so that there are never two in memory
         self.gram, self.fingerprint = gram_matrix(atoms), _fingerprint(atoms)
         return self.gram
 
     def clear(self) -> None:
+        """Release the cached matrix."""
         self.gram = self.fingerprint = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GramCache":
@@ -105,7 +107,7 @@ class GramCache:
 def matching_pursuit(x: Tensor, atoms: Tensor, k: int, **how: Any) -> Codes:
     """Matching pursuit of each row of `x`, differentiable in `x` and `atoms` for a fixed path.
 
-    Takes what `pursuit_path` takes.
+    Keyword arguments are those of `pursuit_path`.
     """
     path = pursuit_path(x, atoms, k, **how)
     values, residual = _AlongPath.apply(x, atoms, path.indices, path.values > 0)  # type: ignore[misc]
@@ -127,22 +129,22 @@ def pursuit_path(
     max_gram_bytes: int = MAX_GRAM_BYTES,
     compiled: bool = False,
 ) -> Path:
-    """The path of matching pursuit, without gradients: all that encoding needs.
+    """The path of matching pursuit, without gradients, for encoding.
 
     Args:
         x: inputs, bias removed, (n, d), float32 or float64.
         atoms: the dictionary, (m, d), of the same dtype; unit rows for the paper's guarantees.
         k: number of steps.
-        correlations: ``x @ atoms.T`` (n, m), when the caller has it already. It is not written to.
+        correlations: ``x @ atoms.T`` (n, m), if already computed; not modified.
         residual_threshold: a row stops once the norm of its residual is below; 0 never stops.
-        stop_on_duplicate: a row stops when a step leaves its support as it was.
-        allowed: atoms that may be chosen, (m,) bool; all of them when None.
-        cache: keeps the Gram matrix between calls with an unchanged dictionary.
-        method: "textbook", "gram", or "auto", which picks the cheaper one by shape.
-        max_gram_bytes: a larger Gram matrix is never built.
+        stop_on_duplicate: a row stops when a step does not change its support.
+        allowed: atoms that may be chosen, (m,) bool; None for all.
+        cache: stores the Gram matrix between calls with an unchanged dictionary.
+        method: "textbook", "gram", or "auto", the faster one by shape.
+        max_gram_bytes: size limit of the Gram matrix.
         compiled: fuse the Gram update and the arg-max with torch.compile (CPU), which takes some
-            seconds for each m. Without a C++ compiler that is logged, and the plain update is used.
-            On CUDA a Triton kernel is used anyway.
+            seconds for each m. Without a C++ compiler the plain update is used, which is logged.
+            On CUDA a Triton kernel is used in either case.
     """
     x, atoms = x.detach(), atoms.detach()
     correlations = x @ atoms.T if correlations is None else correlations.detach()
@@ -182,7 +184,7 @@ class _Stop:
         return self.residual_threshold > 0 or self.on_duplicate
 
     def reached(self, path: Path, step: int, residual: Tensor | None) -> Tensor:
-        """Rows (n,) bool that end with `step`, judged by SAELens's two criteria."""
+        """Rows (n,) bool that stop after `step`, by SAELens's two criteria."""
         index, value = path.indices[:, step], path.values[:, step]
         done = torch.zeros_like(index, dtype=torch.bool)
         if self.on_duplicate:
@@ -267,7 +269,7 @@ Update = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _row_blocks(x: Tensor, compiled: bool) -> Iterator[tuple[slice, Update]]:
-    """Rows handled together and what handles them; what is left of full blocks is not compiled."""
+    """Blocks of rows, each with its update; an incomplete block is not compiled."""
     n = x.shape[0]
     if x.is_cuda:
         yield slice(0, n), _update
@@ -285,8 +287,8 @@ def _gram_rows(
     """Fill `path` for one block of rows."""
     k = path.indices.shape[1]
     scores = start.clone(memory_format=torch.contiguous_format)
-    # The residual's norm is taken from the residual: the recurrence for the norm alone loses all
-    # digits once the residual is small against x.
+    # The norm is computed from the residual: its recurrence loses all precision once the
+    # residual is small compared to x.
     residual = x.clone() if stop.residual_threshold > 0 else None
     active = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     index = scores.argmax(dim=1)
@@ -305,7 +307,7 @@ def _gram_rows(
 
 
 def _update(scores: Tensor, gram: Tensor, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """``scores -= value * gram[index]`` in place; the new maximum of each row and its place."""
+    """``scores -= value * gram[index]`` in place; the new maximum of each row and its index."""
     scores.addcmul_(gram.index_select(0, index), value[:, None], value=-1)
     # max(dim=1) costs three times as much as argmax and a gather
     index = scores.argmax(dim=1)
@@ -315,7 +317,7 @@ def _update(scores: Tensor, gram: Tensor, index: Tensor, value: Tensor) -> tuple
 def _fusable_update(
     scores: Tensor, gram: Tensor, index: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `_update`, written so that inductor makes one loop of it."""
+    """As `_update`, in a form that inductor compiles to one loop."""
     new = scores - value[:, None] * gram[index]
     scores.copy_(new)
     return new.amax(dim=1), new.argmax(dim=1)
@@ -336,7 +338,7 @@ class _FusedUpdate:
             self.compiled = torch.compile(_fusable_update, dynamic=False)
         try:
             return self.compiled(scores, gram, index, value)
-        except Exception as error:  # no compiler, or one that fails: it would each time
+        except Exception as error:  # no compiler, or compilation fails: not tried again
             logger.info("the fused pursuit cannot be compiled, the plain one is used: %s", error)
             self.impossible = True
             return _update(scores, gram, index, value)
@@ -374,10 +376,10 @@ def _fingerprint(atoms: Tensor) -> Tensor:
 
 
 class _AlongPath(torch.autograd.Function):
-    """Coefficients (n, k) and final residual (n, d) along a fixed path, as the textbook computes them.
+    """Coefficients (n, k) and final residual (n, d) along a fixed path, as in the textbook loop.
 
     With r_0 = x: a_t = relu(D_t . r_t) where the step is active, else 0; r_{t+1} = r_t - a_t D_t.
-    Backward runs the recurrence in reverse, from r_k, so it keeps no residual but the last.
+    Backward runs the recurrence in reverse from r_k, so only the last residual is stored.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What training by pursuit has in common: `mp` and `omp` differ in how they find the codes."""
+"""Base class of training by pursuit; `mp` and `omp` differ in the computation of codes."""
 
 from abc import abstractmethod
 from typing import Any
@@ -20,10 +20,10 @@ from .unit_dictionary import UnitDictionary, full_precision
 
 
 class PursuitTrainingSAE(UnitDictionary, TrainingSAE[T_TRAINING_SAE_CONFIG]):
-    """A training step takes its reconstruction from the residual of the pursuit, so the codes are
-    never multiplied by the whole dictionary.
+    """Training with the reconstruction computed from the residual of the pursuit, so that codes are
+    not multiplied by the complete dictionary.
 
-    `hook_sae_acts_pre` sees the correlations with the input; editing them there has no effect, as a
+    `hook_sae_acts_pre` receives the correlations with the input; editing them has no effect, as a
     pursuit has no single pre-activation.
     """
 
@@ -75,7 +75,7 @@ class PursuitTrainingSAE(UnitDictionary, TrainingSAE[T_TRAINING_SAE_CONFIG]):
         if acts is codes_dense:
             sae_out = self.output(centred.to(codes.residual.dtype) - codes.residual)
         else:
-            sae_out = self.decode(acts)  # a hook put other activations in their place
+            sae_out = self.decode(acts)  # a hook replaced the activations
         mse = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         output = TrainStepOutput(
             sae_in=step_input.sae_in,

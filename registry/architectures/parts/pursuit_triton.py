@@ -1,7 +1,7 @@
-"""The Gram update and arg-max of matching pursuit as one CUDA kernel: a program owns a row of x.
+"""The Gram update and arg-max of matching pursuit as one CUDA kernel, with one program per row of x.
 
-The correlations of the row stay in registers for all k steps; a step reads one row of the Gram
-matrix and nothing else. Importing this module needs Triton.
+The correlations of the row stay in registers for all k steps; a step reads only one row of the
+Gram matrix. Importing this module requires Triton.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ MAX_ATOMS = 16384
 
 
 def fits(gram: Tensor) -> bool:
-    """Whether one program can hold a row: float32 and at most `MAX_ATOMS` atoms."""
+    """Whether a row fits into one program: float32 and at most `MAX_ATOMS` atoms."""
     return gram.dtype == torch.float32 and gram.shape[0] <= MAX_ATOMS
 
 

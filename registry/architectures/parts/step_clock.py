@@ -1,4 +1,4 @@
-"""Randomness and schedules that survive a resume to the bit: a step counter in the saved state."""
+"""Saved step counter, from which randomness and schedules are reproduced exactly on resume."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class StepClock(nn.Module):
-    """Counts training steps in a buffer, and gives each step its own random generator.
+    """Counts training steps in a buffer, and provides a random generator for each step.
 
-    SAELens's checkpoint keeps neither the global generator's state nor the exact step number, so
-    whatever a training step draws is drawn from (seed, this counter) alone.
+    SAELens's checkpoints contain neither the global generator's state nor the exact step number, so
+    random numbers of a training step depend on (seed, this counter) only.
     """
 
     count: Tensor
@@ -22,7 +22,7 @@ class StepClock(nn.Module):
 
     @torch.no_grad()
     def tick(self) -> int:
-        """Advance by one; the number of the step that begins, from 0."""
+        """Advance by one; return the number of the new step, from 0."""
         step = int(self.count)
         self.count += 1
         return step
@@ -35,6 +35,6 @@ class StepClock(nn.Module):
 
     def generator(self, step: int, device: torch.device) -> torch.Generator:
         """The generator of one step; the same for every run with this seed."""
-        # Large odd factor: nearby (seed, step) pairs must not share a stream.
+        # Large odd factor, so that nearby (seed, step) pairs have different streams.
         seed = (self.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
         return torch.Generator(device=device).manual_seed(seed)

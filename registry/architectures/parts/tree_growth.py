@@ -1,9 +1,9 @@
-"""How a `tree` finds its forest: dead children move to parents that earn more of them.
+"""Reallocation of the dead children of a `tree` to parents with larger capacity.
 
-Source: Tree SAE (Cao et al. 2026, arXiv 2605.07922), algorithms 1 and 2, and the notes on what its
-training code does: the loss of each step is shared equally by the possible parents that fired, the
+Source: Tree SAE (Cao et al. 2026, arXiv 2605.07922), algorithms 1 and 2, and the notes on its
+training code: the loss of each step is shared equally by the possible parents that fired, the
 root among them, and added to their capacity; a parent's quota of children is the allocation that
-makes the smallest capacity per child as large as possible; only dead children move, from parents
+maximises the smallest capacity per child; only dead children move, from parents
 over their quota to parents below it; capacities start from 0 after each reallocation.
 """
 
@@ -19,7 +19,7 @@ from .levels import level_slices
 
 
 class TreeGrowth(nn.Module):
-    """Counters behind the reallocation, all of them saved.
+    """Counters for the reallocation, all in the saved state.
 
     Buffers: `capacity` (n_levels, m + 1), the root last; `idle_steps` (m,), steps since a latent
     fired; `interval` and `waited`, in steps.
@@ -56,7 +56,7 @@ class TreeGrowth(nn.Module):
         return bool(self.waited >= self.interval)
 
     def schedule(self, growth: float, longest: int) -> None:
-        """Start over with a longer interval."""
+        """Restart the counters with a longer interval."""
         self.capacity.zero_()
         self.waited.zero_()
         self.interval.copy_((self.interval * growth).to(torch.int64).clamp(max=longest))
@@ -94,10 +94,10 @@ class TreeGrowth(nn.Module):
 
 
 def fair_quotas(capacity: Sequence[float], n_children: int) -> list[int]:
-    """Algorithm 1: children per parent so that the smallest capacity per child is largest.
+    """Algorithm 1: number of children per parent that maximises the smallest capacity per child.
 
-    Each child in turn goes to the parent that would still have most capacity per child. Parents
-    without capacity get none; ties go to the lowest index.
+    Each child in turn is assigned to the parent that will have the largest capacity per child.
+    Parents without capacity get none; ties: lowest index.
     """
     quotas = [0] * len(capacity)
     heap = [(-c, parent) for parent, c in enumerate(capacity) if c > 0]

@@ -1,4 +1,4 @@
-"""What the tied architectures share: a dictionary of unit rows, used to encode and to decode."""
+"""Base class of tied architectures: a dictionary of unit rows, for encoding and decoding."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,19 +14,19 @@ from .plugin_config import refuse_whitening
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off, where the device knows autocast at all."""
+    """A context without autocast; no effect on devices without autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class UnitDictionary(SAE[Any]):
     """Mixin for an SAE whose encoder is the transposed decoder with rows of norm 1.
 
-    The rows are used normalised wherever they are used, so that the gradient with respect to
-    `W_dec` has no part along its row; `project_rows` keeps the stored rows at norm 1 too, without
-    which the optimiser's steps would shrink against growing rows.
+    The rows are normalised at every use, so the gradient with respect to a row of `W_dec` is
+    orthogonal to it. `project_rows` normalises the stored rows too, since optimiser steps become
+    relatively smaller as rows grow.
     """
 
-    # As in SAELens's matching pursuit: the base class insists on a W_enc.
+    # As in SAELens's matching pursuit: the base class requires W_enc.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.W_dec.T
@@ -37,7 +37,7 @@ class UnitDictionary(SAE[Any]):
             super().__setattr__(name, value)
 
     def dictionary(self) -> Tensor:
-        """Unit rows (d_sae, d_in), in float32 at least: a pursuit in bfloat16 picks other atoms."""
+        """Unit rows (d_sae, d_in), at least float32: in bfloat16 a pursuit chooses other atoms."""
         dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
         return F.normalize(self.W_dec.to(dtype), dim=-1)
 
@@ -51,8 +51,8 @@ class UnitDictionary(SAE[Any]):
         return self.output(feature_acts.to(atoms.dtype) @ atoms)
 
     def output(self, reconstruction: Tensor) -> Tensor:
-        """From the reconstruction of the centred input to the SAE's output, hooks included."""
-        if self.cfg.apply_b_dec_to_input:  # tied: what was not subtracted is not added
+        """The SAE's output (n, d_in) from the reconstruction of the centred input, with hooks."""
+        if self.cfg.apply_b_dec_to_input:  # added only if it was subtracted
             reconstruction = reconstruction + self.b_dec
         out = self.hook_sae_recons(reconstruction.to(self.dtype))
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
@@ -60,7 +60,7 @@ class UnitDictionary(SAE[Any]):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        # Pursuit is homogeneous: unit rows stay, and the codes come out in the units of the input.
+        # Pursuit is homogeneous: with unit rows, codes are in the units of the input.
         self.b_dec.data /= scaling_factor
         self.cfg.residual_threshold /= scaling_factor
         self.cfg.normalize_activations = "none"
@@ -82,10 +82,10 @@ class UnitDictionary(SAE[Any]):
 
 
 def check_pursuit_config(cfg: Any) -> None:
-    """What `mp` and `omp` ask of their configs.
+    """Check the settings that `mp` and `omp` share.
 
     Raises:
-        ConfigError: naming the field, what was given and what is allowed.
+        ConfigError: a setting is invalid.
     """
     refuse_whitening(cfg, "whitening cannot be folded into a tied encoder")
     if cfg.k < 1:
