@@ -55,7 +55,7 @@ class MatryoshkaDepthOptions:
             )
         if self.order not in ORDERS:
             raise ConfigError(
-                "order", "not defined", given=self.order, allowed=f"one of {', '.join(ORDERS)}"
+                "order", "not known", given=self.order, allowed=f"one of {', '.join(ORDERS)}"
             )
         widths = self.widths
         if widths is not None and (not widths or list(widths) != sorted({*widths} - {0})):

@@ -46,7 +46,7 @@ def test_a_long_cycle_is_named_from_parent_to_child():
         ({"classes": ("a", "z")}, "class: not known.*given 'z'"),
         ({"parents": ((), (0,))}, "2 given for 3 nodes"),
         ({"parents": ((), (2,), (0,))}, "node 'a' must follow its parents"),
-        ({"parents": ((), (), (0,))}, "only the first node has none"),
+        ({"parents": ((), (), (0,))}, "only the first has none"),
         ({"classes": ("a",)}, "without any class below: 'b'"),
         ({"nodes": ("r", "a", "b"), "parents": ((), (0,), (1,)), "classes": ("b",)}, "not the LCH"),
     ],
