@@ -72,7 +72,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     )
     node_table = NodeTable(
         "nodes",
-        meaning="F1 of its best latent: latent and threshold chosen on one half of the "
+        meaning="the F1 of its best latent: latent and threshold chosen on one half of the "
         "images, scored on the other",
         priority=10,
     )
