@@ -74,7 +74,7 @@ def test_unknown_fields_are_ignored(results: Results) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "taxolens.results/2", "schema is 'taxolens.results/2'.*reads"),
+        (("schema",), "taxolens.results/2", "given 'taxolens.results/2'; allowed: 'taxolens.results/1'"),
         (("saes",), {}, r"r\.json\.saes: not possible; given {}; allowed: a list"),
         (
             ("saes", 1, "d_in"),
@@ -133,10 +133,10 @@ def test_missing_field_is_named(results: Results) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"does not exist.*taxolens evaluate"):
+    with pytest.raises(DataError, match=r"json: not found; allowed: what `taxolens evaluate RUN`"):
         Results.load(tmp_path)
     (tmp_path / "results.json").write_text('{"schema": ')
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="json: not JSON"):
         Results.load(tmp_path)
 
 

@@ -99,5 +99,5 @@ def test_lenient_reading(hint, value, expected):
     ],
 )
 def test_what_lenient_reading_refuses(hint, value):
-    with pytest.raises(MisfitError, match=f"got {value!r}"):
+    with pytest.raises(MisfitError, match=f"given {value!r}; allowed: "):
         coerce(value, hint, lenient=True)
