@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 
 class MisfitError(ValueError):
-    """A value does not fit its type hint: ``place: not possible; given X; allowed: a type.``"""
+    """A value does not fit its type hint: `place: not possible; given X; allowed: a type`."""
 
 
 def coerce(value: Any, hint: Any, where: str = "", *, lenient: bool = False) -> Any:

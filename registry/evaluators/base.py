@@ -143,7 +143,7 @@ class Peer(Protocol):
 
     @property
     def W_dec(self) -> Tensor | None:
-        """(m', d)"""
+        """(m', d) decoder; None where it has none."""
         ...
 
     def latents(self, index: np.ndarray) -> sparse.csr_array:

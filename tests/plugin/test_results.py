@@ -74,7 +74,11 @@ def test_unknown_fields_are_ignored(results: Results) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "taxolens.results/2", "given 'taxolens.results/2'; allowed: 'taxolens.results/1'"),
+        (
+            ("schema",),
+            "taxolens.results/2",
+            "given 'taxolens.results/2'; allowed: 'taxolens.results/1'",
+        ),
         (("saes",), {}, r"r\.json\.saes: not possible; given {}; allowed: a list"),
         (
             ("saes", 1, "d_in"),
