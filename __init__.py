@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         VisionSAETrainingRunner,
     )
     from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
+    from taxolens.registry.loaders.parts.read import read_sae
     from taxolens.registry.presentation import Headline, NodeTable
     from taxolens.registry.table import (
         ARCHITECTURES,
@@ -52,6 +53,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "plugin.training.config": ["VisionMultiSAERunnerConfig", "VisionSAERunnerConfig"],
         "plugin.training.runner": ["VisionMultiSAETrainingRunner", "VisionSAETrainingRunner"],
         "registry.evaluators.base": ["EvaluationBatch", "EvaluationContext", "Evaluator"],
+        "registry.loaders.parts.read": ["read_sae"],
         "registry.presentation": ["Headline", "NodeTable"],
         "registry.table": [
             *("ARCHITECTURES", "EVALUATORS", "LOADERS", "TAXONOMIES", "VISION_MODELS"),

@@ -1,4 +1,4 @@
-"""The settings with which every architecture is compared, and one way to train them all."""
+"""Settings of every architecture in the comparisons, and the function that trains them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Budget:
-    """What all architectures of one comparison are given.
+    """The settings that all architectures of one comparison share.
 
     Args:
         d_in, d_sae: widths.
-        l0: active latents aimed at; where a whole number is asked for, it is rounded up.
+        l0: target number of active latents; rounded up where an architecture takes an integer.
         variance: mean squared norm of the centred activations.
         levels: latents of each level, for architectures that have levels; they sum to d_sae.
         residual_threshold: norm of the residual at which a pursuit stops; 0: never.
@@ -44,9 +44,9 @@ class Budget:
 
 
 def options(budget: Budget) -> dict[str, dict[str, Any]]:
-    """architecture -> its settings; what is not named is the default of its config.
+    """architecture -> its settings; the others are the defaults of its config.
 
-    Coefficients of sparsity penalties are where `TargetL0Trainer` starts from.
+    Coefficients of sparsity penalties are the initial values of `TargetL0Trainer`.
     """
     k, l0, n_levels = budget.k, budget.l0, len(budget.levels)
     prefixes = [sum(budget.levels[: i + 1]) for i in range(n_levels)]
@@ -100,7 +100,7 @@ NAMES = list(SAE_TRAINING_CLASS_REGISTRY)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: Adam, warm-up, a constant rate, linear cool-down to 0."""
+    """Training schedule: Adam, warm-up, a constant rate, linear cool-down to 0."""
 
     steps: int
     batch: int
@@ -116,7 +116,7 @@ class Schedule:
 
 
 class TargetL0Trainer(SAETrainer[Any, Any]):
-    """Moves the coefficient of an L1 or L0 penalty until as many latents fire as were asked for.
+    """Adjusts the coefficient of an L1 or L0 penalty until the target number of latents fires.
 
     After each step the coefficient grows or shrinks by a small factor (Nabeshima 2024, the toy
     model of "Matryoshka Sparse Autoencoders"); the factor lets it move 90-fold over training.
@@ -143,7 +143,7 @@ def train(
     seed: int,
     own: dict[str, Any] | None = None,
 ) -> tuple[SAE[Any], float]:
-    """A trained SAE as it is saved and loaded, and the CPU seconds that training took.
+    """The trained SAE, saved and loaded again, and the CPU seconds of its training.
 
     Args:
         batches: of (schedule.batch, d_in) activations.
@@ -179,7 +179,7 @@ def train(
 
 
 def as_saved(sae: Any) -> SAE[Any]:
-    """The SAE that others load: BatchTopK with its threshold, for one."""
+    """The SAE in its saved form, for example BatchTopK with its threshold."""
     with tempfile.TemporaryDirectory() as folder:
         sae.eval().save_inference_model(folder)
         return SAE.load_from_disk(folder).eval()

@@ -1,12 +1,12 @@
-"""How long the command line takes to answer, and the first batch from worker processes to come.
+"""Start-up time of the command line, and time to the first batch from worker processes.
 
     python benchmarks/command_line.py [--rounds 7] [--results output/my_run]
 
-Each line is the median over the rounds of the wall time of a new process, beside that of Python
-doing nothing and of `import sae_lens`; for batches, of the time from making an `ImageLoader` of two
-workers to its first batch of 32 drawn pictures, in a new process. With `--results`, a folder that
-has a results.json, `taxolens report` is timed too. Bars: 0.5 s for what needs no model, 3 s for the
-first batch.
+Each line is the median over the rounds of the wall time of a new process, with that of an empty
+Python program and of `import sae_lens` for comparison. For batches it is the median of
+the time from making an `ImageLoader` of two workers to its first batch of 32 drawn pictures, in a new
+process. With `--results`, a folder that has a results.json, `taxolens report` is timed too. Bars:
+0.5 s for commands that need no model, 3 s for the first batch.
 """
 
 from __future__ import annotations

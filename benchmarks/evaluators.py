@@ -1,13 +1,13 @@
-"""What the count-based evaluators cost: against encoding the same activations with the SAE.
+"""Cost of the count-based evaluators, relative to encoding the same activations with the SAE.
 
     python benchmarks/evaluators.py [--images 50000] [--latents 12288] [--d_in 1536] [--l0 32]
 
-*Count-based* are those that read nothing but which latents fire on which images, and how strongly:
-firings per class and threshold, the top images, firings together. They fit nothing and look neither at
-x nor at the decoder (the decoder is withheld here, so `parent_child` leaves out its probes of x).
-`--evaluators` takes any others, which are then given the decoder.
+*Count-based* evaluators read only which latents fire on which images, and how strongly: firings per
+class and threshold, the top images, joint firings. They fit nothing and use neither x nor the decoder.
+The decoder is withheld here, so `parent_child` leaves out its probes of x. `--evaluators` takes any
+others, which then get the decoder.
 
-The taxonomy is ImageNet-1k's. z is synthetic: on each image some latents that know its class, some at
+The taxonomy is ImageNet-1k's. z is synthetic: on each image some latents of its class fire, and some at
 random. Timed are the encoder of a ReLU SAE on activations of that shape (its cheapest form: no top-k),
 and everything the evaluators do: the search for the nonzeros of z, calibration, every update, and
 computing value, shuffled null and permuted-classes null. Bars: ratio 1.0 or less, peak memory 4 GiB or
@@ -96,9 +96,9 @@ def main() -> None:
             sae.encode(x)
             timed("encoding", started)
             z = torch.zeros(len(index), args.latents)
-            strays = torch.randint(args.latents, (len(index), args.l0), generator=generator)
-            knows = torch.rand(len(index), args.l0, generator=generator) < 0.5
-            fires = torch.where(knows, known[labels[index]], strays)
+            at_random = torch.randint(args.latents, (len(index), args.l0), generator=generator)
+            of_class = torch.rand(len(index), args.l0, generator=generator) < 0.5
+            fires = torch.where(of_class, known[labels[index]], at_random)
             z.scatter_(1, fires, torch.rand(fires.shape, generator=generator) + 0.1)
             is_fit = index < args.images // 2
             update(EvaluationBatch(x, z, labels[index], shuffled[index], index, is_fit))

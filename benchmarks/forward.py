@@ -1,10 +1,10 @@
-"""What hook points cost: our forward against a plain Hugging Face forward of the same images.
+"""Cost of hook points: our forward relative to a plain Hugging Face forward of the same images.
 
     python benchmarks/forward.py [--device cuda] [--images 32] [--rounds 9]
 
 The model is a DINOv2 ViT-S/14 with random weights at 224 px; time does not depend on the weights.
-Every round runs each way once, in turns, so that a machine that slows down slows all of them;
-printed is the median over rounds of the ratio to the plain forward of the same round, with the
+Every round runs each variant once, in turns, so that a change of the machine's speed affects all of
+them. The output is the median over rounds of the ratio to the plain forward of the same round, with the
 lowest and the highest.
 """
 

@@ -1,8 +1,8 @@
-"""What Gromov's δ costs in time and memory, against the array of all triples.
+"""Time and memory of Gromov's δ, relative to the array of all triples.
 
     python benchmarks/hyperbolicity.py [--points 1500] [--peer_points 200]
 
-The peer takes the maximum over a dense (n, n, n) array: 27 GB at 1,500 points, so it is asked at
+The peer takes the maximum over a dense (n, n, n) array: 27 GB at 1,500 points, so it is run with
 fewer, where both must agree. Memory is the rise of the process's peak while δ is computed, the
 matrix of distances included. Bar: 1 GiB at 1,500 points.
 """

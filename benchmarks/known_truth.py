@@ -1,4 +1,4 @@
-"""Which architecture finds a hierarchy that is known, because the activations were made from it?
+"""Architectures trained on activations that were made from a known hierarchy.
 
     python benchmarks/known_truth.py absorption hierarchy large [--seeds 15] [--results FILE]
 
@@ -8,13 +8,13 @@ saved and loaded again it is scored against them. Three experiments:
 - `absorption`: the MP-SAE hierarchy (Costa et al. 2025, arXiv 2506.03093; 20 features in 20
   dimensions, of which 3 parents have 3 children each), whose children have magnitude .1, .5 or 1.0
   and next to no spread, beside parents of 1.0 ± .25: the published absorption scores.
-- `hierarchy`: the same tree with all magnitudes alike, spread out or not, and with features that
-  correlate within their group.
+- `hierarchy`: the same tree with equal mean magnitudes, with and without spread, and with features
+  that correlate within their group.
 - `large`: 1,290 features of three levels in 128 dimensions, Zipfian, for 512 latents; in the style of
   SynthSAEBench, whose SAEs too have fewer latents than there are features.
 
-Each result is appended to the file of results as it comes, and what is there is not trained again:
-a run can be stopped at any time and resumed. `random` is a dictionary that was never trained.
+Each result is appended to the results file when it is computed, and an SAE in the file is not trained
+again: a run can be stopped at any time and resumed. `random` is a dictionary that was never trained.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ POOL = 50_000  # samples of the large truth, drawn once: drawing them costs as m
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Activations and what they are made of.
+    """Activations and the features that they are made of.
 
     Args:
         generator: of the features' magnitudes, (n, F).
@@ -134,7 +134,7 @@ def mp_sae_tree() -> tuple[HierarchyNode, np.ndarray]:
 class ExclusiveChildren:
     """Keeps of each node's children at most one, each with exactly its probability.
 
-    SAELens's own modifier lets children fire independently and then settles conflicts, which
+    SAELens's own modifier lets children fire independently and then resolves conflicts, which
     distorts the probabilities; here one draw decides between the children.
     """
 
@@ -282,7 +282,7 @@ def pairs_found(latents: Tensor, matched: np.ndarray, pairs: np.ndarray) -> floa
 
 @torch.no_grad()
 def score(sae: Any, truth: Truth, seed: int = 77, n: int = 10_000) -> dict[str, float]:
-    """What `sae` has found of the truth, on `n` new samples; the matching takes 1,000 of them."""
+    """Scores of `sae` against the truth, on `n` new samples; the matching uses 1,000 of them."""
     magnitudes, x = truth.sample(n, seed)
     z = sae.encode(x)
     z = z.to_dense() if z.is_sparse else z
@@ -329,7 +329,7 @@ class Case:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Case:
-        """Of a result; what an older file lacks had the default."""
+        """The case of a result; a field that an older file lacks has its default."""
         names = [field.name for field in dataclasses.fields(cls) if field.name in row]
         return cls(**{"lr": default_lr(row["experiment"])} | {name: row[name] for name in names})
 
@@ -381,7 +381,7 @@ def untrained(budget: Budget) -> SAE[Any]:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """In an order in which a run that is stopped has something of everything: seeds outermost."""
+    """The SAEs to train, seeds outermost, so that a run that is stopped has results of every setting."""
     listed = []
     for seed in range(args.seeds):
         for experiment in args.experiments:

@@ -1,12 +1,12 @@
-"""How much faster `mp` is than SAELens's matching pursuit: encoding, and a whole training step.
+"""Speed of `mp` relative to SAELens's matching pursuit: encoding, and a complete training step.
 
     python benchmarks/matching_pursuit.py [--part encoding] [--device cuda] [--scale 1] [--rounds 3]
                                           [--compiled]
 
 Both do the same work, 32 steps for every input, from the same dictionary on the same inputs, in
 turns in one process: SAELens's runs with `stop_on_duplicate_support=False` and
-`residual_threshold=0`, as by default it ends an input at the first atom it picks twice. Printed is
-the median over rounds of the time of SAELens's over ours in the same round, the lowest and the
+`residual_threshold=0`, as by default it ends an input at the first atom it picks twice. The output
+is the median over rounds of the time of SAELens's over ours in the same round, the lowest and the
 highest, and the share of (input, step) pairs where both routes chose the same atom.
 
 Bars: encoding at d=768, m=8192, n=1024, 32 steps: 4x. A training step (forward, backward, Adam) at
@@ -85,7 +85,7 @@ def print_row(name: str, row: dict[str, float]) -> None:
 
 
 def encoding(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
-    """SAELens's `encode` against ours on frozen weights."""
+    """SAELens's `encode` and ours on frozen weights."""
     m, n = int(8192 * args.scale), int(1024 * args.scale)
     theirs, ours = pair(m, args.device)
     theirs, ours = theirs.eval(), ours.eval()
@@ -106,7 +106,7 @@ def encoding(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]
 
 
 def training(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
-    """A whole step of each: forward, backward, clipping, Adam."""
+    """A complete step of each: forward, backward, clipping, Adam."""
     m, n = int(3072 * args.scale), int(4096 * args.scale)
     x = torch.randn(n, D_IN, device=args.device)
     theirs, ours = pair(m, args.device)
@@ -152,7 +152,7 @@ def agreement(x: Tensor, atoms: Tensor) -> float:
 
 
 def ratio(theirs: Callable[[], object], ours: Callable[[], object], args) -> dict[str, float]:
-    """Each in turn; the first round is a warm-up."""
+    """Times both in turns; the first round is a warm-up."""
     times: list[tuple[float, float]] = []
     for round_number in range(-1, args.rounds):
         pair = seconds(theirs, args), seconds(ours, args)

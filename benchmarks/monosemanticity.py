@@ -1,14 +1,14 @@
-"""What MonoScore costs streamed in linear time, against summing over the pairs of images.
+"""Time of MonoScore streamed in linear time, relative to sums over the pairs of images.
 
     python benchmarks/monosemanticity.py [--images 10000] [--latents 12288] [--embedding 768] [--l0 32]
 
 Two peers. *Pairs in turn* is the form in which the score is published and computed
 (arXiv 2504.02821): for each image its cosines with all later ones and the products of activations,
-summed for every latent. It takes long, so that it is run for `--rows` images spread evenly and
+summed for every latent. It is slow, so that it is run for `--rows` images spread evenly and
 scaled by the pairs they stand for. *Pairs as matrices* is the fastest pairwise form we know: all
 cosines, then for a block of latents Σ_ab ã_a ã_b cos(E_a, E_b) as two products of dense matrices.
 Timed is everything from z and E to the scores, the search for the nonzeros of z included. Scores
-must agree, of the first peer on a small set. Bar: 100 times as fast as the pairs in turn.
+must agree; those of the first peer are compared on a small set. Bar: 100 times as fast as the pairs in turn.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def in_turn(z: torch.Tensor, embedding: torch.Tensor) -> np.ndarray:
 
 
 def seconds_of_all_pairs(z: torch.Tensor, embedding: torch.Tensor, n_rows: int) -> float:
-    """What `in_turn` would take, from some of its images."""
+    """The time of `in_turn` for all images, estimated from some of them."""
     scaled, unit = scale_and_normalise(z, embedding)
     rows = np.linspace(0, len(z) - 2, n_rows).astype(int)
     started = time.perf_counter()

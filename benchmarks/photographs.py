@@ -1,4 +1,4 @@
-"""Every architecture on the activations of a ViT for real photographs, where no truth is known.
+"""Every architecture on the activations of a ViT for real photographs, without a known truth.
 
     python benchmarks/photographs.py --model FOLDER --dataset FOLDER [--cache FOLDER] [--results FILE]
 
@@ -8,13 +8,13 @@ middle block, and measured on validation images:
 
 - R², L0 and dead latents over the tokens;
 - how much of the ImageNet tree has a detector (`ontological_coverage`, internal nodes), and
-  `absorption`, each beside what it gives when the classes are permuted over the same tree;
+  `absorption`, each with its value when the classes are permuted over the same tree;
 - stability: the mean cosine of decoder rows, matched one to one, between the SAEs of two seeds,
-  latents that fire only; beside it two random dictionaries of as many rows.
+  over latents that fire; as null two random dictionaries of as many rows.
 
 `random` and `neurons` are the two sources of latents that a trained SAE must beat. Activations are
-centred and scaled to a mean norm of √d. Each result is appended to the file of results as it comes,
-and what is there is not trained again.
+centred and scaled to a mean norm of √d. Each result is appended to the results file when it is
+computed, and an SAE in the file is not trained again.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def activations(args: argparse.Namespace, n_classes: int) -> dict[str, Tokens]:
 
 
 def measure(source: Any, bench: Bench, tokens: Tokens) -> dict[str, float]:
-    """Coverage and absorption, beside their means under permuted classes."""
+    """Coverage and absorption, with their means under permuted classes."""
     numbers: dict[str, float] = {}
     metrics = bench.metrics(bench.run(source, tokens.held_out))
     for name, (evaluator, metric) in METRICS.items():
@@ -149,7 +149,7 @@ def matched_cosine(a: Tensor, b: Tensor) -> float:
 
 
 def stability(first: Tensor, second: Tensor) -> dict[str, float]:
-    """Of two decoders (m, d), and of two random ones of that shape."""
+    """`matched_cosine` of two decoders (m, d), and of two random ones of that shape."""
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(part.shape, generator=generator) for part in (first, second)]
     return {"stability": matched_cosine(first, second), "stability_null": matched_cosine(*random)}

@@ -1,4 +1,4 @@
-"""What one SAE at every block costs over one SAE: both trained live from the images.
+"""Cost of training one SAE at every block relative to one SAE, both without cached activations.
 
     python benchmarks/training.py [--device cuda] [--images 256] [--rounds 3]
 

@@ -5,7 +5,7 @@
     python examples/derive_imagenet_taxonomy.py --wordnet /usr/share/wordnet --synsets synsets.txt
 
 `--synsets` lists synset ids such as n01440764, one a line, in the order of the labels. The result
-holds every node on a way up from them: its words and its hypernyms (`@` pointers; the instance
+holds every node above them: its words and its hypernyms (`@` pointers; the instance
 hypernyms `@i` are left out). In WordNet 3.0 the digits of an ImageNet synset id are the byte offset
 of the synset in data.noun (format: https://wordnet.princeton.edu/documentation/wndb5wn).
 """

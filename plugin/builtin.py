@@ -46,6 +46,18 @@ EVALUATORS = {
     "reconstruction": "reconstruction:Reconstruction",
     "detection": "detection:Detection",
 }
+LOADERS = {
+    "sae_lens": "sae_lens:SAE_LENS",
+    "prisma": "prisma:PRISMA",
+    "saev": "saev:SAEV",
+    "overcomplete": "overcomplete:OVERCOMPLETE",
+    "universal_sae": "universal_sae:UNIVERSAL_SAE",
+    "dictionary_learning": "dictionary_learning:DICTIONARY_LEARNING",
+    "sae_for_vlm": "sae_for_vlm:SAE_FOR_VLM",
+    "msae": "msae:MSAE",
+    "patchsae": "patchsae:PATCHSAE",
+    "clip_scope": "clip_scope:CLIP_SCOPE",
+}
 TAXONOMIES = {
     "imagenet": "imagenet:IMAGENET",
     "cifar100": "cifar100:CIFAR100",
@@ -79,6 +91,12 @@ def register_evaluators(register: hookspecs.RegisterEvaluator) -> None:
 def register_taxonomies(register: hookspecs.RegisterTaxonomy) -> None:
     """Register the class trees of TAXONOMIES."""
     for entry in _entries("taxonomies", TAXONOMIES):
+        register(entry)
+
+
+@hookimpl
+def register_loaders(register: hookspecs.RegisterLoader) -> None:
+    for entry in _entries("loaders", LOADERS):
         register(entry)
 
 

@@ -109,9 +109,15 @@ class Loader:
 
     Args:
         disk: SAELens's ``PretrainedSaeDiskLoader``: ``(path, device, cfg_overrides) ->
-            (cfg_dict, state_dict)``, for ``SAE.load_from_disk(path, converter=...)``.
+            (cfg_dict, state_dict)``, for ``SAE.load_from_disk(path, converter=...)``. Facts of
+            `asks_for` come as keyword arguments.
         huggingface: SAELens's ``PretrainedSaeHuggingfaceLoader``, for ``SAE.from_pretrained``.
         releases: release name -> SAELens's ``PretrainedSAELookup``, read with `huggingface`.
+        description: what its files look like.
+        recognises: ``checkpoint -> reason``, None where the file (an `os.PathLike` with `.path`,
+            `.folder`, `.content`, `.config`) is not of this format. Nothing in the file is run.
+        asks_for: facts that a file may lack, by name, with what each is; a user gives them to
+            `read_sae` and, as flags, to ``taxolens convert``.
     """
 
     name: str
@@ -119,6 +125,8 @@ class Loader:
     huggingface: Callable[..., Any] | None = None
     releases: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
+    recognises: Callable[[Any], str | None] | None = None
+    asks_for: Mapping[str, str] = field(default_factory=dict)
 
 
 ARCHITECTURES: Table[Architecture] = Table("architecture")

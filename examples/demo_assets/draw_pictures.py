@@ -33,7 +33,7 @@ def encode(picture: Image.Image) -> bytes:
 
 
 def shipped_pixels(label: int, index: int, split: str) -> np.ndarray:
-    """(64, 64, 3) uint8: the picture after its trip through WebP, as a reader of the set sees it."""
+    """(64, 64, 3) uint8: the picture after WebP encoding and decoding, as in the shipped set."""
     with Image.open(io.BytesIO(encode(draw_picture(label, index, split)))) as picture:
         return np.asarray(picture.convert("RGB"))
 
@@ -74,7 +74,7 @@ def write_split(path: Path, split: str, per_class: int, workers: int) -> None:
 
 
 def contact_sheet(index: int) -> Image.Image:
-    """Picture `index` of every class: a block per realm, a row per family, a little room between genera."""
+    """Picture `index` of every class: a block per realm, a row per family, a gap between genera."""
     gap, genus_gap, heading, caption, margin = 4, 12, 28, 16, 12
     block_width = 6 * (SIZE + gap) + 2 * genus_gap + 2 * margin
     block_height = heading + 4 * (SIZE + caption + gap) + margin

@@ -1,4 +1,4 @@
-"""Growing things: they stand on a stem or root in a tuft of grass. Flowers, trees, cacti, mushrooms."""
+"""Plants and mushrooms on a stem or root in a tuft of grass: flowers, trees, cacti, mushrooms."""
 
 from __future__ import annotations
 

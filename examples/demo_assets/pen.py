@@ -38,7 +38,7 @@ def random_colour(
     *,
     soft: bool = False,
 ) -> Colour:
-    """A colour (clear, or soft as a wall or the sky) that stands out from those in `unlike`: the best of
+    """A colour (saturated, or pale as a wall or the sky) that contrasts with those in `unlike`: the best of
     eight tries."""
     low, high = (0.08, 0.5) if soft else (0.25, 0.85)
     best, best_gap = (0, 0, 0), -1.0

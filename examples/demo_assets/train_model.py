@@ -1,16 +1,16 @@
 """Train the embedded vision transformer from scratch on drawn pictures.
 
     python examples/demo_assets/train_model.py --out plugin/demo_assets/model
-    python examples/demo_assets/train_model.py --out /tmp/model --pictures 500 --steps 20   # does it run?
+    python examples/demo_assets/train_model.py --out /tmp/model --pictures 500 --steps 20   # quick check
 
 The architecture is Hugging Face's `Dinov2ForImageClassification`, small; nothing is pretrained. Supervision is
-cross-entropy on the leaf classes alone, read from the class token: the model is never told about genera,
-families or realms. Training pictures are numbers 0, 1, 2, ... of each class in the "train" split (the first
+cross-entropy on the leaf classes alone, read from the class token: genera, families and realms are not
+used in training. Training pictures are numbers 0, 1, 2, ... of each class in the "train" split (the first
 ones are those that are shipped), each changed a little more at every visit; validation pictures are another
 split of random numbers and only measured on. Needs torch, transformers, numpy and pillow.
 
-First lessons come on white paper: without them the pictures are too hard to begin with. The shipped model
-took two CPU cores 22 minutes, of them 5 to draw; its numbers are in plugin/demo_assets/model/metrics.json.
+Training starts with pictures on a white background; without this stage the pictures are too hard at first. The
+shipped model took two CPU cores 22 minutes, of them 5 to draw; its numbers are in plugin/demo_assets/model/metrics.json.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def vary(pictures: Tensor) -> Tensor:
 
 
 class Pupil(torch.nn.Module):
-    """The model while it learns: the class token decides, and a head on the mean patch that is thrown
-    away afterwards. From scratch, patches learn what to look for long before a class token learns
-    where to look; with both heads on the same labels the one does not wait for the other."""
+    """The model in training: a head on the class token, and a head on the mean patch that is removed
+    afterwards. From scratch, patches become informative long before the class token attends to the
+    right ones; with both heads on the same labels, both learn from the start."""
 
     def __init__(self, model: Dinov2ForImageClassification) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ def measure(
 
 
 def _chance(groups: Tensor) -> float:
-    """Accuracy of the best constant guess."""
+    """Accuracy of the best constant prediction."""
     return float(groups.bincount().max() / len(groups))
 
 

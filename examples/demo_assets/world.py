@@ -71,7 +71,7 @@ def level_labels() -> np.ndarray:
 
 
 def draw_picture(label: int, index: int, split: str) -> Image.Image:
-    """Picture number `index` of class `label`: RGB, 64 x 64, the same pixels every time it is asked for."""
+    """Picture number `index` of class `label`: RGB, 64 x 64, the same pixels at every call."""
     rng = np.random.default_rng([SPLITS[split], label, index])
     side = SIZE * OVERSAMPLING
     look = Look.random(rng)
@@ -102,7 +102,7 @@ def draw_picture(label: int, index: int, split: str) -> Image.Image:
 
 
 def _plain_picture(rng: np.random.Generator, side: int, look: Look, label: int) -> Image.Image:
-    """The subject alone, large, upright and in the middle of white paper: a first lesson."""
+    """The subject alone, large, upright and centred on white: the first training stage."""
     scene = Image.new("RGB", (side, side), (255, 255, 255))
     scale = rng.uniform(0.38, 0.44)
     pen = Pen(
@@ -165,7 +165,7 @@ def _random_shape(
 
 
 def _clutter(rng: np.random.Generator, scene: Image.Image) -> None:
-    """Small shapes and lines strewn behind the subject, in colours close to the background's."""
+    """Small shapes and lines at random places behind the subject, in colours close to the background's."""
     side, pencil = scene.width, ImageDraw.Draw(scene)
     for _ in range(rng.integers(0, 8)):
         where = (float(rng.uniform(0, side)), float(rng.uniform(0, side)))

@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 
 from ...registry.presets import PRESETS
-from ..builtin import EVALUATORS, TAXONOMIES
+from ..builtin import EVALUATORS, LOADERS, TAXONOMIES
 from . import COMMANDS, quick_check, shell
 from .list import KINDS
 
@@ -23,6 +23,7 @@ SHELLS = ("bash", "zsh", "fish")
 PATHS = {
     *("config", "dataset_path", "eval_dataset_path", "model_name", "cached_activations_path"),
     *("checkpoint_path", "resume_from_checkpoint", "output_path", "runs", "results"),
+    *("input", "output"),
 }
 
 
@@ -50,6 +51,7 @@ def _tree() -> argparse.ArgumentParser:
         "architecture": quick_check.architecture_names(),
         "evaluators": [*EVALUATORS, "all"],
         "taxonomy": list(TAXONOMIES),
+        "loader": list(LOADERS),
         "kind": list(KINDS),
     }
     root = argparse.ArgumentParser(prog="taxolens")

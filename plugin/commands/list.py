@@ -124,6 +124,7 @@ def _loaders() -> list[Row]:
             ", ".join(entry.releases),
             LOADERS.plugin_of(name),
             releases=sorted(entry.releases),
+            asks_for=dict(entry.asks_for),
         )
         for name, entry in LOADERS.items()
     ]

@@ -62,6 +62,8 @@ class SAEFolder:
     @property
     def tokens(self) -> str:
         """Which tokens of an image it reads."""
+        if self.setting("source_format"):  # of another library, for which no tokens can be meant
+            return self._required("tokens")
         return self.setting("tokens", "class")
 
     @property
@@ -114,8 +116,12 @@ class SAEFolder:
     def _required(self, name: str) -> str:
         found = self.setting(name)
         if not found:
-            field = self.path / SAE_CFG_FILENAME
-            raise ConfigError(field, f"metadata has no {name!r}", allowed="metadata that names it")
+            convert = f"`taxolens convert` with --{name}"
+            raise ConfigError(
+                self.path / SAE_CFG_FILENAME,
+                f"metadata has no {name!r}",
+                allowed=convert if self.setting("source_format") else "metadata that names it",
+            )
         return found
 
 

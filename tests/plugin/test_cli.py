@@ -31,7 +31,7 @@ from taxolens.registry.table import ARCHITECTURES, EVALUATORS, TAXONOMIES
 
 TREE = "parent,child\nthing,animal\nthing,plant\nanimal,cat\nanimal,dog\nplant,oak\nplant,rose\n"
 CLASSES = ("cat", "dog", "oak", "rose")
-COMMANDS = ("demo", "train", "evaluate", "report", "list", "completion")
+COMMANDS = ("demo", "train", "evaluate", "convert", "report", "list", "completion")
 
 
 @pytest.fixture
@@ -178,14 +178,15 @@ def test_list_and_report_import_what_they_show(tmp_path):
     make_results(tmp_path)
     asked = [
         ["list", "taxonomies"],
-        ["list", "loaders"],
         ["report", str(tmp_path), "--static"],
+        ["list", "loaders"],
         ["list", "evaluators"],
         ["list", "models"],
     ]
     found = imported_by(*asked)
-    assert found[0] == found[1] == set()
-    assert found[2] == {"pandas"}
+    assert found[0] == set()
+    assert found[1] == {"pandas"}
+    assert found[2] == {"pandas", "torch"}
     assert not found[3] & {"sae_lens", "transformer_lens"}
     assert "transformer_lens" in found[4] and "sae_lens" not in found[4]
     assert (tmp_path / "report.html").exists()

@@ -1,0 +1,1 @@
+"""Readers of other libraries' SAE files: one file per library."""

@@ -1,0 +1,1 @@
+"""What the loaders share: reading files without running them, facts, conversion, recognition."""

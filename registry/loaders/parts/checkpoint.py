@@ -1,0 +1,216 @@
+"""A file of somebody's SAE: where it is, what lies beside it, and what it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError, ConfigError
+from . import safe_pickle
+from .safe_pickle import Record, fields_of
+
+SUFFIXES = (".pt", ".pth", ".pkl", ".pkl.gz", ".safetensors")
+SAE_LENS_FILES = ("cfg.json", "sae_weights.safetensors")
+MAX_HEADER_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**24
+
+
+class Checkpoint(os.PathLike[str]):
+    """What a path given by a user leads to. The file is read when its content is first asked for.
+
+    Args:
+        path: a file of weights, or a folder that holds one (and files beside it, as libraries save
+            them). A folder in SAELens's own form stands for itself.
+
+    Raises:
+        ConfigError: no such file, no file of weights, or several of them, which are then listed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.given = Path(path)
+        self.path = _weights_file(self.given)
+
+    @classmethod
+    def of(cls, path: str | Path | Checkpoint) -> Checkpoint:
+        return path if isinstance(path, Checkpoint) else cls(path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files beside it lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def is_sae_lens(self) -> bool:
+        return self.path.is_dir()
+
+    @cached_property
+    def header(self) -> dict[str, Any] | None:
+        """The line of JSON before the weights, as saev writes it; None where there is none."""
+        if self.path.is_dir():
+            return None
+        with self.path.open("rb") as file:
+            if file.read(1) != b"{":
+                return None
+            file.seek(0)
+            line = file.readline(MAX_HEADER_BYTES)
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        self._content_from = len(line)
+        return found if isinstance(found, dict) else None
+
+    @cached_property
+    def content(self) -> Any:
+        """What the file holds; see `safe_pickle.load`. Raises CheckpointError."""
+        if self.path.is_dir():
+            return None
+        if self.path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            try:
+                return load_file(self.path)
+            except Exception as error:
+                raise CheckpointError(str(self.path), f"it cannot be read: {error}") from None
+        return safe_pickle.load(self.path, offset=self._content_from if self.header else 0)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json beside the weights, {} where there is none."""
+        return read_json(self.folder / "config.json")
+
+    def describe(self) -> str:
+        """What the file holds, for messages, by the names of its keys."""
+        if isinstance(self.content, dict):
+            keys = [str(key)[:40] for key in list(self.content)[:12]]
+            more = ", ..." if len(self.content) > 12 else ""
+            return f"a dict with the keys {', '.join(keys)}{more}"
+        if isinstance(self.content, Record):
+            return f"an object of {self.content.kind[:100]}"
+        return f"a {type(self.content).__name__}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file. Raises CheckpointError: damaged, or too long."""
+    if not file.is_file():
+        return {}
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise CheckpointError(str(file), "too long", allowed=f"{MAX_CONFIG_BYTES:,} bytes")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(str(file), f"it is not JSON ({type(error).__name__})") from None
+    return found if isinstance(found, dict) else {}
+
+
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of a pickled module by their names in its state dict."""
+    if isinstance(value, Record):
+        return _module_tensors(value)
+    items = value.items() if isinstance(value, dict) else ()
+    return {str(key): item for key, item in items if isinstance(item, Tensor)}
+
+
+def take_tensors(
+    checkpoint: Checkpoint,
+    found: dict[str, Tensor],
+    needed: Iterable[str],
+    optional: Iterable[str] = (),
+    of: str = "its SAE",
+) -> dict[str, Tensor]:
+    """Those `needed`, and those `optional` that are there.
+
+    Raises:
+        CheckpointError: some are not in the file.
+        ConfigError: the file has others, whose part in the arithmetic is not known.
+    """
+    needed, optional = list(needed), list(optional)
+    if absent := [name for name in needed if name not in found]:
+        raise CheckpointError(str(checkpoint), f"{', '.join(absent)} of {of} not in it")
+    if unknown := sorted(set(found) - {*needed, *optional}):
+        raise ConfigError(
+            str(checkpoint),
+            f"it has tensors that {of} does not have",
+            given=", ".join(unknown)[:200],
+            allowed=", ".join([*needed, *optional]),
+        )
+    return dict(found)
+
+
+def _module_tensors(module: Record) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    todo, seen = [("", module)], set()
+    while todo:
+        prefix, record = todo.pop()
+        if id(record) in seen:
+            continue
+        seen.add(id(record))
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in tensors_of(record.fields.get(group)).items():
+                found[prefix + name] = tensor
+        for name, child in fields_of(record.fields.get("_modules")).items():
+            if isinstance(child, Record):
+                todo.append((f"{prefix}{name}.", child))
+    return found
+
+
+def as_tensor(value: Any) -> Tensor | None:
+    """A tensor of a tensor, an array (also one in a pickle) or a number; None for anything else."""
+    if isinstance(value, Record):
+        value = value.fields.get("array")
+    if isinstance(value, (Tensor, np.ndarray)):
+        return torch.as_tensor(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return torch.tensor(value, dtype=torch.float64) if is_number else None
+
+
+def as_number(value: Any) -> float | None:
+    """A number, or a tensor or array of one, as a float; None for anything else."""
+    tensor = as_tensor(value)
+    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ConfigError("path", "no such file or folder", given=str(path))
+    if all((path / name).is_file() for name in SAE_LENS_FILES):
+        return path
+    found = [file for file in sorted(path.iterdir()) if _holds_weights(file)]
+    found = found or [file for file in sorted(path.rglob("*")) if _holds_weights(file)]
+    final = [file for file in found if file.name == "ae.pt"]
+    found = final if len(final) == 1 else found
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(str(file.relative_to(path)) for file in found[:8])
+    several = f"which of {names}{', ...' if len(found) > 8 else ''}?"
+    raise ConfigError(
+        "path",
+        several if found else "it holds no weights",
+        given=str(path),
+        allowed=f"a file of weights ({' '.join(SUFFIXES)}), a folder with one, or with "
+        f"{' and '.join(SAE_LENS_FILES)}",
+    )
+
+
+def _holds_weights(file: Path) -> bool:
+    return (
+        file.is_file()
+        and file.name.endswith(SUFFIXES)
+        and not file.name.endswith("_log_feature_sparsity.pt")
+    )

@@ -1,0 +1,49 @@
+"""SAELens's own folders, of any version, and those of its fork SAE-V."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..table import Loader
+from .parts.checkpoint import Checkpoint
+from .parts.facts import PLACE, Facts, described
+
+
+def recognises(checkpoint: Checkpoint) -> str | None:
+    return "cfg.json and sae_weights.safetensors" if checkpoint.is_sae_lens else None
+
+
+def disk(
+    path: str | Path,
+    device: str = "cpu",
+    cfg_overrides: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What SAELens's own reader gives, with the config in today's form."""
+    from sae_lens.loading.pretrained_sae_loaders import (
+        handle_config_defaulting,
+        sae_lens_disk_loader,
+    )
+
+    checkpoint = Checkpoint.of(path)
+    facts = Facts(f"SAELens folder {checkpoint}", given, PLACE)
+    try:
+        cfg, state = sae_lens_disk_loader(checkpoint.path, device, dict(cfg_overrides or {}))
+        cfg = handle_config_defaulting(cfg)
+    except Exception as error:
+        raise CheckpointError(str(checkpoint), f"the SAE cannot be loaded: {error}") from error
+    metadata = {"sae_lens_version": version("sae-lens"), **(cfg.get("metadata") or {})}
+    return {**cfg, "metadata": {**metadata, **facts.given}}, state
+
+
+SAE_LENS = Loader(
+    "sae_lens",
+    disk=disk,
+    description="a folder with cfg.json and sae_weights.safetensors",
+    recognises=recognises,
+    asks_for={name: text for name, text in described(()).items() if name in PLACE},
+)

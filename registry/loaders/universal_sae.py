@@ -1,0 +1,82 @@
+"""Universal SAE (YorkUCVIL/UniversalSAE): one checkpoint for each model, statistics in a yaml.
+
+Sources: `universal_sae/train.py` (the checkpoint), `uni_analysis.py` (activations are seen as
+``(x - mean) / (std + 1e-5)``, both scalars), `uni_demo.py` (results/config.yaml).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .overcomplete import convert_state
+from .parts.checkpoint import Checkpoint, as_number, tensors_of
+from .parts.convert import Converted, make_loader
+from .parts.facts import Facts
+from .parts.safe_pickle import fields_of
+
+PATTERNS = ("*.yaml", "results/*.yaml", "checkpoints/*.yaml")
+LEVELS_UP = 5
+MAX_YAML_BYTES = 2**20
+STD_EPS = 1e-5
+
+
+def recognises(checkpoint: Checkpoint) -> str | None:
+    content = checkpoint.content
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if isinstance(state, dict) and "dictionary._weights" in state:
+        return "model_state_dict with dictionary._weights"
+    return None
+
+
+def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    source, model, said = _settings(checkpoint)
+    if said.get("divide_norm"):
+        raise ConfigError(
+            "divide_norm", "SAELens cannot divide rows by their norm", given=True, allowed="false"
+        )
+    mean = scale = None
+    if said.get("standardize", True):
+        mean = facts.ask("mean", as_number(said.get("model_mean")), default=0.0)
+        eps = facts.may("eps")
+        scale = facts.ask("std", as_number(said.get("model_std")), default=1.0)
+        scale += STD_EPS if eps is None else eps
+    found = tensors_of(checkpoint.content["model_state_dict"])
+    converted = convert_state(checkpoint, facts, found, "TopKSAE", said)
+    converted.form = "one model of a Universal SAE, TopK"
+    converted.mean, converted.scale = mean, scale
+    if source:
+        converted.metadata["universal_sae_model"] = model
+        converted.notes.append(f"k, mean and std stand in {source.name}")
+    return converted
+
+
+def _settings(checkpoint: Checkpoint) -> tuple[Path | None, str | None, dict[str, Any]]:
+    """The yaml that names this file as a model's checkpoint_path, the model, and what it says."""
+    import yaml
+
+    folder = checkpoint.folder.resolve()
+    for parent in [folder, *folder.parents][:LEVELS_UP]:
+        for file in sorted(file for pattern in PATTERNS for file in parent.glob(pattern)):
+            if not file.is_file() or file.stat().st_size > MAX_YAML_BYTES:
+                continue
+            try:
+                found = fields_of(yaml.safe_load(file.read_text(encoding="utf-8")))
+            except (yaml.YAMLError, ValueError, RecursionError):
+                continue
+            for model, entry in fields_of(found.get("model_zoo")).items():
+                entry = fields_of(entry)
+                if Path(str(entry.get("checkpoint_path"))).name == checkpoint.path.name:
+                    said = [fields_of(found.get(part)) for part in ("global", "sae_params")]
+                    return file, str(model), {**said[0], **said[1], **entry}
+    return None, None, {}
+
+
+UNIVERSAL_SAE = make_loader(
+    "universal_sae",
+    recognises,
+    convert,
+    ("k", "std", "eps", "dictionary_normalization"),
+    "a checkpoint of epoch and model_state_dict with dictionary._weights",
+)
