@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 
 class MisfitError(ValueError):
-    """A value does not fit its type hint; with place, type and value in the message."""
+    """A value does not fit its type hint: `place: not possible; given X; allowed: a type`."""
 
 
 def coerce(value: Any, hint: Any, where: str = "", *, lenient: bool = False) -> Any:
@@ -98,11 +98,11 @@ def _dataclass(value: Any, kind: Any, where: str) -> Any:
                 value[field.name], hints[field.name], f"{where}.{field.name}"
             )
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise MisfitError(f"{where}: {field.name!r} is missing")
+            raise MisfitError(f"{where}: {field.name!r} is missing.")
     return kind(**found)
 
 
 def _refuse(value: Any, expected: str, where: str) -> NoReturn:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise MisfitError(f"{where}: expected {expected}, got {shown}")
+    raise MisfitError(f"{where}: not possible; given {shown}; allowed: {expected}.")

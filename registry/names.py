@@ -16,7 +16,7 @@ def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[
 
 
 def did_you_mean(names: Iterable[str]) -> str:
-    """ "did you mean 'a' or 'b'?"; "" where there are no names."""
+    """The hint "did you mean 'a' or 'b'?"; "" where there are no names."""
     shown = " or ".join(map(repr, names))
     return f"did you mean {shown}?" if shown else ""
 

@@ -1,6 +1,7 @@
-"""How an evaluator's results are shown in tables, reports and dashboards.
+"""Declarations of how an evaluator's results are shown in tables, reports and dashboards.
 
-No imports, so that a report can be written without the evaluators."""
+No imports, so that a report can be written without the evaluators.
+"""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ class CacheReader:
 
     def _known(self, hook_name: str) -> str:
         if hook_name not in self.facts["hook_names"]:
-            message = unknown_name_message("hook point", hook_name, self.hook_names)
-            raise UnknownNameError(f"cache {self.path}", message)
+            kind = f"hook point of the cache {self.path}"
+            raise UnknownNameError(unknown_name_message(kind, hook_name, self.hook_names))
         return hook_name
 
     def _mapped(self, name: str, mode: Any = "r") -> np.ndarray:
@@ -144,7 +144,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"cache {folder}", f"no {INDEX_FILE} in it") from None
+        allowed = "a folder of ActivationCache.build"
+        raise ConfigError(f"cache {folder}", f"no {INDEX_FILE} in it", allowed=allowed) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cache {folder}", f"{INDEX_FILE} cannot be read: {error}") from error
     if not isinstance(index, dict) or index.get("schema") != SCHEMA:

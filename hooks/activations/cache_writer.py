@@ -247,7 +247,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"cache {folder}", "another process is building it") from None
+            problem, allowed = "another process is building it", "another folder"
+            raise ConfigError(f"cache {folder}", problem, allowed=allowed) from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -99,7 +99,8 @@ class ActivationStream(Iterator[Batch]):
         if cache is not None:
             self._source = CacheSource(cache, self.hook_names, wanted.tokens, delivery)
         elif model is None or images is None:
-            raise ConfigError("model, images", "without a cache of activations both are needed")
+            problem = "without a cache of activations both are needed"
+            raise ConfigError("model, images", problem, allowed="both, or a cache")
         else:
             size, tokens = wanted.image_size, wanted.tokens
             extractor = TokenExtractor(

@@ -247,7 +247,8 @@ class ImageDataset:
     def _streamed(self, generator: np.random.Generator | None) -> Iterator[RawImage]:
         data = self._data
         if not isinstance(data, IterableDataset):
-            raise ConfigError("streaming", f"{self.name} is read by index", given=False)
+            problem = f"{self.name} is read by index"
+            raise ConfigError("streaming", problem, given=False, allowed="True")
         n_shards = 1 if self._limit is not None else data.num_shards
         shards = range(n_shards) if generator is None else generator.permutation(n_shards)
         for shard in shards:

@@ -141,7 +141,8 @@ class ImageLoader:
                 except RuntimeError as error:
                     raise _explained(error, left_out) from error
                 if isinstance(batch, str):
-                    raise ConfigError(batch)
+                    problem = f"preprocessing leaves images of different shapes ({batch})"
+                    raise ConfigError("image_size", problem, allowed="one size, in pixels")
                 self._account(batch)
                 if not self.images.is_streaming:
                     batch.labels = torch.from_numpy(self.images.labels[batch.indices.numpy()])
@@ -196,7 +197,7 @@ class ImageLoader:
 
 @dataclass(frozen=True)
 class _DecodeTask:
-    """What a worker does: images -> one batch, or the reason why they make none."""
+    """The work of a worker: images -> one batch, or their shapes where these differ."""
 
     reader: ImageReader | None
     preprocess: Preprocess
@@ -214,11 +215,7 @@ class _DecodeTask:
             except CorruptImageError as error:
                 failures.append((error.index, error.source, error.reason))
         if len({array.shape for array in pixels}) > 1:
-            shapes = sorted({array.shape for array in pixels})[:3]
-            return (
-                f"image_size: preprocessing leaves images of different shapes ({shapes}); "
-                "allowed: one size, in pixels."
-            )
+            return f"{sorted({array.shape for array in pixels})[:3]}"
         return ImageBatch(
             torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, 0, 0),
             torch.tensor([raw.index for raw in done], dtype=torch.int64),

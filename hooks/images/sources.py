@@ -67,13 +67,15 @@ def open_dataset(
     if glob.has_magic(text):
         files = sorted(glob.glob(text, recursive=True))
         if not files:
-            raise ConfigError("dataset_path", "no file matches the pattern", given=text)
+            problem, allowed = "no file matches the pattern", "a pattern that matches files"
+            raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
         return _open_files(files, split, streaming, where=text), None
     if local.is_file():
         return _open_files([text], split, streaming, where=text), None
     if not local.exists():
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
-            raise ConfigError("dataset_path", "there is no such file or folder", given=text)
+            problem, allowed = "there is no such file or folder", "an existing one, or a hub name"
+            raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
         return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
     if saved:
         return _open_saved(local, split, streaming), None

@@ -257,10 +257,9 @@ class HookedVisionModel(HookedRootModule):
         root, *parts = name.split(".")
         if root not in self._roots:
             if hasattr(self, root):
-                problem = (
-                    f"{self.cfg.model_name} has a submodule {root!r}, a name of the hooked model"
-                )
-                raise ConfigError("model_name", problem)
+                problem = f"its submodule {root!r} has a name of the hooked model"
+                given, allowed = self.cfg.model_name, "a model without such a submodule"
+                raise ConfigError("model_name", problem, given=given, allowed=allowed)
             self._roots.append(root)
             self.add_module(root, Site())
         site: Any = self._modules[root]

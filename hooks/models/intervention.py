@@ -268,8 +268,9 @@ def _embedding_point(model: TappedModel) -> str:
         canonical = model.aliases.get(name, name)
         if canonical in firings(model):
             return canonical
-    problem = "it has no list of blocks: where its final embedding lies is not known"
-    raise ConfigError(model.cfg.model_name, problem)
+    problem = "it has no list of blocks: its final embedding is not found"
+    allowed = "a model with ln_final or blocks"
+    raise ConfigError(model.cfg.model_name, problem, allowed=allowed)
 
 
 def _block_before(model: TappedModel, hook_name: str) -> int | None:

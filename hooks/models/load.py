@@ -208,7 +208,8 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
     cfg: Any = bridge.cfg
     hf_model = bridge.original_model
     if not getattr(cfg, "is_visual_model", False):
-        raise ConfigError("hf_model", f"{cfg.model_name} is not a vision model")
+        given, allowed = cfg.model_name, "a vision model"
+        raise ConfigError("hf_model", "not a vision model", given=given, allowed=allowed)
     family = find_family(hf_model.config, hf_model)
     if not hasattr(cfg, "n_prefix_tokens") and family.adapter is not None:
         # TransformerLens's own adapter (ViT, DeiT) does not count prefix tokens
@@ -241,7 +242,8 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
     folder = Path(name)
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError("model_name", "the folder has no config.json", given=name)
+            problem = "the folder has no config.json"
+            raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES)
     elif not HUB_NAME.fullmatch(name) or folder.exists():
         raise ConfigError(
             "model_name", "not a folder, and not a name on the hub", given=name, allowed=MODEL_NAMES

@@ -242,9 +242,11 @@ def _never_fires(model: TappedModel, name: str) -> ConfigError:
     if name.endswith(EAGER_ONLY):
         return no_attention_pattern(name, model.attn_implementation)
     if name.endswith("hook_mlp_in"):
-        return ConfigError(f"hook {name!r}", "fires only after model.set_use_hook_mlp_in(True)")
-    problem = f"never fires in a forward pass of {model.cfg.model_name}"
-    return ConfigError(f"hook {name!r}", problem)
+        problem, allowed = "it is off", "model.set_use_hook_mlp_in(True) before"
+    else:
+        problem = f"never fires in a forward pass of {model.cfg.model_name}"
+        allowed = "a hook point that fires"
+    return ConfigError(f"hook {name!r}", problem, allowed=allowed)
 
 
 def no_attention_pattern(name: str, given: str) -> ConfigError:

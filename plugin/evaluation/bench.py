@@ -73,7 +73,7 @@ class HeldOutActivations:
         return _rows(self.tokens, positions), mean_patch, embedding
 
     def sample(self) -> Tensor:
-        """(SAMPLE_TOKENS or fewer, d): tokens at even distances in up to SAMPLE_IMAGES fit images."""
+        """(n, d) at most SAMPLE_TOKENS tokens at even distances in up to SAMPLE_IMAGES fit images."""
         tokens = _rows(self.tokens, self.split.sample(SAMPLE_IMAGES)).reshape(-1, self.d_in)
         return tokens[:: -(-len(tokens) // SAMPLE_TOKENS)]
 

@@ -130,6 +130,7 @@ class ArchetypalDictionary(SAE[Any]):
 
     @property
     def W_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """(d_sae, d_in) decoder."""
         return self.dictionary() if self._held is None else self._held
 
     # As in SAELens's matching pursuit for W_enc: the base class assigns W_dec.

@@ -97,6 +97,7 @@ class Codebook(SAE[Any]):
     # As in SAELens's matching pursuit: the base class requires W_enc.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """(d_in, d_sae) codes, normalised and transposed."""
         return F.normalize(self.W_dec, dim=1).T
 
     @override

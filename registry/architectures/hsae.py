@@ -116,6 +116,7 @@ class HSAETrainingSAEConfig(PluginTrainingSAEConfig):
 
     @property
     def widths(self) -> list[int]:
+        """Number of latents of each level."""
         return self.level_widths or split_by_shares(self.d_sae, DEFAULT_SHARES)
 
     @override
@@ -159,7 +160,7 @@ def most_similar_parents(
 def family_loss(
     acts: Tensor, atoms: Tensor, parents: Tensor, widths: Sequence[int], k: int
 ) -> Tensor:
-    """mean over inputs of sum_p ||f_p - sum_{c in C(p)} f_c||^2 over parents p with children.
+    """Scalar: mean over inputs of sum_p ||f_p - sum_{c in C(p)} f_c||^2 over parents p with children.
 
     Only active latents contribute, so the squared norms are summed over pairs of active members of
     a family: O(n k^2) comparisons and few products of decoder rows.
@@ -231,6 +232,7 @@ class HSAETrainingSAE(RecordsForest, TopKTrainingSAE):
         return self.activate
 
     def activate(self, hidden_pre: Tensor) -> Tensor:
+        """(..., m) pre-activations -> (..., m) activations."""
         return level_activations(hidden_pre, self.cfg.k, self.cfg.widths)
 
     @override

@@ -72,10 +72,12 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
     @property
     def levels(self) -> list[int]:
+        """The levels, increasing; the last is k."""
         return self.ks or sorted({max(1, self.k // part) for part in (8, 4, 2, 1)})
 
     @property
     def weights(self) -> list[float]:
+        """The weight of the loss of each level; their sum is 1."""
         n = len(self.levels)
         raw = [1.0] * n if self.level_weights == "uniform" else [float(n - i) for i in range(n)]
         return [weight / sum(raw) for weight in raw]

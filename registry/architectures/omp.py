@@ -75,7 +75,8 @@ class OMPTrainingSAEConfig(PluginTrainingSAEConfig):
 
     @property
     def seed(self) -> int:
-        return 0  # no randomness
+        """Seed of the step clock; training draws nothing."""
+        return 0
 
 
 class OMPSAE(UnitDictionary):

@@ -108,10 +108,12 @@ class TreeTrainingSAEConfig(PluginTrainingSAEConfig):
 
     @property
     def widths(self) -> list[int]:
+        """Number of latents of each level."""
         return self.level_widths or split_by_shares(self.d_sae, DEFAULT_SHARES)
 
     @property
     def budgets(self) -> list[int]:
+        """Number of active latents of each level."""
         return self.level_k or split_by_shares(self.k, [1] * len(self.widths))
 
     @override
@@ -196,6 +198,7 @@ class TreeTrainingSAE(RecordsForest, TopKTrainingSAE):
         return self.activate
 
     def activate(self, hidden_pre: Tensor) -> Tensor:
+        """(..., m) pre-activations -> (..., m) activations."""
         return tree_activations(hidden_pre, self.forest.parents, self.cfg.widths, self.cfg.budgets)
 
     @override

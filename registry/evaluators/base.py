@@ -74,7 +74,8 @@ class EvaluationBatch:
     def __post_init__(self) -> None:
         lengths = {f.name: len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
         if len(set(lengths.values())) > 1:
-            raise ConfigError("EvaluationBatch", f"fields differ in length: {lengths}")
+            problem = f"fields differ in length: {lengths}"
+            raise ConfigError("EvaluationBatch", problem, allowed="one length")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,7 +143,7 @@ class Peer(Protocol):
 
     @property
     def W_dec(self) -> Tensor | None:
-        """(m', d)"""
+        """(m', d) decoder; None where it has none."""
         ...
 
     def latents(self, index: np.ndarray) -> sparse.csr_array:

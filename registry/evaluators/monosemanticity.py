@@ -47,7 +47,7 @@ class MonosemanticityOptions:
                 allowed=f"one of {', '.join(ENCODERS)} or a path to a .npy file",
             )
         if self.encoder not in ENCODERS and not Path(self.encoder).is_file():
-            raise ConfigError("encoder", f"no file {self.encoder!r}")
+            raise ConfigError("encoder", f"no file {self.encoder!r}", allowed="an existing file")
 
 
 class Monosemanticity(Evaluator[MonosemanticityOptions]):
@@ -152,11 +152,13 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         if encoder in ("embedding", "mean_patch"):
             found: Tensor | None = getattr(batch, encoder)
             if found is None:
-                raise ConfigError("encoder", f"{encoder!r} is chosen, but the batches have none")
+                problem = "the batches have none"
+                raise ConfigError("encoder", problem, given=encoder, allowed="another encoder")
             return found
         if encoder == "model":
             if self.context.intervene is None:
-                raise ConfigError("encoder", "'model' is chosen, but no model is available")
+                problem, allowed = "no model is available", "another encoder"
+                raise ConfigError("encoder", problem, given=encoder, allowed=allowed)
             return self.context.intervene(batch.index).embedding
         if self._file is None:
             self._file = read_embeddings(encoder, self.context.n_images)

@@ -258,7 +258,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         permutation: np.ndarray | None = None,
         shuffled: bool = False,
     ) -> np.ndarray:
-        """(L,) position in `_nodes` of the node of best F1 with the firing of each of `latents`."""
+        """(l,) position in `_nodes` of the node of best F1 with each of `latents` (l,)."""
         members = self.members(self._nodes, permutation)
         distinct, place = np.unique(latents, return_inverse=True)
         fired = self._firings.fired(shuffled, distinct)

@@ -243,8 +243,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
 
     @remembered
     def downstream(self) -> dict[str, Downstream]:
-        """ "clean", "spliced", "zero" and "mean" -> outputs of the model; {} where it cannot be
-        run."""
+        """Outputs of the model by name ("clean", "spliced", "zero", "mean"), {} if it cannot run."""
         return {} if self.reason else self._run()
 
     @property

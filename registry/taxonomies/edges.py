@@ -44,7 +44,7 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
         raise ConfigError("taxonomy", f"cannot read {path}: {error}") from error
     edges, own_classes, names = read(path, text)
     if not edges and classes is None and own_classes is None:
-        raise ConfigError("taxonomy", f"no parent-child pair in {path}")
+        raise ConfigError("taxonomy", f"no parent-child pair in {path}", allowed="at least one")
     return Taxonomy.from_edges(edges, own_classes if classes is None else classes, names)
 
 

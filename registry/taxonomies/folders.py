@@ -28,7 +28,7 @@ def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxo
     """
     top = Path(path)
     if not top.is_dir():
-        raise ConfigError("taxonomy", f"no such folder: {top}")
+        raise ConfigError("taxonomy", f"no such folder: {top}", allowed="an existing one")
     folders: list[str] = []
     holding_files: list[str] = []
     for folder, below, files in os.walk(top, followlinks=True):
@@ -39,7 +39,7 @@ def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxo
             if any(not name.startswith(".") for name in files):
                 holding_files.append(relative)
     if not folders:
-        raise ConfigError("taxonomy", f"no class folders in {top}")
+        raise ConfigError("taxonomy", f"no class folders in {top}", allowed="at least one")
 
     times = Counter(PurePosixPath(f).name for f in folders)
     ids = {f: name if times[name := PurePosixPath(f).name] == 1 else f for f in folders}

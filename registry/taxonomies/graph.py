@@ -23,7 +23,8 @@ def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def check_one_rooted(parents: Parents) -> None:
     """Raise a ConfigError with the nodes of a cycle, or the roots if there are several."""
     if cycle := find_cycle(parents):
-        raise ConfigError("taxonomy", f"cycle {' -> '.join(cycle)} (parent -> child)")
+        problem = f"cycle {' -> '.join(cycle)} (parent -> child)"
+        raise ConfigError("taxonomy", problem, allowed="a graph without cycles")
     roots = sorted(node for node, above in parents.items() if not above)
     if len(roots) > 1:
         raise ConfigError(

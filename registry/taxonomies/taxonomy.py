@@ -51,24 +51,29 @@ class Taxonomy:
 
     def __post_init__(self) -> None:
         if len(set(self.nodes)) != len(self.nodes):
-            raise ConfigError("nodes", f"given twice: {graph.listed(_repeated(self.nodes))}")
+            problem = f"given twice: {graph.listed(_repeated(self.nodes))}"
+            raise ConfigError("nodes", problem, allowed="each node once")
         if not self.classes:
             raise ConfigError("classes", "none given", allowed="at least one")
         _check_classes(self.classes, self.nodes)
         if len(self.parents) != len(self.nodes):
-            raise ConfigError("parents", f"{len(self.parents)} given for {len(self.nodes)} nodes")
+            problem = f"{len(self.parents)} given for {len(self.nodes)} nodes"
+            raise ConfigError("parents", problem, allowed="one tuple for each node")
         for v, above in enumerate(self.parents):
             if any(p >= v or p < 0 for p in above) or (not above) != (v == 0):
                 raise ConfigError(
                     "parents",
                     f"node {self.nodes[v]!r} must follow its parents, and only the first has none",
                     given=above,
+                    allowed=f"positions before {v}" if v else "none for the first",
                 )
         if not self.membership.any(0).all():
             barren = [self.nodes[v] for v in np.flatnonzero(~self.membership.any(0))]
-            raise ConfigError("nodes", f"without any class below: {graph.listed(barren)}")
+            problem = f"without any class below: {graph.listed(barren)}"
+            raise ConfigError("nodes", problem, allowed="nodes with a class at or below them")
         if self.lch(range(len(self.classes))) != 0:
-            raise ConfigError("nodes", f"root {self.nodes[0]!r} is not the LCH of the classes")
+            problem = f"root {self.nodes[0]!r} is not the LCH of the classes"
+            raise ConfigError("nodes", problem, allowed="a tree whose root is")
 
     @classmethod
     def from_edges(
@@ -109,7 +114,8 @@ class Taxonomy:
         depth = graph.depths(parents)
         common = set.intersection(*above)
         if not common:
-            raise ConfigError("classes", f"no common ancestor of {graph.listed(classes)}")
+            problem = f"no common ancestor of {graph.listed(classes)}"
+            raise ConfigError("classes", problem, allowed="classes with one")
         root = min(common, key=lambda v: (-depth[v], v))
         used = {v for v in set.union(*above) if root in graph.ancestors(parents, v)}
         kept = {v: [p for p in parents[v] if p in used] if v != root else [] for v in used}
@@ -231,7 +237,7 @@ class Taxonomy:
         """
         below = list(class_ids)
         if not below:
-            raise ConfigError("class_ids", "the LCH of no class is undefined")
+            raise ConfigError("class_ids", "none given", allowed="at least one")
         best_first = self.by_preference[::-1]
         above_all = np.all(self.membership[below], axis=0)
         return int(best_first[np.argmax(above_all[best_first])])
@@ -388,7 +394,8 @@ class Taxonomy:
 
 def _check_classes(classes: Sequence[str], nodes: Iterable[str]) -> None:
     if repeated := _repeated(classes):
-        raise ConfigError("classes", f"given twice: {graph.listed(repeated)}")
+        problem = f"given twice: {graph.listed(repeated)}"
+        raise ConfigError("classes", problem, allowed="each class once")
     known = set(nodes)
     unknown = [c for c in classes if c not in known]
     if unknown:

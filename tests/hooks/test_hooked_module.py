@@ -215,7 +215,7 @@ def test_a_submodule_with_a_name_that_is_taken() -> None:
             super().__init__()
             self.hooks = nn.Linear(3, 3)
 
-    with pytest.raises(ConfigError, match="has a submodule 'hooks'"):
+    with pytest.raises(ConfigError, match="its submodule 'hooks' has a name"):
         from_module(Clash())
 
 

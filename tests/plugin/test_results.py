@@ -74,13 +74,33 @@ def test_unknown_fields_are_ignored(results: Results) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "taxolens.results/2", "schema is 'taxolens.results/2'.*reads"),
-        (("saes",), {}, r"r\.json\.saes: expected a list, got {}"),
-        (("saes", 1, "d_in"), "8", r"r\.json\.saes\[1\]\.d_in: expected an integer, got '8'"),
-        (("saes", 0, "l0"), True, r"saes\[0\]\.l0: expected a number or null, got True"),
-        (("saes", 0, "run"), None, r"saes\[0\]\.run: expected a str, got None"),
-        (("dataset", "skipped", 0), 3, r"dataset\.skipped\[0\]: expected an object, got 3"),
-        (("evaluators", "pair_depth", "directions", "pair_depth"), "up", "expected a bool"),
+        (
+            ("schema",),
+            "taxolens.results/2",
+            "given 'taxolens.results/2'; allowed: 'taxolens.results/1'",
+        ),
+        (("saes",), {}, r"r\.json\.saes: not possible; given {}; allowed: a list"),
+        (
+            ("saes", 1, "d_in"),
+            "8",
+            r"r\.json\.saes\[1\]\.d_in: not possible; given '8'; allowed: an integer",
+        ),
+        (
+            ("saes", 0, "l0"),
+            True,
+            r"saes\[0\]\.l0: not possible; given True; allowed: a number or null",
+        ),
+        (("saes", 0, "run"), None, r"saes\[0\]\.run: not possible; given None; allowed: a str"),
+        (
+            ("dataset", "skipped", 0),
+            3,
+            r"dataset\.skipped\[0\]: not possible; given 3; allowed: an object",
+        ),
+        (
+            ("evaluators", "pair_depth", "directions", "pair_depth"),
+            "up",
+            "given 'up'; allowed: a bool",
+        ),
         (
             (
                 "saes",
@@ -94,7 +114,7 @@ def test_unknown_fields_are_ignored(results: Results) -> None:
                 "n",
             ),
             1.5,
-            r"metrics\.pair_depth\.nulls\.random\.n: expected an integer, got 1.5",
+            r"metrics\.pair_depth\.nulls\.random\.n: not possible; given 1.5; allowed: an integer",
         ),
     ],
 )
@@ -117,10 +137,10 @@ def test_missing_field_is_named(results: Results) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"does not exist.*taxolens evaluate"):
+    with pytest.raises(DataError, match=r"json: not found; allowed: what `taxolens evaluate RUN`"):
         Results.load(tmp_path)
     (tmp_path / "results.json").write_text('{"schema": ')
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="json: not JSON"):
         Results.load(tmp_path)
 
 

@@ -257,7 +257,7 @@ def test_arrays_are_read_only():
 
 def test_undefined_questions_are_errors():
     taxonomy = Taxonomy.from_edges([("a", "b"), ("a", "c")])
-    with pytest.raises(ConfigError, match="the LCH of no class is undefined"):
+    with pytest.raises(ConfigError, match="class_ids: none given"):
         taxonomy.lch([])
     with pytest.raises(ConfigError, match="t: too small; given -1; allowed: 0 or more"):
         taxonomy.cut(-1)

@@ -46,6 +46,7 @@ class RecordsForest(TrainingSAE[Any]):
     forest: Forest
 
     def record_forest(self) -> None:
+        """Write the present forest into the config."""
         self.cfg.parents = self.forest.parents.tolist()
 
     @override

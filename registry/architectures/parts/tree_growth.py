@@ -53,6 +53,7 @@ class TreeGrowth(nn.Module):
                 self.capacity[level, -1] += share
 
     def due(self) -> bool:
+        """Whether the interval has passed since the last growth."""
         return bool(self.waited >= self.interval)
 
     def schedule(self, growth: float, longest: int) -> None:

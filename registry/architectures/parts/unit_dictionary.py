@@ -29,6 +29,7 @@ class UnitDictionary(SAE[Any]):
     # As in SAELens's matching pursuit: the base class requires W_enc.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """(d_in, d_sae) transposed decoder."""
         return self.W_dec.T
 
     @override
@@ -43,6 +44,7 @@ class UnitDictionary(SAE[Any]):
 
     @torch.no_grad()
     def project_rows(self) -> None:
+        """Set the rows of the decoder to norm 1."""
         self.W_dec.data.copy_(self.dictionary())
 
     @override

@@ -145,6 +145,7 @@ class FiringHistogram(Accumulator):
 
     @property
     def n_bins(self) -> int:
+        """Number of bins of activations."""
         return self.counts.shape[3]
 
     def fired(self, shuffled: bool = False, latents: np.ndarray | None = None) -> np.ndarray:

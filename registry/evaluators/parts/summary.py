@@ -23,7 +23,7 @@ def mean(values: ArrayLike, where: ArrayLike | None = None) -> float:
 
 
 def ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
-    """part / whole in the shape of both (broadcast), NaN where whole is 0."""
+    """The quotient part / whole, NaN where whole is 0, in their broadcast shape."""
     part, whole = np.broadcast_arrays(
         np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     )
