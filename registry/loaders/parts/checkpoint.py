@@ -40,6 +40,7 @@ class Checkpoint(os.PathLike[str]):
 
     @classmethod
     def of(cls, path: str | Path | Checkpoint) -> Checkpoint:
+        """The checkpoint at `path`, or `path` itself where it is one."""
         return path if isinstance(path, Checkpoint) else cls(path)
 
     def __fspath__(self) -> str:
@@ -55,6 +56,7 @@ class Checkpoint(os.PathLike[str]):
 
     @property
     def is_sae_lens(self) -> bool:
+        """Whether it is a folder in SAELens's layout."""
         return self.path.is_dir()
 
     @cached_property
@@ -169,7 +171,7 @@ def _module_tensors(module: Record) -> dict[str, Tensor]:
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """A tensor of a tensor, an array (also one in a pickle) or a number; None for anything else."""
+    """A tensor, an array (also one in a pickle) or a number as a tensor of the same shape; else None."""
     if isinstance(value, Record):
         value = value.fields.get("array")
     if isinstance(value, (Tensor, np.ndarray)):
@@ -188,7 +190,7 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ConfigError("path", "no such file or folder", given=str(path))
+        raise ConfigError("path", "not found", given=str(path), allowed="a file or a folder")
     if all((path / name).is_file() for name in SAE_LENS_FILES):
         return path
     found = [file for file in sorted(path.iterdir()) if _holds_weights(file)]

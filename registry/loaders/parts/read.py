@@ -82,7 +82,9 @@ def converter(loader: str | None = None, **given: Any) -> Callable[..., Any]:
         checkpoint = Checkpoint.of(path)
         entry, _ = find_loader(checkpoint, loader)
         if entry.disk is None:
-            raise ConfigError("loader", "it reads no local files", given=entry.name)
+            raise ConfigError(
+                "loader", "reads no local files", given=entry.name, allowed="one that does"
+            )
         return entry.disk(checkpoint, device, cfg_overrides, **given)
 
     return disk
