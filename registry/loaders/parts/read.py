@@ -1,4 +1,4 @@
-"""Which loader a path is for, and the SAE in it."""
+"""Reading of an SAE from a path, by the loader that recognises the file."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def converter(loader: str | None = None, **given: Any) -> Callable[..., Any]:
         checkpoint = Checkpoint.of(path)
         entry, _ = find_loader(checkpoint, loader)
         if entry.disk is None:
-            raise ConfigError("loader", "it reads no local files", given=entry.name)
+            problem, allowed = "it reads no local files", "another loader"
+            raise ConfigError("loader", problem, given=entry.name, allowed=allowed)
         return entry.disk(checkpoint, device, cfg_overrides, **given)
 
     return disk
