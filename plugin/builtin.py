@@ -96,6 +96,7 @@ def register_taxonomies(register: hookspecs.RegisterTaxonomy) -> None:
 
 @hookimpl
 def register_loaders(register: hookspecs.RegisterLoader) -> None:
+    """Register the loaders of LOADERS."""
     for entry in _entries("loaders", LOADERS):
         register(entry)
 

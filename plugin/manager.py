@@ -186,7 +186,7 @@ def blocked_plugins() -> set[str]:
 def _skip(name: str, error: Exception) -> None:
     _skipped.add(name)
     warnings.warn(
-        f"taxolens skips the plugin {name!r}: {type(error).__name__}: {error}. "
+        f"taxolens skips the plugin {name!r}: {type(error).__name__}: {str(error).rstrip('.')}. "
         f"Set {BLOCK_VARIABLE}={name} to silence this.",
         stacklevel=2,
     )

@@ -1,5 +1,4 @@
-"""`detection`: a taxonomy node as explanation of each latent, scored on held-out images and by
-steering the model.
+"""`detection`: nodes as explanations of latents, scored on held-out images and by steering.
 
 Automatic interpretability (Bills et al. 2023; detection score of Paulo et al. 2024, arXiv
 2410.13928) with taxonomy nodes in place of sentences; these forms are our own definition.
@@ -353,9 +352,7 @@ def find_explanations(
     nodes: np.ndarray,
     min_fired: int,
 ) -> Explanations:
-    """Choose a node for each latent by F1 on the fit half; score it on the score half.
-
-    Latents that are not explained have node −1 and NaN scores.
+    """Choose a node for each latent by F1 on the fit half; score it (m,) on the score half.
 
     Args:
         fit, score: (m, C) images of each class on which each latent fires, in the halves.
@@ -364,13 +361,11 @@ def find_explanations(
         nodes: (N,); among equally good ones the first is chosen.
         min_fired: latents that fire on fewer images of the fit half are not explained.
     """
-    explained = (np.asarray(fit.sum(1)).ravel() >= min_fired) & (len(nodes) > 0)
     at, fit_f1, found = explain(fit, score, members, fit_images, score_images)
     others = score_images.sum() - found.positives
     false_alarms = summary.ratio(found.fired - found.hits, others)
     f1 = np.where(found.positives > 0, found.f1, np.nan)
+    known = np.asarray(fit.sum(1)).ravel() >= min_fired
+    node = np.where(known, np.append(nodes, -1)[at], -1)
     rates = (fit_f1, found.recall, false_alarms, f1)
-    return Explanations(
-        np.where(explained, np.append(nodes, -1)[at], -1),
-        *(np.where(explained, rate, np.nan) for rate in rates),
-    )
+    return Explanations(node, *(np.where(node >= 0, rate, np.nan) for rate in rates))

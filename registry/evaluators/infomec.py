@@ -97,8 +97,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     No set of node indicators is fully modular: an indicator of one of many nodes at a depth is
     informative about the depths above. Read the excess over permuted classes. I is biased upwards
     by about levels·groups/(2·images), which the shuffled null measures. `infoc` decreases with the
-    number of informative latents. Memory
-    O(m·T·C + max_images·L0).
+    number of informative latents. Memory O(m·T·C + max_images·L0).
     """
 
     name = "infomec"

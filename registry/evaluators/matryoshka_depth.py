@@ -146,16 +146,12 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         }
         for prefix, depth in zip(("", "different_"), self.depths(permutation, shuffled)):
             first, last = (summary.mean(depth, group == g) for g in (0, len(self.widths) - 1))
-            defined = np.isfinite(depth)
+            valid = np.isfinite(depth)
             numbers[f"{prefix}depth"] = summary.mean(depth)
             numbers[f"{prefix}gain"] = last - first
-            numbers[f"{prefix}trend"] = spearman(group[defined], depth[defined])
+            numbers[f"{prefix}trend"] = spearman(group[valid], depth[valid])
             if not prefix:
-                numbers |= {
-                    "first_depth": first,
-                    "last_depth": last,
-                    "defined": float(defined.sum()),
-                }
+                numbers |= {"first_depth": first, "last_depth": last, "defined": float(valid.sum())}
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:

@@ -44,8 +44,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     Latent and threshold are chosen on the fit half and scored on the other. Nodes with the same
     classes count once. Internal nodes (several classes) and leaves (one) are scored separately,
     since a flat classifier detects all leaves. Left out: nodes without images in either half, and
-    nodes so common that always predicting "yes" covers them. A node without a firing latent scores
-    0.
+    nodes so common that always predicting "yes" covers them. Without a firing latent: 0.
 
     Permuting the classes does not change the detectors of leaves: for leaf scores, the
     permuted-classes null equals the value.

@@ -79,19 +79,16 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
 
     - `sufficiency`: x is replaced by its reconstruction x̂; 1 − D(x̂)/D(E[x]), D the mean
       divergence of outputs from the unmodified ones. 1: no loss; 0: no better than E[x].
-    - `necessity`: x is replaced by E[x] + (x − x̂); D/D(E[x]). 1: the residual x − x̂ carries no
-      information.
+    - `necessity`: x is replaced by E[x] + (x − x̂); D/D(E[x]). 1: x − x̂ carries no information.
     - `control`: each image is paired with one of another class, with activations x'. At most four
-      latents of x are set to their values on x', chosen greedily to bring x nearest to x'. Among
-      the pairs where patching in x' changes the prediction, the share whose prediction equals that
-      with x'.
+      latents of x are set to their values on x', chosen greedily to bring x nearest to x'. The
+      share of pairs with the prediction of x', among those where patching in x' changes it.
     - `supervised_*`: the same for the supervised dictionary: x̂ = E[x] + u_class, and one swap,
       x + u_class' − u_class.
 
     D is the KL divergence of the logits; the prediction is the largest logit. A model without a
     head has D = 1 − cosine of the embeddings, and predictions are equal where the embedding is
-    nearer (cosine) to the one with x' than to the unmodified one. An SAE of several tokens replaces
-    all.
+    nearer (cosine) to the one with x' than to the unmodified one. All tokens are replaced.
 
     Without the model, on counts of firings:
 
@@ -359,9 +356,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         """`nodes`: F1 of each node's best latent against that of its supervised vector."""
         found = self.found()
         drawing = summary.figure(
-            "Nodes detected by latents and by the supervised dictionary",
-            "supervised F1",
-            "latent F1",
+            "Nodes detected by latents and supervised dictionary", "supervised F1", "latent F1"
         )
         ends = [0, 1]
         drawing.add_scatter(

@@ -17,6 +17,7 @@ NAMES = {"enc": "W_enc", "dec": "W_dec", "pre_b": "b_dec"}
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     content = checkpoint.content
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if isinstance(state, dict) and set(NAMES) <= set(state):
@@ -25,6 +26,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     content = checkpoint.content
     found = take_tensors(checkpoint, tensors_of(content["model_state_dict"]), NAMES)
     block = re.fullmatch(r"(\d+)_resid", checkpoint.path.resolve().parent.name)

@@ -103,10 +103,12 @@ def is_of_sae_for_vlm(checkpoint: Checkpoint) -> bool:
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     return None if is_of_sae_for_vlm(checkpoint) else is_of_a_trainer(checkpoint)
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     found, trainer, factor = parts(checkpoint)
     said = trainer.get("dict_class")
     said = said.replace("Matroyshka", "Matryoshka") if isinstance(said, str) else None

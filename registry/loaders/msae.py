@@ -27,6 +27,7 @@ LOG_THRESHOLD = "activation.log_threshold"
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     content = checkpoint.content
     model = content.get("model") if isinstance(content, dict) else None
     if isinstance(model, dict) and {"pre_bias", "encoder", "latent_bias"} <= set(model):
@@ -35,6 +36,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     content = checkpoint.content
     found = tensors_of(content["model"])
     found.pop(COUNTER, None)

@@ -29,6 +29,7 @@ PURSUIT = ("MpSAE",)
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     content = checkpoint.content
     if isinstance(content, Record) and content.kind.startswith("overcomplete."):
         return f"a pickled {content.kind[:80]}"
@@ -38,6 +39,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     found, content = tensors_of(checkpoint.content), checkpoint.content
     if not isinstance(content, Record):
         return convert_state(checkpoint, facts, found, _kind(found), {})

@@ -41,6 +41,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     cfg = _config(checkpoint)
     if "block_layer" in cfg and "module_name" in cfg:
         return "a pickle of cfg, with block_layer and module_name, and state_dict"
@@ -48,6 +49,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     cfg = _config(checkpoint)
     if cfg.get("gated_sae"):
         raise ConfigError(

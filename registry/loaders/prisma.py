@@ -23,6 +23,7 @@ GATED = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     content = checkpoint.content
     if not isinstance(content, dict):
         return None
@@ -36,6 +37,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     content = fields_of(checkpoint.content)
     legacy = "autoencoder" in content
     if legacy:

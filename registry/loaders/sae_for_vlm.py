@@ -23,12 +23,14 @@ CLIP_PREFIX = {"clip": "openai/"}
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     if dictionary_learning.is_of_sae_for_vlm(checkpoint):
         return "a trainer's config with empty layer and lm_name"
     return None
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     converted = dictionary_learning.convert(checkpoint, facts)
     names = [parent.name for parent in checkpoint.path.resolve().parents]
     run = next((match for name in names if (match := RUN_FOLDER.fullmatch(name))), None)

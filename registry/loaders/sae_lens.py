@@ -14,6 +14,7 @@ from .parts.facts import PLACE, Facts, described
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     return "cfg.json and sae_weights.safetensors" if checkpoint.is_sae_lens else None
 
 

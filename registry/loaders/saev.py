@@ -28,6 +28,7 @@ NEGATIVE = (
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     header = checkpoint.header or {}
     if "schema" in header and "cfg" in header:
         return f"its first line is JSON with schema {shown(header['schema'])}"
@@ -37,6 +38,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     header = checkpoint.header
     if header is None:
         raise CheckpointError(str(checkpoint), "its first line is no JSON, as saev writes it")

@@ -23,6 +23,7 @@ STD_EPS = 1e-5
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
+    """Why the file is of this library; None where it is not."""
     content = checkpoint.content
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if isinstance(state, dict) and "dictionary._weights" in state:
@@ -31,6 +32,7 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
+    """The file as config and weights of a SAELens SAE."""
     source, model, said = _settings(checkpoint)
     if said.get("divide_norm"):
         raise ConfigError(

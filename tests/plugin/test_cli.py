@@ -197,26 +197,35 @@ def test_python_dash_m():
         [sys.executable, "-m", "taxolens", "tran"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: command: not known (did you mean 'train'?); given 'trian'.\n"
+    assert done.stderr == "error: command: not known (did you mean 'train'?); given 'tran'.\n"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "command: not known .did you mean 'train'?"),
-        (["list", "modles"], "kind: not known .did you mean 'models'?"),
-        (["list", "presets", "--jsno"], "argument: not known .did you mean '--json'?"),
+        (["trian"], "command: not known (did you mean 'train'?"),
+        (["list", "modles"], "kind: not known (did you mean 'models'?"),
+        (["list", "presets", "--jsno"], "argument: not known (did you mean '--json'?"),
         (["evaluate"], "the following arguments are required: RUN"),
         (["evaluate", "run", "--n_permutations", "few"], "invalid int value: 'few'"),
         (["evaluate", "run", "--options", "{"], "is no JSON"),
-        (["train", "--preset", "laptp"], "preset: not known .did you mean 'laptop'?"),
-        (["train", "--presets", "laptop"], "argument: not known .did you mean '--preset'"),
-        (["train", "--architecture", "topkk"], "architecture: not known .did you mean 'topk'"),
-        (["train", "--architecture", "gated", "--k", "3"], "--k is a flag of --architecture"),
-        (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["train", "--preset", "laptp"], "preset: not known (did you mean 'laptop'?"),
+        (["train", "--presets", "laptop"], "argument: not known (did you mean '--preset'"),
+        (["train", "--architecture", "topkk"], "architecture: not known (did you mean 'topk'"),
+        (
+            ["train", "--architecture", "gated", "--k", "3"],
+            "given '--k'; allowed: with --architecture",
+        ),
+        (
+            ["train", "--lr", "fast"],
+            "argument --lr: of the wrong type; given 'fast'; allowed: float",
+        ),
         (["train", "--lr", "1e-3"], "model_name: not given"),
         (["train", "--preset", "laptop"], "dataset_path: not given"),
-        (["train", "--max_images", "1e3"], "argument --max_images: invalid int value: '1e3'"),
+        (
+            ["train", "--max_images", "1e3"],
+            "argument --max_images: of the wrong type; given '1e3'; allowed: int",
+        ),
         (["completion", "csh"], "argument SHELL: invalid choice: 'csh'"),
         (["train", "--config", "no/such.yaml"], "no/such.yaml cannot be read"),
     ],
@@ -505,12 +514,15 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
     [
         (["--hook_names", "blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
         (["--tokens", "register"], "no register tokens; given 'register'"),
-        (["--d_in", "48"], "d_in: 48 was given, but blocks.0.hook_resid_post is 16 wide"),
-        (["--taxonomy", "imagenett"], "taxonomy: not known .did you mean 'imagenet'"),
-        (["--evaluators", "pair_dept"], "evaluator: not known .did you mean 'pair_depth'"),
+        (
+            ["--d_in", "48"],
+            "d_in: not the width of blocks.0.hook_resid_post; given 48; allowed: 16",
+        ),
+        (["--taxonomy", "imagenett"], "taxonomy: not known (did you mean 'imagenet'"),
+        (["--evaluators", "pair_dept"], "evaluator: not known (did you mean 'pair_depth'"),
         (["--eval_split", "tset"], "tset"),
         (["--device", "cuda:7"], "device"),
-        (["--lr", "-1"], "lr: given -1.0"),
+        (["--lr", "-1"], "lr: not possible; given -1.0"),
         (
             ["--from_pretrained_path", "sae"],
             "from_pretrained_path: no meaning for more than one SAE",
@@ -591,7 +603,7 @@ def test_resume_auto_goes_on_from_a_checkpoint(taxolens, study, tmp_path):
 def test_a_results_file_that_is_not_there(taxolens, tmp_path):
     code, _, err = taxolens("report", tmp_path)
     assert code == 1
-    assert "results.json does not exist" in err
+    assert "results.json: not found" in err
 
 
 # -- demo -----------------------------------------------------------------------------------------

@@ -89,19 +89,19 @@ def test_the_defaults_are_those_of_images():
         (
             VisionSAERunnerConfig,
             {"training_token": 5},
-            "'training_token'; did you mean 'training_tokens'",
+            "training_token: not known .did you mean 'training_tokens'",
         ),
         (
             VisionSAERunnerConfig,
             {"logger": {"wandb_projet": "x"}},
-            "'logger.wandb_projet'.*'wandb_project'",
+            "logger.wandb_projet: .*'wandb_project'",
         ),
-        (VisionSAERunnerConfig, {"sae": {"architecture": "topk", "kk": 3}}, "'sae.kk'.*'k'"),
-        (VisionMultiSAERunnerConfig, {"hook_name": "x"}, "'hook_name'.*'hook_names'"),
+        (VisionSAERunnerConfig, {"sae": {"architecture": "topk", "kk": 3}}, "sae.kk: .*'k'"),
+        (VisionMultiSAERunnerConfig, {"hook_name": "x"}, "hook_name: .*'hook_names'"),
         (
             VisionMultiSAERunnerConfig,
             {"saes": {"a": {"architecture": "topk", "dsae": 3}}},
-            "'saes.a.dsae'.*'d_sae'",
+            "saes.a.dsae: .*'d_sae'",
         ),
     ],
 )
@@ -128,7 +128,7 @@ def test_what_must_be_given_is_named(missing, read):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("[1, 2]", "expected `name: value` lines"), ("a: [", "config.yaml"), (None, "No such file")],
+    [("[1, 2]", "allowed: `name: value` lines"), ("a: [", "config.yaml"), (None, "No such file")],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path, content, said):
     path = tmp_path / "config.yaml"
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path, content, said):
 
 
 def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can():
-    with pytest.raises(UnknownNameError, match="'top_k'; did you mean 'topk'"):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'topk'.*given 'top_k'"):
         sae_config_from_dict({"architecture": "top_k"}, "sae")
     for name in ("transcoder", "skip_transcoder", "temporal"):
         with pytest.raises(UnknownNameError, match=f"'{name}' can be loaded but not trained.*topk"):
@@ -153,30 +153,48 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tokens": "cls"}, "tokens: given 'cls'; allowed: .*class"),
-        ({"training_tokens": 0}, "training_tokens: given 0; allowed: an integer above 0"),
-        ({"training_tokens": 1e6}, "training_tokens: given 1000000.0; allowed: an integer"),
-        ({"lr": "3e-4"}, "lr: given '3e-4'; allowed: a number above 0"),
-        ({"lr": float("nan")}, "lr: given nan"),
-        ({"num_workers": True}, "num_workers: given True"),
-        ({"max_corrupt_share": 1.5}, "max_corrupt_share: given 1.5; allowed: a number from 0 to 1"),
+        ({"tokens": "cls"}, "tokens: not possible; given 'cls'; allowed: .*class"),
+        (
+            {"training_tokens": 0},
+            "training_tokens: not possible; given 0; allowed: an integer above 0",
+        ),
+        (
+            {"training_tokens": 1e6},
+            "training_tokens: not possible; given 1000000.0; allowed: an integer",
+        ),
+        ({"lr": "3e-4"}, "lr: not possible; given '3e-4'; allowed: a number above 0"),
+        ({"lr": float("nan")}, "lr: not possible; given nan"),
+        ({"num_workers": True}, "num_workers: not possible; given True"),
+        (
+            {"max_corrupt_share": 1.5},
+            "max_corrupt_share: not possible; given 1.5; allowed: a number from 0 to 1",
+        ),
         ({"lr_scheduler_name": "cosine"}, "lr_scheduler_name: .*cosineannealing"),
-        ({"dtype": "float31"}, "dtype: given 'float31'; allowed: .*float32"),
-        ({"checkpoint_id": "a/b"}, "checkpoint_id: given 'a/b'; allowed: a name that a folder"),
+        ({"dtype": "float31"}, "dtype: not possible; given 'float31'; allowed: .*float32"),
+        (
+            {"checkpoint_id": "a/b"},
+            "checkpoint_id: not possible; given 'a/b'; allowed: a name that a folder",
+        ),
         (
             {"keep_checkpoints": 0},
-            "keep_checkpoints: given 0; allowed: an integer above 0, or none",
+            "keep_checkpoints: not possible; given 0; allowed: an integer above 0, or none",
         ),
-        ({"seqpos_slice": (1, 2)}, r"seqpos_slice: given \(1, 2\).*`tokens`"),
-        ({"hook_head_index": 1}, "hook_head_index: given 1"),
+        (
+            {"seqpos_slice": (1, 2)},
+            r"seqpos_slice: no meaning for images; given \(1, 2\).*`tokens`",
+        ),
+        ({"hook_head_index": 1}, "hook_head_index: no meaning for images; given 1"),
         ({"model_kwargs": {"a": 1}}, "model_kwargs: .*model_from_pretrained_kwargs"),
-        ({"sae": TopKSAEConfig(d_in=16, d_sae=32)}, "given TopKSAEConfig.*TopKTrainingSAEConfig"),
+        (
+            {"sae": TopKSAEConfig(d_in=16, d_sae=32)},
+            "given 'TopKSAEConfig'; allowed: TopKTrainingSAEConfig",
+        ),
         (
             {"sae": TranscoderConfig(d_in=16, d_sae=32, apply_b_dec_to_input=False)},
-            "'transcoder' can be loaded but not trained",
+            "can be loaded but not trained.*given 'transcoder'",
         ),
-        ({"sae": None}, "sae: given None; allowed: the training config"),
-        ({"sae": TopKTrainingSAEConfig(d_in=0, d_sae=32)}, "sae.d_in: given 0"),
+        ({"sae": None}, "sae: not possible; given None; allowed: the training config"),
+        ({"sae": TopKTrainingSAEConfig(d_in=0, d_sae=32)}, "sae.d_in: not possible; given 0"),
         (
             {
                 "lr_scheduler_name": "cosineannealing",
@@ -195,7 +213,7 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
                 "n_restart_cycles": 3,
                 "training_tokens": 4096 * 2,
             },
-            "n_restart_cycles: given 3; allowed: at most 2",
+            "n_restart_cycles: not possible; given 3; allowed: at most 2",
         ),
     ],
 )
@@ -205,11 +223,11 @@ def test_a_wrong_value_is_named_with_what_is_allowed(changes, said):
 
 
 def test_the_saes_of_a_multi_config_are_checked_each():
-    with pytest.raises(ConfigError, match="saes: given none"):
+    with pytest.raises(ConfigError, match="saes: missing; given None"):
         multi(saes={})
     with pytest.raises(ConfigError, match=r"'../a'; allowed: a name that a folder can have"):
         multi(saes={"../a": SAE})
-    with pytest.raises(ConfigError, match=r"b.d_sae: given -1"):
+    with pytest.raises(ConfigError, match=r"b.d_sae: not possible; given -1"):
         multi(saes={"a": SAE, "b": BatchTopKTrainingSAEConfig(d_in=16, d_sae=-1)})
 
 

@@ -116,13 +116,15 @@ def test_loading_twice_changes_nothing(plugin) -> None:
 def test_a_duplicate_is_named_and_skipped(plugin) -> None:
     plugin("first", register_architectures=lambda register: register(topk("my_topk")))
     held = taxolens.ARCHITECTURES["my_topk"]
-    with pytest.warns(UserWarning, match="skips the plugin 'second'.*'my_topk'.*'first'.*'second'"):
+    with pytest.warns(
+        UserWarning, match="skips the plugin 'second'.*'first'.*'second'; given 'my_topk'"
+    ):
         plugin("second", register_architectures=lambda register: register(held))
     assert taxolens.ARCHITECTURES["my_topk"] is held
 
 
 def test_an_architecture_of_sae_lens_cannot_be_taken(plugin) -> None:
-    with pytest.warns(UserWarning, match="'topk' is already in SAELens, held by sae_lens"):
+    with pytest.warns(UserWarning, match="in SAELens already, held by sae_lens.*given 'topk'"):
         plugin("mine", register_architectures=lambda register: register(topk("topk")))
     with pytest.raises(DuplicateNameError):
         manager._registrars("mine")["register_architectures"](topk("topk"))

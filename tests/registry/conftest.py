@@ -23,7 +23,7 @@ Edges = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class RandomDag:
-    """The edges and classes of a random rooted DAG whose ids say nothing about its order."""
+    """The edges and classes of a random rooted DAG whose ids are unrelated to its order."""
 
     edges: Edges
     classes: list[str]
@@ -52,7 +52,7 @@ def make_batch(
     mean_patch: torch.Tensor | None = None,
     seed: int = 0,
 ) -> EvaluationBatch:
-    """A whole evaluation set: every other image of a class fits, and those come first."""
+    """A complete evaluation set: every other image of a class fits, and those come first."""
     n = len(labels)
     rank = np.array([(labels[:i] == labels[i]).sum() for i in range(n)])
     order = torch.from_numpy(np.argsort(rank % 2, kind="stable"))
@@ -106,7 +106,7 @@ def make_pass(
 class ToyModel:
     """An `Intervention` in a line: what the tokens become goes through two matrices.
 
-    x (n, k, d) are the activations of the whole evaluation set; embedding = mean token @ A, logits
+    x (n, k, d) are the activations of the evaluation set; embedding = mean token @ A, logits
     = embedding @ B, where there is a B.
     """
 
@@ -157,7 +157,7 @@ def measured() -> Callable[..., list[Evaluator[Any]]]:
 
 @pytest.fixture(scope="session")
 def animals() -> Taxonomy:
-    """12 classes under 3 genera each of 2 families; balanced, so that numbers can be told by hand."""
+    """12 classes under 3 genera each of 2 families; balanced, so that results are simple."""
     edges: Edges = []
     for family in ("carnivore", "bird"):
         edges.append(("animal", family))

@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.absorption import Absorption, absorbed, main_latents
+from taxolens.registry.evaluators.absorption import (
+    Absorption,
+    absorbed,
+    active_part,
+    main_latents,
+    order_latents,
+)
 from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]
@@ -52,8 +58,42 @@ def test_equals_the_definition_image_by_image(seed: int, n_latents: int) -> None
         assert found.fraction[i] == pytest.approx(fraction)
 
 
+def test_bounds_that_are_met_exactly_count() -> None:
+    """One latent that is no main one: cos .025 and .4 of P; and cos .1 for the fraction."""
+    z, target, main = np.ones((1, 1)), np.array([1.0]), np.zeros(1, dtype=bool)
+    for gain, cosine, full, fraction in (
+        (0.4, 0.025, True, 0),
+        (0.4, 0.024, False, 0),
+        (0.39, 0.1, False, 0),
+        (0.4, 0.1, True, 1),
+        (0.4, 0.099, True, 0),
+    ):
+        found = absorbed(z, np.array([gain]), np.array([cosine]), main, target)
+        assert (bool(found.full[0]), found.fraction[0]) == (full, fraction), (gain, cosine)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_latents_in_order_of_their_standardised_difference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = (rng.random((30, 5)) * (rng.random((30, 5)) < 0.5)).astype(np.float32)
+    z[:, 2] = 0
+    truth = rng.random((30, 2)) < 0.5
+    truth[0], truth[1] = True, False
+    for order, inside in zip(order_latents(sparse.csr_array(z), truth), truth.T):
+        gap = z[inside].mean(0) - z[~inside].mean(0)
+        score = [gap[j] / z[:, j].std() if z[:, j].any() else -np.inf for j in range(5)]
+        assert order.tolist() == np.argsort(-np.array(score), kind="stable").tolist()
+
+
+def test_the_part_of_z_that_is_active() -> None:
+    z = np.array([[0, 2, 0, 0], [0, 0, 0, 3]])
+    columns, dense = active_part(sparse.csr_array(z), np.array([2, 3]))
+    assert columns.tolist() == [1, 2, 3] and dense.tolist() == z[:, 1:].tolist()
+
+
 def world(absorb: bool, one_batch: Measured) -> tuple[Any, torch.Tensor]:
-    """x = family + kind of species; latents are these parts, or species 0 speaks for its family too."""
+    """x = family + kind of species; latents are these parts, or species 0 replaces its family."""
     labels = np.repeat(np.arange(len(TREE.classes)), 40)
     names = [TREE.classes[c] for c in labels]
     family = np.array([int(n[1]) for n in names])
@@ -64,8 +104,8 @@ def world(absorb: bool, one_batch: Measured) -> tuple[Any, torch.Tensor]:
     leaf = FAMILIES + family * SPECIES + species
     z = np.zeros((len(labels), FAMILIES + FAMILIES * SPECIES), dtype=np.float32)
     z[np.arange(len(labels)), leaf] = 1.0
-    speaks = (species > 0) if absorb else np.ones(len(labels), dtype=bool)
-    z[np.arange(len(labels))[speaks], family[speaks]] = 1.0
+    fires = (species > 0) if absorb else np.ones(len(labels), dtype=bool)
+    z[np.arange(len(labels))[fires], family[fires]] = 1.0
     decoder = np.concatenate([parts[:FAMILIES], *[parts[FAMILIES:]] * FAMILIES])
     if absorb:
         for f in range(FAMILIES):
@@ -88,7 +128,7 @@ def test_a_dictionary_of_the_true_parts_absorbs_nothing(
     assert numbers["reconstructed_share"] == pytest.approx(1, abs=0.1)
 
 
-def test_a_species_that_speaks_for_its_family_is_found(
+def test_a_species_that_fires_in_place_of_its_family_is_found(
     one_batch: Measured, measured: Measured
 ) -> None:
     batch, decoder = world(True, one_batch)
@@ -128,7 +168,7 @@ def test_without_the_offset_of_the_decoder_nothing_projects(
     assert shifted.compute() == pytest.approx(plain.compute(), abs=1e-3)
 
 
-def test_without_a_decoder_only_the_probes_are_told(
+def test_without_a_decoder_only_the_probes_have_values(
     one_batch: Measured, measured: Measured
 ) -> None:
     batch, _ = world(False, one_batch)

@@ -234,7 +234,7 @@ def test_saved_and_loaded_it_gives_the_same_output(name, tmp_path):
 
 
 @ours_only
-def test_an_own_architecture_says_that_it_needs_us(name, tmp_path):
+def test_metadata_of_an_own_architecture_require_taxolens(name, tmp_path):
     sae = build(name)
     sae.save_inference_model(tmp_path)
     metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]

@@ -24,7 +24,7 @@ class Outer:
 
 def test_json_becomes_nested_dataclasses():
     data = {
-        "inner": {"n": 3, "share": None, "later": "a field that this version does not know"},
+        "inner": {"n": 3, "share": None, "later": "a field that this version lacks"},
         "parts": [{"n": 1, "share": 1}],
         "by_name": {"a": 2, "b": 0.25},
         "free": [1, "x"],

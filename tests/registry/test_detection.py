@@ -15,6 +15,7 @@ from taxolens.registry.evaluators.detection import Detection
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.readout import kl_divergence
 from taxolens.registry.evaluators.parts.steering import STEPS, find_strength
+from taxolens.registry.taxonomies import Taxonomy
 
 LABELS = np.repeat(np.arange(12), 20)
 
@@ -104,7 +105,31 @@ def test_node_indicators_are_explained_perfectly(planted, animals) -> None:
     assert found["group_f1"] > max(m["group_f1"] for m in moved)
 
 
-def test_latents_of_random_classes_are_told_no_better_than_by_another_tree(planted, animals):
+def test_the_root_explains_nothing(animals, one_batch, measured) -> None:
+    """A latent that fires on every image: the root would have an F1 of 1 and say nothing."""
+    batch = one_batch(np.ones((len(LABELS), 1), dtype=np.float32), LABELS)
+    (evaluator,) = measured(animals, batch, [Detection])
+    for nodes in (evaluator.nodes, evaluator.groups):
+        found = evaluator.explain(nodes)
+        assert animals.root not in nodes
+        assert animals.parents[found.node[0]] == (animals.root,)
+        assert found.fit_f1[0] == pytest.approx(2 / 3)  # a family has half of the images
+        assert found.balanced_accuracy[0] == 0.5
+
+
+def test_a_flat_tree_has_no_group_to_explain_by(one_batch, measured) -> None:
+    flat = Taxonomy.from_edges([("r", c) for c in "abcd"])
+    labels = np.repeat(np.arange(4), 12)
+    (evaluator,) = measured(
+        flat, one_batch(np.eye(4, dtype=np.float32)[labels], labels), [Detection]
+    )
+    found = evaluator.explain(evaluator.groups)
+    assert found.node.tolist() == [-1] * 4
+    assert all(np.isnan(rate).all() for rate in (*found[1:], found.balanced_accuracy))
+    assert evaluator.compute()["balanced_accuracy"] == 1.0
+
+
+def test_latents_of_random_classes_are_explained_no_better_than_by_another_tree(planted, animals):
     evaluator = planted(shuffle=True)
     found = evaluator.compute()["group_balanced_accuracy"]
     moved = [

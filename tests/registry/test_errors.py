@@ -14,7 +14,7 @@ from taxolens.registry.errors import ConfigError, CorruptImageError, DataError, 
         (ConfigError("split", "is missing", given=None), "split: is missing; given None."),
         (DataError("a.npy", "is not complete.", allowed="build it again."),
          "a.npy: is not complete; allowed: build it again."),
-        (UnknownNameError("a whole message"), "a whole message"),
+        (UnknownNameError("a complete message"), "a complete message"),
     ],
 )  # fmt: skip
 def test_the_parts_of_a_message(error: Exception, message: str) -> None:

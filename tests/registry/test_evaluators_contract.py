@@ -48,7 +48,7 @@ def same(one: dict[str, float], other: dict[str, float], **tolerance: float) -> 
     )
 
 
-def test_it_says_what_it_is(evaluator_class):
+def test_it_describes_itself(evaluator_class):
     name = evaluator_class.name
     assert EVALUATORS[name] is evaluator_class and name.isidentifier()
     assert evaluator_class.description and len(evaluator_class.description) < 120
@@ -189,7 +189,7 @@ def test_tables_and_figures_can_be_written(evaluator_class, animals, planted_bat
         assert len(drawing.data)
 
 
-def test_a_pass_without_shuffled_labels_says_so(evaluator_class, animals, planted_batch, measured):
+def test_a_pass_without_shuffled_labels_raises(evaluator_class, animals, planted_batch, measured):
     (evaluator,) = measured(animals, planted_batch, [evaluator_class], shuffled=False)
     (both,) = measured(animals, planted_batch, [evaluator_class])
     assert same(evaluator.compute(), both.compute())

@@ -1,4 +1,4 @@
-"""`feature_geometry`: its parts against plain algebra, and a world laid out as the theory says."""
+"""`feature_geometry`: its parts against plain algebra, and data constructed as in the theory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.feature_geometry import (
     FeatureGeometry,
+    added_cosines,
     babel,
     effective_rank,
     ledoit_wolf,
     node_vector,
+    pair_cosines,
 )
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
@@ -52,6 +54,37 @@ def test_babel_is_the_maximum_over_sets(seed: int, r: int) -> None:
         for j in set(range(6)) - set(chosen)
     )
     assert babel(rows, (r,)) == [pytest.approx(wanted)]
+
+
+def test_babel_of_more_rows_than_there_are() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(5, 3, dtype=torch.float64), dim=1)
+    gram = (rows @ rows.T).abs().fill_diagonal_(0)
+    wanted = [float(gram.max()), float(gram.sum(1).max())]
+    assert babel(rows, (1, 20)) == pytest.approx(wanted)
+
+
+def test_points_that_do_not_spread() -> None:
+    assert ledoit_wolf(np.zeros((4, 3))) == (1.0, 0.0)
+    assert node_vector(np.zeros((4, 3))).tolist() == [0, 0, 0]
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_cosines_of_what_a_child_adds(seed: int) -> None:
+    vector = np.random.default_rng(seed).normal(size=(4, 3))
+    vector[2] = np.nan
+    vector[3] = vector[0]  # adds nothing
+    found = added_cosines(vector, np.array([[0, 1], [0, 2], [0, 3]]))
+    added = vector[1] - vector[0]
+    wanted = added @ vector[0] / np.linalg.norm(added) / np.linalg.norm(vector[0])
+    assert found == pytest.approx([wanted, np.nan, np.nan], nan_ok=True)
+
+
+def test_cosines_of_pairs_of_latents() -> None:
+    rows = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [0.0, 1.0]])
+    pairs = np.array([[0, 1], [1, 2], [1, 1], [-1, 2], [0, -1], [2, 0]])
+    wanted = [0.6, 0.8, np.nan, np.nan, np.nan, 0]
+    assert pair_cosines(rows, pairs) == pytest.approx(wanted, nan_ok=True)
 
 
 def test_effective_rank_counts_equal_directions() -> None:
@@ -101,7 +134,7 @@ def test_a_world_of_added_directions_is_the_ideal(one_batch: Measured, measured:
     assert numbers["coactive_babel"] == pytest.approx(0, abs=1e-5)
     permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
     assert max(n["parent_length"] for n in permuted) < numbers["parent_length"] - 0.05
-    # Why the docs tell not to read it as evidence of this tree:
+    # Why it is not evidence of this tree:
     assert max(n["hierarchy_cosine"] for n in permuted) < 0.25
     assert max(n["detected_edges"] for n in permuted) < 36
     assert evaluator.compute(shuffled=True)["projection_own"] < 0.5
@@ -110,7 +143,7 @@ def test_a_world_of_added_directions_is_the_ideal(one_batch: Measured, measured:
     assert len(evaluator.figures()["cosine"].data) == 2
 
 
-def test_a_child_that_repeats_its_parent_is_seen_in_the_decoder(
+def test_a_child_that_repeats_its_parent_is_detected_in_the_decoder(
     one_batch: Measured, measured: Measured
 ) -> None:
     batch, directions = world(one_batch)

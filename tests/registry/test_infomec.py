@@ -1,4 +1,4 @@
-"""`infomec` against tables of counts, and on latents that tell one depth each."""
+"""`infomec` against tables of counts, and on latents informative about one depth each."""
 
 from __future__ import annotations
 
@@ -74,12 +74,29 @@ def test_one_latent_for_each_factor_is_the_ideal() -> None:
 
 
 def test_a_cut_is_credited_with_what_it_adds() -> None:
-    """A latent of the coarse factor tells the fine one as much, and adds nothing there."""
+    """A latent of the coarse factor is as informative about the fine one, and adds nothing."""
     nested, added = Information.of(np.array([[0.7, 0.0], [0.7, 0.4]]), np.array([0.7, 1.1]))
     np.testing.assert_allclose(nested, [[1, 0], [0.7 / 1.1, 0.4 / 1.1]])
     np.testing.assert_allclose(added, [[1, 0], [0, 1]])
     one_group = Information.of(np.zeros((2, 1)), np.array([0.0, 0.5]))
     assert np.isnan(one_group.added[0, 0]) and one_group.added[1, 0] == 0
+
+
+def test_rounding_of_an_entropy_is_no_growth() -> None:
+    mutual = np.array([[0.5, 0.0], [0.5 + 1e-12, 0.0]])
+    found = Information.of(mutual, np.array([0.7, 0.7 + 1e-12]))
+    assert np.isnan(found.added[1]).all() and found.nested[1, 0] == pytest.approx(0.5 / 0.7)
+    # And what grows is information of rounding alone: none.
+    found = Information.of(mutual, np.array([0.7, 0.9]))
+    assert found.added[1].tolist() == [0, 0]
+
+
+def test_information_without_classes_or_images() -> None:
+    none = sparse.csr_array((4, 3), dtype=np.float32)
+    mutual, entropy = mutual_information(none, 2, np.zeros(3), np.array([0, 1, 2]))
+    assert mutual.tolist() == [0, 0] and entropy == 0
+    mutual, entropy = mutual_information(none, 2, np.full(3, 5), np.zeros(3, dtype=int))
+    assert mutual.tolist() == [0, 0] and entropy == 0
 
 
 def test_the_factors_are_the_cuts_that_differ(animals: Taxonomy) -> None:
@@ -111,7 +128,7 @@ def test_node_indicators_explain_every_depth(
     shuffled = evaluator.compute(shuffled=True)
     assert shuffled["infoe"] == pytest.approx(0, abs=0.1)
     assert evaluator.information(shuffled=True).nested.max() < 0.2
-    # The two families tell one depth only; a genus tells some of the family too, and so on down.
+    # Families are informative about one depth; a genus about the family too, and so on down.
     share = evaluator.tables()["latents"]["share"].to_numpy()
     np.testing.assert_allclose(share[:2], 1)
     assert (np.diff(share[[0, 2, 8]]) < 0).all()

@@ -1,6 +1,8 @@
-"""`lch_height` against sets of classes, and on detectors that know the tree."""
+"""`lch_height` against sets of classes, and on detectors of its nodes."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.lch_height import LCHHeight, random_sets, smallest_holding
+from taxolens.registry.evaluators.lch_height import (
+    LCHHeight,
+    random_sets,
+    smallest_holding,
+    top_labels,
+)
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
@@ -125,13 +132,13 @@ def test_frequency_bears_false_alarms(animals, one_batch, measured):
     assert right["frequency"] == 1.0 and right["any"] < 0.6
 
 
-def test_one_stray_image_sends_only_the_strict_rule_to_the_root(animals, one_batch, measured):
+def test_one_outlier_image_moves_only_the_strict_rule_to_the_root(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 40)
     latents, z = planted(animals, labels)
     leaf, family = np.flatnonzero(latents.members.sum(0) == 1), animals.cut(1)
     for j, of_class in zip(leaf, latents.members[:, leaf].argmax(0)):
-        stray = np.flatnonzero(family[labels] != family[of_class])[j]
-        z[stray, j] = 9
+        outlier = np.flatnonzero(family[labels] != family[of_class])[j]
+        z[outlier, j] = 9
     for rule, right in (("topk", latents.node[leaf]), ("topk_strict", animals.root)):
         (evaluator,) = measured(animals, one_batch(z, labels), [LCHHeight], options={"rule": rule})
         assert (evaluator.assign().node[leaf] == right).all()
@@ -183,6 +190,13 @@ def test_smallest_holding_prefers_few_classes_then_depth_then_id():
     node, size = smallest_holding(taxonomy, labels, 0.75)
     assert [taxonomy.nodes[v] if v >= 0 else None for v in node] == ["p", "a", "r", None]
     assert size.tolist()[:3] == [2, 1, 3]
+
+
+def test_a_latent_with_fewer_top_images_has_none():
+    labels = np.array([[3, 1, 2], [4, 5, -1], [-1, -1, -1]])
+    top = SimpleNamespace(labels=lambda shuffled: labels + shuffled)
+    assert top_labels(top, 3, False).tolist() == [[3, 1, 2], [-1] * 3, [-1] * 3]
+    assert top_labels(top, 2, False).tolist() == [[3, 1], [4, 5], [-1] * 2]
 
 
 def test_random_sets_against_the_mean_over_all_sets(animals):

@@ -82,7 +82,7 @@ def test_the_neighbour_database_is_capped_and_does_not_depend_on_batches():
     assert kept[0] == kept[1] and len(kept[0]) == 15
 
 
-def test_probes_without_a_fit_know_nothing():
+def test_probes_without_a_fit_predict_no_class():
     assert RidgeProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
     assert NeighbourProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
 
@@ -142,6 +142,25 @@ def test_informative_cuts(animals):
     assert informative_cuts(flat) == []
 
 
+def test_a_cut_that_tells_all_classes_apart_is_not_informative():
+    edges = [("r", "b"), ("r", "c"), ("b", "x"), ("b", "y"), ("c", "z"), ("x", "end")]
+    # b and c at depth 1; x, y and z at 2, which are all classes already.
+    assert informative_cuts(Taxonomy.from_edges(edges)) == [1]
+
+
+def test_the_options_reach_the_probes(animals, one_batch, measured):
+    labels = np.repeat(np.arange(12), 8)
+    options = {"ridge": 0.3, "neighbours": 3, "neighbours_per_class": 2, "probe_latents": 4}
+    batch = one_batch(np.random.default_rng(0).random((96, 6)).astype(np.float32), labels)
+    (evaluator,) = measured(animals, batch, [LevelInformation], options=options)
+    found = evaluator._measures["z"]
+    assert (found.ridge.ridge, found.knn.k) == (0.3, 3)
+    assert np.isfinite(found.knn._priority).sum(1).tolist() == [2] * 12
+    assert found.ridge._gram.shape == (4, 4)  # the most variable latents alone
+    spread = batch.z[batch.is_fit].var(0, correction=0)
+    assert evaluator._latents.tolist() == sorted(spread.topk(4).indices.tolist())
+
+
 def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 60)
     x = embedded(animals, labels, noise=6)
@@ -160,7 +179,7 @@ def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, 
     assert shuffled["x_probe_accuracy"] < 0.16 and shuffled["x_knn_accuracy"] < 0.16
 
 
-def test_class_knowledge_alone_leaves_no_null_behind(animals, one_batch, measured):
+def test_class_detectors_alone_beat_no_null(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 60)
     flat = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))[torch.from_numpy(labels)]
     x = flat * 2 + torch.randn(720, 64, generator=torch.Generator().manual_seed(2)) * 4

@@ -125,6 +125,6 @@ def test_bad_encoders_are_named(
             measured(animals, batch, [Monosemanticity], options={"encoder": encoder})
 
 
-def test_nothing_seen_is_undefined(animals: Taxonomy) -> None:
+def test_without_images_all_is_undefined(animals: Taxonomy) -> None:
     numbers = Monosemanticity(EvaluationContext(animals, 0, 5, 3)).compute()
     assert np.isnan(numbers["monosemanticity"]) and numbers["defined"] == 0

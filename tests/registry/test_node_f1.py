@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.evaluators.parts import node_f1
-from taxolens.registry.evaluators.parts.node_f1 import Outcome, best_nodes, explain
+from taxolens.registry.evaluators.parts.node_f1 import (
+    Outcome,
+    best_nodes,
+    explain,
+    find_detectors,
+)
 
 SEEDS = st.integers(0, 10**6)
 
@@ -58,6 +64,35 @@ def test_what_is_chosen_on_one_half_is_scored_on_the_other(seed: int) -> None:
         assert outcome.precision[j] == pytest.approx(precision, nan_ok=True)
         recall = hits / positives if positives else np.nan
         assert outcome.recall[j] == pytest.approx(recall, nan_ok=True)
+
+
+def detectors(fit: np.ndarray, members: np.ndarray, cells: int = 2**22) -> node_f1.Detectors:
+    """The detectors of each node from counts (m, T, C), the lowest bin first, of both halves."""
+    flat = fit[:, ::-1].reshape(-1, fit.shape[2]).astype(np.float32)
+    images = np.full(fit.shape[2], 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node_f1, "BLOCK", cells)
+        score = torch.from_numpy(fit.astype(np.int32))
+        return find_detectors(sparse.csr_array(flat), score, members, images, images)
+
+
+@pytest.mark.parametrize("cells", [1, 3, 2**22])
+def test_of_equal_detectors_the_first_is_taken(cells: int) -> None:
+    fit = np.zeros((4, 2, 4))
+    fit[1:, 1, 0] = 6  # three latents alike, each on 6 images of class 0 at the upper threshold
+    found = detectors(fit, np.eye(4, dtype=bool)[:, :3], cells)
+    # Nothing fires on the other classes. Both thresholds have the same firings: the upper is taken.
+    assert (found.latent.tolist(), found.bin.tolist()) == ([1, -1, -1], [1, 0, 0])
+    assert found.fit_f1.tolist() == found.f1.tolist() == [12 / 16, 0, 0]
+    assert found.recall.tolist() == [0.6, 0, 0]
+    assert found.precision.tolist() == pytest.approx([1, np.nan, np.nan], nan_ok=True)
+
+
+def test_a_single_firing_is_found() -> None:
+    fit = np.zeros((3, 1, 3))
+    fit[2, 0, 1] = 1
+    found = detectors(fit, np.eye(3, dtype=bool))
+    assert found.latent.tolist() == [-1, 2, -1] and found.fit_f1[1] == 2 / 11
 
 
 def test_counts_in_narrow_integers_do_not_overflow() -> None:

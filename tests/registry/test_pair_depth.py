@@ -1,4 +1,4 @@
-"""`pair_depth` against loops over pairs, and on detectors that know the tree."""
+"""`pair_depth` against loops over pairs, and on detectors of nodes."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_node_indicators_reach_the_depth_of_their_node(animals, one_batch, measu
         assert np.isnan(depth[of[name]]) and same[of[name]] == 1
 
 
-def test_it_cannot_be_won_by_knowing_classes(animals, one_batch, measured):
-    """Latents of two random classes each know classes as well as those of a genus."""
+def test_class_detectors_do_not_raise_it(animals, one_batch, measured):
+    """Latents of two random classes detect classes as well as those of a genus."""
     labels = np.repeat(np.arange(12), 40)
     nulls = []
     for seed in range(10):

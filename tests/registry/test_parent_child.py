@@ -30,7 +30,6 @@ from taxolens.registry.evaluators.parts.implication import (
     recorded_parents,
     rewire,
 )
-from taxolens.registry.evaluators.parts.logistic import LogisticProber, best_threshold
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
@@ -139,6 +138,21 @@ def test_node_indicators_give_the_tree_back(
     assert len(evaluator.figures()["forest"].data) == 1
 
 
+def test_an_edge_from_the_root_does_not_agree_with_the_tree(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """Every class lies below the root, so such an edge would agree whatever its child is."""
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    options = {"lift": 1.0}  # a latent that fires everywhere may then be a parent
+    (evaluator,) = measured(animals, batch, [ParentChild], options=options)
+    table = evaluator.tables()["forest"]
+    assert len(table) == 12 + 6 + 2
+    from_root = latents.node[table["parent"]] == animals.root
+    assert from_root.sum() == 2 and not table["agrees"][from_root].any()
+    assert table["agrees"][~from_root].all()
+    assert evaluator.compute()["edge_precision"] == pytest.approx(18 / 20)
+
+
 def test_latents_of_random_classes_form_no_tree(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
@@ -154,10 +168,10 @@ def test_the_size_of_a_batch_changes_nothing(
     facts = {"W_dec": torch.randn(21, 5), "options": {"max_images": 300, "probe_images": 200}}
     one, many = (measured(animals, batch, [ParentChild], size=s, **facts)[0] for s in (480, 7))
     assert one.compute() == pytest.approx(many.compute(), nan_ok=True)
-    assert 200 < one._sample.z.shape[0] < 400  # about as many as asked for
+    assert 200 < one._sample.z.shape[0] < 400  # approximately `max_images`
 
 
-def test_the_condition_on_the_decoder_tells_shared_directions(
+def test_the_condition_on_the_decoder_detects_shared_directions(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
     """x is made of the latents' own directions: a parent that its child needs is near its probe."""
@@ -240,7 +254,7 @@ def test_without_a_recorded_forest_its_numbers_are_undefined(
         assert "recorded" not in evaluator.tables()
 
 
-def test_the_condition_on_the_decoder_tells_the_recorded_forest_from_a_rewired_one(
+def test_the_condition_on_the_decoder_separates_the_recorded_forest_from_a_rewired_one(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
     latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
@@ -316,41 +330,41 @@ def test_rewiring_keeps_families_and_depths(seed: int) -> None:
     assert np.array_equal(depth[other.parent], depth[forest.parent])
 
 
+def test_a_pair_just_below_the_bound_of_the_lift_is_no_pair() -> None:
+    """c fires on 3 of n images, p on 7, both on 1: lift = n/21, and 1.5 at n = 31.5."""
+    for n, wanted in ((31, []), (32, [(0, 1)])):
+        fired = np.zeros((n, 2), dtype=np.float32)
+        fired[:7, 0] = fired[6:9, 1] = 1
+        pairs = implied_pairs(sparse.csr_array(fired), implication=0.3, ratio=2, lift=1.5)
+        assert list(zip(*pairs)) == wanted
+
+
+def test_bounds_that_are_met_exactly_count() -> None:
+    fired = np.zeros((40, 2), dtype=np.float32)
+    fired[:20, 0] = fired[1:11, 1] = 1  # P(p|c) = 1, twice as often, lift 2
+    fired[[1, 21], 1] = [0, 1]  # P(p|c) = .9, lift 1.8
+    firings = sparse.csr_array(fired)
+    met = {"implication": 0.9, "ratio": 2.0, "lift": 1.8, "min_fired": 10}
+    assert list(zip(*implied_pairs(firings, **met))) == [(0, 1)]
+    for name, more in (("implication", 0.91), ("ratio", 2.01), ("lift", 1.81), ("min_fired", 11)):
+        assert not len(implied_pairs(firings, **{**met, name: more}).child), name
+
+
+def test_an_sae_without_a_forest_records_no_parent() -> None:
+    for sae in (None, sae_with([]), sae_with([0, 1])):
+        assert recorded_parents(sae, 3).tolist() == [-1, -1, -1]
+    assert recorded_parents(sae_with([-1, 0, 1]), 3).tolist() == [-1, 0, 1]
+
+
+def test_depths_of_chains_and_circles() -> None:
+    assert depths(np.array([-1, 0, 1, 2, -1])).tolist() == [0, 1, 2, 3, 0]
+    assert len(depths(np.array([1, 0]))) == 2  # a circle ends
+
+
 def test_both_rows_must_be_near() -> None:
     decoder = torch.eye(4)
     direction = torch.tensor([[1.0, 0.9, 0.1, 0.0], [1.0, 0.1, 0.9, 0.0]])
     assert near_probe(decoder, direction, np.array([[0, 0], [1, 1]]), 2).tolist() == [True, False]
-
-
-def test_logistic_probe_finds_the_direction_that_decides() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 6, generator=generator) * torch.tensor([1.0, 5, 1, 1, 1, 0]) + 3
-    w = torch.tensor([1.0, 0.3, -1, 0, 0, 0])
-    score = x @ w
-    targets = torch.stack([score > score.median(), score > score.quantile(0.95)], dim=1)
-    targets = torch.cat([targets, torch.zeros(2000, 1, dtype=torch.bool)], dim=1)
-    probes = LogisticProber(x, ridge=1e-3).fit(targets)
-    cosine = torch.nn.functional.cosine_similarity(probes.weight[:2], w[None])
-    assert (cosine > 0.97).all()
-    said = x @ probes.weight.T + probes.bias > 0
-    assert (said[:, 0] == targets[:, 0]).float().mean() > 0.97
-    assert probes.weight[2].abs().max() == 0
-
-
-@given(seed=st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
-def test_best_threshold_is_the_best_of_all(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    scores, truth = rng.integers(0, 6, 20).astype(float), rng.random(20) < 0.4
-    truth[0] = True
-    threshold, f1 = best_threshold(scores, truth)
-    tried = [
-        np.sum((scores > t) & truth) * 2 / (np.sum(scores > t) + truth.sum())
-        for t in np.arange(-1.5, 6)
-    ]
-    assert f1 == pytest.approx(max(tried))
-    said = scores > threshold
-    assert 2 * (said & truth).sum() / (said.sum() + truth.sum()) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(

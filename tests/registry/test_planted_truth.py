@@ -139,7 +139,7 @@ WORSE: dict[str, dict[str, dict[str, float]]] = {
         "parent_child": {"edge_precision": 0.3, "edge_recall": 0.5},
         "matryoshka_depth": {"different_depth": 0.8, "different_trend": 0.3},
         "taxonomic_autocorrelation": {"moran_i": 0.05, "significant_share": 0.1},
-        # A node of random classes is spoken for by its species, and none of them is silent.
+        # The species of a node of random classes fire in its place, and none is silent.
         "absorption": {},
         "feature_geometry": {},
         "infomec": {"infom": 0.02},
@@ -162,7 +162,7 @@ WORSE: dict[str, dict[str, dict[str, float]]] = {
 }
 
 ELSEWHERE = {
-    "reconstruction": "asks what is lost of x and of the model's answer, with no tree",
+    "reconstruction": "measures the error of x̂ and its effect on the model, with no tree",
     "supervised_dictionary": "is itself the planted dictionary, and edits the model",
     "stability": "compares two SAEs with each other, with no tree",
     "detection": "explains latents by nodes and may edit the model",
@@ -308,7 +308,7 @@ def test_the_tree_probe_reaches_its_ceiling(planted: Any) -> None:
         assert numbers[f"{feature}_spearman"] == pytest.approx(numbers["ceiling"], abs=0.03)
 
 
-def test_errors_of_probes_that_know_genera_stay_in_the_genus(
+def test_errors_of_probes_on_genera_stay_in_the_genus(
     tree: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
     batch, _ = plant(tree, one_batch)

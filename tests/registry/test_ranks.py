@@ -35,3 +35,4 @@ def test_undefined_p_values_do_not_count_as_tests() -> None:
 def test_a_rank_correlation_of_one_pair_is_undefined() -> None:
     assert np.isnan(spearman(np.ones(1), np.ones(1)))
     assert spearman(np.arange(3), np.arange(3)[::-1]) == -1
+    assert spearman(np.arange(2), np.arange(2)) == 1

@@ -54,7 +54,7 @@ def test_the_probe_is_at_its_optimum() -> None:
     assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
 
 
-def test_the_probe_knows_what_it_saw() -> None:
+def test_the_probe_fits_its_images() -> None:
     probe = ProbeReadout(EMBEDDING, LABELS, 6)
     log_probs = probe(InterventionResult(None, EMBEDDING))
     assert (log_probs.argmax(1) == LABELS).float().mean() > 0.95

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.reconstruction import Reconstruction
+from taxolens.registry.evaluators.reconstruction import Reconstruction, _recovered
 
 D, K, M = 6, 3, 10
 LABELS = np.repeat(np.arange(12), 8)
@@ -152,7 +152,7 @@ def test_the_model_is_run_four_times_on_no_more_images_than_allowed(pass_over, m
     assert model.images == 4 * 5
 
 
-def test_images_of_classes_that_the_head_does_not_know_have_no_loss(pass_over, model) -> None:
+def test_images_of_classes_that_the_head_lacks_have_no_loss(pass_over, model) -> None:
     model.logit_classes = np.where(model.logit_classes < 6, model.logit_classes, -1)
     evaluator = pass_over(intervene=model)
     index = torch.from_numpy(evaluator._images.index(fit=False))
@@ -183,6 +183,12 @@ def test_what_cannot_be_measured_has_a_reason(pass_over, facts: Any, reason: str
     table = evaluator.tables()["splicing"]
     assert table["run"].tolist() == ["none"] and table["reason"].str.contains(reason).all()
     assert set(evaluator.figures()) == {"density"}
+
+
+def test_what_costs_nothing_cannot_be_recovered() -> None:
+    assert _recovered(1.0, 1.5, 3.0) == 0.75 and _recovered(2.0, 2.0, 1.0) == 1.0
+    assert math.isnan(_recovered(0.0, 0.5, 1e-6)) and math.isnan(_recovered(0.0, 0.5, -1e-6))
+    assert _recovered(0.0, 0.0, 2e-6) == _recovered(0.0, 0.0, -2e-6) == 1.0
 
 
 def test_options_are_checked() -> None:

@@ -31,7 +31,7 @@ def test_a_softmax_over_each_group():
             assert codes[start : start + 4].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_low_temperature_makes_groups_one_hot_and_the_log_says_so():
+def test_low_temperature_makes_groups_one_hot_and_is_logged():
     x = torch.randn(20, 6)
 
     def entropy(temperature):

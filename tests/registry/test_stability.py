@@ -22,6 +22,7 @@ from taxolens.registry.evaluators.stability import (
     correlations,
     match,
     most_firing,
+    of_pairs,
     regression_r2,
     relative,
     relative_agreement,
@@ -64,6 +65,12 @@ def test_the_matching_is_the_best_of_all(seed: int, a: int, b: int) -> None:
     assert likeness[rows, column[rows]].sum() == pytest.approx(best)
 
 
+def test_the_likeness_of_each_row_with_its_column() -> None:
+    likeness = np.arange(8.0).reshape(4, 2)
+    found = of_pairs(likeness, np.array([0, 1, -1, 0]))
+    assert found.tolist() == pytest.approx([0, 3, np.nan, 6], nan_ok=True)
+
+
 def test_nothing_is_matched_by_what_is_undefined() -> None:
     assert match(np.full((3, 2), np.nan)).tolist() == [-1, -1, -1]
     assert match(np.zeros((2, 0))).tolist() == [-1, -1]
@@ -76,9 +83,11 @@ def test_correlations_are_those_of_numpy(seed: int) -> None:
     x, y = rng.normal(size=(9, 3)).astype(np.float32), rng.normal(size=(9, 4)).astype(np.float32)
     found = correlations(torch.from_numpy(x), torch.from_numpy(y))
     np.testing.assert_allclose(found, np.corrcoef(x.T, y.T)[:3, 3:], atol=1e-5)
-    x[:, 1] = 2.5
+    x[:, 1], y[:, 3] = 2.5, -1.0
     found = correlations(torch.from_numpy(x), torch.from_numpy(y), constant=math.nan)
-    assert np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
+    assert np.isnan(found[1]).all() and np.isnan(found[:, 3]).all()
+    assert np.isfinite(found[[0, 2], :3]).all()
+    assert correlations(torch.from_numpy(x), torch.from_numpy(y))[1].tolist() == [0, 0, 0, 0]
 
 
 @given(seed=SEEDS)
@@ -108,7 +117,7 @@ def test_the_regression_is_a_pursuit_done_by_hand(seed: int) -> None:
             assert found[size, t] == pytest.approx(max(r2, 0), abs=1e-3)
 
 
-def test_a_split_latent_is_told_by_its_halves_together() -> None:
+def test_a_split_latent_is_predicted_by_its_halves_jointly() -> None:
     rng = np.random.default_rng(0)
     y = np.abs(rng.normal(size=(400, 8))) * (rng.random((400, 8)) < 0.2)
     x = y[:, :2].sum(1, keepdims=True)
@@ -144,6 +153,18 @@ def test_the_rank_of_the_same_image_by_hand() -> None:
     assert cosine == pytest.approx(np.mean(expected))
     assert mrr == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
     assert relative_agreement(own, own) == pytest.approx((1, 1))
+
+
+def test_images_that_cannot_be_told_apart_share_a_rank() -> None:
+    """Three of four images are described alike: each is 1st, 2nd or 3rd among them, so 2nd."""
+    own = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [-3.0, 0.0]])
+    assert relative_agreement(own, own) == pytest.approx((1, (3 / 2 + 1) / 4))
+    # With one more that is nearer to none of them nothing changes for these three.
+    wide = np.concatenate([own, [[0.0, 9.0]]])
+    _, mrr = relative_agreement(wide, wide)
+    assert mrr == pytest.approx((3 / 2 + 2) / 5)
+    # All alike, or all at the mean: everyone has the mean rank.
+    assert relative_agreement(own[:3], own[:3])[1] == pytest.approx(1 / 2)
 
 
 def test_the_most_firing_latents() -> None:

@@ -13,11 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.base import InterventionResult
 from taxolens.registry.evaluators.supervised_dictionary import (
     SupervisedDictionary,
+    answers,
+    differs,
+    divergence,
     greedy_swap,
     held_out_f1,
     partners,
+    run,
 )
 
 Measured = Callable[..., Any]
@@ -98,6 +103,59 @@ def test_partners_are_of_other_classes() -> None:
     assert partners(np.zeros(0, dtype=int))[0].shape == (0,)
 
 
+def result(embedding: Any, logits: Any = None) -> InterventionResult:
+    logits = None if logits is None else torch.tensor(logits)
+    return InterventionResult(logits, torch.tensor(embedding))
+
+
+def test_what_differs_and_what_answers_as_wanted() -> None:
+    up, near, right = [[0.0, 1.0]], [[0.1, 1.0]], [[1.0, 0.0]]
+    assert not differs(result(up), result(up))[0] and differs(result(up), result(near))[0]
+    assert answers(result(right), result(up), result(right))[0]
+    assert not answers(result(near), result(up), result(right))[0]
+    assert not answers(result([[1.0, 1.0]]), result(up), result(right))[0]  # as near to either
+    first, second = [[2.0, 1.0]], [[1.0, 2.0]]
+    assert differs(result(up, first), result(up, second))[0]
+    assert not differs(result(up, first), result(right, [[9.0, 0.0]]))[0]
+    assert answers(result(up, second), result(up, first), result(right, second))[0]
+    assert not answers(result(up, first), result(up, second), result(up, second))[0]
+
+
+def test_divergence_of_logits_or_else_of_embeddings() -> None:
+    up, right = [[0.0, 1.0]], [[3.0, 0.0]]
+    assert divergence(result(up), result(right)) == pytest.approx([1.0])
+    assert divergence(result(up, [[0.0, 0.0]]), result(up)) == pytest.approx([0.0])
+    found = divergence(result(up, [[0.0, 0.0]]), result(right, [[0.0, np.log(3.0)]]))
+    assert found == pytest.approx([np.log(0.5 / 0.25) / 2 + np.log(0.5 / 0.75) / 2])
+
+
+def test_partners_are_the_next_of_another_class() -> None:
+    partner, paired = partners(np.array([0, 0, 1, 1, 0]))
+    assert partner.tolist() == [2, 2, 4, 4, 2] and paired.all()
+    partner, paired = partners(np.array([3, 3]))
+    assert not paired.any() and len(partners(np.zeros(0, dtype=int))[0]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_put_in_has_the_type_and_the_order_of_what_was_there(dtype: Any) -> None:
+    x = torch.arange(12.0).reshape(6, 1, 2)
+    wanted = -torch.arange(12.0).reshape(6, 1, 2)
+    edited: list[torch.Tensor] = []
+
+    def intervene(index: torch.Tensor, edit: Any) -> InterventionResult:
+        for part in index.split(4):  # a model runs a few images at a time
+            edited.append(edit(x[part].to(dtype)))
+        return InterventionResult(None, torch.zeros(len(index), 1))
+
+    seen, _ = run(intervene, np.array([5, 0, 1, 2, 3]), wanted[:5])
+    assert torch.equal(seen, x[[5, 0, 1, 2, 3]]) and seen.dtype == torch.float32
+    assert {part.dtype for part in edited} == {dtype}
+    assert torch.equal(torch.cat(edited).float(), wanted[:5])
+    edited.clear()
+    run(intervene, np.array([5, 0]))
+    assert torch.equal(edited[0].float(), x[[5, 0]])
+
+
 # Planted truth -----------------------------------------------------------------------------------
 
 
@@ -159,9 +217,21 @@ def test_latents_that_are_the_nodes_are_ideal(spliced: Any, world: Any) -> None:
         if metric != "detected_share":
             assert numbers[f"supervised_{metric}"] > 0.95, metric
     assert numbers["occluded"] == numbers["over_split"] == 0
-    # Of the root's two children "always yes" already has F1 2/3: they are not asked.
+    # For the root's two children, always predicting "yes" has F1 2/3: they are left out.
     assert numbers["supervised_nodes"] == len(world["nodes"]) - 2
     assert numbers["latents"] == len(world["nodes"]) and numbers["spliced_images"] == 64
+
+
+def test_the_root_is_no_node_to_be_found(spliced: Any, world: Any, animals: Any) -> None:
+    everywhere = torch.ones(len(world["labels"]), 1)
+    evaluator = spliced(z=torch.cat([world["codes"], everywhere], dim=1))
+    found = evaluator.found()
+    assert animals.root not in evaluator.nodes and len(evaluator.nodes) == len(world["nodes"])
+    # Of the groups that are asked for a genus is the largest: 2 of 12 classes.
+    assert animals.height[evaluator.nodes[found.node[-1]]] == 1
+    assert found.f1[-1] == pytest.approx(2 / 7)
+    _, points = evaluator.figures()["nodes"].data
+    assert len(points.x) == len(world["nodes"])
 
 
 def test_an_sae_that_gives_the_mean_is_worth_nothing(spliced: Any, world: Any) -> None:

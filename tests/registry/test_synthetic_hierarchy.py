@@ -107,7 +107,7 @@ def test_the_known_pairs_are_found_and_no_other(
 
 
 def test_parents_that_went_silent_are_no_parents(one_batch: Measured, measured: Measured) -> None:
-    """Absorption: each child speaks for its parent, which fires only where no child does."""
+    """Absorption: each child fires in place of its parent, which fires only where no child does."""
     taxonomy = tree()
     z, labels = draw(taxonomy, 0.25)
     for p, children in PARENTS.items():

@@ -43,6 +43,22 @@ def test_equals_the_double_sum(seed: int, scale: float, random_dag: Measured) ->
     assert np.isnan(moran(standardised(values), factor)[2])
 
 
+def test_two_classes_are_as_far_apart_as_can_be() -> None:
+    pair = Taxonomy.from_edges([("r", "a"), ("r", "b")])
+    assert moran(standardised(np.array([[1.0, 3.0]])), weight_factor(pair)) == pytest.approx([-1])
+    alone = Taxonomy.from_edges([("r", "a")])
+    assert np.isnan(moran(standardised(np.array([[1.0]])), weight_factor(alone))).all()
+
+
+def test_what_differs_by_rounding_is_constant() -> None:
+    rows = np.array([[3.0, 3.0 + 1e-7, 3.0], [0.0, 0.0, 0.0], [1.0, 2.0, 6.0], [-5.0, 5.0, 0.0]])
+    (found,) = standardised(rows)
+    assert np.isnan(found[:, :2]).all()
+    assert found[:, 2] == pytest.approx(np.array([-2, -1, 3]) / np.sqrt(14))
+    assert found[:, 3] == pytest.approx(np.array([-1, 1, 0]) / np.sqrt(2))
+    assert [block.shape[1] for block in standardised(np.ones((600, 2)))] == [256, 256, 88]
+
+
 def planted(animals: Taxonomy, one_batch: Measured) -> Any:
     labels = np.repeat(np.arange(12), 30)
     latents = PlantedLatents(animals, recall=1.0, false_alarm=0.0)

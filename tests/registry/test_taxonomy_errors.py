@@ -64,6 +64,6 @@ def test_restrict_names_unknown_classes():
         taxonomy.restrict(["pugs"])
 
 
-def test_from_json_wants_its_own_format():
+def test_from_json_requires_its_own_format():
     with pytest.raises(ConfigError, match=r"format: not known; allowed: 'taxolens\.taxonomy/1'"):
         Taxonomy.from_json("{}")

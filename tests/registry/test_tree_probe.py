@@ -79,7 +79,7 @@ def wide_tree() -> Taxonomy:
 
 
 def laid_out(tree: Taxonomy, one_batch: Measured, *, loud: float = 0.0) -> Any:
-    """x: a direction for each order and family, under `loud` directions that tell nothing.
+    """x: a direction for each order and family, under `loud` uninformative directions.
 
     All classes of a family share its direction, so what is learnt of one holds for the next.
     """
@@ -111,7 +111,9 @@ def test_means_laid_out_as_the_tree_are_the_ideal(one_batch: Measured, measured:
     assert len(evaluator.figures()["spearman"].data) == 2
 
 
-def test_the_probe_sees_below_what_is_loud(one_batch: Measured, measured: Measured) -> None:
+def test_the_probe_finds_directions_of_low_variance(
+    one_batch: Measured, measured: Measured
+) -> None:
     tree = wide_tree()
     (evaluator,) = measured(tree, laid_out(tree, one_batch, loud=2.0), [TreeProbe])
     numbers = evaluator.compute()

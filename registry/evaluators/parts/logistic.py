@@ -172,13 +172,11 @@ def class_log_odds(
     frequency = torch.bincount(labels, minlength=n_classes) + 0.5
     prior = (frequency / frequency.sum()).log()
     target = torch.nn.functional.one_hot(labels[~held], n_classes).to(u.dtype)
-    fitted, n = u[~held], max(int((~held).sum()), 1)
-    step = 1 / (
-        0.5 * float(torch.linalg.matrix_norm(fitted, 2) ** 2 if u.numel() else 1) / n + 1e-3
-    )
+    kept, n = u[~held], max(int((~held).sum()), 1)
+    step = 1 / (0.5 * float(torch.linalg.matrix_norm(kept, 2) ** 2 if u.numel() else 1) / n + 1e-3)
 
     def slope(w: Tensor) -> Tensor:
-        return fitted.T @ (torch.softmax(fitted @ w + prior, dim=1) - target) / n
+        return kept.T @ (torch.softmax(kept @ w + prior, dim=1) - target) / n
 
     best, least = torch.zeros(u.shape[1], n_classes), torch.inf
 

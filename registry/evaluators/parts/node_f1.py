@@ -165,9 +165,7 @@ def _choose(
         at = np.flatnonzero((f1 == most[node]) & (most > best)[node])[::-1]
         row[node[at]] = start + hits.indices[at]  # so that the first of equal ones remains
         best = np.maximum(best, most)
-    chosen = row >= 0
-    bins = np.where(chosen, n_bins - 1 - row % n_bins, 0)
-    return np.where(chosen, row // n_bins, -1), bins, best
+    return row // n_bins, n_bins - 1 - row % n_bins, best  # −1 and 0 where none is chosen
 
 
 def _blocks(

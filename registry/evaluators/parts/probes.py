@@ -87,8 +87,7 @@ class NeighbourProbe:
 
     Features are centred on the mean of the database. It keeps at most `per_class` fit images of a
     class, chosen by a hash of their index: memory O(C·d), independent of the number of images. The
-    form of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are our
-    own.
+    form of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are ours.
 
     Args:
         n_classes: C.

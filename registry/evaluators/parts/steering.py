@@ -22,9 +22,7 @@ LEAP = 8.0
 class Steered(NamedTuple):
     """Results of steering along s directions, each at the same KL."""
 
-    strength: (
-        np.ndarray
-    )  # (s,) length of the vector added to each token; NaN where KL is not reached
+    strength: np.ndarray  # (s,) length of the added vector; NaN where KL is not reached
     kl: np.ndarray  # (s,) nats
     change: np.ndarray  # (s, C) of each class's probability, mean over the images
 

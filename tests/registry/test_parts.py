@@ -1,0 +1,262 @@
+"""The parts that evaluators share, against plain computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from taxolens.registry import hashing
+from taxolens.registry.evaluators.base import EvaluationContext
+from taxolens.registry.evaluators.parts import summary
+from taxolens.registry.evaluators.parts.image_positions import SALT, ImagePositions
+from taxolens.registry.evaluators.parts.moments import ClassMoments
+from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, RandomLatents
+from taxolens.registry.evaluators.parts.probes import RidgeProbe
+from taxolens.registry.evaluators.parts.samples import FiringSample, ImageSample, fires, together
+from taxolens.registry.evaluators.parts.steering import find_strength
+from taxolens.registry.evaluators.parts.sums import ActivationSums, LatentSums
+
+SEEDS = st.integers(0, 10**6)
+
+
+# summary -----------------------------------------------------------------------------------------
+
+
+def test_means_and_ratios_are_in_double_precision() -> None:
+    third = np.array([1, 2, 2], dtype=np.float16)
+    assert summary.mean(third) == pytest.approx(5 / 3, rel=1e-12)
+    assert summary.ratio(third, np.float16(3)) == pytest.approx([1 / 3, 2 / 3, 2 / 3], rel=1e-12)
+    assert summary.ratio(1, np.array([3], dtype=np.float16)) == pytest.approx([1 / 3], rel=1e-12)
+
+
+def test_a_mean_is_over_what_is_finite_and_asked_for() -> None:
+    values = [1.0, np.nan, 3.0, np.inf, 8.0]
+    assert summary.mean(values) == 4
+    assert summary.mean(values, [True, True, True, True, False]) == 2
+    assert np.isnan(summary.mean([])) and np.isnan(summary.mean([1.0], [False]))
+
+
+def test_a_ratio_to_nothing_is_undefined() -> None:
+    found = summary.ratio([[1.0], [0.0]], [2.0, 0.0, -1.0])
+    np.testing.assert_array_equal(found, [[0.5, np.nan, -1.0], [0.0, np.nan, 0.0]])
+
+
+def test_histograms_show_shares_of_the_finite_values() -> None:
+    drawing = summary.histograms(
+        "", "", {"a": np.array([0, 0, 1, np.nan]), "b": np.ones(2)}, bins=2
+    )
+    first, second = drawing.data
+    assert np.allclose(first.x, [0.25, 0.75]) and np.allclose(first.y, [2 / 3, 1 / 3])
+    assert np.allclose(second.y, [0, 1]) and (first.name, second.name) == ("a", "b")
+    assert not summary.histograms("", "", {"a": np.full(2, np.nan)}).data
+
+
+# sums and samples --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1000, 7])
+def seen(request: Any, animals: Any, one_batch: Any, batches_of: Any) -> Any:
+    """(accumulator class, options) -> (batch, accumulator) after a pass over uneven classes."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), rng.integers(2, 9, 12))
+    z = (rng.random((len(labels), 4)) * (rng.random((len(labels), 4)) < 0.6)).astype(np.float32)
+    x = rng.normal(size=(len(labels), 3)).astype(np.float32) + 50
+    batch = one_batch(z, labels, x=x)
+
+    def run(cls: Any, shuffled: bool = True, counts: bool = True, **options: Any) -> Any:
+        context = EvaluationContext(animals, len(batch), 3, 4, shuffled=shuffled)
+        context.class_counts = np.bincount(labels, minlength=12) if counts else None
+        accumulator = context.share(cls, **options)
+        for part in batches_of(batch, request.param):
+            context.update(part)
+        return batch, accumulator
+
+    return run
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_class_means_are_those_of_the_images(seen: Any, shuffled: bool) -> None:
+    batch, latents = seen(LatentSums)
+    _, activations = seen(ActivationSums)
+    labels = batch.labels_of(shuffled).numpy()
+    for c in range(12):
+        own = labels == c
+        assert latents.means(shuffled)[:, c] == pytest.approx(batch.z[own].numpy().mean(0))
+        wanted = batch.x[own].double().numpy().mean(0)
+        offset = activations.offset.numpy()
+        assert activations.means(shuffled)[c] + offset == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("cls", [LatentSums, ActivationSums])
+def test_shuffled_labels_take_memory_only_where_they_are_wanted(seen: Any, cls: Any) -> None:
+    assert len(seen(cls)[1].sums) == 2 and len(seen(cls, shuffled=False)[1].sums) == 1
+
+
+def test_a_sample_holds_the_images_that_were_drawn(seen: Any) -> None:
+    batch, sample = seen(FiringSample, max_images=20)
+    kept = hashing.uniform(batch.index.numpy(), 101) < 20 / len(batch)
+    assert 5 < kept.sum() < 40
+    assert np.array_equal(sample.index, batch.index.numpy()[kept])
+    assert np.array_equal(sample.is_fit, batch.is_fit.numpy()[kept])
+    for shuffled in (False, True):
+        wanted = batch.labels_of(shuffled).numpy()[kept]
+        assert np.array_equal(sample.labels(shuffled), wanted)
+    assert np.array_equal(sample.z.toarray(), batch.z.numpy()[kept])
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_sample_of_activations_has_the_same_share_of_each_class(seen: Any, counts: bool) -> None:
+    batch, sample = seen(ImageSample, max_images=24, counts=counts)
+    labels = batch.labels.numpy()
+    share = 24 / 12 / np.bincount(labels)[labels] if counts else 24 / len(batch)
+    kept = hashing.uniform(batch.index.numpy(), 101) < share
+    assert np.array_equal(sample.index, batch.index.numpy()[kept])
+    assert torch.equal(sample.x, batch.x[torch.from_numpy(kept)])
+    assert np.array_equal(sample.z.toarray(), batch.z.numpy()[kept])
+
+
+def test_a_sample_of_nothing_has_the_right_widths(animals: Any) -> None:
+    sample = ImageSample(EvaluationContext(animals, 0, 3, 4))
+    assert sample.x.shape == (0, 3) and sample.z.shape == (0, 4)
+    assert sample.labels().dtype == np.int64 and sample.is_fit.dtype == bool
+
+
+@given(seed=SEEDS, density=st.sampled_from([0.005, 0.5]))
+@settings(max_examples=20, deadline=None)
+def test_pairs_that_fire_together_one_by_one(seed: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    fired = rng.random((60, 8)) < density
+    latents = rng.permutation(8)[:3]
+    found = together(sparse.csr_array(fired.astype(np.float32)), latents)
+    both = [
+        (i, j, int((fired[:, latents[i]] & fired[:, j]).sum())) for i in range(3) for j in range(8)
+    ]
+    assert list(zip(*(v.tolist() for v in found))) == [pair for pair in both if pair[2]]
+
+
+def test_firings_are_ones() -> None:
+    z = sparse.csr_array(np.array([[0.0, 2.5], [0.1, 0.0]]))
+    assert fires(z).toarray().tolist() == [[0, 1], [1, 0]]
+
+
+def test_positions_are_those_of_the_smallest_hash(animals: Any, one_batch: Any) -> None:
+    labels = np.arange(40) % 12
+    batch = one_batch(np.zeros((40, 2), dtype=np.float32), labels)
+    sample = ImagePositions(EvaluationContext(animals, 40, 5, 2), max_images=6)
+    sample.update(batch)
+    for fit in (False, True):
+        index = batch.index[batch.is_fit == fit].numpy()
+        assert np.array_equal(
+            sample.index(fit), index[np.argsort(hashing.uniform(index, SALT))][:6]
+        )
+
+
+# moments and probes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("size", [40, 11])
+def test_the_share_of_variance_between_groups(offset: float, size: int) -> None:
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(rng.normal(size=(40, 3)).astype(np.float32)) + offset
+    if not offset:
+        x = x.relu() * (x > 1)  # mostly zeros, which are kept
+    labels = torch.from_numpy(rng.integers(0, 5, 40))
+    moments = ClassMoments(5, 1, x[:size])
+    for part, of in zip(x.split(size), labels.split(size)):
+        moments.update(part, [of])
+    groups = np.array([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0], [3, 1, 3, 1, 3]])
+    for group, found in zip(groups, moments.variance_share(groups, 0)):
+        own = group[labels.numpy()]
+        values = x.double().numpy()
+        means = np.stack([values[own == g].mean(0) for g in own])
+        between = np.square(means - values.mean(0)).sum()
+        whole = np.square(values - values.mean(0)).sum()
+        assert found == pytest.approx(between / whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_a_ridge_probe_does_not_depend_on_the_unit(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 4, 200))
+    x = torch.nn.functional.one_hot(labels, 6).float()
+    x += 0.3 * torch.from_numpy(rng.normal(size=(200, 6)).astype(np.float32))
+    x[:, 5] = 1.0  # constant: it carries no information
+    probe = RidgeProbe(4)
+    probe.fit(scale * x[:150], [labels[:150]])
+    (guess,) = probe.predict(scale * x[150:])
+    assert (guess == labels[150:]).float().mean() > 0.9
+    assert torch.isinf(probe._scale[5]) and torch.isfinite(probe._scale[:5]).all()
+
+
+# null latents ------------------------------------------------------------------------------------
+
+
+def test_random_latents_fire_above_their_threshold() -> None:
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    latents = RandomLatents(torch.zeros(8), 0.7, 20)
+    pre = x @ latents.W_dec.T
+    assert torch.allclose(latents.encode(x), torch.where(pre > 0.7, pre, 0.0), atol=1e-6)
+    assert RandomLatents(torch.zeros(8), -3.0, 20).threshold == 0.0
+
+
+def test_random_latents_fire_exactly_as_often_as_asked() -> None:
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    for l0 in (1, 2.5, 7):
+        z = RandomLatents.fit(x, 20, l0).encode(x)
+        assert (z > 0).sum() == round(l0 * 300)
+
+
+def test_neurons_of_a_sample() -> None:
+    x = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    latents = NeuronLatents.fit(x)
+    assert latents.b_dec.tolist() == [2.0, 1.0]
+    assert latents.encode(x).tolist() == [[0, 0, 1, 3], [1, 3, 0, 0]]
+    assert latents.W_dec.tolist() == [[1, 0], [0, 1], [-1, 0], [0, -1]]
+
+
+# steering ----------------------------------------------------------------------------------------
+
+
+@given(power=st.sampled_from([1, 2, 4, 8]), at=st.floats(0.01, 50), start=st.floats(0.01, 50))
+@settings(max_examples=60, deadline=None)
+def test_a_strength_is_looked_for_inside_what_is_known_of_it(
+    power: int, at: float, start: float
+) -> None:
+    """Outputs whose KL from the untouched ones is about (strength/at)^power · 0.1 nats."""
+    clean = torch.zeros(1, 2).log_softmax(1)
+    tried: list[tuple[float, float]] = []
+
+    def outputs(strength: float) -> torch.Tensor:
+        wanted = 0.1 * (strength / at) ** power
+        # KL(½, ½ ‖ q, 1 − q) = −½ log(4 q (1 − q))
+        p = (1 + np.sqrt(1 - np.exp(-2 * min(wanted, 30)))) / 2
+        tried.append((strength, min(wanted, 30)))
+        return torch.tensor([[p, 1 - p]]).log()
+
+    strength, steered = find_strength(outputs, clean, 0.1, start)
+    low, high = 0.0, np.inf
+    assert tried[0][0] == start and len(tried) <= 12
+    for i, (value, kl) in enumerate(tried):
+        assert low < value < high
+        low, high = (value, high) if kl < 0.1 else (low, value)
+        if i:  # within the search each step changes the strength by a factor of 8 at most
+            assert 1 / 8.001 <= value / tried[i - 1][0] <= 8.001
+    if steered is None:
+        assert len(tried) == 12 and np.isnan(strength)
+    else:
+        assert strength == tried[-1][0] and tried[-1][1] == pytest.approx(0.1, rel=0.0501)
+    if power == 2 and 1 / 64 < at / start < 64:  # where the square law holds it is followed
+        assert steered is not None and len(tried) <= 4
+
+
+def test_a_strength_is_found_from_no_first_guess() -> None:
+    clean = torch.zeros(1, 2).log_softmax(1)
+    direction = torch.tensor([[1.0, -1.0]])
+    strength, steered = find_strength(lambda s: (s * direction).log_softmax(1), clean, 0.1, 0.0)
+    assert steered is not None and strength > 0
