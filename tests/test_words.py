@@ -47,7 +47,7 @@ WITHOUT_ALLOWED = {
 }
 # How a docstring states a shape: (n, m), (..., m), "scalar", or as that of the arguments.
 SHAPE = re.compile(
-    r"\((\w+ [-+] \w+|[^\s(),]+),[^()]*\)|scalar|(same|broadcast) shape", re.IGNORECASE
+    r"\((\w+ [-+] \w+|[^\s(),]+),[^()]*\)|scalar|\b(own|any|same|broadcast) shape", re.IGNORECASE
 )
 ARRAYS = ("Tensor", "ndarray", "csr_array")
 # file: function -> why its docstring states no shape

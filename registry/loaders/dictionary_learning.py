@@ -47,7 +47,10 @@ KINDS = {
 
 
 def parts(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any], Any]:
-    """The state dict, the trainer's config, and the factor of an interrupted run (None: finished)."""
+    """The state dict, with tensors in its own shapes, the trainer's config, and a factor.
+
+    The factor is the norm of an interrupted run, None for a finished one.
+    """
     content = fields_of(checkpoint.content)
     folder = checkpoint.folder
     config = checkpoint.config

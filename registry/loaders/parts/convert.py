@@ -92,6 +92,9 @@ def finish(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Check shapes and numbers, fold the normalisation in, write the config.
 
+    Returns:
+        SAELens's config, and the tensors W_enc (d, m), W_dec (m, d), b_enc (m,), b_dec (d,) and others.
+
     Raises:
         ConfigError: missing facts, a wrong k, a normalisation that cannot be folded.
         CheckpointError: tensors that do not fit each other, or hold NaN or infinity.
