@@ -468,7 +468,7 @@ def test_memo_bombs_stay_small(write):
         (b"", "it is empty"),
         (b"\x80\x02K\x01K\x02K\x03s.", "damaged"),
         (b"\x1f\x8b" + b"x" * 20, "gzip data is truncated or damaged"),
-        (gzip.compress(b"a" * 200)[:-9], "gzip data is truncated or damaged"),
+        (gzip.compress(b"a" * 200, mtime=0)[:-9], "gzip data is truncated or damaged"),
         (b"PK\x03\x04" + b"x" * 100, "zip archive is truncated or damaged"),
     ],
 )
