@@ -213,5 +213,5 @@ def test_values_become_what_the_field_asks_for(hint, value, expected):
     ],
 )
 def test_values_that_cannot_are_refused(hint, value):
-    with pytest.raises(ConfigError, match="field: of the wrong type; given .*; allowed: "):
+    with pytest.raises(ConfigError, match=r"field: of the wrong type; given .*; allowed: "):
         typed("field", value, hint)
