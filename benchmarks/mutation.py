@@ -91,6 +91,7 @@ class Mutant:
     module: str  # path below registry/evaluators
     function: str  # qualified name
     change: str  # "before -> after"
+    line: int
     compiled: Callable[[], CodeType | None]
     """The code of the function with the fault in it; None where it does not compile."""
 
@@ -194,7 +195,8 @@ def mutants_of(source: str, module: str, methods: bool = False) -> list[Mutant]:
                         change += f" #{seen[change]}"
                     fault = ast.Pass() if fault is None else fault
                     build = functools.partial(_compiled, top, name, parent, field, place, fault)
-                    found.append(Mutant(module, name, change, build))
+                    line = getattr(node, "lineno", getattr(parent, "lineno", function.lineno))
+                    found.append(Mutant(module, name, change, line, build))
     return found
 
 
@@ -485,8 +487,9 @@ def main() -> None:
     found = scores(counts, session.outcomes, equivalent)
     print(table(found))
     lived = [k for k, o in session.outcomes.items() if o in ("survived", "no test")]
+    lines = {mutant.key: mutant.line for mutant in chosen}
     for key in sorted(set(lived) - set(equivalent)):
-        print("lived:", *key, f"({session.outcomes[key]})", sep="  ")
+        print("lived:", f"{key[0]}:{lines[key]}", *key[1:], f"({session.outcomes[key]})", sep="  ")
     if args.out:
         result = {
             "seed": args.seed,

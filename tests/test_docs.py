@@ -140,6 +140,8 @@ def unknown_keywords(text: str) -> list[str]:
         known = {*inspect.signature(getattr(taxolens, name)).parameters}
         if name == "evaluate_run":  # it takes the fields of its settings too
             known |= {*taxolens.EvaluationSettings.__dataclass_fields__}
+        if name == "read_sae":  # it takes the facts that a loader asks for
+            known |= {fact for entry in taxolens.LOADERS.values() for fact in entry.asks_for}
         given = {keyword.arg for keyword in node.keywords if keyword.arg}
         unknown += [f"{name}({keyword}=)" for keyword in sorted(given - known)]
     return unknown

@@ -108,7 +108,7 @@ def convert_state(
             str(checkpoint),
             f"it has tensors that {kind} with a linear encoder, or mlp_bn_1, has not",
             given=", ".join(sorted(found))[:200],
-            allowed="the tensors of that form",
+            allowed="the tensors of such an encoder",
         )
     architecture = {TOPK: "topk", PURSUIT: "matching_pursuit"}.get(family, "jumprelu")
     return Converted(

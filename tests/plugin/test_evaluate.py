@@ -292,7 +292,9 @@ def test_runs_are_compared_on_the_same_images(evaluate: Any, run: Path, tmp_path
     ]
     by_run = results.frame().groupby("run")["value"].apply(list)
     assert by_run["study"] == pytest.approx(by_run["other"], nan_ok=True)
-    with pytest.raises(ConfigError, match="output_path: not given; allowed: a folder, where several runs"):
+    with pytest.raises(
+        ConfigError, match="output_path: not given; allowed: a folder, where several runs"
+    ):
         evaluate([run, other], output_path=None)
 
 
@@ -494,11 +496,23 @@ def test_corrupt_images_are_skipped_and_named(evaluate: Any, world: Path, tmp_pa
     ("settings", "error", "message"),
     [
         ({"evaluators": ["lch_hight"]}, UnknownNameError, "did you mean 'lch_height'"),
-        ({"options": {"pair_dept": {}}}, ConfigError, "evaluator in options: not known; given 'pair_dept'"),
-        ({"options": {"lch_height": {"tow": 1}}}, ConfigError, "option of lch_height: not known; given 'tow'"),
+        (
+            {"options": {"pair_dept": {}}},
+            ConfigError,
+            "evaluator in options: not known; given 'pair_dept'",
+        ),
+        (
+            {"options": {"lch_height": {"tow": 1}}},
+            ConfigError,
+            "option of lch_height: not known; given 'tow'",
+        ),
         ({"nulls": ["shufled"]}, ConfigError, "nulls: not known .did you mean 'shuffled'"),
         ({"controls": ["palnted"]}, ConfigError, "did you mean 'planted'"),
-        ({"aggregate": "sum"}, ConfigError, "aggregate: not known; given 'sum'; allowed: max, mean"),
+        (
+            {"aggregate": "sum"},
+            ConfigError,
+            "aggregate: not known; given 'sum'; allowed: max, mean",
+        ),
         ({"n_permutations": 0}, ConfigError, "n_permutations: not possible; given 0"),
         ({"split": "nowhere"}, ConfigError, "nowhere"),
         ({"taxonomy": "imagnet"}, ConfigError, "imagnet"),
@@ -526,7 +540,9 @@ def test_saes_that_do_not_fit_are_refused_before_the_forward_pass(
     settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
     taxonomy = str(world / "validation")
     save_sae(tmp_path / "narrow", HOOKS[0], settings, d_in=12)
-    with pytest.raises(ConfigError, match=r"narrow: d_in: not the width of .*; given 12; allowed: 16"):
+    with pytest.raises(
+        ConfigError, match=r"narrow: d_in: not the width of .*; given 12; allowed: 16"
+    ):
         evaluate(tmp_path / "narrow", taxonomy=taxonomy)
     save_sae(tmp_path / "astray", "blocks.7.hook_resid_post", settings)
     with pytest.raises(UnknownNameError, match=r"blocks\.7\.hook_resid_post"):

@@ -190,6 +190,15 @@ def test_main_latents_are_added_while_they_help() -> None:
     assert len(mains[0]) == 1
 
 
+def test_without_a_positive_to_choose_by_there_is_no_main_latent() -> None:
+    z = sparse.csr_array(np.eye(4, dtype=np.float32))
+    truth = np.array([[True], [False], [True], [False]])
+    mains, f1 = main_latents(z, z, truth, np.zeros_like(truth))
+    assert len(mains[0]) == 0 and f1.tolist() == [0]
+    columns, _ = active_part(z[:2], mains[0])
+    assert columns.tolist() == [0, 1] and columns.dtype.kind == "i"
+
+
 def test_options_out_of_range() -> None:
     with pytest.raises(
         ConfigError, match=r"probe_f1: out of range; given 1; allowed: a number in \[0, 1\)"

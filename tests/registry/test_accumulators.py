@@ -178,6 +178,24 @@ def test_counts_take_the_narrowest_integer(animals, most, dtype):
     assert context.share(FiringHistogram).counts.dtype == dtype
 
 
+def test_counts_of_shuffled_labels_only_where_they_are_wanted(animals):
+    for shuffled, labellings in ((True, 2), (False, 1)):
+        context = EvaluationContext(animals, 10, 5, 3, shuffled=shuffled)
+        counts = context.share(FiringHistogram, survival=SURVIVAL).counts
+        assert counts.shape == (labellings, 2, 3, 3, 12)
+
+
+def test_the_first_image_stays_among_the_best(gathered):
+    """Image 0 is met first and kept while later ones are merged in."""
+    z = np.linspace(9, 1, 300, dtype=np.float32)[:, None]
+    labels = np.arange(300) % 12
+    batch, (_, _, top, _) = gathered(z, labels, 7)
+    assert top.index[0].tolist() == [0, 1, 2, 3]
+    assert top.labels()[0].tolist() == labels[:4].tolist()
+    by_index = dict(zip(batch.index.tolist(), batch.shuffled_labels.tolist()))
+    assert top.labels(True)[0].tolist() == [by_index[i] for i in range(4)]
+
+
 def test_a_large_class_does_not_overflow(gathered):
     z, labels = np.ones((700, 1), dtype=np.float32), np.zeros(700, dtype=np.int64)
     _, (_, histogram, _, _) = gathered(z, labels)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.detection import Detection
+from taxolens.registry.evaluators.detection import Detection, find_explanations
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.readout import kl_divergence
 from taxolens.registry.evaluators.parts.steering import STEPS, find_strength
@@ -127,6 +128,25 @@ def test_a_flat_tree_has_no_group_to_explain_by(one_batch, measured) -> None:
     assert found.node.tolist() == [-1] * 4
     assert all(np.isnan(rate).all() for rate in (*found[1:], found.balanced_accuracy))
     assert evaluator.compute()["balanced_accuracy"] == 1.0
+
+
+def test_explanations_of_counts_written_down() -> None:
+    """Nodes 0 and 7 hold classes 0 and 1; the score half has 1 image of the first, 0 of the second."""
+    fit = sparse.csr_array(np.array([[4, 0, 0], [0, 4, 0], [1, 0, 0]], dtype=np.float32))
+    score = np.array([[1, 0, 1], [0, 0, 2], [1, 0, 0]])
+    members = np.array([[True, False], [False, True], [False, False]])
+    images = np.array([5, 5, 5]), np.array([1, 0, 4])
+    found = find_explanations(fit, score, members, *images, np.array([0, 7]), 3)
+    assert found.node.tolist() == [0, 7, -1]  # the last fires too rarely
+    nan = np.nan
+    for name, wanted in {
+        "fit_f1": [8 / 9, 8 / 9, nan],
+        "recall": [1, nan, nan],
+        "false_alarms": [1 / 4, 2 / 5, nan],
+        "f1": [2 / 3, nan, nan],
+        "balanced_accuracy": [7 / 8, nan, nan],
+    }.items():
+        assert getattr(found, name) == pytest.approx(wanted, nan_ok=True), name
 
 
 def test_latents_of_random_classes_are_explained_no_better_than_by_another_tree(planted, animals):

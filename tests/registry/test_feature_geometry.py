@@ -91,6 +91,17 @@ def test_effective_rank_counts_equal_directions() -> None:
     assert effective_rank(np.repeat(np.eye(5), 3, axis=0)) == pytest.approx(5)
     assert effective_rank(np.ones((4, 9))) == pytest.approx(1)
     assert np.isnan(effective_rank(np.zeros((3, 3))))
+    z = np.random.default_rng(0).random((7, 4))
+    assert effective_rank(1e-4 * z) == pytest.approx(effective_rank(z))
+    assert effective_rank(z.T) == pytest.approx(effective_rank(z))
+
+
+def test_shrinkage_does_not_depend_on_the_unit() -> None:
+    x = np.random.default_rng(0).normal(size=(9, 5))
+    shrinkage, scale = ledoit_wolf(x)
+    for unit in (1e-8, 1e8):
+        found = ledoit_wolf(unit * x)
+        assert found == pytest.approx((shrinkage, scale * unit**2))
 
 
 def tree() -> Taxonomy:

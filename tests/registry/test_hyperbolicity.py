@@ -56,6 +56,17 @@ def test_a_tree_has_none_and_a_square_has_the_most_of_four(seed: int, random_dag
     assert relative_delta(square) == 1.0
 
 
+def test_distances_far_from_the_origin_and_of_equal_points() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(30, 8))
+    points[10:20] = points[:10]
+    wanted = np.linalg.norm(points[:, None] - points, axis=2)
+    for offset in (0.0, 1e7):
+        found = distances(points + offset)
+        assert np.isfinite(found).all()
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_too_few_points_or_all_in_one_place_is_undefined() -> None:
     assert np.isnan(relative_delta(np.ones((3, 3)) - np.eye(3)))
     assert np.isnan(relative_delta(np.zeros((5, 5))))

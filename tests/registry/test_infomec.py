@@ -70,6 +70,10 @@ def test_one_latent_for_each_factor_is_the_ideal() -> None:
     assert compactness(two_for_each) == pytest.approx((1 / 2 - 1 / 6) / (1 - 1 / 6))
     with_dead = np.concatenate([np.eye(3), np.zeros((3, 5))], axis=1)
     assert modularity(with_dead) == compactness(with_dead) == 1.0
+    unknown = np.array([[0.4, 0.0], [0.0, 0.0], [0.0, 0.2]])  # nothing tells the second factor
+    assert modularity(unknown) == compactness(unknown) == 1.0
+    undefined = np.array([[0.4, 0.0], [np.nan, np.nan], [0.0, 0.2]])
+    assert modularity(undefined) == compactness(undefined) == 1.0
     assert np.isnan(modularity(np.ones((1, 4)))) and np.isnan(compactness(np.zeros((2, 4))))
 
 

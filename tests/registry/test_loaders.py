@@ -323,7 +323,7 @@ def test_several_recognise_a_file(tmp_path, monkeypatch):
     gives(read_sae(file.path), file)  # a recogniser that fails recognises nothing
     with pytest.raises(ConfigError, match="loader: it reads no local files; given 'twin'"):
         read_sae(file.path, "twin")
-    with pytest.raises(UnknownNameError, match="loader: not known, did you mean 'clip_scope'"):
+    with pytest.raises(UnknownNameError, match=r"loader: not known .did you mean 'clip_scope'"):
         read_sae(file.path, "clipscope")
 
 

@@ -46,9 +46,16 @@ def numbers(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return x, score > [0.0, 1.0]
 
 
+def single(n: int) -> np.ndarray:
+    """(n, 2) a target with one positive, and one with one negative."""
+    one = np.arange(n) == 5
+    return np.stack([one, ~one], axis=1)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_probes_of_all_of_x_reach_the_optimum(seed: int) -> None:
     x, truth = numbers(seed)
+    truth = np.concatenate([truth, single(len(x))], axis=1)
     ridge, penalty = 0.1, 0.01
     z = (x - x.mean(0)) / x.std(0)
     u = z @ fractional_matrix_power(z.T @ z / len(z) + ridge * np.eye(3), -0.5)

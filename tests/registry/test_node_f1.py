@@ -88,6 +88,22 @@ def test_of_equal_detectors_the_first_is_taken(cells: int) -> None:
     assert found.precision.tolist() == pytest.approx([1, np.nan, np.nan], nan_ok=True)
 
 
+def test_a_node_without_images_in_a_half_has_no_detector_to_score() -> None:
+    fit = np.zeros((1, 1, 5))
+    fit[0, 0] = [3, 1, 1, 1, 1]
+    flat, members = sparse.csr_array(fit[0].astype(np.float32)), np.eye(5, dtype=bool)
+    full, gap = np.full(5, 9), np.array([9, 0, 9, 9, 9])
+    score = torch.from_numpy(fit.astype(np.int32))
+    for halves in ((full, gap), (gap, full)):
+        found = find_detectors(flat, score, members, *halves)
+        assert np.isfinite(found.f1).tolist() == [True, False, True, True, True]
+        assert found.f1[0] == pytest.approx(6 / 16) and found.recall[0] == pytest.approx(1 / 3)
+    # "Always yes" has an F1 of 2·9/(9 + 45): a bound below that leaves every node out.
+    for covered, left in ((1 / 3, 0), (0.34, 5)):
+        found = find_detectors(flat, score, members, full, full, covered)
+        assert np.isfinite(found.f1).sum() == left
+
+
 def test_a_single_firing_is_found() -> None:
     fit = np.zeros((3, 1, 3))
     fit[2, 0, 1] = 1

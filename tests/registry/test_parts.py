@@ -11,14 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry import hashing
-from taxolens.registry.evaluators.base import EvaluationContext
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.base import EvaluationContext, InterventionResult
 from taxolens.registry.evaluators.parts import summary
 from taxolens.registry.evaluators.parts.image_positions import SALT, ImagePositions
 from taxolens.registry.evaluators.parts.moments import ClassMoments
 from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, RandomLatents
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.probes import RidgeProbe
+from taxolens.registry.evaluators.parts.readout import HeadReadout
 from taxolens.registry.evaluators.parts.samples import FiringSample, ImageSample, fires, together
-from taxolens.registry.evaluators.parts.steering import find_strength
+from taxolens.registry.evaluators.parts.steering import effects, find_strength, steer
 from taxolens.registry.evaluators.parts.sums import ActivationSums, LatentSums
 
 SEEDS = st.integers(0, 10**6)
@@ -126,15 +129,16 @@ def test_a_sample_of_nothing_has_the_right_widths(animals: Any) -> None:
     assert sample.labels().dtype == np.int64 and sample.is_fit.dtype == bool
 
 
-@given(seed=SEEDS, density=st.sampled_from([0.005, 0.5]))
+@given(seed=SEEDS, density=st.sampled_from([0.015, 0.5]))
 @settings(max_examples=20, deadline=None)
 def test_pairs_that_fire_together_one_by_one(seed: int, density: float) -> None:
     rng = np.random.default_rng(seed)
-    fired = rng.random((60, 8)) < density
-    latents = rng.permutation(8)[:3]
+    fired = rng.random((400, 30)) < density
+    fired[:3] = rng.random((3, 30)) < 0.3
+    latents = rng.permutation(30)[:5]
     found = together(sparse.csr_array(fired.astype(np.float32)), latents)
     both = [
-        (i, j, int((fired[:, latents[i]] & fired[:, j]).sum())) for i in range(3) for j in range(8)
+        (i, j, int((fired[:, latents[i]] & fired[:, j]).sum())) for i in range(5) for j in range(30)
     ]
     assert list(zip(*(v.tolist() for v in found))) == [pair for pair in both if pair[2]]
 
@@ -167,10 +171,14 @@ def test_the_share_of_variance_between_groups(offset: float, size: int) -> None:
     if not offset:
         x = x.relu() * (x > 1)  # mostly zeros, which are kept
     labels = torch.from_numpy(rng.integers(0, 5, 40))
+    labels[labels == 4] = 3
+    labels[7] = 4  # a class of one image
     moments = ClassMoments(5, 1, x[:size])
+    assert (moments.offset is None) == (offset == 0)
+    groups = np.array([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0], [3, 1, 3, 1, 3], [0, 1, 2, 3, 4]])
     for part, of in zip(x.split(size), labels.split(size)):
         moments.update(part, [of])
-    groups = np.array([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0], [3, 1, 3, 1, 3]])
+        moments.variance_share(groups, 0)  # asked on the way, it is not what comes in the end
     for group, found in zip(groups, moments.variance_share(groups, 0)):
         own = group[labels.numpy()]
         values = x.double().numpy()
@@ -178,6 +186,13 @@ def test_the_share_of_variance_between_groups(offset: float, size: int) -> None:
         between = np.square(means - values.mean(0)).sum()
         whole = np.square(values - values.mean(0)).sum()
         assert found == pytest.approx(between / whole, abs=1e-4)
+
+
+def test_moments_without_an_image() -> None:
+    moments = ClassMoments(3, 1, torch.zeros(2, 4))
+    assert np.isnan(moments.variance_share(np.array([[0, 1, 1]]), 0)).all()
+    # Half of the numbers are 0: they are taken about their mean.
+    assert ClassMoments(3, 1, torch.tensor([[0.0, 2.0]])).offset is not None
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
@@ -210,6 +225,29 @@ def test_random_latents_fire_exactly_as_often_as_asked() -> None:
     for l0 in (1, 2.5, 7):
         z = RandomLatents.fit(x, 20, l0).encode(x)
         assert (z > 0).sum() == round(l0 * 300)
+
+
+def test_a_sparsity_below_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"l0.*-0\.5"):
+        RandomLatents.fit(torch.ones(2, 3), 10, -0.5)
+
+
+def test_planted_probabilities_are_from_0_to_1(animals: Any) -> None:
+    for value in (-0.1, 1.1):
+        with pytest.raises(ConfigError, match=f"recall.*{value}"):
+            PlantedLatents(animals, recall=value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_how_strongly_a_planted_latent_fires_says_nothing(animals: Any, seed: int) -> None:
+    labels = torch.arange(12).repeat_interleave(400)
+    index = torch.arange(len(labels))
+    z = PlantedLatents(animals, recall=0.5, seed=seed).encode(labels=labels, index=index)
+    strength = z[z > 0] - 1
+    assert strength.mean() == pytest.approx(0.5, abs=0.01)
+    assert strength.min() < 0.01 and strength.max() > 0.99
+    binary = PlantedLatents(animals, recall=0.5, seed=seed, binary=True)
+    assert torch.equal(binary.encode(labels=labels, index=index), (z > 0).float())
 
 
 def test_neurons_of_a_sample() -> None:
@@ -253,6 +291,73 @@ def test_a_strength_is_looked_for_inside_what_is_known_of_it(
         assert strength == tried[-1][0] and tried[-1][1] == pytest.approx(0.1, rel=0.0501)
     if power == 2 and 1 / 64 < at / start < 64:  # where the square law holds it is followed
         assert steered is not None and len(tried) <= 4
+
+
+def test_a_strength_far_too_large_falls_by_eight() -> None:
+    clean = torch.zeros(1, 2).log_softmax(1)
+    tried: list[float] = []
+
+    def outputs(strength: float) -> torch.Tensor:
+        tried.append(strength)
+        return (strength * torch.tensor([[1.0, -1.0]])).log_softmax(1)
+
+    find_strength(outputs, clean, 0.1, 2000.0)
+    assert tried[:3] == [2000, 250, 31.25]
+    tried.clear()
+    find_strength(outputs, clean, 0.1, 1e-5)
+    assert tried[:3] == pytest.approx([1e-5, 8e-5, 6.4e-4])
+
+
+class TwoClasses:
+    """A model that says how much the first of two numbers exceeds the second."""
+
+    logit_classes = np.array([0, 1])
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, index: torch.Tensor, edit: Any = None) -> InterventionResult:
+        self.runs += 1
+        x = torch.zeros(len(index), 1, 2)
+        x = (x if edit is None else edit(x)).mean(1)
+        return InterventionResult(x, x)
+
+
+def test_steering_along_several_directions() -> None:
+    model = TwoClasses()
+    directions = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    found = steer(
+        model,
+        HeadReadout(model.logit_classes),
+        torch.arange(3),
+        directions,
+        kl=0.1,
+        start=1.0,
+        n_classes=2,
+    )
+    # No strength is looked for along 0; none is found where both outputs rise alike.
+    assert found.reached.tolist() == [True, False, True, False]
+    assert found.kl[[0, 2]] == pytest.approx(0.1, rel=0.05)
+    # KL(½, ½ ‖ q, 1 − q) = .1 nats at q = .713: the same for both, whatever their length.
+    assert found.strength[0] == pytest.approx(found.strength[2], rel=0.05)
+    assert found.change[0] == pytest.approx([0.213, -0.213], abs=0.01)
+    assert found.change[2] == pytest.approx([-0.213, 0.213], abs=0.01)
+    assert np.isnan(found.change[[1, 3]]).all() and np.isnan(found.kl[[1, 3]]).all()
+    assert model.runs <= 1 + 4 + 0 + 1 + 12  # the second search begins where the first ended
+
+
+def test_effects_of_steering_by_hand() -> None:
+    by_latents = np.array([[0.4, -0.1, 0.0], [0.1, 0.2, 0.0], [0.4, 0.2, -0.2]])
+    by_directions = np.array([[0.1, 0.0, 0.0], [0.0, 0.3, 0.0]])
+    members = np.array([[True, False, False], [False, True, True], [False, False, True]])
+    found = effects(by_latents, by_directions, members)
+    assert found.own == pytest.approx([0.4, 0.2, 0.0])
+    assert found.others == pytest.approx([0.25, 0.05, (-0.1 + 0.2) / 2])
+    assert found.random == pytest.approx([0.05, 0.15, 0.15])
+    # Of the other two: one raises node 0 as much and one less; and so on.
+    assert found.rank == pytest.approx([0.75, 0.75, 0.5])
+    alone = effects(by_latents[:1], by_directions[:0], members[:, :1])
+    assert np.isnan([alone.others[0], alone.rank[0], alone.random[0]]).all()
 
 
 def test_a_strength_is_found_from_no_first_guess() -> None:

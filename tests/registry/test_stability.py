@@ -26,6 +26,7 @@ from taxolens.registry.evaluators.stability import (
     regression_r2,
     relative,
     relative_agreement,
+    standard,
 )
 
 Measured = Callable[..., Any]
@@ -143,6 +144,28 @@ def test_relative_representations_are_cosines(seed: int) -> None:
     for i, j in itertools.product(range(6), range(3)):
         length = np.linalg.norm(z[i]) * np.linalg.norm(anchors[j])
         assert found[i, j] == pytest.approx(z[i] @ anchors[j] / length if length else 0)
+
+
+def test_single_precision_latents_are_compared_in_double() -> None:
+    z = np.array([[0.1, 0.3], [0.7, 0.2]], dtype=np.float32)
+    found = relative(sparse.csr_array(z), sparse.csr_array(z))
+    assert found.dtype == np.float64
+    exact = z.astype(np.float64)
+    wanted = exact @ exact.T / np.outer(*[np.linalg.norm(exact, axis=1)] * 2)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_one_image_alone_has_no_rank() -> None:
+    assert np.isnan(relative_agreement(np.ones((1, 3)), np.ones((1, 3)))).all()
+
+
+def test_a_column_that_varies_by_rounding_alone_is_constant() -> None:
+    rng = np.random.default_rng(0)
+    x = np.stack([5 + 1e-12 * rng.normal(size=8), rng.normal(size=8)], axis=1)
+    found = standard(torch.from_numpy(x)).double().numpy()
+    assert found[:, 0].tolist() == [0] * 8
+    assert found[:, 1] == pytest.approx((x[:, 1] - x[:, 1].mean()) / x[:, 1].std(), abs=1e-6)
+    assert standard(torch.zeros(0, 2)).shape == (0, 2)
 
 
 def test_the_rank_of_the_same_image_by_hand() -> None:
@@ -263,6 +286,8 @@ def test_only_the_most_firing_are_matched(world: Any, beside: Measured) -> None:
     fit = evaluator._sample.is_fit
     fired = (evaluator._sample.z.toarray()[fit] > 0).sum(0)
     table = evaluator.tables()["latents"]
+    for metric in ("decoder_cosine", "activation_correlation", "one_to_one_r2", "one_to_many_r2"):
+        assert table[metric].mean() == pytest.approx(evaluator.compute()[metric]), metric
     assert len(table) == 10 and evaluator.compute()["latents"] == 10
     assert fired[table["latent"]].min() >= np.sort(fired)[-10]
     assert evaluator.compute()["decoder_cosine"] == pytest.approx(1)

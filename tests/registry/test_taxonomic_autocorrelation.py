@@ -48,6 +48,8 @@ def test_two_classes_are_as_far_apart_as_can_be() -> None:
     assert moran(standardised(np.array([[1.0, 3.0]])), weight_factor(pair)) == pytest.approx([-1])
     alone = Taxonomy.from_edges([("r", "a")])
     assert np.isnan(moran(standardised(np.array([[1.0]])), weight_factor(alone))).all()
+    # At a scale so small no class has a neighbour: every weight is 0.
+    assert np.isnan(moran(standardised(np.array([[1.0, 3.0]])), weight_factor(pair, 1e-3))).all()
 
 
 def test_what_differs_by_rounding_is_constant() -> None:

@@ -15,9 +15,11 @@ from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.ranks import spearman
 from taxolens.registry.evaluators.tree_probe import (
     RIDGES,
+    Split,
     TreeProbe,
     ridge_map,
     scaled_points,
+    spanned,
     tie_ceiling,
 )
 from taxolens.registry.taxonomies import Taxonomy
@@ -59,6 +61,35 @@ def test_the_ridge_is_the_one_of_least_error_with_one_left_out(seed: int) -> Non
         errors.append(np.square(rest).sum())
     wanted = fit(known, points, asked, RIDGES[int(np.argmin(errors))])
     np.testing.assert_allclose(ridge_map(known, points, asked), wanted, atol=1e-8)
+
+
+def test_few_dimensions_are_those_that_spread_most() -> None:
+    points = np.array([[0, 0], [4, 1], [8, 0], [12, 1], [20, 0]], dtype=float)
+    distance = squareform(pdist(points, "sqeuclidean"))
+    (line,) = scaled_points(distance, 1).T
+    assert abs(np.corrcoef(line, points[:, 0])[0, 1]) > 0.999
+    assert scaled_points(distance, 2).shape == scaled_points(distance, 9).shape == (5, 2)
+    assert scaled_points(np.zeros((3, 3)), 2).shape == (3, 0)
+
+
+def test_points_that_are_all_alike_predict_the_mean() -> None:
+    found = ridge_map(np.ones((5, 3)), np.arange(10.0).reshape(5, 2), np.eye(3)[:2])
+    assert found.tolist() == [[0, 0], [0, 0]]
+
+
+def test_edges_of_the_spanning_tree_by_hand() -> None:
+    """Two families of two leaves; nodes: root, two families, four leaves."""
+    members = np.zeros((4, 7), dtype=bool)
+    members[:, 0] = members[:2, 1] = members[2:, 2] = True
+    members[np.arange(4), np.arange(3, 7)] = True
+    edges = frozenset({(0, 1), (0, 2), (1, 3), (1, 4), (2, 5), (2, 6)})
+    split = Split(np.arange(4), np.arange(4), members, edges)
+    points = np.array([[0, 1], [0, -1], [9, 1], [9, -1]], dtype=float)
+    assert spanned(points, split) == 1
+    crossed = points[[0, 2, 1, 3]]
+    # The places are nearest: each joins the rest by one of its two leaves.
+    assert spanned(crossed, split) == pytest.approx(4 / 6)
+    assert np.isnan(spanned(points, split._replace(edges=frozenset())))
 
 
 def test_the_ceiling_is_reached_by_the_same_order_without_ties() -> None:

@@ -1,4 +1,4 @@
-"""A file of another library's SAE: its path, its content, and the config beside it."""
+"""A file of somebody's SAE: where it is, what lies beside it, and what it holds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MAX_CONFIG_BYTES = 2**24
 
 
 class Checkpoint(os.PathLike[str]):
-    """The file of weights at a path; it is read when its content is first needed.
+    """What a path given by a user leads to. The file is read when its content is first asked for.
 
     Args:
-        path: a file of weights, or a folder with one (and other files, as libraries save them), or
-            a folder in SAELens's own form.
+        path: a file of weights, or a folder that holds one (and files beside it, as libraries save
+            them). A folder in SAELens's own form stands for itself.
 
     Raises:
         ConfigError: no such file, no file of weights, or several of them, which are then listed.
@@ -40,7 +40,7 @@ class Checkpoint(os.PathLike[str]):
 
     @classmethod
     def of(cls, path: str | Path | Checkpoint) -> Checkpoint:
-        """The checkpoint at a path; a checkpoint is returned as it is."""
+        """The checkpoint at `path`, or `path` itself where it is one."""
         return path if isinstance(path, Checkpoint) else cls(path)
 
     def __fspath__(self) -> str:
@@ -51,12 +51,12 @@ class Checkpoint(os.PathLike[str]):
 
     @property
     def folder(self) -> Path:
-        """The folder of the file."""
+        """Where the files beside it lie."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def is_sae_lens(self) -> bool:
-        """Whether it is a folder in SAELens's own form."""
+        """Whether it is a folder in SAELens's layout."""
         return self.path.is_dir()
 
     @cached_property
@@ -78,11 +78,7 @@ class Checkpoint(os.PathLike[str]):
 
     @cached_property
     def content(self) -> Any:
-        """The content of the file; see `safe_pickle.load`.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """What the file holds; see `safe_pickle.load`. Raises CheckpointError."""
         if self.path.is_dir():
             return None
         if self.path.suffix == ".safetensors":
@@ -100,7 +96,7 @@ class Checkpoint(os.PathLike[str]):
         return read_json(self.folder / "config.json")
 
     def describe(self) -> str:
-        """The type of the content and its keys, for messages."""
+        """What the file holds, for messages, by the names of its keys."""
         if isinstance(self.content, dict):
             keys = [str(key)[:40] for key in list(self.content)[:12]]
             more = ", ..." if len(self.content) > 12 else ""
@@ -111,11 +107,7 @@ class Checkpoint(os.PathLike[str]):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file.
-
-    Raises:
-        CheckpointError: the file is damaged or too long.
-    """
+    """A JSON object, {} where there is no such file. Raises CheckpointError: damaged, or too long."""
     if not file.is_file():
         return {}
     if file.stat().st_size > MAX_CONFIG_BYTES:
@@ -128,7 +120,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensors_of(value: Any) -> dict[str, Tensor]:
-    """The tensors, of any shape, of a state dict or of a pickled module, by name."""
+    """The tensors of a state dict, or of a pickled module by their names in its state dict."""
     if isinstance(value, Record):
         return _module_tensors(value)
     items = value.items() if isinstance(value, dict) else ()
@@ -142,11 +134,11 @@ def take_tensors(
     optional: Iterable[str] = (),
     of: str = "its SAE",
 ) -> dict[str, Tensor]:
-    """The tensors `found`, in their own shapes, after a check of their names.
+    """Those `needed`, and those `optional` that are there.
 
     Raises:
-        CheckpointError: some of `needed` are missing.
-        ConfigError: there are others than `needed` and `optional`, whose use is not known.
+        CheckpointError: some are not in the file.
+        ConfigError: the file has others, whose part in the arithmetic is not known.
     """
     needed, optional = list(needed), list(optional)
     if absent := [name for name in needed if name not in found]:
@@ -179,7 +171,7 @@ def _module_tensors(module: Record) -> dict[str, Tensor]:
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """A tensor, an array (also one in a pickle) or a number as a tensor of the same shape, else None."""
+    """A tensor, an array (also one in a pickle) or a number as a tensor of the same shape; else None."""
     if isinstance(value, Record):
         value = value.fields.get("array")
     if isinstance(value, (Tensor, np.ndarray)):
@@ -198,8 +190,7 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        problem, allowed = "no such file or folder", "an existing one"
-        raise ConfigError("path", problem, given=str(path), allowed=allowed)
+        raise ConfigError("path", "not found", given=str(path), allowed="a file or a folder")
     if all((path / name).is_file() for name in SAE_LENS_FILES):
         return path
     found = [file for file in sorted(path.iterdir()) if _holds_weights(file)]

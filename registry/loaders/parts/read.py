@@ -1,4 +1,4 @@
-"""Reading of an SAE from a path, by the loader that recognises the file."""
+"""Which loader a path is for, and the SAE in it."""
 
 from __future__ import annotations
 
@@ -82,8 +82,9 @@ def converter(loader: str | None = None, **given: Any) -> Callable[..., Any]:
         checkpoint = Checkpoint.of(path)
         entry, _ = find_loader(checkpoint, loader)
         if entry.disk is None:
-            problem, allowed = "it reads no local files", "another loader"
-            raise ConfigError("loader", problem, given=entry.name, allowed=allowed)
+            raise ConfigError(
+                "loader", "reads no local files", given=entry.name, allowed="one that does"
+            )
         return entry.disk(checkpoint, device, cfg_overrides, **given)
 
     return disk
