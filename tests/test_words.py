@@ -51,15 +51,7 @@ SHAPE = re.compile(
 )
 ARRAYS = ("Tensor", "ndarray", "csr_array")
 # file: function -> why its docstring states no shape
-NO_SHAPE: dict[str, str] = {
-    f"registry/loaders/{name}": "tensors of a file, by name, each with a shape of its own"
-    for name in (
-        "dictionary_learning.py: parts",
-        "parts/checkpoint.py: tensors_of",
-        "parts/checkpoint.py: take_tensors",
-        "parts/convert.py: finish",
-    )
-}
+NO_SHAPE: dict[str, str] = {}
 # file: definition -> why it has no docstring
 _MIXIN = "the mixin's base is SAE; TrainingSAE, which it is combined with, defines the method"
 NO_DOCSTRING = {
