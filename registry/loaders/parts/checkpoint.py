@@ -1,4 +1,4 @@
-"""A file of somebody's SAE: where it is, what lies beside it, and what it holds."""
+"""A file of another library's SAE: its path, its content, and the config beside it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MAX_CONFIG_BYTES = 2**24
 
 
 class Checkpoint(os.PathLike[str]):
-    """What a path given by a user leads to. The file is read when its content is first asked for.
+    """The file of weights at a path; it is read when its content is first needed.
 
     Args:
-        path: a file of weights, or a folder that holds one (and files beside it, as libraries save
-            them). A folder in SAELens's own form stands for itself.
+        path: a file of weights, or a folder with one (and other files, as libraries save them), or
+            a folder in SAELens's own form.
 
     Raises:
         ConfigError: no such file, no file of weights, or several of them, which are then listed.
@@ -51,7 +51,7 @@ class Checkpoint(os.PathLike[str]):
 
     @property
     def folder(self) -> Path:
-        """Where the files beside it lie."""
+        """The folder of the file."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -78,7 +78,11 @@ class Checkpoint(os.PathLike[str]):
 
     @cached_property
     def content(self) -> Any:
-        """What the file holds; see `safe_pickle.load`. Raises CheckpointError."""
+        """The content of the file; see `safe_pickle.load`.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         if self.path.is_dir():
             return None
         if self.path.suffix == ".safetensors":
@@ -96,7 +100,7 @@ class Checkpoint(os.PathLike[str]):
         return read_json(self.folder / "config.json")
 
     def describe(self) -> str:
-        """What the file holds, for messages, by the names of its keys."""
+        """The type of the content and its keys, for messages."""
         if isinstance(self.content, dict):
             keys = [str(key)[:40] for key in list(self.content)[:12]]
             more = ", ..." if len(self.content) > 12 else ""
@@ -107,7 +111,11 @@ class Checkpoint(os.PathLike[str]):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file. Raises CheckpointError: damaged, or too long."""
+    """A JSON object, {} where there is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged or too long.
+    """
     if not file.is_file():
         return {}
     if file.stat().st_size > MAX_CONFIG_BYTES:
@@ -120,7 +128,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensors_of(value: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a pickled module by their names in its state dict."""
+    """The tensors, of any shape, of a state dict or of a pickled module, by name."""
     if isinstance(value, Record):
         return _module_tensors(value)
     items = value.items() if isinstance(value, dict) else ()
@@ -134,11 +142,11 @@ def take_tensors(
     optional: Iterable[str] = (),
     of: str = "its SAE",
 ) -> dict[str, Tensor]:
-    """Those `needed`, and those `optional` that are there.
+    """The tensors `found`, in their own shapes, after a check of their names.
 
     Raises:
-        CheckpointError: some are not in the file.
-        ConfigError: the file has others, whose part in the arithmetic is not known.
+        CheckpointError: some of `needed` are missing.
+        ConfigError: there are others than `needed` and `optional`, whose use is not known.
     """
     needed, optional = list(needed), list(optional)
     if absent := [name for name in needed if name not in found]:

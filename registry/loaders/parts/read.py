@@ -1,4 +1,4 @@
-"""Which loader a path is for, and the SAE in it."""
+"""Reading of an SAE from a path, by the loader that recognises the file."""
 
 from __future__ import annotations
 
