@@ -449,11 +449,8 @@ def _refuse_unknown_keys(given: Iterable[Any], known: Iterable[str], prefix: str
     for key in given:
         if key not in known:
             near = did_you_mean(nearest(key, known))
-            problem, allowed = (
-                f"not known ({near})" if near else "not known",
-                "a field of the config",
-            )
-            raise ConfigError(prefix + str(key), problem, allowed=allowed)
+            problem = f"not known ({near})" if near else "not known"
+            raise ConfigError(prefix + str(key), problem, allowed="a field of the config")
 
 
 def _is_yaml(path: Path) -> bool:

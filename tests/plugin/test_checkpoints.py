@@ -89,14 +89,14 @@ def test_a_torn_checkpoint_does_not_stand_for_a_later_one(tmp_path):
     torn = checkpoint(tmp_path, 8)
     checkpoint(tmp_path, 16)
     (torn / MANIFEST_FILENAME).unlink()
-    with pytest.raises(CheckpointError, match="No whole checkpoint comes before it"):
+    with pytest.raises(CheckpointError, match="No complete checkpoint comes before it"):
         resolve_checkpoint(torn)
 
 
 def test_a_folder_without_a_whole_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         resolve_checkpoint(tmp_path / "typo")
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         resolve_checkpoint(tmp_path)
 
 

@@ -277,7 +277,7 @@ def test_another_configuration_of_the_split_trained_on_is_held_out(
     with pytest.raises(ConfigError, match=r"was trained on .* \(large, train\)"):
         evaluate_run(cfg.output_path, dataset_name="large", **common)
     cfg.eval_dataset_name = None
-    with pytest.raises(ConfigError, match="eval_split: given 'train', which is trained on"):
+    with pytest.raises(ConfigError, match="eval_split: trained on; given 'train'"):
         make_training_evaluator(cfg, vit)
 
 

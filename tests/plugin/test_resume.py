@@ -345,8 +345,8 @@ def test_a_disk_that_fills_costs_no_earlier_checkpoint(training, full_disk, kind
     with pytest.raises(CheckpointError) as failed:
         runner.run()
     full_disk(resource.RLIM_INFINITY)
-    assert f"{training.checkpoints / '48'} could not be written" in str(failed.value)
-    assert f"the last whole one is {training.checkpoints / '24'}." in str(failed.value)
+    assert f"{training.checkpoints / '48'}: could not be written" in str(failed.value)
+    assert f"the last complete one is {training.checkpoints / '24'}." in str(failed.value)
     assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
 
     training.runner(make(resume_from_checkpoint=str(training.checkpoints))).run()
