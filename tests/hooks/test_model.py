@@ -148,7 +148,7 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
             "attn_implementation: not known; given 'fast'; allowed: sdpa, eager",
         ),
         ({"dtype": "int8"}, "dtype: not known; given 'int8'; allowed: float32, bfloat16"),
-        ({"family": "dino"}, "vision model family: not known .did you mean 'dinov"),
+        ({"family": "dino"}, "vision model family: not known (did you mean 'dinov"),
         ({"family": "siglip"}, "family: Dinov2Model is not built like one"),
         (
             {"hook_names": ["blocks.7.hook_resid_post"]},

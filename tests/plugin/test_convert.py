@@ -113,10 +113,10 @@ def test_facts_of_a_third_partys_loader_are_flags(convert, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["none.pt", "out"], 2, "path: no such file or folder; given 'none.pt'."),
+        (["none.pt", "out"], 2, "path: not found; given 'none.pt'"),
         (["none.pt"], 2, "the following arguments are required: OUT"),
-        (["none.pt", "out", "--loader", "saef"], 2, "loader: not known, did you mean 'saev'"),
-        (["none.pt", "out", "--kk", "3"], 2, "argument: not known, did you mean '--k'"),
+        (["none.pt", "out", "--loader", "saef"], 2, "loader: not known (did you mean 'saev'"),
+        (["none.pt", "out", "--kk", "3"], 2, "argument: not known (did you mean '--k'"),
     ],
 )
 def test_wrong_usage(convert, tmp_path, monkeypatch, args, code, message):

@@ -280,7 +280,7 @@ def test_the_command_names_what_failed_and_exits_with_1(
     args += ["--n_permutations", "1", "--evaluators", "faulty_update", "pair_depth"]
     assert cli.main(args) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"an evaluator failed, the others are in {tmp_path}" in error
+    assert f"evaluators: some failed; the numbers of the others are in {tmp_path}" in error
     assert error.endswith("sae: faulty_update: Trouble: told to fail in update")
 
 
