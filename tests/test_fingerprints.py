@@ -62,8 +62,8 @@ def test_folder_of_held_out_activations(monkeypatch, tmp_path):
     model.cfg = SimpleNamespace(n_prefix_tokens=1)
     setting = ModelSetting("a/model", "class", more=(("a", 1),))
     hooks = ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post"]
-    images = SimpleNamespace(fingerprint="0123456789abcdef")
-    activations_of(images, hooks, setting, folder=tmp_path, model=model)  # type: ignore[arg-type]
+    held_out = SimpleNamespace(images=SimpleNamespace(fingerprint="0123456789abcdef"), source=None)
+    activations_of(held_out, hooks, setting, folder=tmp_path, model=model)  # type: ignore[arg-type]
     assert [path.name for path in built] == ["0187f610"]
 
 

@@ -281,7 +281,7 @@ def test_the_command_names_what_failed_and_exits_with_1(
     assert cli.main(args) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"evaluators: some failed; the numbers of the others are in {tmp_path}" in error
-    assert error.endswith("sae: faulty_update: Trouble: told to fail in update")
+    assert error.endswith("sae: faulty_update: Trouble: told to fail in update.")
 
 
 def test_wrong_options_are_refused_before_the_forward_pass(

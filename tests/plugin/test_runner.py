@@ -223,7 +223,7 @@ def test_saes_can_be_given(training):
     sae = training.meddling(training.sae(), lambda: None)
     assert training.runner(training.single(), override_sae=sae).run() is sae
     with pytest.raises(
-        ConfigError, match=r"override_saes: given \['other'\]; allowed: \['first', 'last'\]"
+        ConfigError, match=r"override_saes: not possible; given \['other'\]; allowed: first, last"
     ):
         training.runner(training.multi(), override_saes={"other": sae})
 
@@ -232,7 +232,7 @@ def test_arguments_of_the_model_are_checked(training):
     more = {"model_from_pretrained_kwargs": {"random_weights": True, "seed": 3}}
     model = load_model(training.single(**more))
     assert model.cfg.n_layers == 2
-    with pytest.raises(ConfigError, match=r"given colour; allowed: dtype, .*family"):
+    with pytest.raises(ConfigError, match=r"given 'colour'; allowed: dtype, .*family"):
         load_model(training.single(model_from_pretrained_kwargs={"colour": "red"}))
 
 

@@ -266,7 +266,7 @@ def test_folders_and_files(tmp_path):
         ConfigError, match=r"path: which of checkpoints/ae_600.pt, checkpoints/ae_900"
     ):
         read_sae(made.path)
-    with pytest.raises(ConfigError, match=r"path: no such file or folder; given '.*none\.pt'"):
+    with pytest.raises(ConfigError, match=r"path: not found; given '.*none\.pt'"):
         read_sae(tmp_path / "none.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
@@ -321,7 +321,7 @@ def test_several_recognise_a_file(tmp_path, monkeypatch):
     gives(read_sae(file.path, "clip_scope"), file)
     monkeypatch.setitem(LOADERS._entries, "twin", Loader("twin", recognises=lambda c: 1 / 0))
     gives(read_sae(file.path), file)  # a recogniser that fails recognises nothing
-    with pytest.raises(ConfigError, match="loader: it reads no local files; given 'twin'"):
+    with pytest.raises(ConfigError, match="loader: reads no local files; given 'twin'"):
         read_sae(file.path, "twin")
     with pytest.raises(UnknownNameError, match=r"loader: not known .did you mean 'clip_scope'"):
         read_sae(file.path, "clipscope")
