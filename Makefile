@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# In two processes, a file as a whole in one of them; each computes in one thread.
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: install install-dev demo test test-latest test-lowest lint types build clean
 
@@ -31,7 +33,7 @@ types: install-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 # Each in a fresh environment, without constraints.txt. "Lowest" is the lower bound of every
 # dependency in pyproject.toml; what those depend on is the newest that they allow. torch alone stays
@@ -47,7 +49,7 @@ test-latest test-lowest: test-%:
 	{ echo "$(TORCH)"; $(BOUNDS_$*); } > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-$*/constraints.txt -e ".[dev]"
-	.venv-$*/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-$*/bin/$(PYTEST)
 
 build: install-dev
 	$(BIN)/python -m build
