@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +72,7 @@ def test_a_converted_folder_gives_the_same(file, tmp_path):
         assert all(name in noted for name in unknown)
 
 
-def test_converted_folders_load_where_taxolens_is_not(tmp_path):
+def test_converted_folders_load_where_taxolens_is_not(tmp_path, forks):
     for number, make in enumerate(FILES.values()):
         (tmp_path / f"{number}").mkdir()
         made = make(tmp_path / f"{number}")
@@ -96,11 +93,7 @@ def test_converted_folders_load_where_taxolens_is_not(tmp_path):
             torch.testing.assert_close(found, expected["x_hat"], rtol=1e-5, atol=3e-5)
         print(len(folders))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(script, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(FILES)
 

@@ -6,9 +6,6 @@ folder has an about.json (what the file holds and what a user must say) and expe
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -97,7 +94,7 @@ def test_what_the_file_says_is_in_the_metadata(folder):
         assert (metadata.model_name, metadata.layer) == (said["lm_name"], said["layer"])
 
 
-def test_converted_folders_load_where_taxolens_is_not(tmp_path):
+def test_converted_folders_load_where_taxolens_is_not(tmp_path, forks):
     for folder, about in ABOUT.items():
         if about["expressible"]:
             save_sae(read(folder), tmp_path / folder.name)
@@ -117,11 +114,7 @@ def test_converted_folders_load_where_taxolens_is_not(tmp_path):
             assert (found - expected["x_hat"]).abs().max() <= 1e-5 * scale, folder.name
         print(len(folders))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(PEERS), str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(script, PEERS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == sum(about["expressible"] for about in ABOUT.values())
 
