@@ -1,4 +1,10 @@
-"""Names of the null controls computed for every metric, and of further controls."""
+"""Names of the null controls computed for every metric, of further controls, and the level of a test."""
 
 NULLS = ("permuted_classes", "shuffled", "random", "neurons")
 CONTROLS = ("planted",)
+DECISIVE = "permuted_classes"
+"""The null of the hierarchy itself, whose p-values are adjusted over a report."""
+LEVEL = 0.05
+"""The p-value, and after Benjamini–Hochberg the q-value, up to which a number is past a null."""
+LEAST_DRAWS = 19
+"""The smallest number of draws with which p = (1 + draws at least as good) / (1 + draws) can be .05."""

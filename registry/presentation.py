@@ -26,6 +26,21 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class Support:
+    """What a metric is computed from: nodes, latents, edges, errors.
+
+    Args:
+        count: the key of `Evaluator.higher_is_better` that is their number.
+        unit: what they are, in the plural.
+        least: with fewer of them, the metric is not judged against its nulls.
+    """
+
+    count: str
+    unit: str
+    least: int = 10
+
+
+@dataclass(frozen=True)
 class NodeTable:
     """The table of an evaluator that assigns latents to nodes of the taxonomy.
 

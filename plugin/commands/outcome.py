@@ -30,7 +30,8 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
 def show(results: Results, report: Path) -> None:
     """Print the summary table, and the paths of the other files, on stdout."""
     from ..reporting.compare import METRICS_FOLDER
-    from ..reporting.metric_table import headlines, legend, summary_table, verdict
+    from ..reporting.headlines import headlines
+    from ..reporting.metric_table import legend, summary_table, verdict
 
     console = shell.console()
     if headlines(results):

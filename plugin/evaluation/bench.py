@@ -164,6 +164,7 @@ class Bench:
             "nulls": list(settings.nulls),
             "controls": list(settings.controls),
             "n_permutations": settings.n_permutations,
+            "n_groups": settings.n_groups,
             "seed": settings.seed,
             "aggregate": settings.aggregate,
         }
@@ -175,6 +176,7 @@ class Bench:
         chosen: Chosen | None = None,
         *,
         peers: Sequence[Peer] = (),
+        shuffled: bool = True,
         prepare: Callable[[EvaluationContext], Any] | None = None,
         progress: Progress | None = None,
     ) -> Pass:
@@ -185,6 +187,7 @@ class Bench:
             held_out: the activations of the evaluation set.
             chosen: the evaluators that take part; by default those of the bench.
             peers: other SAEs to compare with.
+            shuffled: whether what the shuffled-labels null needs is collected, where it is chosen.
             prepare: called with the context before the pass, to share more accumulators.
             progress: called with the number of images after each batch.
         """
@@ -197,8 +200,10 @@ class Bench:
             source=source.source,
             seed=settings.seed,
             n_permutations=settings.n_permutations,
-            shuffled="shuffled" in settings.nulls and source.source == "sae",
-            class_counts=np.bincount(split.labels, minlength=len(self.taxonomy.classes)),
+            shuffled=shuffled and "shuffled" in settings.nulls,
+            class_counts=np.bincount(
+                split.labels[split.order], minlength=len(self.taxonomy.classes)
+            ),
             W_dec=getattr(source, "W_dec", None),
             b_dec=getattr(source, "b_dec", None),
             sae=getattr(source, "sae", None),
@@ -235,12 +240,36 @@ class Bench:
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
         """Evaluator -> its numbers over another source of latents, or why it has none."""
-        done = self.run(source, held_out, chosen, peers=peers, progress=progress)
+        done = self.run(source, held_out, chosen, peers=peers, shuffled=False, progress=progress)
         found: dict[str, Numbers | str] = {}
         for name in chosen:
             numbers = done.compute(name)
             found[name] = f"failed: {done.errors[name]}" if numbers is None else numbers
         return found
+
+    def left_out(
+        self,
+        source: LatentSource,
+        held_out: HeldOutActivations,
+        *,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Numbers | str]]:
+        """The result of `numbers` without each of `n_groups` groups of images, for the intervals.
+
+        The model is not run and peers are not compared: metrics that need them are undefined.
+        """
+        groups = self.settings.n_groups
+        reason = "not repeated for the intervals"
+        held_out = replace(held_out, intervene=None, no_intervention=reason)
+        return [
+            self.numbers(
+                source,
+                replace(held_out, split=held_out.split.without(group, groups)),
+                self.chosen,
+                progress=progress,
+            )
+            for group in range(groups)
+        ]
 
     def controls(self, held_out: HeldOutActivations) -> dict[str, dict[str, Numbers | str]]:
         """Control -> evaluator -> its numbers, or why it has none.
@@ -259,6 +288,7 @@ class Bench:
         done: Pass,
         nulls: Mapping[str, Mapping[str, Numbers | str]] = {},
         controls: Mapping[str, Mapping[str, Numbers | str]] = {},
+        left_out: Sequence[Mapping[str, Numbers | str]] = (),
     ) -> dict[str, dict[str, MetricResult]]:
         """Evaluator -> metric -> its value beside its nulls.
 
@@ -266,6 +296,7 @@ class Bench:
             done: the pass over the SAE's latents.
             nulls: "random" and "neurons" -> the result of `numbers` over them.
             controls: the same for controls that are not nulls.
+            left_out: the result of `left_out` over the SAE's latents.
         """
         found = {}
         for name, (cls, _) in self.chosen.items():
@@ -278,7 +309,14 @@ class Bench:
             }
             seen = {c: n for c in controls if isinstance(n := controls[c].get(name), dict)}
             found[name] = with_nulls(
-                values, draws, cls.higher_is_better, seen, cls.invariant, cls.label_free
+                values,
+                draws,
+                cls.higher_is_better,
+                seen,
+                cls.invariant,
+                cls.label_free,
+                cls.support,
+                [one for rest in left_out if isinstance(one := rest[name], dict)],
             )
         return found
 
@@ -311,7 +349,10 @@ class Bench:
         self, null: str, name: str, done: Pass, nulls: Mapping[str, Mapping[str, Numbers | str]]
     ) -> Sequence[Numbers] | str:
         if null == "permuted_classes":
-            draws = [done.compute(name, permutation=p) for p in done.context.permutations]
+            permuted = done.context.permuted_classes
+            if permuted.reason:
+                return permuted.reason
+            draws = [done.compute(name, permutation=p) for p in permuted.draws]
         elif null == "shuffled":
             draws = [done.compute(name, shuffled=True)]
         else:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from scipy.stats import t as student_t
+
+from ...registry.nulls import LEAST_DRAWS, LEVEL
+from ...registry.presentation import Support
 from ..reporting.results import MetricResult, NullResult
 
 Numbers = Mapping[str, float]
@@ -22,17 +26,43 @@ def beats(value: float, null: float, higher_is_better: bool | None) -> bool | No
 
 
 def null_result(value: float, draws: Sequence[float], higher_is_better: bool | None) -> NullResult:
-    """One null from its draws, without undefined ones. The value is compared with the best draw."""
+    """One null from its draws, without undefined ones.
+
+    p = (1 + number of draws at least as good as the value) / (1 + number of draws); equal up to
+    rounding is as good. Past the null: p ≤ .05; with fewer draws than allow that, better than all.
+    """
     defined = [float(draw) for draw in draws if math.isfinite(draw)]
     if not defined:
         return NullResult(reason="undefined under this null")
-    best = min(defined) if higher_is_better is False else max(defined)
+    beaten = [beats(value, draw, higher_is_better) for draw in defined]
+    n, judged = len(defined), None not in beaten
+    p = (1 + beaten.count(False)) / (1 + n) if judged else math.nan
     return NullResult(
-        mean=math.fsum(defined) / len(defined),
-        best=best,
-        n=len(defined),
-        left_behind=beats(value, best, higher_is_better),
+        mean=math.fsum(defined) / n,
+        best=min(defined) if higher_is_better is False else max(defined),
+        n=n,
+        p=p,
+        left_behind=(p <= LEVEL if n >= LEAST_DRAWS else all(beaten)) if judged else None,
     )
+
+
+def jackknife(value: float, left_out: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a value by a delete-a-group jackknife; NaN where it is undefined.
+
+    SE² = (G − 1)/G·Σ (θ_g − mean)² over the G values θ_g without one group of images each; the
+    interval is value ± t·SE with t of G − 1 degrees of freedom.
+
+    Args:
+        value: the value over all images.
+        left_out: (G,) the values without each group.
+    """
+    groups = len(left_out)
+    if groups < 3 or not all(map(math.isfinite, [value, *left_out])):
+        return math.nan, math.nan
+    mean = math.fsum(left_out) / groups
+    variance = (groups - 1) / groups * math.fsum((other - mean) ** 2 for other in left_out)
+    half = float(student_t.ppf(0.975, groups - 1)) * math.sqrt(variance)
+    return value - half, value + half
 
 
 def with_nulls(
@@ -42,6 +72,8 @@ def with_nulls(
     controls: Mapping[str, Numbers] = {},
     invariant: Collection[str] = (),
     label_free: Collection[str] = (),
+    support: Mapping[str, Support] = {},
+    left_out: Sequence[Numbers] = (),
 ) -> dict[str, MetricResult]:
     """Compare every metric of `values` with its nulls.
 
@@ -53,6 +85,8 @@ def with_nulls(
         invariant: metrics that do not depend on the position of a class in the tree, for which
             permuted classes carry no information.
         label_free: metrics that use no label, for which shuffled labels carry no information.
+        support: metric -> what it is computed from.
+        left_out: the same metrics without each group of images, for the interval.
     """
 
     def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
@@ -65,11 +99,18 @@ def with_nulls(
         numbers = [draw[metric] for draw in found if metric in draw]
         return null_result(values[metric], numbers, directions.get(metric))
 
-    return {
-        metric: MetricResult(
+    def result(metric: str, value: float) -> MetricResult:
+        of = support.get(metric)
+        count = math.nan if of is None else values[of.count]
+        low, high = jackknife(value, [rest[metric] for rest in left_out if metric in rest])
+        return MetricResult(
             value=float(value),
+            low=low,
+            high=high,
             nulls={name: null(name, metric, found) for name, found in draws.items()},
             controls={n: float(seen[metric]) for n, seen in controls.items() if metric in seen},
+            support=int(count) if math.isfinite(count) else None,
+            least=0 if of is None else of.least,
         )
-        for metric, value in values.items()
-    }
+
+    return {metric: result(metric, value) for metric, value in values.items()}

@@ -53,7 +53,7 @@ def measure_sae(
     latents = SAELatents(sae)
     sources = bench.null_sources(latents, held_out)
     with tqdm(
-        total=len(held_out) * (1 + len(sources)),
+        total=len(held_out) * (len(sources) + max(1, bench.settings.n_groups)),
         desc=folder.id,
         unit="img",
         disable=not bench.settings.progress,
@@ -65,10 +65,11 @@ def measure_sae(
             )
             for name, source in sources.items()
         }
+        left_out = bench.left_out(latents, held_out, progress=bar.update)
         done = bench.run(
             latents, held_out, peers=peers, prepare=share_card_facts, progress=bar.update
         )
-    metrics = bench.metrics(done, nulls, controls)
+    metrics = bench.metrics(done, nulls, controls, left_out)
     tables = {name: done.attempt(name, _tables) or {} for name in bench.chosen}
     figures = {name: done.attempt(name, _figures) or {} for name in bench.chosen}
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}

@@ -14,16 +14,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...hooks.activations.cache import ActivationCache
 from ...registry.errors import TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
 from ...registry.hashing import fingerprint
+from ...registry.nulls import DECISIVE
+from ...registry.taxonomies.permuted_classes import permuted_classes
 from ..reporting.compare import write_comparison
+from ..reporting.headlines import with_q
 from ..reporting.results import (
     DatasetInfo,
     EvaluatorInfo,
+    PermutedClassesInfo,
     Results,
     SAEResult,
     SkippedImage,
@@ -95,6 +100,7 @@ class ResultsFolder:
             sae.id: _digest([*facts, *own[sae.id], *self._facts_of_peers(sae, own)]) for sae in saes
         }
         self._found: dict[str, SAEResult] = {}
+        self._permuted: PermutedClassesInfo | None = None
         self._take_over()
 
     def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
@@ -116,6 +122,15 @@ class ResultsFolder:
             n_score=split.n_score,
             skipped=skipped,
         )
+        permuted = permuted_classes(
+            self._bench.taxonomy,
+            np.bincount(split.labels, minlength=len(self._bench.taxonomy.classes)),
+            n=self._bench.settings.n_permutations,
+            seed=self._bench.settings.seed,
+        )
+        facts = {**vars(permuted), "draws": len(permuted.draws)}
+        if DECISIVE in self._bench.settings.nulls:
+            self._permuted = PermutedClassesInfo(**facts)
 
     def add(self, sae: SAEResult) -> None:
         """Add the numbers of one SAE and save."""
@@ -143,6 +158,7 @@ class ResultsFolder:
                     same, id=sae.id, run=sae.run, name=sae.name, trained_as=sae.trained_as
                 )
         if self._found:
+            self._permuted = earlier.permuted_classes
             self._dataset = replace(
                 earlier.dataset, seen_in_training=self._dataset.seen_in_training
             )
@@ -150,7 +166,7 @@ class ResultsFolder:
 
     def _results(self, *, complete: bool) -> Results:
         bench, taxonomy = self._bench, self._bench.taxonomy
-        return Results(
+        results = Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             settings={**bench.describe(), "runs": {s.run: str(s.path) for s in self.saes}},
             provenance=provenance(bench.device, time.perf_counter() - self._started),
@@ -170,12 +186,15 @@ class ResultsFolder:
                     headlines=list(cls.headlines),
                     labels=dict(cls.labels),
                     node_table=cls.node_table,
+                    support=dict(cls.support),
                 )
                 for name, (cls, _) in bench.chosen.items()
             },
             saes=[self._found[sae.id] for sae in self.saes if sae.id in self._found],
             complete=complete,
+            permuted_classes=self._permuted,
         )
+        return with_q(results)
 
 
 @cache

@@ -35,7 +35,8 @@ class EvaluationSettings:
         allow_train_split: measure on training images; the results record it
         nulls: null controls
         controls: further controls. planted: detectors built from the tree
-        n_permutations: draws of the permuted classes
+        n_permutations: draws of the permuted classes; a verdict needs 19
+        n_groups: groups of images, each left out once, for the intervals; 0 for none
         seed: of halves, permutations and random latents
         output_path: the folder of the results; by default the run
         device: by default a GPU where there is one
@@ -46,7 +47,7 @@ class EvaluationSettings:
         progress: show progress bars
 
     Raises:
-        ConfigError: a null, control or aggregate that does not exist, or no permutation.
+        ConfigError: a null, control or aggregate that does not exist, no permutation, or too few groups.
     """
 
     evaluators: str | Sequence[str] | None = None
@@ -62,7 +63,8 @@ class EvaluationSettings:
     allow_train_split: bool = False
     nulls: Sequence[str] = NULLS
     controls: Sequence[str] = ()
-    n_permutations: int = 10
+    n_permutations: int = 99
+    n_groups: int = 5
     seed: int = 0
     output_path: str | Path | None = None
     device: str | None = None
@@ -84,6 +86,11 @@ class EvaluationSettings:
         if self.n_permutations < 1:
             raise ConfigError(
                 "n_permutations", "not possible", given=self.n_permutations, allowed="1 or more"
+            )
+
+        if self.n_groups < 3 and self.n_groups != 0:
+            raise ConfigError(
+                "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"
             )
 
     def override(self, **options: Any) -> EvaluationSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,6 +67,17 @@ class Split:
     def n_score(self) -> int:
         """Images in the score half."""
         return len(self) - self.n_fit
+
+    def without(self, group: int, groups: int) -> Split:
+        """The split without one of `groups` parts of like size, each with its share of every class.
+
+        Within each half, the images of a class are dealt to the parts in turn.
+        """
+        kept = np.ones(len(self.order), dtype=bool)
+        for half in (slice(0, self.n_fit), slice(self.n_fit, None)):
+            by_class = np.argsort(self.labels[self.order[half]], kind="stable")
+            kept[half][by_class] = np.arange(len(by_class)) % groups != group
+        return replace(self, order=self.order[kept], n_fit=int(kept[: self.n_fit].sum()))
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, bool]]:
         """(positions (b,), whether they are of the fit half); no batch mixes the halves."""

@@ -61,6 +61,7 @@ class TrainingEvaluator:
         settings = EvaluationSettings(
             nulls=("permuted_classes",),
             n_permutations=n_permutations,
+            n_groups=0,
             seed=seed,
             aggregate=aggregate,
         )

@@ -49,7 +49,10 @@ RUN_STYLES = (
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: `y` is NaN where it has no point; `low` and `high` bound a band."""
+    """One line of a chart: `y` is NaN where it has no point.
+
+    `low` and `high` bound a band; `bars` are the intervals of the points, (low, high) each.
+    """
 
     label: str
     x: Sequence[float]
@@ -57,6 +60,7 @@ class Line:
     style: Style
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    bars: Sequence[tuple[float, float]] = ()
 
 
 @dataclass
@@ -116,7 +120,12 @@ def curves(
     lines: Sequence[Line], *, label: str, x_ticks: Mapping[float, str], x_title: str = "layer"
 ) -> Markup:
     """A chart of lines over layers, with gaps at undefined points."""
-    values = [v for line in lines for part in (line.y, line.low, line.high) for v in part or ()]
+    values = [
+        v
+        for line in lines
+        for part in (line.y, line.low, line.high, *line.bars)
+        for v in part or ()
+    ]
     frame = Frame(_padded(list(x_ticks), 0.03), _padded(values, 0.07))
     _grid(frame, x_ticks, x_title)
     for line in lines:
@@ -134,7 +143,13 @@ def curves(
 
 def dots(rows: Mapping[str, Sequence[Line]], *, label: str) -> Markup:
     """A chart with one row per SAE and one mark per line, for runs without a curve over layers."""
-    values = [v for lines in rows.values() for line in lines for v in line.y]
+    values = [
+        v
+        for lines in rows.values()
+        for line in lines
+        for part in (line.y, *line.bars)
+        for v in part
+    ]
     left = min(200, 24 + max((len(name) for name in rows), default=0) * 6)
     frame = Frame(_padded(values, 0.07), (0, 1), height=46 + 22 * len(rows), left=left)
     for value in ticks(*frame.x):
@@ -146,6 +161,10 @@ def dots(rows: Mapping[str, Sequence[Line]], *, label: str) -> Markup:
         short = name if len(name) <= 30 else f"…{name[-29:]}"
         _text(frame, short, left - 10, y + 4, anchor="end", fill=INK)
         for line in reversed(lines):
+            for low, high in line.bars:
+                if math.isfinite(low) and math.isfinite(high):
+                    ends = {"x1": frame.at_x(low), "x2": frame.at_x(high), "y1": y, "y2": y}
+                    frame.add("line", **ends, stroke=line.style.colour, opacity=0.7)
             for value in line.y:
                 if math.isfinite(value):
                     title = f"{name}: {line.label} {number(value)}"
@@ -246,6 +265,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def _draw(frame: Frame, line: Line) -> None:
     style = line.style
+    for x, (low, high) in zip(line.x, line.bars):
+        if math.isfinite(low) and math.isfinite(high):
+            at = {
+                "x1": (x := frame.at_x(x)),
+                "x2": x,
+                "y1": frame.at_y(low),
+                "y2": frame.at_y(high),
+            }
+            frame.add("line", **at, stroke=style.colour, stroke_width=1.2, opacity=0.7)
     for run in _runs(line.x, line.y):
         if len(run) > 1:
             points = _points([(frame.at_x(x), frame.at_y(y)) for x, y in run])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from ...registry.files import write_atomically
-from .metric_table import ShownMetric
+from .headlines import ShownMetric
 from .report import Report
 from .results import Results
 
@@ -61,7 +62,7 @@ def sae_table(report: Report) -> pd.DataFrame:
 
 
 def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:
-    """A row per place; columns ``<series>``, ``<series> <null>``, ``<series> permuted_classes best``."""
+    """A row per place; columns ``<series>``, its interval, support, nulls, and of a null of several draws best, draws, p."""
     rows = []
     for place, numbers in report.side_by_side(headline):
         row: dict[str, object] = {"place": place}
@@ -69,9 +70,15 @@ def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:
             if number is None:
                 continue
             row[series.label] = number.value
+            if math.isfinite(number.low):
+                row |= {f"{series.label} low": number.low, f"{series.label} high": number.high}
+            if number.support is not None:
+                row[f"{series.label} support"] = number.support
             for name, null in number.nulls.items():
                 row[f"{series.label} {name}"] = null.mean
                 if null.n > 1:
                     row[f"{series.label} {name} best"] = null.best
+                    row[f"{series.label} {name} draws"] = null.n
+                    row[f"{series.label} {name} p"] = null.p
         rows.append(row)
     return pd.DataFrame(rows)

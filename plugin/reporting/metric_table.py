@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
@@ -12,73 +11,26 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ...registry.nulls import NULLS
-from ...registry.presentation import Headline
-from .results import MetricResult, NullResult, Results, SAEResult
+from ...registry.nulls import DECISIVE, LEVEL, NULLS
+from .headlines import ShownMetric, headlines
+from .results import NO_NULL, MetricResult, NullResult, Results, SAEResult
 from .series import all_series
 
-FIRST_COLUMN = 20  # characters; longer titles are wrapped
-
-
-@dataclass(frozen=True)
-class ShownMetric:
-    """A metric that summaries show, with its title."""
-
-    evaluator: str
-    metric: str
-    title: str
-    meaning: str = ""
-
-    def of(self, sae: SAEResult) -> MetricResult | None:
-        """Its number for one SAE."""
-        found = sae.evaluators.get(self.evaluator)
-        return found.metrics.get(self.metric) if found else None
-
+FIRST_COLUMN = 18  # characters; longer titles are wrapped
 
 COLUMNS = {
     "permuted_classes": "permuted classes",
     "shuffled": "shuffled labels",
-    "random": "random SAE",
+    "random": "untrained twin",
     "neurons": "neurons",
 }
 # Narrow enough for 80 columns.
 HEADINGS = {
-    "permuted_classes": "perm. (best)",
-    "shuffled": "shuffled",
-    "random": "random",
-    "neurons": "neurons",
+    "permuted_classes": "perm. (p)",
+    "shuffled": "shuff.",
+    "random": "twin",
+    "neurons": "neur.",
 }
-
-
-def headlines(results: Results) -> list[ShownMetric]:
-    """The headline metrics that the evaluators declare and some SAE has, by priority.
-
-    The default for an evaluator is its first metric with a direction, else its first metric.
-    """
-    present = set(results.metric_names())
-    found = []
-    for evaluator, info in results.evaluators.items():
-        metrics = [metric for metric in info.directions if (evaluator, metric) in present]
-        declared = [headline for headline in info.headlines if headline.metric in metrics]
-        for headline in declared or _default_headlines(results, evaluator, metrics):
-            meaning = headline.meaning or info.description
-            shown = ShownMetric(evaluator, headline.metric, headline.title, meaning)
-            found.append((headline.priority, shown))
-    return [shown for _, shown in sorted(found, key=lambda item: item[0])]
-
-
-def _default_headlines(results: Results, evaluator: str, metrics: list[str]) -> list[Headline]:
-    directions = results.evaluators[evaluator].directions
-    directed = [metric for metric in metrics if directions[metric] is not None]
-    return [
-        Headline(
-            metric,
-            ": ".join(dict.fromkeys([evaluator, results.label(evaluator, metric)])).replace(
-                "_", " "
-            ),
-        )
-        for metric in (directed or metrics)[:1]
-    ]
 
 
 def summary_table(results: Results, shown: Sequence[ShownMetric] | None = None) -> Table:
@@ -97,9 +49,9 @@ def summary_table(results: Results, shown: Sequence[ShownMetric] | None = None) 
     table.add_column("", style="cyan", no_wrap=True)
     table.add_column("layer" if _layers(results) else "SAE", justify="right", no_wrap=True)
     table.add_column("value", justify="right", style="bold", no_wrap=True)
+    table.add_column("of", justify="right", no_wrap=True)
     for null in NULLS:
         table.add_column(HEADINGS[null], justify="right", no_wrap=True)
-    table.add_column("not past", style="yellow")
     for metric in headlines(results) if shown is None else shown:
         rows = _rows(results, metric)
         names = wrap(metric.title, FIRST_COLUMN)
@@ -125,8 +77,15 @@ def summary_rows(
             "metric": metric.metric,
             "title": metric.title,
             "value": number.value,
+            "low": number.low,
+            "high": number.high,
+            "support": number.support,
             **{name: null.mean for name, null in number.nulls.items()},
+            **{f"{name}_draws": null.n for name, null in number.nulls.items()},
+            "p": (permuted := number.nulls.get(DECISIVE, NullResult())).p,
+            "q": permuted.q,
             "not_left_behind": number.missed,
+            "undecided": number.undecided,
         }
         for metric in (headlines(results) if shown is None else shown)
         for sae, number in _rows(results, metric)
@@ -134,37 +93,51 @@ def summary_rows(
 
 
 def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
-    """The number of SAEs at which each headline metric beats its nulls, in one sentence."""
-    counts = []
+    """The number of SAEs at which each headline metric is past its nulls, in one sentence."""
+    counts, undecided = [], 0
     for metric in headlines(results) if shown is None else shown:
         numbers = [number for _, number in _rows(results, metric)]
-        judged = [n for n in numbers if any(v.left_behind is not None for v in n.nulls.values())]
+        judged = [n for n in numbers if n.past_all is not None]
+        undecided += sum(bool(n.nulls) and n.undecided not in (None, NO_NULL) for n in numbers)
         if judged:
-            permuted = [n.nulls.get("permuted_classes", NullResult()).left_behind for n in judged]
+            permuted = [n.nulls.get(DECISIVE, NullResult()).past for n in judged]
             compared = [past for past in permuted if past is not None]
             past_permuted = sum(compared) if compared else "–"
-            past_all = sum(not n.missed for n in judged)
+            past_all = sum(bool(n.past_all) for n in judged)
             counts.append(f"{metric.title} {past_permuted} and {past_all}")
-    if not counts:
+    if not counts and not undecided:
         return "No number here has a null to be compared with."
-    return (
-        f"Of {len(results.saes)} SAEs, so many are past the permuted classes, and past all "
-        f"nulls: {'; '.join(counts)}."
+    found = (
+        f"Of {len(results.saes)} SAEs, so many are past the permuted classes (q ≤ {LEVEL}), and "
+        f"past all nulls: {'; '.join(counts)}."
     )
+    few = f"{undecided} numbers are not judged: they are computed from too few nodes, latents or draws."
+    return " ".join([found] * bool(counts) + [few] * bool(undecided))
 
 
 def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     """The meaning of the metrics and of the columns of the table."""
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
-    metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}." for m in found)
+    metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}{_unit(results, m)}." for m in found)
+    draws = max((n.nulls[DECISIVE].n for *_, n in results.rows() if DECISIVE in n.nulls), default=0)
     return "\n".join(
         [
             *metrics,
-            "Beside each value the same number under null controls: classes permuted over the tree "
-            "(mean and best draw; the main null), labels shuffled over images, a random SAE, "
-            "the neurons. A dash: that null is not defined there.",
+            "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is "
+            "computed from. Beside each value the same number under null controls: classes permuted "
+            f"over the tree (mean and p of {draws} draws; the main null; * q ≤ {LEVEL} after "
+            "Benjamini–Hochberg over the table), labels shuffled over images, the untrained twin of "
+            "the SAE, the neurons. ! the value is not past this null. ? it is computed from too few "
+            "nodes, latents or draws to be judged. A dash: that null is not defined there.",
         ]
     )
+
+
+def _unit(results: Results, metric: ShownMetric) -> str:
+    """What a metric is computed from."""
+    info = results.evaluators.get(metric.evaluator)
+    of = info.support.get(metric.metric) if info else None
+    return f"; of {of.unit}" if of else ""
 
 
 def _direction(results: Results, metric: ShownMetric) -> str:
@@ -200,19 +173,28 @@ def _label(results: Results, sae: SAEResult) -> str:
 
 
 def _cells(number: MetricResult) -> list[str]:
-    cells = [_number(number.value)]
+    half = (number.high - number.low) / 2
+    certain = f" ±{_number(half)}" if math.isfinite(half) else ""
+    few = "" if number.undecided in (None, NO_NULL) else " ?"
+    cells = [_number(number.value) + certain + few]
+    cells.append("" if number.support is None else f"{number.support:,}")
     for name in NULLS:
         null = number.nulls.get(name)
         if null is None or null.n == 0:
             cells.append("[dim]–[/]")
-        elif null.n > 1:
-            cells.append(f"{_number(null.mean)} ({_number(null.best)})")
-        else:
-            cells.append(_number(null.mean))
-    return [*cells, ", ".join(COLUMNS[name].partition(" ")[0] for name in number.missed)]
+            continue
+        text = _number(null.mean)
+        if name == DECISIVE and math.isfinite(null.p):
+            text += f" ({_p(null.p)}{'*' * (null.q <= LEVEL)})"
+        cells.append(f"[yellow]{text}![/]" if name in number.missed else text)
+    return cells
+
+
+def _p(p: float) -> str:
+    return f"{p:.2f}".lstrip("0") if p < 1 else "1"
 
 
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return "undefined"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.3f}".replace("0.", ".", abs(value) < 1) if abs(value) < 10 else f"{value:.1f}"

@@ -17,13 +17,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...registry.files import write_atomically
-from ...registry.nulls import NULLS
+from ...registry.nulls import DECISIVE, NULLS
 from ...registry.presentation import NodeTable
 from ...registry.taxonomies.taxonomy import Taxonomy
 from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
-from .metric_table import COLUMNS, ShownMetric, headlines
-from .results import LatentCard, MetricResult, Results, SAEResult
+from .headlines import ShownMetric, headlines
+from .metric_table import COLUMNS
+from .results import NO_NULL, LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
 from .tree_chart import Icicle, scale
 
@@ -91,13 +92,9 @@ class Report:
         """One metric over a series: first, last and best value, and where it beats its nulls."""
         found = [(sae, number) for sae in series if (number := headline.of(sae))]
         defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
-        directed = [
-            n for _, n in defined if any(m.left_behind is not None for m in n.nulls.values())
-        ]
+        directed = [n for _, n in defined if n.past_all is not None]
         permuted = [
-            null.left_behind
-            for n in directed
-            if (null := n.nulls.get("permuted_classes")) and null.left_behind is not None
+            null.past for n in directed if (null := n.nulls.get(DECISIVE)) and null.past is not None
         ]
         direction = self.direction(headline)
         ranked = [] if direction == "descriptive" else defined
@@ -113,22 +110,27 @@ class Report:
             "n": len(directed),
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),
-            "past_all": sum(not n.missed for n in directed),
+            "past_all": sum(bool(n.past_all) for n in directed),
+            "undecided": list(
+                dict.fromkeys(n.undecided for _, n in defined if n.undecided not in (None, NO_NULL))
+            ),
             "missed": [
                 COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)
             ],
         }
 
+    def undecided(self, number: MetricResult) -> str:
+        """Why a number with nulls is not judged; empty where it is."""
+        return "" if number.undecided in (None, NO_NULL) else str(number.undecided)
+
+    def support(self, evaluator: str, metric: str, number: MetricResult) -> str:
+        """What a number is computed from: "213 nodes"; empty where that is not declared."""
+        of = self.results.evaluators[evaluator].support.get(metric)
+        return f"{number.support:,} {of.unit}" if of and number.support is not None else ""
+
     def missed(self, number: MetricResult) -> str:
         """The nulls that a number does not beat, in words."""
         return ", ".join(COLUMNS.get(name, name) for name in number.missed)
-
-    def past_all(self, number: MetricResult) -> bool:
-        """Whether a number beats every null that it is compared with."""
-        judged = [
-            null.left_behind for null in number.nulls.values() if null.left_behind is not None
-        ]
-        return bool(judged) and all(judged)
 
     def place(self, sae: SAEResult) -> str:
         """The layer of an SAE, or its hook point where layers repeat."""
@@ -228,7 +230,7 @@ class Report:
             if self.compares:
                 permuted = [line for line in found if line.label == COLUMNS["permuted_classes"]]
                 found = [
-                    Line(series.label, found[0].x, found[0].y, style),
+                    replace(found[0], label=series.label),
                     *(
                         Line(f"{series.label}, permuted classes", line.x, line.y, _faint(style))
                         for line in permuted
@@ -255,7 +257,9 @@ class Report:
     def _lines(self, series: Series, headline: ShownMetric, style: Style) -> list[Line]:
         numbers = [headline.of(sae) for sae in series]
         x = [position for position, _ in _positions(series)]
-        lines = [Line("the SAE", x, [n.value if n else math.nan for n in numbers], style)]
+        values = [n.value if n else math.nan for n in numbers]
+        bars = [(n.low, n.high) if n else (math.nan, math.nan) for n in numbers]
+        lines = [Line("the SAE", x, values, style, bars=bars)]
         for name in NULLS:
             nulls = [n.nulls.get(name) if n else None for n in numbers]
             mean = [null.mean if null else math.nan for null in nulls]

@@ -19,10 +19,13 @@ import pandas as pd
 from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import DataError
 from ...registry.files import write_atomically
-from ...registry.presentation import Headline, NodeTable
+from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL
+from ...registry.presentation import Headline, NodeTable, Support
 
 SCHEMA = "taxolens.results/1"
 RESULTS_FILENAME = "results.json"
+NO_NULL = "no null"
+NULL_COLUMNS = {"": "mean", "_best": "best", "_n": "n", "_p": "p", "_q": "q"}  # of `frame`
 JSON_SCHEMA = Path(__file__).with_name("results.schema.json")
 
 
@@ -34,9 +37,13 @@ class NullResult:
         mean: the metric under the null, in its own unit; the mean where there are several draws.
         best: the best of the draws, in the metric's direction.
         n: number of draws of the null with a number; 0 where there is a `reason`.
-        left_behind: whether the value is strictly better than `best`; null where the metric has no
-            direction or one of the two numbers is undefined.
+        left_behind: whether `p` is at most .05, where there are 19 draws or more; with fewer,
+            whether the value is strictly better than every draw; null where the metric has no
+            direction or a number is undefined.
         reason: why this null has no number here; null where it has one.
+        p: (1 + number of draws at least as good as the value) / (1 + n); null where `left_behind` is.
+        q: `p` of the permuted classes after Benjamini–Hochberg over the headline metrics of all SAEs
+            in the file; null elsewhere.
     """
 
     mean: float = math.nan
@@ -44,6 +51,13 @@ class NullResult:
     n: int = 0
     left_behind: bool | None = None
     reason: str | None = None
+    p: float = math.nan
+    q: float = math.nan
+
+    @property
+    def past(self) -> bool | None:
+        """Whether the value is past this null: q ≤ .05 where there is a `q`, else `left_behind`."""
+        return self.left_behind if math.isnan(self.q) else self.q <= LEVEL
 
 
 @dataclass(frozen=True)
@@ -55,16 +69,43 @@ class MetricResult:
         nulls: null control (see `registry/nulls.py`) -> the metric under it.
         controls: further control, such as `planted` (detectors built from the tree) -> the metric
             under it.
+        low: lower end of the value's 95 % interval; null where none was computed.
+        high: upper end of the same interval.
+        support: number of nodes, latents, edges, ... that the value is computed from (their name is
+            in `evaluators`); null where the evaluator does not declare it.
+        least: smallest `support` with which the value is judged against its nulls.
     """
 
     value: float
     nulls: dict[str, NullResult] = field(default_factory=dict)
     controls: dict[str, float] = field(default_factory=dict)
+    low: float = math.nan
+    high: float = math.nan
+    support: int | None = None
+    least: int = 0
+
+    @property
+    def undecided(self) -> str | None:
+        """Why the value is not judged against its nulls; None where it is."""
+        if self.support is not None and self.support < self.least:
+            return f"computed from {self.support}, fewer than {self.least}"
+        permuted = self.nulls.get(DECISIVE, NullResult())
+        if 0 < permuted.n < LEAST_DRAWS:
+            return f"{permuted.n} draws of permuted classes, fewer than {LEAST_DRAWS}"
+        if all(null.past is None for null in self.nulls.values()):
+            return NO_NULL
+        return None
 
     @property
     def missed(self) -> list[str]:
-        """The nulls that the value does not beat."""
-        return [name for name, null in self.nulls.items() if null.left_behind is False]
+        """The nulls that the value is not past; none where it is not judged."""
+        judged = {} if self.undecided else self.nulls
+        return [name for name, null in judged.items() if null.past is False]
+
+    @property
+    def past_all(self) -> bool | None:
+        """Whether the value is past every null that it has; None where it is not judged."""
+        return None if self.undecided else not self.missed
 
 
 @dataclass(frozen=True)
@@ -201,6 +242,7 @@ class EvaluatorInfo:
         headlines: the metrics that summaries show; empty: its first metric with a direction.
         labels: metric -> its name in reports and charts; by default the metric's key with spaces.
         node_table: the table that places latents at nodes; null where there is none.
+        support: metric -> what it is computed from.
     """
 
     description: str
@@ -209,6 +251,7 @@ class EvaluatorInfo:
     headlines: list[Headline] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     node_table: NodeTable | None = None
+    support: dict[str, Support] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -282,6 +325,27 @@ class TaxonomyInfo:
 
 
 @dataclass(frozen=True)
+class PermutedClassesInfo:
+    """What the permuted-classes null could permute.
+
+    Args:
+        present: number of classes with images.
+        movable: of them, those that can be exchanged with a class of like size.
+        strata: number of groups of classes of like size.
+        draws: number of distinct trees drawn.
+        same_tree: random permutations left out because they give the tree itself.
+        repeated: random permutations left out because they give the tree of an earlier draw.
+    """
+
+    present: int
+    movable: int
+    strata: int
+    draws: int
+    same_tree: int
+    repeated: int
+
+
+@dataclass(frozen=True)
 class Results:
     """One evaluation of one or many runs.
 
@@ -296,6 +360,7 @@ class Results:
         saes: one entry for each SAE that has been measured.
         complete: false while SAEs are still to be measured.
         schema: version of the file format.
+        permuted_classes: what the null of that name could permute; null where it was not computed.
         folder: folder of the files named here; set on reading, not part of the file.
     """
 
@@ -308,6 +373,7 @@ class Results:
     saes: list[SAEResult]
     complete: bool = True
     schema: str = SCHEMA
+    permuted_classes: PermutedClassesInfo | None = None
     folder: Path | None = field(default=None, compare=False)
 
     @property
@@ -351,9 +417,12 @@ class Results:
                 **{
                     f"{name}{suffix}": getattr(null, attribute)
                     for name, null in number.nulls.items()
-                    for suffix, attribute in (("", "mean"), ("_best", "best"))
+                    for suffix, attribute in NULL_COLUMNS.items()
                     if suffix == "" or null.n > 1
                 },
+                "low": number.low,
+                "high": number.high,
+                "support": number.support,
                 **number.controls,
                 "not_left_behind": ", ".join(number.missed),
             }

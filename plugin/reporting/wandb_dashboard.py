@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...registry.errors import ConfigError, TaxolensError
-from .metric_table import ShownMetric, headlines
+from .headlines import ShownMetric, headlines
 from .results import Results
 from .wandb_log import flat_metrics, is_below, layer_rows, prefixed_series
 

@@ -18,7 +18,8 @@ import plotly.io
 import wandb
 
 from ...registry.errors import ConfigError
-from .results import RESULTS_FILENAME, MetricResult, Results, SAEResult
+from ...registry.nulls import DECISIVE
+from .results import RESULTS_FILENAME, MetricResult, NullResult, Results, SAEResult
 from .series import Series, all_series
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,8 @@ def flat_metrics(results: Results) -> dict[str, float]:
     flat: dict[str, float] = {}
     for sae, evaluator, metric, number in results.rows():
         prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
-        flat |= metric_items(f"{prefix}eval/{evaluator}/{metric}", number)
+        key = f"{prefix}eval/{evaluator}/{metric}"
+        flat |= metric_items(key, number) | certainty_items(key, number)
     return flat
 
 
@@ -154,6 +156,20 @@ def metric_items(key: str, number: MetricResult) -> dict[str, float]:
     """A number and its nulls as W&B scalars, without undefined ones."""
     items = {key: number.value} | {f"{key}/{n}": null.mean for n, null in number.nulls.items()}
     return {name: value for name, value in items.items() if math.isfinite(value)}
+
+
+def certainty_items(key: str, number: MetricResult) -> dict[str, float]:
+    """The interval, p, q, draws and support of a number as W&B scalars, without undefined ones."""
+    permuted = number.nulls.get(DECISIVE, NullResult())
+    items = {
+        "low": number.low,
+        "high": number.high,
+        "p": permuted.p,
+        "q": permuted.q,
+        "draws": permuted.n or math.nan,
+        "support": math.nan if number.support is None else number.support,
+    }
+    return {f"{key}/{name}": float(v) for name, v in items.items() if math.isfinite(v)}
 
 
 def layer_rows(series: Series) -> Iterator[dict[str, float]]:

@@ -31,7 +31,8 @@ from .. import hashing
 from ..errors import ConfigError, TaxolensError
 from ..names import unknown_name_message
 from ..nulls import NULLS
-from ..presentation import Headline, NodeTable
+from ..presentation import Headline, NodeTable, Support
+from ..taxonomies.permuted_classes import PermutedClasses, permuted_classes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -265,9 +266,16 @@ class EvaluationContext:
         return next((self.failures[key] for key in asked if key in self.failures), None)
 
     @cached_property
+    def permuted_classes(self) -> PermutedClasses:
+        """The draws of the `permuted_classes` null, at most `n_permutations` distinct trees."""
+        return permuted_classes(
+            self.taxonomy, self.class_counts, n=self.n_permutations, seed=self.seed
+        )
+
+    @property
     def permutations(self) -> tuple[np.ndarray, ...]:
-        """The class permutations of the `permuted_classes` null, each (C,)."""
-        return tuple(self.taxonomy.permutation(self.seed + i) for i in range(self.n_permutations))
+        """The class permutations of these draws, each (C,)."""
+        return self.permuted_classes.draws
 
     @property
     def largest_class(self) -> int:
@@ -363,6 +371,8 @@ class Evaluator(ABC, Generic[O]):
     """Metrics shown in summaries; if empty, the first metric that has a direction."""
     labels: ClassVar[Mapping[str, str]] = {}
     """metric -> name in reports and charts; by default its key with spaces."""
+    support: ClassVar[Mapping[str, Support]] = {}
+    """metric -> the number of nodes, latents, edges, ... that it is computed from."""
     node_table: ClassVar[NodeTable | None] = None
     """The one of `tables()` that assigns latents to nodes, for latent cards and tree chart."""
     Options: ClassVar[type[Any]] = NoOptions

@@ -79,7 +79,7 @@ def make_results(
     ]
     results = Results(
         created="2026-01-01T00:00:00+00:00",
-        settings={"n_permutations": 3, "evaluators": list(EVALUATORS), "options": {}},
+        settings={"n_permutations": 19, "evaluators": list(EVALUATORS), "options": {}},
         provenance={"taxolens": "0.1.0", "torch": "2.0"},
         dataset=DatasetInfo(
             path="photos",
@@ -121,7 +121,7 @@ def _sae(
             }
 
         draws = {
-            "permuted_classes": [draw(0.7) for _ in range(3)],
+            "permuted_classes": [draw(0.7) for _ in range(19)],
             "shuffled": [draw(0.2)],
             "random": info.nulls["random"] or [draw(1.05 - 0.4 * rise)],
             "neurons": info.nulls["neurons"] or [draw(0.8)],

@@ -32,6 +32,7 @@ HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 FAST = {
     "progress": False,
     "n_permutations": 2,
+    "n_groups": 0,
     "evaluators": ["ontological_coverage", "lch_height"],
 }
 

@@ -29,6 +29,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "nulls": (["random"], ["random"]),
     "controls": (["planted"], ["planted"]),
     "n_permutations": (["3"], 3),
+    "n_groups": (["4"], 4),
     "seed": (["5"], 5),
     "output_path": (["out"], "out"),
     "device": (["cuda:1"], "cuda:1"),
@@ -86,7 +87,7 @@ def test_every_option_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{name} " in text
         assert f"        {name}: " in str(taxolens.EvaluationSettings.__doc__)
     assert "--progress" not in text
-    assert "draws of the permuted classes; by default 10" in text
+    assert "draws of the permuted classes; a verdict needs 19; by default 99" in text
     assert "by default permuted_classes shuffled random neurons" in text
 
 
@@ -96,7 +97,7 @@ def test_keywords_are_laid_over_settings(asked: list[Any], tmp_path: Path) -> No
         with pytest.raises(InterruptedError):
             taxolens.evaluate_run(tmp_path, *given, seed=4, evaluators="pair_depth")
     assert [(s.seed, s.n_permutations, s.evaluators) for s in asked] == [
-        (4, 10, "pair_depth"),
+        (4, 99, "pair_depth"),
         (4, 2, "pair_depth"),
     ]
     assert settings.seed == 3
@@ -112,6 +113,7 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         ({"controls": ["palnted"]}, "controls: not known .did you mean 'planted'.*given 'palnted'"),
         ({"aggregate": "sum"}, "aggregate: not known; given 'sum'; allowed: max, mean"),
         ({"n_permutations": 0}, "n_permutations: not possible; given 0; allowed: 1 or more"),
+        ({"n_groups": 2}, "n_groups: not possible; given 2; allowed: 0, or 3 or more"),
     ):
         with pytest.raises(ConfigError, match=message):
             taxolens.EvaluationSettings(**options)

@@ -167,7 +167,9 @@ def test_columns_of_the_tables_of_metrics(run: Any) -> None:
         assert documented("results.md", "Tables of metrics") >= {place, "<series>"}
         series = "|".join(re.escape(label) for label in set(saes["series"]))
         for column in columns:
-            assert re.fullmatch(rf"({series})( ({'|'.join(NULLS)})( best)?)?", column), column
+            assert re.fullmatch(
+                rf"({series})( ({'|'.join(NULLS)})( best| draws| p)?| low| high| support)?", column
+            ), column
 
 
 def test_the_example_of_results_is_read() -> None:

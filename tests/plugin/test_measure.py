@@ -114,13 +114,30 @@ def bench(fail: str = "", **changes: Any) -> Bench:
     settings: dict[str, Any] = {
         "taxonomy": TREE,
         "chosen": {"recorder": (Recorder, Options(fail)), "pair_depth": (PairDepth, {"k": 2})},
-        "settings": EvaluationSettings(n_permutations=3),
+        "settings": EvaluationSettings(n_permutations=19),
         "images_at_once": 7,
     }
     return Bench(**(settings | changes))
 
 
 # Halves -----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(3, 6))
+def test_groups_left_out_are_a_partition_with_every_class_in_each(labels, groups) -> None:
+    split = Split.halves(np.array(labels), 6)
+    rest = [split.without(group, groups) for group in range(groups)]
+    left_out = [set(split.order) - set(one.order) for one in rest]
+    assert sorted(i for one in left_out for i in one) == sorted(split.order)
+    for one, out in zip(rest, left_out, strict=True):
+        assert set(one.order[: one.n_fit]) <= set(split.order[: split.n_fit])
+        assert set(one.order[one.n_fit :]) <= set(split.order[split.n_fit :])
+        for half in (split.order[: split.n_fit], split.order[split.n_fit :]):
+            for label in range(6):
+                members = [i for i in half if labels[i] == label]
+                here = sum(i in out for i in members)
+                assert len(members) // groups <= here <= -(-len(members) // groups)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -261,7 +278,7 @@ def test_every_metric_stands_beside_its_nulls(sae: Any, held_out: HeldOutActivat
     assert recorder["n"].nulls["random"].left_behind is None
     permuted = recorder["place"].nulls["permuted_classes"]
     draws = [-int(p[0]) - 1.0 for p in done.context.permutations]
-    assert (permuted.n, permuted.best) == (3, max(draws))
+    assert (permuted.n, permuted.best) == (19, max(draws))
     assert permuted.mean == pytest.approx(np.mean(draws))
     assert permuted.left_behind is True
     assert recorder["place"].nulls["shuffled"].mean == -1

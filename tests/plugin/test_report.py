@@ -14,7 +14,7 @@ import pytest
 from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
-from taxolens.plugin.reporting.metric_table import ShownMetric
+from taxolens.plugin.reporting.headlines import ShownMetric
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key

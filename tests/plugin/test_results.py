@@ -9,14 +9,18 @@ import stat
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from results_factory import make_results
-from taxolens.plugin.evaluation.beside_nulls import beats, null_result, with_nulls
+from taxolens.plugin.evaluation.beside_nulls import beats, jackknife, null_result, with_nulls
+from taxolens.plugin.reporting.headlines import headlines, with_q
 from taxolens.plugin.reporting.results import JSON_SCHEMA, SCHEMA, Results
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
+from taxolens.registry.presentation import Support
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(JSON_SCHEMA.read_text()))
 
@@ -171,6 +175,61 @@ def test_a_null_is_left_behind_when_every_draw_is_beaten(value, draws, higher) -
     assert found.n == len(draws)
 
 
+@given(numbers, st.lists(numbers, min_size=19, max_size=40), st.booleans())
+def test_with_many_draws_p_decides(value, draws, higher) -> None:
+    found = null_result(value, draws, higher)
+    as_good = sum(d >= value if higher else d <= value for d in draws)
+    assert found.p == (1 + as_good) / (1 + len(draws))
+    assert found.left_behind == (found.p <= 0.05)
+
+
+def test_p_is_exact_where_draws_and_value_are_exchangeable() -> None:
+    """The share of p ≤ .05 over all ranks of 20 equally likely values is 1 of 20."""
+    values = list(range(20))
+    found = [null_result(v, [w for w in values if w != v], True).p for v in values]
+    assert sorted(found) == [(k + 1) / 20 for k in range(20)]
+    assert sum(p <= 0.05 for p in found) == 1
+
+
+def test_the_interval_is_that_of_the_textbook_for_a_mean() -> None:
+    """Delete-a-group jackknife of a mean of G groups of one: the t interval of the mean."""
+    sample = np.array([1.0, 4.0, 2.0, 8.0, 5.0])
+    left_out = [float(np.delete(sample, i).mean()) for i in range(5)]
+    low, high = jackknife(sample.mean(), left_out)
+    expected = scipy.stats.t.interval(0.95, 4, sample.mean(), scipy.stats.sem(sample))
+    assert (low, high) == pytest.approx(expected)
+    assert np.isnan(jackknife(1.0, [1.0, math.nan, 2.0])).all()
+    assert np.isnan(jackknife(1.0, [1.0, 2.0])).all()
+
+
+def test_q_is_adjusted_over_the_headlines_of_all_saes(tmp_path: Path) -> None:
+    results = with_q(make_results(tmp_path, n_layers=3))
+    shown = {(m.evaluator, m.metric) for m in headlines(results)}
+    found = [
+        (number.nulls["permuted_classes"], (evaluator, metric) in shown)
+        for _, evaluator, metric, number in results.rows()
+    ]
+    judged = [null for null, is_shown in found if is_shown and math.isfinite(null.p)]
+    assert len(judged) > 3
+    expected = scipy.stats.false_discovery_control([null.p for null in judged])
+    assert [null.q for null in judged] == pytest.approx(list(expected))
+    assert all(math.isnan(null.q) for null, is_shown in found if not is_shown)
+    assert [null.past for null in judged] == [null.q <= 0.05 for null in judged]
+
+
+def test_support_and_interval_stand_beside_the_number() -> None:
+    support = {"f1": Support("n_nodes", "nodes", least=3)}
+    values = {"f1": 0.75, "n_nodes": 2.0}
+    left_out = [{"f1": v, "n_nodes": 2.0} for v in (0.7, 0.8, 0.75)]
+    draws = {"permuted_classes": [{"f1": 0.1, "n_nodes": 2.0}] * 19}
+    found = with_nulls(
+        values, draws, {"f1": True, "n_nodes": None}, support=support, left_out=left_out
+    )
+    assert found["f1"].support == 2 and found["f1"].undecided == "computed from 2, fewer than 3"
+    assert (found["f1"].low, found["f1"].high) == pytest.approx(jackknife(0.75, [0.7, 0.8, 0.75]))
+    assert found["n_nodes"].support is None
+
+
 def test_no_direction_no_verdict() -> None:
     assert beats(1.0, 0.0, None) is None
     assert beats(math.nan, 0.0, True) is None
@@ -190,7 +249,7 @@ def test_with_nulls_puts_reasons_where_there_are_no_numbers() -> None:
     found = with_nulls(
         {"a": 1.0, "b": 2.0, "c": 3.0},
         {
-            "permuted_classes": [{"a": 0.5, "b": 2.0}, {"a": 1.5, "b": 2.0}],
+            "permuted_classes": [{"a": 0.5, "b": 2.0}, {"a": 1.5, "b": 2.0}] * 10,
             "random": "no latents",
             "shuffled": [{"a": 0.0, "b": 0.0, "c": 3.0}],
         },

@@ -19,21 +19,26 @@ from taxolens.registry.presentation import Headline
 HEADLINE = ShownMetric("pair_depth", "pair_depth", "pair depth", "where classes meet")
 
 
-def number(value, permuted, random, *, best=None):
+def number(value, permuted, random, *, p, **certainty):
+    past = p <= 0.05
     nulls = {
-        "permuted_classes": NullResult(permuted, best or permuted, 3, value > (best or permuted)),
+        "permuted_classes": NullResult(permuted, permuted, 99, past, p=p, q=min(1.0, 2 * p)),
         "shuffled": NullResult(0.01, 0.01, 1, True),
         "random": NullResult(random, random, 1, value > random),
         "neurons": NullResult(reason="x has no latents"),
     }
-    return MetricResult(value, nulls)
+    return MetricResult(value, nulls, **certainty)
 
 
 @pytest.fixture
 def results(tmp_path):
     """Three blocks: below its nulls, above the permuted classes, above all."""
     made = make_results(tmp_path)
-    numbers = [number(0.4, 0.5, 0.45), number(0.6, 0.5, 0.7, best=0.55), number(1.25, 0.5, 0.7)]
+    numbers = [
+        number(0.4, 0.5, 0.45, p=0.93),
+        number(0.6, 0.5, 0.7, p=0.02, low=0.5, high=0.7, support=1213, least=10),
+        number(1.25, 0.5, 0.7, p=0.01),
+    ]
     saes = [
         dataclasses.replace(sae, evaluators={"pair_depth": EvaluatorResult({"pair_depth": n})})
         for sae, n in zip(made.saes, numbers, strict=True)
@@ -60,16 +65,16 @@ def test_every_number_stands_beside_its_nulls(results):
         layer: [c.strip() for c in row if c.strip()] for layer, row in rows_of(results).items()
     }
     assert cells == {
-        "0": ["0", "0.400", "0.500 (0.500)", "0.010", "0.450", "–", "permuted, random"],
-        "1": ["1", "0.600", "0.500 (0.550)", "0.010", "0.700", "–", "random"],
-        "2": ["2", "1.250", "0.500 (0.500)", "0.010", "0.700", "–"],
+        "0": ["0", ".400", ".500 (.93)!", ".010", ".450!", "–"],
+        "1": ["1", ".600 ±.100", "1,213", ".500 (.02*)", ".010", ".700!", "–"],
+        "2": ["2", "1.250", ".500 (.01*)", ".010", ".700", "–"],
     }
 
 
 def test_the_table_says_what_it_shows(results):
     text = text_of(results)
     assert "blocks.*.hook_resid_post" in text
-    assert "perm. (best)" in text
+    assert "perm. (p)" in text
     assert "pair depth: where classes meet" in legend(results, [HEADLINE])
 
 
@@ -97,6 +102,26 @@ def test_rows_for_programs(results):
     assert rows[0]["permuted_classes"] == 0.5
     assert rows[0]["not_left_behind"] == ["permuted_classes", "random"]
     assert rows[2]["not_left_behind"] == []
+    assert (rows[1]["p"], rows[1]["q"], rows[1]["permuted_classes_draws"]) == (0.02, 0.04, 99)
+    assert (rows[1]["low"], rows[1]["high"], rows[1]["support"]) == (0.5, 0.7, 1213)
+
+
+def test_numbers_of_too_few_things_or_draws_are_not_judged(results):
+    few = number(0.6, 0.5, 0.4, p=0.01, support=2, least=10)
+    draws = number(0.6, 0.5, 0.4, p=0.01)
+    draws.nulls["permuted_classes"] = NullResult(0.5, 0.5, 2, True, p=1 / 3)
+    assert few.undecided == "computed from 2, fewer than 10"
+    assert draws.undecided == "2 draws of permuted classes, fewer than 19"
+    assert few.missed == draws.missed == [] and few.past_all is None is draws.past_all
+    saes = [
+        dataclasses.replace(sae, evaluators={"pair_depth": EvaluatorResult({"pair_depth": n})})
+        for sae, n in zip(results.saes, [few, draws, number(1.25, 0.5, 0.7, p=0.01)], strict=True)
+    ]
+    found = dataclasses.replace(results, saes=saes)
+    shown = [[cell for cell in map(str.strip, row) if cell] for row in rows_of(found).values()]
+    assert [row[1] for row in shown] == [".600 ?", ".600 ?", "1.250"]
+    assert "2 numbers are not judged" in verdict(found, [HEADLINE])
+    assert "pair depth 1 and 1" in verdict(found, [HEADLINE])
 
 
 def test_the_verdict_counts_what_leaves_which_null_behind(results):
@@ -188,9 +213,9 @@ def test_a_long_title_is_wrapped_over_the_rows(results):
     for given in (results, dataclasses.replace(results, saes=results.saes[:1])):
         console.print(summary_table(given, [long]))
         text = console.export_text()
-        firsts = [line[:21].strip() for line in text.splitlines()]
+        firsts = [line[:18].strip() for line in text.splitlines()]
         assert " ".join(filter(None, firsts)).endswith(title.replace("\n", " "))
-        assert text.count("0.400") == 1
+        assert text.count(".400") == 1
 
 
 def test_the_architecture_is_named_as_it_was_trained(results):

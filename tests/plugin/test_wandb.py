@@ -101,7 +101,7 @@ def test_config_and_artifacts(logged, results: Results) -> None:
     run, _ = logged
     assert run.run.project == "p" and run.run.display_name == "study"
     assert run.run.job_type == "evaluate"
-    assert run.config["settings"]["n_permutations"] == 3
+    assert run.config["settings"]["n_permutations"] == 19
     assert run.config["dataset"]["n_images"] == 60
     assert run.config["taxonomy"] == "tree"
     assert run.config["architectures"] == {sae.id: "topk" for sae in results.saes}
@@ -150,15 +150,16 @@ def test_an_active_run_is_used_and_left_open(results: Results) -> None:
 
 
 def test_training_logs_losses_evaluations_config_and_saes(
-    training: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+    training: Any, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole run of SAELens's trainer over many SAEs, read back."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     cfg = training.multi(
         evaluators=["lch_height"],
-        taxonomy=str(photos),
-        eval_split="train[:80%]",
+        taxonomy=str(world / "validation"),
+        eval_dataset_path=str(world),
+        eval_split="validation",
         logger=LoggingConfig(
             wandb_project="p", run_name="study", wandb_log_frequency=1, eval_every_n_wandb_logs=5
         ),
