@@ -1,0 +1,244 @@
+"""What has no hierarchy stays inside the permuted-classes null, and planted truth leaves it.
+
+    python benchmarks/no_hierarchy.py [--runs 200] [--trees 3x3] [--worlds flat] [--results FILE]
+
+Two worlds have no hierarchy: *noise* (firings independent of the class) and *flat* (every latent knows
+one to three classes drawn at random: class information without a tree). Two have one: *planted* (a
+latent for every distinct node, recall 80 %, false alarms .1 %) and *groups* (the same for inner nodes
+alone). Activations are x = z·W_dec + noise with random unit rows, so that x has what z has.
+
+Class sizes: *balanced*; *one large*: the classes of one group below the root have 12 times as many images;
+*long tail*: log-normal, shared within groups (σ .7 between groups, .5 within); *absent*: half of the
+classes have no image.
+
+For every metric with a direction the table has the share of seeded runs with p ≤ .05 against 19 distinct
+trees. In a world without hierarchy a share is bold where it is above .07, and above .05 by
+more than chance (exact binomial test at .025). Each run is
+appended to the results file; a run in the file is not repeated. `--write` writes the tables from the file
+into docs/evaluators.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import taxolens
+import torch
+from scipy.stats import binomtest
+from taxolens import Taxonomy
+from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations
+from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.settings import EvaluationSettings
+from taxolens.plugin.evaluation.split import Split
+from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from torch import Tensor
+from tqdm import tqdm
+
+WORLDS = ("noise", "flat", "planted", "groups")
+SIZES = ("balanced", "one large", "long tail", "absent")
+TREES = ("2x2x2", "3x3", "3x3x3", "tiny-imagenet")
+LEFT_OUT = ("detection", "stability", "hyperbolicity", "monosemanticity", "reconstruction")
+"""Evaluators that need a model, other SAEs, an embedding, or that use no tree."""
+DRAWS = 19
+IMAGES = 10  # of a class, on average
+LEVEL, BAR = 0.05, 0.07
+DOCS = Path(__file__).parent.parent / "docs" / "evaluators.md"
+CLASSES = Path(__file__).with_name("tiny_imagenet.txt")
+
+
+class Given:
+    """Latents that are given for every image, as the source of an evaluation."""
+
+    source = "sae"
+
+    def __init__(self, z: Tensor, W_dec: Tensor) -> None:
+        self.z, self.W_dec = z, W_dec
+        self.b_dec = torch.zeros(W_dec.shape[1])
+        self.d_sae = z.shape[1]
+
+    def encode(self, x: Tensor, *, labels: Tensor, index: Tensor) -> Tensor:
+        return self.z[index]
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = (x @ self.W_dec.T).relu()
+        return z, z @ self.W_dec
+
+
+def tree_of(name: str) -> Taxonomy:
+    """A complete tree of given widths, or the ImageNet tree over the classes of Tiny-ImageNet."""
+    if name == "tiny-imagenet":
+        return taxolens.load_taxonomy("imagenet", classes=CLASSES.read_text().split())
+    level, edges = ["root"], []
+    for width in map(int, name.split("x")):
+        below = [f"{node}.{i}" for node in level for i in range(width)]
+        edges += [(node.rpartition(".")[0], node) for node in below]
+        level = below
+    return Taxonomy.from_edges(edges)
+
+
+def class_sizes(tree: Taxonomy, sizes: str, generator: np.random.Generator) -> np.ndarray:
+    """(C,) images of each class."""
+    group = np.unique(tree.cut(1), return_inverse=True)[1]
+    mean = np.full(len(tree.classes), float(IMAGES))
+    if sizes == "one large":
+        mean = np.where(group == generator.integers(group.max() + 1), 12.0, 1.0) * IMAGES / 2
+    elif sizes == "long tail":
+        between = generator.normal(0, 0.7, group.max() + 1)[group]
+        mean = IMAGES * np.exp(between + generator.normal(0, 0.5, len(mean)))
+    elif sizes == "absent":
+        mean[generator.permutation(len(mean))[: len(mean) // 2]] = 0
+    return np.where(mean > 0, np.maximum(np.round(mean), 2), 0).astype(int)
+
+
+def latents(
+    tree: Taxonomy, world: str, labels: np.ndarray, m: int, generator: np.random.Generator
+) -> Tensor:
+    """(n, m) activations of the world for images of these classes."""
+    n, n_classes = len(labels), len(tree.classes)
+    if world in ("planted", "groups"):
+        planted = PlantedLatents(tree, seed=int(generator.integers(2**31)))
+        index = torch.arange(n)
+        z = planted.encode(torch.zeros(n, 1), labels=torch.from_numpy(labels), index=index)
+        if world == "groups":
+            inner = tree.height[tree.distinct_nodes] > 0
+            z = z[:, torch.from_numpy(np.flatnonzero(inner))]
+        return z
+    if world == "noise":
+        fires = generator.random((n, m)) < 0.05
+    else:
+        known = np.zeros((m, n_classes), dtype=bool)
+        for latent in range(m):
+            known[latent, generator.permutation(n_classes)[: generator.integers(1, 4)]] = True
+        fires = generator.random((n, m)) < np.where(known[:, labels].T, 0.7, 0.02)
+    return torch.from_numpy(np.where(fires, generator.uniform(0.5, 1.5, (n, m)), 0.0)).float()
+
+
+def run(
+    name: str, world: str, sizes: str, seed: int, evaluators: Sequence[str]
+) -> dict[str, float | None]:
+    """`evaluator/metric` -> p; None where the metric is undefined or cannot be judged."""
+    tree = tree_of(name)
+    generator = np.random.default_rng([seed, *name.encode(), *world.encode(), *sizes.encode()])
+    labels = np.repeat(np.arange(len(tree.classes)), class_sizes(tree, sizes, generator))
+    labels = generator.permutation(labels)
+    z = latents(tree, world, labels, 512 if len(tree.classes) > 100 else 96, generator)
+    d = 64 if len(tree.classes) > 100 else 24
+    W_dec = torch.from_numpy(generator.normal(size=(z.shape[1], d))).float()
+    W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
+    x = z @ W_dec + 0.3 * torch.from_numpy(generator.normal(size=(len(z), d))).float()
+    held_out = HeldOutActivations(
+        x[:, None].numpy(), Split.halves(labels, len(tree.classes), seed), mean_patch=x.numpy()
+    )
+    settings = EvaluationSettings(
+        nulls=("permuted_classes",), n_permutations=DRAWS, n_groups=0, seed=seed
+    )
+    bench = Bench(tree, choose_evaluators(list(evaluators), None), settings)
+    done = bench.run(Given(z, W_dec), held_out)
+    return {
+        f"{evaluator}/{metric}": None if number.undecided or math.isnan(p) else p
+        for evaluator, numbers in bench.metrics(done).items()
+        for metric, number in numbers.items()
+        if bench.chosen[evaluator][0].higher_is_better[metric] is not None
+        and not math.isnan(number.value)
+        for p in [number.nulls["permuted_classes"].p]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--trees", nargs="*", default=TREES, help="widths such as 3x3, or a name")
+    parser.add_argument("--worlds", nargs="*", default=WORLDS)
+    parser.add_argument("--sizes", nargs="*", default=SIZES)
+    parser.add_argument("--evaluators", nargs="*", default=None)
+    parser.add_argument("--results", type=Path, default=Path("no_hierarchy.jsonl"))
+    parser.add_argument("--write", action="store_true", help="write the tables into the docs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    evaluators = args.evaluators or [name for name in taxolens.EVALUATORS if name not in LEFT_OUT]
+    found = read(args.results)
+    jobs = [
+        job
+        for job in itertools.product(args.trees, args.worlds, args.sizes, range(args.runs))
+        if not set(evaluators) <= found[job].keys()
+    ]
+    with args.results.open("a") as file:
+        for job in tqdm(jobs, unit="run"):
+            missing = [name for name in evaluators if name not in found[job]]
+            p = run(*job, missing)
+            file.write(json.dumps({"job": job, "evaluators": missing, "p": p}) + "\n")
+            file.flush()
+    text = tables(read(args.results))
+    print(text)
+    if args.write:
+        taxolens_docs = DOCS.read_text()
+        start, end = "<!-- no_hierarchy -->", "<!-- /no_hierarchy -->"
+        before, rest = taxolens_docs.split(start)
+        DOCS.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+Found = defaultdict[tuple[str, str, str, int], dict[str, dict[str, float | None]]]
+
+
+def read(file: Path) -> Found:
+    """(tree, world, sizes, seed) -> evaluator -> metric -> p."""
+    found: Found = defaultdict(dict)
+    for line in file.read_text().splitlines() if file.exists() else ():
+        row = json.loads(line)
+        here = found[tuple(row["job"])]
+        for name in row["evaluators"]:
+            here[name] = {
+                key.partition("/")[2]: p
+                for key, p in row["p"].items()
+                if key.startswith(f"{name}/")
+            }
+    return found
+
+
+def tables(found: Found) -> str:
+    """The shares of p ≤ .05, a table for the worlds without and one for those with hierarchy."""
+    shares: dict[tuple[str, str], dict[tuple[str, str, str], list[float]]] = {}
+    for (tree, world, sizes, _), evaluators in found.items():
+        for evaluator, metrics in evaluators.items():
+            for metric, p in metrics.items():
+                if p is not None:
+                    cells = shares.setdefault((evaluator, metric), {})
+                    cells.setdefault((tree, world, sizes), []).append(float(p <= LEVEL))
+    trees = [tree for tree in TREES if any(job[0] == tree for job in found)]
+    parts = [f"Trees in each cell: {', '.join(trees)}; –: nothing could be judged."]
+    for worlds in (("noise", "flat"), ("planted", "groups")):
+        columns = [(w, s) for w in worlds for s in SIZES]
+        lines = [
+            "| metric | " + " | ".join(f"{w}, {s}" for w, s in columns) + " |",
+            "|---|" + "---|" * len(columns),
+        ]
+        for (evaluator, metric), cells in sorted(shares.items()):
+            row = []
+            for world, sizes in columns:
+                by_tree = [cells.get((tree, world, sizes), []) for tree in trees]
+                row.append(" ".join(share(past, barred=worlds[0] == "noise") for past in by_tree))
+            if any(cell.strip("– ") for cell in row):
+                lines.append(f"| `{evaluator}` {metric} | " + " | ".join(row) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def share(past: Sequence[float], *, barred: bool) -> str:
+    """The share of runs past the null; bold where it is above the bar by more than chance."""
+    if not past:
+        return "–"
+    value = float(np.mean(past))
+    text = f"{value:.2f}".lstrip("0") if value < 1 else "1"
+    above = binomtest(int(sum(past)), len(past), LEVEL, alternative="greater").pvalue < 0.025
+    return f"**{text}**" if barred and above and value > BAR else text
+
+
+if __name__ == "__main__":
+    main()
