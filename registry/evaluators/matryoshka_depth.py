@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import FiringRate, TopImages
-from .parts.pair_depths import all_pair_depths, pair_depths
+from .parts.pair_depths import ClassPairs
 from .parts.ranks import spearman
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
@@ -127,14 +127,17 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         return np.searchsorted(self.widths, place, side="right")
 
     @remembered
+    def pairs(self, shuffled: bool = False) -> ClassPairs:
+        """The pairs of classes of each latent."""
+        return ClassPairs(self._top.labels(shuffled), self.taxonomy.leaf_lca_depth)
+
+    @remembered
     def depths(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """(m,) mean depth over all pairs, and over those of different classes; NaN if undefined."""
-        labels = self._top.labels(shuffled)
-        lca_depth = self.taxonomy.leaf_lca_depth
-        different = pair_depths(lca_depth, labels, permutation).depth
-        return all_pair_depths(lca_depth, labels, permutation), different
+        pairs = self.pairs(shuffled)
+        return pairs.depth(permutation), pairs.different_depth(permutation)
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False

@@ -17,7 +17,7 @@ from ..presentation import Headline
 from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import TopImages
-from .parts.pair_depths import Pairs, pair_depths
+from .parts.pair_depths import ClassPairs
 
 
 @dataclass(frozen=True)
@@ -56,30 +56,34 @@ class PairDepth(Evaluator[PairDepthOptions]):
         self._top = self.context.share(TopImages, k=self.options.k)
 
     @remembered
-    def pairs(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Pairs:
-        """The values of each latent."""
-        labels = self._top.labels(shuffled)
-        return pair_depths(self.taxonomy.leaf_lca_depth, labels, permutation)
+    def pairs(self, shuffled: bool = False) -> ClassPairs:
+        """The pairs of classes of each latent."""
+        return ClassPairs(self._top.labels(shuffled), self.taxonomy.leaf_lca_depth)
+
+    @remembered
+    def depth(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> np.ndarray:
+        """(m,) mean depth of the LCH over pairs of different classes; NaN where undefined."""
+        return self.pairs(shuffled).different_depth(permutation)
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
-        depth, same_class = self.pairs(permutation, shuffled)
+        depth = self.depth(permutation, shuffled)
         value = summary.mean(depth)
         deepest = self.taxonomy.max_depth
         return {
             "pair_depth": value,
             "pair_depth_normalized": value / deepest if deepest else float("nan"),
             "defined": float(np.isfinite(depth).sum()),
-            "same_class_share": summary.mean(same_class),
+            "same_class_share": summary.mean(self.pairs(shuffled).same_class),
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`latents`: one row for each defined latent, by decreasing depth."""
-        depth, same_class = self.pairs()
+        depth, same_class = self.depth(), self.pairs().same_class
         null = np.full(len(depth), np.nan)
         if self.context.permutations:
-            null = np.mean([self.pairs(p).depth for p in self.context.permutations], axis=0)
+            null = np.mean([self.depth(p) for p in self.context.permutations], axis=0)
         latent = np.flatnonzero(np.isfinite(depth))
         latent = latent[np.argsort(-depth[latent], kind="stable")]
         table = {
@@ -93,13 +97,13 @@ class PairDepth(Evaluator[PairDepthOptions]):
 
     def figures(self) -> dict[str, Figure]:
         """`pair_depth`: histogram over latents, with the permuted classes."""
-        permuted = [self.pairs(p).depth for p in self.context.permutations]
+        permuted = [self.depth(p) for p in self.context.permutations]
         return {
             "pair_depth": summary.histograms(
                 "Pair depth of latents",
                 "mean depth of the LCH over pairs of different classes",
                 {
-                    "latents": self.pairs().depth,
+                    "latents": self.depth(),
                     "permuted classes": np.concatenate([*permuted, np.zeros(0)]),
                 },
             )

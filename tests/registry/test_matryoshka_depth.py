@@ -17,9 +17,9 @@ from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTra
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.matryoshka_depth import (
     MatryoshkaDepth,
-    all_pair_depths,
     prefix_widths,
 )
+from taxolens.registry.evaluators.parts.pair_depths import ClassPairs
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.ranks import spearman
 from taxolens.registry.taxonomies import Taxonomy
@@ -35,13 +35,19 @@ def test_depth_is_the_mean_over_pairs(seed: int, random_dag: Measured) -> None:
     n_classes = len(taxonomy.classes)
     labels = rng.integers(-1, n_classes, (6, 4))
     permutation = rng.permutation(n_classes)
-    found = all_pair_depths(taxonomy.leaf_lca_depth, labels, permutation)
-    for row, depth in zip(labels, found):
+    pairs = ClassPairs(labels, taxonomy.leaf_lca_depth)
+    found = zip(labels, pairs.depth(permutation), pairs.different_depth(permutation))
+    for row, depth, different_depth in found:
         if (row < 0).any():
-            assert np.isnan(depth)
+            assert np.isnan(depth) and np.isnan(different_depth)
             continue
-        pairs = [taxonomy.depth[taxonomy.lch(permutation[list(p)])] for p in combinations(row, 2)]
-        assert depth == pytest.approx(np.mean(pairs))
+        both = list(combinations(row, 2))
+        depths = [taxonomy.depth[taxonomy.lch(permutation[list(p)])] for p in both]
+        different = [d for d, (a, b) in zip(depths, both, strict=True) if a != b]
+        assert depth == pytest.approx(np.mean(depths))
+        assert different_depth == pytest.approx(
+            np.mean(different) if different else np.nan, nan_ok=True
+        )
 
 
 def planted(animals: Taxonomy, one_batch: Measured) -> Any:

@@ -30,7 +30,7 @@ def test_against_loops(random_dag, one_batch, measured, seed, k):
     (evaluator,) = measured(taxonomy, batch, [PairDepth], options={"k": k})
     for shuffled in (False, True):
         for place in (np.arange(n_classes), rng.permutation(n_classes)):
-            depth, same = evaluator.pairs(place, shuffled)
+            depth, same = evaluator.depth(place, shuffled), evaluator.pairs(shuffled).same_class
             for j, latent in enumerate(batch.z.numpy().T):
                 order = np.argsort(-latent)[:k]
                 if latent[order[-1]] <= 0:
@@ -59,7 +59,7 @@ def test_node_indicators_reach_the_depth_of_their_node(animals, one_batch, measu
     labels = np.repeat(np.arange(12), 40)
     latents, z = indicators(animals, labels, binary=True)
     (evaluator,) = measured(animals, one_batch(z, labels), [PairDepth])
-    depth, same = evaluator.pairs()
+    depth, same = evaluator.depth(), evaluator.pairs().same_class
     of = {animals.nodes[v]: j for j, v in enumerate(latents.node)}
     assert depth[of["bird_0"]] == 2  # two classes: every pair meets in the genus itself
     pair_in_family = (1 * 2 + 4 * 1) / 5  # of 5 other classes of the family one is of the genus

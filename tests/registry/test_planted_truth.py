@@ -279,7 +279,7 @@ def test_each_latent_is_put_at_its_node(tree: Taxonomy, planted: Any) -> None:
     gaps = (generality[size] - np.log2(size)).mean()
     assert numbers["generality_gap"] == pytest.approx(gaps)
 
-    depth = planted("pair_depth").pairs().depth
+    depth = planted("pair_depth").depth()
     inner = np.flatnonzero(several)
     assert (depth[inner] >= tree.depth[node[inner]]).all()
     assert np.isnan(depth[~several]).all()

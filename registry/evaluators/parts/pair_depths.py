@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
+from scipy import sparse
 
 from . import summary
 
 
-class Pairs(NamedTuple):
-    """Per latent, each (m,)."""
-
-    depth: np.ndarray  # mean depth over the pairs of different classes; NaN without any
-    same_class: np.ndarray  # share of pairs of one class; NaN where undefined
-
-
-def pair_depths(
-    lca_depth: np.ndarray, labels: np.ndarray, permutation: np.ndarray | None = None
-) -> Pairs:
-    """Mean LCA depth of pairs of different classes in each row of labels.
+class ClassPairs:
+    """The pairs of classes among the top images of each latent, counted once for all permutations.
 
     Args:
-        lca_depth: (C, C) depth of the LCH of two classes.
         labels: (m, k) classes of the top images; a row with any −1 is undefined.
-        permutation: (C,) the position that each class takes in the tree.
+        lca_depth: (C, C) depth of the LCH of two classes.
     """
-    first, second = np.triu_indices(labels.shape[1], 1)
-    full = (labels >= 0).all(1)
-    kept = labels[full]
-    placed = kept if permutation is None else permutation[kept]
-    differ = kept[:, first] != kept[:, second]
-    total = np.where(differ, lca_depth[placed[:, first], placed[:, second]], 0).sum(1)
-    depth = np.full(len(labels), np.nan)
-    same_class = np.full(len(labels), np.nan)
-    depth[full] = summary.ratio(total, differ.sum(1))
-    same_class[full] = 1 - differ.mean(1)
-    return Pairs(depth, same_class)
 
+    def __init__(self, labels: np.ndarray, lca_depth: np.ndarray) -> None:
+        self.lca_depth = lca_depth
+        self.full = (labels >= 0).all(1)
+        kept = np.sort(labels[self.full], axis=1)
+        first, second = np.triu_indices(labels.shape[1], 1)
+        codes = kept[:, first].astype(np.int64) * len(lca_depth) + kept[:, second]
+        found, place = np.unique(codes, return_inverse=True)
+        self.first, self.second = np.divmod(found, len(lca_depth))  # (U,) classes of each pair
+        self.differ = self.first != self.second
+        ends = np.arange(len(codes) + 1) * codes.shape[1]
+        ones = np.ones(codes.size)
+        self.counts = sparse.csr_array((ones, place.ravel(), ends), shape=(len(codes), len(found)))
+        self.counts.sum_duplicates()
+        self.n_pairs = codes.shape[1]
+        self.n_differ = self.counts @ self.differ.astype(float)
 
-def all_pair_depths(
-    lca_depth: np.ndarray, labels: np.ndarray, permutation: np.ndarray | None = None
-) -> np.ndarray:
-    """(m,) mean LCA depth over all pairs of each row of labels (m, k); NaN where one is −1."""
-    first, second = np.triu_indices(labels.shape[1], 1)
-    full = (labels >= 0).all(1)
-    placed = labels[full] if permutation is None else permutation[labels[full]]
-    depth = np.full(len(labels), np.nan)
-    depth[full] = lca_depth[placed[:, first], placed[:, second]].mean(1)
-    return depth
+    def depth(self, permutation: np.ndarray | None = None) -> np.ndarray:
+        """(m,) mean depth over all pairs; NaN where undefined.
+
+        Args:
+            permutation: (C,) the position that each class takes in the tree.
+        """
+        return self._by_latent(self.counts @ self._depths(permutation) / self.n_pairs)
+
+    def different_depth(self, permutation: np.ndarray | None = None) -> np.ndarray:
+        """(m,) the same over the pairs of different classes; NaN where there are none."""
+        total = self.counts @ np.where(self.differ, self._depths(permutation), 0.0)
+        return self._by_latent(summary.ratio(total, self.n_differ))
+
+    @property
+    def same_class(self) -> np.ndarray:
+        """(m,) share of pairs of one class; NaN where undefined."""
+        return self._by_latent(1 - self.n_differ / self.n_pairs)
+
+    def _depths(self, permutation: np.ndarray | None) -> np.ndarray:
+        """(U,) depth of the LCH of each pair."""
+        if permutation is None:
+            return self.lca_depth[self.first, self.second].astype(float)
+        return self.lca_depth[permutation[self.first], permutation[self.second]].astype(float)
+
+    def _by_latent(self, values: np.ndarray) -> np.ndarray:
+        every = np.full(len(self.full), np.nan)
+        every[self.full] = values
+        return every
