@@ -150,6 +150,7 @@ def _choose(
     """
     best = np.zeros(len(positives))
     row = np.full(len(positives), -1, dtype=np.int64)
+    of_latent = np.repeat(np.arange(shape(counts)[0] // n_bins, dtype=np.int32), n_bins)
     for start, stop in _blocks(counts, n_bins, belongs):
         block = counts[start:stop]
         fired = block.sum(1).reshape(-1, n_bins).cumsum(1).ravel()
@@ -157,13 +158,18 @@ def _choose(
         filled = np.flatnonzero(np.diff(hits.indptr))
         if not len(filled):
             continue
-        node = np.repeat(np.arange(len(positives)), np.diff(hits.indptr))
-        reached = _running_sum(hits.data, node * (stop - start) + hits.indices // n_bins)
-        f1 = 2 * reached / (fired[hits.indices] + positives[node])
+        per_node = np.diff(hits.indptr)
+        latent = of_latent[hits.indices]
+        first = np.append(True, latent[1:] != latent[:-1])  # of a latent at a node
+        first[hits.indptr[filled]] = True
+        f1 = _running_sum(hits.data, first)
+        f1 /= fired[hits.indices] + np.repeat(positives, per_node)
         most = np.zeros(len(positives))
-        most[filled] = np.maximum.reduceat(f1, hits.indptr[filled])
-        at = np.flatnonzero((f1 == most[node]) & (most > best)[node])[::-1]
-        row[node[at]] = start + hits.indices[at]  # so that the first of equal ones remains
+        most[filled] = 2 * np.maximum.reduceat(f1, hits.indptr[filled])
+        better = np.flatnonzero(most > best)
+        at = np.flatnonzero(2 * f1 == np.repeat(np.where(most > best, most, np.nan), per_node))
+        # The first of equal ones.
+        row[better] = start + hits.indices[at[np.searchsorted(at, hits.indptr[better])]]
         best = np.maximum(best, most)
     return row // n_bins, n_bins - 1 - row % n_bins, best  # −1 and 0 where none is chosen
 
@@ -179,12 +185,12 @@ def _blocks(
     return list(zip(cuts[:-1].tolist(), cuts[1:].tolist()))
 
 
-def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The cumulative sum of `values` within each run of equal `group`."""
+def _running_sum(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The cumulative sum of `values` within each run, which begins where `first` is true."""
     total = np.cumsum(values, dtype=np.float64)
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    lengths = np.diff(np.append(starts, len(group)))
-    return total - np.repeat(total[starts] - values[starts], lengths)
+    starts = np.flatnonzero(first)
+    total -= np.repeat(total[starts] - values[starts], np.diff(starts, append=len(values)))
+    return total
 
 
 def _fired_from(counts: torch.Tensor, latent: np.ndarray, bin_: np.ndarray) -> np.ndarray:
