@@ -111,7 +111,7 @@ def latents(
             z = z[:, torch.from_numpy(np.flatnonzero(inner))]
         return z
     if world == "noise":
-        fires = generator.random((n, m)) < 0.05
+        fires = generator.random((n, m)) < 0.25
     else:
         known = np.zeros((m, n_classes), dtype=bool)
         for latent in range(m):

@@ -289,6 +289,7 @@ class Bench:
         nulls: Mapping[str, Mapping[str, Numbers | str]] = {},
         controls: Mapping[str, Mapping[str, Numbers | str]] = {},
         left_out: Sequence[Mapping[str, Numbers | str]] = (),
+        progress: Callable[[], Any] | None = None,
     ) -> dict[str, dict[str, MetricResult]]:
         """Evaluator -> metric -> its value beside its nulls.
 
@@ -297,9 +298,12 @@ class Bench:
             nulls: "random" and "neurons" -> the result of `numbers` over them.
             controls: the same for controls that are not nulls.
             left_out: the result of `left_out` over the SAE's latents.
+            progress: called before each evaluator.
         """
         found = {}
         for name, (cls, _) in self.chosen.items():
+            if progress is not None:
+                progress()
             values = done.compute(name)
             if values is None:
                 continue

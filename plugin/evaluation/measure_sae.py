@@ -69,7 +69,15 @@ def measure_sae(
         done = bench.run(
             latents, held_out, peers=peers, prepare=share_card_facts, progress=bar.update
         )
-    metrics = bench.metrics(done, nulls, controls, left_out)
+    draws = tqdm(
+        total=len(bench.chosen),
+        desc=f"{folder.id}: permuted classes",
+        unit="evaluator",
+        delay=2,
+        disable=not bench.settings.progress,
+    )
+    with draws as bar:
+        metrics = bench.metrics(done, nulls, controls, left_out, progress=bar.update)
     tables = {name: done.attempt(name, _tables) or {} for name in bench.chosen}
     figures = {name: done.attempt(name, _figures) or {} for name in bench.chosen}
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}

@@ -1,0 +1,62 @@
+"""A small form of `benchmarks/no_hierarchy.py`: the permuted-classes null holds, and can be left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import no_hierarchy
+import numpy as np
+import pytest
+from scipy.stats import binom
+from taxolens.registry.taxonomies import permuted_classes
+
+RUNS = 40
+METRICS = {
+    "pair_depth": "pair_depth",
+    "ontological_coverage": "internal_f1",
+    "lch_height": "generality_gap",
+}
+
+
+def past(world: str, sizes: str, metric: str, tree: str = "3x3x3") -> list[bool]:
+    """Whether p ≤ .05, of the runs that are judged."""
+    found = [
+        no_hierarchy.run(tree, world, sizes, seed, [metric]).get(f"{metric}/{METRICS[metric]}")
+        for seed in range(RUNS)
+    ]
+    return [p <= 0.05 for p in found if p is not None]
+
+
+@pytest.mark.parametrize("sizes", ["balanced", "one large"])
+@pytest.mark.parametrize("world", ["noise", "flat"])
+def test_without_hierarchy_the_null_holds(world: str, sizes: str) -> None:
+    found = past(world, sizes, "pair_depth")
+    assert len(found) == RUNS and sum(found) <= binom.ppf(0.999, RUNS, 0.05)
+
+
+def test_permuting_classes_of_all_sizes_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above fails where strata are given up."""
+    monkeypatch.setattr(permuted_classes, "SIZE_FACTOR", np.inf)
+    monkeypatch.setattr(permuted_classes.strata, "__defaults__", (np.inf,))
+    found = past("noise", "one large", "pair_depth")
+    assert len(found) == RUNS and sum(found) > 0.8 * RUNS
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_planted_truth_leaves(metric: str) -> None:
+    found = past("groups", "balanced", metric)
+    assert len(found) == RUNS and sum(found) >= 0.9 * RUNS
+
+
+def test_runs_in_the_file_are_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "found.jsonl"
+    rows = [
+        {"job": ["3x3", "noise", "balanced", seed], "evaluators": ["pair_depth"],
+         "p": {"pair_depth/pair_depth": p}}
+        for seed, p in enumerate([0.05, 0.9, None])
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = no_hierarchy.read(file)
+    assert found["3x3", "noise", "balanced", 1] == {"pair_depth": {"pair_depth": 0.9}}
+    assert "| `pair_depth` pair_depth | .50 |" in no_hierarchy.tables(found)
