@@ -32,7 +32,8 @@ class Split:
         """Halve every class, at random by `seed`.
 
         Of a class with an odd number of images, the larger part goes to the half that has fewer
-        images so far.
+        images so far. Classes are taken in random order: in the order of the tree, siblings would
+        differ in their parts, which permuted classes do not.
 
         Raises:
             DataError: no image, or a label outside 0 … n_classes−1.
@@ -51,7 +52,7 @@ class Split:
         generator = np.random.default_rng(seed)
         fit, score = [], []
         n_fit = n_score = 0
-        for label in range(n_classes):
+        for label in generator.permutation(n_classes):
             members = generator.permutation(np.flatnonzero(labels == label))
             half = (len(members) + (n_fit <= n_score)) // 2
             fit.append(members[:half])
