@@ -1,0 +1,353 @@
+"""The whole suite on photographs: SAEs, controls and an untrained model, and the tables of the docs.
+
+    python benchmarks/study.py run --model FOLDER --dataset FOLDER --output FOLDER
+    python benchmarks/study.py write
+
+`run` trains the SAEs of study.yaml on the training split (they share one forward pass and one cache),
+then TopK SAEs on the same model with random weights, measures all of them on the validation split
+against the ImageNet tree, and stores every number with its interval, support and nulls in
+docs/results/photographs.json. Each part is taken up again where it was stopped. `write` writes the tables
+of README.md and docs/evaluators.md, between the markers `<!-- study:NAME -->` and `<!-- /study -->`, from that file.
+
+The label names of the dataset are WordNet 3.0 synsets. Evaluators that run the model again for every
+edit are measured with `--interventions`, which takes hours on a laptop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "docs" / "results" / "photographs.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluators.md")
+CONFIG = Path(__file__).with_name("study.yaml")
+BLOCK = re.compile(r"<!-- study:(.*?) -->\n.*?<!-- /study -->", re.DOTALL)
+INTERVENTIONS = ("detection", "reconstruction", "supervised_dictionary")
+UNTRAINED_IMAGES = 4000
+NULLS = {
+    "permuted_classes": "classes permuted",
+    "shuffled": "labels shuffled",
+    "random": "untrained twin",
+    "neurons": "neurons",
+}
+NAMES = {
+    "topk": "TopK",
+    "matryoshka": "Matryoshka",
+    "frozen_decoder": "decoder frozen",
+    "soft_frozen_decoder": "decoder soft-frozen",
+    "frozen_encoder": "encoder frozen",
+    "untrained": "TopK on the untrained model",
+}
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, measure and store."""
+    import taxolens
+
+    output, dataset = Path(args.output), ["--dataset_path", args.dataset]
+    common = ["--config", str(CONFIG), "--no_evaluate", *dataset]
+    trained, untrained = output / "trained", output / "untrained"
+    if not (trained / "runner_cfg.json").exists():
+        cache = args.cache or str(output / "cache")
+        train(*common, "--model_name", args.model, "--output_path", str(trained),
+              "--cached_activations_path", cache)  # fmt: skip
+    model = random_weights(Path(args.model), output / "untrained-model")
+    if not (untrained / "runner_cfg.json").exists():
+        only = output / "untrained.yaml"
+        only.write_text(without_controls(CONFIG.read_text()))
+        common[1] = str(only)
+        train(*common, "--model_name", str(model), "--output_path", str(untrained),
+              "--max_images", str(UNTRAINED_IMAGES), "--cached_activations_path",
+              str(output / "untrained-cache"))  # fmt: skip
+    evaluators = [
+        name
+        for name, evaluator in taxolens.EVALUATORS.items()
+        if args.interventions or name not in INTERVENTIONS
+    ]
+    results = taxolens.evaluate_run(
+        [trained, untrained],
+        evaluators=evaluators,
+        split="validation",
+        output_path=output / "results",
+        keep_activations=True,
+    )
+    STORED.parent.mkdir(exist_ok=True)
+    STORED.write_text(json.dumps(stored(results), indent=None, separators=(",", ":")) + "\n")
+
+
+def train(*flags: str) -> None:
+    """`taxolens train` in a process of its own."""
+    subprocess.run([sys.executable, "-m", "taxolens", "train", *flags], check=True)
+
+
+def without_controls(config: str) -> str:
+    """The study with its TopK SAE alone."""
+    import yaml
+
+    settings = yaml.safe_load(config)
+    settings["saes"] = {"topk": settings["saes"]["topk"]}
+    return yaml.safe_dump(settings)
+
+
+def random_weights(model: Path, folder: Path) -> Path:
+    """The same model with random weights, saved with its preprocessing."""
+    import shutil
+
+    import torch
+    import transformers
+
+    if not (folder / "config.json").exists():
+        config = transformers.AutoConfig.from_pretrained(model)
+        torch.manual_seed(0)
+        getattr(transformers, config.architectures[0])(config).save_pretrained(folder)
+        for file in model.glob("preprocessor_config.json"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def stored(results: Any) -> dict[str, Any]:
+    """The numbers of the tables, without what they do not need."""
+    infos = results.evaluators.items()
+    return {
+        "images": results.dataset.n_images,
+        "fit_images": results.dataset.n_fit,
+        "classes": results.taxonomy.n_classes,
+        "nodes": results.taxonomy.n_nodes,
+        "permuted_classes": vars(results.permuted_classes),
+        "settings": {k: results.settings[k] for k in ("n_permutations", "n_groups", "seed")},
+        "versions": {k: v for k, v in results.provenance.items() if k not in ("device", "seconds")},
+        "evaluators": {
+            name: {
+                "directions": {m: d for m, d in info.directions.items() if d is not None},
+                "headlines": [headline.metric for headline in info.headlines],
+                "labels": info.labels,
+                "units": {m: of.unit for m, of in info.support.items()},
+            }
+            for name, info in infos
+        },
+        "saes": [
+            {
+                "block": sae.layer,
+                "architecture": sae.trained_as,
+                "constraint": sae.constraint,
+                "model": "untrained" if sae.run.startswith("untrained") else "trained",
+                "d_sae": sae.d_sae,
+                "l0": rounded(sae.l0),
+                "metrics": {
+                    f"{evaluator}/{metric}": number_of(number)
+                    for evaluator, found in sae.evaluators.items()
+                    for metric, number in found.metrics.items()
+                },
+            }
+            for sae in results.saes
+        ],
+    }
+
+
+def number_of(number: Any) -> dict[str, Any]:
+    """A number with its interval, support and nulls."""
+    found = {"value": rounded(number.value)}
+    if math.isfinite(number.low):
+        found |= {"low": rounded(number.low), "high": rounded(number.high)}
+    if number.support is not None:
+        found["support"] = number.support
+    if number.undecided:
+        found["undecided"] = number.undecided
+    nulls = {
+        name: {
+            key: value if isinstance(value, int) else rounded(value)
+            for key in ("mean", "best", "n", "p", "q", "left_behind")
+            if (value := getattr(null, key)) is not None and value == value
+        }
+        for name, null in number.nulls.items()
+        if null.n
+    }
+    return found | ({"nulls": nulls} if nulls else {})
+
+
+def rounded(value: float) -> float | None:
+    """Four significant digits; None where undefined."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The stored numbers."""
+
+    data: dict[str, Any]
+
+    @classmethod
+    def load(cls, file: Path = STORED) -> Stored:
+        return cls(json.loads(file.read_text()))
+
+    @property
+    def blocks(self) -> list[int]:
+        return sorted({sae["block"] for sae in self.data["saes"]})
+
+    def at(self, block: int, kind: str, constraint: str | None = None) -> dict[str, Any]:
+        """The numbers of one SAE; `kind` is "topk", "matryoshka" or "untrained"."""
+        for sae in self.data["saes"]:
+            own = "untrained" if sae["model"] == "untrained" else sae["architecture"]
+            if sae["block"] == block and own.startswith(kind) and sae["constraint"] == constraint:
+                return sae["metrics"]
+        return {}
+
+    def rows(self, metric: str) -> Iterator[tuple[str, list[str]]]:
+        """(name, its cell at every block) of a metric: each SAE, its nulls and its controls."""
+        for kind in ("topk", "matryoshka", "untrained"):
+            own = [self.at(block, kind).get(metric) for block in self.blocks]
+            if not any(own):
+                continue
+            yield f"**{NAMES[kind]}**", [value_cell(number) for number in own]
+            for null, name in NULLS.items():
+                cells = [null_cell(number, null) for number in own]
+                if any(cells):
+                    yield f"{name}", cells
+            for constraint in ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder"):
+                held = [self.at(block, kind, constraint).get(metric) for block in self.blocks]
+                if any(held):
+                    yield NAMES[constraint], [value_cell(number) for number in held]
+
+
+def value_cell(number: dict[str, Any] | None) -> str:
+    """Value ± half of its interval, and in brackets the number behind it."""
+    if not number or number["value"] is None:
+        return "–"
+    text = short(number["value"])
+    if number.get("low") is not None:
+        text += f" ±{short((number['high'] - number['low']) / 2)}"
+    return text + (f" ({number['support']:,})" if "support" in number else "")
+
+
+def null_cell(number: dict[str, Any] | None, null: str) -> str:
+    """Mean of a null, with p where there are many draws; ! where the number is not past it."""
+    found = (number or {}).get("nulls", {}).get(null)
+    if not found or found.get("mean") is None:
+        return ""
+    text = short(found["mean"])
+    if found["n"] >= 19 and "p" in found:
+        text += f" (p {short_p(found['p'])})"
+    return text + ("!" if found.get("left_behind") is False else "")
+
+
+def short(value: float) -> str:
+    """Three decimals below 10, without a leading zero."""
+    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return (
+        text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 1 else text.replace("-", "−")
+    )
+
+
+def short_p(p: float) -> str:
+    return f"{p:.2f}".lstrip("0")
+
+
+def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """A table in Markdown."""
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)])
+
+
+def metric_table(found: Stored, *metrics: str) -> str:
+    """The tables of metrics `evaluator/metric`, or of the headlines of an evaluator."""
+    parts = []
+    for name in metrics:
+        evaluator = name.partition("/")[0]
+        info = found.data["evaluators"].get(evaluator)
+        if info is None:
+            return "Not measured here."
+        headlines = info["headlines"] or list(info["directions"])[:1]
+        for metric in [name] if "/" in name else [f"{evaluator}/{m}" for m in headlines]:
+            head = [f"`{metric.partition('/')[2]}`", *(f"block {b}" for b in found.blocks)]
+            parts.append(table(head, found.rows(metric)))
+    return "\n\n".join(parts)
+
+
+def glance_table(found: Stored) -> str:
+    """Which metric tells a trained SAE from what, and at which blocks (TopK)."""
+    columns = (*NULLS, "frozen_decoder", "soft_frozen_decoder", "frozen_encoder", "untrained")
+    rows = []
+    for evaluator, info in found.data["evaluators"].items():
+        for metric in info["headlines"] or list(info["directions"])[:1]:
+            key = f"{evaluator}/{metric}"
+            higher = info["directions"].get(metric)
+            own = {block: found.at(block, "topk").get(key) for block in found.blocks}
+            if higher is None or not any(own.values()):
+                continue
+            draws = max(
+                (n["nulls"]["permuted_classes"]["n"] for n in own.values()
+                 if n and "permuted_classes" in n.get("nulls", {})), default=0,
+            )  # fmt: skip
+            cells = [str(draws or "–")]
+            for column in columns:
+                told = [tells(found, b, key, column, higher) for b in found.blocks]
+                past = [str(b) for b, yes in zip(found.blocks, told, strict=True) if yes]
+                judged = any(yes is not None for yes in told)
+                cells.append(", ".join(past) if past else "no" if judged else "–")
+            rows.append((f"`{evaluator}` {metric.replace('_', ' ')}", cells))
+    names = [NULLS.get(c) or NAMES[c] for c in columns[:-1]] + ["untrained model"]
+    return table(["metric", "draws", *names], rows)
+
+
+def tells(found: Stored, block: int, key: str, other: str, higher: bool) -> bool | None:
+    """Whether the TopK SAE is past a null, or past another SAE by more than both intervals."""
+    number = found.at(block, "topk").get(key)
+    if not number or number["value"] is None or "undecided" in number:
+        return None
+    if other in NULLS:
+        null = number.get("nulls", {}).get(other)
+        if null is None:
+            return None
+        return null["q"] <= 0.05 if "q" in null else null.get("left_behind")
+    rival = found.at(block, "untrained").get(key) if other == "untrained" else found.at(block, "topk", other).get(key)  # fmt: skip
+    if not rival or rival["value"] is None or number.get("low") is None or rival.get("low") is None:
+        return None
+    return number["low"] > rival["high"] if higher else number["high"] < rival["low"]
+
+
+def write(text: str, found: Stored) -> str:
+    """A page with its tables made again from the stored numbers."""
+
+    def block(match: re.Match[str]) -> str:
+        names = match[1].split()
+        made = glance_table(found) if names == ["glance"] else metric_table(found, *names)
+        return f"<!-- study:{match[1]} -->\n\n{made}\n\n<!-- /study -->"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    for name in ("model", "dataset", "output"):
+        running.add_argument(f"--{name}", required=True)
+    running.add_argument("--cache", help="activations of the training split, from an earlier run")
+    running.add_argument("--interventions", action="store_true")
+    commands.add_parser("write")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args)
+    found = Stored.load()
+    for page in PAGES:
+        page.write_text(write(page.read_text(), found))
+
+
+if __name__ == "__main__":
+    main()
