@@ -18,6 +18,8 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainSt
 from sae_lens.training.sae_trainer import SAETrainer
 from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
+from taxolens.registry.evaluators.parts.null_latents import TwinLatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents
 from taxolens.registry.table import ARCHITECTURES
 from tiny_models import pictures, tapped
 from tiny_text import save_tiny_text
@@ -241,6 +243,44 @@ def test_metadata_of_an_own_architecture_require_taxolens(name, tmp_path):
     expected = None if CASES[name].saved_as else "taxolens"
     assert metadata.get("requires_plugin") == expected
     assert (ARCHITECTURES[name].sae_class is None) == (CASES[name].saved_as is not None)
+
+
+@every
+@pytest.mark.parametrize("kind", ["in training", "saved", "layer_norm", "hook_z", "b_dec kept"])
+def test_the_untrained_twin_differs_in_its_weights_only(name, kind, tmp_path):
+    sae = trained(name)
+    if kind != "in training":
+        _, file = sae.save_inference_model(tmp_path)
+        changes = {
+            "layer_norm": {"normalize_activations": "layer_norm"},
+            "hook_z": {"reshape_activations": "hook_z"},
+            "b_dec kept": {"apply_b_dec_to_input": False},
+        }
+        saved = json.loads(file.read_text()) | changes.get(kind, {})
+        file.write_text(json.dumps(saved))
+        sae = SAE.load_from_disk(tmp_path)
+    before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
+    x = planted(500, seed=60) + 3
+    latents = SAELatents(sae)
+    first, again, other = (TwinLatents.fit(latents, x, draw=draw) for draw in (0, 0, 1))
+    assert type(first.sae) is type(sae) and first.d_sae == D_SAE
+    assert first.sae.cfg.to_dict().keys() == sae.cfg.to_dict().keys()
+    with torch.no_grad():
+        z, decoded = first.reconstruct(x)
+        assert z.shape == (500, D_SAE) and decoded.shape == x.shape
+        assert torch.equal(z, again.encode(x)) and torch.equal(z, first.encode(x))
+        assert not torch.equal(z, other.encode(x))
+        wanted = (latents.encode(x) != 0).sum(1).float().mean()
+        # Those of `tree` and `hsae` have as many latents as their config and their parents let fire.
+        tolerance = {"tree": 0.5, "hsae": 0.1}.get(name, 0.05)
+        assert (z != 0).sum(1).float().mean() == pytest.approx(float(wanted), rel=tolerance)
+        error = (x - decoded).square().sum()
+        if kind != "b_dec kept" or "b_enc" in before or "b_gate" in before:
+            assert error <= (x - x.mean(0)).square().sum() * 1.05
+        for other_scale in (0.95, 1.05):
+            twin = TwinLatents(first.sae, scale=first.scale * other_scale)
+            assert error <= (x - twin.reconstruct(x)[1]).square().sum()
+    assert all(torch.equal(before[key], tensor) for key, tensor in sae.state_dict().items())
 
 
 @every
