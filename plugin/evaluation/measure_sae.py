@@ -123,6 +123,7 @@ def measure_sae(
         model_name=folder.model_name,
         architecture=folder.architecture,
         trained_as=folder.trained_as,
+        constraint=folder.constraint,
         tokens=folder.tokens,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,

@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from ...hooks.models.tokens import TOKEN_CHOICES
 from ...registry.errors import ConfigError, UnknownNameError
 from ...registry.names import unknown_name_message
-from .constraint import CONSTRAINTS
+from ...registry.nulls import CONSTRAINTS
 
 logger = logging.getLogger(__name__)
 

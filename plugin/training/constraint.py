@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ...registry.errors import CheckpointError, ConfigError
 
-CONSTRAINTS = ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder")
 DECODER = ("W_dec",)
 ENCODER = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
 OTHERS = ("b_dec", "threshold", "levels")
@@ -57,7 +56,7 @@ class Constraint:
 
     Args:
         sae: the SAE; its frozen parameters get no gradient from now on.
-        constraint: one of CONSTRAINTS.
+        constraint: one of `registry.nulls.CONSTRAINTS`.
 
     Raises:
         ConfigError: see `constrained_parameters`.

@@ -1,8 +1,8 @@
 import pytest
 from taxolens.plugin.study.settings import gather
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
-from taxolens.plugin.training.constraint import CONSTRAINTS
 from taxolens.registry.errors import ConfigError, UnknownNameError
+from taxolens.registry.nulls import CONSTRAINTS
 from taxolens.registry.presets import PRESETS, describe_preset, load_preset, read_settings
 
 # What a preset leaves to the command line.

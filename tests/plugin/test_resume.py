@@ -19,10 +19,10 @@ from sae_lens import (
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, latest_checkpoint
-from taxolens.plugin.training.constraint import CONSTRAINTS
 from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingInterrupted
 from taxolens.plugin.training.rng import seeded
 from taxolens.registry.errors import CheckpointError
+from taxolens.registry.nulls import CONSTRAINTS
 
 SIZE = {"d_in": 16, "d_sae": 32}
 

@@ -18,10 +18,11 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainSt
 from sae_lens.training.sae_trainer import SAETrainer
 from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
-from taxolens.plugin.training.constraint import CONSTRAINTS, Constraint, within_cosine
+from taxolens.plugin.training.constraint import Constraint, within_cosine
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import TwinLatents
 from taxolens.registry.evaluators.parts.sae_latents import SAELatents
+from taxolens.registry.nulls import CONSTRAINTS
 from taxolens.registry.table import ARCHITECTURES
 from tiny_models import pictures, tapped
 from tiny_text import save_tiny_text
