@@ -136,6 +136,13 @@ def _check_constraint(cfg: Any) -> None:
         values = list(given.values())
     else:
         values = [given]
+    if cfg.sae_constraints and (path := getattr(cfg, "from_pretrained_path", None)) is not None:
+        raise ConfigError(
+            "from_pretrained_path",
+            "an SAE that is trained further has no random start for a constraint to hold",
+            given=path,
+            allowed="none, or no constraint",
+        )
     for value in values:
         if value is not None and value not in CONSTRAINTS:
             raise ConfigError(

@@ -186,6 +186,10 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
         ),
         ({"constraint": {"sae": "frozen_decoder"}}, "constraint: not known; given {'sae'"),
         (
+            {"constraint": "frozen_decoder", "from_pretrained_path": "sae"},
+            "from_pretrained_path: .* no random start .*; given 'sae'; allowed: none, or no const",
+        ),
+        (
             {"seqpos_slice": (1, 2)},
             r"seqpos_slice: no meaning for images; given \(1, 2\).*`tokens`",
         ),

@@ -338,7 +338,8 @@ def test_an_sae_stands_beside_its_controls(results: Results, tmp_path: Path) -> 
 
     page = write_report(view, tmp_path / "report.html", interactive=False).read_text()
     Page(page)
-    section = page[page.index('id="controls"') : page.index('id="every"')]
+    start = page.index('id="controls"')
+    section = page[start : page.index("</section>", start)]
     assert '<th class="num">trained</th><th class="num">frozen decoder</th>' in section
     for text in ("one/trained", "two/trained", ">1.50<", ">5.50<", ">8.00<", ">9.00<"):
         assert text in section, text

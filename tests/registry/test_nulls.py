@@ -159,6 +159,9 @@ def test_an_sae_without_a_twin_is_refused(monkeypatch):
     assert l0_of(TwinLatents.fit(SAELatents(sae), X)) == 3  # its own rule gives its L0
     with pytest.raises(ConfigError, match=r"another mean L0.*; given '3'; allowed: 5, that of the"):
         untrained_twin(sae, X, 5.0, 0)
+    silent = {"encode": lambda self, x: torch.ones(len(x), 100)}  # no pre-activations are shown
+    with pytest.raises(ConfigError, match=r"another mean L0.*; given '100'; allowed: 5, that of"):
+        untrained_twin(type("Silent", (StandardSAE,), silent)(sae.cfg), X, 5.0, 0)
     monkeypatch.setattr(Fixed, "l0_rule", "unheard of", raising=False)
     with pytest.raises(ConfigError, match="l0_rule: not known; given 'unheard of'; allowed: coun"):
         untrained_twin(sae, X, 3.0, 0)

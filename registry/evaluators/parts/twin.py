@@ -140,9 +140,10 @@ def _stopped(twin: Any, x: Tensor, l0: float) -> None:
 def _scaled(twin: Any, x: Tensor, l0: float) -> None:
     """The scale of the encoder: the larger the latents, the fewer reach the norm of the input."""
     rows = _some(x)
+    _, p = _observe(twin, x)
     # The last of the positive latents hardly change the norm, so there must be more than l0.
-    if float((_pre_activations(twin, x) > 0).sum(1).float().mean()) < 1.25 * l0:
-        _set_threshold(twin, x, 1.5 * l0)
+    if float((p > 0).sum(1).float().mean()) < 1.25 * l0:
+        _set_threshold(twin, p, 1.5 * l0)
     initial = [(part.data, part.data.clone()) for part in (twin.W_enc, twin.b_enc)]
     low, high = -SCALE_OCTAVES, SCALE_OCTAVES
     for _ in range(SEARCH_STEPS):
@@ -154,14 +155,15 @@ def _scaled(twin: Any, x: Tensor, l0: float) -> None:
 
 def _shifted(twin: Any, x: Tensor, l0: float) -> None:
     """A threshold, where the mean L0 is not that of the SAE already."""
-    if abs(mean_l0(twin, x) - l0) > TOLERANCE * l0:
-        _set_threshold(twin, x, l0)
+    found, p = _observe(twin, x)
+    if p.numel() and abs(found - l0) > TOLERANCE * l0:
+        _set_threshold(twin, p, l0)
 
 
-def _set_threshold(twin: Any, x: Tensor, l0: float) -> None:
-    """One threshold t for all pre-activations p: where p > t, a latent fires."""
-    p = _pre_activations(twin, x).flatten()
-    fire = min(round(l0 * len(x)), len(p))
+def _set_threshold(twin: Any, p: Tensor, l0: float) -> None:
+    """One threshold t for all pre-activations p (n, m): where p > t, a latent fires."""
+    n, p = len(p), p.flatten()
+    fire = min(round(l0 * n), len(p))
     # The largest of those that do not fire; below all of them where all fire.
     t = float(p.kthvalue(len(p) - fire).values if fire < len(p) else p.min() - p.abs().max() - 1)
     own = dict(twin.named_parameters(recurse=False))
@@ -173,19 +175,13 @@ def _set_threshold(twin: Any, x: Tensor, l0: float) -> None:
             own[name].data.sub_(min(t, 0.0) if name == "b_mag" else t)
 
 
-def _pre_activations(twin: Any, x: Tensor) -> Tensor:
-    """(n, m) what the twin shows at `hook_sae_acts_pre`.
-
-    Raises:
-        ConfigError: it shows nothing there.
-    """
-    kept: list[Tensor] = []
+def _observe(twin: Any, x: Tensor) -> tuple[float, Tensor]:
+    """Mean L0 of the twin, and what passes its `hook_sae_acts_pre`: (n, m), or (n, 0) if nothing does."""
+    kept: list[Tensor] = [x[:, :0]]
     handle = twin.hook_sae_acts_pre.register_forward_hook(lambda *call: kept.append(call[2]))
-    mean_l0(twin, x)
+    found = mean_l0(twin, x)
     handle.remove()
-    if not kept:
-        raise ConfigError("hook_sae_acts_pre", "not reached", allowed="pre-activations (n, d_sae)")
-    return kept[0].float().reshape(len(x), -1)
+    return found, kept[-1].float().reshape(len(x), -1)
 
 
 def _set_scale(twin: Any, sae: Any) -> None:
