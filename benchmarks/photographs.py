@@ -32,6 +32,7 @@ import pandas as pd
 import taxolens
 import torch
 from architectures import NAMES, Budget, Schedule, train
+from sae_lens import TopKSAE, TopKSAEConfig
 from scipy.optimize import linear_sum_assignment
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.images.dataset import load_images
@@ -40,7 +41,7 @@ from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELaten
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
-from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, RandomLatents
+from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, TwinLatents
 from torch import Tensor
 
 NULL_SOURCES = ("random", "neurons")
@@ -164,7 +165,8 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
         source: Any = NeuronLatents.fit(tokens.train)
         numbers: dict[str, float] = {}
     elif name == "random":
-        source = RandomLatents.fit(tokens.train[:4096], args.d_sae, args.l0, seed=seed)
+        untrained = TopKSAE(TopKSAEConfig(d_in=d, d_sae=args.d_sae, k=round(args.l0)))
+        source = TwinLatents.fit(SAELatents(untrained), tokens.train[:4096], seed=seed)
         numbers = {"l0": float((source.encode(sample) > 0).sum(dim=1).float().mean())}
     else:
         eighth = args.d_sae // 8

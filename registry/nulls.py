@@ -2,6 +2,8 @@
 
 NULLS = ("permuted_classes", "shuffled", "random", "neurons")
 CONTROLS = ("planted",)
+CONSTRAINTS = ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder")
+"""The controls that are trained, each as an SAE of its own."""
 DECISIVE = "permuted_classes"
 """The null of the hierarchy itself, whose p-values are adjusted over a report."""
 LEVEL = 0.05

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
+from ...registry.errors import ConfigError
 from ...registry.evaluators.base import (
     EvaluationBatch,
     EvaluationContext,
@@ -21,8 +21,9 @@ from ...registry.evaluators.base import (
     Peer,
     stream,
 )
-from ...registry.evaluators.parts.null_latents import LatentSource, NeuronLatents, RandomLatents
+from ...registry.evaluators.parts.null_latents import LatentSource, NeuronLatents, TwinLatents
 from ...registry.evaluators.parts.planted import PlantedLatents
+from ...registry.evaluators.parts.sae_latents import SAELatents
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import MetricResult
 from .beside_nulls import with_nulls
@@ -31,6 +32,7 @@ from .split import Split
 
 Progress = Callable[[int], Any]
 Numbers = dict[str, float]
+Draws = Sequence[Mapping[str, Numbers | str]] | str  # or why there are none
 Chosen = Mapping[str, tuple[type[Evaluator[Any]], Any]]
 
 SAMPLE_IMAGES = 2048  # fit images on which thresholds are calibrated
@@ -76,36 +78,6 @@ class HeldOutActivations:
         """(n, d) at most SAMPLE_TOKENS tokens at even distances in up to SAMPLE_IMAGES fit images."""
         tokens = _rows(self.tokens, self.split.sample(SAMPLE_IMAGES)).reshape(-1, self.d_in)
         return tokens[:: -(-len(tokens) // SAMPLE_TOKENS)]
-
-
-class SAELatents:
-    """The latents of an SAE. One in training needs SAELens's `activation_scaler` too."""
-
-    source = "sae"
-
-    def __init__(self, sae: Any, activation_scaler: Any = None) -> None:
-        self.sae = sae
-        self.scaler = ActivationScaler() if activation_scaler is None else activation_scaler
-        self.d_sae: int = sae.cfg.d_sae
-        self.W_dec: Tensor | None = getattr(sae, "W_dec", None)
-        self.b_dec: Tensor | None = getattr(sae, "b_dec", None)
-
-    def encode(self, x: Tensor, **_: Any) -> Tensor:
-        """(n, d) activations -> (n, m) latents."""
-        return self._encode(x)[1]
-
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, d) -> (n, m) latents and (n, d) reconstruction, on the scale of x.
-
-        One call does both: an SAE that normalises at run time keeps the norms in between.
-        """
-        encoded, z = self._encode(x)
-        return z, self.scaler.unscale(self.sae.decode(encoded)).float()
-
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, m) latents as the SAE returns them, and the same dense."""
-        z = self.sae.encode(self.scaler.scale(x.to(self.sae.device, self.sae.dtype)))
-        return z, (z.to_dense() if z.is_sparse else z).float()
 
 
 def image_latents(
@@ -164,6 +136,7 @@ class Bench:
             "nulls": list(settings.nulls),
             "controls": list(settings.controls),
             "n_permutations": settings.n_permutations,
+            "n_twins": settings.n_twins,
             "n_groups": settings.n_groups,
             "seed": settings.seed,
             "aggregate": settings.aggregate,
@@ -286,7 +259,7 @@ class Bench:
     def metrics(
         self,
         done: Pass,
-        nulls: Mapping[str, Mapping[str, Numbers | str]] = {},
+        nulls: Mapping[str, Draws] = {},
         controls: Mapping[str, Mapping[str, Numbers | str]] = {},
         left_out: Sequence[Mapping[str, Numbers | str]] = (),
         progress: Callable[[], Any] | None = None,
@@ -295,7 +268,8 @@ class Bench:
 
         Args:
             done: the pass over the SAE's latents.
-            nulls: "random" and "neurons" -> the result of `numbers` over them.
+            nulls: "random" and "neurons" -> the result of `numbers` over each of their draws, or why
+                there are none.
             controls: the same for controls that are not nulls.
             left_out: the result of `left_out` over the SAE's latents.
             progress: called before each evaluator.
@@ -325,23 +299,30 @@ class Bench:
         return found
 
     def null_sources(
-        self, sae: LatentSource, held_out: HeldOutActivations
-    ) -> dict[str, LatentSource]:
-        """The null latents, centred on the mean of x over fit images.
+        self, sae: SAELatents, held_out: HeldOutActivations
+    ) -> dict[str, list[LatentSource] | str]:
+        """The null latents: `n_twins` untrained twins of the SAE, and the neurons.
 
-        The random ones have the number and the sparsity of the SAE's latents.
+        A null that cannot be made has the reason in place of its sources.
         """
         x = held_out.sample().to(self.device)
-        nothing = torch.zeros(len(x), dtype=torch.int64)
-        sources: dict[str, LatentSource] = {}
+        sources: dict[str, list[LatentSource] | str] = {}
         if self.chosen_for("random"):
-            with torch.no_grad():
-                z = sae.encode(x, labels=nothing, index=nothing)
-            l0 = float((z > 0).sum(1).float().mean())
-            sources["random"] = RandomLatents.fit(x, sae.d_sae, l0, seed=self.settings.seed)
+            sources["random"] = self._twins(sae, x)
         if self.chosen_for("neurons"):
-            sources["neurons"] = NeuronLatents.fit(x)
+            sources["neurons"] = [NeuronLatents.fit(x)]
         return sources
+
+    def _twins(self, sae: SAELatents, x: Tensor) -> list[LatentSource] | str:
+        try:
+            return [
+                TwinLatents.fit(sae, x, seed=self.settings.seed, draw=draw)
+                for draw in range(self.settings.n_twins)
+            ]
+        except Exception as error:  # of a third party's architecture
+            architecture = sae.sae.cfg.architecture()
+            reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            return f"{architecture} has no untrained twin: {reason}"
 
     def chosen_for(self, null: str) -> Chosen:
         """The evaluators for which this null is computed."""
@@ -350,7 +331,7 @@ class Bench:
         return {n: c for n, c in self.chosen.items() if c[0].nulls.get(null) is None}
 
     def _draws(
-        self, null: str, name: str, done: Pass, nulls: Mapping[str, Mapping[str, Numbers | str]]
+        self, null: str, name: str, done: Pass, nulls: Mapping[str, Draws]
     ) -> Sequence[Numbers] | str:
         if null == "permuted_classes":
             permuted = done.context.permuted_classes
@@ -360,8 +341,12 @@ class Bench:
         elif null == "shuffled":
             draws = [done.compute(name, shuffled=True)]
         else:
-            found = nulls.get(null, {}).get(name, "not computed")
-            return found if isinstance(found, str) else [found]
+            found = nulls.get(null, "not computed")
+            if isinstance(found, str):
+                return found
+            of_draws = [draw[name] for draw in found]
+            failed = [draw for draw in of_draws if isinstance(draw, str)]
+            return failed[0] if failed else [d for d in of_draws if not isinstance(d, str)]
         return [draw for draw in draws if draw is not None]
 
     def _batch(

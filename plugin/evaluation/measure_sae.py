@@ -52,18 +52,25 @@ def measure_sae(
     sae = folder.load(bench.device)
     latents = SAELatents(sae)
     sources = bench.null_sources(latents, held_out)
+    passes = max(1, bench.settings.n_groups)
+    passes += sum(len(draws) for draws in sources.values() if not isinstance(draws, str))
     with tqdm(
-        total=len(held_out) * (len(sources) + max(1, bench.settings.n_groups)),
+        total=len(held_out) * passes,
         desc=folder.id,
         unit="img",
         disable=not bench.settings.progress,
     ) as bar:
         # The nulls come first, so that only the SAE's own pass stays in memory for its tables.
         nulls = {
-            name: bench.numbers(
-                source, held_out, bench.chosen_for(name), peers=peers, progress=bar.update
-            )
-            for name, source in sources.items()
+            name: draws
+            if isinstance(draws, str)
+            else [
+                bench.numbers(
+                    source, held_out, bench.chosen_for(name), peers=peers, progress=bar.update
+                )
+                for source in draws
+            ]
+            for name, draws in sources.items()
         }
         left_out = bench.left_out(latents, held_out, progress=bar.update)
         done = bench.run(
@@ -116,6 +123,7 @@ def measure_sae(
         model_name=folder.model_name,
         architecture=folder.architecture,
         trained_as=folder.trained_as,
+        constraint=folder.constraint,
         tokens=folder.tokens,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,

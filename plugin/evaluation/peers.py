@@ -26,9 +26,10 @@ def find_peers(sae: SAEFolder, saes: Sequence[SAEFolder]) -> list[tuple[SAEFolde
     The first relation with any SAE is used (own definition): "seed", the same hook point,
     architecture and width; "hook", the same hook point; "layer", the next hook points before and
     after it in its run, or in any run where its own has none; "model", the SAEs of other models or
-    tokens, those with the same name of hook point first.
+    tokens, those with the same name of hook point first. An SAE and a control that was trained with
+    a `constraint` are never compared.
     """
-    others = [other for other in saes if other.id != sae.id]
+    others = [o for o in saes if o.id != sae.id and o.constraint == sae.constraint]
     same_model = [o for o in others if ModelSetting.of(o) == ModelSetting.of(sae)]
     same_hook = [o for o in same_model if o.hook_name == sae.hook_name]
     for relation, found in (

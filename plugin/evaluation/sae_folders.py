@@ -82,6 +82,11 @@ class SAEFolder:
         )
 
     @property
+    def constraint(self) -> str | None:
+        """What was held at its random start in training, None for an ordinary SAE."""
+        return (self.cfg.get("metadata") or {}).get("constraint")
+
+    @property
     def layer(self) -> int | None:
         """The first whole number in the hook name, None where there is none."""
         return layer_of(self.hook_name)

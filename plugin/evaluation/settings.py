@@ -36,8 +36,9 @@ class EvaluationSettings:
         nulls: null controls
         controls: further controls. planted: detectors built from the tree
         n_permutations: draws of the permuted classes; a verdict needs 19
+        n_twins: untrained twins of each SAE, the draws of the null random
         n_groups: groups of images, each left out once, for the intervals; 0 for none
-        seed: of halves, permutations and random latents
+        seed: of halves, permutations and twins
         output_path: the folder of the results; by default the run
         device: by default a GPU where there is one
         batch_size: images in one forward pass
@@ -47,7 +48,7 @@ class EvaluationSettings:
         progress: show progress bars
 
     Raises:
-        ConfigError: a null, control or aggregate that does not exist, no permutation, or too few groups.
+        ConfigError: a null, control or aggregate that does not exist, no draw of a null, or too few groups.
     """
 
     evaluators: str | Sequence[str] | None = None
@@ -64,6 +65,7 @@ class EvaluationSettings:
     nulls: Sequence[str] = NULLS
     controls: Sequence[str] = ()
     n_permutations: int = 99
+    n_twins: int = 3
     n_groups: int = 5
     seed: int = 0
     output_path: str | Path | None = None
@@ -83,11 +85,9 @@ class EvaluationSettings:
             for name in given:
                 if name not in allowed:
                     raise ConfigError(unknown_name_message(field, name, allowed))
-        if self.n_permutations < 1:
-            raise ConfigError(
-                "n_permutations", "not possible", given=self.n_permutations, allowed="1 or more"
-            )
-
+        for field in ("n_permutations", "n_twins"):
+            if (given := getattr(self, field)) < 1:
+                raise ConfigError(field, "not possible", given=given, allowed="1 or more")
         if self.n_groups < 3 and self.n_groups != 0:
             raise ConfigError(
                 "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"

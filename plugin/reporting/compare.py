@@ -15,7 +15,8 @@ from .results import Results
 METRICS_FOLDER = "metrics"
 SAES_FILENAME = "saes.csv"
 SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "trained_as")
-SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0")
+SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "constraint")
+CONTROLS_FILENAME = "controls.csv"
 
 
 def write_comparison(results: Results, folder: Path | None = None) -> Path:
@@ -23,7 +24,8 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
     nulls; the figure is the report's, with a title and a legend. ``saes.csv`` lists the SAEs:
-    architecture, tokens, widths and L0. Files of an earlier evaluation for metrics that these
+    architecture, tokens, widths and L0. ``controls.csv`` has each SAE beside its controls trained on
+    random, where there are any. Files of an earlier evaluation for metrics that these
     results do not have are removed.
 
     Args:
@@ -38,6 +40,10 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     saes = sae_table(report).to_csv(index=False, float_format="%.6g")
     write_atomically(target / SAES_FILENAME, saes, sync=False)
     written = {SAES_FILENAME}
+    if report.with_controls:
+        controls = control_table(report).to_csv(index=False, float_format="%.6g")
+        write_atomically(target / CONTROLS_FILENAME, controls, sync=False)
+        written.add(CONTROLS_FILENAME)
     for evaluator, metric in results.metric_names():
         title = f"{evaluator} / {results.label(evaluator, metric)}"
         headline = ShownMetric(evaluator, metric, title)
@@ -59,6 +65,19 @@ def sae_table(report: Report) -> pd.DataFrame:
         for series in report.series
         for sae in series
     )
+
+
+def control_table(report: Report) -> pd.DataFrame:
+    """A row per metric and SAE that has controls: its value, and that of each control."""
+    rows = []
+    for evaluator, metric in report.results.metric_names():
+        shown = ShownMetric(evaluator, metric, metric)
+        for sae, controls in report.with_controls:
+            row: dict[str, object] = {"evaluator": evaluator, "metric": metric, "sae": sae.id}
+            for name, one in {"trained": sae, **controls}.items():
+                row[name] = number.value if (number := shown.of(one)) else None
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:

@@ -126,7 +126,7 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
             "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is "
             "computed from. Beside each value the same number under null controls: classes permuted "
             f"over the tree (mean and p of {draws} draws; the main null; * q ≤ {LEVEL} after "
-            "Benjamini–Hochberg over the table), labels shuffled over images, the untrained twin of "
+            "Benjamini–Hochberg over the table), labels shuffled over images, untrained twins of "
             "the SAE, the neurons. ! the value is not past this null. ? it is computed from too few "
             "nodes, latents or draws to be judged. A dash: that null is not defined there.",
         ]

@@ -17,11 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...registry.files import write_atomically
-from ...registry.nulls import DECISIVE, NULLS
+from ...registry.nulls import CONSTRAINTS, DECISIVE, NULLS
 from ...registry.presentation import NodeTable
 from ...registry.taxonomies.taxonomy import Taxonomy
 from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
+from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
 from .metric_table import COLUMNS
 from .results import NO_NULL, LatentCard, MetricResult, Results, SAEResult
@@ -153,6 +154,24 @@ class Report:
                 row.append(headline.of(here[0]) if here else None)
             found.append((place, row))
         return found
+
+    @cached_property
+    def with_controls(self) -> list[SAEWithControls]:
+        """The SAEs that have controls trained on random, in the order of the series."""
+        return with_controls([sae for series in self.series for sae in series])
+
+    @property
+    def constraints(self) -> list[str]:
+        """The constraints of those controls."""
+        return [c for c in CONSTRAINTS if any(c in own for _, own in self.with_controls)]
+
+    @property
+    def beside_controls(self) -> list[tuple[SAEResult, list[SAEResult | None]]]:
+        """(an SAE with controls, itself and its control of each of `constraints`)."""
+        return [
+            (sae, [sae, *(controls.get(c) for c in self.constraints)])
+            for sae, controls in self.with_controls
+        ]
 
     def describe(self, sae: SAEResult) -> str:
         """An SAE's name, with its hook point where the name does not contain it."""

@@ -201,6 +201,8 @@ class SAEResult:
         seconds: time taken in seconds.
         trained_as: the architecture that was trained, by the name that the user chose (`nested_topk` is
             saved as `topk`); `architecture` where the SAE does not record it.
+        constraint: what was held at its random start in training, `frozen_decoder`, `soft_frozen_decoder`
+            or `frozen_encoder`; null for an ordinary SAE.
     """
 
     id: str
@@ -221,6 +223,7 @@ class SAEResult:
     node_f1: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     trained_as: str = ""
+    constraint: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_as", self.trained_as or self.architecture)

@@ -56,6 +56,11 @@ def all_series(results: Results) -> list[Series]:
             label if kind in label or not kind else f"{label} ({kind})"
             for label, kind in zip(labels, kinds, strict=True)
         ]
+    held = [saes[0].constraint or "" for _, saes in found]
+    labels = [
+        label if constraint in label else f"{label} ({constraint})"
+        for label, constraint in zip(labels, held, strict=True)
+    ]
     return [Series(label, saes) for label, (_, saes) in zip(labels, found, strict=True)]
 
 

@@ -8,7 +8,8 @@ a study has
 - `hook_names`: hook points, or patterns such as `blocks.*.hook_resid_post`;
 - `expansion_factor`: d_sae as a multiple of d_in, and d_in from the model when it is not given;
 - `epochs`: training_tokens as passes over the images;
-- `saes` (files only): several SAEs for every hook point, `name: {architecture: ..., k: ...}`.
+- `saes` (files only): several SAEs for every hook point, `name: {architecture: ..., k: ...}`;
+  one may have a `constraint` of its own.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ STUDY_FIELDS = {
 
 @dataclass(frozen=True)
 class SAEChoice:
-    """One SAE of a study: its architecture and the fields of its config that were given."""
+    """One SAE of a study: architecture, constraint, and the fields of its config that were given."""
 
     architecture: str
     fields: Settings = field(default_factory=dict)
     expansion_factor: float | None = None
+    constraint: str | None = None
 
     def config(self, d_in: int, hook_name: str) -> TrainingSAEConfig:
         """The SAE config for a hook point of width `d_in`.
@@ -143,13 +145,17 @@ class Study:
                 runner,
                 sae=choice.config(d_in, hook_name),
                 hook_name=hook_name,
+                constraint=choice.constraint,
             )
-        saes, hook_names = {}, {}
+        saes, hook_names, constraint = {}, {}, {}
         for hook_name, d_in in widths.items():
             for name, choice in self.saes.items():
                 key = f"{hook_name}.{name}" if name else hook_name
                 saes[key], hook_names[key] = choice.config(d_in, hook_name), hook_name
-        return self._build(VisionMultiSAERunnerConfig, runner, saes=saes, hook_names=hook_names)
+                if choice.constraint is not None:
+                    constraint[key] = choice.constraint
+        together = {"saes": saes, "hook_names": hook_names, "constraint": constraint or None}
+        return self._build(VisionMultiSAERunnerConfig, runner, **together)
 
     def draft(self) -> VisionSAERunnerConfig[Any] | VisionMultiSAERunnerConfig:
         """The config with patterns for hook points, and placeholders for widths and image counts.
@@ -261,33 +267,37 @@ def _study(architecture: str, merged: dict[str, Settings]) -> Study:
     for key in ("device", "dtype"):
         if key in runner:
             shared.setdefault(key, runner[key])
-    factor = extra.get("expansion_factor")
+    default = SAEChoice(
+        architecture, shared, extra.get("expansion_factor"), runner.pop("constraint", None)
+    )
     saes = {}
     for name, own in (extra.get("saes") or {"": {}}).items():
-        saes[str(name)] = _sae_choice(str(name), own, architecture, shared, factor)
+        saes[str(name)] = _sae_choice(str(name), own, default)
     return Study(saes, tuple(hook_names), runner, merged["logger"], extra.get("epochs"))
 
 
-def _sae_choice(
-    name: str, own: Any, architecture: str, shared: Settings, expansion_factor: float | None
-) -> SAEChoice:
+def _sae_choice(name: str, own: Any, default: SAEChoice) -> SAEChoice:
+    """The SAE of this name, with what all SAEs of the study share as its default."""
     if not isinstance(own, Mapping):
         raise ConfigError(f"saes.{name}", "not settings", given=own, allowed="`name: value` lines")
-    architecture = str(own.get("architecture", architecture))
+    architecture = str(own.get("architecture", default.architecture))
+    expansion_factor, constraint = default.expansion_factor, default.constraint
     hints = _hints(training_config_class(architecture))
     # Fields of another architecture are left out, so that a preset's l1_coefficient does not stop
     # `--architecture topk`.
-    fields = {key: value for key, value in shared.items() if key in hints}
+    fields = {key: value for key, value in default.fields.items() if key in hints}
     for key, value in own.items():
         if key == "expansion_factor":
             expansion_factor = typed(f"saes.{name}.{key}", value, float)
+        elif key == "constraint":
+            constraint = typed(f"saes.{name}.{key}", value, str | None)
         elif key in hints:
             fields[key] = typed(f"saes.{name}.{key}", value, hints[key])
         elif key != "architecture":
             raise ConfigError(_unknown_key("saes", f"{name}.{key}", key, hints))
     if "d_sae" in own:
         expansion_factor = None
-    return SAEChoice(architecture, fields, expansion_factor)
+    return SAEChoice(architecture, fields, expansion_factor, constraint)
 
 
 def _unknown_key(source: str, shown: str, key: str, known: Iterable[str]) -> str:

@@ -115,6 +115,7 @@ class VisionFields:
         eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
         keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
+        constraint (str, optional): Train a control on random directions: frozen_decoder, soft_frozen_decoder or frozen_encoder. Of several SAEs, a mapping from names to constraints.
     """
 
     model_name: str = "facebook/dinov2-small"
@@ -148,6 +149,7 @@ class VisionFields:
     eval_max_images: int | None = None
     checkpoint_id: str | None = None
     keep_checkpoints: int | None = None
+    constraint: str | None = None
 
     def __post_init__(self) -> None:
         cfg: Any = self
@@ -174,6 +176,14 @@ class VisionFields:
     def sae_hook_names(self) -> dict[str, str]:
         """SAE name -> hook point."""
         raise NotImplementedError
+
+    @property
+    def sae_constraints(self) -> dict[str, str]:
+        """SAE name -> its constraint, of the SAEs that have one."""
+        constraint: Any = self.constraint
+        if not isinstance(constraint, Mapping):
+            constraint = dict.fromkeys(self.sae_hook_names, constraint)
+        return {name: given for name, given in constraint.items() if given is not None}
 
     @property
     def unique_hook_names(self) -> list[str]:
@@ -277,9 +287,11 @@ class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
         saes (Mapping[str, TrainingSAEConfig]): SAE name -> SAE config. A name is also the SAE's folder in output_path.
         hook_names (Mapping[str, str] | str): SAE name -> TransformerLens hook point, or one hook point for all.
         verbose (bool): Log how many images, tokens and steps the run has.
+        constraint (str | dict[str, str], optional): SAE name -> constraint, or one constraint for all.
     """
 
     verbose: bool = True
+    constraint: str | dict[str, str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def sae_configs(self) -> dict[str, TrainingSAEConfig]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sae_lens.constants import DTYPE_MAP
@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from ...hooks.models.tokens import TOKEN_CHOICES
 from ...registry.errors import ConfigError, UnknownNameError
 from ...registry.names import unknown_name_message
+from ...registry.nulls import CONSTRAINTS
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,30 @@ def check_fields(cfg: Any) -> None:
         logger.warning(f"without meaning for images, and ignored: {', '.join(ignored)}.")
     _check_schedule(cfg)
     _check_saes(cfg)
+    _check_constraint(cfg)
+
+
+def _check_constraint(cfg: Any) -> None:
+    given, several = cfg.constraint, getattr(cfg, "saes", None)
+    if isinstance(given, Mapping) and several is not None:
+        for name in given:
+            if name not in several:
+                raise ConfigError(unknown_name_message("constraint of SAE", name, list(several)))
+        values = list(given.values())
+    else:
+        values = [given]
+    if cfg.sae_constraints and (path := getattr(cfg, "from_pretrained_path", None)) is not None:
+        raise ConfigError(
+            "from_pretrained_path",
+            "an SAE that is trained further has no random start for a constraint to hold",
+            given=path,
+            allowed="none, or no constraint",
+        )
+    for value in values:
+        if value is not None and value not in CONSTRAINTS:
+            raise ConfigError(
+                "constraint", "not known", given=value, allowed=f"{', '.join(CONSTRAINTS)}, or none"
+            )
 
 
 def _check_schedule(cfg: Any) -> None:

@@ -124,9 +124,10 @@ def bytes_needed(
     if cfg.keep_checkpoints is not None:
         n_checkpoints = min(n_checkpoints, cfg.keep_checkpoints + 1)
     n_checkpoints += cfg.save_final_checkpoint
+    factor = CHECKPOINT_FACTOR + ("soft_frozen_decoder" in cfg.sae_constraints.values())
     return {
         "output_path": weights,
-        "checkpoint_path": CHECKPOINT_FACTOR * weights * n_checkpoints if cfg.n_checkpoints else 0,
+        "checkpoint_path": factor * weights * n_checkpoints if cfg.n_checkpoints else 0,
         "cached_activations_path": cache_bytes,
     }
 

@@ -34,6 +34,7 @@ from .checkpoints import (
     write_manifest,
     written_whole,
 )
+from .constraint import Constraint, load_initial_rows, save_initial_rows
 from .interrupts import Interrupts, StepGate, TrainingInterrupted
 from .rng import load_rng_state, save_rng_state, seeded
 
@@ -57,6 +58,7 @@ class TrainingSession:
         saes: SAE name -> SAE, as trained.
         store: the source of the trainer's batches.
         identity: identifies the checkpoints of this run.
+        constraints: SAE name -> its constraint, of the SAEs that have one.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class TrainingSession:
         saes: Mapping[str, TrainingSAE[Any]],
         store: VisionActivationsStore,
         identity: RunIdentity,
+        constraints: Mapping[str, Constraint] = {},
     ) -> None:
         self.cfg = cfg
         self.saes = saes
         self.store = store
         self.identity = identity
+        self.constraints = constraints
         self._trainer: Any = None
 
     def fit(self, trainer: Any) -> Any:
@@ -87,10 +91,16 @@ class TrainingSession:
         interrupts = Interrupts()
         gate = StepGate(trainer.data_provider, self.store, interrupts, self._check_finite)
         trainer.data_provider = gate
+        first: dict[str, Any] = {}
         with interrupts, seeded(self.cfg.seed):
             if self.cfg.resume_from_checkpoint is not None:
                 self._align(trainer)
-                load_rng_state(Path(self.cfg.resume_from_checkpoint))
+                checkpoint = Path(self.cfg.resume_from_checkpoint)
+                load_rng_state(checkpoint)
+                first = load_initial_rows(checkpoint, self.constraints)
+            for name, constraint in self.constraints.items():
+                own = getattr(trainer, "trainers", {}).get(name, trainer)
+                constraint.start(own.optimizer, first.get(name, {}))
             self.store.open()
             try:
                 return trainer.fit()
@@ -110,6 +120,7 @@ class TrainingSession:
         """
         self._check_finite(thorough=True)
         save_rng_state(folder)
+        save_initial_rows(folder, self.constraints)
         n_samples = self._trainer.n_training_samples
         write_manifest(
             folder,

@@ -42,6 +42,7 @@ from .checkpoints import (
     resolve_checkpoint,
 )
 from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from .constraint import Constraint
 from .dry_run import rehearse
 from .evaluation_slot import EvaluationSlot
 from .resumable_session import TrainedSAE, TrainingSession
@@ -102,10 +103,13 @@ class _VisionRun:
         cfg = self.cfg
         for sae in saes.values():
             sae.to(cfg.device)
+        constraints = {
+            name: Constraint(saes[name], kind) for name, kind in cfg.sae_constraints.items()
+        }
         store = VisionActivationsStore(self._stream(), hook_name)
         identity = _identity(cfg, saes, store.stream)
         self.activations_store = store
-        self.session = TrainingSession(cfg, saes, store, identity)
+        self.session = TrainingSession(cfg, saes, store, identity, constraints)
         self.slot = EvaluationSlot(lambda: self._stream(seed=cfg.seed + 1))
         cache_bytes = preflight.cache_size(cfg, self.model, self.images)
         preflight.check_places(cfg, saes.values(), cache_bytes=cache_bytes)
@@ -174,9 +178,11 @@ class _VisionRun:
             "taxonomy": cfg.taxonomy,
             "seed": cfg.seed,
         }
-        for sae in self.session.saes.values():
+        for sae_name, sae in self.session.saes.items():
             for name, value in facts.items():
                 sae.cfg.metadata[name] = value
+            if (constraint := cfg.sae_constraints.get(sae_name)) is not None:
+                sae.cfg.metadata["constraint"] = constraint
             plugin = required_plugin(sae.cfg)
             if plugin is not None:
                 sae.cfg.metadata["requires_plugin"] = plugin
@@ -462,6 +468,8 @@ def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStr
         settings = sae.cfg.to_dict()
         facts[name] = {k: v for k, v in settings.items() if k not in ("metadata", "device")}
         facts[name]["hook_name"] = cfg.sae_hook_names[name]
+        if name in cfg.sae_constraints:
+            facts[name]["constraint"] = cfg.sae_constraints[name]
     activations = {**stream.describe(), "from": "cache" if cfg.use_cached_activations else "model"}
     fixed = {"saes": facts, "activations": activations}
     training = {name: getattr(cfg, name) for name in TRAINING_SETTINGS}

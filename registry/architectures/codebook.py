@@ -94,6 +94,8 @@ class CodebookTrainingSAEConfig(PluginTrainingSAEConfig):
 class Codebook(SAE[Any]):
     """Common part of training and inference; the codes are the rows of `W_dec`."""
 
+    l0_rule = "counted"
+
     # As in SAELens's matching pursuit: the base class requires W_enc.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -194,6 +194,7 @@ class HSAEModel(StandardSAE):
     """`hsae` at inference."""
 
     cfg: HSAEConfig  # type: ignore[assignment]
+    l0_rule = "counted"
 
     @override
     def initialize_weights(self) -> None:

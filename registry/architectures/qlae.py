@@ -116,6 +116,7 @@ class QLAESAE(StandardSAE):
 
     cfg: QLAESAEConfig  # type: ignore[assignment]
     levels: nn.Parameter
+    l0_rule = "counted"
 
     @override
     def initialize_weights(self) -> None:
@@ -140,6 +141,7 @@ class QLAETrainingSAE(TrainingSAE[QLAETrainingSAEConfig]):
 
     b_enc: nn.Parameter
     levels: nn.Parameter
+    l0_rule = "counted"
 
     @override
     def initialize_weights(self) -> None:

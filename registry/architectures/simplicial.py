@@ -97,6 +97,7 @@ class SimplicialSAE(StandardSAE):
     """`simplicial` at inference."""
 
     cfg: SimplicialSAEConfig  # type: ignore[assignment]
+    l0_rule = "counted"
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -113,6 +114,7 @@ class SimplicialTrainingSAE(TrainingSAE[SimplicialTrainingSAEConfig]):
     """Trains `simplicial`."""
 
     b_enc: nn.Parameter
+    l0_rule = "counted"
 
     @override
     def initialize_weights(self) -> None:

@@ -100,6 +100,7 @@ class TopAFASAE(StandardSAE):
     """`top_afa` at inference."""
 
     cfg: TopAFASAEConfig  # type: ignore[assignment]
+    l0_rule = "scaled"
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -119,6 +120,7 @@ class TopAFATrainingSAE(TopKTrainingSAE):
     """`top_afa` in training. The encoder has no bias: `b_enc` stays 0."""
 
     cfg: TopAFATrainingSAEConfig  # type: ignore[assignment]
+    l0_rule = "scaled"
 
     @override
     def initialize_weights(self) -> None:

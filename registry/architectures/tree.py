@@ -157,6 +157,7 @@ class TreeSAE(StandardSAE):
     """`tree` at inference."""
 
     cfg: TreeSAEConfig  # type: ignore[assignment]
+    l0_rule = "counted"
 
     @override
     def initialize_weights(self) -> None:

@@ -80,7 +80,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
     `embedding_change` = ‖difference‖/‖unmodified‖, `embedding_score` = 1 − (1 − cos spliced)/(1 −
     cos ablated). NaN without a head, a decoder or a model; the table `splicing` gives the reason.
 
-    The `random` null is decoded at the scale of least squared error (see `RandomLatents`).
+    The `random` null is decoded at the scale of least squared error (see `TwinLatents`).
     """
 
     name = "reconstruction"

@@ -49,6 +49,7 @@ CONFIGS = {
         logger=LoggingConfig(log_to_wandb=False, wandb_id="mine"),
     ),
     "multi": lambda: multi(keep_checkpoints=2, lr_end=0.0),
+    "controls": lambda: multi(saes={"a": SAE, "b": SAE}, constraint={"b": "frozen_decoder"}),
 }
 
 
@@ -180,6 +181,15 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
             "keep_checkpoints: not possible; given 0; allowed: an integer above 0, or none",
         ),
         (
+            {"constraint": "frozen"},
+            "constraint: not known; given 'frozen'; allowed: frozen_decoder, .*, or none",
+        ),
+        ({"constraint": {"sae": "frozen_decoder"}}, "constraint: not known; given {'sae'"),
+        (
+            {"constraint": "frozen_decoder", "from_pretrained_path": "sae"},
+            "from_pretrained_path: .* no random start .*; given 'sae'; allowed: none, or no const",
+        ),
+        (
             {"seqpos_slice": (1, 2)},
             r"seqpos_slice: no meaning for images; given \(1, 2\).*`tokens`",
         ),
@@ -229,6 +239,19 @@ def test_the_saes_of_a_multi_config_are_checked_each():
         multi(saes={"../a": SAE})
     with pytest.raises(ConfigError, match=r"b.d_sae: not possible; given -1"):
         multi(saes={"a": SAE, "b": BatchTopKTrainingSAEConfig(d_in=16, d_sae=-1)})
+
+
+def test_each_sae_of_a_multi_config_has_its_constraint():
+    saes = {"a": SAE, "b": SAE}
+    assert multi(saes=saes).sae_constraints == {}
+    both = multi(saes=saes, constraint="frozen_encoder")
+    assert both.sae_constraints == {"a": "frozen_encoder", "b": "frozen_encoder"}
+    one = multi(saes=saes, constraint={"b": "frozen_decoder", "a": None})
+    assert one.sae_constraints == {"b": "frozen_decoder"}
+    with pytest.raises(ConfigError, match="constraint: not known; given 'thaw'"):
+        multi(saes=saes, constraint={"a": "thaw"})
+    with pytest.raises(ConfigError, match=r"constraint of SAE: not known.*given 'c'"):
+        multi(saes=saes, constraint={"c": "frozen_decoder"})
 
 
 def test_settings_of_texts_are_ignored_with_a_warning(caplog):

@@ -194,10 +194,10 @@ def test_evaluators_can_intervene_at_the_images_and_tokens_of_the_sae(
         controls=["planted"],
     )
     sources = [context.source for context in contexts]
-    assert sources == ["planted", *2 * ["random", "neurons", "sae"]]
+    assert sources == ["planted", *2 * [*3 * ["random"], "neurons", "sae"]]
     planted, *of_saes = contexts
     assert planted.intervene is None and "detectors" in planted.no_intervention
-    for context, hook in zip(of_saes, np.repeat(HOOKS, 3)):
+    for context, hook in zip(of_saes, np.repeat(HOOKS, 5)):
         seen: list[torch.Tensor] = []
 
         def edit(x: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
@@ -233,11 +233,11 @@ def test_a_model_with_a_head_and_a_model_without(
             costs = sae.evaluators["reconstruction"].metrics
             assert math.isfinite(costs["ce_loss_with_sae"].value) == has_head
             assert math.isfinite(costs["embedding_cossim_with_sae"].value)
-            assert costs["explained_variance"].nulls["random"].n == 1
+            assert costs["explained_variance"].nulls["random"].n == 3
             steering = sae.evaluators["detection"].metrics
             assert math.isfinite(steering["steering"].value)
             assert steering["steering_rank"].nulls["permuted_classes"].n == 2
-            assert steering["steering"].nulls["random"].n == 1
+            assert steering["steering"].nulls["random"].n == 3
             table = pd.read_csv(results.folder / sae.evaluators["detection"].tables["steering"])
             assert table["kl"].to_numpy() == pytest.approx(1e-4, rel=0.06)
 

@@ -29,6 +29,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "nulls": (["random"], ["random"]),
     "controls": (["planted"], ["planted"]),
     "n_permutations": (["3"], 3),
+    "n_twins": (["2"], 2),
     "n_groups": (["4"], 4),
     "seed": (["5"], 5),
     "output_path": (["out"], "out"),

@@ -221,7 +221,9 @@ def test_null_sources_have_the_shape_and_sparsity_of_the_sae(
 ) -> None:
     found = bench().null_sources(SAELatents(sae), held_out)
     assert list(found) == ["random", "neurons"]
-    random, neurons = found["random"], found["neurons"]
+    (random, other, third), (neurons,) = found["random"], found["neurons"]
+    assert type(random.sae) is type(other.sae) is type(third.sae) is type(sae)
+    assert not torch.equal(random.W_dec, other.W_dec)
     x = torch.from_numpy(held_out.tokens[:, 0])
     nothing = torch.zeros(len(x), dtype=torch.int64)
     z = random.encode(x, labels=nothing, index=nothing)
@@ -229,6 +231,21 @@ def test_null_sources_have_the_shape_and_sparsity_of_the_sae(
     assert (z > 0).sum(1).float().mean() == pytest.approx(4, abs=1)
     torch.testing.assert_close(random.b_dec, x.mean(0), atol=0.5, rtol=0)
     assert isinstance(neurons, NeuronLatents) and neurons.d_sae == 2 * D
+
+
+def test_an_sae_without_a_twin_has_the_reason_in_its_place(
+    sae: Any, held_out: HeldOutActivations, monkeypatch
+) -> None:
+    def fit(latents: Any, x: Any, **_: Any) -> Any:
+        raise ValueError("no constructor")
+
+    monkeypatch.setattr(bench_module.TwinLatents, "fit", fit)
+    tested = bench()
+    sources = tested.null_sources(SAELatents(sae), held_out)
+    assert sources["random"] == "topk has no untrained twin: ValueError: no constructor"
+    done = tested.run(SAELatents(sae), held_out)
+    found = tested.metrics(done, {"random": sources["random"], "neurons": []})
+    assert found["recorder"]["mean_z"].nulls["random"].reason == sources["random"]
 
 
 def test_a_null_without_meaning_is_not_computed(sae: Any, held_out: HeldOutActivations) -> None:
@@ -269,7 +286,10 @@ def test_every_metric_stands_beside_its_nulls(sae: Any, held_out: HeldOutActivat
     tested = bench()
     latents = SAELatents(sae)
     sources = tested.null_sources(latents, held_out)
-    nulls = {n: tested.numbers(s, held_out, tested.chosen_for(n)) for n, s in sources.items()}
+    nulls = {
+        name: [tested.numbers(source, held_out, tested.chosen_for(name)) for source in draws]
+        for name, draws in sources.items()
+    }
     done = tested.run(latents, held_out)
     found = tested.metrics(done, nulls, {"planted": {"recorder": {"n": 5.0}}})
     recorder = found["recorder"]
@@ -282,7 +302,9 @@ def test_every_metric_stands_beside_its_nulls(sae: Any, held_out: HeldOutActivat
     assert permuted.mean == pytest.approx(np.mean(draws))
     assert permuted.left_behind is True
     assert recorder["place"].nulls["shuffled"].mean == -1
-    assert recorder["mean_z"].nulls["random"].mean != recorder["mean_z"].value
+    draws = [draw["recorder"]["mean_z"] for draw in nulls["random"]]
+    assert len(set(draws)) == recorder["mean_z"].nulls["random"].n == 3
+    assert recorder["mean_z"].nulls["random"].mean == pytest.approx(np.mean(draws))
     assert recorder["mean_z"].nulls["neurons"].reason == "no meaning"
     assert "does not depend" in str(recorder["fixed"].nulls["permuted_classes"].reason)
     assert found["pair_depth"]["pair_depth"].nulls["neurons"].n == 1
@@ -325,8 +347,8 @@ def test_an_evaluator_that_fails_costs_only_itself(sae: Any, held_out, when: str
 def test_a_failure_under_a_null_keeps_the_value(sae: Any, held_out: HeldOutActivations) -> None:
     tested = bench(fail="update@random")
     latents = SAELatents(sae)
-    random = tested.null_sources(latents, held_out)["random"]
-    nulls = {"random": tested.numbers(random, held_out, tested.chosen_for("random"))}
+    random = tested.null_sources(latents, held_out)["random"][0]
+    nulls = {"random": [tested.numbers(random, held_out, tested.chosen_for("random"))]}
     found = tested.metrics(tested.run(latents, held_out), nulls)["recorder"]["mean_z"]
     assert found.value > 0
     assert found.nulls["random"].reason == "failed: ValueError: told to fail in update"

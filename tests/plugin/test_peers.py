@@ -15,6 +15,7 @@ def sae(run: str, layer: int, **changes: Any) -> SAEFolder:
     facts = {"architecture": "topk", "d_sae": 64, "model_name": "a/model", **changes}
     hook = facts.pop("hook_name", f"blocks.{layer}.hook_resid_post")
     metadata = {"hook_name": hook, "model_name": facts.pop("model_name")}
+    metadata |= {"constraint": facts.pop("constraint", None)}
     name = facts.pop("name", hook)
     return SAEFolder(f"{run}/{name}", run, name, Path(), {**facts, "metadata": metadata}, {})
 
@@ -45,6 +46,16 @@ def test_one_run_compares_neighbours_in_natural_order(layer: int, expected: list
     elsewhere = [sae("a", i, hook_name=f"blocks.{i}.hook_mlp_out") for i in (2, 4)]
     others = [v for i, v in run.items() if i != layer]
     assert found(run[layer], *others, *elsewhere) == {run[i].id: "layer" for i in expected}
+
+
+def test_a_control_is_no_peer_of_its_sae() -> None:
+    run = [
+        sae("a", layer, name=f"{layer}.{constraint}", constraint=constraint)
+        for layer in (3, 4)
+        for constraint in (None, "frozen_decoder", "frozen_encoder")
+    ]
+    assert found(run[0], *run[1:]) == {run[3].id: "layer"}
+    assert found(run[1], *run) == {run[4].id: "layer"}
 
 
 def test_layers_may_lie_in_runs_of_their_own() -> None:

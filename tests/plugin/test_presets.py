@@ -2,12 +2,14 @@ import pytest
 from taxolens.plugin.study.settings import gather
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
+from taxolens.registry.nulls import CONSTRAINTS
 from taxolens.registry.presets import PRESETS, describe_preset, load_preset, read_settings
 
 # What a preset leaves to the command line.
 GIVEN = {
     "laptop": {"dataset_path": "photos"},
     "tiny-imagenet": {"model_name": "vit", "dataset_path": "photos"},
+    "trained-on-random": {"model_name": "vit", "dataset_path": "photos"},
 }
 
 
@@ -15,13 +17,15 @@ GIVEN = {
 def test_a_preset_is_a_valid_config(name):
     flags = {"device": "cpu", **GIVEN.get(name, {})}
     study = gather(preset=name, flags=flags)
-    d_in = study.saes[""].fields.get("d_in", 768)
+    d_in = next(iter(study.saes.values())).fields.get("d_in", 768)
     widths = {f"blocks.{block}.hook_resid_post": d_in for block in range(3)}
 
     config = study.config(widths, tokens_per_epoch=100_000)
 
     assert isinstance(config, VisionMultiSAERunnerConfig)
-    assert list(config.saes) == list(widths)
+    assert list(config.saes) == [
+        f"{hook}.{sae}" if sae else hook for hook in widths for sae in study.saes
+    ]
     assert config.tokens == "class"
     assert config.training_tokens >= 100_000
 
@@ -45,6 +49,18 @@ def test_the_papers_own_study():
     assert preset["sae"]["d_sae"] == 8 * preset["sae"]["d_in"] == 12_288
     assert preset["dataset_path"] == "ILSVRC/imagenet-1k"
     assert preset["taxonomy"] == "imagenet"
+
+
+def test_controls_beside_each_sae():
+    study = gather(preset="trained-on-random", flags=GIVEN["trained-on-random"])
+    hook = "blocks.2.hook_resid_post"
+    config = study.config({hook: 16}, tokens_per_epoch=100_000)
+    assert set(config.hook_names_per_sae.values()) == {hook}
+    assert config.sae_constraints == {f"{hook}.{kind}": kind for kind in CONSTRAINTS}
+    trained, *controls = config.saes.values()
+    assert all(control.to_dict() == trained.to_dict() for control in controls)
+    again = VisionMultiSAERunnerConfig.from_dict(config.to_dict())
+    assert again.sae_constraints == config.sae_constraints
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -8,15 +8,17 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
+from taxolens.plugin.reporting.controls import with_controls
 from taxolens.plugin.reporting.headlines import ShownMetric
 from taxolens.plugin.reporting.report import Report, short_name, write_report
-from taxolens.plugin.reporting.results import NullResult, Results
+from taxolens.plugin.reporting.results import MetricResult, NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
 from taxolens.plugin.reporting.tree_chart import NOT_SCORED, Icicle, colour
 
@@ -283,6 +285,70 @@ def test_architectures_are_named_where_they_differ(results: Results) -> None:
         for run, kind in (("a", "topk"), ("b", "standard"), ("old topk", "topk"))
     ]
     assert list(names_of(results, *saes)) == ["a (topk)", "b (standard)", "old topk"]
+
+
+def test_constraints_are_named_where_the_run_does_not(results: Results) -> None:
+    saes = [
+        sae_like(results, id=run, run=run, name=run, constraint=constraint)
+        for run, constraint in (("a", None), ("b", "frozen_decoder"), ("frozen_encoder", None))
+    ]
+    assert list(names_of(results, *saes)) == ["a", "b (frozen_decoder)", "frozen_encoder"]
+
+
+def controlled(results: Results) -> Results:
+    """Two runs of an SAE, and controls: two of the first run, one of a run of its own."""
+    kinds = [
+        ("one", "trained", None, 8.0),
+        ("one", "frozen", "frozen_decoder", 8.0),
+        ("one", "other", "frozen_decoder", 30.0),
+        ("one", "another layer", "frozen_encoder", 8.0),
+        ("two", "trained", None, 9.0),
+        ("alone", "soft", "soft_frozen_decoder", 9.0),
+    ]
+    saes = []
+    for at, (run, name, constraint, l0) in enumerate(kinds):
+        metrics = {"pair_depth": MetricResult(at + 0.5)}
+        changes: dict[str, Any] = {"constraint": constraint, "l0": l0, "run": run, "name": name}
+        if name == "another layer":
+            changes |= {"hook_name": "blocks.7.hook_resid_post", "layer": 7}
+        found = replace(results.saes[0].evaluators["pair_depth"], metrics=metrics)
+        evaluators = {"pair_depth": found}
+        saes.append(sae_like(results, id=f"{run}/{name}", evaluators=evaluators, **changes))
+    return replace(results, saes=saes)
+
+
+def test_an_sae_stands_beside_its_controls(results: Results, tmp_path: Path) -> None:
+    view = controlled(results)
+    found = {
+        sae.id: {constraint: control.id for constraint, control in controls.items()}
+        for sae, controls in with_controls(view.saes)
+    }
+    soft = {"soft_frozen_decoder": "alone/soft"}
+    assert found == {
+        "one/trained": {"frozen_decoder": "one/frozen", **soft},
+        "two/trained": {"frozen_decoder": "one/frozen", **soft},
+    }
+    assert with_controls(results.saes) == []
+
+    table = pd.read_csv(write_comparison(view, tmp_path) / "controls.csv")
+    assert table.sae.tolist() == ["one/trained", "two/trained"]
+    assert table.trained.tolist() == [0.5, 4.5] and table.frozen_decoder.tolist() == [1.5, 1.5]
+    assert table.soft_frozen_decoder.tolist() == [5.5, 5.5]
+    assert "frozen_encoder" not in table
+
+    page = write_report(view, tmp_path / "report.html", interactive=False).read_text()
+    Page(page)
+    start = page.index('id="controls"')
+    section = page[start : page.index("</section>", start)]
+    assert '<th class="num">trained</th><th class="num">frozen decoder</th>' in section
+    for text in ("one/trained", "two/trained", ">1.50<", ">5.50<", ">8.00<", ">9.00<"):
+        assert text in section, text
+    assert "one/another layer" not in section
+
+
+def test_without_controls_there_is_no_section(results: Results, tmp_path: Path) -> None:
+    assert 'id="controls"' not in write_report(results, tmp_path / "r.html").read_text()
+    assert not (write_comparison(results, tmp_path) / "controls.csv").exists()
 
 
 def test_stages_of_a_cnn_make_one_curve(results: Results) -> None:

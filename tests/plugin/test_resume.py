@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 
@@ -21,6 +22,7 @@ from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, lates
 from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingInterrupted
 from taxolens.plugin.training.rng import seeded
 from taxolens.registry.errors import CheckpointError
+from taxolens.registry.nulls import CONSTRAINTS
 
 SIZE = {"d_in": 16, "d_sae": 32}
 
@@ -121,6 +123,48 @@ def test_one_sae_resumes_from_any_checkpoint(training, architecture, tokens, pre
 
     training.runner(config()).run()
     assert_every_checkpoint_leads_to(weights(training.output), training, config)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_control_resumes_from_any_checkpoint(training, constraint):
+    def config(**changes):
+        return training.single(constraint=constraint, **SCHEDULE, **{"lr": 0.2, **changes})
+
+    training.runner(config()).run()
+    assert_every_checkpoint_leads_to(weights(training.output), training, config)
+    (checkpoint, *_) = checkpoints_in(training.checkpoints)
+    rows = checkpoint / "initial_rows.safetensors"
+    assert rows.exists() == (constraint == "soft_frozen_decoder")
+    with pytest.raises(CheckpointError, match=f"constraint: found '{constraint}', wanted None"):
+        training.runner(training.single(resume_from_checkpoint=str(checkpoint), **SCHEDULE))
+
+
+def test_controls_train_beside_their_sae_from_the_same_weights(training):
+    """From one pass over the images, each as in a run of its own."""
+    kinds = {"trained": None, "frozen": "frozen_decoder", "soft": "soft_frozen_decoder"}
+
+    def config(**changes):
+        return training.multi(
+            saes={name: SAES["topk"]() for name in kinds},
+            hook_names="blocks.0.hook_resid_post",
+            constraint={name: kind for name, kind in kinds.items() if kind},
+            **{**SCHEDULE, "lr": 0.2, **changes},
+        )
+
+    runner = training.runner(config())
+    initial = {name: sae.W_dec.detach().clone() for name, sae in runner.saes.items()}
+    runner.run()
+    found = weights(training.output)
+    rows = {name: sae.W_dec.detach() for name, sae in runner.saes.items()}
+    assert torch.equal(initial["trained"], initial["frozen"])
+    assert torch.equal(rows["frozen"], initial["frozen"])
+    cosine = torch.cosine_similarity(rows["soft"], initial["soft"])
+    assert (cosine > 0.8 - 1e-6).all() and not torch.equal(rows["soft"], rows["trained"])
+    assert (torch.cosine_similarity(rows["trained"], initial["trained"]) < 0.79).any()
+    for name, kind in kinds.items():
+        metadata = json.loads((training.output / name / "cfg.json").read_text())["metadata"]
+        assert metadata.get("constraint") == kind
+    assert_every_checkpoint_leads_to(found, training, config)
 
 
 @pytest.mark.parametrize(("tokens", "prefetch"), [("class", False), ("patch", 2)])

@@ -91,7 +91,7 @@ def test_several_saes_at_every_hook_point(tmp_path):
         expansion_factor: 2
         saes:
           relu: {architecture: standard, l1_coefficient: 3}
-          sparse: {architecture: topk, k: 4, d_sae: 99}
+          sparse: {architecture: topk, k: 4, d_sae: 99, constraint: frozen_encoder}
         """,
     )
     config = gather(config=path).config(
@@ -103,6 +103,19 @@ def test_several_saes_at_every_hook_point(tmp_path):
     assert config.hook_names["blocks.1.hook_resid_post.relu"] == "blocks.1.hook_resid_post"
     assert config.saes["blocks.0.hook_resid_post.relu"].d_sae == 16
     assert config.saes["blocks.0.hook_resid_post.sparse"].d_sae == 99
+    assert config.sae_constraints == {
+        f"blocks.{block}.hook_resid_post.sparse": "frozen_encoder" for block in (0, 1)
+    }
+
+
+def test_a_constraint_of_all_saes_and_of_one(tmp_path):
+    assert config_of({"constraint": "frozen_decoder"}).constraint == "frozen_decoder"
+    text = "constraint: frozen_decoder\nsaes: {a: {constraint: null}, b: {}}"
+    study = gather(config=write(tmp_path, text), flags=BASE)
+    config = study.config({HOOK: 32})
+    assert config.sae_constraints == {f"{HOOK}.b": "frozen_decoder"}
+    with pytest.raises(ConfigError, match="constraint: not known; given 'frozn'"):
+        config_of({"constraint": "frozn"})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +140,7 @@ def test_several_saes_at_every_hook_point(tmp_path):
         ("streaming: maybe", "streaming: of the wrong type; given 'maybe'; allowed: bool"),
         ("hook_names: {a: b}", "hook_names: of the wrong type; given {'a': 'b'}; allowed: list"),
         ("saes: {a: 5}", "saes.a: not settings; given 5; allowed: "),
+        ("saes: {a: {constraint: 5}}", "saes.a.constraint: of the wrong type; given 5"),
         ("saes: {a: {archtecture: topk}}", "saes: key not known; given 'a.archtecture'"),
     ],
 )

@@ -18,6 +18,11 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainSt
 from sae_lens.training.sae_trainer import SAETrainer
 from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
+from taxolens.plugin.training.constraint import Constraint, within_cosine
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.parts.null_latents import TwinLatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents
+from taxolens.registry.nulls import CONSTRAINTS
 from taxolens.registry.table import ARCHITECTURES
 from tiny_models import pictures, tapped
 from tiny_text import save_tiny_text
@@ -241,6 +246,105 @@ def test_metadata_of_an_own_architecture_require_taxolens(name, tmp_path):
     expected = None if CASES[name].saved_as else "taxolens"
     assert metadata.get("requires_plugin") == expected
     assert (ARCHITECTURES[name].sae_class is None) == (CASES[name].saved_as is not None)
+
+
+@every
+@pytest.mark.parametrize("kind", ["in training", "saved", "layer_norm", "hook_z", "b_dec kept"])
+def test_the_untrained_twin_differs_in_its_weights_only(name, kind, tmp_path):
+    sae = trained(name)
+    if kind != "in training":
+        _, file = sae.save_inference_model(tmp_path)
+        changes = {
+            "layer_norm": {"normalize_activations": "layer_norm"},
+            "hook_z": {"reshape_activations": "hook_z"},
+            "b_dec kept": {"apply_b_dec_to_input": False},
+        }
+        saved = json.loads(file.read_text()) | changes.get(kind, {})
+        file.write_text(json.dumps(saved))
+        sae = SAE.load_from_disk(tmp_path)
+    before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
+    x = planted(500, seed=60) + 3
+    latents = SAELatents(sae)
+    first, again, other = (TwinLatents.fit(latents, x, draw=draw) for draw in (0, 0, 1))
+    assert type(first.sae) is type(sae) and first.d_sae == D_SAE
+    assert first.sae.cfg.to_dict().keys() == sae.cfg.to_dict().keys()
+    with torch.no_grad():
+        z, decoded = first.reconstruct(x)
+        assert z.shape == (500, D_SAE) and decoded.shape == x.shape
+        assert torch.equal(z, again.encode(x)) and torch.equal(z, first.encode(x))
+        assert not torch.equal(z, other.encode(x))
+        wanted = (latents.encode(x) != 0).sum(1).float().mean()
+        # Those of `tree` and `hsae` have as many latents as their config and their parents let fire.
+        tolerance = {"tree": 0.5, "hsae": 0.1}.get(name, 0.05)
+        assert (z != 0).sum(1).float().mean() == pytest.approx(float(wanted), rel=tolerance)
+        error = (x - decoded).square().sum()
+        if kind != "b_dec kept" or "b_enc" in before or "b_gate" in before:
+            assert error <= (x - x.mean(0)).square().sum() * 1.05
+        for other_scale in (0.95, 1.05):
+            twin = TwinLatents(first.sae, scale=first.scale * other_scale)
+            assert error <= (x - twin.reconstruct(x)[1]).square().sum()
+    assert all(torch.equal(before[key], tensor) for key, tensor in sae.state_dict().items())
+
+
+TIED = {"mp", "omp", "matching_pursuit", "codebook"}
+COMPUTED = {"archetypal_topk", "archetypal_jumprelu"}
+ENCODER = {"W_enc", "b_enc", "b_gate", "b_mag", "r_mag"}
+
+
+def cosines(rows: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    return torch.cosine_similarity(rows.double(), first.double(), dim=1)
+
+
+@every
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_control_keeps_its_decoder_or_encoder_and_trains_the_rest(name, constraint):
+    sae = build(name)
+    if name in TIED | COMPUTED:
+        part = "W_enc" if name in TIED else "W_dec"
+        with pytest.raises(ConfigError, match=f"possible for {name}, .* {part} is not a parameter"):
+            Constraint(sae, constraint)
+        return
+    first = {key: parameter.detach().clone() for key, parameter in sae.named_parameters()}
+    held = ENCODER if constraint == "frozen_encoder" else {"W_dec"}
+    lr = 0.5 if name == "simplicial" else 5e-2  # its rows are longer
+    trainer = trainer_for(sae, [planted(BATCH, seed) for seed in range(12)], lr=lr)
+    control = Constraint(sae, constraint)
+    control.start(trainer.optimizer)
+    for _ in range(12):
+        trainer.step(next(trainer.data_provider))
+        if constraint == "soft_frozen_decoder":
+            assert (cosines(sae.W_dec, first["W_dec"]) > 0.8 - 1e-6).all()
+    for key, parameter in sae.named_parameters():
+        if key in held and constraint != "soft_frozen_decoder":
+            assert torch.equal(parameter, first[key]), key
+        elif key in held:
+            assert not torch.equal(parameter, first[key])
+            assert (cosines(parameter, first[key]) < 0.8 + 1e-5).any(), "the bound was reached"
+        elif parameter.requires_grad and first[key].numel() > 1:
+            # b_gate and the like have gradients only near their threshold.
+            assert not torch.equal(parameter, first[key]) or key in ("r_mag", "b_mag"), key
+
+
+def test_soft_rows_move_to_the_nearest_allowed_direction():
+    generator = torch.Generator().manual_seed(0)
+    first, rows = torch.randn(2, 200, 3, generator=generator)
+    found = within_cosine(rows, first)
+    torch.testing.assert_close(found.norm(dim=1), rows.norm(dim=1))
+    kept = cosines(rows, first) > 0.8
+    assert torch.equal(found[kept], rows[kept]) and 0 < kept.sum() < 200
+    # Brute force: of all directions at the bound, none is nearer to the row.
+    angle = torch.linspace(0, 2 * torch.pi, 3601)
+    for row, u, best in zip(rows[~kept], first[~kept], found[~kept]):
+        u = u / u.norm()
+        a = torch.linalg.cross(u, row / row.norm())
+        a = a / a.norm()
+        b = torch.linalg.cross(u, a)
+        circle = 0.8 * u + 0.6 * (angle.cos()[:, None] * a + angle.sin()[:, None] * b)
+        nearest = (circle @ row).max()
+        torch.testing.assert_close(best @ row / row.norm(), nearest, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(best @ u / best.norm(), torch.tensor(0.8), atol=1e-5, rtol=0)
+    assert torch.equal(within_cosine(-2 * torch.eye(3), torch.eye(3)), 2 * torch.eye(3))
+    assert torch.equal(within_cosine(torch.zeros(2, 3), first[:2]), torch.zeros(2, 3))
 
 
 @every

@@ -11,8 +11,11 @@ import sae_files
 import torch
 from sae_files import D_IN, D_SAE, FILES, OLD_SAEV, SAEFile, saev_header
 from sae_lens import SAE
+from sae_lens.saes.transcoder import Transcoder
 from safetensors.torch import save_file
 from taxolens.registry.errors import CheckpointError, ConfigError, UnknownNameError
+from taxolens.registry.evaluators.parts.null_latents import TwinLatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents
 from taxolens.registry.loaders.parts.checkpoint import Checkpoint
 from taxolens.registry.loaders.parts.facts import FACTS
 from taxolens.registry.loaders.parts.read import (
@@ -53,6 +56,27 @@ def test_latents_and_reconstruction_are_the_librarys(file):
     gives(sae, file)
     for name, value in file.metadata.items():
         assert sae.cfg.metadata[name] == value, name
+
+
+def test_an_untrained_twin_has_the_same_rule(file):
+    sae = read_sae(file.path, **file.given)
+    if isinstance(sae, Transcoder):
+        with pytest.raises(ConfigError, match="random: b_dec is the mean at the output of a trans"):
+            TwinLatents.fit(SAELatents(sae), file.x)
+        return
+    twin, other = (TwinLatents.fit(SAELatents(sae), file.x, seed) for seed in (0, 1))
+    with torch.no_grad():
+        z, decoded = twin.reconstruct(file.x)
+        wanted = (sae.encode(file.x) != 0).sum(1).float()
+        fires = (z != 0).sum(1).float()
+        if hasattr(sae.cfg, "k"):  # the same k for each input, of those that are positive
+            assert ((fires == sae.cfg.k) | (z >= 0).all(1)).all() and fires.max() <= sae.cfg.k
+        else:
+            # A pursuit has whole steps.
+            assert fires.mean() == pytest.approx(float(wanted.mean()), rel=0.05, abs=0.5)
+        assert type(twin.sae) is type(sae) and z.shape == (len(file.x), D_SAE)
+        assert decoded.shape == file.x.shape and torch.isfinite(decoded).all()
+        assert not torch.equal(z, other.encode(file.x))
 
 
 def test_a_converted_folder_gives_the_same(file, tmp_path):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import (
     NeuronLatents,
-    RandomLatents,
+    TwinLatents,
     shuffle_labels,
 )
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents
+from taxolens.registry.evaluators.parts.twin import untrained_twin
 from taxolens.registry.hashing import uniform
 
 X = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) * 3 + 5
@@ -43,43 +49,122 @@ def test_neurons_are_the_two_signs_about_the_mean():
     assert torch.allclose(z @ latents.W_dec + latents.b_dec, X, atol=1e-5)
 
 
-@pytest.mark.parametrize("l0", [0, 0.5, 3.2, 40])
-def test_random_latents_match_the_sparsity(l0):
-    latents = RandomLatents.fit(X, 100, l0, seed=1)
-    z = latents.encode(X)
-    assert z.shape == (500, 100) and (z >= 0).all()
-    assert (z > 0).sum(1).float().mean() == pytest.approx(l0, abs=0.01)
-    assert torch.allclose(latents.W_dec.norm(dim=1), torch.ones(100))
-    assert torch.allclose(latents.b_dec, X.mean(0))
-    assert torch.equal(latents.W_dec, RandomLatents.fit(X, 100, l0, seed=1).W_dec)
-    assert not torch.equal(latents.W_dec, RandomLatents.fit(X, 100, l0, seed=2).W_dec)
+def sae_of(kind: str, firing: float = 0.1, **settings: Any) -> SAELatents:
+    """An SAE of 100 random latents; those of thresholds fire for this share of (input, latent)."""
+    sae_class, config_class = get_sae_class(kind)
+    generator = torch.Generator().manual_seed(7)
+    sae = sae_class(config_class(d_in=12, d_sae=100, **settings))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(12, 100, generator=generator))
+        sae.W_dec.copy_(torch.randn(100, 12, generator=generator))
+        p = (X - sae.b_dec) @ sae.W_enc
+        for name in ("b_enc", "b_gate", "b_mag"):
+            if isinstance(getattr(sae, name, None), torch.Tensor) and not settings:
+                getattr(sae, name).copy_(-p.quantile(1 - firing, dim=0))
+    return SAELatents(sae)
+
+
+def l0_of(latents: Any) -> float:
+    with torch.no_grad():
+        return float((latents.encode(X) != 0).sum(1).float().mean())
+
+
+@pytest.mark.parametrize("firing", [0.0, 0.005, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
+def test_one_threshold_gives_a_twin_the_l0_of_its_sae(kind, firing):
+    latents = sae_of(kind, firing)
+    twin = TwinLatents.fit(latents, X)
+    assert l0_of(twin) == pytest.approx(l0_of(latents), abs=0.01)
+    weights = dict(twin.sae.named_parameters())
+    torch.testing.assert_close(weights["b_dec"], X.mean(0))
+    # All latents have one threshold: as a textbook SAE of these directions.
+    p = (X - X.mean(0)) @ weights["W_enc"]
+    n_fire = round(l0_of(latents) * len(X))
+    z = twin.encode(X)
+    if n_fire < p.numel():
+        t = float(p.flatten().sort(descending=True).values[n_fire])
+        jumps = kind != "standard" and t > 0
+        fires = p > t
+        assert (fires != (z > 0)).sum() <= 1  # one latent may be at t
+        torch.testing.assert_close(z, (p if jumps else p - t) * fires, atol=1e-4, rtol=0)
+    else:
+        assert (z > 0).all()
+    for name, dim in (("W_dec", 1), ("W_enc", 0)):
+        norms = getattr(latents.sae, name).norm(dim=dim).mean().expand(100)
+        torch.testing.assert_close(weights[name].norm(dim=dim), norms)
+
+
+def test_twins_of_counted_latents_keep_the_count_of_each_input():
+    for kind in ("topk", "abstopk"):
+        z = TwinLatents.fit(sae_of(kind, k=7), X).encode(X)
+        assert ((z != 0).sum(1) == 7).all()
+        assert bool((z < 0).any()) == (kind == "abstopk")
+
+
+def test_a_pursuit_of_a_twin_stops_at_the_l0_of_its_sae():
+    latents = sae_of("matching_pursuit", residual_threshold=6.0)
+    with torch.no_grad():
+        latents.sae.W_dec.copy_(torch.nn.functional.normalize(latents.sae.W_dec, dim=1))
+        latents.sae.b_dec.copy_(X.mean(0))
+    twin = TwinLatents.fit(latents, X)
+    wanted = l0_of(latents)
+    steps = twin.sae.cfg.max_iterations
+    assert latents.sae.cfg.max_iterations is None and 1 <= steps < 12
+
+    def miss(n: int) -> float:
+        twin.sae.cfg.max_iterations = n
+        return abs(l0_of(twin) - wanted)
+
+    assert miss(steps) == min(miss(n) for n in range(1, 13))
+
+
+def test_a_twin_is_reproducible_and_another_draw_is_another_twin():
+    latents = sae_of("jumprelu")
+    state = torch.random.get_rng_state()
+    first = TwinLatents.fit(latents, X, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = TwinLatents.fit(latents, X, seed=1)
+    for name, weight in first.sae.state_dict().items():
+        assert torch.equal(weight, again.sae.state_dict()[name])
+    seeds = {(1, 0), (1, 1), (2, 0), (0, 1)}
+    rows = [TwinLatents.fit(latents, X, seed=s, draw=d).W_dec[0, 0].item() for s, d in seeds]
+    assert len(set(rows)) == 4
 
 
 def test_null_latents_are_decoded_as_well_as_they_can_be():
     z, decoded = NeuronLatents.fit(X).reconstruct(X)
     assert torch.allclose(decoded, X, atol=1e-5) and z.shape == (500, 24)
-    latents = RandomLatents.fit(X, 100, 3.2, seed=1)
-    z, decoded = latents.reconstruct(X)
-    assert torch.equal(z, latents.encode(X))
+    twin = TwinLatents.fit(sae_of("standard"), X, seed=1)
+    z, decoded = twin.reconstruct(X)
+    assert torch.equal(z, twin.encode(X))
 
     def error(scale: float) -> float:
-        return float((X - latents.b_dec - scale * z @ latents.W_dec).square().sum())
+        return float((X - twin.b_dec - scale * z @ twin.W_dec).square().sum())
 
-    assert error(latents.scale) == pytest.approx(float((X - decoded).square().sum()), rel=1e-4)
-    assert error(latents.scale) < min(error(latents.scale * s) for s in (0.98, 1.02))
-    assert RandomLatents.fit(X, 100, 0).scale == 1.0  # nothing fires
-
-
-def test_random_latents_never_fire_below_zero():
-    z = RandomLatents.fit(X, 100, 90).encode(X)  # more than half would need that
-    assert (z >= 0).all() and 45 < (z > 0).sum(1).float().mean() < 55
+    assert error(twin.scale) == pytest.approx(float((X - decoded).square().sum()), rel=1e-4)
+    assert error(twin.scale) < min(error(twin.scale * s) for s in (0.98, 1.02))
+    assert TwinLatents.fit(sae_of("standard", 0.0), X).scale == 1.0  # nothing fires
 
 
-def test_random_latents_refuse_an_impossible_sparsity():
-    with pytest.raises(
-        ConfigError, match="l0: out of range; given 11; allowed: a number between 0 and d_sae=10"
-    ):
-        RandomLatents.fit(X, 10, 11)
+class Fixed(StandardSAE):
+    """A third party's SAE whose first three latents always fire, and no others."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().encode(x)
+        return torch.cat([torch.ones_like(z[:, :3]), 0 * z[:, 3:]], dim=1)
+
+
+def test_an_sae_without_a_twin_is_refused(monkeypatch):
+    sae = Fixed(StandardSAEConfig(d_in=12, d_sae=100))
+    assert l0_of(TwinLatents.fit(SAELatents(sae), X)) == 3  # its own rule gives its L0
+    with pytest.raises(ConfigError, match=r"another mean L0.*; given '3'; allowed: 5, that of the"):
+        untrained_twin(sae, X, 5.0, 0)
+    silent = {"encode": lambda self, x: torch.ones(len(x), 100)}  # no pre-activations are shown
+    with pytest.raises(ConfigError, match=r"another mean L0.*; given '100'; allowed: 5, that of"):
+        untrained_twin(type("Silent", (StandardSAE,), silent)(sae.cfg), X, 5.0, 0)
+    monkeypatch.setattr(Fixed, "l0_rule", "unheard of", raising=False)
+    with pytest.raises(ConfigError, match="l0_rule: not known; given 'unheard of'; allowed: coun"):
+        untrained_twin(sae, X, 3.0, 0)
 
 
 def test_planted_detectors_have_the_recall_and_false_alarms_asked_for(animals):

@@ -16,7 +16,7 @@ from taxolens.registry.evaluators.base import EvaluationContext, InterventionRes
 from taxolens.registry.evaluators.parts import summary
 from taxolens.registry.evaluators.parts.image_positions import SALT, ImagePositions
 from taxolens.registry.evaluators.parts.moments import ClassMoments
-from taxolens.registry.evaluators.parts.null_latents import NeuronLatents, RandomLatents
+from taxolens.registry.evaluators.parts.null_latents import NeuronLatents
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.probes import RidgeProbe
 from taxolens.registry.evaluators.parts.readout import HeadReadout
@@ -210,26 +210,6 @@ def test_a_ridge_probe_does_not_depend_on_the_unit(scale: float) -> None:
 
 
 # null latents ------------------------------------------------------------------------------------
-
-
-def test_random_latents_fire_above_their_threshold() -> None:
-    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-    latents = RandomLatents(torch.zeros(8), 0.7, 20)
-    pre = x @ latents.W_dec.T
-    assert torch.allclose(latents.encode(x), torch.where(pre > 0.7, pre, 0.0), atol=1e-6)
-    assert RandomLatents(torch.zeros(8), -3.0, 20).threshold == 0.0
-
-
-def test_random_latents_fire_exactly_as_often_as_asked() -> None:
-    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-    for l0 in (1, 2.5, 7):
-        z = RandomLatents.fit(x, 20, l0).encode(x)
-        assert (z > 0).sum() == round(l0 * 300)
-
-
-def test_a_sparsity_below_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"l0.*-0\.5"):
-        RandomLatents.fit(torch.ones(2, 3), 10, -0.5)
 
 
 def test_planted_probabilities_are_from_0_to_1(animals: Any) -> None:

@@ -26,6 +26,8 @@ class UnitDictionary(SAE[Any]):
     relatively smaller as rows grow.
     """
 
+    l0_rule = "stopped"
+
     # As in SAELens's matching pursuit: the base class requires W_enc.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,6 +1,6 @@
-"""Null controls: latents of untrained sources, and shuffled labels.
+"""Null controls: latents of untrained twins and of neurons, and shuffled labels.
 
-`LatentSource` is the interface of both sources of null latents and of the planted detectors.
+`LatentSource` is the interface of all sources of latents, the planted detectors among them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from .sae_latents import SAELatents
+from .twin import untrained_twin
 
 
 class LatentSource(Protocol):
@@ -70,60 +71,54 @@ class NeuronLatents:
         return z, z @ self.W_dec + self.mean
 
 
-class RandomLatents:
-    """An untrained SAE: random unit directions, b_dec = mean of x, one threshold that gives `l0`.
+class TwinLatents(SAELatents):
+    """The latents of an untrained twin of an SAE (see `twin.py`).
 
-    z = p where p = (x − b_dec) W_enc exceeds the threshold, else 0: a JumpReLU SAE with W_dec =
-    W_encᵀ (own definition). Reconstruction: x̂ = b_dec + scale·z W_dec with the scale of least
-    squared error, since the unscaled sum of firing latents is far too long.
+    Reconstruction: the twin's own, of scale·z with the scale of least squared error on the sample
+    (own definition), since latents that were not trained to reconstruct have no scale.
 
     Args:
-        mean: (d,) mean of x.
-        threshold: the value that p must exceed.
-        d_sae: number of latents m.
-        seed: seed of the directions.
+        twin: the untrained SAE.
+        activation_scaler: that of the SAE, where it is in training.
+        scale: factor of the latents in a reconstruction.
     """
 
     source = "random"
-    scale = 1.0
 
-    def __init__(self, mean: Tensor, threshold: float, d_sae: int, seed: int = 0) -> None:
-        self.b_dec = mean.detach().float()
-        self.threshold = max(float(threshold), 0.0)
-        self.d_sae = d_sae
-        generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(d_sae, len(mean), generator=generator)
-        self.W_dec = (directions / directions.norm(dim=1, keepdim=True)).to(mean.device)
+    def __init__(self, twin: Any, activation_scaler: Any = None, scale: float = 1.0) -> None:
+        super().__init__(twin, activation_scaler)
+        self.scale = scale
 
     @classmethod
-    def fit(cls, x: Tensor, d_sae: int, l0: float, seed: int = 0) -> RandomLatents:
-        """Compute mean and threshold from a sample x (n, d), for `l0` firing latents on average.
+    @torch.no_grad()
+    def fit(cls, latents: SAELatents, x: Tensor, seed: int = 0, draw: int = 0) -> TwinLatents:
+        """The twin of an SAE, with mean of x, mean L0 and scale from a sample x (n, d).
+
+        Args:
+            latents: the SAE.
+            x: the sample.
+            seed: with `draw`, the seed of the twin's weights.
+            draw: number of the twin.
 
         Raises:
-            ConfigError: `l0` is outside 0 … d_sae.
+            ConfigError: see `untrained_twin`.
         """
-        if not 0 <= l0 <= d_sae:
-            raise ConfigError(
-                "l0", "out of range", given=l0, allowed=f"a number between 0 and d_sae={d_sae}"
-            )
-        latents = cls(x.float().mean(0), 0.0, d_sae, seed)
-        # At least 0, so that no negative activation fires: L0 is at most about half of d_sae.
-        n_kept = min(round(l0 * len(x)), x.shape[0] * d_sae)
-        pre = ((x.float() - latents.b_dec) @ latents.W_dec.T).flatten()
-        if n_kept < len(pre):
-            latents.threshold = max(float(torch.topk(pre, n_kept + 1).values[-1]), 0.0)
-        decoded = latents.encode(x) @ latents.W_dec
-        square = float(decoded.square().sum())
-        if square:
-            latents.scale = float((decoded * (x.float() - latents.b_dec)).sum()) / square
-        return latents
+        l0 = float((latents.encode(x) != 0).sum(1).float().mean())
+        scaled = latents.scaler.scale(x.to(latents.sae.device, latents.sae.dtype))
+        weights_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+        found = cls(untrained_twin(latents.sae, scaled, l0, weights_seed), latents.scaler)
+        found._fit_scale(x)
+        return found
 
-    def encode(self, x: Tensor, **_: Any) -> Tensor:
-        """(n, d) -> (n, m) z."""
-        pre = (x.float() - self.b_dec) @ self.W_dec.T
-        return torch.where(pre > self.threshold, pre, torch.zeros_like(pre))
+    def _fit_scale(self, x: Tensor) -> None:
+        """Least squares of x on the two parts of a reconstruction: from b_dec, and from z."""
+        constant = self._decode(self._encode(x)[0] * 0)
+        from_z = self._decode(self._encode(x)[0]) - constant
+        square = float(from_z.square().sum())
+        if square:
+            self.scale = float((from_z * (x.to(constant) - constant)).sum()) / square
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n, d) -> (n, m) z and (n, d) x̂."""
-        z = self.encode(x)
-        return z, self.b_dec + self.scale * (z @ self.W_dec)
+        encoded, z = self._encode(x)
+        return z, self._decode(encoded * self.scale)
