@@ -30,7 +30,7 @@ class ClassPairs:
         self.counts = sparse.csr_array((ones, place.ravel(), ends), shape=(len(codes), len(found)))
         self.counts.sum_duplicates()
         self.n_pairs = codes.shape[1]
-        self.n_differ = self.counts @ self.differ.astype(float)
+        self.n_differ = np.asarray(self.counts @ self.differ.astype(float))
 
     def depth(self, permutation: np.ndarray | None = None) -> np.ndarray:
         """(m,) mean depth over all pairs; NaN where undefined.
@@ -42,7 +42,7 @@ class ClassPairs:
 
     def different_depth(self, permutation: np.ndarray | None = None) -> np.ndarray:
         """(m,) the same over the pairs of different classes; NaN where there are none."""
-        total = self.counts @ np.where(self.differ, self._depths(permutation), 0.0)
+        total = np.asarray(self.counts @ np.where(self.differ, self._depths(permutation), 0.0))
         return self._by_latent(summary.ratio(total, self.n_differ))
 
     @property
