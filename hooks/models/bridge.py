@@ -15,12 +15,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from .families.adapter import VisionEmbeddings
-from .points import resolve_hook_name
+from .splicing import SplicesAtTokens
 
 NEVER_BYPASSED = (VisionEmbeddings,)  # they also see to the interpolation
 
 
-class VisionBridge(SAETransformerBridge):
+class VisionBridge(SplicesAtTokens, SAETransformerBridge):
     """A vision transformer of Hugging Face under TransformerLens's hook names.
 
     `SAETransformerBridge` (6.54) leaves the aliases out of `hook_dict`: a hook or a cache asked for
@@ -128,21 +128,16 @@ class VisionBridge(SAETransformerBridge):
     def _resolve_hook_name(self, hook_name: str) -> str:
         return self._canonical.get(hook_name, hook_name)
 
-    def add_sae(self, sae: SAE[Any], use_error_term: bool | None = None) -> None:
-        """Splice `sae` in at the hook point that its metadata names, until `reset_saes`.
-
-        Raises:
-            UnknownNameError: the model has no such hook point (SAELens only logs it).
-        """
+    def add_sae(
+        self, sae: SAE[Any], use_error_term: bool | None = None, *, tokens: str | None = None
+    ) -> None:
+        """As `SplicesAtTokens.add_sae`."""
         metadata = sae.cfg.metadata
-        for name in (metadata.hook_name, metadata.hook_name_out):
-            if name is not None:
-                resolve_hook_name(self, name)
         name = self._resolve_hook_name(metadata.hook_name_out or metadata.hook_name)
-        point = self._hook_registry[name]
+        point = self._hook_registry.get(name)
+        super().add_sae(sae, use_error_term=use_error_term, tokens=tokens)
         if isinstance(point, HookPoint):
             self._displaced.setdefault(name, point)
-        super().add_sae(sae, use_error_term=use_error_term)
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
         """Put back the very hook point that was there.

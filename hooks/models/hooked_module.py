@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
-from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from ...registry.errors import ConfigError
-from .points import resolve_hook_name
+from .splicing import SplicesAtTokens
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -93,7 +92,20 @@ class Tap:
         return value
 
 
-class HookedVisionModel(HookedRootModule):
+class _SAEMethods(HookedRootModule):
+    # These methods of SAELens need of their class no more than `hook_dict` and `setup`: borrowed,
+    # they stay SAELens's own.
+    add_sae: Any = HookedSAETransformer.add_sae
+    acts_to_saes: Any = HookedSAETransformer.acts_to_saes
+    _reset_sae: Any = HookedSAETransformer._reset_sae
+    reset_saes: Any = HookedSAETransformer.reset_saes
+    saes: Any = HookedSAETransformer.saes
+    run_with_saes: Any = HookedSAETransformer.run_with_saes
+    run_with_cache_with_saes: Any = HookedSAETransformer.run_with_cache_with_saes
+    run_with_hooks_with_saes: Any = HookedSAETransformer.run_with_hooks_with_saes
+
+
+class HookedVisionModel(SplicesAtTokens, _SAEMethods):
     """A vision model with the hook points `<submodule>.hook_in` and `<submodule>.hook_out`.
 
     Feature maps (B, C, H, W) pass a hook point as tokens (B, H*W, C), pooled features (B, d) as
@@ -108,16 +120,6 @@ class HookedVisionModel(HookedRootModule):
         cfg: its sizes and prefix tokens.
         family: the name of its `VisionFamily`.
     """
-
-    # These methods of SAELens need of their class no more than `hook_dict` and `setup`: borrowed,
-    # they stay SAELens's own.
-    acts_to_saes: Any = HookedSAETransformer.acts_to_saes
-    _reset_sae: Any = HookedSAETransformer._reset_sae
-    reset_saes: Any = HookedSAETransformer.reset_saes
-    saes: Any = HookedSAETransformer.saes
-    run_with_saes: Any = HookedSAETransformer.run_with_saes
-    run_with_cache_with_saes: Any = HookedSAETransformer.run_with_cache_with_saes
-    run_with_hooks_with_saes: Any = HookedSAETransformer.run_with_hooks_with_saes
 
     def __init__(self, module: nn.Module, cfg: WrappedConfig, *, family: str = "wrapped") -> None:
         super().__init__()
@@ -204,19 +206,6 @@ class HookedVisionModel(HookedRootModule):
     ) -> Any:
         """The output and a dict of activations. There is no `ActivationCache` object here."""
         return super().run_with_cache(*arguments, **options)
-
-    def add_sae(self, sae: SAE[Any], use_error_term: bool | None = None, **options: Any) -> None:
-        """Splice `sae` in at the hook point that its metadata names, until `reset_saes`.
-
-        Raises:
-            UnknownNameError: the model has no such hook point (SAELens only logs it).
-        """
-        metadata = sae.cfg.metadata
-        for name in (metadata.hook_name, metadata.hook_name_out):
-            if name is not None:
-                resolve_hook_name(self, name)
-        add_sae: Any = HookedSAETransformer.add_sae
-        add_sae(self, sae, use_error_term=use_error_term, **options)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HookedVisionModel:
         super()._apply(fn, recurse)

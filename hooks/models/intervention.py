@@ -21,7 +21,7 @@ from .bridge import VisionBridge
 from .forward import run_to_hooks
 from .points import as_tokens, firings, resolve_hook_name, taps
 from .tapped import TappedModel
-from .tokens import check_tokens, tokens_of
+from .tokens import check_tokens, put_tokens, tokens_of
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -62,8 +62,8 @@ class ModelIntervention:
     """The `Intervention` of evaluators: a tapped model, images, and one hook point.
 
     The final embedding is what leaves the last norm, or the last block where the model has no such
-    norm: the class token, without one the mean patch token. Of "mean_patch" an edit's change of the
-    mean is added to every patch (own definition).
+    norm: the class token, without one the mean patch token. The chosen tokens are replaced as in
+    `put_tokens`.
 
     After a block of a transformer family the model is run from there: what lies before does not
     depend on the edit. Untouched and edited runs take the same way, so that the identity as edit
@@ -191,12 +191,7 @@ class ModelIntervention:
         new = edit(given.clone()).to(chosen)
         if new.shape != chosen.shape:
             raise ValueError(f"edit: given {tuple(chosen.shape)}, it returned {tuple(new.shape)}")
-        activation = activation.clone()
-        if self.tokens == "mean_patch":
-            activation[:, self.model.cfg.n_prefix_tokens :] += new - chosen
-        else:  # a view of the clone
-            tokens_of(self.model, activation, self.tokens).copy_(new)
-        return activation
+        return put_tokens(self.model, activation, self.tokens, new)
 
     # From a block on ---------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def hook_n_tokens(
     return firings(model, image_size or model.cfg.image_size)[name].shape[1]
 
 
-def as_tokens(activation: Tensor, point: nn.Module) -> Tensor:
+def as_tokens(activation: Tensor, point: nn.Module | None = None) -> Tensor:
     """(B, T, heads, d_head) -> (B, T, heads * d_head), (B, d) -> (B, 1, d), others as they are."""
     if activation.ndim == 2:
         return activation.unsqueeze(1)

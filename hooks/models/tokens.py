@@ -106,6 +106,20 @@ def tokens_of(model: TappedModel, activations: Tensor, tokens: str) -> Tensor:
     )
 
 
+def put_tokens(model: TappedModel, activations: Tensor, tokens: str, new: Tensor) -> Tensor:
+    """A copy of (B, T, d) with the chosen tokens replaced by `new` (B, k, d).
+
+    Of "mean_patch", the change of the mean is added to every patch (own definition).
+    """
+    activations = activations.clone()
+    if tokens == "mean_patch":
+        change = new - tokens_of(model, activations, tokens)
+        activations[:, model.cfg.n_prefix_tokens :] += change
+    else:  # a view of the clone
+        tokens_of(model, activations, tokens).copy_(new)
+    return activations
+
+
 def input_size(model: TappedModel) -> tuple[int, int]:
     """(height, width) in pixels of what the checkpoint's preprocessing makes of any image.
 
