@@ -8,6 +8,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ...registry.errors import ConfigError
+from .layout import not_one_row
 from .points import firings, resolve_hook_name, taps
 from .tapped import TappedModel
 
@@ -40,6 +42,7 @@ def run_to_hooks(
 
     Raises:
         UnknownNameError, ConfigError: as `resolve_hook_name`.
+        ConfigError: the activations have not one row for each image.
     """
     names = {name: resolve_hook_name(model, name) for name in hook_names}
     if not names:
@@ -52,6 +55,9 @@ def run_to_hooks(
         left[name] -= 1
         if left[name] > 0:  # of a submodule that is used several times, the last use counts
             return
+        if len(activation) != len(pixel_values):
+            problem = not_one_row(activation.shape, len(pixel_values))
+            raise ConfigError(f"hook {name!r}", problem, allowed="another hook point")
         activations[name] = _reduced(activation, reduce) if reduce else activation
         if len(activations) == len(left):
             raise _Done

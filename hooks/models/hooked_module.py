@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from itertools import count
+from typing import Any, Literal
 
 import torch
 from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
@@ -14,10 +18,13 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from ...registry.errors import ConfigError
+from .layout import Layout, Probe, decide, not_one_row, other_sizes
+from .points import drawing_apart, noise
 from .splicing import SplicesAtTokens
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 LISTS = (nn.ModuleList, nn.Sequential)
+NO_IMAGE_STACK = re.compile(r"(^|[._])(decoder|text)")
 
 
 @dataclass
@@ -49,47 +56,106 @@ class Site(nn.Module):
         return self._modules[str(part)]  # type: ignore[return-value]
 
 
+_counter = count()
 Place = tuple[Site, str]  # where a hook point, or the SAE in its place, is an attribute
+Side = Literal["entry", "exit"]
 
 
-@dataclass(frozen=True)
+OnValue = Callable[["Tap", Side, Tensor], Tensor]
+
+
+@dataclass
 class Tap:
-    """A submodule and the hook points that its input and its output pass."""
+    """A submodule and the hook points that its input and its output pass.
+
+    `layouts` has the layout of the tensors there by their number of axes; `refused` says why an
+    input or output has none. Both are known after a probe.
+    """
 
     submodule: nn.Module
     entry: list[Place]
     exit: list[Place]
-    channels_last: bool
+    layouts: dict[tuple[Side, int], Layout] = field(default_factory=dict)
+    refused: dict[Side, str] = field(default_factory=dict)
 
-    def on_entry(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Torch's forward pre-hook: the first argument passes the hook points before."""
-        if not arguments or not isinstance(arguments[0], Tensor):
-            return None
-        return (self._pass(self.entry, arguments[0]), *arguments[1:])
+    def listen(self, on_value: OnValue, *, everywhere: bool = False) -> Iterator[Any]:
+        """Torch's hooks by which input and output pass `on_value`, where a hook point listens."""
+        if everywhere or any(map(_is_listened_to, self.entry)):
+            yield self.submodule.register_forward_pre_hook(partial(_on_entry, self, on_value))
+        if everywhere or any(map(_is_listened_to, self.exit)):
+            yield self.submodule.register_forward_hook(partial(_on_exit, self, on_value))
 
-    def on_exit(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        """Torch's forward hook: the hidden state in `output` passes the hook points after."""
-        if isinstance(output, Tensor):
-            return self._pass(self.exit, output)
-        hidden = getattr(output, "last_hidden_state", None)
-        if isinstance(hidden, Tensor):
-            output.last_hidden_state = self._pass(self.exit, hidden)
-        elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            values = [self._pass(self.exit, output[0]), *output[1:]]
-            return getattr(output, "_make", type(output))(values)  # named tuples have _make
-        return output
+    def places(self, side: Side) -> list[Place]:
+        """Its hook points on one side."""
+        return self.entry if side == "entry" else self.exit
 
-    def _pass(self, places: list[Place], value: Tensor) -> Tensor:
-        """`value` past the hook points; the very same tensor where nothing changed it."""
-        for place in filter(_is_listened_to, places):
-            tokens = _to_tokens(value, self.channels_last)
-            if tokens is None:
-                return value
+    @property
+    def all_places(self) -> list[Place]:
+        """Its hook points on both sides."""
+        return [*self.entry, *self.exit]
+
+    def decide(self, side: Side, own: list[Probe], other: list[Probe]) -> None:
+        """Set the layout on one side from the shapes of all its uses at both sizes."""
+        others = other if len(other) == len(own) else [None] * len(own)
+        for one, second in zip(own, others):
+            found = decide(one, second, self.submodule)
+            key = side, len(one.shape)
+            if isinstance(found, Layout) and self.layouts.setdefault(key, found) != found:
+                found = "its uses differ in their layout"
+            if isinstance(found, str):
+                self.refused[side] = found
+        if side in self.refused:
+            self.layouts = {key: kept for key, kept in self.layouts.items() if key[0] != side}
+
+    def pass_through(self, side: Side, value: Tensor, n_images: int) -> Tensor:
+        """`value` past the hook points as (B, T, d); the very same tensor where nothing changed it."""
+        if side in self.refused:
+            return value
+        for place in filter(_is_listened_to, self.places(side)):
+            layout = self.layouts.get((side, value.ndim))
+            if layout is None or len(value) != n_images:
+                shape = tuple(value.shape)
+                rows = not_one_row(shape, n_images)
+                problem = rows if layout else f"the layout of its tensor {shape} is not known"
+                allowed = "another hook point"
+                raise ConfigError(f"hook {_name(place)!r}", problem, allowed=allowed)
+            tokens = layout.to_tokens(value)
+            version = _version(tokens)
             changed = getattr(*place)(tokens)
             # with gradients on, what follows must depend on the very tensor that a hook saw
-            if changed is not tokens or (torch.is_grad_enabled() and tokens.requires_grad):
-                value = _from_tokens(changed, value, self.channels_last)
+            tracked = torch.is_grad_enabled() and tokens.requires_grad
+            if changed is not tokens or _version(tokens) != version or tracked:
+                value = layout.from_tokens(changed, value)
         return value
+
+
+def _version(tokens: Tensor) -> int:
+    """How often `tokens` (B, T, d) was written to; never the same number in inference mode."""
+    return next(_counter) if tokens.is_inference() else tokens._version
+
+
+def _on_entry(
+    tap: Tap, on_value: OnValue, module: nn.Module, arguments: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Torch's forward pre-hook: the first argument passes the hook points before."""
+    if not arguments or not isinstance(arguments[0], Tensor):
+        return None
+    return (on_value(tap, "entry", arguments[0]), *arguments[1:])
+
+
+def _on_exit(
+    tap: Tap, on_value: OnValue, module: nn.Module, arguments: tuple[Any, ...], output: Any
+) -> Any:
+    """Torch's forward hook: the hidden state in `output` passes the hook points after."""
+    if isinstance(output, Tensor):
+        return on_value(tap, "exit", output)
+    hidden = getattr(output, "last_hidden_state", None)
+    if isinstance(hidden, Tensor):
+        output.last_hidden_state = on_value(tap, "exit", hidden)
+    elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        values = [on_value(tap, "exit", output[0]), *output[1:]]
+        return getattr(output, "_make", type(output))(values)  # named tuples have _make
+    return output
 
 
 class _SAEMethods(HookedRootModule):
@@ -108,8 +174,8 @@ class _SAEMethods(HookedRootModule):
 class HookedVisionModel(SplicesAtTokens, _SAEMethods):
     """A vision model with the hook points `<submodule>.hook_in` and `<submodule>.hook_out`.
 
-    Feature maps (B, C, H, W) pass a hook point as tokens (B, H*W, C), pooled features (B, d) as
-    (B, 1, d). The outermost list of like submodules are the blocks: ResNet's stages, a
+    Feature maps (B, C, H, W) or (B, H, W, C) pass a hook point as tokens (B, H*W, C), heads
+    (B, heads, T, d) as (B, T, heads*d), pooled features (B, d) as (B, 1, d). The outermost list of like submodules are the blocks: ResNet's stages, a
     transformer's layers. They also have `blocks.<i>.hook_resid_pre` and `.hook_resid_post`.
 
     The model itself, `original_model`, is left as it is but for operations in place, which would
@@ -119,6 +185,10 @@ class HookedVisionModel(SplicesAtTokens, _SAEMethods):
         module: the model; its forward takes images (B, 3, H, W).
         cfg: its sizes and prefix tokens.
         family: the name of its `VisionFamily`.
+
+    Attributes:
+        refused: hook point -> why it never fires: its tensors have no row for each image, or
+            which of their axes are positions is not known.
     """
 
     def __init__(self, module: nn.Module, cfg: WrappedConfig, *, family: str = "wrapped") -> None:
@@ -133,6 +203,10 @@ class HookedVisionModel(SplicesAtTokens, _SAEMethods):
         self._transcoder_output_hooks: dict[str, str] = {}
         self._roots: list[str] = []
         self._taps: list[Tap] = []
+        self._probed = False
+        self.refused: dict[str, str] = {}
+        parameters = signature(module.forward).parameters
+        self._has_flag = "interpolate_pos_encoding" in parameters
         blocks = {name: i for i, name in enumerate(find_blocks(module))}
         named = _block_names_are_free(module, list(blocks))
         cfg.n_layers = len(blocks) if named else 0
@@ -192,13 +266,21 @@ class HookedVisionModel(SplicesAtTokens, _SAEMethods):
 
         With `return_type` None: nothing, for the sake of the hooks.
         """
-        with self._listening():
-            output = self.original_model(input if pixel_values is None else pixel_values, **options)
+        images: Any = input if pixel_values is None else pixel_values
+        listened_to = any(_is_listened_to(place) for tap in self._taps for place in tap.all_places)
+        if listened_to and not self._probed:
+            self._probe()
+
+        def passed(tap: Tap, side: Side, value: Tensor) -> Tensor:
+            return tap.pass_through(side, value, len(images))
+
+        with self._listening(passed):
+            output = self.original_model(images, **{**self._options(images), **options})
         if return_type is None:
             return None
-        for field in ("logits", "last_hidden_state"):
-            if isinstance(getattr(output, field, None), Tensor):
-                return getattr(output, field)
+        for name in ("logits", "last_hidden_state"):
+            if isinstance(getattr(output, name, None), Tensor):
+                return getattr(output, name)
         return output[0] if isinstance(output, tuple) else output
 
     def run_with_cache(
@@ -224,23 +306,62 @@ class HookedVisionModel(SplicesAtTokens, _SAEMethods):
             exit.append((self._site(f"blocks.{block}"), "hook_resid_post"))
         for site, point in (*entry, *exit):
             setattr(site, point, HookPoint())
-        channels_last = _channels_last(self.original_model, submodule)
-        self._taps.append(Tap(submodule, entry, exit, channels_last))
+        self._taps.append(Tap(submodule, entry, exit))
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Within, the submodules pass their hook points; those without hooks are left out."""
+    def _listening(self, on_value: OnValue, *, everywhere: bool = False) -> Iterator[None]:
+        """Within, the submodules pass `on_value`; those whose hook points have no hooks are left out."""
         handles = []
         try:
             for tap in self._taps:
-                if any(map(_is_listened_to, tap.entry)):
-                    handles.append(tap.submodule.register_forward_pre_hook(tap.on_entry))
-                if any(map(_is_listened_to, tap.exit)):
-                    handles.append(tap.submodule.register_forward_hook(tap.on_exit))
+                handles += tap.listen(on_value, everywhere=everywhere)
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Find the layout of every input and output, from images of two sizes."""
+        training = self.training
+        self.eval()
+        try:
+            own, other = self._shapes(2, self.cfg.image_size), {}
+            for size in other_sizes(self.cfg.image_size):
+                with suppress(Exception):  # many models take one size alone
+                    other = self._shapes(3, size)
+                    break
+        finally:
+            self.train(training)
+        for number, tap in enumerate(self._taps):
+            for side in ("entry", "exit"):
+                if (number, side) in own:
+                    tap.decide(side, own[number, side], other.get((number, side), []))
+            for side, reason in tap.refused.items():
+                self.refused |= {_name(place): reason for place in tap.places(side)}
+        self._probed = True
+
+    def _shapes(self, n_images: int, size: tuple[int, int]) -> dict[Any, list[Probe]]:
+        """(number of the tap, side) -> the shape of its tensor, at each use."""
+        shapes: dict[Any, list[Probe]] = {}
+        numbers = {id(tap): number for number, tap in enumerate(self._taps)}
+
+        def note(tap: Tap, side: Side, value: Tensor) -> Tensor:
+            probe = Probe(n_images, size, tuple(value.shape))
+            shapes.setdefault((numbers[id(tap)], side), []).append(probe)
+            return value
+
+        pictures = noise(self, n_images, size)
+        with drawing_apart(self), self._listening(note, everywhere=True):
+            self.original_model(pictures, **self._options(pictures))
+        return shapes
+
+    def _options(self, images: Any) -> dict[str, Any]:
+        """Hugging Face's flag for position embeddings, at another size than the model's own."""
+        if not self._has_flag or not isinstance(images, Tensor):
+            return {}
+        own = tuple(images.shape[-2:]) == tuple(self.cfg.image_size)
+        return {} if own else {"interpolate_pos_encoding": True}
 
     def _site(self, name: str) -> Site:
         root, *parts = name.split(".")
@@ -262,17 +383,21 @@ class HookedVisionModel(SplicesAtTokens, _SAEMethods):
 def find_blocks(module: nn.Module) -> list[str]:
     """The names of the outermost lists' members, where these are of one class and not torch's own.
 
-    "encoder.layer.0", ... of a transformer; "encoder.stages.0", ... of Hugging Face's ResNet. Of
-    several such classes, the one that holds the most parameters.
+    "encoder.layer.0", ... of a transformer; "encoder.stages.0", ... of Hugging Face's ResNet. Lists
+    of one class belong together where their names differ in numbers alone ("layer1.0", "layer2.0").
+    Of several such stacks, the one that holds the most parameters; a decoder's and a text tower's
+    only where there is no other.
     """
-    kinds: dict[type[nn.Module], list[str]] = {}
+    stacks: dict[tuple[type[nn.Module], str], list[str]] = {}
     for name, member in _members(module, ""):
-        kinds.setdefault(type(member), []).append(name)
+        stacks.setdefault((type(member), re.sub(r"\d+", "", name)), []).append(name)
+    found = list(stacks.values())
+    images = [names for names in found if not NO_IMAGE_STACK.search(names[0])]
 
     def n_parameters(names: list[str]) -> int:
         return sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
 
-    return max(kinds.values(), key=n_parameters, default=[])
+    return max(images or found, key=n_parameters, default=[])
 
 
 def _members(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -291,31 +416,10 @@ def _block_names_are_free(module: nn.Module, blocks: list[str]) -> bool:
     return not hasattr(module, "blocks") or blocks == [f"blocks.{i}" for i in range(len(blocks))]
 
 
-def _channels_last(model: nn.Module, submodule: nn.Module) -> bool:
-    """Whether the submodule's feature maps are (B, H, W, C), as timm's Swin has them."""
-    return isinstance(submodule, (nn.Linear, nn.LayerNorm)) or (
-        getattr(model, "output_fmt", "NCHW") == "NHWC" and not isinstance(submodule, nn.Conv2d)
-    )
-
-
 def _is_listened_to(place: Place) -> bool:
     point = place[0]._modules[place[1]]
     return not isinstance(point, HookPoint) or bool(point.fwd_hooks or point.bwd_hooks)
 
 
-def _to_tokens(value: Tensor, channels_last: bool) -> Tensor | None:
-    """A copy of `value` as (B, T, d); a copy, since models add to their feature maps in place."""
-    if value.ndim == 4:
-        flat = value.flatten(1, 2) if channels_last else value.flatten(2).transpose(1, 2)
-        return flat.clone(memory_format=torch.contiguous_format)
-    if value.ndim == 3:
-        return value.clone()
-    return value.unsqueeze(1).clone() if value.ndim == 2 else None
-
-
-def _from_tokens(tokens: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    if like.ndim != 4 or channels_last:
-        return tokens.reshape(like.shape)
-    image = tokens.transpose(1, 2).reshape(like.shape)
-    layout = torch.contiguous_format if like.is_contiguous() else torch.channels_last
-    return image.contiguous(memory_format=layout)
+def _name(place: Place) -> str:
+    return f"{place[0].name}.{place[1]}"

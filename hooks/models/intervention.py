@@ -207,7 +207,8 @@ class ModelIntervention:
         pixels = stream.new_zeros(()).expand(len(stream), *self._pixel_shape)
         with ExitStack() as stack:
             for part in stand_ins:
-                stack.enter_context(_standing_in(part.original_component, stream))
+                output = getattr(part, "output_of", lambda tokens: tokens)(stream)
+                stack.enter_context(_standing_in(part.original_component, output))
             return self._forward(pixels)
 
     def _try_resuming(self, position: int) -> None:
@@ -252,7 +253,7 @@ def _logits(model: TappedModel, pixels: Tensor) -> Tensor | None:
         handle.remove()
     logits = getattr(outputs[-1], "logits", None)
     if isinstance(logits, Tensor):
-        return logits
+        return logits if logits.ndim == 2 else None  # those of pixels or patches are no classes
     is_timms = isinstance(outputs[-1], Tensor) and outputs[-1].ndim == 2
     own = is_timms and getattr(module, "num_classes", 0) == outputs[-1].shape[1]
     return outputs[-1] if own else None
@@ -279,9 +280,9 @@ def _block_before(model: TappedModel, hook_name: str) -> int | None:
 
 
 @contextmanager
-def _standing_in(module: nn.Module, stream: Tensor) -> Iterator[None]:
-    """Within, the module gives `stream` whatever it is given."""
-    module.__dict__["forward"] = lambda *arguments, **options: stream
+def _standing_in(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within, the module gives `output` whatever it is given."""
+    module.__dict__["forward"] = lambda *arguments, **options: output
     try:
         yield
     finally:

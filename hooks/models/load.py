@@ -52,6 +52,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODEL_NAMES = (
     "a folder with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base"
 )
+MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -133,7 +134,7 @@ def from_module(
 
     Args:
         hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
-            taken. A `TransformerBridge` becomes a `VisionBridge`.
+            taken, of a masked autoencoder the encoder. ViT-MAE is then unmasked. A `TransformerBridge` becomes a `VisionBridge`.
         processor: its image processor; kept as `model.processor`.
         family: a registered family; None finds it by the model's class or config.
         model_name: what messages and metadata call it; None takes its config's name.
@@ -147,6 +148,8 @@ def from_module(
         return _adopt(hf_model, processor)
     if hasattr(hf_model, "vision_model") and hasattr(hf_model, "text_model"):
         hf_model = hf_model.vision_model  # type: ignore[assignment]
+    elif type(hf_model).__name__.endswith(MASKED) and hasattr(hf_model, "decoder"):
+        hf_model = hf_model.base_model  # type: ignore[assignment]
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
         problem = f"{type(hf_model).__name__} is tapped already"
         raise ConfigError("hf_model", problem, allowed="the model that from_module gave")

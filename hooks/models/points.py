@@ -17,6 +17,7 @@ from ...registry.errors import ConfigError, UnknownNameError
 from ...registry.names import did_you_mean, nearest
 from .tapped import TappedModel
 
+SAMPLED = 4096
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
 
 
@@ -34,7 +35,8 @@ def resolve_hook_name(model: TappedModel, name: str) -> str:
 
     Raises:
         UnknownNameError: there is none; the nearest names are listed.
-        ConfigError: it is there but never fires, such as attention patterns under sdpa.
+        ConfigError: it is there but never fires, such as attention patterns under sdpa; or the
+            model draws random numbers: two passes of the same images differ.
     """
     canonical = model.aliases.get(name, name)
     if canonical in firings(model):
@@ -144,7 +146,7 @@ def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
 def firings(
     model: TappedModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
 ) -> dict[str, Firing]:
-    """Canonical name -> what fires in a forward pass of one black image; kept with the model."""
+    """Canonical name -> what fires in a forward pass of images of noise; kept with the model."""
     size = as_pair(image_size) if image_size is not None else model.smallest_image
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
@@ -152,9 +154,56 @@ def firings(
     return kept[size]
 
 
+def noise(model: TappedModel, n_images: int, size: tuple[int, int]) -> Tensor:
+    """Pictures (n, C, H, W) of the same noise each time, as the model takes them."""
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(n_images, getattr(cfg, "n_channels", 3), *size, generator=generator)
+    return picture.to(device=cfg.device, dtype=cfg.dtype)
+
+
+@contextmanager
+def drawing_apart(model: TappedModel) -> Iterator[None]:
+    """Within, random numbers that the model draws do not move torch's generators."""
+    device = torch.device(str(model.cfg.device))
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
 @torch.no_grad()
 def _trace(model: TappedModel, size: tuple[int, int]) -> dict[str, Firing]:
+    """The hook points that fire, from two forward passes of the same images.
+
+    Raises:
+        ConfigError: the passes differ.
+    """
+    pictures = noise(model, 4 if max(size) <= 128 else 1, size)
+    training = model.training
+    model.eval()
+    try:
+        with drawing_apart(model):
+            fired, values = _pass(model, pictures)
+            _, again = _pass(model, pictures)
+    finally:
+        model.train(training)
+    tolerance = 1e-3 if model.cfg.dtype in (torch.float32, torch.float64) else 3e-2
+    for name, value in values.items():
+        other = again.get(name)
+        if other is None or other.shape != value.shape or _differ(value, other, tolerance):
+            raise ConfigError(
+                "model_name",
+                f"it draws random numbers in evaluation mode: two passes of the same images differ at {name!r}",
+                given=model.cfg.model_name,
+                allowed="a model whose passes agree (a masked autoencoder with mask_ratio 0 and no shuffling)",
+            )
+    return fired
+
+
+def _pass(model: TappedModel, pictures: Tensor) -> tuple[dict[str, Firing], dict[str, Tensor]]:
+    """What fires, and up to `SAMPLED` numbers of each activation."""
     fired: dict[str, Firing] = {}
+    values: dict[str, Tensor] = {}
 
     def note(name: str, activation: Tensor) -> None:
         if name in fired:
@@ -162,19 +211,18 @@ def _trace(model: TappedModel, size: tuple[int, int]) -> dict[str, Firing]:
             fired[name].shape = tuple(activation.shape)
         else:
             fired[name] = Firing(len(fired), 1, tuple(activation.shape))
+        flat = activation.flatten()
+        values[name] = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
 
-    cfg = model.cfg
-    picture = torch.zeros(
-        1, getattr(cfg, "n_channels", 3), *size, device=cfg.device, dtype=cfg.dtype
-    )
-    training = model.training
-    model.eval()
-    try:
-        with taps(model, list(model.points()), note):
-            model(picture, return_type=None)
-    finally:
-        model.train(training)
-    return fired
+    with taps(model, list(model.points()), note):
+        model(pictures, return_type=None)
+    return fired, values
+
+
+def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    finite = one.isfinite() & other.isfinite()
+    one, other = one[finite], other[finite]
+    return float((one - other).norm()) > tolerance * float(one.norm())
 
 
 def _matches(model: TappedModel, pattern: str) -> list[str]:
@@ -241,7 +289,10 @@ def _unknown_hook(model: TappedModel, name: str) -> str:
 def _never_fires(model: TappedModel, name: str) -> ConfigError:
     if name.endswith(EAGER_ONLY):
         return no_attention_pattern(name, model.attn_implementation)
-    if name.endswith("hook_mlp_in"):
+    refused = getattr(model, "refused", {}).get(model.aliases.get(name, name))
+    if refused is not None:
+        problem, allowed = refused, "a hook point of tokens of images"
+    elif name.endswith("hook_mlp_in"):
         problem, allowed = "it is off", "model.set_use_hook_mlp_in(True) before"
     else:
         problem = f"never fires in a forward pass of {model.cfg.model_name}"

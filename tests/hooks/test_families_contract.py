@@ -23,6 +23,10 @@ FLAGGED = ("vit", "deit", "clip", "siglip", "beit")
 def plain_output(model: Any, images: torch.Tensor, **options: Any) -> Any:
     if images.shape[-1] != IMAGE_SIZE and model.config.model_type.startswith(FLAGGED):
         options["interpolate_pos_encoding"] = True
+    if model.config.model_type == "vit_mae":  # all patches, in their order
+        model.config.mask_ratio = 0.0
+        n_patches = (images.shape[-1] // 8) ** 2
+        options["noise"] = torch.linspace(0, 1, n_patches).expand(len(images), -1)
     with torch.no_grad():
         return model(images, **options)
 
@@ -120,6 +124,8 @@ def test_wrapped_is_equal_to_plain_hooks_to_the_bit(variant: str, size: int) -> 
             first = output[0] if isinstance(output, tuple) else output
             if isinstance(first, torch.Tensor) and first.ndim in (2, 3, 4):
                 channels_last = isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm))
+                channels_last &= getattr(module, "data_format", "") != "channels_first"
+                channels_last |= "convnext" in variant and name.endswith((".act", ".activation_fn"))
                 seen[name] = as_tokens(first, channels_last)
 
         return hook

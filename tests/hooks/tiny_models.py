@@ -30,6 +30,13 @@ VIT = {
     "image_size": IMAGE_SIZE,
     "patch_size": PATCH_SIZE,
 }
+MAE = {
+    **VIT,
+    "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 3,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+}
 DINOV2 = {**VIT, "mlp_ratio": 2}
 TEXT = {**VIT, "vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 1}
 CNN = {"image_size": IMAGE_SIZE, "hidden_sizes": [16, 24], "depths": [1, 2], "num_channels": 3}
@@ -56,6 +63,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VIT, num_register_tokens=4)),
     "dinov3_gated": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VIT, use_gated_mlp=True)),
+    "vit_mae": lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**MAE)),
+    "vit_mae_both": lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**MAE)),
     "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VIT)),
     "clip_projection": lambda: hf.CLIPVisionModelWithProjection(
         hf.CLIPVisionConfig(**VIT, projection_dim=12)

@@ -1,6 +1,6 @@
 """The model families, one file each. `FAMILIES` is what taxolens itself registers."""
 
-from . import clip, dinov2, dinov2_with_registers, dinov3, siglip, vit, wrapped
+from . import clip, dinov2, dinov2_with_registers, dinov3, siglip, vit, vit_mae, wrapped
 from .family import VisionFamily, VisionSource, load_transformers
 
 FAMILIES = (
@@ -10,6 +10,7 @@ FAMILIES = (
     dinov3.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
+    vit_mae.FAMILY,
     wrapped.FAMILY,
 )
 

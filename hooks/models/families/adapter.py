@@ -89,6 +89,7 @@ class Layout:
         backbones: under which names a model with a head keeps the backbone.
         class_token: whether the first token is a class token.
         rotary: whether positions enter as rotations of queries and keys.
+        embeddings: the bridge class of the embeddings.
     """
 
     layers: str
@@ -102,6 +103,7 @@ class Layout:
     backbones: tuple[str, ...] = ()
     class_token: bool = True
     rotary: bool = False
+    embeddings: type[VisionEmbeddings] = VisionEmbeddings
 
 
 class VisionAdapter(ArchitectureAdapter):
@@ -177,7 +179,7 @@ class VisionAdapter(ArchitectureAdapter):
 
     def _components(self, hf_model: nn.Module, prefix: str) -> dict[str, GeneralizedComponent]:
         components: dict[str, GeneralizedComponent] = {
-            "embed": VisionEmbeddings(name=f"{prefix}embeddings"),
+            "embed": self.layout.embeddings(name=f"{prefix}embeddings"),
             "blocks": self._blocks(f"{prefix}{self.layout.layers}"),
             "ln_final": VisionNorm(f"{prefix}{self.layout.final_norm}", self.cfg),
         }
