@@ -31,7 +31,7 @@ MESSAGES = {
     "unknown_name_message",
     "unknown",  # plugin/commands/shell.py
     "_unknown_key",  # plugin/study/settings.py
-    "_unknown_hook",  # hooks/models/points.py
+    "unknown_hook",  # hooks/models/points.py
     "failures",  # EvaluationContext: the error that an evaluator or accumulator raised before
 }
 # file: text of the call -> why it is built in another way

@@ -19,6 +19,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from ...registry.errors import ConfigError
 from .layout import Layout, Probe, decide, not_one_row, other_sizes
+from .named_hooks import NamedHooks
 from .points import drawing_apart, noise
 from .splicing import SplicesAtTokens
 
@@ -171,7 +172,7 @@ class _SAEMethods(HookedRootModule):
     run_with_hooks_with_saes: Any = HookedSAETransformer.run_with_hooks_with_saes
 
 
-class HookedVisionModel(SplicesAtTokens, _SAEMethods):
+class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
     """A vision model with the hook points `<submodule>.hook_in` and `<submodule>.hook_out`.
 
     Feature maps (B, C, H, W) or (B, H, W, C) pass a hook point as tokens (B, H*W, C), heads
@@ -288,6 +289,18 @@ class HookedVisionModel(SplicesAtTokens, _SAEMethods):
     ) -> Any:
         """The output and a dict of activations. There is no `ActivationCache` object here."""
         return super().run_with_cache(*arguments, **options)
+
+    def get_caching_hooks(self, names_filter: Any = None, *arguments: Any, **options: Any) -> Any:
+        """As TransformerLens's, with names that give nothing refused."""
+        if isinstance(names_filter, str | list):
+            self._check_hooks([names_filter] if isinstance(names_filter, str) else names_filter)
+        return super().get_caching_hooks(names_filter, *arguments, **options)
+
+    def add_caching_hooks(self, names_filter: Any = None, *arguments: Any, **options: Any) -> Any:
+        """As TransformerLens's, with names that give nothing refused."""
+        if isinstance(names_filter, str | list):
+            self._check_hooks([names_filter] if isinstance(names_filter, str) else names_filter)
+        return super().add_caching_hooks(names_filter, *arguments, **options)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HookedVisionModel:
         super()._apply(fn, recurse)

@@ -42,7 +42,7 @@ def resolve_hook_name(model: TappedModel, name: str) -> str:
     if canonical in firings(model):
         return canonical
     if canonical not in model.points():
-        raise UnknownNameError(_unknown_hook(model, name))
+        raise UnknownNameError(unknown_hook(model, name))
     if canonical not in firings(model, again=True):  # a set_use_... may have been called since
         raise _never_fires(model, name)
     return canonical
@@ -236,7 +236,7 @@ def _matches(model: TappedModel, pattern: str) -> list[str]:
         points = model.points()
         matching = [name for name in (*points, *model.aliases) if _glob(name, choice)]
         if not matching:
-            raise UnknownNameError(_unknown_hook(model, choice))
+            raise UnknownNameError(unknown_hook(model, choice))
         fired = firings(model)
         firing = [name for name in matching if model.aliases.get(name, name) in fired]
         if not firing:
@@ -270,7 +270,8 @@ def _glob_parts(parts: list[str], patterns: list[str]) -> bool:
     )
 
 
-def _unknown_hook(model: TappedModel, name: str) -> str:
+def unknown_hook(model: TappedModel, name: str) -> str:
+    """The message about a hook point that does not exist, with the nearest names."""
     known = [*model.points(), *model.aliases]
     # The nearest name is most often that of another block: with numbers out of the way it is found.
     plain = {re.sub(r"\d+", "0", known_name): known_name for known_name in reversed(known)}
