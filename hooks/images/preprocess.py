@@ -1,8 +1,9 @@
 """The model's own preprocessing: a PIL image -> float32 (3, H, W), without torchvision.
 
-Image processors of transformers whose steps are the plain ones (resize, centre crop, rescale,
-normalise) are done here with the same operations in the same order, so that the pixel values are
-equal to the bit at about half the cost; any other processor is called as it is.
+Image processors of transformers whose steps are the plain ones of Pillow (resize, centre crop,
+rescale, normalise) are done here with the same operations in the same order, so that the pixel values
+are equal to the bit at about half the cost; any other processor or transform is called as it is.
+timm's evaluation transform (timm 1.0, `timm/data/transforms_factory.py`) is done here too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -34,7 +35,15 @@ DEFAULT_CONFIG = {
     "image_mean": IMAGENET_MEAN,
     "image_std": IMAGENET_STD,
 }
-PLAIN_STEPS = ("_preprocess", "preprocess", "resize", "center_crop", "rescale", "normalize")
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+"""Pillow's numbers of the interpolations, by timm's names."""
+IN_FLOATING_POINT = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+TIMM = "timm"  # image_processor_type of settings that `timm_preprocessing` made
+CROP_MODES = ("center", "squash", "border")
+PLAIN_STEPS = (
+    *("__call__", "preprocess", "process_image", "convert_to_rgb", "_preprocess"),
+    *("resize", "center_crop", "rescale", "normalize"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,14 @@ class PilPreprocess:
     Attributes:
         size: (height, width); or one number, the length of the shorter edge; None: as it is.
         crop: (height, width) of the centre crop, padded with black where the image is smaller.
-        resample: Pillow's number of the interpolation (2 bilinear, 3 bicubic).
+        resample: Pillow's number of the interpolation (0 nearest, 2 bilinear, 3 bicubic).
         rescale: factor on the 0..255 pixel values, None: none.
         mean, std: for each channel, None: no normalisation.
         resize_rescaled: resize after rescaling, in floating point (DINOv3), not on 8-bit pixels.
+        timm: margins of the crop are rounded as torchvision does, half to even, not down; and of
+            `size` (height, width) the proportions of the image are kept: "cover" covers it,
+            "contain" fits into it, "exact" does not keep them.
+        fill: 8-bit colour of the padding.
     """
 
     size: tuple[int, int] | int | None
@@ -57,13 +70,15 @@ class PilPreprocess:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     resize_rescaled: bool = False
+    timm: str | None = None
+    fill: tuple[int, ...] = (0, 0, 0)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], image_size: int | None = None) -> PilPreprocess:
         """From the fields of a ``preprocessor_config.json``.
 
         Raises:
-            ConfigError: a size that the plain steps do not have.
+            ConfigError: a size or interpolation that the plain steps do not have.
         """
         config = {**config, **resized(config, image_size)}
         size = _size(config) if config.get("do_resize", True) else None
@@ -71,16 +86,20 @@ class PilPreprocess:
         if config.get("do_center_crop"):
             crop = _pair(config.get("crop_size") or config.get("size"), "crop_size")
         normalise = config.get("do_normalize", True) and config.get("image_mean") is not None
+        kind = str(config.get("image_processor_type", ""))
+        in_floating_point = kind.startswith("DINOv3")
         return cls(
             size=size,
             crop=crop,
-            resample=int(config.get("resample") or 2),
-            rescale=config.get("rescale_factor", 1 / 255)
+            resample=_resample(config.get("resample"), in_floating_point),
+            rescale=_given(config, "rescale_factor", 1 / 255)
             if config.get("do_rescale", True)
             else None,
             mean=_channels(config["image_mean"]) if normalise else None,
             std=_channels(config["image_std"]) if normalise else None,
-            resize_rescaled=str(config.get("image_processor_type", "")).startswith("DINOv3"),
+            resize_rescaled=in_floating_point,
+            timm=config["resize_mode"] if kind == TIMM else None,
+            fill=tuple(config.get("fill", (0, 0, 0))),
         )
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -92,7 +111,8 @@ class PilPreprocess:
             image = image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
         pixels = np.moveaxis(np.asarray(image), -1, 0)
         if self.crop is not None:
-            pixels = center_crop(pixels, self.crop)
+            crop = center_crop if self.timm is None else rounded_center_crop
+            pixels = crop(pixels, self.crop, self.fill)
         return np.stack([table[channel] for table, channel in zip(self._tables, pixels)])
 
     @cached_property
@@ -121,39 +141,54 @@ class PilPreprocess:
         if self.size is not None:
             target = self._target(image.height, image.width)
             if target != (image.height, image.width):
-                mode = {2: "bilinear", 3: "bicubic"}[self.resample]
-                pixels = interpolate(
-                    pixels[None], size=target, mode=mode, align_corners=False, antialias=True
-                )[0]
+                smooth = {"align_corners": False, "antialias": True} if self.resample else {}
+                mode = IN_FLOATING_POINT[self.resample]
+                pixels = interpolate(pixels[None], size=target, mode=mode, **smooth)[0]
         array = pixels.numpy()
         return self._normalised(center_crop(array, self.crop) if self.crop else array)
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         if not isinstance(self.size, int):
             assert self.size is not None
-            return self.size
+            if self.timm not in ("cover", "contain"):
+                return self.size
+            ratios = height / self.size[0], width / self.size[1]
+            ratio = min(ratios) if self.timm == "cover" else max(ratios)
+            return round(height / ratio), round(width / ratio)
         longer = int(self.size * max(height, width) / min(height, width))
         return (longer, self.size) if width <= height else (self.size, longer)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: what was done to the pixels."""
-        return json.loads(json.dumps(asdict(self)))
+        fields = asdict(self)
+        if self.timm is None:  # those of 0.1 had no such fields, and are the same
+            del fields["timm"], fields["fill"]
+        return json.loads(json.dumps(fields))
 
 
 @dataclass(frozen=True)
 class ProcessorPreprocess:
-    """An image processor of transformers, called as it is (Pillow backend)."""
+    """An image processor of transformers, or another callable, called as it is.
+
+    A callable that is no processor, such as a transform of torchvision, takes an image and gives
+    (3, H, W).
+    """
 
     processor: Any
     sizes: Mapping[str, Any]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """float32 (3, H, W) of an RGB image."""
-        pixels = self.processor(image, return_tensors="np", **self.sizes)["pixel_values"][0]
+        if not hasattr(self.processor, "to_dict"):
+            return np.asarray(self.processor(image), dtype=np.float32)
+        kind = "pt" if getattr(self.processor, "backend", "pil") == "torchvision" else "np"
+        pixels = self.processor(image, return_tensors=kind, **self.sizes)["pixel_values"][0]
         return np.asarray(pixels, dtype=np.float32)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: the processor's settings."""
+        if not hasattr(self.processor, "to_dict"):
+            return {"transform": repr(self.processor)}
         config = {**self.processor.to_dict(), **self.sizes}
         return json.loads(json.dumps(config, sort_keys=True, default=str))
 
@@ -164,14 +199,15 @@ def preprocess_for(
     """The preprocessing of an RGB image for `model`.
 
     Args:
-        model: a vision model. Its `processor`, an image processor of transformers, is used; else
-            its `preprocessor_config`, the fields of a ``preprocessor_config.json``; with neither,
+        model: a vision model. Its `processor`, an image processor of transformers or another
+            callable, is used; else its `preprocessor_config`, the fields of a ``preprocessor_config.json``; with neither,
             ImageNet's usual preprocessing at the model's image size, and a warning.
         image_size: height and width of the result; resizing before a crop keeps its proportion to
             it. None: the model's own.
 
     Raises:
-        ConfigError: image_size is not positive, or the processor's sizes cannot be read.
+        ConfigError: image_size is not positive, the processor's sizes cannot be read, or they
+            cannot be changed to image_size.
     """
     if image_size is not None and image_size < 1:
         allowed = "1 or more, or None for the model's own"
@@ -179,8 +215,14 @@ def preprocess_for(
     processor = getattr(model, "processor", None)
     settings = getattr(model, "preprocessor_config", None)
     if processor is not None:
+        if not hasattr(processor, "to_dict"):
+            if image_size is not None:
+                problem = "the size that the model's processor gives cannot be changed"
+                allowed = "None, or a processor of transformers"
+                raise ConfigError("image_size", problem, given=image_size, allowed=allowed)
+            return ProcessorPreprocess(processor, {})
         settings = processor.to_dict()
-        if getattr(processor, "backend", "pil") == "pil" and not _is_plain(processor, settings):
+        if not _is_plain(processor, settings):
             return ProcessorPreprocess(processor, resized(settings, image_size))
     if settings:
         return PilPreprocess.from_config(settings, image_size)
@@ -200,6 +242,8 @@ def resized(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]
     if image_size is None:
         return {}
     square = {"height": image_size, "width": image_size}
+    if config.get("image_processor_type") == TIMM:
+        return timm_sizes(image_size, image_size, config["crop_pct"], config["crop_mode"])
     if not config.get("do_center_crop"):
         size = config.get("size")
         if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
@@ -219,34 +263,121 @@ def resized(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]
     return sizes
 
 
-def center_crop(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """The middle of (C, H, W), zero-padded where it is smaller; odd margins as in transformers."""
-    for axis, wanted in ((1, crop[0]), (2, crop[1])):
-        missing = wanted - pixels.shape[axis]
-        if missing > 0:
-            before = math.ceil(missing / 2)
-            margins = [(0, 0)] * 3
-            margins[axis] = (before, missing - before)
-            pixels = np.pad(pixels, margins)
+def timm_preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of timm's evaluation transform for a model, under the names of Hugging Face.
+
+    As `resolve_data_config` and `transforms_imagenet_eval` of timm 1.0.
+
+    Args:
+        config: the config of a checkpoint of timm, or its `pretrained_cfg`.
+
+    Raises:
+        ConfigError: an interpolation or crop mode that timm does not have.
+    """
+    settings = config.get("pretrained_cfg") or config
+    _, height, width = settings.get("input_size") or (3, 224, 224)
+    mode = settings.get("crop_mode") or "center"
+    interpolation = settings.get("interpolation") or "bicubic"
+    for field, given, allowed in (
+        ("crop_mode", mode, CROP_MODES),
+        ("interpolation", interpolation, RESAMPLING),
+    ):
+        if given not in allowed:
+            raise ConfigError(f"{field} of timm", "not known", given=given, allowed=list(allowed))
+    mean = list(settings.get("mean") or IMAGENET_MEAN)
+    return {
+        "image_processor_type": TIMM,
+        "crop_pct": settings.get("crop_pct") or 0.875,
+        "crop_mode": mode,
+        "do_resize": True,
+        **timm_sizes(height, width, settings.get("crop_pct") or 0.875, mode),
+        "resample": RESAMPLING[interpolation],
+        "do_center_crop": True,
+        "fill": [round(255 * value) for value in mean] if mode == "border" else [0, 0, 0],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": list(settings.get("std") or IMAGENET_STD),
+    }
+
+
+def timm_sizes(height: int, width: int, crop_pct: float, crop_mode: str) -> dict[str, Any]:
+    """The sizes in the settings of timm for images of (height, width)."""
+    scaled = {"height": math.floor(height / crop_pct), "width": math.floor(width / crop_pct)}
+    one_edge = crop_mode == "center" and scaled["height"] == scaled["width"]
+    return {
+        "size": {"shortest_edge": scaled["height"]} if one_edge else scaled,
+        "crop_size": {"height": height, "width": width},
+        "resize_mode": {"center": "cover", "squash": "exact", "border": "contain"}[crop_mode],
+    }
+
+
+def center_crop(
+    pixels: np.ndarray, crop: tuple[int, int], fill: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
+    """The middle of (C, H, W), padded where it is smaller; odd margins as in transformers."""
+    pixels = _padded(pixels, crop, fill, lambda missing: math.ceil(missing / 2))
     top, left = (pixels.shape[1] - crop[0]) // 2, (pixels.shape[2] - crop[1]) // 2
     return pixels[:, top : top + crop[0], left : left + crop[1]]
 
 
+def rounded_center_crop(
+    pixels: np.ndarray, crop: tuple[int, int], fill: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
+    """(C, H, W), cropped as torchvision and timm do: margins half to even, padding rounded down."""
+    pixels = _padded(pixels, crop, fill, lambda missing: missing // 2)
+    top, left = round((pixels.shape[1] - crop[0]) / 2), round((pixels.shape[2] - crop[1]) / 2)
+    return pixels[:, top : top + crop[0], left : left + crop[1]]
+
+
+def _padded(
+    pixels: np.ndarray, crop: tuple[int, int], fill: tuple[int, ...], before: Callable[[int], int]
+) -> np.ndarray:
+    height, width = (max(edge, wanted) for edge, wanted in zip(pixels.shape[1:], crop))
+    if (height, width) == pixels.shape[1:]:
+        return pixels
+    padded = np.empty((len(pixels), height, width), dtype=pixels.dtype)
+    padded[:] = np.array(fill, dtype=pixels.dtype).reshape(-1, 1, 1)
+    top, left = before(height - pixels.shape[1]), before(width - pixels.shape[2])
+    padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
+    return padded
+
+
 def _is_plain(processor: Any, config: Mapping[str, Any]) -> bool:
-    """Whether a processor's steps are those of its base class, on sizes that are known here."""
+    """Whether a processor's steps are those of Pillow's base class, on sizes that are known here."""
     # Worker processes import this module, and must not wait for all of transformers.
     from transformers.image_processing_backends import PilBackend
 
     own = type(processor)
     size = config.get("size")
     return (
-        all(getattr(own, step, None) is getattr(PilBackend, step) for step in PLAIN_STEPS)
+        isinstance(processor, PilBackend)
+        and getattr(processor, "backend", None) == "pil"
+        and all(getattr(own, step, None) is getattr(PilBackend, step) for step in PLAIN_STEPS)
+        and not any(step in vars(processor) for step in PLAIN_STEPS)
         and not config.get("do_pad")
         and (
             not config.get("do_resize", True)
             or (isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"}))
         )
     )
+
+
+def _given(config: Mapping[str, Any], field: str, default: Any) -> Any:
+    """A field that may be missing or null; 0 is a value."""
+    return default if config.get(field) is None else config[field]
+
+
+def _resample(given: Any, in_floating_point: bool) -> int:
+    number = 2 if given is None else int(given)
+    known = IN_FLOATING_POINT if in_floating_point else RESAMPLING.values()
+    if number not in known:
+        allowed = ", ".join(f"{n} ({name})" for name, n in RESAMPLING.items() if n in known)
+        raise ConfigError(
+            "resample of the image processor", "unknown", given=given, allowed=allowed
+        )
+    return number
 
 
 def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:

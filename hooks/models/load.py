@@ -20,10 +20,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import VISION_MODELS
+from ..images.preprocess import timm_preprocessing
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
 from .families import VisionFamily, VisionSource
-from .families.wrapped import timm_preprocessing, wrap
+from .families.wrapped import wrap
 from .forward import run_to_hooks
 from .hooked_module import HookedVisionModel
 from .points import (
@@ -135,7 +136,8 @@ def from_module(
     Args:
         hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
             taken, of a masked autoencoder the encoder. ViT-MAE is then unmasked. A `TransformerBridge` becomes a `VisionBridge`.
-        processor: its image processor; kept as `model.processor`.
+        processor: its image processor, of any backend, or any callable that makes (3, H, W) of an
+            image; kept as `model.processor`. None takes timm's settings of a model of timm.
         family: a registered family; None finds it by the model's class or config.
         model_name: what messages and metadata call it; None takes its config's name.
 
@@ -160,7 +162,11 @@ def from_module(
         model: VisionModel = wrap(hf_model, name, family=chosen.name)
     else:
         model = _bridge(hf_model, chosen, name)
-    model.processor, model.preprocessor_config = processor, _settings(processor)
+    model.processor = getattr(processor, "image_processor", processor)  # of one for text too
+    model.preprocessor_config = _settings(model.processor)
+    timms = getattr(hf_model, "pretrained_cfg", None)
+    if processor is None and isinstance(timms, dict):
+        model.preprocessor_config = timm_preprocessing(timms)
     return model
 
 
@@ -220,7 +226,8 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
         ours.describe(hf_model)
     model = VisionBridge.adopt(bridge)
     model.family = family.name
-    model.processor = processor or model.processor
+    if processor is not None:
+        model.processor = getattr(processor, "image_processor", processor)
     model.preprocessor_config = _settings(model.processor)
     return model
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ...registry.errors import ConfigError
@@ -125,8 +128,12 @@ def input_size(model: TappedModel) -> tuple[int, int]:
 
     Where that fixes no size, the size that the model was trained at.
     """
+    processor: Any = model.processor
+    if processor is not None and not hasattr(processor, "to_dict"):  # a transform
+        height, width = model.cfg.image_size
+        return tuple(np.asarray(processor(Image.new("RGB", (width, height)))).shape[-2:])
     # a processor fills in what its file leaves out
-    settings = model.processor.to_dict() if model.processor else model.preprocessor_config or {}
+    settings = processor.to_dict() if processor else model.preprocessor_config or {}
     for field in ("crop_size", "size") if settings.get("do_center_crop") else ("size",):
         size = settings.get(field)
         if isinstance(size, int):

@@ -310,6 +310,7 @@ def test_timm_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert settings is not None and settings["size"] == {"shortest_edge": 32}
     assert settings["crop_size"] == {"height": 16, "width": 16}
     assert settings["image_mean"] == [0.1, 0.2, 0.3]
+    assert from_module(TinyTimm()).preprocessor_config == settings
 
 
 def test_timm_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

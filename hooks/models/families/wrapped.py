@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 REGISTERS = ("register_tokens", "reg_token", "distillation_token", "dist_token")
 POOLING = ("head", "pool", "attn_pool", "decoder")  # whose tokens are not in the blocks
-RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # as Pillow numbers them
 
 
 def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> HookedVisionModel:
@@ -69,28 +68,6 @@ def _load_timm(source: VisionSource) -> nn.Module:
         f"{place}:{source.name}{revision}", pretrained=not source.random_weights
     )
     return model.to(source.dtype).eval()
-
-
-def timm_preprocessing(config: dict[str, Any]) -> dict[str, Any]:
-    """Preprocessing settings of timm under the names of Hugging Face.
-
-    timm resizes the shorter side to the crop over `crop_pct`, rounded down, then crops the centre.
-    """
-    settings = config.get("pretrained_cfg", config)
-    _, height, width = settings.get("input_size", (3, 224, 224))
-    edge = int(min(height, width) / settings.get("crop_pct", 0.875))
-    return {
-        "do_resize": True,
-        "size": {"shortest_edge": edge},
-        "resample": RESAMPLING.get(settings.get("interpolation", "bicubic"), 3),
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(settings.get("mean", (0.485, 0.456, 0.406))),
-        "image_std": list(settings.get("std", (0.229, 0.224, 0.225))),
-    }
 
 
 FAMILY = VisionFamily(
