@@ -6,7 +6,9 @@ product per step. c = D r has its own recurrence: c <- c - a G_j with the Gram m
 row of G per step, the update of Batch-OMP (Rubinstein et al. 2008, section 3).
 
 Exactness: the path (the atom of each step, ties to the lowest index, early stops) is that of the
-textbook loop, except for ties within rounding. Where a gradient is required, values and gradients
+textbook loop, except for ties within rounding: where two correlations differ by less than the rounding
+of their sums (about 1e-6 of their size in float32), the order of summation decides, which differs
+between devices, routes and batch sizes. Where a gradient is required, values and gradients
 are computed along that path from the residual, as in the textbook loop; otherwise the values are
 computed from the correlations and agree to rounding.
 
@@ -254,11 +256,8 @@ def _gram_path(
     compiled: bool,
 ) -> Path:
     path = _empty_path(x, k)
-    if x.is_cuda and stop.residual_threshold == 0:
-        kernel = _triton_kernel()
-        if kernel is not None and kernel.fits(gram):
-            kernel.pursue(correlations, gram, path.indices, path.values, stop.on_duplicate)
-            return path
+    if x.is_cuda and stop.residual_threshold == 0 and _kernel(correlations, gram, path, stop):
+        return path
     for rows, update in _row_blocks(x, compiled):
         part = Path(path.indices[rows], path.values[rows])
         _gram_rows(x[rows], atoms, gram, correlations[rows], stop, part, update)
@@ -347,8 +346,35 @@ class _FusedUpdate:
 _fused_update = _FusedUpdate()
 
 
+class _Kernel:
+    """The CUDA kernel where Triton is installed and compiles it."""
+
+    impossible = False
+
+    def __call__(self, correlations: Tensor, gram: Tensor, path: Path, stop: _Stop) -> bool:
+        """Fill `path`; False where the torch loop has to do it."""
+        module = None if self.impossible else _triton_module()
+        if module is None or not module.fits(gram):
+            return False
+        try:
+            module.pursue(correlations, gram, path.indices, path.values, stop.on_duplicate)
+        except Exception as error:  # of the compiler, or of the launch: not tried again
+            logger.warning(
+                "the Triton kernel of matching pursuit fails, the torch loop is used: %s: %s",
+                type(error).__name__,
+                error,
+            )
+            self.impossible = True
+            path.indices.zero_()
+            path.values.zero_()
+        return not self.impossible
+
+
+_kernel = _Kernel()
+
+
 @functools.cache
-def _triton_kernel() -> Any:
+def _triton_module() -> Any:
     """The module with the CUDA kernel, or None where Triton is not installed."""
     try:
         from . import pursuit_triton

@@ -1,7 +1,8 @@
 """The Gram update and arg-max of matching pursuit as one CUDA kernel, with one program per row of x.
 
 The correlations of the row stay in registers for all k steps; a step reads only one row of the
-Gram matrix. Importing this module requires Triton.
+Gram matrix. Of equal correlations the atom of the lowest index is chosen, as in the torch loop. Importing
+this module requires Triton.
 """
 
 from typing import Any
@@ -46,11 +47,11 @@ def pursue(
 
 @triton.jit
 def _pursue(  # pragma: no cover - runs on the device
-    correlations_ptr: Any,
-    gram_ptr: Any,
-    indices_ptr: Any,
-    values_ptr: Any,
-    m: Any,
+    correlations_ptr,  # Triton refuses annotations other than its own
+    gram_ptr,
+    indices_ptr,
+    values_ptr,
+    m,
     k: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,

@@ -1,0 +1,152 @@
+"""The CUDA kernel of matching pursuit, without a GPU: compiled for two devices, and interpreted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from taxolens.registry.architectures.parts import pursuit
+from taxolens.registry.architectures.parts.pursuit import Path, _Stop, gram_matrix, pursuit_path
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from taxolens.registry.architectures.parts.pursuit_triton import _pursue
+
+arch, stop = int(sys.argv[1]), sys.argv[2] == "True"
+names = ("correlations_ptr", "gram_ptr", "indices_ptr", "values_ptr", "m")
+signature = dict(zip(names, ("*fp32", "*fp32", "*i64", "*fp32", "i32")))
+constants = {"k": 32, "BLOCK": 16384, "STEPS": 32, "STOP": stop}
+source = ASTSource(_pursue, signature | dict.fromkeys(constants, "constexpr"), constants)
+compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 16})
+print(json.dumps({"binary": len(compiled.asm["cubin"]), "ptx": compiled.asm["ptx"][:400]}))
+"""
+INTERPRET = """
+import sys
+import torch
+from taxolens.registry.architectures.parts import pursuit_triton
+
+given, path = torch.load(sys.argv[1]), sys.argv[1]
+k = given["k"]
+found = {}
+for stop in (False, True):
+    indices = torch.zeros(len(given["correlations"]), k, dtype=torch.int64)
+    values = torch.zeros(len(given["correlations"]), k)
+    assert pursuit_triton.fits(given["gram"])
+    pursuit_triton.pursue(given["correlations"], given["gram"], indices, values, stop)
+    found[stop] = indices, values
+torch.save(found, path)
+"""
+
+
+def run(code: str, *arguments: str, **environment: str) -> str:
+    """The output of a process of its own: Triton reads TRITON_INTERPRET at its import."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_kernel_compiles_for_a_device_that_is_not_there(arch: int, stop: bool) -> None:
+    found = json.loads(run(COMPILE, str(arch), str(stop)))
+    assert found["binary"] > 1000 and f".target sm_{arch}" in found["ptx"]
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Inputs, a dictionary with an atom twice, and the number of steps."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = F.normalize(torch.randn(150, 24, generator=generator), dim=1)
+    atoms[120] = atoms[7]
+    return torch.randn(12, 24, generator=generator), atoms, 9
+
+
+def test_interpreted_it_gives_the_path_of_the_torch_loop(tmp_path: Any) -> None:
+    x, atoms, k = problem()
+    given = {"correlations": x @ atoms.T, "gram": gram_matrix(atoms), "k": k}
+    torch.save(given, tmp_path / "given.pt")
+    run(INTERPRET, str(tmp_path / "given.pt"), TRITON_INTERPRET="1")
+    found = torch.load(tmp_path / "given.pt")
+    for stop in (False, True):
+        expected = pursuit_path(x, atoms, k, stop_on_duplicate=stop, method="textbook")
+        values = found[stop][1]
+        assert torch.equal(found[stop][0][values > 0], expected.indices[expected.values > 0])
+        torch.testing.assert_close(values, expected.values)
+        assert not (found[stop][0] == 120).any()  # the tie goes to the lower index
+
+
+def tied() -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers, so that ties are exact in any order of summation."""
+    atoms = torch.eye(32).repeat_interleave(2, dim=0)
+    x = torch.randint(0, 3, (300, 32), generator=torch.Generator().manual_seed(1)).float()
+    return x, atoms
+
+
+@pytest.mark.parametrize("how", [{"method": "textbook"}, {"method": "gram"}, {"compiled": True}])
+def test_ties_go_to_the_lowest_index(how: dict[str, Any]) -> None:
+    x, atoms = tied()
+    path = pursuit_path(x, atoms, 5, **{"method": "gram", **how})
+    largest_first = torch.sort(x, dim=1, descending=True, stable=True)
+    chosen = largest_first.values[:, :5] > 0
+    assert torch.equal(path.indices[chosen], 2 * largest_first.indices[:, :5][chosen])
+    assert torch.equal(path.values, largest_first.values[:, :5])
+
+
+def test_interpreted_ties_go_to_the_lowest_index(tmp_path: Any) -> None:
+    x, atoms = (tensor[:8] if tensor.shape[0] == 300 else tensor for tensor in tied())
+    given = {"correlations": x @ atoms.T, "gram": gram_matrix(atoms), "k": 5}
+    torch.save(given, tmp_path / "given.pt")
+    run(INTERPRET, str(tmp_path / "given.pt"), TRITON_INTERPRET="1")
+    indices, values = torch.load(tmp_path / "given.pt")[False]
+    expected = pursuit_path(x, atoms, 5, method="gram")
+    assert torch.equal(indices[values > 0], expected.indices[values > 0])
+    assert torch.equal(values, expected.values)
+
+
+def test_a_kernel_that_fails_is_replaced_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[int] = []
+
+    def pursue(correlations: Any, gram: Any, indices: Any, values: Any, stop: bool) -> None:
+        tries.append(1)
+        values.fill_(7.0)  # as one that stops half way
+        raise RuntimeError("no compiler for this device")
+
+    module = SimpleNamespace(fits=lambda gram: True, pursue=pursue)
+    monkeypatch.setattr(pursuit, "_triton_module", lambda: module)
+    kernel = pursuit._Kernel()
+    path = Path(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert kernel(torch.zeros(2, 4), torch.eye(4), path, _Stop(0.0, False)) is False
+    assert len(tries) == 1 and not path.values.any()
+    assert [r.getMessage() for r in caplog.records] == [
+        "the Triton kernel of matching pursuit fails, the torch loop is used: RuntimeError: no "
+        "compiler for this device"
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("stop", [False, True])
+def test_on_a_gpu_the_kernel_is_used_and_right(stop: bool) -> None:
+    x, atoms, k = problem()
+    expected = pursuit_path(x, atoms, k, stop_on_duplicate=stop, method="textbook")
+    pursuit._kernel.impossible = False
+    found = pursuit_path(x.cuda(), atoms.cuda(), k, stop_on_duplicate=stop, method="gram")
+    assert pursuit._triton_module() is not None and not pursuit._kernel.impossible
+    torch.testing.assert_close(found.dense(150).cpu(), expected.dense(150), atol=1e-4, rtol=1e-4)
