@@ -20,7 +20,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from ...registry.errors import ConfigError
 from .layout import Layout, Probe, decide, not_one_row, other_sizes
 from .named_hooks import NamedHooks
-from .points import drawing_apart, noise
+from .points import drawing_apart, noise, taking_images
 from .splicing import SplicesAtTokens
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
@@ -153,8 +153,8 @@ def _on_exit(
     hidden = getattr(output, "last_hidden_state", None)
     if isinstance(hidden, Tensor):
         output.last_hidden_state = on_value(tap, "exit", hidden)
-    elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        values = [on_value(tap, "exit", output[0]), *output[1:]]
+    elif isinstance(output, (tuple, list)) and output:
+        values = [_on_exit(tap, on_value, module, arguments, output[0]), *output[1:]]
         return getattr(output, "_make", type(output))(values)  # named tuples have _make
     return output
 
@@ -365,7 +365,11 @@ class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
             return value
 
         pictures = noise(self, n_images, size)
-        with drawing_apart(self), self._listening(note, everywhere=True):
+        with (
+            drawing_apart(self),
+            self._listening(note, everywhere=True),
+            taking_images(self, pictures),
+        ):
             self.original_model(pictures, **self._options(pictures))
         return shapes
 

@@ -150,7 +150,7 @@ def firings(
     size = as_pair(image_size) if image_size is not None else model.smallest_image
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
-        kept[size] = _trace(model, size)
+        kept[size] = _trace(model, size, twice=not kept)
     return kept[size]
 
 
@@ -172,11 +172,11 @@ def drawing_apart(model: TappedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _trace(model: TappedModel, size: tuple[int, int]) -> dict[str, Firing]:
-    """The hook points that fire, from two forward passes of the same images.
+def _trace(model: TappedModel, size: tuple[int, int], *, twice: bool) -> dict[str, Firing]:
+    """The hook points that fire in a forward pass; `twice` runs the same images once more.
 
     Raises:
-        ConfigError: the passes differ.
+        ConfigError: the two passes differ.
     """
     pictures = noise(model, 4 if max(size) <= 128 else 1, size)
     training = model.training
@@ -184,7 +184,7 @@ def _trace(model: TappedModel, size: tuple[int, int]) -> dict[str, Firing]:
     try:
         with drawing_apart(model):
             fired, values = _pass(model, pictures)
-            _, again = _pass(model, pictures)
+            again = _pass(model, pictures)[1] if twice else values
     finally:
         model.train(training)
     tolerance = 1e-3 if model.cfg.dtype in (torch.float32, torch.float64) else 3e-2
@@ -214,9 +214,31 @@ def _pass(model: TappedModel, pictures: Tensor) -> tuple[dict[str, Firing], dict
         flat = activation.flatten()
         values[name] = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
 
-    with taps(model, list(model.points()), note):
+    with taps(model, list(model.points()), note), taking_images(model, pictures):
         model(pictures, return_type=None)
     return fired, values
+
+
+@contextmanager
+def taking_images(model: TappedModel, pictures: Tensor) -> Iterator[None]:
+    """Within, an error of the model is one of the model that was chosen.
+
+    Raises:
+        ConfigError: the model cannot be run on such pictures.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        problem = f"it cannot be run on images {tuple(pictures.shape)}"
+        raise ConfigError(
+            "model_name",
+            f"{problem}: {type(error).__name__}: {reason[0]}",
+            given=model.cfg.model_name,
+            allowed="a model that takes images (B, C, H, W) alone",
+        ) from error
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -178,18 +178,25 @@ def test_tuples_pass_with_their_first_member() -> None:
         def forward(self, x: torch.Tensor) -> Pair:
             return Pair(x + 1, "kept")
 
+    class Nested(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor], int]:
+            return (x,), 7
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.split = Split()
+            self.nest = Nested()
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
             pair = self.split(x)
-            return pair.features, pair.rest
+            (nested,), _ = self.nest(pair.features)
+            return nested, pair.rest
 
     model, images = from_module(Model().eval()), pictures()
-    hooks = [("split.hook_out", lambda acts, hook: acts * 0)]
-    assert torch.equal(model.run_with_hooks(images, fwd_hooks=hooks), images * 0)
+    for name in ("split.hook_out", "nest.hook_out"):
+        hooks = [(name, lambda acts, hook: acts * 0)]
+        assert torch.equal(model.run_with_hooks(images, fwd_hooks=hooks), images * 0)
     assert torch.equal(model(images), images + 1)
 
 

@@ -307,3 +307,12 @@ def test_blocks_are_those_of_the_encoder() -> None:
     wide = {**MAE, "decoder_hidden_size": 32, "decoder_intermediate_size": 64}
     found = find_blocks(hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**wide)))
     assert found == ["vit.layers.0", "vit.layers.1"]
+
+
+def test_a_model_that_takes_no_images_is_named() -> None:
+    model = from_module(hf.VideoMAEModel(hf.VideoMAEConfig(**VIT, num_frames=2)).eval())
+    match = (
+        r"model_name: it cannot be run on images \(2, 3, 32, 32\): ValueError: not enough values"
+    )
+    with pytest.raises(ConfigError, match=match):
+        hook_d_in(model, "blocks.0.hook_resid_post")
