@@ -20,8 +20,9 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from ...registry.errors import ConfigError
 from .layout import Layout, Probe, decide, not_one_row, other_sizes
 from .named_hooks import NamedHooks
-from .points import drawing_apart, noise, taking_images
+from .points import leaving_no_trace, noise, taking_images
 from .splicing import SplicesAtTokens
+from .windows import Cut, WindowOwner, window_owner
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -69,14 +70,16 @@ OnValue = Callable[["Tap", Side, Tensor], Tensor]
 class Tap:
     """A submodule and the hook points that its input and its output pass.
 
-    `layouts` has the layout of the tensors there by their number of axes; `refused` says why an
-    input or output has none. Both are known after a probe.
+    `owner` is the block around it that cuts images into windows. `layouts` has the layout of the
+    tensors there by their number of axes, None where they are windows; `refused` says why an input
+    or output has none. Both are known after a probe.
     """
 
     submodule: nn.Module
     entry: list[Place]
     exit: list[Place]
-    layouts: dict[tuple[Side, int], Layout] = field(default_factory=dict)
+    owner: WindowOwner | None = None
+    layouts: dict[tuple[Side, int], Layout | None] = field(default_factory=dict)
     refused: dict[Side, str] = field(default_factory=dict)
 
     def listen(self, on_value: OnValue, *, everywhere: bool = False) -> Iterator[Any]:
@@ -101,7 +104,9 @@ class Tap:
         for one, second in zip(own, others):
             found = decide(one, second, self.submodule)
             key = side, len(one.shape)
-            if isinstance(found, Layout) and self.layouts.setdefault(key, found) != found:
+            if isinstance(found, str) and one.cut and one.cut.fits(one.shape, one.images):
+                found = None
+            if not isinstance(found, str) and self.layouts.setdefault(key, found) != found:
                 found = "its uses differ in their layout"
             if isinstance(found, str):
                 self.refused[side] = found
@@ -113,13 +118,7 @@ class Tap:
         if side in self.refused:
             return value
         for place in filter(_is_listened_to, self.places(side)):
-            layout = self.layouts.get((side, value.ndim))
-            if layout is None or len(value) != n_images:
-                shape = tuple(value.shape)
-                rows = not_one_row(shape, n_images)
-                problem = rows if layout else f"the layout of its tensor {shape} is not known"
-                allowed = "another hook point"
-                raise ConfigError(f"hook {_name(place)!r}", problem, allowed=allowed)
+            layout = self._layout(place, side, value, n_images)
             tokens = layout.to_tokens(value)
             version = _version(tokens)
             changed = getattr(*place)(tokens)
@@ -128,6 +127,20 @@ class Tap:
             if changed is not tokens or _version(tokens) != version or tracked:
                 value = layout.from_tokens(changed, value)
         return value
+
+    def _layout(self, place: Place, side: Side, value: Tensor, n_images: int) -> Layout | Cut:
+        known = (side, value.ndim) in self.layouts
+        layout = self.layouts.get((side, value.ndim))
+        cut = self.owner.cut if self.owner and known and layout is None else None
+        if cut is not None and cut.fits(value.shape, n_images):
+            return cut
+        if layout is not None and len(value) == n_images:
+            return layout
+        shape = tuple(value.shape)
+        problem = f"the layout of its tensor {shape} is not known"
+        if known:
+            problem = not_one_row(shape, n_images)
+        raise ConfigError(f"hook {_name(place)!r}", problem, allowed="another hook point")
 
 
 def _version(tokens: Tensor) -> int:
@@ -211,7 +224,10 @@ class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
         blocks = {name: i for i, name in enumerate(find_blocks(module))}
         named = _block_names_are_free(module, list(blocks))
         cfg.n_layers = len(blocks) if named else 0
+        self._owners: dict[str, WindowOwner] = {}
         for name, submodule in module.named_modules():
+            if (owner := window_owner(submodule)) is not None:
+                self._owners[f"{name}."] = owner
             if hasattr(submodule, "inplace"):
                 submodule.inplace = False  # type: ignore[assignment]
             if name and not isinstance(submodule, CONTAINERS):
@@ -319,13 +335,16 @@ class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
             exit.append((self._site(f"blocks.{block}"), "hook_resid_post"))
         for site, point in (*entry, *exit):
             setattr(site, point, HookPoint())
-        self._taps.append(Tap(submodule, entry, exit))
+        owner = next((o for path, o in self._owners.items() if name.startswith(path)), None)
+        self._taps.append(Tap(submodule, entry, exit, owner))
 
     @contextmanager
     def _listening(self, on_value: OnValue, *, everywhere: bool = False) -> Iterator[None]:
         """Within, the submodules pass `on_value`; those whose hook points have no hooks are left out."""
-        handles = []
+        handles: list[Any] = []
         try:
+            for owner in self._owners.values():
+                handles.append(owner.block.register_forward_pre_hook(owner.look, with_kwargs=True))
             for tap in self._taps:
                 handles += tap.listen(on_value, everywhere=everywhere)
             yield
@@ -360,13 +379,14 @@ class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
         numbers = {id(tap): number for number, tap in enumerate(self._taps)}
 
         def note(tap: Tap, side: Side, value: Tensor) -> Tensor:
-            probe = Probe(n_images, size, tuple(value.shape))
+            cut = tap.owner.cut if tap.owner else None
+            probe = Probe(n_images, size, tuple(value.shape), cut)
             shapes.setdefault((numbers[id(tap)], side), []).append(probe)
             return value
 
         pictures = noise(self, n_images, size)
         with (
-            drawing_apart(self),
+            leaving_no_trace(self),
             self._listening(note, everywhere=True),
             taking_images(self, pictures),
         ):

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .windows import Cut
+
 CHANNELS_FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d),
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
@@ -54,6 +56,7 @@ class Probe(NamedTuple):
     images: int
     size: tuple[int, int]
     shape: tuple[int, ...]
+    cut: Cut | None = None  # of the block around the submodule
 
 
 def decide(own: Probe, other: Probe | None, module: nn.Module) -> Layout | str:

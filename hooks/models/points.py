@@ -18,6 +18,7 @@ from ...registry.names import did_you_mean, nearest
 from .tapped import TappedModel
 
 SAMPLED = 4096
+PLAIN = (int, float, str, tuple, type(None), Tensor)
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
 
 
@@ -163,12 +164,28 @@ def noise(model: TappedModel, n_images: int, size: tuple[int, int]) -> Tensor:
 
 
 @contextmanager
-def drawing_apart(model: TappedModel) -> Iterator[None]:
-    """Within, random numbers that the model draws do not move torch's generators."""
+def leaving_no_trace(model: TappedModel) -> Iterator[None]:
+    """Within, a forward pass moves no generator of torch, and no attribute of a submodule for good.
+
+    Swin's layers, for example, keep the smallest window that they ever used.
+    """
     device = torch.device(str(model.cfg.device))
     devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    before = [
+        (
+            module,
+            {k: v for k, v in vars(module).items() if isinstance(v, PLAIN)},
+            {**module._buffers},
+        )
+        for module in model.original_model.modules()
+    ]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
 
 
 @torch.no_grad()
@@ -182,7 +199,7 @@ def _trace(model: TappedModel, size: tuple[int, int], *, twice: bool) -> dict[st
     training = model.training
     model.eval()
     try:
-        with drawing_apart(model):
+        with leaving_no_trace(model):
             fired, values = _pass(model, pictures)
             again = _pass(model, pictures)[1] if twice else values
     finally:
@@ -237,7 +254,7 @@ def taking_images(model: TappedModel, pictures: Tensor) -> Iterator[None]:
             "model_name",
             f"{problem}: {type(error).__name__}: {reason[0]}",
             given=model.cfg.model_name,
-            allowed="a model that takes images (B, C, H, W) alone",
+            allowed="a model that takes images (B, C, H, W) alone, and an image_size that it takes",
         ) from error
 
 

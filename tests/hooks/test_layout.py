@@ -43,7 +43,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def build(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return MODELS[name]().eval()
+        model = MODELS[name]().eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(mean=0.1 * (parameter.ndim == 1), std=0.2)
+        return model
 
 
 def output_of(plain: nn.Module, submodule: str, images: torch.Tensor) -> torch.Tensor:
@@ -115,17 +118,16 @@ def test_an_edit_in_place_reaches_the_grid_in_its_own_layout(grad: Any) -> None:
         assert torch.equal(found, plain(images).last_hidden_state)
 
 
-WINDOWED = {
-    "swin": "encoder.layers.0.blocks.0.attention.hook_out",
-    "swinv2": "encoder.layers.0.blocks.1.attention.hook_in",
-    "sam": "vision_encoder.layers.0.attn.hook_out",
-    "vitdet": "encoder.layer.0.attention.hook_in",
+# Windows ------------------------------------------------------------------------------------------
+
+PATTERNS = {  # (B * windows, heads, positions, positions): no tokens of images
+    "swinv2": "encoder.layers.0.blocks.1.attention.self.dropout.hook_in",
 }
 
 
-@pytest.mark.parametrize("variant", WINDOWED)
+@pytest.mark.parametrize("variant", PATTERNS)
 def test_a_row_for_each_window_is_no_row_for_each_image(variant: str) -> None:
-    model, name = from_module(build(variant)), WINDOWED[variant]
+    model, name = from_module(build(variant)), PATTERNS[variant]
     match = rf"hook '{name}': it gives \d+ rows for 2 images, such as one for each window"
     for ask in (
         lambda: hook_d_in(model, name),
@@ -139,9 +141,90 @@ def test_a_row_for_each_window_is_no_row_for_each_image(variant: str) -> None:
     with pytest.raises(ConfigError, match=match):
         model.add_sae(sae)
     # the rest of the block is there
-    assert name not in expand_hook_names(model, ["**.hook_out"])
+    assert name not in expand_hook_names(model, ["**.hook_in"])
     acts = run_to_hooks(model, pictures(3), ["blocks.0.hook_resid_post"])
     assert len(acts["blocks.0.hook_resid_post"]) == 3
+
+
+WINDOWED = {
+    # the input of the attention is the norm before it; "blocks.1" is shifted by half a window
+    ("swin", "encoder.layers.0.blocks.0"): ("attention.hook_in", "layernorm_before"),
+    ("swin", "encoder.layers.0.blocks.1"): ("attention.hook_in", "layernorm_before"),
+    ("swin padded", "encoder.layers.0.blocks.1"): ("attention.hook_in", "layernorm_before"),
+    ("swinv2", "encoder.layers.0.blocks.1"): ("attention.hook_in", None),
+    ("sam", "vision_encoder.layers.0"): ("attn.qkv.hook_in", "layer_norm1"),
+    ("sam padded", "vision_encoder.layers.0"): ("attn.qkv.hook_in", "layer_norm1"),
+    ("vitdet", "encoder.layer.0"): ("attention.hook_in", "norm1"),
+    ("vitdet padded", "encoder.layer.0"): ("attention.hook_in", "norm1"),
+}
+MODELS |= {
+    "swin padded": lambda: hf.SwinModel(hf.SwinConfig(**SWIN, window_size=5)),
+    "sam padded": lambda: hf.SamVisionModel(
+        hf.SamVisionConfig(
+            **VIT, output_channels=8, mlp_dim=32, window_size=3, global_attn_indexes=[1]
+        )
+    ),
+    "vitdet padded": lambda: hf.VitDetModel(
+        hf.VitDetConfig(**VIT, pretrain_image_size=32, window_size=3, window_block_indices=[0])
+    ),
+}
+
+
+@pytest.mark.parametrize(("variant", "block"), WINDOWED, ids=str)
+def test_windows_are_folded_back_into_their_images(variant: str, block: str) -> None:
+    hook, norm = WINDOWED[variant, block]
+    plain, images = build(variant), pictures(3)
+    model, name = from_module(build(variant)), f"{block}.{hook}"
+    found = run_to_hooks(model, images, [name])[name]
+    if norm is None:  # Swin v2 normalises after its attention
+        kept: list[torch.Tensor] = []
+        plain.get_submodule(block).register_forward_pre_hook(lambda m, a: kept.append(a[0]))
+        with torch.no_grad():
+            plain(images)
+        expected = kept[0]
+    else:
+        expected = output_of(plain, f"{block}.{norm}", images)
+        expected = expected.flatten(1, -2)
+    assert torch.equal(found, expected)
+    # the identity changes nothing, and an edit of one position reaches the output of its image alone
+    with torch.no_grad():
+        same = model.run_with_hooks(images, fwd_hooks=[(name, lambda acts, hook: acts.clone())])
+        assert torch.equal(same, model(images))
+
+        def edit(acts: torch.Tensor, hook: Any) -> None:
+            acts[1, -1] += 100
+
+        changed = model.run_with_hooks(images, fwd_hooks=[(name, edit)])
+        moved = (changed != same).flatten(1).any(1)
+        assert moved.tolist() == [False, True, False]
+
+
+def test_a_class_is_where_its_image_is_inside_windows_too() -> None:
+    """One nearest neighbour by the output of a windowed attention finds the image itself."""
+    model, name = from_module(build("swin")), "encoder.layers.0.blocks.1.attention.hook_out"
+    images = pictures(8)
+    acts = run_to_hooks(model, images, [name])[name].mean(1)
+    near = run_to_hooks(model, images + 0.01 * pictures(8, seed=5), [name])[name].mean(1)
+    assert torch.cdist(near, acts).argmin(1).tolist() == list(range(8))
+
+
+def test_the_probe_leaves_the_model_as_it_was() -> None:
+    """A layer of Swin keeps the smallest window that it ever used."""
+    config = hf.SwinConfig(**{**SWIN, "image_size": 160, "patch_size": 4}, window_size=20)
+    torch.manual_seed(0)
+    plain = hf.SwinModel(config).eval()
+    windows = [m.window_size for m in plain.modules() if type(m).__name__ == "SwinLayer"]
+    assert windows == [20] * 4
+    images = pictures(size=160)
+    model = from_module(plain)
+    hook_d_in(model, "blocks.0.hook_resid_post")
+    with pytest.raises(ConfigError, match=r"cannot be run on images \(4, 3, 64, 64\)"):
+        hook_n_tokens(model, "blocks.0.hook_resid_post", 64)
+    assert [m.window_size for m in plain.modules() if type(m).__name__ == "SwinLayer"] == windows
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = hf.SwinModel(config).eval()(images).last_hidden_state
+        assert torch.equal(model(images), expected)
 
 
 def test_windows_that_only_a_larger_image_has() -> None:
