@@ -80,7 +80,8 @@ class TokenExtractor:
             allowed = "one or more, each of them once"
             raise ConfigError("hook_names", "none, or one twice", given=hook_names, allowed=allowed)
         for choice in tokens:
-            check_tokens(model, choice)
+            for name in hook_names:
+                check_tokens(model, choice, name)
         self.model = model.eval()
         self.hook_names = list(hook_names)
         self.tokens = tuple(tokens)

@@ -98,9 +98,9 @@ class ModelIntervention:
         batch_size: int = 64,
         resume: bool = True,
     ) -> None:
-        check_tokens(model, tokens)
         self.model, self.tokens, self.batch_size = model.eval(), tokens, batch_size
         self.hook_name = resolve_hook_name(model, hook_name)
+        check_tokens(model, tokens, self.hook_name)
         self._pictures = pictures
         self._embedding = _embedding_point(model)
         self._block = _block_before(model, self.hook_name) if resume else None

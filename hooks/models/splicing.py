@@ -41,10 +41,11 @@ class SplicesAtTokens:
         """
         model: Any = self
         metadata = sae.cfg.metadata
-        tokens = tokens or self._tokens_asked_for or metadata.tokens or "all"
-        check_tokens(model, tokens)
+        tokens = str(tokens or self._tokens_asked_for or metadata.tokens or "all")
         names = [n for n in (metadata.hook_name, metadata.hook_name_out) if n is not None]
         canonical = [resolve_hook_name(model, name) for name in names]
+        for name in canonical:
+            check_tokens(model, tokens, name)
         super().add_sae(sae, use_error_term=use_error_term, **options)  # type: ignore[misc]
         spliced: Any = model.points()[canonical[-1]]
         spliced.tokens = tokens

@@ -22,12 +22,13 @@ from .tapped import TappedModel
 TOKEN_CHOICES = ("class", "patch", "register", "all", "mean_patch")
 
 
-def check_tokens(model: TappedModel, tokens: str) -> None:
-    """Whether the model has such tokens.
+def check_tokens(model: TappedModel, tokens: str, hook_name: str | None = None) -> None:
+    """Whether the model has such tokens, at a hook point where one is given.
 
     Raises:
         ConfigError: not one of `TOKEN_CHOICES`, or the model has none of them; the message says
-            what to choose.
+            what to choose. Or the tokens at the hook point are none with the prefix tokens of a
+            wrapped model.
     """
     if tokens not in TOKEN_CHOICES:
         raise ConfigError(unknown_name_message("tokens", tokens, list(TOKEN_CHOICES)))
@@ -35,6 +36,8 @@ def check_tokens(model: TappedModel, tokens: str) -> None:
         what = "class token" if tokens == "class" else "register tokens"
         problem = f"{model.cfg.model_name} ({model.family}) has no {what}"
         raise ConfigError("tokens", problem, given=tokens, allowed=", ".join(possible))
+    if hook_name is not None and tokens != "all":
+        _check_grid(model, hook_name, None)
 
 
 def tokens_per_image(
@@ -57,7 +60,7 @@ def tokens_per_image(
     """
     check_tokens(model, tokens)
     cfg = model.cfg
-    if hook_name is not None and cfg.patch_size is None and cfg.n_prefix_tokens:
+    if hook_name is not None:
         _check_grid(model, hook_name, image_size)
     if tokens in ("class", "mean_patch"):
         return 1
@@ -160,6 +163,8 @@ def _check_grid(
     model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None
 ) -> None:
     """A wrapped model's prefix tokens were found by names: the others must form a square grid."""
+    if model.cfg.patch_size is not None or not model.cfg.n_prefix_tokens:
+        return
     height, width = input_size(model) if image_size is None else as_pair(image_size)
     n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
     if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:

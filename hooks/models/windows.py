@@ -81,7 +81,8 @@ class WindowOwner:
         self.grid = None
         if isinstance(hidden, Tensor) and hidden.ndim == 4:
             first = type(block).__name__ in CHANNELS_FIRST
-            self.grid = tuple(hidden.shape[2:] if first else hidden.shape[1:3])
+            height, width = hidden.shape[2:] if first else hidden.shape[1:3]
+            self.grid = height, width
         elif isinstance(given, tuple | list | torch.Size) and len(given) == 2:
             self.grid = int(given[0]), int(given[1])
 

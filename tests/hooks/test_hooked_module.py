@@ -8,7 +8,9 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.models.hooked_module import find_blocks
+from taxolens.hooks.models.intervention import ModelIntervention
 from taxolens.hooks.models.load import expand_hook_names, from_module, hook_d_in, run_to_hooks
 from taxolens.hooks.models.tokens import tokens_per_image
 from taxolens.registry.errors import ConfigError, UnknownNameError
@@ -214,6 +216,15 @@ def test_a_prefix_that_the_grid_contradicts() -> None:
         ConfigError, match=r"seems to have 1 prefix tokens.*63 tokens there.*given 'blocks"
     ):
         tokens_per_image(model, "class", None, "blocks.0.hook_resid_post")
+    hooks = ["head.hook_in", "blocks.0.hook_resid_post"]  # of the first it may be the class token
+    with pytest.raises(ConfigError, match="seems to have 1 prefix tokens"):
+        TokenExtractor(model, hooks, ["class"])
+    with pytest.raises(ConfigError, match="seems to have 1 prefix tokens"):
+        ModelIntervention(model, lambda rows: pictures(), hooks[1], "class")
+    sae = StandardSAE(StandardSAEConfig(d_in=6, d_sae=8))
+    sae.cfg.metadata.hook_name, sae.cfg.metadata["tokens"] = hooks[1], "class"
+    with pytest.raises(ConfigError, match="seems to have 1 prefix tokens"):
+        model.add_sae(sae)
 
 
 def test_a_submodule_with_a_name_that_is_taken() -> None:
