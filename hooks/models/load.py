@@ -20,11 +20,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.table import VISION_MODELS
-from ..images.preprocess import timm_preprocessing
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
 from .families import VisionFamily, VisionSource
-from .families.wrapped import wrap
+from .families.wrapped import timm_preprocessing, wrap
 from .forward import run_to_hooks
 from .hooked_module import HookedVisionModel
 from .points import (

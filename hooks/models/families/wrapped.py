@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ....registry.errors import ConfigError
+from ...images.preprocess import timm_preprocessing as timm_preprocessing
 from ..points import as_pair
 from .family import VisionFamily, VisionSource, load_transformers
 
