@@ -81,7 +81,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     latents that best detect a node and its parent, of those of two children of one node, and of
     random pairs; `detected_edges`: number of the first. `coherence` and `babel` = μ₁(1), μ₁(r),
     with μ₁(r) = max_j of the r largest |D_i·D_j|, summed (unit rows); `coactive_babel`: μ₁ over all
-    the rows that fire on an image, mean over images. `effective_rank` = exp(entropy of the
+    the rows that are active on an image, mean over images. `effective_rank` = exp(entropy of the
     eigenvalues of zᵀz).
 
     The other sources of latents share x, so its numbers are NaN there. Memory

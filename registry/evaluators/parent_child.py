@@ -210,7 +210,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def _fired(self) -> np.ndarray:
         """(m,) images of the fit half on which each latent fires."""
         sample = self._sample
-        fit = sample.z[sample.is_fit]
+        fit = fires(sample.z[sample.is_fit])
         return np.bincount(fit.indices, minlength=shape(fit)[1])
 
     @property

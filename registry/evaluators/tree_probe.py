@@ -244,7 +244,7 @@ def ridge_map(fitted: np.ndarray, points: np.ndarray, held_out: np.ndarray) -> n
     values, vectors = np.linalg.eigh(centred @ centred.T)
     values = values.clip(min=0)
     scale = values.mean()
-    if not scale > 0:
+    if not scale > 1e-12 * np.square(fitted).sum(1).mean():  # constant, up to rounding
         return np.zeros((len(held_out), points.shape[1]))
     turned = vectors.T @ points
     best, least = None, np.inf
@@ -271,13 +271,19 @@ def tie_ceiling(values: np.ndarray) -> float:
 
 
 def spanned(points: np.ndarray, split: Split) -> float:
-    """The share of the tree's edges that are in the minimum spanning tree of the nodes' points."""
-    if not split.edges:
+    """The share of the tree's edges that are in the minimum spanning tree of the nodes' points.
+
+    NaN without edges, and where all points are equal.
+    """
+    if not split.edges or np.ptp(points, axis=0).max(initial=0) <= 1e-6 * np.abs(points).max(
+        initial=0
+    ):
         return float("nan")
     members = split.members.astype(np.float64)
     nodes = members.T @ points / members.sum(0)[:, None]
+    distance = pdist(nodes)
     # A distance of 0 means "no edge" to scipy.
-    distance = squareform(pdist(nodes)) + 1e-12
+    distance = squareform(distance + 1e-12 * distance.max())
     first, second = minimum_spanning_tree(np.triu(distance, 1)).nonzero()
     found = set(zip(first.tolist(), second.tolist()))
     return float(np.mean([(min(e), max(e)) in found for e in split.edges]))
