@@ -138,7 +138,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         self._check_shuffled(shuffled)
         images = self._classes.all(shuffled)
         counts = self._counts(shuffled)
-        n_levels = shape(counts)[0] // max(self.context.d_sae, 1)
+        n_levels = len(self.options.levels) + (self._negative.counts is not None)
         groups = self.groups(permutation)
         found = [mutual_information(counts, n_levels, images, group) for group in groups]
         mutual = np.array([i for i, _ in found]).reshape(len(found), self.context.d_sae)
