@@ -125,6 +125,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         "neurons": "x⁺ and (−x)⁺ reconstruct x exactly",
     }
     invariant = frozenset(higher_is_better)
+    labels = {"l0": "L0 of a token", "l0_image": "L0 of an image"}
     wants_intervention = True
     Options = ReconstructionOptions
 
