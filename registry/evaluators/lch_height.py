@@ -330,7 +330,7 @@ def class_sets(labels: np.ndarray, n_classes: int) -> sparse.csr_array:
     entries = (np.ones(len(rows)), (rows, labels[rows, columns]))
     counts = sparse.csr_array(entries, shape=(len(labels), n_classes))
     counts.sum_duplicates()
-    return counts.astype(bool)
+    return sparse.csr_array(counts.astype(bool))
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,8 @@ def random_class_sets(
         if len(pairs):
             mean[2] = of_node[pairs].mean()
     heights = taxonomy.height.astype(np.int16)
-    return RandomSets(*means, np.sort(heights[nodes], axis=0), np.sort(heights[pairs]))
+    ordered = np.sort(heights[nodes], axis=0)
+    return RandomSets(means[0], means[1], ordered, np.sort(heights[pairs]))
 
 
 def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
