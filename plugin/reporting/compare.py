@@ -24,9 +24,9 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
     nulls; the figure is the report's, with a title and a legend. ``saes.csv`` lists the SAEs:
-    architecture, tokens, widths, L0 of an image and of a token. ``controls.csv`` has each SAE beside its controls trained on
-    random, where there are any. Files of an earlier evaluation for metrics that these
-    results do not have are removed.
+    architecture, tokens, widths, L0 of an image and of a token. ``controls.csv`` has each SAE beside
+    its controls trained on random, where there are any. Files of an earlier evaluation for metrics
+    that these results do not have are removed.
 
     Args:
         results: the results.
