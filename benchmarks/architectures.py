@@ -127,7 +127,7 @@ class TargetL0Trainer(SAETrainer[Any, Any]):
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         output = super()._train_step(sae, sae_in)
         for name in {"l1", "l0"} & self.coefficient_schedulers.keys():
-            fired = float((output.feature_acts > 0).sum(dim=-1).float().mean())
+            fired = float((output.feature_acts != 0).sum(dim=-1).float().mean())
             factor = math.exp(4.5 / self.cfg.total_training_steps)
             self.coefficient_schedulers[name].final_value *= (
                 factor if fired > self.target_l0 else 1 / factor

@@ -167,7 +167,7 @@ def run(name: str, seed: int, tokens: Tokens, bench: Bench, args: Any, decoder: 
     elif name == "random":
         untrained = TopKSAE(TopKSAEConfig(d_in=d, d_sae=args.d_sae, k=round(args.l0)))
         source = TwinLatents.fit(SAELatents(untrained), tokens.train[:4096], seed=seed)
-        numbers = {"l0": float((source.encode(sample) > 0).sum(dim=1).float().mean())}
+        numbers = {"l0": float((source.encode(sample) != 0).sum(dim=1).float().mean())}
     else:
         eighth = args.d_sae // 8
         levels = (eighth // 2, eighth + eighth // 2, args.d_sae - 2 * eighth)

@@ -55,6 +55,8 @@ class NodeTable:
             undefined; None without such a column.
         meaning: what `f1` is, as a clause after "coloured by".
         priority: among the evaluators of one evaluation.
+        fires_on: the column of the share of the images on which the latent reaches the threshold at
+            which `f1` is measured; None where that is 0, or without such a column.
     """
 
     name: str
@@ -63,3 +65,4 @@ class NodeTable:
     f1: str | None = "f1"
     meaning: str = "the F1 of the best latent for it"
     priority: int = 100
+    fires_on: str | None = None

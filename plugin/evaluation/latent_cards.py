@@ -68,7 +68,7 @@ class NodeTables:
         return best
 
     def placed_latents(self) -> pd.DataFrame:
-        """Columns latent, node, f1; one row per latent, with the node that it detects best."""
+        """Columns latent, node, f1 (and fires_on); a row per latent, with the node it detects best."""
         table = next((table for source, table in self._found if source.latent), EMPTY)
         best_first = table.query("latent >= 0").sort_values("f1", ascending=False, kind="stable")
         return best_first.drop_duplicates("latent")
@@ -76,7 +76,7 @@ class NodeTables:
     def _read(
         self, evaluator: str, source: NodeTable, tables: Mapping[str, pd.DataFrame]
     ) -> pd.DataFrame | None:
-        """Columns latent, node, f1; None, with a warning, where the table cannot be read."""
+        """Columns latent, node, f1 (and fires_on); None, with a warning, where it cannot be read."""
         table = tables.get(source.name)
         if table is None:
             return None
@@ -88,6 +88,8 @@ class NodeTables:
                     "f1": table[source.f1].astype(float) if source.f1 else math.nan,
                 }
             )
+            if source.fires_on:
+                found["fires_on"] = table[source.fires_on].astype(float)
             if unknown := sorted(set(found["node"]) - self._nodes):
                 raise ValueError(f"nodes that the taxonomy does not have: {listed(unknown)}")
             if found["latent"].to_numpy().max(initial=-1) >= self._n_latents:
@@ -103,7 +105,7 @@ def pick(placed: pd.DataFrame, taxonomy: Taxonomy, n: int = N_CARDS) -> tuple[li
     """Rows of `placed`: the n most and the n least specific latents.
 
     They are sorted by the number of classes below their node and then by F1. Latents with an F1 of
-    GOOD_F1 or more come before all others.
+    GOOD_F1 or more come before all others. A latent of one class is never among the least specific.
     """
     if placed.empty:
         return [], []
@@ -114,7 +116,7 @@ def pick(placed: pd.DataFrame, taxonomy: Taxonomy, n: int = N_CARDS) -> tuple[li
         good = np.argsort(-f1, kind="stable")[: 2 * n]
     n = min(n, (len(good) + 1) // 2)
     general = good[np.lexsort((-f1[good], -classes[good]))]
-    least = general[: min(n, len(good) - n)]
+    least = general[classes[general] > 1][: min(n, len(good) - n)]
     rest = np.setdiff1d(good, least)
     most = rest[np.lexsort((-f1[rest], classes[rest]))][:n]
     return most.tolist(), least.tolist()
@@ -132,7 +134,7 @@ def make_cards(
     """Cards of some rows of `placed`; the thumbnails are written by `write_thumbnails`.
 
     Args:
-        placed: columns latent, node, f1.
+        placed: columns latent, node, f1, and maybe fires_on.
         rows: which of its rows.
         taxonomy: the class tree.
         top: the most activating images of each latent.
@@ -153,6 +155,7 @@ def make_cards(
                 generality=float(taxonomy.generality[node]),
                 f1=float(f1),
                 fires_on=float(rate.rate[latent]),
+                above_threshold_on=float(placed.iloc[row].get("fires_on", math.nan)),
                 images=[
                     TopImage(
                         index=(image := int(image_ids[top.index[latent, i]])),

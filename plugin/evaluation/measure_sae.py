@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from ...registry.evaluators.base import EvaluationContext, Evaluator, Peer
@@ -93,6 +94,9 @@ def measure_sae(
     declared = {name: cls.node_table for name, (cls, _) in bench.chosen.items()}
     places = cards.NodeTables(frames, declared, bench.taxonomy, context.d_sae)
     l0 = context.attempt("L0", lambda: context.share(FiringRate).mean_l0)
+    l0_token = context.attempt("L0 of a token", lambda: _token_l0(latents, held_out, bench.device))
+    if held_out.tokens.shape[1] == 1:
+        l0_token = l0
     node_f1 = context.attempt("node F1", places.node_f1)
     most, least = context.attempt(CARDS, lambda: _cards(context, places, rows)) or ([], [])
     cards.write_thumbnails([*most, *least], dataset, output)
@@ -128,6 +132,7 @@ def measure_sae(
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
         l0=math.nan if l0 is None else l0,
+        l0_token=math.nan if l0_token is None else l0_token,
         fingerprint=fingerprint,
         evaluators=evaluators,
         most_specific=most,
@@ -135,6 +140,12 @@ def measure_sae(
         node_f1=node_f1 or {},
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+@torch.no_grad()
+def _token_l0(latents: SAELatents, held_out: HeldOutActivations, device: str) -> float:
+    z = latents.encode(held_out.sample().to(device))
+    return float((z != 0).sum(1).double().mean())
 
 
 def share_card_facts(context: EvaluationContext) -> None:

@@ -116,7 +116,7 @@ class PeerSAE:
         return SAELatents(self._folder.load()).W_dec
 
     def latents(self, index: np.ndarray) -> sparse.csr_array:
-        """(n, m') its latents above 0; the last result is kept for equal calls."""
+        """(n, m') its latents; the last result is kept for equal calls."""
         asked = index.tobytes()
         if self._kept is None or self._kept[0] != asked:
             self._kept = asked, self._encode(index)
@@ -137,5 +137,5 @@ class PeerSAE:
                     labels=unknown,
                     index=unknown,
                 )
-                parts.append(sparse.csr_array(z.clamp(min=0).cpu().numpy()))
+                parts.append(sparse.csr_array(z.cpu().numpy()))
         return sparse.csr_array(sparse.vstack(parts, format="csr"))

@@ -15,7 +15,7 @@ from .results import Results
 METRICS_FOLDER = "metrics"
 SAES_FILENAME = "saes.csv"
 SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "trained_as")
-SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "constraint")
+SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "l0_token", "constraint")
 CONTROLS_FILENAME = "controls.csv"
 
 
@@ -24,9 +24,9 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
     nulls; the figure is the report's, with a title and a legend. ``saes.csv`` lists the SAEs:
-    architecture, tokens, widths and L0. ``controls.csv`` has each SAE beside its controls trained on
-    random, where there are any. Files of an earlier evaluation for metrics that these
-    results do not have are removed.
+    architecture, tokens, widths, L0 of an image and of a token. ``controls.csv`` has each SAE beside
+    its controls trained on random, where there are any. Files of an earlier evaluation for metrics
+    that these results do not have are removed.
 
     Args:
         results: the results.

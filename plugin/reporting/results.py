@@ -162,6 +162,8 @@ class LatentCard:
             coverage was not measured.
         fires_on: share of the images on which it is above 0, from 0 to 1.
         images: its most activating images, the most active first.
+        above_threshold_on: share of the held-out images on which it reaches the threshold at which
+            `f1` is measured; null where `f1` is null or its threshold is 0.
     """
 
     latent: int
@@ -172,6 +174,7 @@ class LatentCard:
     f1: float
     fires_on: float
     images: list[TopImage]
+    above_threshold_on: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,8 @@ class SAEResult:
         tokens: which tokens of an image it reads: class, patch, register, all or mean_patch.
         d_in: width of the activations.
         d_sae: number of latents.
-        l0: mean number of latents above 0 on an image; null where counting them failed.
+        l0: mean number of latents that are not 0 on an image, on the largest or mean activation over
+            its tokens; null where counting them failed.
         fingerprint: digest of everything on which the numbers depend; a second evaluation with an
             equal one keeps these numbers.
         evaluators: evaluator -> its numbers.
@@ -203,6 +207,8 @@ class SAEResult:
             saved as `topk`); `architecture` where the SAE does not record it.
         constraint: what was held at its random start in training, `frozen_decoder`, `soft_frozen_decoder`
             or `frozen_encoder`; null for an ordinary SAE.
+        l0_token: mean number of latents that are not 0 on a token, over a sample of the fit half;
+            `l0` where it reads one token of an image, null where counting them failed.
     """
 
     id: str
@@ -224,6 +230,7 @@ class SAEResult:
     seconds: float = 0.0
     trained_as: str = ""
     constraint: str | None = None
+    l0_token: float = math.nan
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_as", self.trained_as or self.architecture)

@@ -112,7 +112,7 @@ class VisionFields:
         eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
         eval_dataset_name (str, optional): The configuration of the evaluation's dataset. Defaults to dataset_name where the dataset is the same.
         eval_split (str, optional): The held-out split of the evaluation.
-        eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise.
+        eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise. During training, defaults to 2,000, or 5 for each class.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
         keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
         constraint (str, optional): Train a control on random directions: frozen_decoder, soft_frozen_decoder or frozen_encoder. Of several SAEs, a mapping from names to constraints.

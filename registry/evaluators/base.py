@@ -47,8 +47,12 @@ ALL_NULLS: dict[str, str | None] = dict.fromkeys(NULLS)
 """`nulls` of an evaluator to which every null applies."""
 
 
+LARGEST = 1e12
+"""Largest absolute value of x and z: sums of squares of larger ones overflow single precision."""
+
+
 class Firings(NamedTuple):
-    """The entries of z above 0, ordered by image and then latent; on the CPU."""
+    """The entries of z above 0, or all that are not 0, by image and then latent; on the CPU."""
 
     rows: Tensor  # (nnz,) int64, position in the batch
     latents: Tensor  # (nnz,) int64
@@ -59,7 +63,8 @@ class Firings(NamedTuple):
 class EvaluationBatch:
     """One batch of the evaluation set. All fit-half images precede all score-half images.
 
-    A latent *fires* on an image where z > 0; NaN never fires.
+    A latent *fires* on an image where z > 0: what is said of classes and nodes rests on that. It is
+    *active* where z is not 0: norms, sums, samples and L0 rest on that. NaN is neither.
     """
 
     x: Tensor  # (n, d) activations at the hook point
@@ -86,21 +91,61 @@ class EvaluationBatch:
         return (self.shuffled_labels if shuffled else self.labels).cpu()
 
     @cached_property
-    def firings(self) -> Firings:
-        """The nonzeros of z, computed once for all accumulators of the pass."""
-        fires = self.z > 0
-        if fires.device.type == "cpu":  # numpy is about ten times as fast where few are nonzero
-            flat = torch.from_numpy(np.flatnonzero(fires.numpy()))
+    def active(self) -> Firings:
+        """The entries of z that are not 0, computed once for all accumulators of the pass."""
+        active = self.z != 0
+        if active.device.type == "cpu":  # numpy is about ten times as fast where few are nonzero
+            flat = torch.from_numpy(np.flatnonzero(active.numpy()))
         else:
-            flat = fires.flatten().nonzero().squeeze(1)
+            flat = active.flatten().nonzero().squeeze(1)
         values = self.z.flatten()[flat].float().cpu()
         rows = flat.cpu() // max(self.z.shape[1], 1)
-        return Firings(rows, flat.cpu() - rows * self.z.shape[1], values)
+        return _where(Firings(rows, flat.cpu() - rows * self.z.shape[1], values), ~values.isnan())
+
+    @cached_property
+    def firings(self) -> Firings:
+        """The entries of z above 0."""
+        return _where(self.active, self.active.values > 0)
+
+    def require_finite(self) -> None:
+        """Check that no number is NaN, infinite or too large for sums of squares.
+
+        Raises:
+            ConfigError: one is; the field is named.
+        """
+        if self._not_finite is not None:
+            raise self._not_finite
+
+    @cached_property
+    def _not_finite(self) -> ConfigError | None:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = (not_finite(name, values) for name, values in given.items() if values is not None)
+        return next((error for error in found if error is not None), None)
 
     @cached_property
     def priority(self) -> np.ndarray:
         """(n,) float64 in random but reproducible order: breaks ties between equal activations."""
         return hashing.uniform(self.index.cpu().numpy())
+
+
+def not_finite(field: str, values: Tensor) -> ConfigError | None:
+    """The error that `values` hold NaN, infinity or a number above `LARGEST`; None if they do not."""
+    if not values.is_floating_point() or not values.numel():
+        return None
+    low, high = map(float, torch.aminmax(values))
+    if max(-low, high) <= LARGEST:
+        return None
+    return ConfigError(
+        field,
+        "NaN, infinite or too large to compute with; check the weights of the SAE and the scale of "
+        "its input",
+        given=f"{low:g} to {high:g}",
+        allowed=f"finite numbers up to {LARGEST:g} in absolute value",
+    )
+
+
+def _where(entries: Firings, kept: Tensor) -> Firings:
+    return entries if kept.all() else Firings(*(column[kept] for column in entries))
 
 
 class InterventionResult(NamedTuple):
@@ -148,7 +193,7 @@ class Peer(Protocol):
         ...
 
     def latents(self, index: np.ndarray) -> sparse.csr_array:
-        """(n, m') its latents above 0, on the images at positions `index` (n,)."""
+        """(n, m') its latents, on the images at positions `index` (n,)."""
         ...
 
 
@@ -475,11 +520,13 @@ class Pass:
 
     def calibrate(self, sample: EvaluationBatch) -> None:
         """Calibrate shared accumulators, then evaluators, on a sample of fit-half images."""
+        self._each(lambda _: sample.require_finite())
         self.context.calibrate(sample)
         self._each(lambda evaluator: evaluator.calibrate(sample))
 
     def update(self, batch: EvaluationBatch) -> None:
         """Update shared accumulators, then evaluators, with one batch."""
+        self._each(lambda _: batch.require_finite())
         self.context.update(batch)
         self._each(lambda evaluator: evaluator.update(batch))
 

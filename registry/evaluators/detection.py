@@ -164,7 +164,9 @@ class Detection(Evaluator[DetectionOptions]):
         explained = best.node >= 0
         several = self.taxonomy.n_leaves[best.node] > 1
         found = best.balanced_accuracy
-        detected = np.where(np.isfinite(found), found >= self.options.detected, np.nan)
+        # A tolerance for the rounding of sums like 2/3 + 1 − 1/6.
+        reached = found >= self.options.detected - 1e-9
+        detected = np.where(np.isfinite(found), reached, np.nan)
         numbers = {
             "balanced_accuracy": summary.mean(found),
             "f1": summary.mean(best.f1),

@@ -75,13 +75,14 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
       separates nodes from noise, but not one tree from another.
     - `parent_length`: ‖ℓ_parent‖/‖ℓ_child‖, mean over the edges (own definition): size of the
       children's common part. It is small for unrelated classes, thus under permuted classes.
-    - `projection_own`, `projection_other`: x·ℓ/‖ℓ‖² on held-out images of the node and on others.
+    - `projection_own`, `projection_other`: x·ℓ/‖ℓ‖² on held-out images of the node and on others,
+      mean over `n_nodes` nodes.
 
     Of the decoder: `parent_cosine`, `sibling_cosine`, `random_cosine`: |cos(D_a, D_b)| of the
     latents that best detect a node and its parent, of those of two children of one node, and of
     random pairs; `detected_edges`: number of the first. `coherence` and `babel` = μ₁(1), μ₁(r),
     with μ₁(r) = max_j of the r largest |D_i·D_j|, summed (unit rows); `coactive_babel`: μ₁ over all
-    the rows that fire on an image, mean over images. `effective_rank` = exp(entropy of the
+    the rows that are active on an image, mean over images. `effective_rank` = exp(entropy of the
     eigenvalues of zᵀz).
 
     The other sources of latents share x, so its numbers are NaN there. Memory
@@ -99,6 +100,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         "projection_own": True,
         "projection_other": None,
         "edges": None,
+        "n_nodes": None,
         "parent_cosine": False,
         "sibling_cosine": None,
         "random_cosine": None,
@@ -180,7 +182,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
             "projection_other",
         )
         if self.context.source != "sae":
-            return {**dict.fromkeys(names, float("nan")), "edges": 0.0}
+            return {**dict.fromkeys(names, float("nan")), "edges": 0.0, "n_nodes": 0.0}
         found = self.directions(permutation, shuffled)
         cosines = added_cosines(found.vector, self._edges)
         random = added_cosines(found.vector, self._random_parents)
@@ -192,6 +194,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
             "projection_own": summary.mean(found.own),
             "projection_other": summary.mean(found.other),
             "edges": float(np.isfinite(cosines).sum()),
+            "n_nodes": float(np.isfinite(found.own).sum()),
         }
 
     @cached_property

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
-from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram
+from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram, NegativeCounts
 from .parts.logistic import class_log_odds
 from .parts.samples import ImageSample, shape
 
@@ -33,7 +33,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class InfoMECOptions:
-    """levels: a latent is quantised into "silent" and one level per number, bounded by the
+    """levels: a latent is quantised into "below 0", "silent" and one level per number, bounded by the
         activations that these shares of its firings reach; each is one of `accumulators.SURVIVAL`.
     max_images: size of the sample for InfoE.
     probe_latents: number of most variable latents that InfoE uses.
@@ -79,7 +79,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     """Whether each latent encodes one depth, few latents encode each depth, and a probe can read it.
 
     Factors s_i: the group of an image at each distinct cut of the tree, from coarse to the classes.
-    z_j is quantised into levels. The cuts are nested, unlike the factors of the published measure:
+    z_j is quantised into levels, all below 0 into one. The cuts are nested, unlike the factors of the published measure:
     a group determines those above it. So the information that a depth *adds* is used, A_ij =
     (I(s_i; z_j) − I(s_{i−1}; z_j)) / (H(s_i) − H(s_{i−1})), which by the chain rule is the
     normalised information given the cut above (own definition).
@@ -117,6 +117,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     def prepare(self) -> None:
         self._classes = self.context.share(ClassCounts)
         self._histogram = self.context.share(FiringHistogram, survival=SURVIVAL)
+        self._negative = self.context.share(NegativeCounts)
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
 
     @cached_property
@@ -136,8 +137,8 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         """Information of each latent about each factor, (n_s, m)."""
         self._check_shuffled(shuffled)
         images = self._classes.all(shuffled)
-        n_levels = len(self.options.levels)
         counts = self._counts(shuffled)
+        n_levels = len(self.options.levels) + (self._negative.counts is not None)
         groups = self.groups(permutation)
         found = [mutual_information(counts, n_levels, images, group) for group in groups]
         mutual = np.array([i for i, _ in found]).reshape(len(found), self.context.d_sae)
@@ -146,7 +147,9 @@ class InfoMEC(Evaluator[InfoMECOptions]):
 
     @remembered
     def _counts(self, shuffled: bool) -> sparse.csr_array:
-        return level_counts(self._histogram, self.options.levels, shuffled)
+        negative = self._negative.counts
+        below = None if negative is None else negative[int(shuffled)]
+        return level_counts(self._histogram, self.options.levels, shuffled, below)
 
     def explicitness(
         self, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -246,9 +249,13 @@ def factor_depths(taxonomy: Taxonomy) -> list[int]:
 
 
 def level_counts(
-    histogram: FiringHistogram, levels: Sequence[float], shuffled: bool = False
+    histogram: FiringHistogram,
+    levels: Sequence[float],
+    shuffled: bool = False,
+    below: Tensor | None = None,
 ) -> sparse.csr_array:
-    """(m·L, C) images of both halves in each level of each latent, lowest level first."""
+    """(m·L, C) images of both halves in each level of each latent, lowest level first; with
+    `below` (m, C), the images where a latent is below 0, (m·(L + 1), C), these last."""
     survival = np.array(histogram.thresholds.survival)
     level = np.searchsorted(-np.array(levels), -survival, side="right") - 1
     parts = []
@@ -259,6 +266,8 @@ def level_counts(
         for half in block:
             for t, into in enumerate(level):
                 merged[:, into] += half[:, t]
+        if below is not None:
+            merged = torch.cat([merged, below[start : start + BLOCK, None].int()], 1)
         parts.append(sparse.csr_array(merged.flatten(0, 1).numpy()))
     n_classes = counts.shape[3]
     empty = sparse.csr_array((0, n_classes), dtype=np.int32)

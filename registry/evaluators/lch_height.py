@@ -20,7 +20,10 @@ from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram, TopImages
+from .parts.ranks import benjamini_hochberg
 
+FEW_IMAGES = 5
+"""Images of a class below which the rule `frequency` takes false alarms for classes of a latent."""
 RULES = ("frequency", "topk", "topk_strict", "any")
 
 
@@ -28,21 +31,25 @@ RULES = ("frequency", "topk", "topk_strict", "any")
 class LCHHeightOptions:
     """Assignment of classes to a latent.
 
-    rule: `frequency`: the classes on at least `tau` of whose images it fires. `topk`: the smallest
-        node with at least `keep` of its `k` most activating images. `topk_strict`: the LCH of all
-        classes among these images; one outlier image can make it the root, and its trend over depth
-        can have the wrong sign: for comparison with the paper only. `any`: every class it fires on.
+    rule: `frequency`: the classes on at least `tau` of whose images it fires; needs about 5 images
+        a class. `topk`: the smallest node with at least `keep` of its `k` most activating images.
+        `topk_strict`: the LCH of all classes among these images; one outlier image can make it the
+        root, and its trend over depth can have the wrong sign: for comparison with the paper only.
+        `any`: every class it fires on.
     tau: least share of a class's images, above 0.
-    k: number of most activating images, bounded by half of the smallest class.
+    k: number of most activating images, bounded by half of the smallest class; below 2 the rules
+        `topk` and `topk_strict` are undefined.
     keep: least share of the k images.
-    repeats: random class sets of each size for the gaps.
+    repeats: random class sets of each size; of pairs all are taken.
+    level: false discovery rate of `lower_share`.
     """
 
     rule: str = "frequency"
     tau: float = 0.5
     k: int = 16
     keep: float = 0.9
-    repeats: int = 64
+    repeats: int = 1999
+    level: float = 0.05
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -54,6 +61,10 @@ class LCHHeightOptions:
                 raise ConfigError(
                     field, "out of range", given=getattr(self, field), allowed="a number in (0, 1]"
                 )
+        if not 0 < self.level < 1:
+            raise ConfigError(
+                "level", "out of range", given=self.level, allowed="a number in (0, 1)"
+            )
         require_at_least(1, self, "k", "repeats")
 
 
@@ -69,13 +80,20 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
 
     A latent with empty S_j is undefined and left out of means. Read `height` and `generality` with
     `single_class_share`: a latent of one class has height 0, so few specific latents give a low
-    mean. The gaps are the differences between random sets of as many classes and the latents of
-    several classes. The metrics are those of the chosen rule; the tables compare all rules.
+    mean. The gaps are the differences between random sets of as many of the present classes and the
+    latents of several classes. `lower_share` (own definition) is the share of these `n_latents`
+    whose classes meet lower than those of random sets: p of a latent is the share of the random
+    sets whose LCH is at most as high as its own (all pairs of classes for a latent of two; else
+    `repeats` draws, the latent's own set counted as one), adjusted over the latents by Benjamini and
+    Hochberg to the false discovery rate `level`. The metrics are those of the chosen rule; the
+    tables compare all rules.
     """
 
     name = "lch_height"
     description = "height in the tree of the lowest common hypernym of a latent's classes"
     higher_is_better = {
+        "lower_share": True,
+        "n_latents": None,
         "height": None,
         "generality": None,
         "defined": None,
@@ -85,18 +103,13 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         "height_gap": True,
         "generality_gap": True,
     }
-    invariant = frozenset({"defined", "single_class_share"})
+    invariant = frozenset({"n_latents", "defined", "single_class_share"})
     headlines = (
         Headline(
-            "height_gap",
+            "lower_share",
             "LCH height",
-            "LCH height of random class sets of equal size minus that of a latent's classes",
-            priority=30,
-        ),
-        Headline(
-            "generality_gap",
-            "LCH generality",
-            "the same difference in log₂ of the number of classes below the node",
+            "share of the latents of several classes whose classes meet lower in the tree than random "
+            "sets of as many classes, at a false discovery rate of 5 %",
             priority=30,
         ),
     )
@@ -117,15 +130,28 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         """The node of each latent under `rule`; None for the chosen rule."""
         self._check_shuffled(shuffled)
         options, rule = self.options, rule or self.options.rule
-        if rule.startswith("topk"):
-            counts = self._classes.all(shuffled)
-            smallest = counts[counts > 0].min(initial=2 * options.k)
-            labels = top_labels(self._top, max(1, min(options.k, int(smallest) // 2)), shuffled)
+        if rule == "topk":
+            labels = self._top_labels(shuffled)
             if permutation is not None:
                 labels = np.where(labels >= 0, permutation[labels], -1)
-            return smallest_holding(self.taxonomy, labels, options.keep if rule == "topk" else 1.0)
-        sets = self._sets(options.tau if rule == "frequency" else 0.0, shuffled)
+            return smallest_holding(self.taxonomy, labels, options.keep)
+        if rule == "topk_strict":
+            sets = class_sets(self._top_labels(shuffled), len(self.taxonomy.classes))
+        else:
+            sets = self._sets(options.tau if rule == "frequency" else 0.0, shuffled)
         return Assignment(self.taxonomy.lch_many(sets, permutation), np.diff(sets.indptr))
+
+    @property
+    def _k(self) -> int:
+        """Most activating images used, at most half of the smallest class."""
+        counts = self._classes.all()
+        return min(self.options.k, int(counts[counts > 0].min(initial=2 * self.options.k)) // 2)
+
+    def _top_labels(self, shuffled: bool) -> np.ndarray:
+        """(m, k) classes of the most activating images; −1 everywhere where k is below 2."""
+        if self._k < 2:
+            return np.full((self.context.d_sae, 1), -1)
+        return top_labels(self._top, self._k, shuffled)
 
     @remembered
     def _sets(self, tau: float, shuffled: bool) -> sparse.csr_array:
@@ -136,27 +162,59 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
-        return self._numbers(self.assign(permutation, shuffled))
+        return self._numbers(self.assign(permutation, shuffled), permutation)
 
-    def _numbers(self, assignment: Assignment) -> dict[str, float]:
+    def _numbers(
+        self, assignment: Assignment, permutation: np.ndarray | None = None
+    ) -> dict[str, float]:
         node, size = assignment
         node, size = node[node >= 0], size[node >= 0]
         height, generality = self.taxonomy.height[node], self.taxonomy.generality[node]
-        random_height, random_generality = self._random()
+        random = self._random(permutation)
         several = size > 1
+        q = benjamini_hochberg(random.p_lower(size[several], height[several]))
         return {
+            # q can exceed the level by its rounding.
+            "lower_share": summary.mean(q <= self.options.level * (1 + 1e-9)),
+            "n_latents": float(several.sum()),
             "height": summary.mean(height),
             "generality": summary.mean(generality),
             "defined": float(len(node)),
             "single_class_share": summary.mean(~several),
             "multi_class_height": summary.mean(height, several),
             "multi_class_generality": summary.mean(generality, several),
-            "height_gap": summary.mean(random_height[size] - height, several),
-            "generality_gap": summary.mean(random_generality[size] - generality, several),
+            "height_gap": summary.mean(random.height[size] - height, several),
+            "generality_gap": summary.mean(random.generality[size] - generality, several),
         }
 
-    def _random(self) -> tuple[np.ndarray, np.ndarray]:
-        return random_sets(self.taxonomy, self.options.repeats, self.context.seed)
+    def _random(self, permutation: np.ndarray | None = None) -> RandomSets:
+        """Random sets of the present classes, at their places in the tree."""
+        present = np.flatnonzero(self._classes.all())
+        places = present if permutation is None else np.sort(permutation[present])
+        seed = self.context.seed
+        return random_class_sets(self.taxonomy, self.options.repeats, seed, tuple(places.tolist()))
+
+    def notes(self) -> list[str]:
+        """Classes with too few images for a rule."""
+        counts, options = self._classes.all(), self.options
+        present = np.flatnonzero(counts)
+        notes = []
+        few = int((counts[present] < FEW_IMAGES).sum())
+        if options.rule == "frequency" and few:
+            notes.append(
+                f"{few} of {len(present)} classes have fewer than {FEW_IMAGES} images: the rule "
+                "`frequency` then takes false alarms for classes of a latent, and its node rises to "
+                "the root. Evaluate on more images of each class."
+            )
+        if len(present) and (self._k < 2 or (options.rule != "frequency" and self._k < options.k)):
+            smallest = present[counts[present].argmin()]
+            name = self.taxonomy.label(int(self.taxonomy.class_nodes[smallest]))
+            what = "are undefined" if self._k < 2 else f"use k = {self._k}"
+            notes.append(
+                f"The rules `topk` and `topk_strict` {what}, since k is at most half of the smallest "
+                f"class, and {name!r} has {counts[smallest]} images."
+            )
+        return notes
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`latents`: each latent defined under the chosen rule, with its node under the other
@@ -179,9 +237,9 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
             "name": [taxonomy.label(v) for v in node],
             "classes": size,
             "height": taxonomy.height[node],
-            "random_height": self._random()[0][size],
+            "random_height": self._random().height[size],
             "generality": taxonomy.generality[node],
-            "random_generality": self._random()[1][size],
+            "random_generality": self._random().generality[size],
             "depth": taxonomy.depth[node],
         }
         for rule in RULES:
@@ -210,7 +268,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     def _rule_table(self, assigned: dict[str, Assignment]) -> pd.DataFrame:
         rows = []
         for rule, found in assigned.items():
-            nulls = [self._numbers(self.assign(p, rule=rule)) for p in self.context.permutations]
+            nulls = [self._numbers(self.assign(p, rule=rule), p) for p in self.context.permutations]
             permuted = summary.mean([n["generality_gap"] for n in nulls])
             row = {"rule": rule, **self._numbers(found), "permuted_generality_gap": permuted}
             rows.append(row)
@@ -226,7 +284,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
                 "log₂ classes below the LCH",
                 {
                     "latents": self.taxonomy.generality[node],
-                    "random sets of the same size": self._random()[1][size],
+                    "random sets of the same size": self._random().generality[size],
                 },
             )
         }
@@ -239,7 +297,8 @@ def frequent_classes(fired: np.ndarray, images: np.ndarray, tau: float) -> np.nd
         fired: (m, C) images on which the latent fires.
         images: (C,) images of each class.
     """
-    return (fired > 0) & (fired >= tau * images)
+    # A tolerance for the rounding of bounds like .07 · 100.
+    return (fired > 0) & (fired >= tau * images - 1e-9)
 
 
 def top_labels(top: TopImages, k: int, shuffled: bool) -> np.ndarray:
@@ -265,22 +324,65 @@ def smallest_holding(taxonomy: Taxonomy, labels: np.ndarray, keep: float) -> Ass
     return Assignment(np.where(labels[:, 0] >= 0, node, -1), size)
 
 
-@lru_cache(maxsize=8)
-def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean height and generality of the LCH of s random classes, each (C + 1,); NaN at s = 0.
+def class_sets(labels: np.ndarray, n_classes: int) -> sparse.csr_array:
+    """(m, C) of bool, the distinct labels of each row (m, k); none where they are −1."""
+    rows, columns = np.nonzero(labels >= 0)
+    entries = (np.ones(len(rows)), (rows, labels[rows, columns]))
+    counts = sparse.csr_array(entries, shape=(len(labels), n_classes))
+    counts.sum_duplicates()
+    return sparse.csr_array(counts.astype(bool))
 
-    The prefixes of each of `repeats` random orders of the classes are the sets.
-    """
+
+@dataclass(frozen=True)
+class RandomSets:
+    """Random sets of classes of every size s."""
+
+    height: np.ndarray  # (C + 1,) mean height of the LCH of s classes; NaN at s = 0
+    generality: np.ndarray  # (C + 1,)
+    heights: np.ndarray  # (repeats, P) heights of the drawn sets of s = 1 … P classes, ascending
+    of_pairs: np.ndarray  # heights of the LCHs of all pairs of classes, ascending
+
+    def p_lower(self, size: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """(L,) share of the sets of size (L,) ≥ 2 with an LCH of at most this height (L,).
+
+        Of pairs, all; of other sizes the draws, the set itself counted as one.
+        """
+        p = np.full(len(size), np.nan)
+        for s in np.unique(size):
+            heights = self.of_pairs if s == 2 else self.heights[:, s - 1]
+            own = int(s != 2)
+            reached = np.searchsorted(heights, height[size == s], side="right")
+            p[size == s] = (own + reached) / (own + len(heights))
+        return p
+
+
+@lru_cache(maxsize=8)
+def random_class_sets(
+    taxonomy: Taxonomy, repeats: int, seed: int, places: tuple[int, ...]
+) -> RandomSets:
+    """Random sets of the P classes at `places`: the prefixes of each of `repeats` random orders, and
+    all pairs for s = 2."""
     generator = np.random.default_rng(seed)
     best_first = taxonomy.by_preference[::-1]
     membership = taxonomy.membership[:, best_first]
-    height = np.zeros(len(taxonomy.classes))
-    generality = np.zeros(len(taxonomy.classes))
-    for _ in range(repeats):
-        order = generator.permutation(len(height))
+    nodes = np.zeros((repeats, len(places)), dtype=np.int64)
+    for row in nodes if places else ():
+        order = generator.permutation(places)
         above_first = np.flatnonzero(membership[order[0]])  # only these can contain a prefix
-        common = np.logical_and.accumulate(membership[order][:, above_first])
-        lch = best_first[above_first[common.argmax(1)]]
-        height += taxonomy.height[lch] / repeats
-        generality += taxonomy.generality[lch] / repeats
-    return np.append(np.nan, height), np.append(np.nan, generality)
+        common = np.logical_and.accumulate(membership[np.ix_(order, above_first)])
+        row[:] = best_first[above_first[common.argmax(1)]]
+    pairs = taxonomy.leaf_lch[np.ix_(places, places)][np.triu_indices(len(places), 1)]
+    means = np.full((2, len(taxonomy.classes) + 1), np.nan)
+    for mean, of_node in zip(means, (taxonomy.height, taxonomy.generality)):
+        mean[1 : len(places) + 1] = of_node[nodes].mean(0)
+        if len(pairs):
+            mean[2] = of_node[pairs].mean()
+    heights = taxonomy.height.astype(np.int16)
+    ordered = np.sort(heights[nodes], axis=0)
+    return RandomSets(means[0], means[1], ordered, np.sort(heights[pairs]))
+
+
+def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean height and generality of the LCH of s random classes, each (C + 1,); NaN at s = 0."""
+    found = random_class_sets(taxonomy, repeats, seed, tuple(range(len(taxonomy.classes))))
+    return found.height, found.generality

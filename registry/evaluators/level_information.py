@@ -22,6 +22,7 @@ from .parts.probes import NeighbourProbe, RidgeProbe
 
 FEATURES = ("x", "mean_patch", "z")
 PROBES = ("probe", "knn")
+FITTING_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
 
     - `*_accuracy`: of the class. `*_level_accuracy`: of the group, mean over the informative cuts
       (those with more than one group and fewer groups than classes).
-    - `*_right_group`: of the misclassified images, the share predicted into the right group; mean
-      over the informative cuts. It measures hierarchy beyond class accuracy.
+    - `*_right_group` (own definition): how far the misclassified images are predicted into the right
+      group, from 0 (by chance) to 1 (all that can be): Σ(r − e) / Σ(u − e) over the informative cuts.
+      At a cut, r is the share of the errors that lie in the right group; e its expectation where the
+      wrong class does not depend on the true one (see `right_group_bounds`); u the share of the
+      errors whose group has another class at all. A cut near the leaves (u near 0) or
+      near the root (e near 1) can show little and counts little, so that trees are comparable. It
+      measures hierarchy beyond class accuracy; `n_*_errors` are the images that it rests on.
     - `*_variance_share`: between-group variance over the total, mean over the informative cuts. It
       rises with depth by construction: read only its excess over permuted classes.
 
@@ -73,8 +79,13 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
             ),
             "variance_share",
         )
-    }
-    invariant = frozenset(f"{f}_{p}_accuracy" for f in FEATURES for p in PROBES)
+    } | {f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES}
+    invariant = frozenset(
+        name
+        for f in FEATURES
+        for p in PROBES
+        for name in (f"{f}_{p}_accuracy", f"n_{f}_{p}_errors")
+    )
     headlines = (
         Headline(
             "x_probe_level_accuracy",
@@ -85,7 +96,8 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         Headline(
             "x_probe_right_group",
             "right group",
-            "of the images that this probe misclassifies, the share predicted into the right group",
+            "how far the images that this probe misclassifies are predicted into the right group: 0 by "
+            "chance, 1 for all that can be",
             priority=40,
         ),
     )
@@ -126,7 +138,8 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
     ) -> dict[str, np.ndarray]:
         """Each measure of a feature at the informative cuts (L,); `*_accuracy`, of the class, (1,).
 
-        Empty where no batch has the feature.
+        `*_right_group_weight` is the weight of a cut in `*_right_group`. Empty where no batch has the
+        feature.
         """
         self._check_shuffled(shuffled)
         if feature not in self._measures:
@@ -141,7 +154,14 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
     ) -> dict[str, float]:
         numbers = dict.fromkeys(self.higher_is_better, float("nan"))
         for feature in FEATURES:
-            for measure, values in self.levels(feature, permutation, shuffled).items():
+            found = self.levels(feature, permutation, shuffled)
+            for probe in PROBES if found else ():
+                name = f"{probe}_right_group"
+                weight, values = found.pop(f"{name}_weight"), np.nan_to_num(found.pop(name))
+                total = float(summary.ratio(weight @ values, weight.sum()))
+                numbers[f"{feature}_{name}"] = total
+                numbers[f"n_{feature}_{probe}_errors"] = float(found.pop(f"{probe}_errors")[0])
+            for measure, values in found.items():
                 numbers[f"{feature}_{measure}"] = summary.mean(values)
         return numbers
 
@@ -153,8 +173,9 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         for feature in self._measures:
             nulls = [self.levels(feature, p) for p in self.context.permutations]
             for measure, values in self.levels(feature).items():
-                if f"{feature}_{measure}" in self.invariant:
-                    continue  # of the class: equal at every depth
+                name = f"{feature}_{measure}"
+                if name in self.invariant or name not in self.higher_is_better:
+                    continue  # equal at every depth, or a weight
                 null = np.array([n[measure] for n in nulls] or [np.full(len(values), np.nan)])
                 for i, depth in enumerate(self._cuts):
                     at = null[:, i]
@@ -227,7 +248,11 @@ class _FeatureInformation:
             accuracy, at_level, right_group = read_off(confusion, groups)
             found[f"{probe}_accuracy"] = np.array([accuracy])
             found[f"{probe}_level_accuracy"] = at_level
-            found[f"{probe}_right_group"] = right_group
+            chance, most = right_group_bounds(confusion, groups)
+            weight = np.where(most - chance > 1e-9, most - chance, 0.0)
+            found[f"{probe}_right_group"] = summary.ratio(right_group - chance, weight)
+            found[f"{probe}_right_group_weight"] = weight
+            found[f"{probe}_errors"] = np.array([confusion.sum() - np.trace(confusion)])
         if self.moments is not None:
             found["variance_share"] = self.moments.variance_share(groups, labelling)
         return found
@@ -253,8 +278,37 @@ def read_off(confusion: np.ndarray, groups: np.ndarray) -> tuple[float, np.ndarr
     return accuracy, at_level, right_group
 
 
+def right_group_bounds(confusion: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the errors in the right group at each cut (L,) by chance, and at most (own definition).
+
+    By chance: under quasi-independence, where the errors of class a that are taken for class b ≠ a
+    are proportional to s_a·t_b, with s and t such that the number of errors of each class and of
+    wrong predictions of each class are those observed. At most: of the errors whose true group has
+    another class with an image or a prediction. 0 without errors.
+
+    Args:
+        confusion: (C, C) images by true and by predicted class.
+        groups: (L, C) the group of each class at each cut.
+    """
+    wrong = confusion - np.diag(np.diag(confusion))
+    missed, given = wrong.sum(1).astype(float), wrong.sum(0).astype(float)
+    rate = given
+    for _ in range(FITTING_STEPS):
+        share = np.nan_to_num(summary.ratio(missed, rate.sum() - rate))
+        rate = np.nan_to_num(summary.ratio(given, share.sum() - share))
+    occurs = confusion.any(0) | confusion.any(1)
+    chance, most = np.zeros((2, len(groups)))
+    for i, group in enumerate(groups):
+        _, code = np.unique(group, return_inverse=True)
+        near = np.bincount(code, rate)[code] - rate  # of the other classes of the group
+        chance[i] = missed @ np.nan_to_num(summary.ratio(near, rate.sum() - rate))
+        most[i] = missed @ (np.bincount(code, occurs)[code] > occurs)
+    total = max(missed.sum(), 1.0)
+    return chance / total, most / total
+
+
 def informative_cuts(taxonomy: Taxonomy) -> list[int]:
-    """The depths whose cut has more than one group and fewer groups than classes."""
+    """The depths whose cut has more than one group, fewer than classes, and more than the one above."""
+    groups = [len(np.unique(taxonomy.cut(t))) for t in range(taxonomy.max_depth)]
     cuts = range(1, taxonomy.max_depth)
-    groups = {t: len(np.unique(taxonomy.cut(t))) for t in cuts}
-    return [t for t in cuts if 1 < groups[t] < len(taxonomy.classes)]
+    return [t for t in cuts if groups[t - 1] < groups[t] < len(taxonomy.classes)]

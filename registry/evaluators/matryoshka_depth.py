@@ -74,7 +74,9 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
     counting with the depth of that class; `different_*` leave such pairs out, so that class
     detectors do not raise them. `gain` is the last group minus the first, `trend` the rank
     correlation of group and depth over latents: both are above 0 where early latents are general
-    and late ones specific.
+    and late ones specific. Counts of latents: `defined` (of `depth`, `trend`) and `n_different` (of
+    `different_depth`, `different_trend`); `n_ends` and `n_different_ends`, the fewer of those in the
+    first and in the last group, for the gains.
 
     An SAE without prefixes, or a Matryoshka SAE saved as another architecture without its widths
     (give them in the options), is grouped by firing rate: `by_rate` is 1. So are the `random` and
@@ -94,9 +96,14 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         "different_trend": True,
         "groups": None,
         "defined": None,
+        "n_different": None,
+        "n_ends": None,
+        "n_different_ends": None,
         "by_rate": None,
     }
-    invariant = frozenset({"groups", "defined", "by_rate"})
+    invariant = frozenset(
+        {"groups", "defined", "n_different", "n_ends", "n_different_ends", "by_rate"}
+    )
     Options = MatryoshkaDepthOptions
 
     def prepare(self) -> None:
@@ -148,13 +155,17 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
             "by_rate": float(self.by_rate),
         }
         for prefix, depth in zip(("", "different_"), self.depths(permutation, shuffled)):
-            first, last = (summary.mean(depth, group == g) for g in (0, len(self.widths) - 1))
+            ends = [group == g for g in (0, len(self.widths) - 1)]
+            first, last = (summary.mean(depth, end) for end in ends)
             valid = np.isfinite(depth)
+            numbers[f"n_{prefix}ends"] = float(min((valid & end).sum() for end in ends))
             numbers[f"{prefix}depth"] = summary.mean(depth)
             numbers[f"{prefix}gain"] = last - first
             numbers[f"{prefix}trend"] = spearman(group[valid], depth[valid])
             if not prefix:
                 numbers |= {"first_depth": first, "last_depth": last, "defined": float(valid.sum())}
+            else:
+                numbers["n_different"] = float(valid.sum())
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:

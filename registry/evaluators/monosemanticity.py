@@ -57,7 +57,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
     activation of latent j scaled to 0 … 1 over all images, E the embedding. With Ê = E/‖E‖ this
     equals (‖Σ ã Ê‖² − Σ ã²) / ((Σ ã)² − Σ ã²): from one sum per latent.
 
-    Undefined for a latent that is constant or that only one image activates. The `baseline` is the
+    Undefined for a latent that is constant or above its least value on one image only. The `baseline` is the
     mean cosine over all pairs of images, the score of a latent without preference. Memory O(m·e).
     """
 
@@ -84,10 +84,10 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         self._own_layer = False
         self._file: np.ndarray | None = None
         self._images = 0
-        self._fired = np.zeros(m, dtype=np.int64)
+        self._active = np.zeros(m, dtype=np.int64)  # images on which each latent is not 0
         self._sum, self._squares = np.zeros(m), np.zeros(m)
         self._least = torch.full((m,), torch.inf)
-        self._most = torch.zeros(m)
+        self._most = torch.full((m,), -torch.inf)
         self._weighted: Tensor | None = None  # (m, e) Σ z Ê
         self._embedded: Tensor | None = None  # (e,) Σ Ê
         self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -101,10 +101,10 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
             self._embedded = torch.zeros(size[1], dtype=torch.float64)
         self._embedded += embedding.sum(0, dtype=torch.float64).cpu()
         self._add(batch, embedding)
-        _, latents, values = batch.firings
-        m = len(self._fired)
+        _, latents, values = batch.active
+        m = len(self._active)
         self._images += len(batch)
-        self._fired += torch.bincount(latents, minlength=m).numpy()
+        self._active += torch.bincount(latents, minlength=m).numpy()
         for total, of in ((self._sum, values.double()), (self._squares, values.double().square())):
             total += torch.bincount(latents, weights=of, minlength=m).numpy()
         self._least.scatter_reduce_(0, latents, values, "amin")
@@ -114,16 +114,16 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         """Add Σ z Ê of a batch. A sparse product writes all of (m, e), so the firings of a sparse z
         are collected first, of at most as many images as there are latents."""
         assert self._weighted is not None
-        rows, latents, values = batch.firings
+        rows, latents, values = batch.active
         n, m = batch.z.shape
         if len(values) > DENSE * n * m:
-            z = batch.z.float().nan_to_num(0.0).clamp(min=0)
+            z = batch.z.float().nan_to_num(0.0)
             self._weighted += (z.T @ embedding).cpu()
             return
         self._waiting.append((rows, latents, values, embedding.cpu()))
         images = sum(len(unit) for *_, unit in self._waiting)
-        firings = sum(len(values) for _, _, values, _ in self._waiting)
-        if images >= m or firings >= self._weighted.numel():
+        entries = sum(len(values) for _, _, values, _ in self._waiting)
+        if images >= m or entries >= self._weighted.numel():
             self._merge()
 
     def _merge(self) -> None:
@@ -134,7 +134,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         starts = np.cumsum([0, *(len(unit) for unit in units)])
         row = torch.cat([r + int(start) for r, start in zip(rows, starts)]).numpy()
         entries = (torch.cat(values).numpy(), (torch.cat(latents).numpy(), row))
-        z = sparse.csr_array(entries, shape=(len(self._fired), int(starts[-1])))
+        z = sparse.csr_array(entries, shape=(len(self._active), int(starts[-1])))
         self._weighted += torch.from_numpy(z @ torch.cat(units).numpy())
 
     def _embed(self, batch: EvaluationBatch) -> Tensor:
@@ -169,9 +169,10 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         self._merge()
         if self._weighted is None or self._embedded is None:
             return np.full(self.context.d_sae, np.nan)
-        always = self._fired == self._images
-        low = np.where(always, self._least.double().numpy(), 0.0)
-        span = self._most.double().numpy() - low
+        always = self._active == self._images
+        least, most = self._least.double().numpy(), self._most.double().numpy()
+        low = np.where(always, least, np.minimum(least, 0.0))
+        span = np.where(always, most, np.maximum(most, 0.0)) - low
         scale = np.divide(1.0, span, out=np.zeros_like(span), where=span > 0)
         whole = (self._sum - self._images * low) * scale
         squares = self._squares - 2 * low * self._sum + self._images * low**2
@@ -181,7 +182,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         along = (self._weighted @ self._embedded).numpy()
         length = length - 2 * low * along + low**2 * float(self._embedded.square().sum())
         pairs = whole**2 - squares
-        defined = (scale > 0) & (self._fired > 1) & (pairs > 1e-9 * whole**2)
+        defined = (scale > 0) & (pairs > 1e-9 * whole**2)
         return np.where(defined, summary.ratio(length * scale**2 - squares, pairs), np.nan)
 
     @property
@@ -210,7 +211,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         scores = self.scores()
         latent = np.flatnonzero(np.isfinite(scores))
         latent = latent[np.argsort(-scores[latent], kind="stable")]
-        table = {"latent": latent, "monosemanticity": scores[latent], "fired": self._fired[latent]}
+        table = {"latent": latent, "monosemanticity": scores[latent], "fired": self._active[latent]}
         return {"latents": pd.DataFrame(table)}
 
     def figures(self) -> dict[str, Figure]:

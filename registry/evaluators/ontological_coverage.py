@@ -73,6 +73,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         "nodes",
         meaning="the F1 of its best latent: latent and threshold chosen on one half of the "
         "images, scored on the other",
+        fires_on="fires_on",
         priority=10,
     )
     Options = CoverageOptions
@@ -145,6 +146,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
                 "threshold": threshold,
                 "precision": found.precision,
                 "recall": found.recall,
+                "fires_on": found.fires_on,
                 "f1": found.f1,
                 "fit_f1": found.fit_f1,
                 "permuted_f1": null,

@@ -92,10 +92,11 @@ class ParentChild(Evaluator[ParentChildOptions]):
     - `reconstruction_share`: of at most `probed` edges those that pass Tree SAE's condition: with a
       logistic probe of the child's firing on x, the decoder rows of parent and child both are among
       the `nearest` to it by cosine. NaN without a decoder.
-    - `edge_precision`: each latent represents the node of best F1 with its firing; share of the
-      edges whose parent's classes are a strict superset of the child's and whose parent is not the
-      root. `edge_recall`: share of the (parent, child) edges of the collapsed tree below its root
-      that some forest edge represents.
+    - `edge_precision`: each latent represents the node of best F1 with its firing on the score half,
+      so that nodes are not chosen on the images that the edge was; share of the edges whose parent's
+      classes are a strict superset of the child's and whose parent is not the root, over the
+      `n_edges` whose latents both fire there. `edge_recall`: share of the (parent, child) edges of
+      the collapsed tree below its root that some forest edge represents.
 
     An SAE's own forest (`parents` in its config, as `tree` and `hsae` write it) is measured too,
     over the edges whose child fires `min_fired` times on the fit half; NaN for all other SAEs.
@@ -114,6 +115,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     higher_is_better = {
         "edge_precision": True,
         "edge_recall": True,
+        "n_edges": None,
         "pairs": None,
         "edges": None,
         "child_share": None,
@@ -210,7 +212,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def _fired(self) -> np.ndarray:
         """(m,) images of the fit half on which each latent fires."""
         sample = self._sample
-        fit = sample.z[sample.is_fit]
+        fit = fires(sample.z[sample.is_fit])
         return np.bincount(fit.indices, minlength=shape(fit)[1])
 
     @property
@@ -258,11 +260,13 @@ class ParentChild(Evaluator[ParentChildOptions]):
         permutation: np.ndarray | None = None,
         shuffled: bool = False,
     ) -> np.ndarray:
-        """(l,) position in `_nodes` of the node of best F1 with each of `latents` (l,)."""
+        """(l,) position in `_nodes` of the node of best F1 with each of `latents` (l,), on the score
+        half; −1 where a latent does not fire there."""
         members = self.members(self._nodes, permutation)
         distinct, place = np.unique(latents, return_inverse=True)
-        fired = self._firings.fired(shuffled, distinct)
-        return best_nodes(fired, self._classes.all(shuffled), members)[0][place]
+        fired = self._firings.score(shuffled)[torch.from_numpy(distinct), 0].numpy()
+        node, f1 = best_nodes(fired, self._classes.score(shuffled), members)
+        return np.where(f1 > 0, node, -1)[place]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -270,10 +274,11 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._check_shuffled(shuffled)
         forest, edges, distances = self.forest, self.edges, self._hamming
         living = int((self._fired >= self.options.min_fired).sum())
-        precision, recall = self._agreement(forest, permutation, shuffled)
+        precision, recall, n_edges = self._agreement(forest, permutation, shuffled)
         return {
             "edge_precision": precision,
             "edge_recall": recall,
+            "n_edges": float(n_edges),
             "pairs": float(len(self.pairs.child)),
             "edges": float(len(forest.child)),
             "child_share": len(forest.child) / living if living else float("nan"),
@@ -292,7 +297,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         if not len(self.recorded.child):
             names = [n for n in self.higher_is_better if n.startswith(("recorded_", "rewired_"))]
             return dict.fromkeys(names, float("nan"))
-        precision, recall = self._agreement(self.recorded, permutation, shuffled)
+        precision, recall, _ = self._agreement(self.recorded, permutation, shuffled)
         rewired = [self._agreement(forest, permutation, shuffled)[0] for forest in self.rewired]
         return {
             **self._recorded_facts,
@@ -323,12 +328,15 @@ class ParentChild(Evaluator[ParentChildOptions]):
 
     def _agreement(
         self, forest: Pairs, permutation: np.ndarray | None = None, shuffled: bool = False
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float, int]:
+        """Precision and recall of the edges, and how many have two latents that fire."""
         ends = np.stack(forest)
         parent, child = self.best_nodes(ends.ravel(), permutation, shuffled).reshape(ends.shape)
+        fire = (parent >= 0) & (child >= 0)
         return (
-            summary.mean(self._above[parent, child] & (parent > 0)),
+            summary.mean(self._above[parent, child] & (parent > 0), fire),
             recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
+            int(fire.sum()),
         )
 
     @cached_property
@@ -352,7 +360,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         tables = {"forest": self._rows(self.forest, self.edges, self.reconstructs)}
         parents = self._hamming.copy()
         nodes = self.best_nodes(parents["parent"].to_numpy())
-        parents.insert(1, "name", self._names[nodes])
+        parents.insert(1, "name", np.where(nodes >= 0, self._names[nodes], ""))
         tables["parents"] = parents
         if len(self.recorded.child):
             passes = self.recorded_reconstructs[0]
@@ -365,9 +373,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
             {
                 "child": forest.child,
                 "parent": forest.parent,
-                "child_name": self._names[child],
-                "parent_name": self._names[parent],
-                "agrees": self._above[parent, child] & (parent > 0),
+                "child_name": np.where(child >= 0, self._names[child], ""),
+                "parent_name": np.where(parent >= 0, self._names[parent], ""),
+                "agrees": self._above[parent, child] & (parent > 0) & (child >= 0),
                 "child_fired": self._fired[forest.child],
                 "parent_fired": self._fired[forest.parent],
                 **edges._asdict(),

@@ -37,8 +37,8 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
 
     They are equal if the active decoder rows are orthogonal and the reconstruction is exact.
     `epsilon_lbo` = |‖x‖² − ‖f̃‖²| / ((m − 1)‖f̃‖²), mean over images: a lower bound on the
-    deviation of the rows from orthogonality; `epsilon_lbo_l0` uses the latents that fire in place
-    of all m (own definition). `within_*`: images with |‖x‖² − ‖f̃‖²| ≤ c‖f̃‖². `norm_ratio`: mean
+    deviation of the rows from orthogonality; `epsilon_lbo_l0` uses the latents that are not 0 in
+    place of all m (own definition). `within_*`: images with |‖x‖² − ‖f̃‖²| ≤ c‖f̃‖². `norm_ratio`: mean
     ‖f̃‖/‖x‖; `norm_correlation`: of the two norms over images, not meaningful where a norm layer
     makes ‖x‖ nearly constant (`norm_spread`: standard deviation of ‖x‖ over its mean). A poor
     reconstruction increases all differences. NaN without a decoder, and where an image's f̃ is 0.
@@ -74,7 +74,7 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
     def update(self, batch: EvaluationBatch) -> None:
         if self._row_norm is None:
             return
-        rows, latents, values = batch.firings
+        rows, latents, values = batch.active
         n = len(batch)
         square = (values.double() * self._row_norm[latents]).square()
         f2 = torch.bincount(rows, weights=square, minlength=n).numpy() + self._offset

@@ -35,7 +35,7 @@ TINY = 1e-6
 @dataclass(frozen=True)
 class ReconstructionOptions:
     """max_images: images of the score half on which x is replaced by x̂, at most.
-    almost_dead, dense: a latent that fires on a smaller, or larger, share of the tokens.
+    almost_dead, dense: a latent that is not 0 on a smaller, or larger, share of the tokens.
     """
 
     max_images: int = 256
@@ -67,9 +67,9 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
 
     `mse` = mean ‖x − x̂‖²; `fvu` = mse / total variance of x, `explained_variance` = 1 − fvu;
     `cossim`, mean cos(x, x̂); `l2_ratio`, mean ‖x̂‖/‖x‖; `relative_reconstruction_bias` =
-    mean ‖x̂‖² / mean x·x̂. `l0`: latents above 0 on a token, `l0_image` on any token of an image.
-    `dead_share`: latents that fire on no token; `almost_dead_share`, on a share below 1e-7 (the
-    same on fewer than 10 million tokens); `dense_share`, above 1 %.
+    mean ‖x̂‖² / mean x·x̂. `l0`: latents that are not 0 on a token, `l0_image` on any token of an
+    image. `dead_share`: latents that are 0 on every token; `almost_dead_share`, not 0 on a share
+    below 1e-7 (the same on fewer than 10 million tokens); `dense_share`, above 1 %.
 
     Splicing replaces the chosen tokens at the hook point by x̂; ablation by 0, mean ablation by
     their mean over the fit half. `ce_loss_without_sae`, `_with_sae`, `_with_ablation`,
@@ -125,6 +125,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         "neurons": "x⁺ and (−x)⁺ reconstruct x exactly",
     }
     invariant = frozenset(higher_is_better)
+    labels = {"l0": "L0 of a token", "l0_image": "L0 of an image"}
     wants_intervention = True
     Options = ReconstructionOptions
 
@@ -132,9 +133,8 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         self._rate = self.context.share(FiringRate)
         self._images = self.context.share(ImagePositions, max_images=self.options.max_images)
         self._tokens = 0
-        self._fired = np.zeros(
-            self.context.d_sae, dtype=np.int64
-        )  # tokens on which each latent fires
+        self._seen_images = self._of_images = 0  # images, and Σ of their latents that are not 0
+        self._active = np.zeros(self.context.d_sae, dtype=np.int64)  # tokens where z is not 0
         self._sums: dict[str, float] = {}
         self._offset: Tensor | None = None  # mean of the first batch, for precision of squares
         self._moved = torch.zeros(self.context.d_in, dtype=torch.float64)  # Σ (x − offset)
@@ -151,16 +151,19 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         for images in torch.arange(len(tokens)).split(max(1, 4096 // per_image)):
             x = tokens[images].flatten(0, 1)
             z, decoded = reconstruct(x)
-            self._add(x.double().cpu(), z, decoded.double().cpu())
+            active = (z != 0).unflatten(0, (len(images), -1))
+            self._active += active.sum((0, 1)).cpu().numpy()
+            self._of_images += int(active.any(1).sum())
+            self._seen_images += len(images)
+            self._add(x.double().cpu(), decoded.double().cpu())
         fit = tokens[batch.is_fit.to(tokens.device)].flatten(0, 1)
         self._fit_sum += fit.sum(0, dtype=torch.float64).cpu()
         self._fit_tokens += len(fit)
 
-    def _add(self, x: Tensor, z: Tensor, decoded: Tensor) -> None:
+    def _add(self, x: Tensor, decoded: Tensor) -> None:
         if self._offset is None:
             self._offset = x.mean(0)
         self._tokens += len(x)
-        self._fired += (z > 0).sum(0).cpu().numpy()
         self._moved += (x - self._offset).sum(0)
         length, product = x.norm(dim=1), (x * decoded).sum(1)
         found = decoded.norm(dim=1)
@@ -201,6 +204,7 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         density = self.density
         return {
             "l0": float(density.sum()),
+            "l0_image": self._of_images / self._seen_images,
             "dead_share": summary.mean(density == 0),
             "almost_dead_share": summary.mean(density < self.options.almost_dead),
             "dense_share": summary.mean(density > self.options.dense),
@@ -208,8 +212,8 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
 
     @property
     def density(self) -> np.ndarray:
-        """(m,) share of the tokens on which each latent fires; NaN if nothing is decoded."""
-        return summary.ratio(self._fired, self._tokens)
+        """(m,) share of the tokens on which each latent is not 0; NaN if nothing is decoded."""
+        return summary.ratio(self._active, self._tokens)
 
     # Downstream --------------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
-from .base import ALL_NULLS, Evaluator, Peer, remembered, require_at_least
+from .base import ALL_NULLS, Evaluator, Peer, not_finite, remembered, require_at_least
 from .parts import summary
-from .parts.samples import FiringSample, fires, shape
+from .parts.samples import FiringSample, shape
 
 SALT = 105
 RIDGE = 1e-3  # of the regressions, relative to the variance of a latent
@@ -32,7 +32,7 @@ MATCHES = ("decoder", "activation")
 @dataclass(frozen=True)
 class StabilityOptions:
     """max_images: size of the sample on which latents are compared, fit and score half together.
-    max_latents: number of most frequently firing latents matched, of either SAE; the time is cubic
+    max_latents: number of most frequently active latents matched, of either SAE; the time is cubic
     in it.
     regressors: latents of the peer that predict one latent jointly, at most.
     anchors: reference images of a relative representation.
@@ -80,10 +80,11 @@ class Stability(Evaluator[StabilityOptions]):
     - `relative_cosine`, `relative_mrr`: a held-out image is represented by the cosines of its
       latents with those of the anchors, images of the fit half. The two SAEs' representations of
       the same images are compared: mean cosine, after centring; mean reciprocal rank of an image
-      among all images. Comparable across SAEs of different width or model.
+      among all images. Images with equal representations share a rank, so that a copy reaches 1 in
+      `relative_mrr` only where no two images have the same. Comparable across SAEs of different width or model.
 
-    Latents that fire on no fit image of the sample are left out, and in wide dictionaries those
-    that fire least; `latents` are matched. Everything is NaN without a peer. Memory
+    Latents that are 0 on every fit image of the sample are left out, and in wide dictionaries those
+    that are active least; `latents` are matched. Everything is NaN without a peer. Memory
     O(max_images·(L0 + max_latents) + max_latents²).
     """
 
@@ -122,6 +123,8 @@ class Stability(Evaluator[StabilityOptions]):
     def _compare(self, peer: Peer) -> Comparison:
         sample, options = self._sample, self.options
         own, other = sample.z, peer.latents(sample.index)
+        if error := not_finite(f"latents of the peer {peer.name}", torch.from_numpy(other.data)):
+            raise error
         fit = sample.is_fit
         a = most_firing(own[fit], options.max_latents)
         b = most_firing(other[fit], options.max_latents)
@@ -248,10 +251,10 @@ def _latents(found: Comparison) -> pd.DataFrame:
 
 
 def most_firing(z: sparse.csr_array, most: int) -> np.ndarray:
-    """(≤ most,) the latents of z (n, m) that fire on most images, ascending; no silent ones."""
-    fired = np.asarray(fires(z).sum(0)).ravel()
-    order = np.argsort(-fired, kind="stable")[:most]
-    return np.sort(order[fired[order] > 0])
+    """(≤ most,) the latents of z (n, m) that are not 0 on most images, ascending; no dead ones."""
+    active = np.bincount(z.indices[z.data != 0], minlength=shape(z)[1])
+    order = np.argsort(-active, kind="stable")[:most]
+    return np.sort(order[active[order] > 0])
 
 
 def match(likeness: np.ndarray) -> np.ndarray:
@@ -353,13 +356,19 @@ def relative(z: sparse.csr_array, anchors: sparse.csr_array) -> np.ndarray:
 
 def relative_agreement(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """Mean cosine of the rows of own and other (n, A), each about its mean row; and the mean of
-    1/rank of row i of `other` among its rows, by cosine with row i of `own` (ties share a rank)."""
-    if len(own) < 2:
+    1/rank of row i of `other` among its rows, by cosine with row i of `own` (ties share a rank).
+
+    Rows that equal the mean row in either have no cosine and are left out of its mean. Both are NaN
+    with fewer than two rows, and where all rows of either are 0.
+    """
+    if len(own) < 2 or not (own.any() and other.any()):
         return float("nan"), float("nan")
-    first, second = (unit(torch.from_numpy(r - r.mean(0))).numpy() for r in (own, other))
+    first, second = (r - r.mean(0) for r in (own, other))
+    defined = np.all([np.linalg.norm(r, axis=1) > 1e-9 for r in (first, second)], axis=0)
+    first, second = (unit(torch.from_numpy(r)).numpy() for r in (first, second))
     likeness = first @ second.T
     same = likeness.diagonal()[:, None]
     tolerance = 1e-9
     above = (likeness > same + tolerance).sum(1)
     equal = (np.abs(likeness - same) <= tolerance).sum(1)
-    return float(likeness.diagonal().mean()), float((1 / (above + (equal + 1) / 2)).mean())
+    return summary.mean(likeness.diagonal(), defined), float((1 / (above + (equal + 1) / 2)).mean())

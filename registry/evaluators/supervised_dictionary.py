@@ -82,7 +82,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
     - `necessity`: x is replaced by E[x] + (x − x̂); D/D(E[x]). 1: x − x̂ carries no information.
     - `control`: each image is paired with one of another class, with activations x'. At most four
       latents of x are set to their values on x', chosen greedily to bring x nearest to x'. The
-      share of pairs with the prediction of x', among those where patching in x' changes it.
+      share of pairs with the prediction of x', among the `n_pairs` where patching in x' changes it.
     - `supervised_*`: the same for the supervised dictionary: x̂ = E[x] + u_class, and one swap,
       x + u_class' − u_class.
 
@@ -94,7 +94,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
 
     - `interpretability`: over latents that fire, the F1 of their firing for their best node,
       chosen on the fit half and scored on the other; `supervised_interpretability`: over
-      nodes, that of x·u_v above a threshold chosen on the fit half.
+      `n_nodes` nodes, that of x·u_v above a threshold chosen on the fit half.
     - `detected_share`: of the `supervised_nodes` (u_v detects them with F1 ≥ .5), the share that
       some latent detects too.
     - `occluded`: of these nodes, how many no latent detects while a parent or child with a longer u
@@ -120,12 +120,20 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         "occluded_share": None,
         "over_split": False,
         "supervised_nodes": None,
+        "n_nodes": None,
         "latents": None,
         "spliced_images": None,
+        "n_pairs": None,
     }
     wants_intervention = True
     invariant = frozenset(
-        {*SPLICED, *(f"supervised_{metric}" for metric in SPLICED), "latents", "spliced_images"}
+        {
+            *SPLICED,
+            *(f"supervised_{metric}" for metric in SPLICED),
+            "latents",
+            "spliced_images",
+            "n_pairs",
+        }
     )
     Options = SupervisedDictionaryOptions
 
@@ -290,15 +298,18 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
             "over_split": float((self._split_into(found) >= OVER_SPLIT).sum()),
             "latents": float((found.node >= 0).sum()),
             "spliced_images": 0.0,
+            "n_pairs": 0.0,
         }
         if self.context.source == "sae":
             numbers["supervised_interpretability"] = summary.mean(found.supervised.f1)
             numbers["supervised_nodes"] = float(known.sum())
+            numbers["n_nodes"] = float(np.isfinite(found.supervised.f1).sum())
         if not shuffled:
             spliced = self.spliced()
             numbers |= spliced.shares
             numbers |= {name: summary.mean(agree) for name, agree in spliced.agree.items()}
             numbers["spliced_images"] = float(len(spliced.index))
+            numbers["n_pairs"] = float(np.isfinite(spliced.agree.get("control", EMPTY)).sum())
         return numbers
 
     def notes(self) -> list[str]:

@@ -19,6 +19,7 @@ from scipy.spatial.distance import pdist, squareform
 from ..errors import ConfigError
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
+from .parts.accumulators import ClassCounts
 from .parts.ranks import spearman
 from .parts.sums import ActivationSums, LatentSums
 
@@ -30,7 +31,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 class TreeProbeOptions:
     """splits: number of random divisions of the classes into fitted and held-out ones.
     asked_share: share of the classes held out in each split.
-    rank: dimensions of the map, at most.
+    rank: dimensions of the map; more where the last one has the same eigenvalue as the next.
     """
 
     splits: int = 5
@@ -79,14 +80,14 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
     - `*_spearman`: over the pairs of held-out classes, mean over the splits; `*_euclidean`: without
       the map; `*_excess`: the difference. `*_in_sample`: on the fitted classes, for comparison: it
       approaches its ceiling for any tree.
-    - `ceiling`: the largest rank correlation with the tree distances of distances without ties.
-      Most pairs of classes have equal tree distances, so it is well below 1.
+    - `ceiling`: the largest rank correlation with the tree distances of distances without ties;
+      below 1, as many pairs of classes have equal tree distances.
     - `*_uuas`: share of the edges of the collapsed tree over the held-out classes that are in the
       minimum spanning tree of probe distances, a node placed at the mean of its classes (over the
       leaves alone the spanning tree is not unique). Since inner nodes are means of the classes
       below, `*_euclidean_uuas`, without the map, is a strong null.
 
-    `x_*` describes the model and not the SAE; `z_*` are the class means of the latents. The other
+    `n_classes`: held-out classes with images, mean over the splits. `x_*` describes the model and not the SAE; `z_*` are the class means of the latents. The other
     sources of latents share x, so `x_*` is NaN there. NaN with fewer than 4 held-out or
     fitted classes. Memory O(C·(d + m) + C²).
     """
@@ -107,10 +108,13 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             )
         },
         "ceiling": None,
+        "n_classes": None,
     }
+    invariant = frozenset({"n_classes"})
     Options = TreeProbeOptions
 
     def prepare(self) -> None:
+        self._classes = self.context.share(ClassCounts)
         self._sums: dict[str, ActivationSums | LatentSums] = {"z": self.context.share(LatentSums)}
         if self.context.source == "sae":
             self._sums["x"] = self.context.share(ActivationSums)
@@ -192,6 +196,11 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             numbers[f"{feature}_excess"] = found["spearman"] - found["euclidean"]
             if feature == "z":
                 numbers["ceiling"] = ceiling
+        images = self._classes.all(shuffled)
+        placed = images if permutation is None else images[np.argsort(permutation)]
+        numbers["n_classes"] = summary.mean(
+            [np.count_nonzero(placed[split.asked]) for split in self.splits]
+        )
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -223,12 +232,17 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
 
 
 def scaled_points(distance: np.ndarray, rank: int) -> np.ndarray:
-    """(n, r) centred points with squared distances nearest to `distance` (classical scaling)."""
+    """(n, r) centred points with squared distances nearest to `distance` (classical scaling).
+
+    r is at most `rank`, or ends with the eigenvalues equal to the last one: a cut inside of them would
+    keep directions that are chosen by rounding.
+    """
     centred = distance - distance.mean(0)
     gram = -0.5 * (centred - centred.mean(1, keepdims=True))
     values, vectors = np.linalg.eigh(gram)
-    kept = np.argsort(-values)[: min(rank, len(values))]
-    kept = kept[values[kept] > 1e-9 * max(values.max(), 1e-30)]
+    tolerance = 1e-9 * max(values.max(), 1e-30)
+    last = np.sort(values)[-min(rank, len(values))]
+    kept = np.flatnonzero(values > max(last - tolerance, tolerance))[::-1]
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
@@ -244,7 +258,7 @@ def ridge_map(fitted: np.ndarray, points: np.ndarray, held_out: np.ndarray) -> n
     values, vectors = np.linalg.eigh(centred @ centred.T)
     values = values.clip(min=0)
     scale = values.mean()
-    if not scale > 0:
+    if not scale > 1e-12 * np.square(fitted).sum(1).mean():  # constant, up to rounding
         return np.zeros((len(held_out), points.shape[1]))
     turned = vectors.T @ points
     best, least = None, np.inf
@@ -271,13 +285,19 @@ def tie_ceiling(values: np.ndarray) -> float:
 
 
 def spanned(points: np.ndarray, split: Split) -> float:
-    """The share of the tree's edges that are in the minimum spanning tree of the nodes' points."""
-    if not split.edges:
+    """The share of the tree's edges that are in the minimum spanning tree of the nodes' points.
+
+    NaN without edges, and where all points are equal.
+    """
+    if not split.edges or np.ptp(points, axis=0).max(initial=0) <= 1e-6 * np.abs(points).max(
+        initial=0
+    ):
         return float("nan")
     members = split.members.astype(np.float64)
     nodes = members.T @ points / members.sum(0)[:, None]
+    distance = pdist(nodes)
     # A distance of 0 means "no edge" to scipy.
-    distance = squareform(pdist(nodes)) + 1e-12
+    distance = squareform(distance + 1e-12 * distance.max())
     first, second = minimum_spanning_tree(np.triu(distance, 1)).nonzero()
     found = set(zip(first.tolist(), second.tolist()))
     return float(np.mean([(min(e), max(e)) in found for e in split.edges]))

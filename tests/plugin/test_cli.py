@@ -632,7 +632,7 @@ def test_the_demo_in_miniature(tmp_path):
     ]
     rows = summary_rows(made.results)
     assert list(dict.fromkeys(row["title"] for row in rows)) == [
-        *("node coverage", "pair depth", "LCH height", "LCH generality"),
+        *("node coverage", "pair depth", "LCH height"),
         *("level accuracy", "right group"),
     ]
     assert made.results.dataset.split == "validation"

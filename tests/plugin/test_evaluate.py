@@ -281,6 +281,7 @@ def test_patch_tokens_are_aggregated_over_the_image(
     assert largest.saes[0].tokens == "patch" and largest.saes[0].id == "sae"
     assert largest.saes[0].l0 > 4  # four of each of the four patches, more of their union
     assert largest.saes[0].l0 == mean.saes[0].l0
+    assert largest.saes[0].l0_token == mean.saes[0].l0_token == 4
     assert mean.settings["aggregate"] == "mean"
 
 

@@ -185,6 +185,13 @@ def test_the_training_evaluator_takes_the_images_that_it_would_load(
     limited = whole.limited(9).images
     assert limited.fingerprint == HeldOut.load(cfg.held_out_source, cfg.taxonomy).images.fingerprint
     assert whole.limited(100) is whole
+    # With more classes than that cap is for, it grows in proportion.
+    n_classes = len(whole.taxonomy.classes)
+    cfg.eval_max_images = None
+    monkeypatch.setattr(
+        "taxolens.plugin.evaluation.training_evaluator.MAX_TRAINING_CLASSES", n_classes / 1.5
+    )
+    assert len(make_training_evaluator(cfg, vit, whole).held_out[cfg.hook_name]) == 14
 
 
 def test_the_configuration_is_recorded_in_the_metadata_of_the_sae(train: Any, vit: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -408,6 +409,9 @@ def test_most_and_least_specific() -> None:
     assert least == [0, 1]
     assert cards.pick(rows[:1], TREE, 2) == ([0], [])
     assert cards.pick(rows[:0], TREE) == ([], [])
+    # Latents of one class are never the least specific, even where there is no other.
+    assert cards.pick(rows[2:4], TREE, 1) == ([1], [])
+    assert cards.pick(rows[1:4], TREE, 2) == ([2, 1], [0])
     assert not set(cards.pick(rows, TREE, 6)[0]) & set(cards.pick(rows, TREE, 6)[1])
 
 
@@ -426,6 +430,12 @@ def test_a_latent_stands_at_the_node_it_detects_best() -> None:
     assert found.node_f1() == {"thing.0": 0.5, "thing.1": 0.9, "thing.0.0": 0.0}
     empty = places({}, one=NodeTable("t"))
     assert empty.placed_latents().empty and empty.node_f1() == {}
+
+
+def test_the_share_of_images_above_the_threshold_is_that_of_the_table() -> None:
+    rows = placed((1, "thing.0", 0.5), (2, "thing.1", 0.9)).assign(share=[0.25, 0.5])
+    found = places({"one": rows}, one=NodeTable("t", fires_on="share")).placed_latents()
+    assert found[["latent", "fires_on"]].to_numpy().tolist() == [[2, 0.5], [1, 0.25]]
 
 
 def test_of_several_evaluators_the_one_of_smallest_priority_places_latents() -> None:
@@ -480,4 +490,9 @@ def test_cards_show_the_top_images(
     assert [image.activation for image in card.images] == pytest.approx(z[order, latent].tolist())
     assert card.images[0].label == TREE.label(int(TREE.class_nodes[labels[order[0]]]))
     assert card.fires_on == pytest.approx((z[:, latent] > 0).float().mean().item())
+    assert math.isnan(card.above_threshold_on)  # the table does not say
+    facts = {"top": done.context.share(TopImages, k=cards.TOP_IMAGES), "taxonomy": TREE}
+    facts |= {"rate": done.context.share(FiringRate), "image_ids": np.arange(len(held_out))}
+    said = placed((latent, "thing.0.1", 0.6)).assign(fires_on=[0.125])
+    assert cards.make_cards(said, [0], **facts)[0].above_threshold_on == 0.125
     assert card.path[0] == "thing" and len(card.path) == 3 and card.generality == 1

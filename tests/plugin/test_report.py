@@ -99,6 +99,25 @@ def test_page_says_what_was_measured(static: str, results: Results) -> None:
     assert f"latent {card.latent}" in seen and card.path[-1] in seen
 
 
+def test_a_share_and_a_sparsity_say_what_they_are_of(results: Results, tmp_path: Path) -> None:
+    def page(**changes: Any) -> str:
+        saes = [replace(results.saes[0], **changes)]
+        path = write_report(replace(results, saes=saes), tmp_path / "r.html", interactive=False)
+        return Page(path.read_text()).seen
+
+    plain = page()
+    assert "4.2" in plain and "a token" not in plain and "at a threshold" not in plain
+    assert f"above 0 on {charts.number(3)} % of images" in plain
+    assert "a token" not in page(l0_token=4.2)
+    both = f"{charts.number(213.0)} an image, {charts.number(16.0)} a token"
+    assert both in page(l0=213.0, l0_token=16.0)
+    card = replace(results.saes[0].most_specific[0], f1=0.6, above_threshold_on=0.031)
+    seen = page(most_specific=[card], least_specific=[])
+    share = f"{charts.number(3.1)} % of images"
+    assert f"F1 {charts.number(0.6)} at a threshold reached on {share}" in seen
+    assert "No latent of a node of several classes." in seen
+
+
 def test_names_are_escaped(static: str) -> None:
     assert "<thing" not in static
     assert "&lt;thing" in static

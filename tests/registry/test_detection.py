@@ -92,6 +92,21 @@ def test_explanations_by_brute_force(seed: int, random_dag, one_batch, measured)
             assert found.balanced_accuracy[j] == pytest.approx(expected, nan_ok=True)
 
 
+def test_a_balanced_accuracy_that_is_met_exactly_counts(one_batch: Any, measured: Any) -> None:
+    """On the score half it fires on 2 of 3 images of a and on 1 of 6 others: ½(2/3 + 1 − 1/6)."""
+    taxonomy = Taxonomy.from_edges([("r", "a"), ("r", "b")])
+    labels = np.array([0] * 6 + [1] * 12)
+    z = np.zeros((18, 1), dtype=np.float32)
+    z[[0, 2, 4, 1, 3, 7]] = 1  # every other image of a class is of the fit half
+    options = {"min_fired": 1}
+    (evaluator,) = measured(taxonomy, one_batch(z, labels), [Detection], options=options)
+    numbers = evaluator.compute()
+    assert numbers["balanced_accuracy"] == pytest.approx(0.75) and numbers["detected_share"] == 1
+    options["detected"] = 0.751
+    (evaluator,) = measured(taxonomy, one_batch(z, labels), [Detection], options=options)
+    assert evaluator.compute()["detected_share"] == 0
+
+
 def test_node_indicators_are_explained_perfectly(planted, animals) -> None:
     evaluator = planted()
     found = evaluator.compute()

@@ -136,6 +136,7 @@ def test_a_world_of_added_directions_is_the_ideal(one_batch: Measured, measured:
     numbers = evaluator.compute()
     assert set(numbers) == set(FeatureGeometry.higher_is_better)
     assert numbers["edges"] == numbers["detected_edges"] == 12 + 24
+    assert numbers["n_nodes"] == 4 + 12 + 24  # all but the root
     assert numbers["hierarchy_cosine"] < 0.25
     assert numbers["random_parent_cosine"] > numbers["hierarchy_cosine"] + 0.3
     assert numbers["projection_own"] == pytest.approx(1, abs=0.15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.lch_height import (
     LCHHeight,
+    RandomSets,
+    frequent_classes,
+    random_class_sets,
     random_sets,
     smallest_holding,
     top_labels,
@@ -43,7 +47,8 @@ def test_sets_of_classes_against_loops(random_dag, one_batch, measured, seed, ru
         labels = batch.labels_of(shuffled).numpy()
         for place in (np.arange(n_classes), permutation):
             node, size = evaluator.assign(place, shuffled)
-            heights, random_height = [], random_sets(taxonomy, 64, 0)[0]
+            present = tuple(sorted(place[np.unique(labels)].tolist()))
+            heights, random_height = [], random_class_sets(taxonomy, 1999, 0, present).height
             gaps = []
             for j in range(6):
                 fires = {c: batch.z.numpy()[labels == c, j] > 0 for c in set(labels)}
@@ -169,7 +174,7 @@ def test_a_dead_latent_is_undefined_not_zero(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 4)
     (evaluator,) = measured(animals, one_batch(np.zeros((48, 3), np.float32), labels), [LCHHeight])
     numbers = evaluator.compute()
-    assert numbers.pop("defined") == 0
+    assert numbers.pop("defined") == numbers.pop("n_latents") == 0
     assert all(np.isnan(value) for value in numbers.values())
     assert evaluator.tables()["latents"].empty
 
@@ -199,6 +204,78 @@ def test_a_latent_with_fewer_top_images_has_none():
     assert top_labels(top, 2, False).tolist() == [[3, 1], [4, 5], [-1] * 2]
 
 
+def test_the_strict_rule_is_the_lch(one_batch, measured):
+    """P has fewer classes, C is deeper: the LCH of x and y is C."""
+    edges = [("r", "A"), ("A", "B"), ("B", "C"), *(("C", c) for c in "xyw")]
+    edges += [("r", "P"), ("P", "x"), ("P", "y"), ("r", "q")]
+    taxonomy = Taxonomy.from_edges(edges)
+    labels = np.repeat(np.arange(4), 20)
+    z = np.array([0.0, 0, 1, 1])[labels] if taxonomy.classes == ("q", "w", "x", "y") else None
+    batch = one_batch(z[:, None].astype(np.float32), labels)
+    options = {"rule": "topk_strict"}
+    (evaluator,) = measured(taxonomy, batch, [LCHHeight], options=options)
+    node, size = evaluator.assign()
+    assert taxonomy.nodes[node[0]] == "C" and size.tolist() == [2]
+    assert taxonomy.nodes[evaluator.assign(rule="topk").node[0]] == "P"
+    # With q in the place of x and the other way round the two meet at the root.
+    assert evaluator.assign(np.array([2, 1, 0, 3])).node.tolist() == [0]
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_the_strict_rule_against_loops(random_dag, one_batch, measured, seed):
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    n_classes = len(taxonomy.classes)
+    labels = np.repeat(np.arange(n_classes), 12)
+    z = rng.random((len(labels), 5)).astype(np.float32) * (rng.random((len(labels), 5)) < 0.6)
+    batch = one_batch(z, labels)
+    options = {"rule": "topk_strict", "k": 3}
+    (evaluator,) = measured(taxonomy, batch, [LCHHeight], options=options)
+    place = rng.permutation(n_classes)
+    node, size = evaluator.assign(place)
+    for j in range(5):
+        top = batch.labels.numpy()[np.argsort(-batch.z.numpy()[:, j])[:3]]
+        assert node[j] == taxonomy.lch(place[top]) and size[j] == len(set(top.tolist()))
+
+
+def test_a_share_that_is_met_exactly_counts():
+    """.07 · 100 is above 7 in double precision."""
+    fired, images = np.array([[7, 6, 0], [0, 14, 1]]), np.array([100, 100, 14])
+    found = frequent_classes(fired, images, 0.07).tolist()
+    assert found == [[True, False, False], [False, True, True]]
+
+
+@pytest.mark.parametrize("n_images", [3, 6])
+def test_a_small_class_is_named_where_it_decides(animals, one_batch, measured, n_images):
+    labels = np.append(np.repeat(np.arange(11), 40), [11] * n_images)
+    _, z = planted(animals, labels)
+    batch, name = one_batch(z, labels), animals.classes[11]
+    for rule in ("topk", "topk_strict"):
+        (evaluator,) = measured(animals, batch, [LCHHeight], options={"rule": rule})
+        numbers, (note,) = evaluator.compute(), evaluator.notes()
+        what = "are undefined" if n_images == 3 else "use k = 3"
+        assert note.startswith(
+            f"The rules `topk` and `topk_strict` {what}, since k is at most half"
+        )
+        assert note.endswith(f"{name!r} has {n_images} images.")
+        assert (numbers["defined"] == 0) == (n_images == 3) == np.isnan(numbers["height"])
+    (evaluator,) = measured(animals, batch, [LCHHeight])
+    assert len(evaluator.notes()) == (2 if n_images == 3 else 0)
+
+
+def test_few_images_of_a_class_are_said_to_raise_the_nodes(animals, one_batch, measured):
+    for n_images, rule, expected in ((4, "frequency", 1), (5, "frequency", 0), (4, "any", 0)):
+        labels = np.repeat(np.arange(12), n_images)
+        batch = one_batch(planted(animals, labels)[1], labels)
+        (evaluator,) = measured(animals, batch, [LCHHeight], options={"rule": rule, "k": 2})
+        notes = [note for note in evaluator.notes() if "frequency" in note]
+        assert len(notes) == expected
+        assert all(n.startswith("12 of 12 classes have fewer than 5 images: ") for n in notes)
+    (evaluator,) = measured(animals, batch, [LCHHeight], options={"rule": "topk", "k": 2})
+    assert evaluator.notes() == []
+
+
 def test_random_sets_against_the_mean_over_all_sets(animals):
     height, generality = random_sets(animals, 3000, 0)
     assert np.isnan(height[0]) and height[1] == 0 and generality[1] == 0
@@ -206,6 +283,82 @@ def test_random_sets_against_the_mean_over_all_sets(animals):
     assert height[2] == pytest.approx(animals.height[pairs].mean(), abs=0.05)
     assert generality[2] == pytest.approx(animals.generality[pairs].mean(), abs=0.05)
     assert height[12] == pytest.approx(animals.height[0])
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_random_sets_against_all_sets_of_the_present_classes(random_dag, seed):
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    places = np.sort(rng.permutation(len(taxonomy.classes))[: rng.integers(2, 8)])
+    found = random_class_sets(taxonomy, 1500, seed, tuple(places.tolist()))
+    assert np.isnan(found.height[0]) and np.isnan(found.height[len(places) + 1 :]).all()
+    for size in range(2, len(places) + 1):
+        nodes = [taxonomy.lch(chosen) for chosen in combinations(places, size)]
+        heights = taxonomy.height[nodes]
+        exact = size == 2
+        assert found.height[size] == pytest.approx(heights.mean(), abs=1e-9 if exact else 0.3)
+        wanted = taxonomy.generality[nodes].mean()
+        assert found.generality[size] == pytest.approx(wanted, abs=1e-9 if exact else 0.3)
+        for height in np.unique(heights):
+            (p,) = found.p_lower(np.array([size]), np.array([height]))
+            assert p == pytest.approx((heights <= height).mean(), abs=1e-9 if exact else 0.08)
+
+
+def test_a_drawn_p_value_counts_the_set_itself():
+    heights = np.array([[0, 1, 1], [0, 2, 2], [0, 2, 3]])
+    found = RandomSets(np.zeros(4), np.zeros(4), heights, np.array([1, 1, 2, 3]))
+    p = found.p_lower(np.array([2, 3, 3, 2, 3]), np.array([1, 0, 2, 3, 3]))
+    assert p.tolist() == [2 / 4, 1 / 4, 3 / 4, 1.0, 1.0]
+
+
+def wide_tree() -> Taxonomy:
+    edges = [("r", f"o{o}") for o in range(4)]
+    edges += [(f"o{o}", f"o{o}f{f}") for o in range(4) for f in range(4)]
+    return Taxonomy.from_edges(
+        [*edges, *((f"o{o}f{f}", f"o{o}f{f}s{s}") for o, f, s in np.ndindex(4, 4, 4))]
+    )
+
+
+def test_random_class_sets_do_not_meet_lower(one_batch, measured):
+    """Over 40 worlds of latents that know two to five random classes each, 3 % at most meet lower."""
+    tree, rng = wide_tree(), np.random.default_rng(0)
+    labels, found = np.repeat(np.arange(64), 6), []
+    for _ in range(40):
+        size = rng.integers(2, 6, 60)
+        member = np.argsort(np.argsort(rng.random((64, 60)), axis=0), axis=0) < size
+        batch = one_batch(member[labels].astype(np.float32), labels)
+        (evaluator,) = measured(tree, batch, [LCHHeight])
+        numbers = evaluator.compute()
+        assert numbers["n_latents"] == 60
+        found.append(numbers["lower_share"])
+    assert np.mean(found) < 0.03 and np.mean(np.array(found) > 0) < 0.1
+
+
+def test_detectors_of_nodes_meet_lower_in_their_tree_alone(one_batch, measured):
+    tree = wide_tree()
+    labels = np.repeat(np.arange(64), 12)
+    _, z = planted(tree, labels, recall=0.8, false_alarm=0.001)
+    (evaluator,) = measured(tree, one_batch(z, labels), [LCHHeight])
+    numbers = evaluator.compute()
+    assert numbers["n_latents"] == 1 + 4 + 16
+    assert numbers["lower_share"] == pytest.approx(20 / 21)  # all but the root's
+    for p in evaluator.context.permutations:
+        assert evaluator.compute(permutation=p)["lower_share"] < 0.15
+    assert not evaluator.compute(shuffled=True)["lower_share"] > 0
+
+
+def test_absent_classes_are_in_no_random_set(one_batch, measured):
+    """One order alone is present: latents of random pairs of it are not lower than random pairs."""
+    tree = wide_tree()
+    order = np.flatnonzero(tree.cut(1) == tree.cut(1)[0])
+    pairs = np.array(list(combinations(order, 2)))
+    labels = np.repeat(order, 6)
+    z = (labels[:, None, None] == pairs).any(2).astype(np.float32)
+    (evaluator,) = measured(tree, one_batch(z, labels), [LCHHeight])
+    numbers = evaluator.compute()
+    assert numbers["n_latents"] == len(pairs) and numbers["lower_share"] == 0
+    assert numbers["height_gap"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +370,7 @@ def test_random_sets_against_the_mean_over_all_sets(animals):
         ),
         ({"tau": 0}, r"tau: out of range; given 0; allowed: a number in \(0, 1\]"),
         ({"k": 0}, "k: out of range; given 0; allowed: 1 or more"),
+        ({"level": 1.0}, r"level: out of range; given 1.0; allowed: a number in \(0, 1\)"),
         ({"ruel": "any"}, "option of lch_height: not known .did you mean 'rule'"),
     ],
 )

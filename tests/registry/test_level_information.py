@@ -12,6 +12,7 @@ from taxolens.registry.evaluators.level_information import (
     LevelInformation,
     informative_cuts,
     read_off,
+    right_group_bounds,
 )
 from taxolens.registry.evaluators.parts.probes import NeighbourProbe, RidgeProbe
 from taxolens.registry.taxonomies import Taxonomy
@@ -136,6 +137,91 @@ def test_nothing_to_read_off_is_undefined():
     assert accuracy == 1 and at_level[0] == 1 and np.isnan(right_group[0])
 
 
+def test_the_bounds_of_the_right_group_by_hand():
+    """Classes a b | c d | e; each error is as likely a as any other class, so chance is uniform."""
+    confusion = np.ones((5, 5), int)
+    groups = np.array([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]])
+    chance, most = right_group_bounds(confusion, groups)
+    assert chance == pytest.approx([4 / 5 * 1 / 4, 1, 0])
+    assert most == pytest.approx([4 / 5, 1, 0])  # e has nobody beside it
+    # Only a and b are taken for each other: nothing else could be predicted by chance either.
+    confusion = np.diag([9, 9, 9, 9, 0])
+    confusion[0, 1] = confusion[1, 0] = 3
+    assert right_group_bounds(confusion, groups)[0] == pytest.approx([1, 1, 0])
+    assert right_group_bounds(np.eye(5, dtype=int), groups)[0].tolist() == [0, 0, 0]
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_the_chance_of_the_right_group_is_that_of_independent_errors(seed):
+    """Expected counts s_a·t_b off the diagonal give back their own share in each group."""
+    rng = np.random.default_rng(seed)
+    expected = np.outer(rng.uniform(1, 20, 6), rng.uniform(1, 20, 6))
+    np.fill_diagonal(expected, 0)
+    groups = rng.integers(0, 3, (3, 6))
+    chance, most = right_group_bounds(expected, groups)
+    for group, found, bound in zip(groups, chance, most):
+        same = group[:, None] == group
+        assert found == pytest.approx((expected * same).sum() / expected.sum(), abs=1e-6)
+        alone = [(group == g).sum() == 1 for g in group]
+        assert bound == pytest.approx(1 - expected[alone].sum() / expected.sum())
+
+
+def two_trees() -> tuple[Taxonomy, Taxonomy]:
+    """24 classes in 3 groups of 2 of 4; and in 12 pairs below the root, with a chain above some."""
+    deep = [("r", f"o{o}") for o in range(3)] + [(f"o{f // 2}", f"f{f}") for f in range(6)]
+    deep += [(f"f{c // 4}", f"c{c:02}") for c in range(24)]
+    pairs = [("r", f"p{p}") for p in range(12)]
+    pairs += [(f"p{c // 2}", f"c{c:02}") for c in range(2, 24)]
+    pairs += [("p0", "q"), ("q", "s"), ("s", "c00"), ("s", "c01")]
+    return Taxonomy.from_edges(deep), Taxonomy.from_edges(pairs)
+
+
+def right_group_of(tree: Taxonomy, confusion: np.ndarray) -> float:
+    groups = np.array([tree.cut(t) for t in informative_cuts(tree)])
+    right = read_off(confusion, groups)[2]
+    chance, most = right_group_bounds(confusion, groups)
+    return float((right - chance).sum() / (most - chance).sum())
+
+
+def test_the_right_group_is_0_by_chance_and_1_at_best_in_any_tree():
+    """Also where one group has 12 times as many images, and is predicted so much more often."""
+    size = np.where(np.arange(24) < 4, 120, 10)
+    rng = np.random.default_rng(0)
+    for tree in two_trees():
+        by_chance = []
+        for _ in range(100):
+            truth = np.repeat(np.arange(24), size)
+            guess = rng.choice(24, len(truth), p=size / size.sum())
+            confusion = np.zeros((24, 24), int)
+            np.add.at(confusion, (truth, guess), 1)
+            by_chance.append(right_group_of(tree, confusion))
+        error = np.std(by_chance) / 10
+        assert abs(np.mean(by_chance)) < 3 * error and error < 0.01
+        siblings = np.kron(np.eye(12, dtype=int), 1 - np.eye(2, dtype=int)) * 5
+        assert right_group_of(tree, siblings) == pytest.approx(1)
+
+
+def test_right_group_in_the_metrics_is_weighed_by_the_room_of_each_cut(one_batch, measured):
+    tree, _ = two_trees()
+    labels = np.repeat(np.arange(24), 20)
+    x = embedded(tree, labels, noise=7)
+    (evaluator,) = measured(tree, one_batch(x.relu(), labels, x=x), [LevelInformation], size=50)
+    numbers = evaluator.compute()
+    for probe in ("probe", "knn"):
+        found = evaluator.levels("x")
+        value, weight = (found[f"{probe}_right_group{end}"] for end in ("", "_weight"))
+        assert len(value) == 2 and (weight > 0).all()
+        wanted = (value * weight).sum() / weight.sum()
+        assert numbers[f"x_{probe}_right_group"] == pytest.approx(wanted)
+        wrong = (1 - numbers[f"x_{probe}_accuracy"]) * 240
+        assert numbers[f"n_x_{probe}_errors"] == pytest.approx(wrong)
+        assert numbers[f"x_{probe}_right_group"] > 0.05
+    permuted = [evaluator.compute(permutation=tree.permutation(s)) for s in range(20)]
+    chance = [p["x_probe_right_group"] for p in permuted]
+    assert abs(np.mean(chance)) < 3 * np.std(chance) / np.sqrt(20)
+
+
 def test_informative_cuts(animals):
     assert informative_cuts(animals) == [1, 2]
     flat = Taxonomy.from_edges([("r", c) for c in "abc"])
@@ -146,6 +232,21 @@ def test_a_cut_that_tells_all_classes_apart_is_not_informative():
     edges = [("r", "b"), ("r", "c"), ("b", "x"), ("b", "y"), ("c", "z"), ("x", "end")]
     # b and c at depth 1; x, y and z at 2, which are all classes already.
     assert informative_cuts(Taxonomy.from_edges(edges)) == [1]
+
+
+def test_a_cut_that_equals_the_one_above_is_not_informative():
+    edges = [("r", "b"), ("r", "c"), ("b", "d"), ("c", "e"), ("d", "x"), ("d", "y"), ("e", "z")]
+    tree = Taxonomy.from_edges(edges)
+    assert tree.max_depth == 3 and informative_cuts(tree) == [1]
+
+
+def test_a_cut_near_the_leaves_counts_little():
+    """Below depth 1 of the second tree only two classes of 24 still share a group."""
+    _, pairs = two_trees()
+    assert informative_cuts(pairs) == [1, 2]
+    groups = np.array([pairs.cut(t) for t in (1, 2)])
+    chance, most = right_group_bounds(np.ones((24, 24), int), groups)
+    assert chance == pytest.approx([1 / 23, 2 / 24 / 23]) and most == pytest.approx([1, 2 / 24])
 
 
 def test_the_options_reach_the_probes(animals, one_batch, measured):
@@ -198,10 +299,14 @@ def test_depths_and_permuted_classes_in_the_table(animals, one_batch, measured):
     table = evaluator.tables()["levels"]
     assert set(table["feature"]) == {"x", "z"} and set(table["depth"]) == {1, 2}
     assert dict(zip(table["depth"], table["groups"])) == {1: 2, 2: 6}
-    row = table[(table["feature"] == "x") & (table["measure"] == "probe_right_group")]
-    assert row["value"].mean() == pytest.approx(evaluator.compute()["x_probe_right_group"])
+    assert set(table["measure"]) == {
+        *(f"{p}_{kind}" for p in ("probe", "knn") for kind in ("level_accuracy", "right_group")),
+        "variance_share",
+    }
+    row = table[(table["feature"] == "x") & (table["measure"] == "probe_level_accuracy")]
+    assert row["value"].mean() == pytest.approx(evaluator.compute()["x_probe_level_accuracy"])
     nulls = [
-        evaluator.compute(permutation=p)["x_probe_right_group"]
+        evaluator.compute(permutation=p)["x_probe_level_accuracy"]
         for p in evaluator.context.permutations
     ]
     assert row["permuted"].mean() == pytest.approx(np.mean(nulls))
@@ -214,7 +319,7 @@ def test_other_sources_of_latents_measure_z_alone(animals, one_batch, measured):
     batch = one_batch(np.random.default_rng(0).random((120, 8), np.float32), labels)
     (evaluator,) = measured(animals, batch, [LevelInformation], source="random")
     numbers = evaluator.compute()
-    assert all(np.isnan(numbers[k]) for k in numbers if not k.startswith("z_"))
+    assert all(np.isnan(numbers[k]) for k in numbers if not k.startswith(("z_", "n_z_")))
     assert np.isfinite(numbers["z_probe_accuracy"])
 
 

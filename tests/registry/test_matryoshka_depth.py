@@ -67,6 +67,8 @@ def test_general_latents_first_is_the_ideal(
     numbers = evaluator.compute()
     assert set(numbers) == set(MatryoshkaDepth.higher_is_better)
     assert numbers["groups"] == 4 and numbers["by_rate"] == 0 and numbers["defined"] == 21
+    assert numbers["n_ends"] == 1  # the root's latent
+    assert numbers["n_different"] == 9 and numbers["n_different_ends"] == 0  # not of one class
     assert numbers["last_depth"] == 3.0  # one class each
     assert numbers["gain"] > 1.5 and numbers["trend"] > 0.95
     assert numbers["different_trend"] > 0.9

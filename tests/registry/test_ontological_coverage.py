@@ -68,6 +68,7 @@ def check_against_loops(random_dag, one_batch, measured, seed):
                 fired = fires[~is_fit].sum()
                 expected = hits / fired if fired else np.nan
                 assert found.precision[v] == pytest.approx(expected, nan_ok=True)
+                assert found.fires_on[v] == pytest.approx(fires[~is_fit].mean())
 
 
 def indicators(taxonomy, labels, **kwargs):

@@ -109,6 +109,75 @@ def planted(taxonomy: Taxonomy, one_batch: Measured, **kwargs: Any) -> tuple[Pla
     return latents, one_batch(z, labels)
 
 
+def test_nodes_are_chosen_on_other_images_than_the_edges(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """In the fit half the latents are the tree; in the score half they fire anywhere, or not at all."""
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    rng = np.random.default_rng(0)
+    z = batch.z.numpy().copy()
+    score = np.flatnonzero(~batch.is_fit.numpy())
+    z[score] = rng.permuted(z[score], axis=0)
+    fit_only = batch.z.numpy().copy()
+    silent = np.flatnonzero(animals.n_leaves[latents.node] == 1)[:3]
+    fit_only[np.ix_(score, silent)] = 0
+    changed = (replace(batch, z=torch.from_numpy(v)) for v in (z, fit_only))
+    for case, other in zip(("anywhere", "silent"), changed):
+        (evaluator,) = measured(animals, other, [ParentChild])
+        numbers, place = evaluator.compute(), evaluator.best_nodes(np.arange(latents.d_sae))
+        assert numbers["edges"] == 18
+        if case == "anywhere":
+            assert numbers["edge_precision"] < 0.3 and numbers["n_edges"] == 18
+        else:
+            assert numbers["edge_precision"] == 1 and numbers["n_edges"] == 15
+            assert place[silent].tolist() == [-1] * 3 and (np.delete(place, silent) >= 0).all()
+            table = evaluator.tables()["forest"].set_index("child")
+            assert table.loc[silent, "child_name"].tolist() == [""] * 3
+            assert not table.loc[silent, "agrees"].any() and table["agrees"].sum() == 15
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_edge_precision_and_recall_against_loops(
+    seed: int, random_dag: Measured, one_batch: Measured, measured: Measured
+) -> None:
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    n_classes = len(taxonomy.classes)
+    latents = PlantedLatents(taxonomy, recall=0.9, false_alarm=0.05, seed=seed)
+    labels = rng.integers(0, n_classes, 60)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(60))
+    batch = one_batch(z, labels)
+    options = {"min_fired": 2, "implication": 0.7, "ratio": 1.2, "lift": 1.0}
+    (evaluator,) = measured(taxonomy, batch, [ParentChild], options=options, size=17)
+    place, numbers = rng.permutation(n_classes), {}
+    score = ~batch.is_fit.numpy()
+    truth, fired = place[batch.labels.numpy()[score]], batch.z.numpy()[score] > 0
+    leaves = {frozenset(taxonomy.leaves(v).tolist()) for v in range(len(taxonomy.nodes))}
+    best = []
+    for j in range(latents.d_sae):
+        f1 = {
+            node: 2 * sum(fired[i, j] for i in range(len(truth)) if truth[i] in node)
+            / (fired[:, j].sum() + sum(c in node for c in truth))
+            for node in leaves
+            if fired[:, j].any()
+        }  # fmt: skip
+        best.append({n for n, value in f1.items() if value > max(f1.values()) - 1e-9})
+    numbers = evaluator.compute(permutation=place)
+    edges = [(best[p], best[c]) for p, c in zip(*evaluator.forest) if best[p] and best[c]]
+    assert numbers["n_edges"] == len(edges)
+    everything = frozenset(range(n_classes))
+    clear = [(next(iter(p)), next(iter(c))) for p, c in edges if len(p) == len(c) == 1]
+    agrees = sum(p > c and p != everything for p, c in clear)
+    if len(clear) == len(edges) and edges:
+        assert numbers["edge_precision"] == pytest.approx(agrees / len(edges))
+    elif edges:
+        bounds = agrees / len(edges), (agrees + len(edges) - len(clear)) / len(edges)
+        assert bounds[0] - 1e-9 <= numbers["edge_precision"] <= bounds[1] + 1e-9
+    else:
+        assert np.isnan(numbers["edge_precision"])
+
+
 def test_node_indicators_give_the_tree_back(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:

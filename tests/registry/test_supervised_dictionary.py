@@ -219,6 +219,7 @@ def test_latents_that_are_the_nodes_are_ideal(spliced: Any, world: Any) -> None:
     assert numbers["occluded"] == numbers["over_split"] == 0
     # For the root's two children, always predicting "yes" has F1 2/3: they are left out.
     assert numbers["supervised_nodes"] == len(world["nodes"]) - 2
+    assert numbers["n_nodes"] == numbers["supervised_nodes"]
     assert numbers["latents"] == len(world["nodes"]) and numbers["spliced_images"] == 64
 
 
@@ -241,7 +242,7 @@ def test_an_sae_that_gives_the_mean_is_worth_nothing(spliced: Any, world: Any) -
     ).compute()
     assert numbers["sufficiency"] == pytest.approx(0, abs=0.1)
     assert numbers["necessity"] == pytest.approx(0, abs=0.1)
-    assert numbers["control"] == 0
+    assert numbers["control"] == 0 and 0 < numbers["n_pairs"] <= 64
     assert numbers["supervised_sufficiency"] > 0.97
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.ranks import benjamini_hochberg
 from taxolens.registry.evaluators.taxonomic_autocorrelation import (
     TaxonomicAutocorrelation,
     moran,
@@ -112,6 +114,51 @@ def test_a_latent_of_one_class_is_never_significant(
     batch = one_batch(np.eye(12, dtype=np.float32)[labels], labels)
     (evaluator,) = measured(animals, batch, [TaxonomicAutocorrelation])
     np.testing.assert_array_equal(evaluator.autocorrelation().p, 1.0)
+
+
+def test_each_latent_has_arrangements_of_its_own(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    labels = np.repeat(np.arange(12), 4)
+    values = np.random.default_rng(0).random((12, 3)).astype(np.float32)
+    values[:, 1] = values[:, 0]
+    drawn = []
+    for third in (values[:, 2], 1 - values[:, 2]):
+        z = np.stack([values[:, 0], values[:, 1], third], axis=1)[labels]
+        (evaluator,) = measured(animals, one_batch(z, labels), [TaxonomicAutocorrelation])
+        drawn.append(evaluator._drawn(np.arange(12), False))
+    assert drawn[0].shape == (3, 199)
+    assert not np.isclose(drawn[0][0], drawn[0][1]).all()
+    assert np.array_equal(drawn[0][:2], drawn[1][:2])  # not a matter of the other latents
+    assert drawn[0].mean() == pytest.approx(-1 / 11, abs=0.03)
+
+
+def test_the_share_of_significant_latents_is_not_the_seeds(
+    one_batch: Measured, measured: Measured
+) -> None:
+    """Of 300 latents with a weak family effect; beside it permutations common to all latents."""
+    edges = [("r", f"o{o}") for o in range(4)]
+    edges += [(f"o{f // 4}", f"f{f}") for f in range(16)]
+    tree = Taxonomy.from_edges(
+        [*edges, *((f"f{f}", f"f{f}s{s}") for f in range(16) for s in "abc")]
+    )
+    family = np.unique(tree.cut(2), return_inverse=True)[1]
+    rng = np.random.default_rng(0)
+    means = rng.random((48, 300)) + 0.6 * rng.random((16, 300))[family]
+    labels = np.repeat(np.arange(48), 4)
+    batch = one_batch(means.astype(np.float32)[labels], labels)
+    own, common, factor = [], [], weight_factor(tree)
+    observed = moran(standardised(means.T), factor)
+    blocks = standardised(np.sort(means.T, axis=1))
+    for seed in range(10):
+        (evaluator,) = measured(tree, batch, [TaxonomicAutocorrelation], seed=seed)
+        own.append(evaluator.compute()["significant_share"])
+        rng = np.random.default_rng(seed)
+        drawn = [moran(blocks, sparse.csr_array(factor[rng.permutation(48)])) for _ in range(199)]
+        p = (1 + (np.array(drawn) >= observed - 1e-6).sum(0)) / 200
+        common.append((benjamini_hochberg(p) <= 0.05).mean())
+    assert 3 * np.std(own) < np.std(common) and np.std(own) < 0.05
+    assert np.mean(own) > 0.1
 
 
 @pytest.mark.parametrize("field", ["scale", "draws", "level"])

@@ -72,6 +72,41 @@ def test_few_dimensions_are_those_that_spread_most() -> None:
     assert scaled_points(np.zeros((3, 3)), 2).shape == (3, 0)
 
 
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_no_direction_is_kept_out_of_equal_ones(seed: int, rank: int, random_dag: Measured) -> None:
+    """Points of the tree with its leaves in another order differ by a rotation alone."""
+    taxonomy = random_dag(seed).taxonomy()
+    distance = taxonomy.tree_distance.astype(float)
+    order = np.random.default_rng(seed).permutation(len(distance))
+    points = scaled_points(distance, rank)
+    moved = scaled_points(distance[np.ix_(order, order)], rank)
+    assert moved.shape == points.shape
+    np.testing.assert_allclose(
+        moved @ moved.T, (points @ points.T)[np.ix_(order, order)], atol=1e-6
+    )
+    values = np.sort(np.linalg.eigvalsh(centred(distance)))[::-1]
+    size = points.shape[1]
+    assert size >= min(rank, (values > 1e-8).sum())
+    if size < len(values):
+        assert values[size] < values[size - 1] - 1e-10 if size else values[0] < 1e-8
+    if size > rank:
+        assert values[size - 1] == pytest.approx(values[rank - 1])
+
+
+def centred(distance: np.ndarray) -> np.ndarray:
+    n = len(distance)
+    middle = np.eye(n) - 1 / n
+    return -0.5 * middle @ distance @ middle
+
+
+def test_a_star_has_no_direction_before_another() -> None:
+    distance = 2.0 * (1 - np.eye(6))
+    assert scaled_points(distance, 2).shape == (6, 5)
+    pairs = squareform(pdist(np.repeat(4.0 * np.eye(3), 2, 0) + 0.5 * np.eye(6)[:, [0, 2, 4]]))
+    assert scaled_points(np.square(pairs), 1).shape[1] == 2
+
+
 def test_points_that_are_all_alike_predict_the_mean() -> None:
     found = ridge_map(np.ones((5, 3)), np.arange(10.0).reshape(5, 2), np.eye(3)[:2])
     assert found.tolist() == [[0, 0], [0, 0]]
@@ -132,6 +167,7 @@ def test_means_laid_out_as_the_tree_are_the_ideal(one_batch: Measured, measured:
     assert numbers["x_spearman"] > 0.95 * numbers["ceiling"]
     assert numbers["x_euclidean"] > 0.95 * numbers["ceiling"]
     assert numbers["x_uuas"] > 0.8
+    assert numbers["n_classes"] == 11  # .3 of 36
     assert numbers["z_spearman"] > 0.9 * numbers["ceiling"]
     permuted = [evaluator.compute(permutation=p) for p in evaluator.context.permutations]
     assert max(n["x_spearman"] for n in permuted) < 0.4
@@ -163,6 +199,20 @@ def test_in_sample_it_fits_anything(one_batch: Measured, measured: Measured) -> 
     numbers = evaluator.compute()
     assert numbers["x_in_sample"] > 0.7
     assert abs(numbers["x_spearman"]) < 0.25
+
+
+def test_an_absent_class_is_no_held_out_class(one_batch: Measured, measured: Measured) -> None:
+    tree = wide_tree()
+    labels = np.repeat(np.arange(30), 4)
+    x = torch.randn(120, 5, generator=torch.Generator().manual_seed(0))
+    z = np.random.default_rng(0).random((120, 4)).astype(np.float32)
+    (evaluator,) = measured(tree, one_batch(z, labels, x=x), [TreeProbe])
+    wanted = np.mean([(split.asked < 30).sum() for split in evaluator.splits])
+    assert evaluator.compute()["n_classes"] == pytest.approx(wanted)
+    place = np.roll(np.arange(36), 6)  # class c in the place of c − 6: the first six are empty
+    moved = np.mean([np.isin(split.asked, place[:30]).sum() for split in evaluator.splits])
+    assert evaluator.compute(permutation=place)["n_classes"] == pytest.approx(moved)
+    assert np.isfinite(evaluator.compute()["x_spearman"])
 
 
 def test_few_classes_are_undefined(one_batch: Measured, measured: Measured) -> None:

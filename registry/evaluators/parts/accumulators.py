@@ -126,10 +126,9 @@ class FiringHistogram(Accumulator):
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
         super().__init__(context)
         self.thresholds = context.share(Thresholds, survival=survival)
-        dtype = next(dtype for most, dtype in DTYPES if context.largest_class <= most)
         labellings, n_classes = 2 if context.shuffled else 1, len(context.taxonomy.classes)
         shape = (labellings, 2, context.d_sae, len(survival), n_classes)
-        self.counts = torch.zeros(shape, dtype=dtype)
+        self.counts = torch.zeros(shape, dtype=_narrowest(context))
         self._sparse: dict[bool, sparse.csr_array] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
@@ -173,6 +172,38 @@ class FiringHistogram(Accumulator):
     def score(self, shuffled: bool = False) -> Tensor:
         """(m, T, C) counts of the score half."""
         return self.counts[int(shuffled), 1]
+
+
+class NegativeCounts(Accumulator):
+    """`counts (labellings, m, C)`: images of each class on which each latent is below 0.
+
+    None until a latent is.
+    """
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self.counts: Tensor | None = None
+
+    def update(self, batch: EvaluationBatch) -> None:
+        rows, latents, values = batch.active
+        below = values < 0
+        if not below.any():
+            return
+        context = self.context
+        if self.counts is None:
+            n_classes = len(context.taxonomy.classes)
+            shape = (2 if context.shuffled else 1, context.d_sae, n_classes)
+            self.counts = torch.zeros(shape, dtype=_narrowest(context))
+        rows, latents = rows[below], latents[below]
+        ones = torch.ones(len(rows), dtype=self.counts.dtype)
+        for shuffled, counts in zip((False, True), self.counts):
+            cell = latents * counts.shape[1] + batch.labels_of(shuffled)[rows]
+            counts.view(-1).scatter_add_(0, cell, ones)
+
+
+def _narrowest(context: EvaluationContext) -> torch.dtype:
+    """The narrowest integer type for the images of the largest class."""
+    return next(dtype for most, dtype in DTYPES if context.largest_class <= most)
 
 
 def _csr(counts: Tensor, block: int = 1024) -> sparse.csr_array:
@@ -268,12 +299,13 @@ class TopImages(Accumulator):
 class FiringRate(Accumulator):
     """Firing rate and activation of each latent.
 
-    `fired (m,)` images, `total (m,)` sum and `largest (m,)` activation; `n` images in all.
+    `fired (m,)` images, `total (m,)` sum and `largest (m,)` activation; `active`, the number of
+    latents that are not 0, summed over the images; `n` images in all.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
         super().__init__(context)
-        self.n = 0
+        self.n = self.active = 0
         self.fired = np.zeros(context.d_sae, dtype=np.int64)
         self.total = np.zeros(context.d_sae)
         self.largest = np.zeros(context.d_sae, dtype=np.float32)
@@ -282,6 +314,7 @@ class FiringRate(Accumulator):
         _, latents, values = batch.firings
         m = len(self.fired)
         self.n += len(batch)
+        self.active += len(batch.active.rows)
         self.fired += torch.bincount(latents, minlength=m).numpy()
         self.total += torch.bincount(latents, weights=values.double(), minlength=m).numpy()
         torch.from_numpy(self.largest).scatter_reduce_(0, latents, values, "amax")
@@ -293,5 +326,5 @@ class FiringRate(Accumulator):
 
     @property
     def mean_l0(self) -> float:
-        """Mean number of latents that fire on an image."""
-        return float(self.fired.sum() / self.n) if self.n else float("nan")
+        """Mean number of latents that are not 0 on an image."""
+        return self.active / self.n if self.n else float("nan")

@@ -109,6 +109,7 @@ class Detectors(NamedTuple):
     precision: np.ndarray  # on the score half; NaN where the node is left out
     recall: np.ndarray
     f1: np.ndarray
+    fires_on: np.ndarray  # share of the images on which the latent reaches the threshold
 
 
 def find_detectors(
@@ -135,7 +136,9 @@ def find_detectors(
     positives = found.positives
     always_yes = summary.ratio(2 * positives, positives + score_images.sum())
     scored = (fit_positives > 0) & (positives > 0) & (always_yes < covered)
-    rates = (np.where(scored, rate, np.nan) for rate in (found.precision, found.recall, found.f1))
+    fires_on = summary.ratio(found.fired, score_images.sum())
+    rates = (found.precision, found.recall, found.f1, fires_on)
+    rates = (np.where(scored, rate, np.nan) for rate in rates)
     return Detectors(latent, bin_, fit_f1, *rates)
 
 

@@ -20,7 +20,7 @@ SALT = 101
 
 
 class FiringSample(Accumulator):
-    """The firings of about `max_images` images, sampled uniformly.
+    """The latents of about `max_images` images, sampled uniformly.
 
     Memory O(max_images · L0).
     """
@@ -44,7 +44,7 @@ class FiringSample(Accumulator):
         self._columns.append(tuple(column[kept] for column in columns))
 
     def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
-        rows, latents, values = (t.numpy() for t in batch.firings)
+        rows, latents, values = (t.numpy() for t in batch.active)
         of_kept = kept[rows]
         pointers = np.append(0, np.cumsum(np.bincount(rows, minlength=len(kept))[kept]))
         entries = (values[of_kept], latents[of_kept].astype(np.int32), pointers.astype(np.int32))
@@ -78,7 +78,7 @@ class FiringSample(Accumulator):
 
 
 class ImageSample(FiringSample):
-    """Activations and firings of about `max_images` images, in equal shares of the classes.
+    """Activations and latents of about `max_images` images, in equal shares of the classes.
 
     A class with fewer images than its share is kept entirely. Memory O(max_images·(d + L0)).
     """
@@ -139,4 +139,9 @@ def shape(matrix: sparse.csr_array) -> tuple[int, int]:
 
 def fires(z: sparse.csr_array) -> sparse.csr_array:
     """(n, m) ones where z is above 0."""
-    return sparse.csr_array((np.ones_like(z.data), z.indices, z.indptr), shape=shape(z))
+    above = z.data > 0
+    if above.all():
+        return sparse.csr_array((np.ones_like(z.data), z.indices, z.indptr), shape=shape(z))
+    pointers = np.append(0, np.cumsum(above))[z.indptr].astype(z.indptr.dtype)
+    ones = np.ones(pointers[-1], dtype=z.dtype)
+    return sparse.csr_array((ones, z.indices[above], pointers), shape=shape(z))

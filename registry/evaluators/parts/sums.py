@@ -21,7 +21,7 @@ class LatentSums(Accumulator):
         self.sums = torch.zeros(labellings, context.d_sae, n_classes)
 
     def update(self, batch: EvaluationBatch) -> None:
-        rows, latents, values = batch.firings
+        rows, latents, values = batch.active
         for shuffled, sums in zip((False, True), self.sums):
             cell = latents * sums.shape[1] + batch.labels_of(shuffled)[rows]
             sums.view(-1).scatter_add_(0, cell, values)
