@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.logistic import LogisticProber, best_threshold, f1_score, sparse_logistic
@@ -106,6 +107,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
         "main_f1": None,
         "main_latents": None,
     }
+    support = dict.fromkeys(("full_absorption", "fraction_absorption"), Support("nodes", "nodes"))
     Options = AbsorptionOptions
 
     def prepare(self) -> None:

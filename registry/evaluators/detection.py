@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import EvaluationBatch, Evaluator, Intervention, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
@@ -114,6 +115,23 @@ class Detection(Evaluator[DetectionOptions]):
         "group_steering_excess": True,
         "group_steering_rank": True,
         "steered": None,
+    }
+    support = {
+        **dict.fromkeys(
+            ("balanced_accuracy", "f1", "detected_share", "group_balanced_accuracy", "group_f1"),
+            Support("latents", "latents"),
+        ),
+        **dict.fromkeys(
+            (
+                "steering",
+                "steering_excess",
+                "steering_rank",
+                "group_steering",
+                "group_steering_excess",
+                "group_steering_rank",
+            ),
+            Support("steered", "steered latents"),
+        ),
     }
     invariant = frozenset({"latents", "steered"})
     wants_intervention = True

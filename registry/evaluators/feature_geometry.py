@@ -18,6 +18,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
@@ -109,6 +110,13 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         "babel": False,
         "coactive_babel": False,
         "effective_rank": None,
+    }
+    support = {
+        **dict.fromkeys(
+            ("hierarchy_cosine", "parent_length"), Support("edges", "edges of the tree")
+        ),
+        "projection_own": Support("n_nodes", "nodes"),
+        "parent_cosine": Support("detected_edges", "edges with detectors"),
     }
     label_free = frozenset(
         {"random_cosine", "coherence", "babel", "coactive_babel", "effective_rank"}

@@ -20,6 +20,7 @@ from scipy.special import xlogy
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..presentation import Support
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -110,6 +111,9 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         "nested_infoc": None,
         "factors": None,
         "active": None,
+    }
+    support = {
+        "infom": Support("active", "latents"),
     }
     invariant = label_free = frozenset({"factors"})
     Options = InfoMECOptions

@@ -15,7 +15,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
-from ..presentation import Headline, NodeTable
+from ..presentation import Headline, NodeTable, Support
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -103,6 +103,10 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         "height_gap": True,
         "generality_gap": True,
     }
+    support = dict.fromkeys(
+        ("lower_share", "height_gap", "generality_gap"),
+        Support("n_latents", "latents of several classes"),
+    )
     invariant = frozenset({"n_latents", "defined", "single_class_share"})
     headlines = (
         Headline(

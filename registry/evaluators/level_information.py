@@ -13,7 +13,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
 from .base import EvaluationBatch, Evaluator, require_at_least
 from .parts import summary
@@ -86,6 +86,11 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         for p in PROBES
         for name in (f"{f}_{p}_accuracy", f"n_{f}_{p}_errors")
     )
+    support = {
+        f"{f}_{p}_right_group": Support(f"n_{f}_{p}_errors", "misclassified images", least=30)
+        for f in FEATURES
+        for p in PROBES
+    }
     headlines = (
         Headline(
             "x_probe_level_accuracy",

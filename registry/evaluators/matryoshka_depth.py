@@ -15,6 +15,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import FiringRate, TopImages
@@ -100,6 +101,12 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         "n_ends": None,
         "n_different_ends": None,
         "by_rate": None,
+    }
+    support = {
+        **dict.fromkeys(("depth", "trend"), Support("defined", "latents")),
+        "gain": Support("n_ends", "latents of the first and last group"),
+        **dict.fromkeys(("different_depth", "different_trend"), Support("n_different", "latents")),
+        "different_gain": Support("n_different_ends", "latents of the first and last group"),
     }
     invariant = frozenset(
         {"groups", "defined", "n_different", "n_ends", "n_different_ends", "by_rate"}

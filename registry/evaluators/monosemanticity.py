@@ -17,6 +17,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import ALL_NULLS, EvaluationBatch, Evaluator
 from .parts import summary
 
@@ -70,6 +71,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         "defined": None,
         "own_layer": None,
     }
+    support = dict.fromkeys(("monosemanticity", "excess"), Support("defined", "latents"))
     nulls = {
         **ALL_NULLS,
         "permuted_classes": "the images are compared with each other, not with the tree",

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
-from ..presentation import Headline, NodeTable
+from ..presentation import Headline, NodeTable, Support
 from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram, check_survival
@@ -59,6 +59,12 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         "leaf_f1": True,
         "leaf_covered_share": True,
         "leaf_nodes": None,
+    }
+    support = {
+        **dict.fromkeys(
+            ("internal_f1", "internal_covered_share"), Support("internal_nodes", "internal nodes")
+        ),
+        **dict.fromkeys(("leaf_f1", "leaf_covered_share"), Support("leaf_nodes", "leaves")),
     }
     invariant = frozenset({"leaf_f1", "leaf_covered_share", "leaf_nodes"})
     headlines = (

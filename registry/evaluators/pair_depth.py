@@ -13,7 +13,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import TopImages
@@ -48,6 +48,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         "defined": None,
         "same_class_share": None,
     }
+    support = dict.fromkeys(("pair_depth", "pair_depth_normalized"), Support("defined", "latents"))
     invariant = frozenset({"defined", "same_class_share"})
     headlines = (Headline("pair_depth", "pair depth", priority=20),)
     Options = PairDepthOptions

@@ -17,6 +17,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
@@ -135,6 +136,10 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "rewired_implication": None,
         "rewired_reconstruction_share": None,
         "rewired_edge_precision": None,
+    }
+    support = {
+        "edge_precision": Support("n_edges", "edges"),
+        "recorded_edge_precision": Support("recorded_edges", "recorded edges"),
     }
     label_free = frozenset(n for n in higher_is_better if "edge_" not in n)
     invariant = label_free

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import hashing
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import ALL_NULLS, Evaluator, Peer, not_finite, remembered, require_at_least
 from .parts import summary
 from .parts.samples import FiringSample, shape
@@ -103,6 +104,18 @@ class Stability(Evaluator[StabilityOptions]):
         "latents": None,
         "peers": None,
     }
+    support = dict.fromkeys(
+        (
+            "decoder_cosine",
+            "decoder_same_share",
+            "activation_correlation",
+            "activation_same_share",
+            "agreement",
+            "one_to_one_r2",
+            "one_to_many_r2",
+        ),
+        Support("latents", "latents"),
+    )
     nulls = {
         **ALL_NULLS,
         "permuted_classes": "latents are compared with latents, with no tree",

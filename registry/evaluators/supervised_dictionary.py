@@ -18,6 +18,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import Evaluator, Intervention, InterventionResult, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
@@ -124,6 +125,12 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         "latents": None,
         "spliced_images": None,
         "n_pairs": None,
+    }
+    support = {
+        "interpretability": Support("latents", "latents"),
+        "supervised_interpretability": Support("n_nodes", "nodes"),
+        "detected_share": Support("supervised_nodes", "nodes"),
+        **dict.fromkeys(("control", "supervised_control"), Support("n_pairs", "pairs of nodes")),
     }
     wants_intervention = True
     invariant = frozenset(

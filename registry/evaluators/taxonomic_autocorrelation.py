@@ -15,6 +15,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
+from ..presentation import Support
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -80,6 +81,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         "expected": None,
         "defined": None,
     }
+    support = dict.fromkeys(("moran_i", "significant_share"), Support("defined", "latents"))
     invariant = frozenset({"expected", "defined"})
     Options = AutocorrelationOptions
 

@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts
@@ -110,6 +111,10 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         "ceiling": None,
         "n_classes": None,
     }
+    support = dict.fromkeys(
+        ("z_spearman", "z_excess", "z_uuas", "x_spearman", "x_excess", "x_uuas"),
+        Support("n_classes", "held-out classes", least=5),
+    )
     invariant = frozenset({"n_classes"})
     Options = TreeProbeOptions
 

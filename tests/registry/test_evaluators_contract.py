@@ -238,3 +238,12 @@ def bytes_of(value: object, seen: set[int]) -> int:
     if isinstance(value, list | tuple):
         return sum(bytes_of(v, seen) for v in value)
     return bytes_of(vars(value), seen) if hasattr(value, "__dict__") else 0
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_support_is_a_count_among_the_metrics(name: str) -> None:
+    evaluator = EVALUATORS[name]
+    for metric, of in evaluator.support.items():
+        assert evaluator.higher_is_better[metric] is not None, metric
+        assert evaluator.higher_is_better[of.count] is None, of.count
+        assert of.least > 0 and of.unit
