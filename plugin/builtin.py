@@ -45,6 +45,8 @@ EVALUATORS = {
     "supervised_dictionary": "supervised_dictionary:SupervisedDictionary",
     "reconstruction": "reconstruction:Reconstruction",
     "detection": "detection:Detection",
+    "mistake_severity": "mistake_severity:MistakeSeverity",
+    "cpcc": "cpcc:CPCC",
 }
 LOADERS = {
     "sae_lens": "sae_lens:SAE_LENS",
