@@ -45,6 +45,7 @@ EVALUATORS = {
     "supervised_dictionary": "supervised_dictionary:SupervisedDictionary",
     "reconstruction": "reconstruction:Reconstruction",
     "detection": "detection:Detection",
+    "latent_graph": "latent_graph:LatentGraph",
     "mistake_severity": "mistake_severity:MistakeSeverity",
     "cpcc": "cpcc:CPCC",
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import false_discovery_control, rankdata
 
-from . import summary
-
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation of two (n,); NaN if either is constant."""
