@@ -48,6 +48,7 @@ EVALUATORS = {
     "latent_graph": "latent_graph:LatentGraph",
     "mistake_severity": "mistake_severity:MistakeSeverity",
     "cpcc": "cpcc:CPCC",
+    "latent_dendrogram": "latent_dendrogram:LatentDendrogram",
 }
 LOADERS = {
     "sae_lens": "sae_lens:SAE_LENS",

@@ -203,7 +203,7 @@ def test_of_equal_parents_the_one_that_fires_least_is_kept() -> None:
 @settings(max_examples=25, deadline=None)
 def test_measures_against_loops(seed: int) -> None:
     z = random_z(seed).astype(np.float64)
-    edges = {edge for edge in random_dag_edges(seed, 9)}
+    edges = random_dag_edges(seed, 9)
     graph = make_graph(edges)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("taxolens.registry.evaluators.parts.latent_graphs.ENTRIES", 50)
@@ -409,7 +409,7 @@ def test_sparse_noise_has_no_edge(
 def test_rare_latents_and_rare_edges_are_left_out(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
-    node, batch = planted(animals, one_batch)
+    _, batch = planted(animals, one_batch)
     for least, expected in ((30, 20), (31, 8)):  # species fire on 30 images of the fit half
         options = {"min_fired": least}
         (evaluator,) = measured(animals, batch, [LatentGraph], options=options)
