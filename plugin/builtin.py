@@ -49,6 +49,7 @@ EVALUATORS = {
     "mistake_severity": "mistake_severity:MistakeSeverity",
     "cpcc": "cpcc:CPCC",
     "latent_dendrogram": "latent_dendrogram:LatentDendrogram",
+    "meta_sae": "meta_sae:MetaSAE",
 }
 LOADERS = {
     "sae_lens": "sae_lens:SAE_LENS",

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from plotly.graph_objects import Figure
+from scipy import sparse
 from scipy.cluster.hierarchy import cophenet, dendrogram, leaves_list, linkage
 
 from ..presentation import Headline
@@ -22,7 +23,7 @@ from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.latent_nodes import LatentNodes, shared_depth
 from .parts.ranks import pearson, spearman
-from .parts.samples import fires
+from .parts.samples import FiringSample, fires, shape
 
 SIMILARITIES = ("decoder", "firing")
 DRAWN = 60
@@ -50,7 +51,7 @@ class Dendrogram(NamedTuple):
 
     merges: np.ndarray  # scipy's linkage matrix
     height: np.ndarray  # (P,) cophenetic distance
-    stage: np.ndarray  # (P,) the merge at which the two meet, from 0
+    stage: np.ndarray  # (P,) the merge at which the two meet, of equally high ones the last
     leaves: np.ndarray  # (l − 1, l) 0 or 1, the latents below each merge
 
 
@@ -63,8 +64,8 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
 
     - `*_cophenetic`: Pearson correlation of the height at which two latents meet and the distance
       of their nodes in the primary tree.
-    - `*_gamma`: Baker's γ, the rank correlation of the order in which pairs meet in the dendrogram
-      with the order in the tree, from the deepest common node up.
+    - `*_gamma`: Baker's γ, the rank correlation of the order in which pairs meet in the dendrogram,
+      by height, with the order in the tree, from the deepest common node up.
     - `*_purity`: for a depth t the group of a latent is the ancestor at t of its node, if there is one.
       Of two latents of one group: the share of that group among the latents below the merge at which
       they meet. Mean over such pairs of all depths.
@@ -95,14 +96,27 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
     Options = LatentDendrogramOptions
 
     def prepare(self) -> None:
-        self._nodes = LatentNodes(self.context, self.options.max_images)
+        self._nodes = LatentNodes(self.context)
+        self._sample = self.context.share(FiringSample, max_images=self.options.max_images)
 
     @property
     @remembered
     def latents(self) -> np.ndarray:
-        """(l,) the latents compared, ascending."""
-        options = self.options
-        return self._nodes.most_firing(options.max_latents, options.min_fired, varying=True)
+        """(l,) the latents compared, ascending: none that is constant on the score half."""
+        return self._most_firing(self.options.max_latents)
+
+    def _most_firing(self, most: int) -> np.ndarray:
+        fired, held_out = self._nodes.fired, self._scored.sum(0)
+        able = (fired >= self.options.min_fired) & (held_out > 0)
+        able &= held_out < shape(self._scored)[0]
+        order = np.argsort(-fired, kind="stable")
+        return np.sort(order[able[order]][:most])
+
+    @property
+    @remembered
+    def _scored(self) -> sparse.csr_array:
+        """(n, m) ones where a latent fires on an image of the score half of the sample."""
+        return fires(self._sample.z[~self._sample.is_fit])
 
     @remembered
     def dendrogram(self, similarity: str) -> Dendrogram | None:
@@ -119,9 +133,8 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
         return grow((rows @ rows.T).double().numpy())
 
     def _correlation(self, latents: np.ndarray) -> np.ndarray:
-        sample = self._nodes.sample
-        firings = fires(sample.z[~sample.is_fit])[:, latents].astype(np.float64)
-        n = firings.shape[0]
+        firings = self._scored[:, latents].astype(np.float64)
+        n = shape(firings)[0]
         rate = firings.sum(0) / n
         both = (firings.T @ firings).toarray() / n
         spread = np.sqrt(rate * (1 - rate))
@@ -150,7 +163,7 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
                     f"{similarity}_cophenetic": pearson(
                         found.height[different], distance.astype(np.float64)
                     ),
-                    f"{similarity}_gamma": spearman(found.stage[different], -shared),
+                    f"{similarity}_gamma": spearman(found.height[different], -shared),
                     f"{similarity}_purity": purity(found, groups, different),
                 }
         return {
@@ -181,7 +194,7 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
 
     def figures(self) -> dict[str, Figure]:
         """`firing`: the dendrogram of the most frequently firing latents by correlation of firing."""
-        latents = self._nodes.most_firing(DRAWN, self.options.min_fired, varying=True)
+        latents = self._most_firing(DRAWN)
         drawing = summary.figure("Latents by correlation of firing", "", "1 − correlation")
         drawing.update_layout(showlegend=False)
         if len(latents) < 3:
@@ -204,12 +217,20 @@ def grow(similarity: np.ndarray) -> Dendrogram:
     size = len(similarity)
     distance = 1 - similarity[np.triu_indices(size, 1)].clip(-1, 1)
     merges = linkage(distance.round(6), "average")
+    merges[:, 2] = merges[:, 2].round(9)
     order = merges.copy()
     order[:, 2] = np.arange(1, size)
     leaves = np.eye(2 * size - 1, size, dtype=np.float32)
     for merge, (a, b) in enumerate(merges[:, :2].astype(int), size):
         leaves[merge] = leaves[a] + leaves[b]
-    return Dendrogram(merges, cophenet(merges), cophenet(order).astype(int) - 1, leaves[size:])
+    last = np.arange(size - 1)
+    for merge in last[::-1]:  # merges of one height are one merge of several
+        inner = merges[merge, :2].astype(int) - size
+        inner = inner[inner >= 0]
+        equal = inner[merges[inner, 2] == merges[merge, 2]]
+        last[equal] = last[merge]
+    stage = last[cophenet(order).astype(int) - 1]
+    return Dendrogram(merges, cophenet(merges), stage, leaves[size:])
 
 
 def node_groups(taxonomy: Taxonomy, nodes: np.ndarray) -> np.ndarray:

@@ -134,19 +134,18 @@ def test_against_loops_over_pairs_of_latents(
         rows = torch.nn.functional.normalize(decoder[latents], dim=1)
         for name, similarity in (("firing", correlation), ("decoder", (rows @ rows.T).numpy())):
             found = grow(similarity)
-            tree, order, height, stage = [], [], [], []
+            tree, order, height = [], [], []
             for n, (i, j) in enumerate(zip(*np.triu_indices(len(nodes), 1))):
                 paths = [set(taxonomy.path_to_root(nodes[k])) for k in (i, j)]
                 if nodes[i] != nodes[j]:
                     tree.append(len(paths[0] ^ paths[1]))
                     order.append(-len(paths[0] & paths[1]))
                     height.append(found.height[n])
-                    stage.append(found.stage[n])
             assert numbers["n_pairs"] == len(tree)
             if len(set(tree)) > 1 and len(set(order)) > 1:
                 expected = pearsonr(tree, height).statistic
                 assert numbers[f"{name}_cophenetic"] == pytest.approx(expected, abs=1e-4)
-                expected = spearmanr(order, stage).statistic
+                expected = spearmanr(order, height).statistic
                 assert numbers[f"{name}_gamma"] == pytest.approx(expected, abs=1e-4)
         assert numbers["n_latents"] == len(latents)
         assert numbers["n_nodes"] == len(set(nodes))
@@ -203,8 +202,22 @@ def test_without_a_decoder_and_with_equal_rows_its_numbers_are_undefined(
     for decoder in (None, orthogonal):
         (evaluator,) = measured(animals, batch, [LatentDendrogram], W_dec=decoder)
         numbers = evaluator.compute()
-        assert np.isnan(numbers["decoder_cophenetic"])
+        assert np.isnan(numbers["decoder_cophenetic"]) and np.isnan(numbers["decoder_gamma"])
         assert np.isfinite(numbers["firing_cophenetic"])
+
+
+def test_merges_of_equal_height_are_one() -> None:
+    """Whatever order they come in: three latents at one distance, and a fourth farther away."""
+    similarity = np.eye(4) + 0.5 * (1 - np.eye(4))
+    similarity[3, :3] = similarity[:3, 3] = 0.1
+    for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
+        found = grow(similarity[np.ix_(order, order)])
+        group = np.array([[0, 0, 1, 1]])[:, order]
+        first = [found.stage[n] for n in (0, 1, 3)]  # pairs of the first three
+        assert len(set(first)) == 1
+        assert purity(found, group, np.ones(6, dtype=bool)) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    equal = grow(np.eye(5))
+    assert set(equal.stage) == {3} and set(equal.height) == {1.0}
 
 
 def test_the_most_frequent_latents_are_compared(

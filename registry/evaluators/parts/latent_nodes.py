@@ -8,20 +8,15 @@ from ...taxonomies.taxonomy import Taxonomy
 from ..base import EvaluationContext
 from .accumulators import ClassCounts, FiringHistogram
 from .node_f1 import best_nodes
-from .samples import FiringSample, fires
 
 
 class LatentNodes:
-    """The node of best F1 with a latent's firing on the fit half, the root left out.
+    """The node of best F1 with a latent's firing on the fit half, the root left out."""
 
-    `sample`: the firings of about `max_images` images, of which only the score half is read here.
-    """
-
-    def __init__(self, context: EvaluationContext, max_images: int = 16384) -> None:
+    def __init__(self, context: EvaluationContext) -> None:
         self._taxonomy = context.taxonomy
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
-        self.sample = context.share(FiringSample, max_images=max_images)
         nodes = context.taxonomy.distinct_nodes
         self.nodes = nodes[nodes != context.taxonomy.root]
 
@@ -29,27 +24,6 @@ class LatentNodes:
     def fired(self) -> np.ndarray:
         """(m,) images of the fit half on which each latent fires."""
         return np.asarray(self._firings.fit().sum(1), dtype=np.int64).ravel()
-
-    @property
-    def held_out(self) -> np.ndarray:
-        """(m,) images of the score half of the sample on which each latent fires."""
-        return fires(self.sample.z[~self.sample.is_fit]).sum(0).astype(np.int64)
-
-    def most_firing(self, most: int, least: int, *, varying: bool = False) -> np.ndarray:
-        """(≤ most,) the latents that fire on most images of the fit half, ascending.
-
-        Args:
-            most: their number.
-            least: images of the fit half on which they fire at least.
-            varying: only those that fire on some but not all images of the score half.
-        """
-        fired = self.fired
-        able = fired >= least
-        if varying:
-            held_out = self.held_out
-            able &= (held_out > 0) & (held_out < (~self.sample.is_fit).sum())
-        order = np.argsort(-fired, kind="stable")
-        return np.sort(order[able[order]][:most])
 
     def of(
         self, latents: np.ndarray, permutation: np.ndarray | None = None, shuffled: bool = False
