@@ -224,7 +224,7 @@ def grow(similarity: np.ndarray) -> Dendrogram:
     for merge, (a, b) in enumerate(merges[:, :2].astype(int), size):
         leaves[merge] = leaves[a] + leaves[b]
     last = np.arange(size - 1)
-    for merge in last[::-1]:  # merges of one height are one merge of several
+    for merge in range(size - 2, -1, -1):  # merges of one height are one merge of several
         inner = merges[merge, :2].astype(int) - size
         inner = inner[inner >= 0]
         equal = inner[merges[inner, 2] == merges[merge, 2]]
