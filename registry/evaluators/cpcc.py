@@ -12,7 +12,7 @@ from plotly.graph_objects import Figure
 from scipy.spatial.distance import squareform
 
 from .. import hashing
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from .base import Evaluator, remembered
 from .parts import summary
 from .parts.ranks import pearson
@@ -38,6 +38,7 @@ class CPCC(Evaluator):
     description = "correlation of the distances of class means with the distances in the tree"
     higher_is_better = {"x_cpcc": True, "z_cpcc": True, "n_classes": None, "n_pairs": None}
     invariant = frozenset({"n_classes", "n_pairs"})
+    support = {f"{feature}_cpcc": Support("n_pairs", "pairs of classes") for feature in FEATURES}
     headlines = (
         Headline(
             "z_cpcc",

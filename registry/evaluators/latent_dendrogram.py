@@ -17,7 +17,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 from scipy.cluster.hierarchy import cophenet, dendrogram, leaves_list, linkage
 
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -37,7 +37,7 @@ class LatentDendrogramOptions:
     max_images: size of the sample of images for the correlation of firing, both halves together.
     """
 
-    max_latents: int = 1024
+    max_latents: int = 512
     min_fired: int = 10
     max_images: int = 16384
 
@@ -85,6 +85,11 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
         **dict.fromkeys(("n_latents", "n_nodes", "n_pairs"), None),
     }
     invariant = label_free = frozenset({"n_latents"})
+    support = {
+        name: Support("n_latents", "latents")
+        for name, better in higher_is_better.items()
+        if better is not None
+    }
     headlines = (
         Headline(
             "decoder_cophenetic",

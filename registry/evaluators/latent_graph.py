@@ -15,7 +15,7 @@ from plotly.graph_objects import Figure
 from scipy import sparse
 
 from ..errors import ConfigError
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from .base import ALL_NULLS, Evaluator, remembered, require_at_least
 from .parts import latent_graphs as graphs
 from .parts import summary
@@ -142,6 +142,14 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
     }
     invariant = label_free = frozenset(higher_is_better)
     wants_embedding = True
+    support = {
+        **{
+            name: Support(f"n_measured_{unit}s", f"{unit}s")
+            for name, unit in QUALITIES.items()
+            if name != "sibling_similarity"
+        },
+        "sibling_similarity": Support("n_sibling_parents", "parents of two measured children"),
+    }
     headlines = (
         Headline(
             "refinement",

@@ -18,7 +18,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from .base import ALL_NULLS, Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.latent_nodes import LatentNodes, shared_depth
@@ -91,6 +91,10 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
         "neurons": "their decoder rows are the axes and their negatives, which share no direction",
     }
     invariant = label_free = frozenset({"explained_variance", "mean_l0", "n_latents"})
+    support = {
+        name: Support("n_meta_latents", "meta-latents")
+        for name in ("common_depth", "one_branch_share")
+    }
     headlines = (
         Headline(
             "common_depth",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
 from ..errors import ConfigError
-from ..presentation import Headline
+from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -53,6 +54,26 @@ class MistakeSeverityOptions:
         require_at_least(1, self, "neighbours", "neighbours_per_class", "probe_latents")
 
 
+class Counts(NamedTuple):
+    """Images by true and by predicted class, each (P,)."""
+
+    truth: np.ndarray
+    guess: np.ndarray
+    images: np.ndarray
+
+    @classmethod
+    def of(cls, counts: np.ndarray) -> Counts:
+        """Those of counts (C, C) that are not 0."""
+        truth, guess = np.nonzero(counts)
+        return cls(truth, guess, counts[truth, guess].astype(np.float64))
+
+    def at(self, permutation: np.ndarray | None) -> Counts:
+        """The same where class c takes the position of class permutation[c]; None: as they are."""
+        if permutation is None:
+            return self
+        return Counts(permutation[self.truth], permutation[self.guess], self.images)
+
+
 class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
     """Heights of the LCH of true and predicted class, and shares of common ancestors.
 
@@ -84,6 +105,11 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
         }.items()
     }
     invariant = frozenset(name for name in higher_is_better if name.endswith("n_errors"))
+    support = {
+        f"{feature}_{probe}_mistake_severity": Support(f"{feature}_{probe}_n_errors", "errors")
+        for feature in FEATURES
+        for probe in PROBES
+    }
     headlines = (
         Headline(
             "x_probe_mistake_severity",
@@ -106,6 +132,14 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
         return common_ancestors(self.taxonomy)
 
     @remembered
+    def _counts(self, feature: str, probe: str, k: int, shuffled: bool) -> Counts:
+        """The predictions of a probe, or of the k most probable classes of the linear one."""
+        found = self._probes.features[feature]
+        if k == 1:
+            return Counts.of(found.confusion[PROBES.index(probe), int(shuffled)])
+        return Counts.of(found.near[k][int(shuffled)])
+
+    @remembered
     def measures(
         self,
         feature: str,
@@ -116,15 +150,12 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
         """The measures of one probe on one feature; empty where there is no such feature."""
         if feature not in self._probes.features:
             return {}
-        found = self._probes.features[feature]
-        height, common = self._heights, self._common
-        if permutation is not None:
-            height, common = (a[np.ix_(permutation, permutation)] for a in (height, common))
-        confusion = found.confusion[PROBES.index(probe), int(shuffled)]
-        measured = read_confusion(confusion, height, common)
-        for k, counts in found.near.items() if probe == "probe" else ():
-            if counts[int(shuffled)].sum() == k * confusion.sum():
-                measured[f"distance_{k}"] = mean_height(counts[int(shuffled)], height)
+        counts = self._counts(feature, probe, 1, shuffled)
+        measured = read_predictions(counts.at(permutation), self._heights, self._common)
+        for k in self._probes.features[feature].near if probe == "probe" else ():
+            near = self._counts(feature, probe, k, shuffled)
+            if near.images.sum() == k * counts.images.sum():
+                measured[f"distance_{k}"] = mean_height(near.at(permutation), self._heights)
         return measured
 
     def compute(
@@ -158,19 +189,18 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
         at_hand = [name for name in FEATURES if name in self._probes.features]
         if not at_hand:
             return pd.DataFrame()
-        confusion = self._probes.features[at_hand[0]].confusion[0, 0]
-        truth, guess = np.nonzero(confusion)
-        truth, guess = truth[truth != guess], guess[truth != guess]
-        images = confusion[truth, guess]
+        counts = self._counts(at_hand[0], "probe", 1, False)
+        errors = Counts(*(column[counts.truth != counts.guess] for column in counts))
 
-        def shares(place: np.ndarray) -> np.ndarray:
-            height = self._heights[place[truth], place[guess]]
-            counts = np.bincount(height, images, minlength=int(self.taxonomy.height.max()) + 1)
-            return summary.ratio(counts, images.sum())
+        def shares(permutation: np.ndarray | None) -> np.ndarray:
+            truth, guess, images = errors.at(permutation)
+            height = self._heights[truth, guess]
+            found = np.bincount(height, images, minlength=int(self.taxonomy.height.max()) + 1)
+            return summary.ratio(found, images.sum())
 
-        if not len(images):
+        if not len(errors.images):
             return pd.DataFrame()
-        own = shares(np.arange(len(self.taxonomy.classes)))
+        own = shares(None)
         null = [shares(p) for p in self.context.permutations] or [np.full(len(own), np.nan)]
         return pd.DataFrame(
             {"height": np.arange(len(own)), "share": own, "permuted": np.mean(null, axis=0)}
@@ -206,25 +236,25 @@ def common_ancestors(taxonomy: Taxonomy) -> np.ndarray:
     return (members @ members.T - 1).astype(np.float64)
 
 
-def mean_height(counts: np.ndarray, height: np.ndarray) -> float:
-    """The mean of height (C, C) over the images in counts (C, C); NaN without any."""
-    return float(summary.ratio((counts * height).sum(dtype=np.float64), counts.sum()))
+def mean_height(counts: Counts, height: np.ndarray) -> float:
+    """The mean of height (C, C) over the images; NaN without any."""
+    truth, guess, images = counts
+    return float(summary.ratio((images * height[truth, guess]).sum(), images.sum()))
 
 
-def read_confusion(
-    confusion: np.ndarray, height: np.ndarray, common: np.ndarray
-) -> dict[str, float]:
-    """The measures in `OF_CONFUSION` of images by true and predicted class (C, C)."""
-    errors = confusion - np.diag(np.diag(confusion))
+def read_predictions(counts: Counts, height: np.ndarray, common: np.ndarray) -> dict[str, float]:
+    """The measures in `OF_CONFUSION`; height and common (C, C)."""
+    truth, guess, images = counts
+    wrong = truth != guess
     own = np.diag(common)
-    shared = (confusion * common).sum()
-    precision = float(summary.ratio(shared, confusion.sum(0) @ own))
-    recall = float(summary.ratio(shared, confusion.sum(1) @ own))
+    shared = images @ common[truth, guess]
+    precision = float(summary.ratio(shared, images @ own[guess]))
+    recall = float(summary.ratio(shared, images @ own[truth]))
     return {
-        "mistake_severity": mean_height(errors, height),
-        "distance_1": mean_height(confusion, height),
+        "mistake_severity": mean_height(Counts(*(c[wrong] for c in counts)), height),
+        "distance_1": mean_height(counts, height),
         "hierarchical_precision": precision,
         "hierarchical_recall": recall,
         "hierarchical_f1": float(summary.ratio(2 * precision * recall, precision + recall)),
-        "n_errors": float(errors.sum()),
+        "n_errors": float(images[wrong].sum()),
     }

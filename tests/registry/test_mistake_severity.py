@@ -12,11 +12,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.mistake_severity import (
+    Counts,
     MistakeSeverity,
     common_ancestors,
     heights,
     mean_height,
-    read_confusion,
+    read_predictions,
 )
 from taxolens.registry.taxonomies import Taxonomy
 
@@ -45,7 +46,10 @@ def test_the_measures_of_a_confusion_matrix_against_single_images(
     truth, guess = rng.integers(0, n, (2, 40))
     confusion = np.zeros((n, n), dtype=np.int32)
     np.add.at(confusion, (truth, guess), 1)
-    found = read_confusion(confusion, heights(taxonomy), common_ancestors(taxonomy))
+    permutation = rng.permutation(n)
+    counts = Counts.of(confusion).at(permutation)
+    found = read_predictions(counts, heights(taxonomy), common_ancestors(taxonomy))
+    truth, guess = permutation[truth], permutation[guess]
 
     distance = [
         0 if t == g else int(taxonomy.height[taxonomy.lch([t, g])]) for t, g in zip(truth, guess)
@@ -158,7 +162,7 @@ def test_fewer_classes_with_images_than_the_top_k(
 
 
 def test_mean_height_of_no_image_is_undefined() -> None:
-    assert np.isnan(mean_height(np.zeros((2, 2)), np.ones((2, 2))))
+    assert np.isnan(mean_height(Counts.of(np.zeros((2, 2))), np.ones((2, 2))))
 
 
 def test_the_table_of_errors_sums_to_one(
