@@ -210,7 +210,7 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
         for x, y in zip(found["icoord"], found["dcoord"]):
             drawing.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip")
         nodes, _ = self._nodes.of(latents)
-        names = [f"{self.taxonomy.label(nodes[i])} ({latents[i]})" for i in found["leaves"]]
+        names = [f"{self.taxonomy.label(int(nodes[i]))} ({latents[i]})" for i in found["leaves"]]
         drawing.update_xaxes(
             tickvals=5 + 10 * np.arange(len(latents)), ticktext=names, tickangle=90
         )

@@ -175,7 +175,7 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
             return {}
         depth, one_branch = self.groups()
         permuted = [self.groups(p)[0] for p in self.context.permutations]
-        names = self._nodes.of(self.latents)[0]
+        names = [self.taxonomy.label(v) for v in self._nodes.of(self.latents)[0].tolist()]
         on = found.acts > 0
         meta = np.flatnonzero(on.any(0))
         if not len(meta):
@@ -191,7 +191,7 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
                     "one_branch": one_branch[meta],
                     "latents": [
                         ", ".join(
-                            f"{self.taxonomy.label(names[i])} ({self.latents[i]})"
+                            f"{names[i]} ({self.latents[i]})"
                             for i in np.argsort(-found.acts[:, w], kind="stable")[: on[:, w].sum()]
                         )
                         for w in meta

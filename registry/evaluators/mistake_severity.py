@@ -29,7 +29,6 @@ OF_CONFUSION = {
     "hierarchical_precision": True,
     "hierarchical_recall": True,
     "hierarchical_f1": True,
-    "n_errors": None,
 }
 """Measures of both probes -> direction."""
 
@@ -81,7 +80,7 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
     predict the class of the images of the score half.
 
     - `*_mistake_severity`: the height of the LCH of true and predicted class, mean over the
-      misclassified images; `*_n_errors` is their number.
+      misclassified images; `n_*_errors` is their number.
     - `*_distance_1`: the same mean over all images, 0 for a right prediction. `x_probe_distance_5`
       and `_20`: mean over the 5 or 20 classes of highest score, the true one counting 0; undefined
       with fewer classes. kNN has votes for a few classes only, so it has none of these.
@@ -103,10 +102,10 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
             **OF_CONFUSION,
             **({f"distance_{k}": False for k in TOPS} if probe == "probe" else {}),
         }.items()
-    }
-    invariant = frozenset(name for name in higher_is_better if name.endswith("n_errors"))
+    } | {f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES}
+    invariant = frozenset(name for name in higher_is_better if name.startswith("n_"))
     support = {
-        f"{feature}_{probe}_mistake_severity": Support(f"{feature}_{probe}_n_errors", "errors")
+        f"{feature}_{probe}_mistake_severity": Support(f"n_{feature}_{probe}_errors", "errors")
         for feature in FEATURES
         for probe in PROBES
     }
@@ -165,7 +164,9 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
         for feature in FEATURES:
             for probe in PROBES:
                 found = self.measures(feature, probe, permutation, shuffled)
-                numbers |= {f"{feature}_{probe}_{name}": value for name, value in found.items()}
+                for name, value in found.items():
+                    known = f"{feature}_{probe}_{name}"
+                    numbers[f"n_{feature}_{probe}_errors" if name == "n_errors" else known] = value
         return numbers
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -243,7 +244,7 @@ def mean_height(counts: Counts, height: np.ndarray) -> float:
 
 
 def read_predictions(counts: Counts, height: np.ndarray, common: np.ndarray) -> dict[str, float]:
-    """The measures in `OF_CONFUSION`; height and common (C, C)."""
+    """The measures in `OF_CONFUSION` and `n_errors`; height and common (C, C)."""
     truth, guess, images = counts
     wrong = truth != guess
     own = np.diag(common)

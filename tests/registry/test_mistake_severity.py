@@ -93,8 +93,8 @@ def test_errors_in_a_hierarchical_embedding_are_mild(
         name = f"x_{probe}_mistake_severity"
         assert value[name] < min(p[name] for p in permuted) - 0.1
         assert value[name] < shuffled[name] - 0.1
-        assert value[f"x_{probe}_n_errors"] > 50
-        assert {p[f"x_{probe}_n_errors"] for p in permuted} == {value[f"x_{probe}_n_errors"]}
+        assert value[f"n_x_{probe}_errors"] > 50
+        assert {p[f"n_x_{probe}_errors"] for p in permuted} == {value[f"n_x_{probe}_errors"]}
         name = f"x_{probe}_hierarchical_f1"
         assert value[name] > max(p[name] for p in permuted)
     assert value["x_probe_distance_5"] < min(p["x_probe_distance_5"] for p in permuted)
@@ -143,7 +143,7 @@ def test_without_an_error_severity_is_undefined(
     z = np.eye(12, dtype=np.float32)[labels]
     (evaluator,) = measured(animals, one_batch(z, labels, x=z), [MistakeSeverity])
     numbers = evaluator.compute()
-    assert np.isnan(numbers["x_probe_mistake_severity"]) and numbers["x_probe_n_errors"] == 0
+    assert np.isnan(numbers["x_probe_mistake_severity"]) and numbers["n_x_probe_errors"] == 0
     assert numbers["x_probe_distance_1"] == 0 and numbers["x_probe_hierarchical_f1"] == 1
     assert "errors" not in evaluator.tables()
 

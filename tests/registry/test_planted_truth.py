@@ -145,7 +145,6 @@ IDEAL: dict[str, dict[str, Bounds]] = {
             for measure, bounds in (
                 ("hierarchical_f1", ONE),
                 ("distance_1", ZERO),
-                ("n_errors", ZERO),
             )
         },
     },

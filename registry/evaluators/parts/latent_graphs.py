@@ -38,10 +38,7 @@ class Graph(NamedTuple):
 
 def firing_values(z: sparse.csr_array) -> sparse.csr_array:
     """(n, m) z where it is above 0, as float64."""
-    found = z.astype(np.float64)
-    found.data = np.where(found.data > 0, found.data, 0.0)
-    found.eliminate_zeros()
-    return found
+    return sparse.csr_array(fires(z).multiply(z).astype(np.float64))
 
 
 def weigh_edges(
@@ -326,7 +323,7 @@ def mono_scores(z: sparse.csr_array, unit: np.ndarray) -> np.ndarray:
     for latent in always:  # the least activation counts as 0
         here = slice(columns.indptr[latent], columns.indptr[latent + 1])
         columns.data[here] -= columns.data[here].min()
-    total, squares = columns.sum(0), columns.multiply(columns).sum(0)
-    length = ((columns.T @ unit) ** 2).sum(1)
+    total, squares = (np.asarray(a.sum(0)) for a in (columns, columns.multiply(columns)))
+    length = np.square(np.asarray(columns.T @ unit)).sum(1)
     pairs = total**2 - squares
     return np.where(pairs > 1e-9 * total**2, summary.ratio(length - squares, pairs), np.nan)
