@@ -161,7 +161,10 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
     labels = {
         "refinement": "refinement frequency",
         "sibling_bound": "similarity within one latent",
-        **{f"chance_{name}": f"{name.replace('_', ' ')}, permuted" for name in QUALITIES},
+        **{
+            f"chance_{name}": f"{name.replace('_', ' ')}, permuted activations"
+            for name in ("n_edges", *QUALITIES)
+        },
     }
     Options = LatentGraphOptions
 

@@ -168,6 +168,17 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
                 one_branch[meta] = among.min() > 0
         return depth, one_branch
 
+    def notes(self) -> list[str]:
+        """Why the numbers are undefined, where they are."""
+        if self.context.W_dec is None:
+            return ["There is no decoder to decompose."]
+        if self.meta is None:
+            return [
+                f"Only {len(self.latents)} latents fire on {self.options.min_fired} images of the fit "
+                f"half; a meta-SAE needs {4 * self.options.k}."
+            ]
+        return []
+
     def tables(self) -> dict[str, pd.DataFrame]:
         """`meta_latents`: the rows that each groups, most active first, beside the permuted classes."""
         found = self.meta

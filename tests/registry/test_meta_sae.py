@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_meta_latents_of_a_planted_tree_group_branches(
     options = {"k": 2, **QUICK}
     (evaluator,) = measured(animals, batch, [MetaSAE], W_dec=decoder, options=options)
     numbers = evaluator.compute()
-    assert set(numbers) == set(MetaSAE.higher_is_better)
+    assert set(numbers) == set(MetaSAE.higher_is_better) and evaluator.notes() == []
     assert numbers["n_latents"] == 48 and 0 < numbers["n_meta_latents"] <= 12
     assert 0 < numbers["mean_l0"] <= 2
     assert evaluator._nodes.of(evaluator.latents)[0].tolist() == node.tolist()
@@ -141,8 +142,12 @@ def test_without_a_decoder_or_with_few_rows_it_is_undefined(
     labels = np.repeat(np.arange(12), 20)
     z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
     batch = one_batch(z[:, :12], labels)
-    for decoder, rows in ((None, 0), (torch.randn(12, 6), 12)):
+    for decoder, rows, note in (
+        (None, 0, "There is no decoder"),
+        (torch.randn(12, 6), 12, "Only 12 latents fire on 1 images of the fit half; .* needs 16"),
+    ):
         (evaluator,) = measured(animals, batch, [MetaSAE], W_dec=decoder)
+        assert re.match(note, evaluator.notes()[0])
         numbers = evaluator.compute()
         assert numbers.pop("n_latents") == rows
         assert np.isnan([*numbers.values()]).all() and evaluator.tables() == {}

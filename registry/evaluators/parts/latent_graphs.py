@@ -14,13 +14,15 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from . import summary
-from .implication import BLOCK, Pairs
+from .implication import Pairs
 from .ranks import spearman
 from .samples import fires, joint_sums, shape
 
 WEIGHTINGS = {"firings": 0.9, "activations": 0.9, "cosine": 0.8}
 """Weighting of edges -> the published threshold; for `activations` that of the firings."""
-ENTRIES = 2**24
+BLOCK = 256
+"""Latents whose joint sums with all others are in memory at a time."""
+ENTRIES = 2**22
 """Nonzeros in memory at a time while edges are measured."""
 
 
@@ -280,11 +282,11 @@ def similarities(z: sparse.csr_array, unit: np.ndarray, pairs: Pairs | Graph, k:
     top = np.zeros((len(children), k), dtype=np.int64)
     for row, child in enumerate(children):
         here = slice(columns.indptr[child], columns.indptr[child + 1])
-        best = np.lexsort((columns.indices[here], -columns.data[here]))[:k]
+        best = np.lexsort((columns.indices[here], -np.asarray(columns.data[here])))[:k]
         top[row] = columns.indices[here][best]
     pointers = np.arange(len(children) + 1) * k
     chosen = sparse.csr_array((np.ones(top.size), top.ravel(), pointers), shape=(len(children), n))
-    summed = chosen @ unit
+    summed = np.asarray(chosen @ unit)
     baseline = mean_cosine(unit)
     own = summary.ratio((summed**2).sum(1) - k, k * k - k) - baseline
 
