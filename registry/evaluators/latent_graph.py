@@ -94,6 +94,7 @@ class Measured(NamedTuple):
     """A graph on the score half; the arrays are NaN where undefined."""
 
     graph: Graph
+    n_pairs: int  # edges before any is removed
     edges: dict[str, np.ndarray]  # implication, dominance, abstractness: (E,) each
     both: np.ndarray  # (E,) images on which parent and child fire
     parents: graphs.Parents
@@ -122,8 +123,9 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
       of a half, mean over `draws`: joint firing by chance at equal rates.
 
     The embeddings are those of an independent encoder where the batches have them; else `own_layer`
-    is 1 and they are the activations. The counts `n_*` say what the means rest on. Table `graphs`
-    has every weighting and shape. Memory O(max_firings + embedded_images·e + edges).
+    is 1 and they are the activations. The counts `n_*` say what the means rest on; `n_pairs` are
+    the edges before any is removed. Table `graphs` has every weighting and shape. Memory
+    O(max_firings + embedded_images·e + n_pairs).
     """
 
     name = "latent_graph"
@@ -131,7 +133,7 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
     higher_is_better = {
         **dict.fromkeys(QUALITIES, True),
         **dict.fromkeys(("sibling_bound", "children", "depth", "max_depth", "own_layer"), None),
-        **dict.fromkeys(("n_latents", "n_edges", "n_parents", "n_roots"), None),
+        **dict.fromkeys(("n_latents", "n_pairs", "n_edges", "n_parents", "n_roots"), None),
         **dict.fromkeys(("n_measured_edges", "n_measured_parents", "n_sibling_parents"), None),
         **dict.fromkeys((f"chance_{name}" for name in ("n_edges", *QUALITIES)), None),
     }
@@ -196,26 +198,27 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
         rate = self.options.min_rate * shape(fit)[0]
         return np.flatnonzero(fires(fit).sum(0) >= max(rate, self.options.min_fired))
 
-    def build(self, fit: sparse.csr_array, weighting: str, form: str) -> Graph:
-        """The graph of one weighting and form over z (n, m) of the fit half."""
-        options = self.options
+    def measure(self, halves: Halves, weighting: str, form: str) -> Measured:
+        """The graph of one weighting and form, built on the first half and measured on the second."""
+        (fit, score), options = halves, self.options
         threshold = WEIGHTINGS[weighting] if options.threshold is None else options.threshold
-        return graphs.build_graph(
-            graphs.weigh_edges(fit, self.latents, weighting, threshold),
+        pairs = graphs.weigh_edges(fit, self.latents, weighting, threshold)
+        graph = graphs.build_graph(
+            pairs,
             fires(fit).sum(0),
             tree=form == "tree",
             max_children=max(options.max_children * self.context.d_sae, LEAST_CHILDREN),
             min_descendants=options.min_descendants,
         )
+        return self._measure(graph, len(pairs.child), score)
 
     @property
     @remembered
     def measured(self) -> Measured:
         """The graph of the chosen weighting and shape on the score half."""
-        fit, score = self._halves
-        return self._measure(self.build(fit, self.options.weighting, self.options.shape), score)
+        return self.measure(self._halves, self.options.weighting, self.options.shape)
 
-    def _measure(self, graph: Graph, score: sparse.csr_array) -> Measured:
+    def _measure(self, graph: Graph, n_pairs: int, score: sparse.csr_array) -> Measured:
         least = self.options.min_joint
         counts = graphs.count_edges(score, graph)
         enough = counts.both >= least
@@ -234,6 +237,7 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
         similar = graphs.similarities(z_embedded, unit, graph, self.options.k)
         return Measured(
             graph,
+            n_pairs,
             {name: np.where(enough, values, np.nan) for name, values in edges.items()},
             counts.both,
             parents._replace(
@@ -265,6 +269,7 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
             "children": summary.mean(parents.children),
             "depth": summary.mean(level[last]),
             "max_depth": float(level.max()) if len(graph.child) else float("nan"),
+            "n_pairs": float(found.n_pairs),
             "n_edges": float(len(graph.child)),
             "n_parents": float(len(parents.latent)),
             "n_roots": float(len(np.setdiff1d(graph.parent, graph.child))),
@@ -278,9 +283,8 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
     def _by_chance(self) -> dict[str, float]:
         options, draws = self.options, []
         for draw in range(options.draws):
-            fit, score = self._permuted(draw)
-            graph = self.build(fit, options.weighting, options.shape)
-            draws.append(self.numbers(self._measure(graph, score)))
+            found = self.measure(self._permuted(draw), options.weighting, options.shape)
+            draws.append(self.numbers(found))
         return {
             f"chance_{name}": summary.mean([draw[name] for draw in draws])
             for name in ("n_edges", *QUALITIES)
@@ -301,8 +305,8 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
         numbers, notes = self.compute(), []
         if not numbers["n_edges"]:
             notes.append(
-                f"No edge is left among {numbers['n_latents']:.0f} latents that fire on "
-                f"{self.options.min_fired} images of the fit half."
+                f"No edge is left of the {numbers['n_pairs']:.0f} pairs within the bounds, among "
+                f"{numbers['n_latents']:.0f} latents that fire on {self.options.min_fired} images."
             )
         if numbers["own_layer"]:
             notes.append(
@@ -314,12 +318,11 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
     def tables(self) -> dict[str, pd.DataFrame]:
         """`graphs`: the metrics of every weighting and shape. `edges`: one row for each edge of the
         chosen graph; `parents`: one for each parent."""
-        fit, score = self._halves
         rows = [
             {
                 "weighting": weighting,
                 "shape": form,
-                **self.numbers(self._measure(self.build(fit, weighting, form), score)),
+                **self.numbers(self.measure(self._halves, weighting, form)),
             }
             for weighting in WEIGHTINGS
             for form in SHAPES

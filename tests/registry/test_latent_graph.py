@@ -313,6 +313,7 @@ def test_node_indicators_give_the_tree_back(
     assert numbers["n_edges"] == numbers["n_measured_edges"] == 2 + 6 + 12
     assert numbers["n_parents"] == numbers["n_measured_parents"] == 1 + 2 + 6
     assert numbers["n_roots"] == 1 and numbers["n_latents"] == 21
+    assert numbers["n_pairs"] == 2 * 1 + 6 * 2 + 12 * 3  # each with all that are above it
     assert numbers["implication"] == numbers["refinement"] == 1.0
     assert numbers["children"] == pytest.approx(20 / 9)
     assert numbers["depth"] == numbers["max_depth"] == 3
@@ -403,7 +404,9 @@ def test_sparse_noise_has_no_edge(
     numbers = evaluator.compute()
     assert numbers["n_edges"] == numbers["chance_n_edges"] == 0
     assert all(np.isnan(numbers[name]) for name in QUALITIES)
-    assert evaluator.notes()[0].startswith("No edge is left among 60 latents")
+    assert evaluator.notes()[0].startswith(
+        "No edge is left of the 0 pairs within the bounds, among 60"
+    )
 
 
 def test_rare_latents_and_rare_edges_are_left_out(
