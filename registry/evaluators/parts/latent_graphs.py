@@ -282,7 +282,7 @@ def similarities(z: sparse.csr_array, unit: np.ndarray, pairs: Pairs | Graph, k:
     top = np.zeros((len(children), k), dtype=np.int64)
     for row, child in enumerate(children):
         here = slice(columns.indptr[child], columns.indptr[child + 1])
-        best = np.lexsort((columns.indices[here], -np.asarray(columns.data[here])))[:k]
+        best = np.lexsort((columns.indices[here], np.negative(columns.data[here])))[:k]
         top[row] = columns.indices[here][best]
     pointers = np.arange(len(children) + 1) * k
     chosen = sparse.csr_array((np.ones(top.size), top.ravel(), pointers), shape=(len(children), n))
