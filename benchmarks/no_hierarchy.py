@@ -44,8 +44,11 @@ from tqdm import tqdm
 WORLDS = ("noise", "flat", "planted", "groups")
 SIZES = ("balanced", "one large", "long tail", "absent")
 TREES = ("2x2x2", "3x3", "3x3x3", "tiny-imagenet")
-LEFT_OUT = ("detection", "stability", "hyperbolicity", "monosemanticity", "reconstruction")
-"""Evaluators that need a model, other SAEs, an embedding, or that use no tree."""
+LEFT_OUT = (
+    *("detection", "stability", "hyperbolicity", "monosemanticity", "reconstruction"),
+    *("latent_graph", "meta_sae"),
+)
+"""Evaluators that need a model, other SAEs, an embedding, a training, or that use no tree."""
 DRAWS = 19
 IMAGES = 10  # of a class, on average
 LEVEL, BAR = 0.05, 0.07

@@ -45,6 +45,11 @@ EVALUATORS = {
     "supervised_dictionary": "supervised_dictionary:SupervisedDictionary",
     "reconstruction": "reconstruction:Reconstruction",
     "detection": "detection:Detection",
+    "latent_graph": "latent_graph:LatentGraph",
+    "mistake_severity": "mistake_severity:MistakeSeverity",
+    "cpcc": "cpcc:CPCC",
+    "latent_dendrogram": "latent_dendrogram:LatentDendrogram",
+    "meta_sae": "meta_sae:MetaSAE",
 }
 LOADERS = {
     "sae_lens": "sae_lens:SAE_LENS",

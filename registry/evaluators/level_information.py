@@ -5,23 +5,19 @@ Own definition, after the layer-by-layer analysis of Olson et al. 2025 (arXiv 25
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
-from torch import Tensor
 
 from ..errors import ConfigError
 from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
-from .base import EvaluationBatch, Evaluator, require_at_least
+from .base import Evaluator, require_at_least
 from .parts import summary
-from .parts.moments import ClassMoments
-from .parts.probes import NeighbourProbe, RidgeProbe
+from .parts.class_probes import FEATURES, PROBES, ClassProbes, FeatureProbes
 
-FEATURES = ("x", "mean_patch", "z")
-PROBES = ("probe", "knn")
 FITTING_STEPS = 50
 
 
@@ -109,34 +105,8 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
     Options = LevelInformationOptions
 
     def prepare(self) -> None:
-        self._measures: dict[str, _FeatureInformation] = {}
-        self._latents: Tensor | None = None
+        self._probes = self.context.share(ClassProbes, **asdict(self.options))
         self._cuts = informative_cuts(self.taxonomy)
-
-    def calibrate(self, batch: EvaluationBatch) -> None:
-        z = batch.z.float()
-        spread = (z - z.mean(0)).square().mean(0)
-        most = min(self.options.probe_latents, batch.z.shape[1])
-        self._latents = spread.topk(most).indices.sort().values
-
-    def update(self, batch: EvaluationBatch) -> None:
-        if self._latents is None:
-            self.calibrate(batch)
-        z = batch.z.float()
-        self._feature("z").update(batch, z, z[:, self._latents])
-        if self.context.source == "sae":
-            x = batch.x.float()
-            self._feature("x").update(batch, x, x)
-            if batch.mean_patch is not None:
-                patch = batch.mean_patch.float()
-                self._feature("mean_patch").update(batch, patch, patch)
-
-    def _feature(self, name: str) -> _FeatureInformation:
-        if name not in self._measures:
-            n_labellings = 2 if self.context.shuffled else 1
-            n_classes = len(self.taxonomy.classes)
-            self._measures[name] = _FeatureInformation(n_classes, n_labellings, self.options)
-        return self._measures[name]
 
     def levels(
         self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -147,12 +117,12 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         feature.
         """
         self._check_shuffled(shuffled)
-        if feature not in self._measures:
+        if feature not in self._probes.features:
             return {}
         place = np.arange(len(self.taxonomy.classes)) if permutation is None else permutation
         groups = np.array([self.taxonomy.cut(t)[place] for t in self._cuts])
         groups = groups.reshape(len(self._cuts), len(place))
-        return self._measures[feature].levels(groups, int(shuffled))
+        return read_levels(self._probes.features[feature], groups, int(shuffled))
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -175,7 +145,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         columns = ["feature", "measure", "depth", "groups", "value", "permuted", "permuted_most"]
         groups = [len(np.unique(self.taxonomy.cut(t))) for t in self._cuts]
         rows = []
-        for feature in self._measures:
+        for feature in self._probes.features:
             nulls = [self.levels(feature, p) for p in self.context.permutations]
             for measure, values in self.levels(feature).items():
                 name = f"{feature}_{measure}"
@@ -214,53 +184,23 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
         return figures
 
 
-class _FeatureInformation:
-    """Moments, probes and confusion matrices of one feature."""
-
-    def __init__(self, n_classes: int, n_labellings: int, options: LevelInformationOptions) -> None:
-        self.n_classes, self.n_labellings = n_classes, n_labellings
-        self.moments: ClassMoments | None = None
-        self.ridge = RidgeProbe(n_classes, n_labellings, options.ridge)
-        self.knn = NeighbourProbe(
-            n_classes, n_labellings, options.neighbours, options.neighbours_per_class
-        )
-        self.confusion = np.zeros((len(PROBES), n_labellings, n_classes, n_classes), dtype=np.int32)
-
-    def update(self, batch: EvaluationBatch, feature: Tensor, probed: Tensor) -> None:
-        if not probed.shape[1]:
-            return
-        labellings = [batch.labels_of(s) for s in (False, True)[: self.n_labellings]]
-        if self.moments is None:
-            self.moments = ClassMoments(self.n_classes, self.n_labellings, feature)
-        self.moments.update(feature, labellings)
-        fit = batch.is_fit.cpu()
-        if fit.any():
-            on = fit.to(probed.device)
-            chosen = [labels[fit] for labels in labellings]
-            self.ridge.fit(probed[on], chosen)
-            self.knn.fit(probed[on], chosen, batch.index.cpu()[fit])
-        if not fit.all():
-            held_out = probed[~fit.to(probed.device)]
-            for confusion, probe in zip(self.confusion, (self.ridge, self.knn)):
-                for counts, labels, guess in zip(confusion, labellings, probe.predict(held_out)):
-                    truth, guess = labels[~fit][guess >= 0].numpy(), guess[guess >= 0].numpy()
-                    np.add.at(counts, (truth, guess), 1)
-
-    def levels(self, groups: np.ndarray, labelling: int) -> dict[str, np.ndarray]:
-        """Measures (L,) for groups (L, C), the group of each class at each cut."""
-        found: dict[str, np.ndarray] = {}
-        for probe, confusion in zip(PROBES, self.confusion[:, labelling]):
-            accuracy, at_level, right_group = read_off(confusion, groups)
-            found[f"{probe}_accuracy"] = np.array([accuracy])
-            found[f"{probe}_level_accuracy"] = at_level
-            chance, most = right_group_bounds(confusion, groups)
-            weight = np.where(most - chance > 1e-9, most - chance, 0.0)
-            found[f"{probe}_right_group"] = summary.ratio(right_group - chance, weight)
-            found[f"{probe}_right_group_weight"] = weight
-            found[f"{probe}_errors"] = np.array([confusion.sum() - np.trace(confusion)])
-        if self.moments is not None:
-            found["variance_share"] = self.moments.variance_share(groups, labelling)
-        return found
+def read_levels(
+    feature: FeatureProbes, groups: np.ndarray, labelling: int
+) -> dict[str, np.ndarray]:
+    """Measures (L,) of a feature for groups (L, C), the group of each class at each cut."""
+    found: dict[str, np.ndarray] = {}
+    for probe, confusion in zip(PROBES, feature.confusion[:, labelling]):
+        accuracy, at_level, right_group = read_off(confusion, groups)
+        found[f"{probe}_accuracy"] = np.array([accuracy])
+        found[f"{probe}_level_accuracy"] = at_level
+        chance, most = right_group_bounds(confusion, groups)
+        weight = np.where(most - chance > 1e-9, most - chance, 0.0)
+        found[f"{probe}_right_group"] = summary.ratio(right_group - chance, weight)
+        found[f"{probe}_right_group_weight"] = weight
+        found[f"{probe}_errors"] = np.array([confusion.sum() - np.trace(confusion)])
+    if feature.moments is not None:
+        found["variance_share"] = feature.moments.variance_share(groups, labelling)
+    return found
 
 
 def read_off(confusion: np.ndarray, groups: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:

@@ -254,12 +254,12 @@ def test_the_options_reach_the_probes(animals, one_batch, measured):
     options = {"ridge": 0.3, "neighbours": 3, "neighbours_per_class": 2, "probe_latents": 4}
     batch = one_batch(np.random.default_rng(0).random((96, 6)).astype(np.float32), labels)
     (evaluator,) = measured(animals, batch, [LevelInformation], options=options)
-    found = evaluator._measures["z"]
+    found = evaluator._probes.features["z"]
     assert (found.ridge.ridge, found.knn.k) == (0.3, 3)
     assert np.isfinite(found.knn._priority).sum(1).tolist() == [2] * 12
     assert found.ridge._gram.shape == (4, 4)  # the most variable latents alone
     spread = batch.z[batch.is_fit].var(0, correction=0)
-    assert evaluator._latents.tolist() == sorted(spread.topk(4).indices.tolist())
+    assert evaluator._probes.latents.tolist() == sorted(spread.topk(4).indices.tolist())
 
 
 def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, measured):
@@ -329,7 +329,7 @@ def test_only_the_most_variable_latents_are_probed(animals, one_batch, measured)
     batch = one_batch(z, labels)
     options = {"probe_latents": 12}
     (evaluator,) = measured(animals, batch, [LevelInformation], options=options)
-    assert evaluator._latents.tolist() == list(range(12))
+    assert evaluator._probes.latents.tolist() == list(range(12))
     assert evaluator.compute()["z_probe_accuracy"] == 1
 
 

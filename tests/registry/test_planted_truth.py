@@ -128,6 +128,33 @@ IDEAL: dict[str, dict[str, Bounds]] = {
     },
     "infomec": {"infoe": (0.9, 1.0), "factors": exactly(3)},
     "tree_probe": {"x_excess": (-0.05, 0.05)},  # plain distances are ideal here
+    "latent_graph": {
+        "n_edges": exactly(N_NODES - 1),
+        "n_roots": ONE,  # the root's latent, which always fires
+        "implication": ONE,
+        "refinement": ONE,
+        "depth": exactly(3),
+    },
+    # Nobody errs; of the classes after the true one two are of its genus, two of its family.
+    "mistake_severity": {
+        "z_probe_distance_5": exactly((0 + 1 + 1 + 2 + 2) / 5),
+        **{
+            f"{feature}_{probe}_{measure}": bounds
+            for feature in ("x", "z")
+            for probe in ("probe", "knn")
+            for measure, bounds in (
+                ("hierarchical_f1", ONE),
+                ("distance_1", ZERO),
+            )
+        },
+    },
+    # Tree distances are squared distances here, so that the correlation is not quite 1.
+    "cpcc": {"x_cpcc": (0.98, 1.0), "z_cpcc": (0.98, 1.0), "n_classes": exactly(N_CLASSES)},
+    "latent_dendrogram": {
+        "firing_purity": (0.9, 1.0),
+        "firing_gamma": (0.6, 1.0),
+        "n_nodes": exactly(N_NODES - 1),
+    },
 }
 
 WORSE: dict[str, dict[str, dict[str, float]]] = {
@@ -144,6 +171,9 @@ WORSE: dict[str, dict[str, dict[str, float]]] = {
         "feature_geometry": {},
         "infomec": {"infom": 0.02},
         "tree_probe": {"x_spearman": 0.5, "z_spearman": 0.5},
+        "mistake_severity": {"z_probe_distance_5": -0.5},
+        "cpcc": {"x_cpcc": 0.5, "z_cpcc": 0.5},
+        "latent_dendrogram": {"firing_cophenetic": 0.3, "firing_purity": 0.3},
     },
     "shuffled": {
         "lch_height": {"defined": 30},  # no class is frequent any more but for the root's
@@ -158,6 +188,9 @@ WORSE: dict[str, dict[str, dict[str, float]]] = {
         "feature_geometry": {"projection_own": 0.3},
         "infomec": {"infoe": 0.8},
         "tree_probe": {"x_spearman": 0.5, "z_spearman": 0.5},
+        "mistake_severity": {"x_probe_hierarchical_f1": 0.5, "z_knn_distance_1": -1.0},
+        "cpcc": {"x_cpcc": 0.5, "z_cpcc": 0.5},
+        "latent_dendrogram": {"firing_cophenetic": 0.3, "firing_purity": 0.3},
     },
 }
 
@@ -166,6 +199,7 @@ ELSEWHERE = {
     "supervised_dictionary": "is itself the planted dictionary, and edits the model",
     "stability": "compares two SAEs with each other, with no tree",
     "detection": "explains latents by nodes and may edit the model",
+    "meta_sae": "trains an SAE on the decoder rows, of which these share no direction",
 }
 """Built-in evaluators whose planted truth needs more than latents: it is in a test of their own."""
 

@@ -51,18 +51,25 @@ class RidgeProbe:
             counts += torch.bincount(labels.cpu(), minlength=self.n_classes)
         self._weights = None
 
-    def predict(self, x: Tensor) -> list[Tensor]:
-        """(n,) classes of x (n, d) under every labelling; −1 if nothing was fitted."""
+    def scores(self, x: Tensor) -> list[Tensor]:
+        """(n, C) scores of the classes for x (n, d) under every labelling; none if nothing was
+        fitted."""
         if self._gram is None:
-            return [torch.full((len(x),), -1, dtype=torch.int64)] * self.n_labellings
+            return []
         if self._weights is None:
             self._solve(self._gram)
         assert self._weights is not None
         z = (x - self._offset - self._mean.to(x.device)) / self._scale.to(x.device)
         return [
-            torch.addmm(bias.to(x.device), z, weight.to(x.device)).argmax(1).cpu()
+            torch.addmm(bias.to(x.device), z, weight.to(x.device)).cpu()
             for weight, bias in zip(self._weights, self._bias)
         ]
+
+    def predict(self, x: Tensor) -> list[Tensor]:
+        """(n,) classes of x (n, d) under every labelling; −1 if nothing was fitted."""
+        if self._gram is None:
+            return [torch.full((len(x),), -1, dtype=torch.int64)] * self.n_labellings
+        return [scores.argmax(1) for scores in self.scores(x)]
 
     def _solve(self, gram: Tensor) -> None:
         mean = self._sums[0].sum(0) / self.n

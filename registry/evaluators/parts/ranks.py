@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import false_discovery_control, rankdata
 
-from . import summary
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two (n,); NaN if either is constant."""
+    a, b = (v - v.mean() if len(v) else v for v in (a, b))
+    scale = np.sqrt((a**2).sum() * (b**2).sum())
+    constant = any(np.ptp(v) <= 1e-9 * np.abs(v).max() for v in (a, b)) if len(a) else True
+    return float("nan") if constant else float((a * b).sum() / scale)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two (n,), ties with their mean rank; NaN if either is constant."""
-    a, b = (rankdata(v) - (len(v) + 1) / 2 for v in (a, b))
-    return float(summary.ratio((a * b).sum(), np.sqrt((a**2).sum() * (b**2).sum())))
+    return pearson(rankdata(a), rankdata(b))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

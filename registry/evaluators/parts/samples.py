@@ -6,6 +6,7 @@ The cap holds on average: a sample of 1,000 may contain 1,030.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,10 @@ from ... import hashing
 from ..base import Accumulator, EvaluationBatch, EvaluationContext
 
 SALT = 101
+DENSE = 0.02
+"""Share of nonzeros above which joint sums are made by dense products."""
+ROWS = 2048
+"""Images of such a product at a time."""
 
 
 class FiringSample(Accumulator):
@@ -77,6 +82,25 @@ class FiringSample(Accumulator):
         return np.concatenate([empty, *(columns[i] for columns in self._columns)])
 
 
+class FiringStore(FiringSample):
+    """As `FiringSample`, with fewer images where many latents fire on an image: the calibration
+    sample decides.
+
+    Memory O(max_firings).
+    """
+
+    def __init__(
+        self, context: EvaluationContext, max_images: int = 65536, max_firings: int = 2**24
+    ) -> None:
+        super().__init__(context, max_images)
+        self.max_firings = max_firings
+
+    def calibrate(self, batch: EvaluationBatch) -> None:
+        l0 = len(batch.firings.rows) / max(len(batch), 1)
+        if l0 * self.max_images > self.max_firings:
+            self.max_images = max(1, int(self.max_firings / l0))
+
+
 class ImageSample(FiringSample):
     """Activations and latents of about `max_images` images, in equal shares of the classes.
 
@@ -119,16 +143,35 @@ def together(firings: sparse.csr_array, latents: np.ndarray) -> Together:
     Args:
         firings: (n, m) of zeros and ones.
     """
-    n, m = shape(firings)
-    if firings.nnz > 0.02 * n * m:  # a dense product is faster here
-        dense = firings.toarray()
-        both = dense[:, latents].T @ dense
-        first, second = np.nonzero(both)
-        return Together(first, second, both[first, second].round().astype(np.int64))
-    both = sparse.csr_array(sparse.csr_array(firings[:, latents].T) @ firings)
-    both.sort_indices()
-    first = np.repeat(np.arange(len(latents)), np.diff(both.indptr))
-    return Together(first, both.indices, both.data.round().astype(np.int64))
+    first, second, (images,) = joint_sums([(firings[:, latents], firings)])
+    return Together(first, second, images.round().astype(np.int64))
+
+
+def joint_sums(
+    products: Sequence[tuple[sparse.csr_array, sparse.csr_array]],
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Σ over images of a_i·b_j, for the pairs (i, j) of columns that are above 0 on a common image.
+
+    Args:
+        products: matrices a (n, b) and b (n, m) of each sum, none below 0; all a have the same
+            nonzeros, and all b.
+
+    Returns:
+        i and j, (P,) each, by i and then j; for each of `products` the sums (P,).
+    """
+    n, m = shape(products[0][1])
+    if products[0][1].nnz > DENSE * n * m:  # dense products are faster here
+        sums = [np.zeros((shape(a)[1], m), dtype=a.dtype) for a, _ in products]
+        for start in range(0, n, ROWS):
+            for total, (a, b) in zip(sums, products):
+                total += a[start : start + ROWS].toarray().T @ b[start : start + ROWS].toarray()
+        first, second = np.nonzero(sums[0])
+        return first, second, [total[first, second] for total in sums]
+    found = [sparse.csr_array(sparse.csr_array(a.T) @ b) for a, b in products]
+    for product in found:
+        product.sort_indices()
+    first = np.repeat(np.arange(shape(found[0])[0]), np.diff(found[0].indptr))
+    return first, found[0].indices, [product.data for product in found]
 
 
 def shape(matrix: sparse.csr_array) -> tuple[int, int]:

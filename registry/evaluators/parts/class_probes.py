@@ -1,0 +1,126 @@
+"""Probes of the class on activations and latents, with what they predict, computed once per pass."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from .moments import ClassMoments
+from .probes import NeighbourProbe, RidgeProbe
+
+FEATURES = ("x", "mean_patch", "z")
+PROBES = ("probe", "knn")
+TOPS = (5, 20)
+"""Numbers of most probable classes that are counted, besides the first."""
+
+
+class ClassProbes(Accumulator):
+    """Linear probe and kNN of each feature, fitted on the fit half; their predictions on the other.
+
+    `features`: name -> its probes; only z for the sources of latents that share x. Memory
+    O(C·(C + d + m) + d²).
+
+    Args:
+        ridge: of the linear probe, relative to the variance of a feature.
+        neighbours, neighbours_per_class: k of kNN, and the size of its database per class.
+        probe_latents: number of most variable latents of z that are probed.
+    """
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        ridge: float = 0.01,
+        neighbours: int = 10,
+        neighbours_per_class: int = 10,
+        probe_latents: int = 1024,
+    ) -> None:
+        super().__init__(context)
+        self.ridge, self.probe_latents = ridge, probe_latents
+        self.neighbours = (neighbours, neighbours_per_class)
+        self.features: dict[str, FeatureProbes] = {}
+        self.latents: Tensor | None = None
+
+    def calibrate(self, batch: EvaluationBatch) -> None:
+        z = batch.z.float()
+        spread = (z - z.mean(0)).square().mean(0)
+        most = min(self.probe_latents, batch.z.shape[1])
+        self.latents = spread.topk(most).indices.sort().values
+
+    def update(self, batch: EvaluationBatch) -> None:
+        if self.latents is None:
+            self.calibrate(batch)
+        z = batch.z.float()
+        self._feature("z").update(batch, z, z[:, self.latents])
+        if self.context.source == "sae":
+            x = batch.x.float()
+            self._feature("x").update(batch, x, x)
+            if batch.mean_patch is not None:
+                patch = batch.mean_patch.float()
+                self._feature("mean_patch").update(batch, patch, patch)
+
+    def _feature(self, name: str) -> FeatureProbes:
+        if name not in self.features:
+            n_labellings = 2 if self.context.shuffled else 1
+            n_classes = len(self.context.taxonomy.classes)
+            self.features[name] = FeatureProbes(
+                n_classes, n_labellings, self.ridge, *self.neighbours
+            )
+        return self.features[name]
+
+
+class FeatureProbes:
+    """Moments, probes and counted predictions of one feature.
+
+    `confusion (2, labellings, C, C)`: images of the score half by true and by predicted class, of the
+    linear probe and of kNN. `near`: k -> (labellings, C, C), images by true class and by each of
+    the k classes that the linear probe gives the highest scores; classes without fit images are none.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        n_labellings: int,
+        ridge: float,
+        neighbours: int,
+        neighbours_per_class: int,
+    ) -> None:
+        self.n_labellings = n_labellings
+        self._n_classes = n_classes
+        self.moments: ClassMoments | None = None
+        self.ridge = RidgeProbe(n_classes, n_labellings, ridge)
+        self.knn = NeighbourProbe(n_classes, n_labellings, neighbours, neighbours_per_class)
+        size = (n_labellings, n_classes, n_classes)
+        self.confusion = np.zeros((len(PROBES), *size), dtype=np.int32)
+        self.near = {k: np.zeros(size, dtype=np.int32) for k in TOPS if k <= n_classes}
+
+    def update(self, batch: EvaluationBatch, feature: Tensor, probed: Tensor) -> None:
+        """Add a batch of the feature (n, d), of which `probed` (n, e) is given to the probes."""
+        if not probed.shape[1]:
+            return
+        labellings = [batch.labels_of(s) for s in (False, True)[: self.n_labellings]]
+        if self.moments is None:
+            self.moments = ClassMoments(self._n_classes, self.n_labellings, feature)
+        self.moments.update(feature, labellings)
+        fit = batch.is_fit.cpu()
+        if fit.any():
+            on = fit.to(probed.device)
+            chosen = [labels[fit] for labels in labellings]
+            self.ridge.fit(probed[on], chosen)
+            self.knn.fit(probed[on], chosen, batch.index.cpu()[fit])
+        if not fit.all():
+            held_out = probed[~fit.to(probed.device)]
+            truth = [labels[~fit] for labels in labellings]
+            for i, (labels, scores) in enumerate(zip(truth, self.ridge.scores(held_out))):
+                _count(self.confusion[0, i], labels, scores.topk(1, dim=1).indices)
+                for k, counts in self.near.items():
+                    best = scores.topk(k, dim=1)
+                    _count(counts[i], labels, best.indices.where(best.values > -np.inf, -1))
+            for counts, labels, guess in zip(self.confusion[1], truth, self.knn.predict(held_out)):
+                _count(counts, labels, guess[:, None])
+
+
+def _count(counts: np.ndarray, truth: Tensor, guess: Tensor) -> None:
+    """Add images with classes `truth` (n,) and guesses (n, k), below 0 where none, to counts (C, C)."""
+    row, column = np.nonzero(guess.numpy() >= 0)
+    np.add.at(counts, (truth.numpy()[row], guess.numpy()[row, column]), 1)
