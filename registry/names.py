@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+MAX_NAMES, MAX_LENGTH = 10_000, 200  # that are compared: each takes up to the square of its length
 
 
 def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
@@ -12,7 +15,8 @@ def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[
     Args:
         cutoff: least similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`).
     """
-    return difflib.get_close_matches(str(name), list(known), n=3, cutoff=cutoff)
+    short = [text for text in islice(known, MAX_NAMES) if len(text) <= MAX_LENGTH]
+    return difflib.get_close_matches(str(name)[:MAX_LENGTH], short, n=3, cutoff=cutoff)
 
 
 def did_you_mean(names: Iterable[str]) -> str:

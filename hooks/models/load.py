@@ -115,7 +115,9 @@ def load_vision_model(
         torch.manual_seed(seed)
         module = _load(chosen, source)
     model = from_module(module, family=chosen.name, model_name=name)
-    model.processor, model.preprocessor_config = _read_preprocessing(name, config, revision)
+    model.processor, model.preprocessor_config = _read_preprocessing(
+        name, config, revision, trust_remote_code
+    )
     model.to(device)
     if hook_names:
         expand_hook_names(model, hook_names)
@@ -262,7 +264,7 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
 
 
 def _read_preprocessing(
-    name: str, config: Any, revision: str | None
+    name: str, config: Any, revision: str | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any] | None]:
     """The image processor and its settings, each None where there is none."""
     if isinstance(config, dict):
@@ -278,7 +280,9 @@ def _read_preprocessing(
         )
         return None, None
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            name, backend="pil", trust_remote_code=trust_remote_code, **options
+        )
     except (ImportError, OSError, ValueError):  # DINOv3's needs torchvision
         return None, settings
     return processor, settings

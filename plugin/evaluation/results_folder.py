@@ -20,6 +20,7 @@ import torch
 from ...hooks.activations.cache import ActivationCache
 from ...registry.errors import TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
+from ...registry.files import UnreadableError, inside
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
 from ...registry.taxonomies.permuted_classes import permuted_classes
@@ -226,4 +227,7 @@ def _digest(facts: Any) -> str:
 
 def _files_exist(folder: Path, sae: SAEResult) -> bool:
     files = [f for e in sae.evaluators.values() for f in (*e.tables.values(), *e.figures.values())]
-    return all((folder / file).is_file() for file in files)
+    try:
+        return all(inside(folder, file).is_file() for file in files)
+    except UnreadableError:  # not written by us: all is measured again
+        return False

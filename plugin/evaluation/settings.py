@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...hooks.images.decode import MAX_IMAGE_PIXELS
 from ...registry.errors import ConfigError
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
@@ -44,6 +45,9 @@ class EvaluationSettings:
         batch_size: images in one forward pass
         num_workers: processes that decode images
         max_corrupt_share: share of corrupt images above which the work stops
+        max_image_pixels: a larger picture counts as corrupt
+        remote_images: fetch images that rows of the dataset name by an address
+        trust_remote_code: run code that comes with models and datasets
         keep_activations: keep the activations of the images too
         progress: show progress bars
 
@@ -73,6 +77,9 @@ class EvaluationSettings:
     batch_size: int = 64
     num_workers: int = 0
     max_corrupt_share: float = 0.01
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    remote_images: bool = False
+    trust_remote_code: bool = False
     keep_activations: bool = False
     progress: bool = True
 

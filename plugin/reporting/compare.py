@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...registry.files import write_atomically
+from ...registry.errors import DataError
+from ...registry.files import is_file_name, write_atomically
 from .headlines import ShownMetric
 from .report import Report
 from .results import Results
@@ -34,6 +35,9 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
 
     Returns:
         the folder of the files.
+
+    Raises:
+        DataError: an evaluator or metric has a name that a file cannot have.
     """
     target = (folder or results.folder or Path()) / METRICS_FOLDER
     report = Report(results)
@@ -48,6 +52,10 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         title = f"{evaluator} / {results.label(evaluator, metric)}"
         headline = ShownMetric(evaluator, metric, title)
         stem = f"{evaluator}.{metric}"
+        if not is_file_name(stem):
+            raise DataError(
+                f"metric {stem!r}", "it names files", allowed="names without slashes and NUL"
+            )
         table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
         write_atomically(target / f"{stem}.csv", table, sync=False)
         write_atomically(target / f"{stem}.svg", report.figure(headline), sync=False)

@@ -13,6 +13,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
 from ...hooks.models.tokens import TOKEN_CHOICES
 from ...registry.errors import ConfigError, UnknownNameError
+from ...registry.files import is_file_name
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONSTRAINTS
 
@@ -40,7 +41,7 @@ SHARE: Check = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 BETA: Check = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
 FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
 TEXT: Check = (lambda v: isinstance(v, str) and bool(v), "a name")
-ID: Check = (lambda v: isinstance(v, str) and _is_file_name(v), "a name that a folder can have")
+ID: Check = (lambda v: isinstance(v, str) and is_file_name(v), "a name that a folder can have")
 
 
 def _one_of(choices: Iterable[str]) -> Check:
@@ -59,6 +60,9 @@ CHECKS: dict[str, Check] = {
     "image_size": _optional(POSITIVE_INT),
     "num_workers": COUNT,
     "max_corrupt_share": SHARE,
+    "max_image_pixels": POSITIVE_INT,
+    "remote_images": FLAG,
+    "dataset_trust_remote_code": FLAG,
     "use_cached_activations": FLAG,
     "eval_max_images": _optional(POSITIVE_INT),
     "checkpoint_id": _optional(ID),
@@ -176,7 +180,7 @@ def _check_saes(cfg: Any) -> None:
     if not saes:
         raise ConfigError("saes", "missing", given=None, allowed="at least one")
     for name, sae in saes.items():
-        if not isinstance(name, str) or not _is_file_name(name):
+        if not isinstance(name, str) or not is_file_name(name):
             raise ConfigError(
                 "saes", "not a name", given=name, allowed="a name that a folder can have"
             )
@@ -220,10 +224,6 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
     raise UnknownNameError(
         unknown_name_message("architecture", architecture, list(SAE_TRAINING_CLASS_REGISTRY))
     )
-
-
-def _is_file_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0")
 
 
 def _as_list(value: Any) -> Any:

@@ -38,7 +38,7 @@ def save_rng_state(folder: Path) -> None:
 
 def load_rng_state(folder: Path) -> None:
     """Restore what `save_rng_state` saved, of the GPUs that still exist."""
-    state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu")
+    state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu", weights_only=True)
     torch.set_rng_state(state["cpu"])
     for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda_state, index)

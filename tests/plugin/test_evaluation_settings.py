@@ -37,6 +37,9 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "batch_size": (["8"], 8),
     "num_workers": (["2"], 2),
     "max_corrupt_share": (["0.5"], 0.5),
+    "max_image_pixels": (["1000"], 1000),
+    "remote_images": ([], True),
+    "trust_remote_code": ([], True),
     "keep_activations": ([], True),
 }
 
