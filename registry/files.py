@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from .errors import ConfigError
 
 MAX_SETTINGS_BYTES = 1 << 24  # a config, a manifest, an index, metadata
 MAX_YAML_BYTES = 1 << 20  # PyYAML reads about 0.1 MB a second
@@ -25,6 +28,7 @@ MAX_DATA_BYTES = 1 << 27  # results, taxonomies, figures
 MAX_NESTING = 200
 MAX_CONTAINERS = 4_000_000  # lists and objects of JSON; an empty one is 3 bytes there, 64 in memory
 MAX_YAML_NODES = 100_000  # after each alias is replaced by what it stands for
+LOCK_FILENAME = ".lock"
 STALE_SECONDS = 3600.0  # a temporary file of this age is of a process that was killed
 
 
@@ -35,6 +39,14 @@ class UnreadableError(ValueError):
 def reason(error: Exception) -> str:
     """The reason of an `OSError` or `UnreadableError`, for a message that names the file itself."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def why(error: Exception) -> str:
+    """The first sentence of a library's error about a file, without torch's advice to read it unsafely."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is not what torch.save writes, or names code"
+    text = " ".join(str(error).split())[:300]
+    return text if len(text) > 2 and " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -191,6 +203,13 @@ def is_file_name(name: str) -> bool:
     return fits and name not in (".", "..") and not any(c in name for c in "/\\")
 
 
+def is_path(text: object) -> bool:
+    """Whether text can be the path of a file: not empty, no control characters, parts of 255 bytes."""
+    if not isinstance(text, str) or not text or not text.isprintable():
+        return False
+    return all(len(os.fsencode(part)) <= 255 for part in text.split("/"))
+
+
 def check_regular(folder: str | Path) -> None:
     """Check the entries of a folder that a library reads.
 
@@ -253,9 +272,60 @@ def _remove_stale(path: Path) -> None:
             continue
         with suppress(OSError):
             found = entry.stat(follow_symlinks=False)
-            own = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-            if stat.S_ISREG(found.st_mode) and own and time.time() - found.st_mtime > STALE_SECONDS:
+            if stat.S_ISREG(found.st_mode) and is_stale(found):
                 os.unlink(entry.path)
+
+
+def is_stale(found: os.stat_result, seconds: float = STALE_SECONDS) -> bool:
+    """Whether a file is our user's, and was last written that long ago."""
+    own = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    return own and time.time() - found.st_mtime >= seconds
+
+
+@contextmanager
+def only_writer(folder: str | Path, field: str) -> Iterator[None]:
+    """Keep other processes from writing into `folder`; the lock ends with the process.
+
+    Without file locks (Windows, some network disks) nothing is kept out.
+
+    Raises:
+        ConfigError: another one is writing there; `field` is the setting that names the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    place = Path(folder) / LOCK_FILENAME
+    descriptor = os.open(place, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(place)):
+                raise BlockingIOError  # another one has removed the file, and locked a new one
+        except (BlockingIOError, FileNotFoundError):
+            problem, allowed = "another process is writing there", "another folder, or wait"
+            raise ConfigError(field, problem, given=str(folder), allowed=allowed) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def share(folder: Path) -> None:
+    """Give the files in a new folder the permissions that the umask gave the folder.
+
+    safetensors makes files that only their owner can read.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def file_digest(path: str | Path, *, sync: bool = False) -> str:

@@ -29,8 +29,9 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown `name`, with similar names and up to 40 of all names."""
     names = sorted(known)
     near = did_you_mean(nearest(name, names))
-    shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
+    shown = [text[:MAX_LENGTH] for text in names[:40]]
+    shown += [f"and {len(names) - 40} more"] if len(names) > 40 else []
     return (
-        f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}; "
+        f"{kind}: not known{f' ({near})' if near else ''}; given {str(name)[:MAX_LENGTH]!r}; "
         f"allowed: {', '.join(shown) or 'none'}."
     )

@@ -34,6 +34,7 @@ DEFAULT_CONFIG = {
     "image_mean": IMAGENET_MEAN,
     "image_std": IMAGENET_STD,
 }
+MAX_EDGE = 8192  # pixels of the model's input
 PLAIN_STEPS = ("_preprocess", "preprocess", "resize", "center_crop", "rescale", "normalize")
 
 
@@ -48,6 +49,9 @@ class PilPreprocess:
         rescale: factor on the 0..255 pixel values, None: none.
         mean, std: for each channel, None: no normalisation.
         resize_rescaled: resize after rescaling, in floating point (DINOv3), not on 8-bit pixels.
+
+    Raises:
+        ConfigError: a value with which there is no image, or one of NaN.
     """
 
     size: tuple[int, int] | int | None
@@ -58,6 +62,26 @@ class PilPreprocess:
     std: tuple[float, ...] | None = None
     resize_rescaled: bool = False
 
+    def __post_init__(self) -> None:
+        edges = [*(_edges(self.size)), *_edges(self.crop)]
+        numbers = [
+            n for n in (self.rescale, *(self.mean or ()), *(self.std or ())) if n is not None
+        ]
+        for field, fits, allowed in (
+            ("size", all(0 < edge <= MAX_EDGE for edge in edges), f"1 to {MAX_EDGE} pixels"),
+            ("resample", self.resample in ((2, 3) if self.resize_rescaled else range(6)), "2 or 3"),
+            ("mean, std, rescale", all(map(math.isfinite, numbers)), "finite numbers"),
+            ("std", all(n > 0 for n in self.std or ()), "numbers above 0"),
+            ("mean", len(self.mean or (0,) * 3) == 3, "one number for each of 3 channels"),
+            ("std", len(self.std or (0,) * 3) == 3, "one number for each of 3 channels"),
+            ("rescale", self.rescale is None or self.rescale > 0, "a number above 0"),
+        ):
+            if not fits:
+                given = tuple(getattr(self, name) for name in field.split(", "))
+                raise ConfigError(
+                    f"image processor: {field}", "not possible", given=given, allowed=allowed
+                )
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], image_size: int | None = None) -> PilPreprocess:
         """From the fields of a ``preprocessor_config.json``.
@@ -65,7 +89,16 @@ class PilPreprocess:
         Raises:
             ConfigError: a size that the plain steps do not have.
         """
-        config = {**config, **resized(config, image_size)}
+        try:
+            return cls._from_config({**config, **resized(config, image_size)})
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = f"its settings cannot be read: {error}"
+            raise ConfigError("image processor", problem, allowed="numbers, and sizes") from error
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> PilPreprocess:
         size = _size(config) if config.get("do_resize", True) else None
         crop = None
         if config.get("do_center_crop"):
@@ -75,7 +108,7 @@ class PilPreprocess:
             size=size,
             crop=crop,
             resample=int(config.get("resample") or 2),
-            rescale=config.get("rescale_factor", 1 / 255)
+            rescale=float(config.get("rescale_factor", 1 / 255))
             if config.get("do_rescale", True)
             else None,
             mean=_channels(config["image_mean"]) if normalise else None,
@@ -256,6 +289,10 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
     if isinstance(size, int) and config.get("do_center_crop"):
         return size
     return _pair(size, "size")
+
+
+def _edges(size: tuple[int, int] | int | None) -> tuple[int, ...]:
+    return () if size is None else (size,) if isinstance(size, int) else size
 
 
 def _pair(size: Any, field: str) -> tuple[int, int]:

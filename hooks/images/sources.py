@@ -273,6 +273,9 @@ def class_folders_dataset(root: Path) -> Dataset:
             relative = Path(folder).relative_to(root).as_posix()
             found[relative] = [os.path.join(folder, name) for name in sorted(images)]
     times[os.path.basename(root)] -= 1  # the top folder is no class
+    for file in (file for files in found.values() for file in files):
+        if not _is_utf8(file):
+            raise DataError("dataset_path", "a name is not UTF-8", given=file)
     loose = found.pop(".", [])
     if not found:
         if not loose:
@@ -292,6 +295,14 @@ def class_folders_dataset(root: Path) -> Dataset:
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=classes)}
     )
     return Dataset.from_dict({"image": _as_paths(paths), "label": labels}, features=features)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # the system's bytes, as lone surrogates
+        return False
+    return True
 
 
 def _as_paths(paths: list[str]) -> list[dict[str, Any]]:

@@ -102,7 +102,6 @@ class ResultsFolder:
         }
         self._found: dict[str, SAEResult] = {}
         self._permuted: PermutedClassesInfo | None = None
-        self._take_over()
 
     def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
         """The facts of the peers; none where no evaluator compares with peers."""
@@ -145,7 +144,7 @@ class ResultsFolder:
         write_comparison(results)
         return results
 
-    def _take_over(self) -> None:
+    def take_over(self) -> None:
         """Keep the SAEs that an earlier call with the same settings has finished."""
         try:
             earlier = Results.load(self.folder)

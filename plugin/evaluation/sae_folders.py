@@ -6,9 +6,9 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from sae_lens import SAE
@@ -25,7 +25,14 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import CheckpointError, ConfigError
-from ...registry.files import UnreadableError, file_digest, open_regular, read_json_object, reason
+from ...registry.files import (
+    UnreadableError,
+    file_digest,
+    is_path,
+    open_regular,
+    read_json_object,
+    reason,
+)
 from ..reporting.series import layer_of, natural_key
 
 SAE_SCHEMA = "taxolens.sae/1"  # version of our keys in the metadata: docs/formats/saes.md
@@ -167,8 +174,15 @@ def check_usable(where: Path | str, sae: SAE[Any]) -> None:
     """Check what SAELens loads without a word and every number would be wrong with.
 
     Raises:
-        CheckpointError: a weight is not finite, or `k` is not from 1 to d_sae.
+        CheckpointError: a field of the config is of another type than its class declares, `k` is not from 1 to d_sae, or a weight is not finite.
     """
+    hints = get_type_hints(type(sae.cfg))
+    for field in fields(sae.cfg):
+        if field.name != "metadata":
+            try:
+                coerce(getattr(sae.cfg, field.name), hints[field.name], field.name)
+            except MisfitError as error:
+                raise CheckpointError(where, error) from None
     for name, tensor in sae.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(where, f"{name} has values that are not finite")
@@ -214,7 +228,11 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
         ConfigError: a folder does not exist or has no SAE, or metadata is of another version.
         CheckpointError: a cfg.json or runner_cfg.json that is not JSON.
     """
-    paths = [Path(p) for p in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    given = [runs] if isinstance(runs, (str, Path)) else runs
+    for run in given:
+        if not is_path(str(run)):
+            raise ConfigError("runs", "not a path", given=str(run), allowed=RUNS)
+    paths = [Path(p) for p in given]
     if not paths:
         raise ConfigError("runs", "no folder is given", allowed=RUNS)
     repeated = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...hooks.images.decode import MAX_IMAGE_PIXELS
 from ...registry.errors import ConfigError
+from ...registry.files import is_path
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
 
@@ -52,7 +53,7 @@ class EvaluationSettings:
         progress: show progress bars
 
     Raises:
-        ConfigError: a null, control or aggregate that does not exist, no draw of a null, or too few groups.
+        ConfigError: a null, control or aggregate that does not exist, too few groups, or a number out of range.
     """
 
     evaluators: str | Sequence[str] | None = None
@@ -92,13 +93,25 @@ class EvaluationSettings:
             for name in given:
                 if name not in allowed:
                     raise ConfigError(unknown_name_message(field, name, allowed))
-        for field in ("n_permutations", "n_twins"):
-            if (given := getattr(self, field)) < 1:
-                raise ConfigError(field, "not possible", given=given, allowed="1 or more")
+        for field, least, most in (
+            ("n_permutations", 1, 2**31),
+            ("n_twins", 1, 2**31),
+            ("seed", 0, 2**63 - 1),
+            ("max_images", 1, 2**63 - 1),
+            ("batch_size", 1, 2**31),
+            ("num_workers", 0, 1024),
+            ("max_image_pixels", 1, 2**63 - 1),
+        ):
+            given = getattr(self, field)
+            if given is not None and not least <= given <= most:
+                raise ConfigError(field, "not possible", given=given, allowed=f"{least} to {most}")
         if self.n_groups < 3 and self.n_groups != 0:
             raise ConfigError(
                 "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"
             )
+        if self.output_path is not None and not is_path(str(self.output_path)):
+            allowed = "a path without control characters"
+            raise ConfigError("output_path", "no path", given=self.output_path, allowed=allowed)
 
     def override(self, **options: Any) -> EvaluationSettings:
         """The same settings with other values.

@@ -30,8 +30,10 @@ from ...registry.files import (
     UnreadableError,
     file_digest,
     inside,
+    is_stale,
     read_json_object,
     reason,
+    share,
     write_atomically,
 )
 
@@ -79,6 +81,7 @@ def write_manifest(
     folder: Path, run: RunIdentity, *, n_training_samples: int, n_training_steps: int
 ) -> None:
     """Sync every file in `folder` to the disk and write the manifest, which completes the checkpoint."""
+    share(folder)
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -261,6 +264,14 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove the incomplete checkpoints of a run that is resumed, and is its folder's only writer."""
+    for path in checkpoints_in(folder):
+        if not (path / MANIFEST_FILENAME).exists() and is_stale(path.stat(), 0):
+            logger.info(f"removing {path}, which a killed run has left unfinished.")
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
     """Write outputs so that an SAE under its final name is always complete.
@@ -270,11 +281,14 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     no SAE to load. After an error while files are written `folder` is unchanged.
     """
     folder = Path(folder)
-    partial = folder / PARTIAL_FOLDER
+    partial = folder / f"{PARTIAL_FOLDER}-{os.getpid()}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(f"{PARTIAL_FOLDER}*"):
+            if left == partial or is_stale(left.stat()):
+                shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        share(partial)
         files = sorted(_files(partial), key=lambda path: path.name == SAE_CFG_FILENAME)
         for path in files:
             file_digest(path, sync=True)

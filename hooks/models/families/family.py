@@ -64,8 +64,10 @@ def load_transformers(source: VisionSource) -> nn.Module:
 
 
 def _model_class(source: VisionSource) -> Any:
-    named = getattr(source.config, "architectures", None) or [None]
-    found = getattr(transformers, str(named[0]), None)
+    named = getattr(source.config, "architectures", None)
+    found = (
+        getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    )
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model and not source.trust_remote_code else transformers.AutoModel
 
