@@ -243,6 +243,9 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
     Raises:
         UnknownNameError: SAELens cannot train it; those that it can train are listed.
     """
+    if not isinstance(architecture, str):
+        known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
+        raise UnknownNameError("architecture", "not a name", given=architecture, allowed=known)
     if architecture in SAE_TRAINING_CLASS_REGISTRY:
         return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     if architecture in SAE_CLASS_REGISTRY:
