@@ -14,6 +14,7 @@ from .report import Report
 from .results import Results
 
 METRICS_FOLDER = "metrics"
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 SAES_FILENAME = "saes.csv"
 SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "trained_as")
 SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "constraint")
@@ -41,7 +42,7 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     """
     target = (folder or results.folder or Path()) / METRICS_FOLDER
     report = Report(results)
-    saes = sae_table(report).to_csv(index=False, float_format="%.6g")
+    saes = as_csv(sae_table(report))
     write_atomically(target / SAES_FILENAME, saes, sync=False)
     written = {SAES_FILENAME}
     if report.with_controls:
@@ -56,7 +57,7 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
             raise DataError(
                 f"metric {stem!r}", "it names files", allowed="names without slashes and NUL"
             )
-        table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
+        table = as_csv(comparison_table(report, headline))
         write_atomically(target / f"{stem}.csv", table, sync=False)
         write_atomically(target / f"{stem}.svg", report.figure(headline), sync=False)
         written |= {f"{stem}.csv", f"{stem}.svg"}
@@ -64,6 +65,22 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         if file.name not in written:
             file.unlink()
     return target
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    """A table as CSV, to six digits, in which a spreadsheet finds no formula.
+
+    Text that begins with = + - @, a tab or a return gets an apostrophe before it: names of classes
+    and SAEs come from files.
+    """
+
+    def plain(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+
+    table = table.copy()
+    for column in table.select_dtypes(exclude=["number", "bool"]).columns:
+        table[column] = table[column].map(plain)
+    return table.rename(columns=plain).to_csv(index=False, float_format="%.6g")
 
 
 def sae_table(report: Report) -> pd.DataFrame:

@@ -55,6 +55,9 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         _set_mode(attempt)
         try:
             settings = wandb.Settings(init_timeout=init_timeout)
+            place = init.get("dir") or os.environ.get("WANDB_DIR") or "."
+            if not os.access(place, os.W_OK):
+                logger.warning("W&B cannot write into %s; it uses a temporary folder.", place)
             run = wandb.init(settings=settings, **init)
         except Exception as error:  # W&B's errors have no common base
             if following is None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,7 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 from taxolens.plugin.cli import main
 from taxolens.plugin.evaluation.evaluate import evaluate_run
+from taxolens.plugin.reporting.compare import as_csv
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.files import only_writer
 from tiny_runs import HOOK, WORLD_CLASSES
@@ -616,3 +618,9 @@ def test_signals_outside_of_training_end_a_command_with_a_word(name: str) -> Non
     )
     said = {"SIGINT": "interrupted"}.get(name, name)
     assert (done.returncode, done.stderr) == (1, f"error: {said}\n")
+
+
+def test_a_csv_holds_no_formula() -> None:
+    table = pd.DataFrame({"=name": ["=1+1", "@x", "cat", "-5"], "f1": [-0.5, 1.0, 2.0, 1 / 3]})
+    expected = "'=name,f1\n'=1+1,-0.5\n'@x,1\ncat,2\n'-5,0.333333\n"
+    assert as_csv(table) == expected
