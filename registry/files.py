@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from .errors import ConfigError
 
@@ -49,7 +49,7 @@ def why(error: Exception) -> str:
     return text if len(text) > 2 and " " in text else f"{type(error).__name__} {text}".strip()
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file (links are followed) for reading, as bytes.
 
     Raises:
