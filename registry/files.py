@@ -15,6 +15,7 @@ import re
 import stat
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -199,13 +200,15 @@ def inside(folder: str | Path, name: str) -> Path:
 
 def is_file_name(name: str) -> bool:
     """Whether a file or folder can have this name, in any folder."""
-    fits = 0 < len(os.fsencode(name)) <= 200 if name.isprintable() else False
+    fits = is_path(name) and len(os.fsencode(name)) <= 200
     return fits and name not in (".", "..") and not any(c in name for c in "/\\")
 
 
 def is_path(text: object) -> bool:
     """Whether text can be the path of a file: not empty, no control characters, parts of 255 bytes."""
-    if not isinstance(text, str) or not text or not text.isprintable():
+    if not isinstance(text, str) or not text:
+        return False
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):  # control, lone surrogate
         return False
     return all(len(os.fsencode(part)) <= 255 for part in text.split("/"))
 

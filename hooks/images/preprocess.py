@@ -72,8 +72,8 @@ class PilPreprocess:
             ("resample", self.resample in ((2, 3) if self.resize_rescaled else range(6)), "2 or 3"),
             ("mean, std, rescale", all(map(math.isfinite, numbers)), "finite numbers"),
             ("std", all(n > 0 for n in self.std or ()), "numbers above 0"),
-            ("mean", len(self.mean or (0,) * 3) == 3, "one number for each of 3 channels"),
-            ("std", len(self.std or (0,) * 3) == 3, "one number for each of 3 channels"),
+            ("mean", self.mean is None or len(self.mean) == 3, "one number for each of 3 channels"),
+            ("std", self.std is None or len(self.std) == 3, "one number for each of 3 channels"),
             ("rescale", self.rescale is None or self.rescale > 0, "a number above 0"),
         ):
             if not fits:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -81,7 +82,10 @@ def print_error(message: str) -> None:
 
 def printable(text: str) -> str:
     """`text` without what a terminal would obey or cannot show: file names may have any character."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    unsafe = ("Cc", "Cf", "Cs")  # control, format (which may turn the direction), lone surrogates
+    return "".join(
+        ascii(c)[1:-1] if unicodedata.category(c) in unsafe and c not in "\n\t" else c for c in text
+    )
 
 
 def print_notes(lines: Iterable[str]) -> None:

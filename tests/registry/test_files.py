@@ -169,4 +169,6 @@ def test_no_file_name(name: str) -> None:
 
 
 def test_file_names() -> None:
-    assert all(map(files.is_file_name, ["a", "blocks.0.hook", "päth", "a b", "x" * 200]))
+    assert all(
+        map(files.is_file_name, ["a", "blocks.0.hook", "päth", "a b", "図\u3000表", "x" * 200])
+    )
