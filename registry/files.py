@@ -29,6 +29,7 @@ MAX_DATA_BYTES = 1 << 27  # results, taxonomies, figures
 MAX_NESTING = 200
 MAX_CONTAINERS = 4_000_000  # lists and objects of JSON; an empty one is 3 bytes there, 64 in memory
 MAX_YAML_NODES = 100_000  # after each alias is replaced by what it stands for
+MAX_IMAGE_PIXELS = 64_000_000  # decoding takes up to 24 bytes a pixel
 LOCK_FILENAME = ".lock"
 STALE_SECONDS = 3600.0  # a temporary file of this age is of a process that was killed
 

@@ -18,7 +18,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-MAX_IMAGE_PIXELS = 64_000_000  # decoding takes up to 24 bytes a pixel
+from ...registry.files import MAX_IMAGE_PIXELS
+
 MAX_ASPECT = 200  # of the sides; resizing the shorter one would make the other enormous
 Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]

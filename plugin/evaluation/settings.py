@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...hooks.images.decode import MAX_IMAGE_PIXELS
 from ...registry.errors import ConfigError
-from ...registry.files import is_path
+from ...registry.files import MAX_IMAGE_PIXELS, is_path
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
 
