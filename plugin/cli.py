@@ -6,12 +6,16 @@ This module and the command modules import no large library at the top, so that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from typing import Any
 
 from ..registry.errors import ConfigError, TaxolensError
 from .commands import COMMANDS, shell
@@ -47,14 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     try:
-        return _dispatch(args)
+        with _signals():
+            return _dispatch(args)
     except SystemExit as stop:  # argparse leaves this way after --help
         return stop.code if isinstance(stop.code, int) else DONE
     except BrokenPipeError:  # the reader of our output closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except KeyboardInterrupt:
-        shell.print_error("interrupted")
+    except KeyboardInterrupt as stop:
+        shell.print_error(str(stop) or "interrupted")
         return FAILED
     except Exception as error:
         if debug:
@@ -77,6 +82,25 @@ def _dispatch(args: list[str]) -> int:
     return DONE
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Meanwhile SIGTERM and SIGHUP unwind the command, as Ctrl-C does; ignored ones stay ignored."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def versions() -> str:
     """Versions of taxolens and of the three libraries that a bug report should name, in one line."""
     others = ", ".join(
@@ -89,6 +113,11 @@ def _in_one_line(error: Exception, debug: bool) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, TaxolensError):
         return message
+    if isinstance(error, OSError) and error.strerror:
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(named) or 'a file'}: {error.strerror}."
+    if isinstance(error, MemoryError):
+        return f"memory: there is not enough ({message or 'an allocation failed'})."
     message = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return message if debug else f"{message} (run again with --debug for the traceback)"
 

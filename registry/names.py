@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+MAX_NAMES, MAX_LENGTH = 10_000, 200  # that are compared: each takes up to the square of its length
 
 
 def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
@@ -12,7 +15,8 @@ def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[
     Args:
         cutoff: least similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`).
     """
-    return difflib.get_close_matches(str(name), list(known), n=3, cutoff=cutoff)
+    short = [text for text in islice(known, MAX_NAMES) if len(text) <= MAX_LENGTH]
+    return difflib.get_close_matches(str(name)[:MAX_LENGTH], short, n=3, cutoff=cutoff)
 
 
 def did_you_mean(names: Iterable[str]) -> str:
@@ -25,8 +29,9 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown `name`, with similar names and up to 40 of all names."""
     names = sorted(known)
     near = did_you_mean(nearest(name, names))
-    shown = names if len(names) <= 40 else [*names[:40], f"and {len(names) - 40} more"]
+    shown = [text[:MAX_LENGTH] for text in names[:40]]
+    shown += [f"and {len(names) - 40} more"] if len(names) > 40 else []
     return (
-        f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}; "
+        f"{kind}: not known{f' ({near})' if near else ''}; given {str(name)[:MAX_LENGTH]!r}; "
         f"allowed: {', '.join(shown) or 'none'}."
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...registry.files import only_writer
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
@@ -19,7 +20,7 @@ from ..images.source import ImageSource
 from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ..models.tapped import TappedModel
 from .cache_reader import CacheReader
-from .cache_writer import CacheWriter, matching_index, only_writer
+from .cache_writer import CacheWriter, matching_index
 from .extract import Extraction, TokenExtractor, model_fingerprint
 
 
@@ -96,7 +97,7 @@ class ActivationCache(CacheReader):
         extractor = _extractor(model, facts, stored)
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder):
+        with only_writer(folder, f"cache {folder}"):
             index = matching_index(folder, facts)
             if index is None or not index["complete"]:
                 if index is not None:  # unfinished, perhaps with more hook points

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...registry.coerce import coerce
 from ...registry.errors import ConfigError, DataError, UnknownNameError
+from ...registry.files import UnreadableError, open_regular, read_json, reason
 from ...registry.names import unknown_name_message
 
 SCHEMA = "taxolens.activations/1"
 INDEX_FILE = "cache.json"
+
+
+@dataclass
+class _Index:
+    """The types of the index file."""
+
+    facts: dict[str, Any]
+    complete: bool
+    class_names: list[str]
+    failures: dict[str, str]
+    n_seen: int
+    n_rows: int
+
+
+FACTS = {"hook_names": list[str], "tokens": str, "mean_patch": bool}  # that reading depends on
 
 
 class CacheReader:
@@ -117,10 +134,13 @@ class CacheReader:
     def _mapped(self, name: str, mode: Any = "r") -> np.ndarray:
         file = file_of(self.path, name)
         try:
-            array = np.load(file, mmap_mode=mode)
-        except (OSError, ValueError) as error:
-            problem = f"{file.name} cannot be read: {error}"
+            open_regular(file).close()
+            array = np.load(file, mmap_mode=mode, allow_pickle=False)
+        except Exception as error:  # of a damaged header numpy raises nearly anything
+            problem = f"{file.name} cannot be read: {error or type(error).__name__}"
             raise DataError(f"cache {self.path}", problem) from error
+        if not isinstance(array, np.ndarray) or not array.ndim:
+            raise DataError(f"cache {self.path}", f"{file.name} holds no rows")
         if len(array) < self._n_rows:
             problem = f"{file.name} has {len(array)} rows and should have {self._n_rows}"
             allowed = "delete the folder and build it again"
@@ -142,12 +162,23 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / INDEX_FILE
     try:
-        index = json.loads(file.read_text())
+        index = read_json(file)
     except FileNotFoundError:
         allowed = "a folder of ActivationCache.build"
         raise ConfigError(f"cache {folder}", f"no {INDEX_FILE} in it", allowed=allowed) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cache {folder}", f"{INDEX_FILE} cannot be read: {error}") from error
+    except (OSError, UnreadableError) as error:
+        problem = f"{INDEX_FILE} cannot be read: {reason(error)}"
+        raise DataError(f"cache {folder}", problem) from error
     if not isinstance(index, dict) or index.get("schema") != SCHEMA:
         raise DataError(f"cache {folder}", f"{INDEX_FILE} is of another schema", allowed=SCHEMA)
+    try:
+        read = coerce(index, _Index, INDEX_FILE)
+        for name in FACTS:
+            coerce(index["facts"][name], FACTS[name], f"{INDEX_FILE}.facts.{name}")
+        if read.n_rows < 0 or not all(image.isdecimal() for image in read.failures):
+            raise ValueError(f"{INDEX_FILE}: a number of rows or an image is negative")
+    except KeyError as error:
+        raise DataError(f"cache {folder}", f"{INDEX_FILE}: facts lack {error}") from None
+    except ValueError as error:
+        raise DataError(f"cache {folder}", error) from None
     return index

@@ -8,9 +8,8 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +24,6 @@ from ..images.loader import ImageBatch, ImageLoader, chunks
 from ..images.raw import Job
 from .cache_reader import INDEX_FILE, SCHEMA, file_of, read_index
 from .extract import TokenExtractor
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # EDQUOT: the user's share
 COMMIT_SECONDS = 15.0  # at most this much work is lost when the process is killed
@@ -234,21 +228,3 @@ def matching_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None
         allowed = "another folder, or delete this one"
         raise ConfigError(f"cache {folder}", f"other activations: {listed}", allowed=allowed)
     return index
-
-
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into `folder`; the lock ends with the process."""
-    if fcntl is None:
-        warnings.warn("no file locks on this system: build each cache in one process.")
-        yield
-        return
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem, allowed = "another process is building it", "another folder"
-            raise ConfigError(f"cache {folder}", problem, allowed=allowed) from None
-        except OSError:  # a file system without locks
-            pass
-        yield

@@ -175,6 +175,14 @@ class ActivationStream(Iterator[Batch]):
             )
             problem = f"it is one of another stream: {listed}"
             raise CheckpointError("position in the activations", problem)
+        for key, first in self._source.start().items():
+            if not _is_alike(state.get(key), first):
+                raise CheckpointError(
+                    "position in the activations",
+                    f"{key}: not possible",
+                    given=state.get(key),
+                    allowed=f"of the form of {first!r}, and not negative",
+                )
         with self._lock:
             self._close()
             self._start = {key: value for key, value in state.items() if key != "stream"}
@@ -218,6 +226,18 @@ class ActivationStream(Iterator[Batch]):
 
     def _signed(self, state: State) -> State:
         return {**state, "stream": self._source.describe()}
+
+
+def _is_alike(value: Any, first: Any) -> bool:
+    """Whether a part of a state has the form of the same part of the first state."""
+    if isinstance(first, dict):
+        return isinstance(value, dict) and all(
+            key.isdecimal() and isinstance(text, str) for key, text in value.items()
+        )
+    if isinstance(first, list):
+        alike = isinstance(value, list) and len(value) == len(first)
+        return alike and all(map(_is_alike, value, first))
+    return type(value) is int and 0 <= value < 2**48
 
 
 _streams: weakref.WeakSet[ActivationStream] = weakref.WeakSet()

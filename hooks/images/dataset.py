@@ -21,7 +21,8 @@ from PIL import Image
 from ...registry.errors import ConfigError, DataError
 from ...registry.hashing import fingerprint
 from .columns import declared_names, features_of, find_image_column, find_label_column, undecoded
-from .raw import ImageReader, RawImage, decode_raw, read_bytes, source_of
+from .decode import MAX_IMAGE_PIXELS
+from .raw import DEFAULT_LIMITS, ImageReader, Limits, RawImage, decode_raw, read_bytes, source_of
 from .source import ImageSource
 from .sources import open_dataset, pick_split
 from .workers import worker_context
@@ -41,6 +42,7 @@ class ImageDataset:
         max_images: keep this many: map-style the first of a seeded permutation of all images (in
             their own order), streaming the first that come.
         name: what to call the dataset in messages.
+        limits: what reading one image may cost.
 
     Raises:
         ConfigError: a column does not exist or cannot be chosen; the message lists the columns.
@@ -56,11 +58,16 @@ class ImageDataset:
         root: str | Path | None = None,
         max_images: int | None = None,
         name: str = "dataset",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         if max_images is not None and max_images < 1:
             allowed = "1 or more, or None for all"
             raise ConfigError("max_images", "too small", given=max_images, allowed=allowed)
+        if limits.max_image_pixels < 1:
+            given, allowed = limits.max_image_pixels, "1 or more"
+            raise ConfigError("max_image_pixels", "too small", given=given, allowed=allowed)
         self.name = name
+        self.limits = limits
         self.root = None if root is None else os.path.abspath(root)
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
@@ -87,6 +94,7 @@ class ImageDataset:
             "image_column": source.image_column,
             "label_column": source.label_column,
             "max_images": source.max_images,
+            "limits": source.limits,
         }
         data, split = source.dataset_path, source.split or "train"
         if isinstance(data, datasets.DatasetDict):
@@ -111,6 +119,7 @@ class ImageDataset:
             root=self.root,
             max_images=max_images,
             name=self.name,
+            limits=self.limits,
         )
 
     def __len__(self) -> int:
@@ -151,7 +160,7 @@ class ImageDataset:
         Raises:
             CorruptImageError: it cannot be read.
         """
-        return decode_raw(self.reader(index), self.root)
+        return decode_raw(self.reader(index), self.root, self.limits)
 
     def source(self, index: int) -> str:
         """The name of image `index` in messages: its path, or its row."""
@@ -284,7 +293,7 @@ class ImageDataset:
         for raw in sample:
             parts.append(os.path.basename(raw.path or ""))
             try:
-                parts.append(bytes.fromhex(fingerprint([read_bytes(raw)], digits=64)))
+                parts.append(bytes.fromhex(fingerprint([read_bytes(raw, self.limits)], digits=64)))
             except ValueError:
                 parts.append("unreadable")
         return fingerprint(parts)
@@ -300,6 +309,8 @@ def load_images(
     streaming: bool = False,
     trust_remote_code: bool = False,
     max_images: int | None = None,
+    remote_images: bool = False,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ImageDataset:
     """Images from anything that the `datasets` library can read.
 
@@ -316,6 +327,8 @@ def load_images(
         streaming: read in order without downloading or indexing first.
         trust_remote_code: passed on to `datasets` (which no longer runs loading scripts).
         max_images: see `ImageDataset`.
+        remote_images: fetch images that rows name by an address (http://, hf://, zip://).
+        max_image_pixels: a larger picture counts as corrupt.
 
     Raises:
         ConfigError: no such path, split, configuration or column; the message lists what there is.
@@ -330,6 +343,8 @@ def load_images(
         streaming=streaming,
         trust_remote_code=trust_remote_code,
         max_images=max_images,
+        remote_images=remote_images,
+        max_image_pixels=max_image_pixels,
     )
     return ImageDataset.of(source)
 

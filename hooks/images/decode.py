@@ -6,6 +6,7 @@
 - 16-bit grey is scaled to 8 bits (65535 becomes 255) rather than clipped; so is 32-bit integer
   grey, whose values are taken to be 16-bit ones. Floating-point grey is read as [0, 1] when no
   value is above 1 and as [0, 255] otherwise.
+- PostScript is refused: Pillow reads it through an external program.
 - CMYK, YCbCr, HSV, grey, palette and bilevel images are converted by Pillow; colour profiles are
   ignored, as vision models' own training pipelines do. Of an animation the first frame is taken.
 """
@@ -17,17 +18,29 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from ...registry.files import MAX_IMAGE_PIXELS
 
-def decode_rgb(data: bytes) -> Image.Image:
+MAX_ASPECT = 200  # of the sides; resizing the shorter one would make the other enormous
+Image.init()
+FORMATS = [name for name in Image.ID if name != "EPS"]
+
+
+def decode_rgb(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """The image encoded in `data`, upright and of mode RGB.
 
     Raises:
-        ValueError: the bytes are no image, are truncated or damaged; the message says which.
+        ValueError: the bytes are no image, are truncated or damaged, or the image is too large or
+            too narrow; the message says which.
     """
     if not data:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(f"{width} x {height} pixels exceed max_image_pixels={max_pixels}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(f"{width} x {height}: sides of more than {MAX_ASPECT}:1")
             image.load()
             return _to_rgb(_upright(image))
     except Exception as error:  # decoders raise nearly anything on damaged bytes

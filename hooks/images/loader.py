@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
-from .raw import ImageReader, Job, RawImage, decode_raw, source_of
-from .workers import main_left_out, prepare_worker, worker_context
+from .raw import ImageReader, Job, Limits, RawImage, decode_raw, source_of
+from .workers import kill_stopped, main_left_out, prepare_worker, worker_context
 
 if TYPE_CHECKING:  # not needed by the worker processes
     from .dataset import ImageDataset
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Preprocess: TypeAlias = Callable[[Image.Image], np.ndarray]
 
+PATIENCE = 40  # seconds without an image, after which workers are checked
 MIN_IMAGES = 20  # below this many images the share of corrupt ones carries no information
 FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt images is as allowed
 
@@ -118,7 +119,7 @@ class ImageLoader:
     def grouped(self, groups: Iterable[Sequence[Job]]) -> Iterator[ImageBatch]:
         """As `batches`, but exactly one batch, empty if need be, for each group of images."""
         reader = None if self.images.is_streaming else self.images.reader
-        task = _DecodeTask(reader, self.preprocess, self.images.root)
+        task = _DecodeTask(reader, self.preprocess, self.images.root, self.images.limits)
         loader = DataLoader(
             task,  # type: ignore[arg-type]
             batch_sampler=groups,  # type: ignore[arg-type]
@@ -128,6 +129,7 @@ class ImageLoader:
             worker_init_fn=prepare_worker if self.num_workers else None,
             multiprocessing_context=self._context,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            timeout=PATIENCE if self.num_workers else 0,
             generator=torch.Generator(),  # else each iterator draws from the global one
         )
         with main_left_out(task) if self.num_workers else nullcontext(True) as left_out:
@@ -139,6 +141,14 @@ class ImageLoader:
                 except StopIteration:
                     return
                 except RuntimeError as error:
+                    if "timed out" in str(error):
+                        if killed := kill_stopped():
+                            problem = f"processes that decode images were stopped: {killed}"
+                            raise TaxolensError(
+                                "num_workers", problem, allowed="0, which uses none"
+                            ) from None
+                        logger.warning("no image was decoded for %d seconds: waiting.", PATIENCE)
+                        continue
                     raise _explained(error, left_out) from error
                 if isinstance(batch, str):
                     problem = f"preprocessing leaves images of different shapes ({batch})"
@@ -202,6 +212,7 @@ class _DecodeTask:
     reader: ImageReader | None
     preprocess: Preprocess
     root: str | None
+    limits: Limits
 
     def __getitems__(self, jobs: Sequence[Job]) -> ImageBatch | str:
         pixels: list[np.ndarray] = []
@@ -210,7 +221,7 @@ class _DecodeTask:
         for job in jobs:
             raw = self._raw(job)
             try:
-                pixels.append(self.preprocess(decode_raw(raw, self.root)))
+                pixels.append(self.preprocess(decode_raw(raw, self.root, self.limits)))
                 done.append(raw)
             except CorruptImageError as error:
                 failures.append((error.index, error.source, error.reason))

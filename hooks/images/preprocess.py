@@ -40,6 +40,7 @@ RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4,
 IN_FLOATING_POINT = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 TIMM = "timm"  # image_processor_type of settings that `timm_preprocessing` made
 CROP_MODES = ("center", "squash", "border")
+MAX_EDGE = 8192  # pixels of the model's input
 PLAIN_STEPS = (
     *("__call__", "preprocess", "process_image", "convert_to_rgb", "_preprocess"),
     *("resize", "center_crop", "rescale", "normalize"),
@@ -61,6 +62,9 @@ class PilPreprocess:
             `size` (height, width) the proportions of the image are kept: "cover" covers it,
             "contain" fits into it, "exact" does not keep them.
         fill: 8-bit colour of the padding.
+
+    Raises:
+        ConfigError: a value with which there is no image, or one of NaN.
     """
 
     size: tuple[int, int] | int | None
@@ -73,6 +77,30 @@ class PilPreprocess:
     timm: str | None = None
     fill: tuple[int, ...] = (0, 0, 0)
 
+    def __post_init__(self) -> None:
+        edges = [*(_edges(self.size)), *_edges(self.crop)]
+        numbers = [
+            n for n in (self.rescale, *(self.mean or ()), *(self.std or ())) if n is not None
+        ]
+        for field, fits, allowed in (
+            ("size", all(0 < edge <= MAX_EDGE for edge in edges), f"1 to {MAX_EDGE} pixels"),
+            (
+                "resample",
+                self.resample in (IN_FLOATING_POINT if self.resize_rescaled else range(6)),
+                "0, 2 or 3; 0 to 5 on 8-bit pixels",
+            ),
+            ("mean, std, rescale", all(map(math.isfinite, numbers)), "finite numbers"),
+            ("std", all(n > 0 for n in self.std or ()), "numbers above 0"),
+            ("mean", self.mean is None or len(self.mean) == 3, "one number for each of 3 channels"),
+            ("std", self.std is None or len(self.std) == 3, "one number for each of 3 channels"),
+            ("rescale", self.rescale is None or self.rescale > 0, "a number above 0"),
+        ):
+            if not fits:
+                given = tuple(getattr(self, name) for name in field.split(", "))
+                raise ConfigError(
+                    f"image processor: {field}", "not possible", given=given, allowed=allowed
+                )
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], image_size: int | None = None) -> PilPreprocess:
         """From the fields of a ``preprocessor_config.json``.
@@ -80,7 +108,16 @@ class PilPreprocess:
         Raises:
             ConfigError: a size or interpolation that the plain steps do not have.
         """
-        config = {**config, **resized(config, image_size)}
+        try:
+            return cls._from_config({**config, **resized(config, image_size)})
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = f"its settings cannot be read: {error}"
+            raise ConfigError("image processor", problem, allowed="numbers, and sizes") from error
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> PilPreprocess:
         size = _size(config) if config.get("do_resize", True) else None
         crop = None
         if config.get("do_center_crop"):
@@ -92,7 +129,7 @@ class PilPreprocess:
             size=size,
             crop=crop,
             resample=_resample(config.get("resample"), in_floating_point),
-            rescale=_given(config, "rescale_factor", 1 / 255)
+            rescale=float(_given(config, "rescale_factor", 1 / 255))
             if config.get("do_rescale", True)
             else None,
             mean=_channels(config["image_mean"]) if normalise else None,
@@ -387,6 +424,10 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int] | int:
     if isinstance(size, int) and config.get("do_center_crop"):
         return size
     return _pair(size, "size")
+
+
+def _edges(size: tuple[int, int] | int | None) -> tuple[int, ...]:
+    return () if size is None else (size,) if isinstance(size, int) else size
 
 
 def _pair(size: Any, field: str) -> tuple[int, int]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import fsspec
 import numpy as np
 from PIL import Image
 
+from ...registry import files
 from ...registry.errors import CorruptImageError
-from .decode import decode_rgb
+from .decode import MAX_IMAGE_PIXELS, decode_rgb
 
 if TYPE_CHECKING:  # not needed by the worker processes that decode a stream
     from datasets import Dataset
+
+
+MAX_IMAGE_BYTES = 1 << 28  # of one encoded image
 
 
 class RawImage(NamedTuple):
@@ -27,6 +30,14 @@ class RawImage(NamedTuple):
     label: int = -1
 
 
+class Limits(NamedTuple):
+    """What reading one image may cost: fetching it from a remote address, and its pixels."""
+
+    remote_images: bool = False
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+
+
+DEFAULT_LIMITS = Limits()
 Job: TypeAlias = int | RawImage  # an index of a map-style dataset, or a streamed image
 
 
@@ -45,33 +56,40 @@ class ImageReader:
         return RawImage(int(index), value.get("bytes"), value.get("path"))
 
 
-def read_bytes(raw: RawImage) -> bytes:
-    """The encoded bytes of an image, from memory, the disk or a remote address.
+def read_bytes(raw: RawImage, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The encoded bytes of an image, from memory, a regular file or, if allowed, a remote address.
 
     Raises:
-        ValueError: there are none; the message says why.
+        ValueError: there are none, or more than `MAX_IMAGE_BYTES`; the message says why.
     """
     if raw.data is not None:
         return raw.data
     if raw.path is None:
         raise ValueError("neither bytes nor a path is stored")
     try:
-        if "://" in raw.path:
-            with fsspec.open(raw.path, "rb") as file:
-                return cast(bytes, file.read())  # type: ignore[attr-defined]
-        return Path(raw.path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be opened: {error}") from error
+        if "://" not in raw.path:
+            return files.read_bytes(raw.path, MAX_IMAGE_BYTES)
+        if not limits.remote_images:
+            raise ValueError("an address, which only remote_images=True fetches")
+        with fsspec.open(raw.path, "rb") as file:
+            data = cast(bytes, file.read(MAX_IMAGE_BYTES + 1))  # type: ignore[attr-defined]
+        if len(data) > MAX_IMAGE_BYTES:
+            raise ValueError(f"longer than {MAX_IMAGE_BYTES:,} bytes")
+        return data
+    except Exception as error:  # of an address, whatever its file system raises
+        raise ValueError(f"cannot be opened: {error or type(error).__name__}") from error
 
 
-def decode_raw(raw: RawImage, root: str | None = None) -> Image.Image:
+def decode_raw(
+    raw: RawImage, root: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Image.Image:
     """Decode one raw image to RGB.
 
     Raises:
-        CorruptImageError: it cannot be opened or decoded.
+        CorruptImageError: it cannot be opened or decoded, or exceeds the limits.
     """
     try:
-        return decode_rgb(read_bytes(raw))
+        return decode_rgb(read_bytes(raw, limits), limits.max_image_pixels)
     except ValueError as error:
         raise CorruptImageError(raw.index, source_of(raw, root), str(error)) from error
 

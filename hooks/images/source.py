@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .decode import MAX_IMAGE_PIXELS
+from .raw import Limits
+
 Setting = Callable[[str], Any]  # name of a run's setting -> its value, None where it has none
 
 # What an SAE's metadata record of the settings of its run, beside SAELens's own dataset_path.
@@ -38,7 +41,9 @@ class ImageSource:
         image_column, label_column: names of columns; None: found automatically.
         max_images: number of images to keep; None: all.
         streaming: read in order without downloading or indexing first.
-        trust_remote_code: passed on to `datasets`.
+        trust_remote_code: passed on to `datasets`; never from the settings of a file.
+        remote_images: fetch images that rows name by an address (http://, hf://, zip://).
+        max_image_pixels: a larger picture counts as corrupt.
         batch_size: images decoded together, for one forward pass.
         num_workers: processes that decode; 0 decodes in the main process.
         max_corrupt_share: share of corrupt images, from 0 to 1, above which the work stops.
@@ -52,6 +57,8 @@ class ImageSource:
     max_images: int | None = None
     streaming: bool = False
     trust_remote_code: bool = _setting("dataset_trust_remote_code", False)
+    remote_images: bool = False
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     batch_size: int = _setting("store_batch_size_prompts", 32)
     num_workers: int = 0
     max_corrupt_share: float = 0.01
@@ -95,6 +102,11 @@ class ImageSource:
         """The dataset and the split, as messages name them."""
         name = f"{self.name}, " if self.name else ""
         return f"{self.dataset_path} ({name}{self.split})"
+
+    @property
+    def limits(self) -> Limits:
+        """What reading one image may cost."""
+        return Limits(self.remote_images, self.max_image_pixels)
 
     @property
     def decoding(self) -> dict[str, Any]:

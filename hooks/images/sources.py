@@ -7,17 +7,17 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image
 from pyarrow.lib import ArrowException
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.files import check_regular, walk_once
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,9 @@ def open_dataset(
         return _open_files(files, split, streaming, where=text), None
     if local.is_file():
         return _open_files([text], split, streaming, where=text), None
+    if local.exists() and not local.is_dir():
+        problem, allowed = "neither a regular file nor a folder", "a file, a folder, a hub name"
+        raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
     if not local.exists():
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
             problem, allowed = "there is no such file or folder", "an existing one, or a hub name"
@@ -114,8 +117,8 @@ def _load(
     except (ValueError, AssertionError) as error:
         problem = f"with split={split!r} and dataset_name={name!r}, {error}"
         raise ConfigError("dataset_path", problem, given=where or path) from error
-    except (OSError, DatasetsError, DatasetGenerationError) as error:
-        problem = f"cannot be read: {error.__cause__ or error}"
+    except Exception as error:  # of damaged files: BadZipFile, TypeError, KeyError, ...
+        problem = f"cannot be read: {error.__cause__ or error or type(error).__name__}"
         raise DataError("dataset_path", problem, given=where or path) from error
 
 
@@ -127,6 +130,9 @@ def _open_files(
     `datasets` would find splits too, but in the names of all folders above the
     files too ("/data/test-run-3/...").
     """
+    for file in files:
+        if not os.path.isfile(file):
+            raise DataError("dataset_path", "not a regular file", given=file)
     kinds = {_builder(file) for file in files}
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
@@ -159,6 +165,8 @@ def split_of_file(path: str) -> str:
 
 def _open_saved(folder: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     try:
+        for part in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
+            check_regular(part)
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow's and json's errors, all of which mean a damaged folder
         problem = f"cannot be read: {error}"
@@ -196,7 +204,7 @@ def _no_split(where: str, split: str, splits: Iterable[Any]) -> ConfigError:
 def _has_card(folder: Path) -> bool:
     """Whether a folder is a repository whose README says what its configurations are."""
     card = folder / "README.md"
-    return card.is_file() and card.read_text(errors="replace").startswith("---")
+    return card.is_file() and card.open("rb").read(3) == b"---"
 
 
 def _data_files(folder: Path) -> list[str] | None:
@@ -208,7 +216,7 @@ def _data_files(folder: Path) -> list[str] | None:
     tables: list[str] = []
     images: list[str] = []
     described = False
-    for parent, _, names in _walk(folder):
+    for parent, _, names in walk_once(folder):
         described = described or any(name in METADATA_FILES for name in names)
         for name in sorted(names):
             kind = _builder(name)
@@ -258,13 +266,16 @@ def class_folders_dataset(root: Path) -> Dataset:
     """
     found: dict[str, list[str]] = {}
     times: Counter[str] = Counter()
-    for folder, _, names in _walk(root):
+    for folder, _, names in walk_once(root):
         times[os.path.basename(folder)] += 1
         images = [n for n in names if os.path.splitext(n)[1].lower() in IMAGE_EXTENSIONS]
         if images:
             relative = Path(folder).relative_to(root).as_posix()
             found[relative] = [os.path.join(folder, name) for name in sorted(images)]
     times[os.path.basename(root)] -= 1  # the top folder is no class
+    for file in (file for files in found.values() for file in files):
+        if not _is_utf8(file):
+            raise DataError("dataset_path", "a name is not UTF-8", given=file)
     loose = found.pop(".", [])
     if not found:
         if not loose:
@@ -286,18 +297,13 @@ def class_folders_dataset(root: Path) -> Dataset:
     return Dataset.from_dict({"image": _as_paths(paths), "label": labels}, features=features)
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # the system's bytes, as lone surrogates
+        return False
+    return True
+
+
 def _as_paths(paths: list[str]) -> list[dict[str, Any]]:
     return [{"bytes": None, "path": os.path.abspath(path)} for path in paths]
-
-
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in sorted order that follows links once and leaves hidden entries out."""
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        yield folder, folders, [name for name in names if name[0] != "."]

@@ -13,9 +13,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 ROOM = __name__.rpartition(".")[0]
@@ -86,6 +87,22 @@ class _MainFinder(pickle.Pickler):
         """Called with everything that is pickled; None lets it be pickled as usual."""
         if getattr(obj, "__module__", None) == "__main__":
             self.found = True
+
+
+def kill_stopped() -> list[int]:
+    """Kill the child processes that are stopped (SIGSTOP), and give their numbers.
+
+    Such a one never ends by itself, and Python would wait for it at the end. Without a /proc there
+    are none.
+    """
+    killed = []
+    for child in multiprocessing.active_children():
+        with suppress(OSError):
+            state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in "Tt":
+                child.kill()
+                killed.append(child.pid)
+    return killed
 
 
 def prepare_worker(_: int) -> None:

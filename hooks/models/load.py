@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ...registry.errors import CheckpointError, ConfigError
+from ...registry.errors import CheckpointError, ConfigError, TaxolensError
+from ...registry.files import UnreadableError, check_regular, read_json_object, reason
 from ...registry.table import VISION_MODELS
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
@@ -37,6 +39,7 @@ from .points import (
 
 __all__ = [
     "VisionModel",
+    "check_device",
     "expand_hook_names",
     "from_module",
     "hook_d_in",
@@ -53,6 +56,8 @@ MODEL_NAMES = (
     "a folder with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base"
 )
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
+# Largest numbers in a config, by a part of their name.
+MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "stages": 1000, "labels": 10**6, "": 10**8}
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -99,6 +104,8 @@ def load_vision_model(
     _check_choice("attn_implementation", attn_implementation, ATTENTION)
     given_dtype = torch_dtype(dtype)
     _check_attention(hook_names or (), attn_implementation)
+    if not 0 <= seed < 2**63:
+        raise ConfigError("seed", "not possible", given=seed, allowed="0 to 2**63 - 1")
     if family is not None:
         VISION_MODELS[family]
     config = _read_config(name, revision, trust_remote_code)
@@ -112,11 +119,19 @@ def load_vision_model(
         trust_remote_code=trust_remote_code,
         random_weights=random_weights,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = _load(chosen, source)
-    model = from_module(module, family=chosen.name, model_name=name)
-    model.processor, model.preprocessor_config = _read_preprocessing(name, config, revision)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = _load(chosen, source)
+        model = from_module(module, family=chosen.name, model_name=name)
+        model.processor, model.preprocessor_config = _read_preprocessing(
+            name, config, revision, trust_remote_code
+        )
+    except TaxolensError:
+        raise
+    except Exception as error:  # of an odd config transformers raises nearly anything
+        problem = f"cannot be built from its config: {error or type(error).__name__}"
+        raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
     model.to(device)
     if hook_names:
         expand_hook_names(model, hook_names)
@@ -176,7 +191,8 @@ def find_family(config: Any, hf_model: nn.Module | None = None) -> VisionFamily:
     """
     families = list(VISION_MODELS.values())[::-1]
     named = [type(hf_model).__name__] if hf_model is not None else []
-    named += getattr(config, "architectures", None) or []
+    architectures = getattr(config, "architectures", None)
+    named += architectures if isinstance(architectures, list) else []
     for architecture in named:
         for family in families:
             if architecture in family.architectures:
@@ -249,33 +265,66 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The Hugging Face config, or timm's as a dict."""
     folder = Path(name)
-    if name and folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if name and os.path.isdir(name):
+        if _read_local(folder, "config.json") is None:
             problem = "the folder has no config.json"
             raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES)
-    elif not HUB_NAME.fullmatch(name) or folder.exists():
+    elif not HUB_NAME.fullmatch(name) or os.path.exists(name):
         raise ConfigError(
             "model_name", "not a folder, and not a name on the hub", given=name, allowed=MODEL_NAMES
         )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **options)
+        _check_sizes(raw)
         if raw.get("model_type", "timm_wrapper") == "timm_wrapper" and "architecture" in raw:
             return raw
         return transformers.AutoConfig.from_pretrained(
             name, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError) as error:
-        problem = f"its config cannot be read: {error}"
+    except Exception as error:  # of an odd config transformers raises nearly anything
+        problem = f"its config cannot be read: {error or type(error).__name__}"
         raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
 
 
+def _read_local(folder: Path, name: str) -> dict[str, Any] | None:
+    """A JSON file of a model folder; None where there is no such file.
+
+    Raises:
+        ConfigError: it cannot be read, or something in the folder is not a regular file.
+    """
+    try:
+        check_regular(folder)
+        return read_json_object(folder / name)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnreadableError) as error:
+        problem = f"its config cannot be read: {name}: {reason(error)}"
+        raise ConfigError("model_name", problem, given=str(folder), allowed=MODEL_NAMES) from None
+
+
+def _check_sizes(config: Any) -> None:
+    """Refuse what takes hours or all memory to build, before it is built. Raises ValueError."""
+    waiting = [("config.json", config)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(str(name), item) for name, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, item) for item in value]
+        most = next((most for part, most in MOST.items() if part in key), MOST[""])
+        if isinstance(value, (int, float)) and value > most:
+            raise ValueError(f"{key} is {value}, and at most {most:,} is allowed")
+
+
 def _read_preprocessing(
-    name: str, config: Any, revision: str | None
+    name: str, config: Any, revision: str | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any] | None]:
     """The image processor and its settings, each None where there is none."""
     if isinstance(config, dict):
         return None, timm_preprocessing(config)
+    if os.path.isdir(name):
+        _read_local(Path(name), "preprocessor_config.json")  # an error where it is damaged
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
@@ -287,7 +336,9 @@ def _read_preprocessing(
         )
         return None, None
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            name, backend="pil", trust_remote_code=trust_remote_code, **options
+        )
     except (ImportError, OSError, ValueError):  # DINOv3's needs torchvision
         return None, settings
     return processor, settings
@@ -295,6 +346,20 @@ def _read_preprocessing(
 
 def _settings(processor: Any) -> dict[str, Any] | None:
     return processor.to_dict() if hasattr(processor, "to_dict") else None
+
+
+def check_device(field: str, value: str | None) -> None:
+    """Check that torch can use a device here. Raises ConfigError."""
+    try:
+        torch.empty(1, device=value)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            field,
+            f"torch cannot use it here: {reason}",
+            given=value,
+            allowed="a device of this machine",
+        ) from error
 
 
 def _check_attention(hook_names: Sequence[str], attn_implementation: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .tapped import TappedModel
 
 SAMPLED = 4096
 PLAIN = (int, float, str, tuple, type(None), Tensor)
+MAX_ALTERNATIVES = 10_000
+MAX_PATTERN = 1000
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
 
 
@@ -147,11 +150,22 @@ def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
 def firings(
     model: TappedModel, image_size: int | tuple[int, int] | None = None, *, again: bool = False
 ) -> dict[str, Firing]:
-    """Canonical name -> what fires in a forward pass of images of noise; kept with the model."""
+    """Canonical name -> what fires in a forward pass of images of noise; kept with the model.
+
+    Raises:
+        ConfigError: the model cannot be run on images of this size.
+    """
     size = as_pair(image_size) if image_size is not None else model.smallest_image
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
-        kept[size] = _trace(model, size, twice=not kept)
+        try:
+            kept[size] = _trace(model, size, twice=not kept)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = f"{model.cfg.model_name} cannot be run on such images: {error}"
+            allowed = "a size that the model takes, such as its own"
+            raise ConfigError("image_size", problem, given=size, allowed=allowed) from error
     return kept[size]
 
 
@@ -266,7 +280,7 @@ def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 def _matches(model: TappedModel, pattern: str) -> list[str]:
     found: list[str] = []
-    for choice in _braces(pattern):
+    for choice in _alternatives(pattern):
         if not any(sign in choice for sign in "*?["):
             resolve_hook_name(model, choice)
             found.append(choice)
@@ -284,29 +298,43 @@ def _matches(model: TappedModel, pattern: str) -> list[str]:
     return found
 
 
-def _braces(pattern: str) -> list[str]:
-    """The alternatives of a pattern: "a.{1,2}.b" -> ["a.1.b", "a.2.b"]."""
+def _alternatives(pattern: str) -> list[str]:
+    """The alternatives of a pattern: "a.{1,2}.b" -> ["a.1.b", "a.2.b"].
+
+    Raises:
+        ConfigError: there are more than `MAX_ALTERNATIVES`, or the pattern is too long.
+    """
+    if len(pattern) <= MAX_PATTERN:
+        found = list(islice(_braces(pattern), MAX_ALTERNATIVES + 1))
+        if len(found) <= MAX_ALTERNATIVES:
+            return found
+    raise ConfigError(
+        "hook_names",
+        "too long, or too many alternatives in braces",
+        given=pattern[:80],
+        allowed=f"{MAX_PATTERN} characters, {MAX_ALTERNATIVES:,} alternatives",
+    )
+
+
+def _braces(pattern: str) -> Iterator[str]:
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
-        return [pattern]
+        yield pattern
+        return
     before, after = pattern[: group.start()], pattern[group.end() :]
-    return [
-        name for choice in group[1].split(",") for name in _braces(before + choice.strip() + after)
-    ]
+    for choice in group[1].split(","):
+        yield from _braces(before + choice.strip() + after)
 
 
 def _glob(name: str, pattern: str) -> bool:
-    return _glob_parts(name.split("."), pattern.split("."))
-
-
-def _glob_parts(parts: list[str], patterns: list[str]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return any(_glob_parts(parts[skip:], patterns[1:]) for skip in range(len(parts) + 1))
-    return (
-        bool(parts) and fnmatchcase(parts[0], patterns[0]) and _glob_parts(parts[1:], patterns[1:])
-    )
+    parts = name.split(".")
+    matched = {0}  # how many parts the pieces so far can stand for
+    for piece in pattern.split("."):
+        if piece == "**" and matched:
+            matched = set(range(min(matched), len(parts) + 1))
+        else:
+            matched = {n + 1 for n in matched if n < len(parts) and fnmatchcase(parts[n], piece)}
+    return len(parts) in matched
 
 
 def unknown_hook(model: TappedModel, name: str) -> str:

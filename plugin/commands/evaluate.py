@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -12,6 +11,7 @@ import docstring_parser
 
 from ...hooks.images.workers import worker_context
 from ...registry.errors import ConfigError
+from ...registry.files import UnreadableError, parse_json
 from ..evaluation.settings import EvaluationSettings
 from . import outcome, shell
 
@@ -124,9 +124,9 @@ def _kind(hint: Any) -> dict[str, Any]:
 
 def _options(text: str) -> dict[str, Any]:
     try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
+        options = parse_json(text)
+    except UnreadableError as error:
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is {error}") from None
     if not isinstance(options, dict):
         raise ConfigError(
             "options", "not an object", given=text, allowed="evaluator names with their options"

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -71,15 +72,28 @@ def console() -> Console:
 
 def print_error(message: str) -> None:
     """Print one line on stderr, its first word red on a terminal."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if getattr(bars, "_instances", None):  # a progress bar that was not closed: end its line
+        sys.stderr.write("\n")
     _console(sys.stderr).print(
-        f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True
+        f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True
+    )
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey or cannot show: file names may have any character."""
+    unsafe = ("Cc", "Cf", "Cs")  # control, format (which may turn the direction), lone surrogates
+    return "".join(
+        ascii(c)[1:-1] if unicodedata.category(c) in unsafe and c not in "\n\t" else c for c in text
     )
 
 
 def print_notes(lines: Iterable[str]) -> None:
     """Print progress notes on stderr."""
     for line in lines:
-        _console(sys.stderr).print(escape(line), highlight=False, soft_wrap=True, style="dim")
+        _console(sys.stderr).print(
+            escape(printable(line)), highlight=False, soft_wrap=True, style="dim"
+        )
 
 
 @contextlib.contextmanager
@@ -93,7 +107,7 @@ def working() -> Iterator[Callable[[Any], None]]:
         real.flush()
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Printable("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("taxolens", "sae_lens")]
     levels = [logger.level for logger in loggers]
     try:
@@ -106,6 +120,13 @@ def working() -> Iterator[Callable[[Any], None]]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+class _Printable(logging.Formatter):
+    """A formatter whose text is safe on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def jsonable(value: Any) -> Any:

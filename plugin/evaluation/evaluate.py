@@ -13,9 +13,10 @@ import torch
 
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import ImageSource
-from ...hooks.models.load import hook_d_in
+from ...hooks.models.load import check_device, hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
+from ...registry.files import only_writer
 from ...registry.names import unknown_name_message
 from ...registry.table import EVALUATORS
 from ..reporting.results import Results
@@ -69,6 +70,7 @@ def evaluate_run(
     saes = find_saes(runs)
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)
+    check_device("device", device)
     if held_out is None:
         given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}
         source = held_out_source(saes, **{**given, "name": settings.dataset_name})
@@ -78,15 +80,17 @@ def evaluate_run(
     results = ResultsFolder(folder, saes, bench, held_out, seen_in_training=seen)
     activations = folder / ACTIVATIONS_FOLDER
     forwards = forwards_of(saes, held_out, bench, activations, override_model)
-    for forward in forwards.values():
-        missing = results.missing(forward.saes)
-        if missing:
-            check_saes(missing, forward.model)
-            _measure(missing, forward, forwards, bench, results)
-        forward.release()
-    found = results.finish()
-    if not settings.keep_activations:
-        shutil.rmtree(activations, ignore_errors=True)
+    with only_writer(folder, "output_path"):
+        results.take_over()
+        for forward in forwards.values():
+            missing = results.missing(forward.saes)
+            if missing:
+                check_saes(missing, forward.model)
+                _measure(missing, forward, forwards, bench, results)
+            forward.release()
+        found = results.finish()
+        if not settings.keep_activations:
+            shutil.rmtree(activations, ignore_errors=True)
     return found
 
 

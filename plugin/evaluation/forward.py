@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,9 @@ from .split import Split
 
 logger = logging.getLogger(__name__)
 
+# What an SAE's metadata may pass to `load_vision_model`, beside the fields of `ModelSetting`.
+FROM_METADATA = {"dtype": str, "family": str, "random_weights": bool, "seed": int}
+
 
 @dataclass(frozen=True)
 class ModelSetting:
@@ -39,26 +42,55 @@ class ModelSetting:
     @classmethod
     def of(cls, sae: SAEFolder) -> ModelSetting:
         """The setting with which an SAE was trained."""
-        more: Mapping[str, Any] = sae.setting("model_from_pretrained_kwargs", {})
+        more: dict[str, Any] = sae.setting("model_from_pretrained_kwargs", {})
         return cls(
             model_name=sae.model_name,
             tokens=sae.tokens,
             image_size=sae.setting("image_size"),
             revision=sae.setting("revision") or sae.setting("model_revision"),
             attn_implementation=sae.setting("attn_implementation", "sdpa"),
-            more=tuple(sorted(more.items())),
+            more=tuple((name, _hashable(value)) for name, value in sorted(more.items())),
         )
 
-    def load(self, hook_names: Sequence[str], device: str) -> Any:
-        """The model, tapped at `hook_names`; see `load_vision_model` for the errors raised."""
+    def load(
+        self, hook_names: Sequence[str], device: str, *, trust_remote_code: bool = False
+    ) -> Any:
+        """The model, tapped at `hook_names`.
+
+        Raises:
+            ConfigError: the metadata pass what a file may not decide; see also `load_vision_model`.
+        """
+        more = dict(self.more)
+        if more.pop("trust_remote_code", None) and not trust_remote_code:
+            raise ConfigError(
+                "trust_remote_code",
+                f"the SAE was trained on {self.model_name!r} with code that comes with the model, which a file cannot allow to run",
+                given=False,
+                allowed="True (--trust_remote_code), if you trust that code",
+            )
+        for name, value in more.items():
+            if type(value) is not FROM_METADATA.get(name):
+                raise ConfigError(
+                    f"model_from_pretrained_kwargs in the SAE's metadata: {name}",
+                    "not possible",
+                    given=value,
+                    allowed=", ".join(f"{n}: a {t.__name__}" for n, t in FROM_METADATA.items()),
+                )
+        # Whose files are read is shown before: the SAE's metadata name them, not its user.
+        logger.warning("reading the model %s, as the SAE's metadata say", self.model_name)
         return load_vision_model(
             self.model_name,
             device=device,
             revision=self.revision,
             attn_implementation=self.attn_implementation,
             hook_names=hook_names,
-            **dict(self.more),
+            trust_remote_code=trust_remote_code,
+            **more,
         )
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else (repr(value),)
 
 
 def activations_of(
@@ -142,7 +174,10 @@ class Forward:
     def model(self) -> Any:
         """The tapped model."""
         hook_names = list(dict.fromkeys(sae.hook_name for sae in self.saes))
-        return self._override or self.setting.load(hook_names, self._bench.device)
+        if self._override is not None:
+            return self._override
+        trust = self._bench.settings.trust_remote_code
+        return self.setting.load(hook_names, self._bench.device, trust_remote_code=trust)
 
     @cached_property
     def _embedder(self) -> str | None:

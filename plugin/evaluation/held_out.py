@@ -17,6 +17,7 @@ from .sae_folders import SAEFolder
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SPLITS = ("validation", "test")
+CALLERS_ALONE = ("trust_remote_code", "remote_images")  # never from the files of an SAE
 
 
 def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
@@ -29,9 +30,8 @@ def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
     Raises:
         ConfigError: the runs have different images, or none, and none are given.
     """
+    given = {**dict.fromkeys(CALLERS_ALONE, False), **given}
     sources = [ImageSource.of(sae.setting).held_out(sae.setting, **given) for sae in saes]
-    trusted = all(source.trust_remote_code for source in sources)
-    sources = [replace(source, trust_remote_code=trusted) for source in sources]
     for field in fields(ImageSource):
         name = field.metadata.get("setting", field.name)
         _only([getattr(source, field.name) for source in sources], name)

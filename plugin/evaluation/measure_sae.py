@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ...registry.evaluators.base import EvaluationContext, Evaluator, Peer
 from ...registry.evaluators.parts.accumulators import FiringRate, TopImages
 from ...registry.files import write_atomically
+from ..reporting.compare import as_csv
 from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
@@ -175,10 +176,7 @@ def _cards(
 
 def _tables(evaluator: Evaluator[Any]) -> dict[str, tuple[pd.DataFrame, str]]:
     """Table name -> the table, and its CSV text."""
-    return {
-        name: (frame, frame.to_csv(index=False, float_format="%.6g"))
-        for name, frame in evaluator.tables().items()
-    }
+    return {name: (frame, as_csv(frame)) for name, frame in evaluator.tables().items()}
 
 
 def _figures(evaluator: Evaluator[Any]) -> dict[str, str]:

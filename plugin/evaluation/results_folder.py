@@ -20,6 +20,7 @@ import torch
 from ...hooks.activations.cache import ActivationCache
 from ...registry.errors import TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
+from ...registry.files import UnreadableError, inside
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
 from ...registry.taxonomies.permuted_classes import permuted_classes
@@ -101,7 +102,6 @@ class ResultsFolder:
         }
         self._found: dict[str, SAEResult] = {}
         self._permuted: PermutedClassesInfo | None = None
-        self._take_over()
 
     def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
         """The facts of the peers; none where no evaluator compares with peers."""
@@ -144,7 +144,7 @@ class ResultsFolder:
         write_comparison(results)
         return results
 
-    def _take_over(self) -> None:
+    def take_over(self) -> None:
         """Keep the SAEs that an earlier call with the same settings has finished."""
         try:
             earlier = Results.load(self.folder)
@@ -226,4 +226,7 @@ def _digest(facts: Any) -> str:
 
 def _files_exist(folder: Path, sae: SAEResult) -> bool:
     files = [f for e in sae.evaluators.values() for f in (*e.tables.values(), *e.figures.values())]
-    return all((folder / file).is_file() for file in files)
+    try:
+        return all(inside(folder, file).is_file() for file in files)
+    except UnreadableError:  # not written by us: all is measured again
+        return False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import torch
 from sae_lens import SAE
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
@@ -18,17 +19,41 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
+from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import CheckpointError, ConfigError
-from ...registry.files import file_digest
+from ...registry.files import (
+    UnreadableError,
+    file_digest,
+    is_path,
+    open_regular,
+    read_json_object,
+    reason,
+)
 from ..reporting.series import layer_of, natural_key
 
 SAE_SCHEMA = "taxolens.sae/1"  # version of our keys in the metadata: docs/formats/saes.md
 
 RUNS = "run folders, checkpoints or SAE folders"
 LISTED = "an architecture of `taxolens list architectures`"
+
+# Type of the settings that are read from metadata and runner_cfg.json; another one is refused.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("model_name", "hook_name", "tokens", "requires_plugin", "revision"), str),
+    **dict.fromkeys(("model_revision", "attn_implementation", "source_format", "taxonomy"), str),
+    **dict.fromkeys(("dataset_path", "dataset_name", "split", "image_column", "label_column"), str),
+    **dict.fromkeys(("eval_dataset_path", "eval_dataset_name", "eval_split"), str),
+    **dict.fromkeys(("dataset_fingerprint", "training_architecture"), str),
+    **dict.fromkeys(("image_size", "max_images", "eval_max_images"), int),
+    **dict.fromkeys(("store_batch_size_prompts", "num_workers", "max_image_pixels"), int),
+    "max_corrupt_share": float,
+    "streaming": bool,
+    "evaluators": list[str],
+    "model_from_pretrained_kwargs": dict[str, Any],
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +68,20 @@ class SAEFolder:
     settings: Mapping[str, Any]
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting from the SAE's own metadata, else from its run's settings."""
-        for source in (self.cfg.get("metadata") or {}, self.settings):
-            if source.get(name) is not None:
-                return source[name]
+        """A setting from the SAE's own metadata, else from its run's settings.
+
+        Raises:
+            CheckpointError: it is not of the type in `TYPES`.
+        """
+        for file, source in (
+            (SAE_CFG_FILENAME, self.cfg.get("metadata") or {}),
+            (RUNNER_CFG_FILENAME, self.settings),
+        ):
+            if (found := source.get(name)) is not None:
+                try:
+                    return coerce(found, TYPES.get(name, Any), name)
+                except MisfitError as error:
+                    raise CheckpointError(self.path / file, error) from None
         return default
 
     @property
@@ -102,20 +137,25 @@ class SAEFolder:
             CheckpointError: the weights are incomplete, damaged or not those of the config.
             ConfigError: SAELens does not have its architecture.
         """
-        try:
-            if (self.path / ACTIVATION_SCALER_CFG_FILENAME).exists():
-                return load_checkpoint(self.path, device)
-            sae = SAE.load_from_disk(self.path, device=device)
-        except KeyError as error:
+        is_checkpoint = (self.path / ACTIVATION_SCALER_CFG_FILENAME).exists()
+        known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
+        if self.architecture and self.architecture not in known:
             needed = self.setting("requires_plugin")
             raise ConfigError(
                 self.path,
                 "an architecture that SAELens does not have",
-                given=error.args[0],
+                given=self.architecture,
                 allowed=f"install the plugin {needed!r}" if needed else LISTED,
-            ) from error
+            )
+        try:
+            if is_checkpoint:
+                sae = load_checkpoint(self.path, device)
+            else:
+                sae = SAE.load_from_disk(self.path, device=device)
         except Exception as error:
-            raise CheckpointError(self.path, f"the SAE cannot be loaded: {error}") from error
+            problem = f"the SAE cannot be loaded: {error or type(error).__name__}"
+            raise CheckpointError(self.path, problem) from error
+        check_usable(self.path, sae)
         return sae.eval()
 
     def _required(self, name: str) -> str:
@@ -130,12 +170,40 @@ class SAEFolder:
         return found
 
 
+def check_usable(where: Path | str, sae: SAE[Any]) -> None:
+    """Check what SAELens loads without a word and every number would be wrong with.
+
+    Raises:
+        CheckpointError: a field of the config is of another type than its class declares, `k` is not from 1 to d_sae, or a weight is not finite.
+    """
+    hints = get_type_hints(type(sae.cfg))
+    for field in fields(sae.cfg):
+        if field.name != "metadata":
+            try:
+                coerce(getattr(sae.cfg, field.name), hints[field.name], field.name)
+            except MisfitError as error:
+                raise CheckpointError(where, error) from None
+    for name, tensor in sae.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(where, f"{name} has values that are not finite")
+    k = getattr(sae.cfg, "k", None)
+    if k is not None and not (is_real(k) and 0 < k <= sae.cfg.d_sae):
+        raise CheckpointError(where, "k: not possible", given=k, allowed=f"1 to {sae.cfg.d_sae}")
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def load_checkpoint(path: Path, device: str = "cpu") -> SAE[Any]:
     """An SAE from a checkpoint, with the scaling of its inputs folded into its weights."""
     sae = TrainingSAE.load_from_disk(path, device=device)
     scaler = ActivationScaler()
     scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
     if scaler.scaling_factor is not None:
+        if not (is_real(scaler.scaling_factor) and scaler.scaling_factor > 0):
+            raise ValueError(f"scaling_factor is {scaler.scaling_factor!r}")
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     if scaler.whitening is not None:
         whitening = scaler.whitening
@@ -160,7 +228,11 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
         ConfigError: a folder does not exist or has no SAE, or metadata is of another version.
         CheckpointError: a cfg.json or runner_cfg.json that is not JSON.
     """
-    paths = [Path(p) for p in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    given = [runs] if isinstance(runs, (str, Path)) else runs
+    for run in given:
+        if not is_path(str(run)):
+            raise ConfigError("runs", "not a path", given=str(run), allowed=RUNS)
+    paths = [Path(p) for p in given]
     if not paths:
         raise ConfigError("runs", "no folder is given", allowed=RUNS)
     repeated = [
@@ -201,7 +273,13 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     for folder in folders:
         name = label if folder == path else folder.relative_to(path).as_posix()
         cfg = _read_json(folder / SAE_CFG_FILENAME)
-        schema = (cfg.get("metadata") or {}).get("taxolens_schema", SAE_SCHEMA)
+        metadata = cfg.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            where = folder / SAE_CFG_FILENAME
+            raise CheckpointError(where, "metadata: not an object", given=type(metadata).__name__)
+        for file in _read_by_sae_lens(folder):
+            _check_regular(file)
+        schema = metadata.get("taxolens_schema", SAE_SCHEMA)
         if schema != SAE_SCHEMA:
             raise ConfigError(
                 folder / SAE_CFG_FILENAME,
@@ -229,10 +307,25 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
+def _read_by_sae_lens(folder: Path) -> list[Path]:
+    return [
+        folder / SAE_WEIGHTS_FILENAME,
+        *folder.glob(ACTIVATION_SCALER_CFG_FILENAME),
+        *folder.glob("*.safetensors"),
+    ]
+
+
+def _check_regular(file: Path) -> None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(file, f"not JSON: {error}") from None
+        open_regular(file).close()
+    except (OSError, UnreadableError) as error:
+        raise CheckpointError(file, reason(error)) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnreadableError) as error:
+        raise CheckpointError(file, reason(error)) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry.errors import ConfigError
+from ...registry.files import MAX_IMAGE_PIXELS, is_path
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
 
@@ -44,11 +45,14 @@ class EvaluationSettings:
         batch_size: images in one forward pass
         num_workers: processes that decode images
         max_corrupt_share: share of corrupt images above which the work stops
+        max_image_pixels: a larger picture counts as corrupt
+        remote_images: fetch images that rows of the dataset name by an address
+        trust_remote_code: run code that comes with models and datasets
         keep_activations: keep the activations of the images too
         progress: show progress bars
 
     Raises:
-        ConfigError: a null, control or aggregate that does not exist, no draw of a null, or too few groups.
+        ConfigError: a null, control or aggregate that does not exist, too few groups, or a number out of range.
     """
 
     evaluators: str | Sequence[str] | None = None
@@ -73,6 +77,9 @@ class EvaluationSettings:
     batch_size: int = 64
     num_workers: int = 0
     max_corrupt_share: float = 0.01
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    remote_images: bool = False
+    trust_remote_code: bool = False
     keep_activations: bool = False
     progress: bool = True
 
@@ -85,13 +92,25 @@ class EvaluationSettings:
             for name in given:
                 if name not in allowed:
                     raise ConfigError(unknown_name_message(field, name, allowed))
-        for field in ("n_permutations", "n_twins"):
-            if (given := getattr(self, field)) < 1:
-                raise ConfigError(field, "not possible", given=given, allowed="1 or more")
+        for field, least, most in (
+            ("n_permutations", 1, 2**31),
+            ("n_twins", 1, 2**31),
+            ("seed", 0, 2**63 - 1),
+            ("max_images", 1, 2**63 - 1),
+            ("batch_size", 1, 2**31),
+            ("num_workers", 0, 1024),
+            ("max_image_pixels", 1, 2**63 - 1),
+        ):
+            given = getattr(self, field)
+            if given is not None and not least <= given <= most:
+                raise ConfigError(field, "not possible", given=given, allowed=f"{least} to {most}")
         if self.n_groups < 3 and self.n_groups != 0:
             raise ConfigError(
                 "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"
             )
+        if self.output_path is not None and not is_path(str(self.output_path)):
+            allowed = "a path without control characters"
+            raise ConfigError("output_path", "no path", given=self.output_path, allowed=allowed)
 
     def override(self, **options: Any) -> EvaluationSettings:
         """The same settings with other values.

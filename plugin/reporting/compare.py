@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...registry.files import write_atomically
+from ...registry.errors import DataError
+from ...registry.files import is_file_name, write_atomically
 from .headlines import ShownMetric
 from .report import Report
 from .results import Results
 
 METRICS_FOLDER = "metrics"
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 SAES_FILENAME = "saes.csv"
 SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "trained_as")
 SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "l0_token", "constraint")
@@ -34,10 +36,13 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
 
     Returns:
         the folder of the files.
+
+    Raises:
+        DataError: an evaluator or metric has a name that a file cannot have.
     """
     target = (folder or results.folder or Path()) / METRICS_FOLDER
     report = Report(results)
-    saes = sae_table(report).to_csv(index=False, float_format="%.6g")
+    saes = as_csv(sae_table(report))
     write_atomically(target / SAES_FILENAME, saes, sync=False)
     written = {SAES_FILENAME}
     if report.with_controls:
@@ -48,7 +53,11 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         title = f"{evaluator} / {results.label(evaluator, metric)}"
         headline = ShownMetric(evaluator, metric, title)
         stem = f"{evaluator}.{metric}"
-        table = comparison_table(report, headline).to_csv(index=False, float_format="%.6g")
+        if not is_file_name(stem):
+            raise DataError(
+                f"metric {stem!r}", "it names files", allowed="names without slashes and NUL"
+            )
+        table = as_csv(comparison_table(report, headline))
         write_atomically(target / f"{stem}.csv", table, sync=False)
         write_atomically(target / f"{stem}.svg", report.figure(headline), sync=False)
         written |= {f"{stem}.csv", f"{stem}.svg"}
@@ -56,6 +65,22 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         if file.name not in written:
             file.unlink()
     return target
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    """A table as CSV, to six digits, in which a spreadsheet finds no formula.
+
+    Text that begins with = + - @, a tab or a return gets an apostrophe before it: names of classes
+    and SAEs come from files.
+    """
+
+    def plain(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+
+    table = table.copy()
+    for column in table.select_dtypes(exclude=["number", "bool"]).columns:
+        table[column] = table[column].map(plain)
+    return table.rename(columns=plain).to_csv(index=False, float_format="%.6g")
 
 
 def sae_table(report: Report) -> pd.DataFrame:

@@ -16,7 +16,15 @@ import plotly.offline
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...registry.files import write_atomically
+from ...registry.errors import ConfigError, DataError
+from ...registry.files import (
+    MAX_DATA_BYTES,
+    UnreadableError,
+    read_bytes,
+    read_json_object,
+    reason,
+    write_atomically,
+)
 from ...registry.nulls import CONSTRAINTS, DECISIVE, NULLS
 from ...registry.presentation import NodeTable
 from ...registry.taxonomies.taxonomy import Taxonomy
@@ -33,6 +41,7 @@ REPORT_FILENAME = "report.html"
 UNTELLING = ("model", "checkpoint", "best", "final")  # names of folders that identify no model
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_FIGURE_BYTES = 2_000_000
+JPEG = b"\xff\xd8\xff"
 MAX_DRAWN_TREES = 4
 MORE_DASHES = ("7 2 1 2", "1 2")
 
@@ -300,13 +309,21 @@ class Report:
         ]
 
     def thumbnail(self, file: str | None) -> str | None:
-        """The image as a data URI; None where the file is missing."""
-        if file is None or self.results.folder is None:
+        """The image as a data URI; None where the file is missing.
+
+        Raises:
+            DataError: it lies outside of the results folder, or is no JPEG.
+        """
+        path = None if file is None else self.results.file(file)
+        if path is None:
             return None
-        path = self.results.folder / file
-        if not path.is_file():
-            return None
-        return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        try:
+            data = read_bytes(path, MAX_FIGURE_BYTES)
+        except (OSError, UnreadableError) as error:
+            raise DataError(path, reason(error)) from None
+        if not data.startswith(JPEG):
+            raise DataError(path, "not a JPEG image", allowed="what `taxolens evaluate` writes")
+        return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     @staticmethod
     def covers(card: LatentCard) -> str:
@@ -319,7 +336,10 @@ class Report:
     @cached_property
     def icicle(self) -> Icicle:
         """The layout of the class tree."""
-        return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
+        try:
+            return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
+        except ConfigError as error:
+            raise DataError("results.json: taxonomy.tree", error) from None
 
     @cached_property
     def tree_colour(self) -> str:
@@ -357,8 +377,8 @@ class Report:
         for sae in reversed([sae for series in self.series for sae in series]):
             for evaluator, result in sae.evaluators.items():
                 for name, file in result.figures.items():
-                    path = self.results.folder / file
-                    if path.is_file() and path.stat().st_size <= MAX_FIGURE_BYTES:
+                    path = self.results.file(file)
+                    if path is not None and path.stat().st_size <= MAX_FIGURE_BYTES:
                         figure = (self.describe(sae), _script_json(path))
                         found.setdefault(f"{evaluator} / {name}", []).append(figure)
         return found
@@ -402,9 +422,24 @@ def _short_count(n: int) -> str:
     return f"{n:,}"
 
 
+def read_figure(path: Path) -> dict[str, Any]:
+    """A Plotly figure's JSON.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        figure = read_json_object(path, MAX_DATA_BYTES)
+    except (OSError, UnreadableError) as error:
+        raise DataError(path, f"not a figure: {reason(error)}") from None
+    if not isinstance(figure.get("data"), list) or not isinstance(figure.get("layout", {}), dict):
+        raise DataError(path, "not a figure: Plotly's have a list `data` and an object `layout`")
+    return figure
+
+
 def _script_json(path: Path) -> Markup:
     """Plotly's JSON, escaped for a script element, without the large default template."""
-    figure = json.loads(path.read_text(encoding="utf-8"))
+    figure = read_figure(path)
     layout = figure.setdefault("layout", {})
     layout["template"] = {}
     layout.setdefault("margin", {"l": 60, "r": 20, "t": 40, "b": 50})

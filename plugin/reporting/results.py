@@ -18,7 +18,14 @@ import pandas as pd
 
 from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import DataError
-from ...registry.files import write_atomically
+from ...registry.files import (
+    MAX_DATA_BYTES,
+    UnreadableError,
+    inside,
+    read_json,
+    reason,
+    write_atomically,
+)
 from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL
 from ...registry.presentation import Headline, NodeTable, Support
 
@@ -391,6 +398,20 @@ class Results:
         """``"<sae id>: <evaluator>" -> message`` of every evaluator that failed."""
         return {f"{sae.id}: {name}": text for sae in self.saes for name, text in sae.errors.items()}
 
+    def file(self, name: str) -> Path | None:
+        """The file that the results name; None where they were not read from a folder, or it is missing.
+
+        Raises:
+            DataError: it lies outside of the results folder, also after links are followed.
+        """
+        if self.folder is None:
+            return None
+        try:
+            path = inside(self.folder, name)
+        except UnreadableError as error:
+            raise DataError(self.folder / RESULTS_FILENAME, error) from None
+        return path if path.is_file() else None
+
     def rows(self) -> Iterator[tuple[SAEResult, str, str, MetricResult]]:
         """Every (SAE, evaluator, metric name, metric)."""
         for sae in self.saes:
@@ -470,18 +491,18 @@ class Results:
         """Read a `results.json`, or the one in the folder `path`.
 
         Raises:
-            DataError: the file is missing, not JSON, or of another schema.
+            DataError: the file is missing, not JSON, too long, or of another schema.
         """
         path = Path(path)
         file = path / RESULTS_FILENAME if path.is_dir() else path
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = read_json(file, MAX_DATA_BYTES)
         except FileNotFoundError:
             raise DataError(
                 file, "not found", allowed="what `taxolens evaluate RUN` writes"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(file, f"not JSON: {error}") from None
+        except (OSError, UnreadableError) as error:
+            raise DataError(file, reason(error)) from None
         results = cls.from_dict(data, source=str(file))
         object.__setattr__(results, "folder", file.parent)
         return results

@@ -6,6 +6,7 @@ offline, with a warning that shows how to sync it later.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import wandb
 
 from ...registry.errors import ConfigError
 from ...registry.nulls import DECISIVE
+from .report import read_figure
 from .results import RESULTS_FILENAME, MetricResult, NullResult, Results, SAEResult
 from .series import Series, all_series
 
@@ -53,6 +55,9 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         _set_mode(attempt)
         try:
             settings = wandb.Settings(init_timeout=init_timeout)
+            place = init.get("dir") or os.environ.get("WANDB_DIR") or "."
+            if not os.access(place, os.W_OK):
+                logger.warning("W&B cannot write into %s; it uses a temporary folder.", place)
             run = wandb.init(settings=settings, **init)
         except Exception as error:  # W&B's errors have no common base
             if following is None:
@@ -226,7 +231,7 @@ def _tables(results: Results) -> Iterator[tuple[str, Any]]:
 def _figures(results: Results) -> Iterator[tuple[str, Any]]:
     for sae, evaluator, name, file in _files(results, "figures"):
         prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
-        figure = plotly.io.from_json(file.read_text(encoding="utf-8"))
+        figure = plotly.io.from_json(json.dumps(read_figure(file)))
         yield f"{prefix}figures/{evaluator}/{name}", wandb.Plotly(figure)
 
 
@@ -236,7 +241,8 @@ def _files(results: Results, kind: str) -> Iterator[tuple[SAEResult, str, str, P
     for sae in results.saes:
         for evaluator, result in sae.evaluators.items():
             for name, file in getattr(result, kind).items():
-                yield sae, evaluator, name, results.folder / file
+                if (path := results.file(file)) is not None:
+                    yield sae, evaluator, name, path
 
 
 def _artifacts(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class SAEChoice:
         # A copy: SAELens changes lists such as matryoshka_widths in place.
         fields = {**copy.deepcopy(self.fields), "d_in": d_in}
         if self.expansion_factor is not None:
+            _check_factor("expansion_factor", self.expansion_factor)
             fields["d_sae"] = round(self.expansion_factor * d_in)
         if "d_sae" not in fields:
             raise ConfigError("d_sae", "not given", allowed="a width, or expansion_factor")
@@ -127,6 +129,7 @@ class Study:
         """
         runner = dict(self.runner)
         if self.epochs is not None:
+            _check_factor("epochs", self.epochs)
             if tokens_per_epoch is None:
                 raise ConfigError(
                     "epochs",
@@ -136,7 +139,10 @@ class Study:
             batch = runner.get(
                 "train_batch_size_tokens", VisionSAERunnerConfig.train_batch_size_tokens
             )
-            runner["training_tokens"] = max(batch, round(self.epochs * tokens_per_epoch))
+            tokens = self.epochs * tokens_per_epoch
+            if not math.isfinite(tokens):
+                raise ConfigError("epochs", "too many", given=self.epochs, allowed="fewer")
+            runner["training_tokens"] = max(batch, round(tokens))
         if len(widths) * len(self.saes) == 1:
             ((hook_name, d_in),) = widths.items()
             (choice,) = self.saes.values()
@@ -182,6 +188,11 @@ class Study:
         except (TypeError, ValueError, AssertionError) as error:
             allowed = "see `taxolens train --help_all`"
             raise ConfigError(config_class.__name__, error, allowed=allowed) from error
+
+
+def _check_factor(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(name, "not possible", given=value, allowed="a number above 0")
 
 
 def gather(

@@ -12,7 +12,7 @@ import torch
 
 from ...hooks.activations.stream import ActivationStream
 from ...registry.errors import CheckpointError
-from ...registry.files import write_atomically
+from ...registry.files import UnreadableError, read_json_object, reason, write_atomically
 
 STREAM_STATE_FILENAME = "activations_store_state.json"
 
@@ -75,9 +75,10 @@ class VisionActivationsStore:
         """
         path = Path(checkpoint_path) / STREAM_STATE_FILENAME
         try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(path, f"not a position in the activations: {error}") from error
+            state = read_json_object(path)
+        except (OSError, UnreadableError) as error:
+            problem = f"not a position in the activations: {reason(error)}"
+            raise CheckpointError(path, problem) from error
         self.stream.seek(state)
         self.n_consumed = 0
 

@@ -24,8 +24,18 @@ import torch
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME
 
+from ...registry.coerce import coerce
 from ...registry.errors import CheckpointError
-from ...registry.files import file_digest, write_atomically
+from ...registry.files import (
+    UnreadableError,
+    file_digest,
+    inside,
+    is_stale,
+    read_json_object,
+    reason,
+    share,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +55,16 @@ class RunIdentity:
             makes it a different run.
     """
 
-    fixed: Mapping[str, Any]
-    training: Mapping[str, Any]
+    fixed: dict[str, Any]
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and hash of one file of a checkpoint."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -56,13 +74,14 @@ class Manifest:
     n_training_samples: int
     n_training_steps: int
     run: RunIdentity
-    files: Mapping[str, Mapping[str, Any]]
+    files: dict[str, FileFacts]
 
 
 def write_manifest(
     folder: Path, run: RunIdentity, *, n_training_samples: int, n_training_steps: int
 ) -> None:
     """Sync every file in `folder` to the disk and write the manifest, which completes the checkpoint."""
+    share(folder)
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -91,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILENAME
     try:
-        content = json.loads(path.read_text())
+        content = read_json_object(path)
         if content["schema"] != SCHEMA:
             raise CheckpointError(
                 f"checkpoint {folder}",
@@ -99,19 +118,19 @@ def read_manifest(folder: Path) -> Manifest:
                 given=content["schema"],
                 allowed=repr(SCHEMA),
             )
-        return Manifest(
-            content["n_training_samples"],
-            content["n_training_steps"],
-            RunIdentity(content["run"], content["training"]),
-            content["files"],
-        )
+        content["run"] = {"fixed": content.pop("run"), "training": content.pop("training")}
+        return coerce(content, Manifest, path.name)
     except FileNotFoundError:
         raise CheckpointError(
             f"checkpoint {folder}",
             f"incomplete: it has no {MANIFEST_FILENAME}, which is written last",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder}", f"damaged: {path.name}: {error!r}") from error
+    except KeyError as error:
+        problem = f"damaged: {path.name}: {error} is missing"
+        raise CheckpointError(f"checkpoint {folder}", problem) from None
+    except (OSError, ValueError) as error:
+        problem = f"damaged: {path.name}: {reason(error)}"
+        raise CheckpointError(f"checkpoint {folder}", problem) from error
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -121,7 +140,7 @@ def verify_checkpoint(folder: Path) -> None:
         CheckpointError: it is incomplete or damaged; the message names the file and the fault.
     """
     for name, expected in read_manifest(folder).files.items():
-        fault = _fault(folder / name, expected)
+        fault = _fault(folder, name, expected)
         if fault:
             raise CheckpointError(f"checkpoint {folder}", f"damaged: {name} {fault}")
 
@@ -245,6 +264,14 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove the incomplete checkpoints of a run that is resumed, and is its folder's only writer."""
+    for path in checkpoints_in(folder):
+        if not (path / MANIFEST_FILENAME).exists() and is_stale(path.stat(), 0):
+            logger.info(f"removing {path}, which a killed run has left unfinished.")
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
     """Write outputs so that an SAE under its final name is always complete.
@@ -254,11 +281,14 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     no SAE to load. After an error while files are written `folder` is unchanged.
     """
     folder = Path(folder)
-    partial = folder / PARTIAL_FOLDER
+    partial = folder / f"{PARTIAL_FOLDER}-{os.getpid()}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(f"{PARTIAL_FOLDER}*"):
+            if left == partial or is_stale(left.stat()):
+                shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        share(partial)
         files = sorted(_files(partial), key=lambda path: path.name == SAE_CFG_FILENAME)
         for path in files:
             file_digest(path, sync=True)
@@ -279,13 +309,17 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+def _fault(folder: Path, name: str, expected: FileFacts) -> str | None:
+    try:
+        path = inside(folder, name)
+    except UnreadableError:
+        return "lies outside of it"
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"has {size} bytes in place of {expected['bytes']}"
-    return None if file_digest(path) == expected["sha256"] else "is not as it was written"
+    if size != expected.bytes:
+        return f"has {size} bytes in place of {expected.bytes}"
+    return None if file_digest(path) == expected.sha256 else "is not as it was written"
 
 
 def _subfolders(folder: Path) -> list[Path]:

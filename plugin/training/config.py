@@ -27,12 +27,14 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 
 from ...hooks.activations.extract import Extraction
+from ...hooks.images.decode import MAX_IMAGE_PIXELS
 from ...hooks.images.source import ImageSource
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...registry.errors import ConfigError
-from ...registry.files import write_atomically
+from ...registry.files import UnreadableError, read_json, read_yaml, reason, write_atomically
 from ...registry.hashing import fingerprint
 from ...registry.names import did_you_mean, nearest
+from ...registry.presets import refuse_remote_code
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,9 @@ class VisionFields:
         image_size (int, optional): Height and width in pixels of what the model sees. Defaults to the model's own.
         num_workers (int): Worker processes that decode images. 0 decodes in the main process.
         max_corrupt_share (float): Corrupt images are skipped and counted; a larger share than this stops the run.
+        max_image_pixels (int): A picture of more pixels counts as corrupt; decoding one takes up to 24 bytes a pixel.
+        remote_images (bool): Fetch images that rows of the dataset name by an address (http://, hf://, zip://).
+        dataset_trust_remote_code (bool): Passed on to `datasets`. SAELens's default is True.
         attn_implementation (str): "sdpa" (fast) or "eager" (needed by attention hooks).
         revision (str, optional): The revision of the model on the Hugging Face hub.
         use_cached_activations (bool): Compute every activation once, keep it on disk and train from there.
@@ -137,6 +142,9 @@ class VisionFields:
     image_size: int | None = None
     num_workers: int = 0
     max_corrupt_share: float = 0.01
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    remote_images: bool = False
+    dataset_trust_remote_code: bool = False
     attn_implementation: str = "sdpa"
     revision: str | None = None
     use_cached_activations: bool = False
@@ -230,15 +238,15 @@ class VisionFields:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            loaded = yaml.safe_load(text) if _is_yaml(path) else json.loads(text)
-        except (OSError, yaml.YAMLError, ValueError) as error:
+            loaded = read_yaml(path) if _is_yaml(path) else read_json(path)
+        except (OSError, UnreadableError) as error:
             allowed = "a .json, .yaml or .yml file"
-            raise ConfigError(f"config file {path}", error, allowed=allowed) from error
+            raise ConfigError(f"config file {path}", reason(error), allowed=allowed) from error
         if not isinstance(loaded, dict):
             raise ConfigError(
                 f"config file {path}", "not settings", given=loaded, allowed="`name: value` lines"
             )
+        refuse_remote_code(loaded, f"config file {path}")
         return cls.from_dict(loaded)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from sae_lens.constants import DTYPE_MAP
@@ -13,6 +14,7 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
 from ...hooks.models.tokens import TOKEN_CHOICES
 from ...registry.errors import ConfigError, UnknownNameError
+from ...registry.files import is_file_name, is_path
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONSTRAINTS
 
@@ -26,7 +28,7 @@ Check = tuple[Callable[[Any], bool], str]
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: Any) -> bool:
@@ -39,8 +41,10 @@ POSITIVE: Check = (lambda v: _is_number(v) and v > 0, "a number above 0")
 SHARE: Check = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 BETA: Check = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
 FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
-TEXT: Check = (lambda v: isinstance(v, str) and bool(v), "a name")
-ID: Check = (lambda v: isinstance(v, str) and _is_file_name(v), "a name that a folder can have")
+TEXT: Check = (is_path, "a name without control characters")
+PATH: Check = (is_path, "a path without control characters, whose parts have at most 255 bytes")
+PROCESSES: Check = (lambda v: _is_int(v) and 0 <= v <= 1024, "an integer from 0 to 1024")
+ID: Check = (lambda v: isinstance(v, str) and is_file_name(v), "a name that a folder can have")
 
 
 def _one_of(choices: Iterable[str]) -> Check:
@@ -57,10 +61,27 @@ CHECKS: dict[str, Check] = {
     "split": TEXT,
     "max_images": _optional(POSITIVE_INT),
     "image_size": _optional(POSITIVE_INT),
-    "num_workers": COUNT,
+    "num_workers": PROCESSES,
     "max_corrupt_share": SHARE,
+    "max_image_pixels": POSITIVE_INT,
+    "remote_images": FLAG,
+    "dataset_trust_remote_code": FLAG,
     "use_cached_activations": FLAG,
     "eval_max_images": _optional(POSITIVE_INT),
+    **dict.fromkeys(
+        (
+            *("output_path", "checkpoint_path", "cached_activations_path", "taxonomy"),
+            *("resume_from_checkpoint", "from_pretrained_path"),
+        ),
+        _optional(PATH),
+    ),
+    **dict.fromkeys(
+        (
+            *("eval_dataset_path", "dataset_name", "eval_dataset_name", "eval_split", "revision"),
+            *("image_column", "label_column"),
+        ),
+        _optional(TEXT),
+    ),
     "checkpoint_id": _optional(ID),
     "keep_checkpoints": _optional(POSITIVE_INT),
     "model_name": TEXT,
@@ -111,7 +132,7 @@ def check_fields(cfg: Any) -> None:
         ConfigError: a wrong value; the message names the field, the value and what is allowed.
     """
     for name, (fits, allowed) in CHECKS.items():
-        value = getattr(cfg, name)
+        value = getattr(cfg, name, None)  # SAELens's runner of many SAEs lacks some
         if not fits(value):
             raise ConfigError(name, "not possible", given=value, allowed=allowed)
     for name, (unchanged, instead) in REFUSED.items():
@@ -176,7 +197,7 @@ def _check_saes(cfg: Any) -> None:
     if not saes:
         raise ConfigError("saes", "missing", given=None, allowed="at least one")
     for name, sae in saes.items():
-        if not isinstance(name, str) or not _is_file_name(name):
+        if not isinstance(name, str) or not is_file_name(name):
             raise ConfigError(
                 "saes", "not a name", given=name, allowed="a name that a folder can have"
             )
@@ -200,6 +221,20 @@ def _check_saes(cfg: Any) -> None:
                     given=getattr(sae, width),
                     allowed=POSITIVE_INT[1],
                 )
+        for field in fields(sae):
+            value = getattr(sae, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(
+                    f"{name}.{field.name}", "not possible", given=value, allowed="a finite number"
+                )
+        k = getattr(sae, "k", None)
+        if k is not None and not (_is_number(k) and 0 < k <= sae.d_sae):
+            raise ConfigError(
+                f"{name}.k",
+                "not possible",
+                given=k,
+                allowed=f"above 0, at most d_sae = {sae.d_sae}",
+            )
 
 
 def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
@@ -208,6 +243,9 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
     Raises:
         UnknownNameError: SAELens cannot train it; those that it can train are listed.
     """
+    if not isinstance(architecture, str):
+        known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
+        raise UnknownNameError("architecture", "not a name", given=architecture, allowed=known)
     if architecture in SAE_TRAINING_CLASS_REGISTRY:
         return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     if architecture in SAE_CLASS_REGISTRY:
@@ -220,10 +258,6 @@ def training_config_class(architecture: str) -> type[TrainingSAEConfig]:
     raise UnknownNameError(
         unknown_name_message("architecture", architecture, list(SAE_TRAINING_CLASS_REGISTRY))
     )
-
-
-def _is_file_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0")
 
 
 def _as_list(value: Any) -> Any:

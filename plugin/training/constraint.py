@@ -131,7 +131,7 @@ def load_initial_rows(folder: Path, constraints: Mapping[str, Constraint]) -> di
     try:
         kept = load_file(folder / INITIAL_ROWS_FILENAME)
         return {n: {p: kept[f"{n}/{p}"] for p in c.parameters} for n, c in soft.items()}
-    except (OSError, KeyError) as error:
+    except Exception as error:  # safetensors has its own errors
         raise CheckpointError(
             f"checkpoint {folder}", f"{INITIAL_ROWS_FILENAME} has no initial rows: {error}"
         ) from error

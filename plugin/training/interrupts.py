@@ -28,7 +28,7 @@ class TrainingInterrupted(TaxolensError, InterruptedException):
 
 
 class Interrupts:
-    """Context in which SIGINT and SIGTERM are recorded, and stop the run between two steps.
+    """Context in which SIGINT, SIGTERM and SIGHUP are recorded, and stop the run between two steps.
 
     SAELens raises in the handler itself, which can leave weights and optimizer half updated.
     A second Ctrl-C raises KeyboardInterrupt at once. The earlier handlers are restored at the end.
@@ -36,7 +36,9 @@ class Interrupts:
     handlers, signals are not recorded.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import str_to_dtype
 
 from ...hooks.images.dataset import ImageDataset
-from ...hooks.models.load import hook_d_in, resolve_hook_name
+from ...hooks.models.load import check_device, hook_d_in, resolve_hook_name
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.table import EVALUATORS
@@ -45,7 +44,7 @@ def check_settings(cfg: Any, *, has_dataset: bool) -> None:
             "taxonomy", "the evaluators need one", given=None, allowed="a name, a folder or a file"
         )
     for field in ("device", "llm_device", "act_store_device"):
-        _check_device(field, getattr(cfg, field))
+        check_device(field, getattr(cfg, field))
 
 
 def check_model(cfg: Any, model: Any) -> None:
@@ -139,19 +138,6 @@ def cache_size(cfg: Any, model: Any, images: ImageDataset) -> int:
     width = sum(hook_d_in(model, name, cfg.image_size) for name in cfg.unique_hook_names)
     per_image = count_tokens(cfg, model, cfg.tokens)
     return len(images) * per_image * width * str_to_dtype(cfg.dtype).itemsize
-
-
-def _check_device(field: str, value: str | None) -> None:
-    try:
-        torch.empty(1, device=value)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            field,
-            f"torch cannot use it here: {reason}",
-            given=value,
-            allowed="a device of this machine",
-        ) from error
 
 
 def _check_writable(field: str, place: Path) -> Path:

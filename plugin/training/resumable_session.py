@@ -6,8 +6,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...registry.errors import CheckpointError, DivergedError
+from ...registry.files import only_writer
+from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
     RunIdentity,
@@ -31,6 +33,7 @@ from .checkpoints import (
     latest_checkpoint,
     prune_checkpoints,
     read_manifest,
+    remove_unfinished,
     write_manifest,
     written_whole,
 )
@@ -76,6 +79,28 @@ class TrainingSession:
         self.constraints = constraints
         self._trainer: Any = None
 
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Keep other processes from writing the same outputs or checkpoints.
+
+        A checkpoint that a killed process of this run has left unfinished is removed.
+
+        Raises:
+            ConfigError: one of them is writing there.
+        """
+        with ExitStack() as locks:
+            for field in ("output_path", "checkpoint_path"):
+                if (place := getattr(self.cfg, field)) is not None:
+                    locks.enter_context(only_writer(place, field))
+            if self.cfg.resume_from_checkpoint is not None and self.cfg.checkpoint_path is not None:
+                remove_unfinished(self.cfg.checkpoint_path)
+            yield
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a trainer runs, or has run."""
+        return self._trainer is not None
+
     def fit(self, trainer: Any) -> Any:
         """Run the trainer; stopped and resumed at any step, it ends in the same weights.
 
@@ -94,9 +119,10 @@ class TrainingSession:
         first: dict[str, Any] = {}
         with interrupts, seeded(self.cfg.seed):
             if self.cfg.resume_from_checkpoint is not None:
-                self._align(trainer)
                 checkpoint = Path(self.cfg.resume_from_checkpoint)
+                self._align(trainer, checkpoint)
                 load_rng_state(checkpoint)
+                self._check_finite(thorough=True)
                 first = load_initial_rows(checkpoint, self.constraints)
             for name, constraint in self.constraints.items():
                 own = getattr(trainer, "trainers", {}).get(name, trainer)
@@ -178,13 +204,25 @@ class TrainingSession:
             return "No other place had room for it either."
         return f"Make room, then finish it with resume_from_checkpoint={last}."
 
-    def _align(self, trainer: Any) -> None:
+    def _align(self, trainer: Any, checkpoint: Path) -> None:
         """Correct the state that SAELens restores.
 
         It saves `n_training_steps` before counting the step, and would write earlier checkpoints
         again.
+
+        Raises:
+            CheckpointError: its state is of another moment than its manifest.
         """
+        expected = read_manifest(checkpoint).n_training_samples
         for each in (trainer, *getattr(trainer, "trainers", {}).values()):
+            if each.n_training_samples != expected:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint}",
+                    "damaged: n_training_samples in trainer_state.pt is not that of the manifest",
+                    given=each.n_training_samples,
+                    allowed=expected,
+                )
+            _check_state(checkpoint, each)
             each.n_training_steps = each.n_training_samples // self.cfg.train_batch_size_tokens
         trainer.checkpoint_thresholds = [
             threshold
@@ -267,6 +305,30 @@ class TrainingSession:
                         f"{key} is not finite after {self._trainer.n_training_samples:,} tokens: training diverged",
                         allowed="a lower lr, lr_warm_up_steps, or normalize_activations",
                     )
+
+
+def _check_state(checkpoint: Path, trainer: Any) -> None:
+    """Check what SAELens restores as it comes, and fails on, or goes wrong with, later.
+
+    Raises:
+        CheckpointError: a part of the state is of another kind than a trainer's.
+    """
+    if not hasattr(trainer, "activation_scaler"):  # of many SAEs, each with a trainer of its own
+        return
+    n_latents = (trainer.sae.cfg.d_sae,)
+    scale = trainer.activation_scaler.scaling_factor
+    for name, fits in (
+        ("act_freq_scores", getattr(trainer.act_freq_scores, "shape", None) == n_latents),
+        (
+            "n_forward_passes_since_fired",
+            getattr(trainer.n_forward_passes_since_fired, "shape", None) == n_latents,
+        ),
+        ("n_frac_active_samples", is_real(n := trainer.n_frac_active_samples) and 0 <= n < 2**63),
+        ("started_fine_tuning", isinstance(trainer.started_fine_tuning, bool)),
+        ("scaling_factor", scale is None or (is_real(scale) and scale > 0)),
+    ):
+        if not fits:
+            raise CheckpointError(f"checkpoint {checkpoint}", f"damaged: {name} is not possible")
 
 
 class _Logged(NamedTuple):

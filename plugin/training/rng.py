@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ...registry.errors import CheckpointError
+from ...registry.files import why
+
 RNG_STATE_FILENAME = "rng_state.pt"
 
 
@@ -37,8 +40,16 @@ def save_rng_state(folder: Path) -> None:
 
 
 def load_rng_state(folder: Path) -> None:
-    """Restore what `save_rng_state` saved, of the GPUs that still exist."""
-    state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu")
-    torch.set_rng_state(state["cpu"])
-    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, index)
+    """Restore what `save_rng_state` saved, of the GPUs that still exist.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu", weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, index)
+    except Exception as error:  # torch raises nearly anything
+        problem = f"damaged: {RNG_STATE_FILENAME}: {why(error)}"
+        raise CheckpointError(f"checkpoint {folder}", problem) from error

@@ -10,7 +10,6 @@ import json
 import logging
 from dataclasses import replace
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from ...hooks.activations.stream import ActivationStream
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
-from ...registry.errors import CheckpointError, ConfigError
+from ...registry.errors import CheckpointError, ConfigError, TaxolensError
+from ...registry.files import why
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
-from ..evaluation.sae_folders import SAE_SCHEMA
+from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
 from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
@@ -198,6 +198,7 @@ class _VisionRun:
             DataError: the images or their activations cannot be used.
             DivergedError: weights are not finite.
             CheckpointError: a checkpoint or the result could not be written.
+            ConfigError: another process writes into the same folders.
         """
         cfg = self.cfg
         self.slot.evaluators = self._evaluators()
@@ -205,7 +206,16 @@ class _VisionRun:
             self._start_wandb()
         if cfg.use_cached_activations:
             self.activations_store.stream = self._stream(cache=self._cache())
-        return super().run()  # type: ignore[misc]  # SAELens's
+        try:
+            with self.session.only_writer():
+                return super().run()  # type: ignore[misc]  # SAELens's
+        except TaxolensError:
+            raise
+        except Exception as error:
+            if cfg.resume_from_checkpoint is None or self.session.has_begun:
+                raise
+            where = f"checkpoint {cfg.resume_from_checkpoint}"
+            raise CheckpointError(where, f"its content is damaged: {why(error)}") from error
 
     def _start_wandb(self) -> None:
         from ..reporting.wandb_log import ensure_wandb
@@ -352,6 +362,16 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         )
 
 
+# What `load_vision_model` takes beside the fields of the config.
+MODEL_OPTIONS: dict[str, tuple[type, ...]] = {
+    "dtype": (str, torch.dtype),
+    "family": (str, type(None)),
+    "trust_remote_code": (bool,),
+    "random_weights": (bool,),
+    "seed": (int,),
+}
+
+
 def load_model(cfg: Any) -> Any:
     """The vision model that a config names.
 
@@ -365,15 +385,14 @@ def load_model(cfg: Any) -> Any:
         "hook_names": cfg.unique_hook_names,
     }
     more = cfg.model_from_pretrained_kwargs or {}
-    allowed = [name for name in signature(load_vision_model).parameters if name not in settings]
-    unknown = sorted(set(more) - set(allowed))
-    if unknown:
-        raise ConfigError(
-            "model_from_pretrained_kwargs",
-            "not possible",
-            given=", ".join(unknown),
-            allowed=", ".join(allowed[1:]),
-        )
+    for name, value in more.items():
+        if type(value) not in MODEL_OPTIONS.get(name, ()):
+            raise ConfigError(
+                "model_from_pretrained_kwargs",
+                f"{name}: {value!r} is not possible" if name in MODEL_OPTIONS else "not possible",
+                given=name,
+                allowed=", ".join(MODEL_OPTIONS),
+            )
     return load_vision_model(cfg.model_name, **settings, **more)
 
 
@@ -413,11 +432,13 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
         CheckpointError: `from_pretrained_path` has none that can be trained.
     """
     try:
-        return TrainingSAE.load_from_disk(path, device)
+        sae = TrainingSAE.load_from_disk(path, device)
     except Exception as error:
         raise CheckpointError(
-            "from_pretrained_path", f"{path!r} cannot be loaded: {error!r}"
+            "from_pretrained_path", f"{path!r} cannot be loaded: {why(error)}"
         ) from error
+    check_usable(path, sae)
+    return sae
 
 
 def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:

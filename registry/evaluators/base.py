@@ -21,13 +21,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    get_type_hints,
+)
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import hashing
+from ..coerce import MisfitError, coerce
 from ..errors import ConfigError, TaxolensError
 from ..names import unknown_name_message
 from ..nulls import NULLS
@@ -439,11 +449,23 @@ class Evaluator(ABC, Generic[O]):
     def _options(cls, options: Any) -> Any:
         if isinstance(options, cls.Options):
             return options
+        if not isinstance(options or {}, Mapping):
+            raise ConfigError(
+                f"options of {cls.name}", "not options", given=options, allowed="names and values"
+            )
+        hints = get_type_hints(cls.Options)
         known = [f.name for f in fields(cls.Options)]
-        for key in options or {}:
+        typed = {}
+        for key, value in (options or {}).items():
             if key not in known:
                 raise ConfigError(unknown_name_message(f"option of {cls.name}", key, known))
-        return cls.Options(**(options or {}))
+            try:
+                typed[key] = coerce(value, hints[key], key, lenient=True)
+            except MisfitError as error:
+                raise ConfigError(
+                    f"options of {cls.name}", error, allowed=f"{key} of type {hints[key]}"
+                ) from None
+        return cls.Options(**typed)
 
     def calibrate(self, batch: EvaluationBatch) -> None:
         """Receive a sample of fit-half images before the pass (to set thresholds)."""

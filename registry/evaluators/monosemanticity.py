@@ -17,6 +17,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import open_regular
 from ..presentation import Support
 from .base import ALL_NULLS, EvaluationBatch, Evaluator
 from .parts import summary
@@ -230,9 +231,14 @@ def read_embeddings(path: str, n_images: int) -> np.ndarray:
     """(images, e) the rows of a .npy file, memory-mapped.
 
     Raises:
-        ConfigError: the numbers of rows and images differ.
+        ConfigError: it cannot be read, or the numbers of rows and images differ.
     """
-    rows = np.load(path, mmap_mode="r")
+    try:
+        open_regular(path).close()
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of a damaged header numpy raises nearly anything
+        problem = f"cannot be read: {error or type(error).__name__}"
+        raise ConfigError("encoder", problem, given=path, allowed="a .npy file") from None
     if rows.ndim != 2 or len(rows) != n_images:
         raise ConfigError(
             "encoder",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import UnreadableError, read_yaml
 from .overcomplete import convert_state
 from .parts.checkpoint import Checkpoint, as_number, tensors_of
 from .parts.convert import Converted, make_loader
@@ -18,7 +19,6 @@ from .parts.safe_pickle import fields_of
 
 PATTERNS = ("*.yaml", "results/*.yaml", "checkpoints/*.yaml")
 LEVELS_UP = 5
-MAX_YAML_BYTES = 2**20
 STD_EPS = 1e-5
 
 
@@ -56,16 +56,12 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
 
 def _settings(checkpoint: Checkpoint) -> tuple[Path | None, str | None, dict[str, Any]]:
     """The yaml that names this file as a model's checkpoint_path, the model, and what it says."""
-    import yaml
-
     folder = checkpoint.folder.resolve()
     for parent in [folder, *folder.parents][:LEVELS_UP]:
         for file in sorted(file for pattern in PATTERNS for file in parent.glob(pattern)):
-            if not file.is_file() or file.stat().st_size > MAX_YAML_BYTES:
-                continue
             try:
-                found = fields_of(yaml.safe_load(file.read_text(encoding="utf-8")))
-            except (yaml.YAMLError, ValueError, RecursionError):
+                found = fields_of(read_yaml(file))
+            except (OSError, UnreadableError):
                 continue
             for model, entry in fields_of(found.get("model_zoo")).items():
                 entry = fields_of(entry)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError, UnknownNameError
+from ..files import UnreadableError, read_yaml, reason
 from ..names import unknown_name_message
 
 FOLDER = Path(__file__).parent
@@ -63,18 +62,42 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("config", f"{path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", f"{path} is not valid YAML: {error}") from error
+        settings = read_yaml(path)
+    except (OSError, UnreadableError) as error:
+        raise ConfigError("config", f"{path} cannot be read ({reason(error)})") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(
             "config", f"{path} contains a {type(settings).__name__}", allowed="`name: value` lines"
         )
+    if unnamed := [key for key in settings if not isinstance(key, str)]:
+        raise ConfigError(
+            "config", f"{path}: a key is no name", given=unnamed[0], allowed="`name: value` lines"
+        )
+    refuse_remote_code(settings, str(path))
     return settings
+
+
+def refuse_remote_code(settings: dict[str, Any], where: str) -> None:
+    """Check that a file does not allow code to be run that comes with a model or a dataset.
+
+    `dataset_trust_remote_code` is set to False in place: SAELens's configs, where it is True by
+    default, have recorded it.
+
+    Raises:
+        ConfigError: `model_from_pretrained_kwargs` have `trust_remote_code`.
+    """
+    more = settings.get("model_from_pretrained_kwargs")
+    if isinstance(more, dict) and more.get("trust_remote_code"):
+        raise ConfigError(
+            where,
+            "trust_remote_code: a file cannot allow code to run",
+            given=more["trust_remote_code"],
+            allowed="""--model_from_pretrained_kwargs '{"trust_remote_code": true}', or the config in Python""",
+        )
+    if "dataset_trust_remote_code" in settings:
+        settings["dataset_trust_remote_code"] = False
 
 
 def _path(name: str) -> Path:

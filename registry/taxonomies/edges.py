@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .taxonomy import FORMAT, Taxonomy
+from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_text, reason
+from .taxonomy import Taxonomy, document
 
 Edge = tuple[str, str]
 
@@ -39,9 +39,9 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
             allowed="a file that ends in .csv or .json",
         )
     try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("taxonomy", f"cannot read {path}: {error}") from error
+        text = read_text(path, MAX_DATA_BYTES)
+    except (OSError, UnreadableError) as error:
+        raise ConfigError("taxonomy", f"cannot read {path}: {reason(error)}") from error
     edges, own_classes, names = read(path, text)
     if not edges and classes is None and own_classes is None:
         raise ConfigError("taxonomy", f"no parent-child pair in {path}", allowed="at least one")
@@ -54,7 +54,7 @@ Read = tuple[list[Edge], "list[str] | None", dict[str, str]]
 def _read_csv(path: Path, text: str) -> Read:
     edges: list[Edge] = []
     names: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), 1):
+    for number, row in enumerate(_rows(path, text), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells) or (
             number == 1 and [c.lower() for c in cells[:2]] == ["parent", "child"]
@@ -75,17 +75,20 @@ def _read_csv(path: Path, text: str) -> Read:
     return edges, None, names
 
 
+def _rows(path: Path, text: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(text.splitlines())
+    except csv.Error as error:  # a field of more than 128 kB, NUL
+        raise ConfigError("taxonomy", f"{path.name} is not CSV: {error}", allowed="CSV") from None
+
+
 def _read_json(path: Path, text: str) -> Read:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError("taxonomy", f"{path.name} is not JSON: {error}") from error
+        data = parse_json(text)
+    except UnreadableError as error:
+        raise ConfigError("taxonomy", f"{path.name} is {error}", allowed="JSON") from None
     if isinstance(data, dict) and isinstance(data.get("format"), str):
-        if data["format"] != FORMAT:
-            raise ConfigError(
-                path.name, "format: not known", given=data["format"], allowed=repr(FORMAT)
-            )
-        return [(p, c) for p, c in data["edges"]], data["classes"], data.get("names", {})
+        return document(data, path.name)
     if isinstance(data, list):
         for pair in data:
             if not (

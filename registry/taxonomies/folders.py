@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError
+from ..files import walk_once
 from .taxonomy import Taxonomy
 
 
@@ -31,12 +31,11 @@ def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxo
         raise ConfigError("taxonomy", f"no such folder: {top}", allowed="an existing one")
     folders: list[str] = []
     holding_files: list[str] = []
-    for folder, below, files in os.walk(top, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, _, files in walk_once(top):
         relative = PurePosixPath(Path(folder).relative_to(top)).as_posix()
         if relative != ".":
             folders.append(relative)
-            if any(not name.startswith(".") for name in files):
+            if files:
                 holding_files.append(relative)
     if not folders:
         raise ConfigError("taxonomy", f"no class folders in {top}", allowed="at least one")

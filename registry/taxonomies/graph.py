@@ -11,13 +11,11 @@ Parents = Mapping[str, Sequence[str]]
 
 def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """The parents of each node from (parent, child) pairs; repeated pairs count once."""
-    parents: dict[str, list[str]] = {}
+    parents: dict[str, dict[str, None]] = {}
     for parent, child in edges:
-        parents.setdefault(parent, [])
-        above = parents.setdefault(child, [])
-        if parent not in above:
-            above.append(parent)
-    return parents
+        parents.setdefault(parent, {})
+        parents.setdefault(child, {})[parent] = None
+    return {node: list(above) for node, above in parents.items()}
 
 
 def check_one_rooted(parents: Parents) -> None:
@@ -56,16 +54,17 @@ def find_cycle(parents: Parents) -> list[str] | None:
     return None
 
 
-def ancestors(parents: Parents, node: str) -> set[str]:
-    """The node and its ancestors."""
-    found: set[str] = set()
-    stack = [node]
-    while stack:
-        above = stack.pop()
-        if above not in found:
-            found.add(above)
-            stack.extend(parents[above])
-    return found
+def classes_below(
+    parents: Parents, depth: Mapping[str, int], classes: Sequence[str]
+) -> dict[str, int]:
+    """Node -> the classes at or below it, as the bits of an integer."""
+    below = dict.fromkeys(parents, 0)
+    for bit, name in enumerate(classes):
+        below[name] |= 1 << bit
+    for node in sorted(parents, key=depth.__getitem__, reverse=True):
+        for above in parents[node]:
+            below[above] |= below[node]
+    return below
 
 
 def depths(parents: Parents) -> dict[str, int]:

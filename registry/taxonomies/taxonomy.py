@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from ..coerce import MisfitError, coerce
 from ..errors import ConfigError
+from ..files import UnreadableError, parse_json
 from ..names import unknown_name_message
 from . import graph
 
 FORMAT = "taxolens.taxonomy/1"
+MAX_LEVELS = 1000
+MAX_CELLS = 1 << 30  # of `membership`, a byte each
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -67,6 +71,10 @@ class Taxonomy:
                     given=above,
                     allowed=f"positions before {v}" if v else "none for the first",
                 )
+        _check_size(len(self.nodes), len(self.classes))
+        if self.max_depth > MAX_LEVELS:
+            problem = f"{self.max_depth} levels deep"
+            raise ConfigError("taxonomy", problem, allowed=f"at most {MAX_LEVELS} levels")
         if not self.membership.any(0).all():
             barren = [self.nodes[v] for v in np.flatnonzero(~self.membership.any(0))]
             problem = f"without any class below: {graph.listed(barren)}"
@@ -110,15 +118,19 @@ class Taxonomy:
         if not classes:
             raise ConfigError("classes", "none given", allowed="at least one")
         _check_classes(classes, parents)
-        above = [graph.ancestors(parents, c) for c in classes]
+        _check_size(len(parents), len(classes))
         depth = graph.depths(parents)
-        common = set.intersection(*above)
+        below = graph.classes_below(parents, depth, classes)
+        every_class = (1 << len(classes)) - 1
+        common = [v for v, held in below.items() if held == every_class]
         if not common:
             problem = f"no common ancestor of {graph.listed(classes)}"
             raise ConfigError("classes", problem, allowed="classes with one")
         root = min(common, key=lambda v: (-depth[v], v))
-        used = {v for v in set.union(*above) if root in graph.ancestors(parents, v)}
-        kept = {v: [p for p in parents[v] if p in used] if v != root else [] for v in used}
+        kept: dict[str, list[str]] = {root: []}
+        for v in sorted(parents, key=depth.__getitem__):  # parents first
+            if v != root and below[v] and (own := [p for p in parents[v] if p in kept]):
+                kept[v] = own
         depth = graph.depths(kept)
         nodes = sorted(kept, key=lambda v: (depth[v], v))
         position = {v: i for i, v in enumerate(nodes)}
@@ -317,8 +329,10 @@ class Taxonomy:
         """(C, C) edges between two classes on the primary tree (a metric, unlike on the DAG)."""
         own = self.depth[self.class_nodes].astype(np.int16)
         shared = np.zeros((len(own), len(own)), dtype=np.int16)
-        for t in range(1, self.max_depth + 1):
-            group = self.cut(t)
+        group = self.class_nodes.copy()
+        for t in range(self.max_depth, 0, -1):
+            deep = self.depth[group] > t
+            group[deep] = self.primary_parent[group[deep]]
             shared += group[:, None] == group
         np.fill_diagonal(shared, own)
         return _frozen(own[:, None] + own - 2 * shared)
@@ -380,16 +394,44 @@ class Taxonomy:
         Raises:
             ConfigError: the document has another form.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError("format", "not known", allowed=repr(FORMAT))
-        return cls.from_edges(map(tuple, data["edges"]), data["classes"], data.get("names"))
+        try:
+            data = parse_json(text)
+        except UnreadableError as error:
+            raise ConfigError("taxonomy", error, allowed="the output of to_json") from None
+        return cls.from_edges(*document(data, "taxonomy"))
 
     def __repr__(self) -> str:
         return (
             f"Taxonomy(root={self.label(0)!r}, classes={len(self.classes)}, "
             f"nodes={len(self.nodes)}, max_depth={self.max_depth})"
         )
+
+
+def document(data: Any, where: str) -> tuple[list[tuple[str, str]], list[str], dict[str, str]]:
+    """(edges, classes, names) in the content of a taxonomy document.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise ConfigError(where, "format: not known", given=found, allowed=repr(FORMAT))
+    try:
+        edges = coerce(data.get("edges"), list[list[str]], "edges")
+        classes = coerce(data.get("classes"), list[str], "classes")
+        names = coerce(data.get("names") or {}, dict[str, str], "names")
+    except MisfitError as error:
+        raise ConfigError(where, error, allowed="the output of Taxonomy.to_json") from None
+    for edge in edges:
+        if len(edge) != 2:
+            raise ConfigError(where, "not a pair", given=edge, allowed="[parent, child]")
+    return [(parent, child) for parent, child in edges], classes, names
+
+
+def _check_size(n_nodes: int, n_classes: int) -> None:
+    if n_nodes * n_classes > MAX_CELLS:
+        problem = f"{n_nodes:,} nodes times {n_classes:,} classes"
+        raise ConfigError("taxonomy", problem, allowed=f"a product of at most {MAX_CELLS:,}")
 
 
 def _check_classes(classes: Sequence[str], nodes: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, UnknownNameError
+from taxolens.registry.files import only_writer
 from tiny_images import hf_dataset, noise
 from tiny_models import tiny_model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -268,8 +269,8 @@ def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, mon
 
 def test_another_process_writing_is_seen(model, images, tmp_path):
     with (
-        cache_writer.only_writer(tmp_path),
-        pytest.raises(ConfigError, match="another process is building"),
+        only_writer(tmp_path, "cache"),
+        pytest.raises(ConfigError, match="another process is writing there"),
     ):
         build(model, images, tmp_path)
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import worker_view
-from taxolens.hooks.images import ImageLoader, load_images, workers
+from taxolens.hooks.images import ImageLoader, load_images, loader, workers
+from taxolens.hooks.images.preprocess import PilPreprocess
 from taxolens.plugin import demo_assets
+from taxolens.registry.errors import TaxolensError
 from tiny_images import hf_dataset
 
 needs_fork_server = pytest.mark.skipif(
@@ -158,3 +161,26 @@ def test_a_script_that_sends_its_own_without_a_guard_is_told_so(tmp_path):
     assert "the script 'script.py', which defines part of how images are read" in message
     assert 'outside of `if __name__ == "__main__":`' in message
     assert "allowed: 0, which uses none" in message
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="stopped processes are seen there")
+def test_a_stopped_worker_ends_the_work(monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 2)
+    images = load_images(demo_assets.dataset_path(), split="validation", max_images=40)
+    reading = loader.ImageLoader(
+        images,
+        PilPreprocess(size=None, crop=(3, 3)),
+        batch_size=1,
+        num_workers=1,
+        prefetch_factor=1,
+    )
+    batches = reading.batches(range(40))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(
+        TaxolensError, match=r"num_workers: processes that decode images were stopped"
+    ):
+        list(batches)
+    worker.join(10)
+    assert not worker.is_alive()

@@ -109,7 +109,7 @@ def test_more_corrupt_images_than_allowed_stop_the_run(training, vit, tmp_path):
             TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, normalize_activations="layer_norm"),
             "architecture 'topk' with these settings cannot be trained: .*normalization",
         ),
-        (TopKTrainingSAEConfig(d_in=16, d_sae=32, k=40), "'topk' .* cannot be trained"),
+        (TopKTrainingSAEConfig(d_in=16, d_sae=32, k=40), r"sae\.k: not possible; given 40"),
         (
             JumpReLUTrainingSAEConfig(d_in=16, d_sae=32, jumprelu_sparsity_loss_mode="quadratic"),
             "'jumprelu' .* cannot be built: .*target_l0",

@@ -208,7 +208,7 @@ def test_python_dash_m():
         (["list", "presets", "--jsno"], "argument: not known (did you mean '--json'?"),
         (["evaluate"], "the following arguments are required: RUN"),
         (["evaluate", "run", "--n_permutations", "few"], "invalid int value: 'few'"),
-        (["evaluate", "run", "--options", "{"], "is no JSON"),
+        (["evaluate", "run", "--options", "{"], "is not JSON"),
         (["train", "--preset", "laptp"], "preset: not known (did you mean 'laptop'?"),
         (["train", "--presets", "laptop"], "argument: not known (did you mean '--preset'"),
         (["train", "--architecture", "topkk"], "architecture: not known (did you mean 'topk'"),

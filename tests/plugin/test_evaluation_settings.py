@@ -37,6 +37,9 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "batch_size": (["8"], 8),
     "num_workers": (["2"], 2),
     "max_corrupt_share": (["0.5"], 0.5),
+    "max_image_pixels": (["1000"], 1000),
+    "remote_images": ([], True),
+    "trust_remote_code": ([], True),
     "keep_activations": ([], True),
 }
 
@@ -113,7 +116,7 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         ({"nulls": ["shufled"]}, "nulls: not known .did you mean 'shuffled'.*given 'shufled'"),
         ({"controls": ["palnted"]}, "controls: not known .did you mean 'planted'.*given 'palnted'"),
         ({"aggregate": "sum"}, "aggregate: not known; given 'sum'; allowed: max, mean"),
-        ({"n_permutations": 0}, "n_permutations: not possible; given 0; allowed: 1 or more"),
+        ({"n_permutations": 0}, "n_permutations: not possible; given 0; allowed: 1 to"),
         ({"n_groups": 2}, "n_groups: not possible; given 2; allowed: 0, or 3 or more"),
     ):
         with pytest.raises(ConfigError, match=message):

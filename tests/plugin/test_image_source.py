@@ -120,7 +120,11 @@ def test_trust_and_configuration_reach_every_place(
     assert reads(asked, *what) == []  # the job has read them
     assert results.dataset.title == f"{cfg.dataset_path} (large, validation)"
     assert not results.dataset.seen_in_training
-    evaluate_run(cfg.output_path, override_model=vit, progress=False, n_permutations=1)
+    common = {"override_model": vit, "progress": False, "n_permutations": 1}
+    evaluate_run(cfg.output_path, **common)  # what the run's files say gives no trust
+    assert reads(asked, *what) == [("large", "validation", None)]
+    folder = f"{cfg.output_path}_trusted"
+    evaluate_run(cfg.output_path, trust_remote_code=True, output_path=folder, **common)
     assert reads(asked, *what) == [held_out]
 
 

@@ -131,7 +131,7 @@ def faulty() -> Any:
     expected = {step: f"Trouble: told to fail in {step}" for step in STEPS}
     expected["calibrate"] = "ConfigError: told to fail in calibrate"
     expected["unusable_numbers"] = "ValueError: could not convert string to float: 'word'"
-    expected["unusable_table"] = "AttributeError: 'int' object has no attribute 'to_csv'"
+    expected["unusable_table"] = "AttributeError: 'int' object has no attribute 'copy'"
     expected["unusable_figure"] = "AttributeError: 'int' object has no attribute 'to_json'"
     evaluators = [faulty_evaluator(step) for step in expected]
     messages = list(expected.values())

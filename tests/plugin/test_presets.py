@@ -71,7 +71,7 @@ def test_an_unknown_preset_names_the_nearest():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "is not valid YAML"),
+        ("a: [1", "cannot be read .not YAML"),
         ("- 1\n- 2", "contains a list"),
         ("just words", "contains a str"),
     ],

@@ -65,5 +65,7 @@ def test_restrict_names_unknown_classes():
 
 
 def test_from_json_requires_its_own_format():
-    with pytest.raises(ConfigError, match=r"format: not known; allowed: 'taxolens\.taxonomy/1'"):
+    with pytest.raises(
+        ConfigError, match=r"format: not known; given None; allowed: 'taxolens\.taxonomy/1'"
+    ):
         Taxonomy.from_json("{}")

@@ -43,7 +43,9 @@ def load_transformers(source: VisionSource) -> nn.Module:
         attention = "eager"
     if source.random_weights:
         return _untrained(model_class, source, attention)
-    options: dict[str, Any] = {"trust_remote_code": True} if source.trust_remote_code else {}
+    options: dict[str, Any] = {"weights_only": True}
+    if model_class is transformers.AutoModel:  # which asks on the terminal where it is not told
+        options["trust_remote_code"] = source.trust_remote_code
     if source.revision is not None:
         options["revision"] = source.revision
     with _quiet_transformers():
@@ -62,11 +64,12 @@ def load_transformers(source: VisionSource) -> nn.Module:
 
 
 def _model_class(source: VisionSource) -> Any:
-    named = getattr(source.config, "architectures", None) or [None]
-    model_class = getattr(transformers, named[0] or "", None)
-    if model_class is None or source.trust_remote_code:
-        return transformers.AutoModel
-    return model_class
+    named = getattr(source.config, "architectures", None)
+    found = (
+        getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    )
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and not source.trust_remote_code else transformers.AutoModel
 
 
 def _untrained(model_class: Any, source: VisionSource, attention: str) -> nn.Module:

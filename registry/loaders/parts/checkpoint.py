@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import files
 from ...errors import CheckpointError, ConfigError
 from . import safe_pickle
 from .safe_pickle import Record, fields_of
@@ -20,7 +20,6 @@ from .safe_pickle import Record, fields_of
 SUFFIXES = (".pt", ".pth", ".pkl", ".pkl.gz", ".safetensors")
 SAE_LENS_FILES = ("cfg.json", "sae_weights.safetensors")
 MAX_HEADER_BYTES = 2**20
-MAX_CONFIG_BYTES = 2**24
 
 
 class Checkpoint(os.PathLike[str]):
@@ -35,6 +34,8 @@ class Checkpoint(os.PathLike[str]):
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not files.is_path(str(path)):
+            raise ConfigError("path", "not a path", given=str(path), allowed="a file or a folder")
         self.given = Path(path)
         self.path = _weights_file(self.given)
 
@@ -64,14 +65,14 @@ class Checkpoint(os.PathLike[str]):
         """The line of JSON before the weights, as saev writes it; None where there is none."""
         if self.path.is_dir():
             return None
-        with self.path.open("rb") as file:
+        with files.open_regular(self.path) as file:
             if file.read(1) != b"{":
                 return None
             file.seek(0)
             line = file.readline(MAX_HEADER_BYTES)
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
+            found = files.parse_json(line.decode())
+        except ValueError:
             return None
         self._content_from = len(line)
         return found if isinstance(found, dict) else None
@@ -118,12 +119,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(str(file), "too long", allowed=f"{MAX_CONFIG_BYTES:,} bytes")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(str(file), f"it is not JSON ({type(error).__name__})") from None
+        found = files.read_json(file)
+    except (OSError, files.UnreadableError) as error:
+        raise CheckpointError(str(file), f"it is not JSON ({files.reason(error)})") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError
+from ...files import parse_json, read_json
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def _vector(value: Any) -> Any:
     if isinstance(value, (str, Path)):
         text = str(value)
         if not Path(text).is_file():
-            value = json.loads(text)
+            value = parse_json(text)
         elif text.endswith(".npy"):
             value = np.load(text, allow_pickle=False)
         elif text.endswith(".json"):
-            value = json.loads(Path(text).read_text())
+            value = read_json(text)
         else:
             value = load(text)
     if isinstance(value, list):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, TaxolensError
+from ...files import share
 from ...table import LOADERS, Loader
 from .checkpoint import Checkpoint
 
@@ -66,6 +67,7 @@ def save_sae(sae: SAE[Any], folder: str | Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         written = Path(temporary) / "sae"
         sae.save_model(written)
+        share(written)
         if folder.exists():
             folder.rmdir()
         os.replace(written, folder)

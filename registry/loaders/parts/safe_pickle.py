@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...files import UnreadableError, open_regular
 
 MAX_OPCODES = 5_000_000
 MAX_GZIP_RATIO = 64
@@ -94,12 +95,12 @@ def load(path: str | Path, *, offset: int = 0) -> Any:
         CheckpointError: truncated, damaged, or no such file; a tensor larger than its bytes.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if offset:
                 file.seek(offset)
                 return _load(io.BytesIO(file.read()))
             return _load(file)
-    except MalformedError as error:
+    except (MalformedError, UnreadableError) as error:
         raise CheckpointError(
             str(path), f"it cannot be read: {error}", allowed="a whole file of torch.save or pickle"
         ) from None

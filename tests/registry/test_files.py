@@ -1,0 +1,174 @@
+"""Reading of files that others wrote: regular, bounded, UTF-8, JSON and YAML of bounded depth."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from taxolens.registry import files
+from taxolens.registry.files import UnreadableError
+
+ALIASES = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (files.read_json, "[" * 20_000 + "]" * 20_000, "nested more than 200 deep"),
+        (files.read_json, "[" * 202 + "]" * 202, "nested more than 200 deep"),
+        (files.read_json, "9" * 5000, "not JSON"),
+        (files.read_json, "9" * 30, "an integer of more than 64 bits"),
+        (files.read_json, b"\xff\xfe{}", "not UTF-8"),
+        (files.read_json, "", "not JSON"),
+        (files.read_json, "[]," * 4_000_001, "lists and objects"),
+        (files.read_json_object, "[]", "a JSON list where an object belongs"),
+        (files.read_json_object, "null", "a JSON NoneType where an object belongs"),
+        (files.read_yaml, ALIASES, "100,000 values or more, aliases expanded"),
+        (files.read_yaml, MERGES, "100,000 values or more, aliases expanded"),
+        (files.read_yaml, "a: &a [*a, *a]", "100,000 values or more, aliases expanded"),
+        (files.read_yaml, "[" * 5000, "nested more than 200 deep"),
+        (files.read_yaml, "a: !!int ''", "not YAML"),
+        (files.read_yaml, "a: 2020-99-99", "not YAML"),
+        (files.read_yaml, "a: !!python/object/apply:os.getpid []", "not YAML"),
+        (files.read_yaml, "a: 1\n" * 250_000, "longer than 1,048,576 bytes"),
+    ],
+)
+def test_what_is_refused(read, content, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UnreadableError, match=message):
+        read(path)
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    for path in (tmp_path, tmp_path / "fifo", tmp_path / "link", "/dev/zero", "a\0b", "\ud800"):
+        with pytest.raises(UnreadableError, match=r"not a regular file|not a path"):
+            files.read_bytes(path)
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(tmp_path / "nothing")
+
+
+def test_the_bound_is_the_last_length_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert files.read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(UnreadableError, match="longer than 4 bytes"):
+        files.read_bytes(tmp_path / "file", 4)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.text()
+    | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON)
+def test_what_json_writes_is_read_as_json_reads_it(content: object) -> None:
+    assert files.parse_json(json.dumps(content)) == content
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(st.integers(0, 9) | st.sampled_from("abc"), st.lists, max_leaves=20))
+def test_yaml_without_aliases_is_read_as_pyyaml_reads_it(content: object) -> None:
+    path = Path("/dev/shm" if Path("/dev/shm").is_dir() else ".") / f"taxolens-{os.getpid()}.yaml"
+    try:
+        path.write_text(yaml.safe_dump(content))
+        assert files.read_yaml(path) == content
+    finally:
+        path.unlink()
+
+
+def test_aliases_in_moderation_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n")
+    expected = {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+    assert files.read_yaml(tmp_path / "a.yaml") == expected
+
+
+def test_paths_in_files_stay_inside(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    (folder / "a").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "own").symlink_to("a")
+    for name in (
+        "/etc/passwd",
+        "../secret",
+        "a/../../secret",
+        "link",
+        "a\0b",
+        "x" * 5000,
+    ):
+        with pytest.raises(UnreadableError):
+            files.inside(folder, name)
+    for name in ("a/b.csv", "own/b.csv", "a/../c", "."):
+        assert files.inside(folder, name) == folder / name
+    (tmp_path / "alias").symlink_to(folder)
+    assert files.inside(tmp_path / "alias", "a").is_dir()
+
+
+def test_a_walk_enters_each_folder_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a" / "b")
+    found = [os.path.relpath(folder, tmp_path) for folder, _, _ in files.walk_once(tmp_path)]
+    assert len(found) == 3
+
+
+def test_written_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        file = files.write_atomically(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_a_full_disk_is_reported_with_the_path(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a'}'"):
+        files.write_atomically(tmp_path / "a", "x")
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    old = [".a.json.123-7f00.tmp", ".a.json.x1y2z3ab"]
+    kept = [".a.json.original", ".a.json.backup-1", ".b.json.123-7f00.tmp", "a.json.123-7f00.tmp"]
+    for name in [*old, *kept, ".a.json.124-7f00.tmp"]:
+        (tmp_path / name).write_text("x")
+        if not name.endswith("124-7f00.tmp"):  # this one may still be written
+            os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    files.write_atomically(tmp_path / "a.json", "x")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*kept, ".a.json.124-7f00.tmp", "a.json"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "a\n", "x" * 201, "\x1b[2J"])
+def test_no_file_name(name: str) -> None:
+    assert not files.is_file_name(name)
+
+
+def test_file_names() -> None:
+    assert all(
+        map(files.is_file_name, ["a", "blocks.0.hook", "päth", "a b", "図\u3000表", "x" * 200])
+    )
