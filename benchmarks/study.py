@@ -10,7 +10,7 @@ docs/results/photographs.json. Each part is taken up again where it was stopped.
 of README.md and docs/evaluators.md, between the markers `<!-- study:NAME -->` and `<!-- /study -->`, from that file.
 
 The label names of the dataset are WordNet 3.0 synsets. Evaluators that run the model again for every
-edit are measured with `--interventions`, which takes hours on a laptop.
+edit or train for every null (`SLOW`) are measured with `--all`, which takes hours on a laptop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STORED = ROOT / "docs" / "results" / "photographs.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluators.md")
 CONFIG = Path(__file__).with_name("study.yaml")
 BLOCK = re.compile(r"<!-- study:(.*?) -->\n.*?<!-- /study -->", re.DOTALL)
-INTERVENTIONS = ("detection", "reconstruction", "supervised_dictionary")
+SLOW = ("detection", "reconstruction", "supervised_dictionary", "meta_sae", "hyperbolicity")
 UNTRAINED_IMAGES = 4000
 NULLS = {
     "permuted_classes": "classes permuted",
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     evaluators = [
         name
         for name, evaluator in taxolens.EVALUATORS.items()
-        if args.interventions or name not in INTERVENTIONS
+        if args.all or name not in SLOW
     ]
     results = taxolens.evaluate_run(
         [trained, untrained],
@@ -339,7 +339,7 @@ def main() -> None:
     for name in ("model", "dataset", "output"):
         running.add_argument(f"--{name}", required=True)
     running.add_argument("--cache", help="activations of the training split, from an earlier run")
-    running.add_argument("--interventions", action="store_true")
+    running.add_argument("--all", action="store_true")
     commands.add_parser("write")
     args = parser.parse_args()
     if args.command == "run":
