@@ -1,13 +1,16 @@
 """The whole suite on photographs: SAEs, controls and an untrained model, and the tables of the docs.
 
     python benchmarks/study.py run --model FOLDER --dataset FOLDER --output FOLDER
+    python benchmarks/study.py demo --output FOLDER
     python benchmarks/study.py write
 
 `run` trains the SAEs of study.yaml on the training split (they share one forward pass and one cache),
 then TopK SAEs on the same model with random weights, measures all of them on the validation split
 against the ImageNet tree, and stores every number with its interval, support and nulls in
-docs/results/photographs.json. Each part is taken up again where it was stopped. `write` writes the tables
-of README.md and docs/evaluators.md, between the markers `<!-- study:NAME -->` and `<!-- /study -->`, from that file.
+docs/results/photographs.json. Each part is taken up again where it was stopped. `demo` runs the demo and
+stores its numbers in docs/results/demo.json. `write`, which ends the others too, writes the tables of
+README.md and docs/evaluators.md from these files, between markers such as `<!-- photographs: glance -->`
+and `<!-- /photographs -->` (`demo@0,3: pair_depth` shows two blocks).
 
 The label names of the dataset are WordNet 3.0 synsets. Evaluators that run the model again for every
 edit or train for every null (`SLOW`) are measured with `--all`, which takes hours on a laptop.
@@ -21,16 +24,19 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-STORED = ROOT / "docs" / "results" / "photographs.json"
+STORED = {
+    "photographs": ROOT / "docs" / "results" / "photographs.json",
+    "demo": ROOT / "docs" / "results" / "demo.json",
+}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluators.md")
 CONFIG = Path(__file__).with_name("study.yaml")
-BLOCK = re.compile(r"<!-- study:(.*?) -->\n.*?<!-- /study -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (\w+)(@[\d,]+)?: (.*?) -->\n.*?<!-- /\1 -->", re.DOTALL)
 SLOW = ("detection", "reconstruction", "supervised_dictionary", "meta_sae", "hyperbolicity")
 UNTRAINED_IMAGES = 4000
 NULLS = {
@@ -72,9 +78,7 @@ def run(args: argparse.Namespace) -> None:
               "--max_images", str(UNTRAINED_IMAGES), "--cached_activations_path",
               str(output / "untrained-cache"))  # fmt: skip
     evaluators = [
-        name
-        for name, evaluator in taxolens.EVALUATORS.items()
-        if args.all or name not in SLOW
+        name for name, evaluator in taxolens.EVALUATORS.items() if args.all or name not in SLOW
     ]
     results = taxolens.evaluate_run(
         [trained, untrained],
@@ -83,8 +87,20 @@ def run(args: argparse.Namespace) -> None:
         output_path=output / "results",
         keep_activations=True,
     )
-    STORED.parent.mkdir(exist_ok=True)
-    STORED.write_text(json.dumps(stored(results), indent=None, separators=(",", ":")) + "\n")
+    store(results, "photographs")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Run the demo and store its numbers."""
+    from taxolens.plugin.study.demo import run_demo
+
+    store(run_demo(args.output).results, "demo")
+
+
+def store(results: Any, name: str) -> None:
+    """Write the numbers of the tables to docs/results."""
+    STORED[name].parent.mkdir(exist_ok=True)
+    STORED[name].write_text(json.dumps(stored(results), separators=(",", ":")) + "\n")
 
 
 def train(*flags: str) -> None:
@@ -126,7 +142,9 @@ def stored(results: Any) -> dict[str, Any]:
         "classes": results.taxonomy.n_classes,
         "nodes": results.taxonomy.n_nodes,
         "permuted_classes": vars(results.permuted_classes),
-        "settings": {k: results.settings[k] for k in ("n_permutations", "n_groups", "seed")},
+        "settings": {
+            k: results.settings[k] for k in ("n_permutations", "n_twins", "n_groups", "seed")
+        },
         "versions": {k: v for k, v in results.provenance.items() if k not in ("device", "seconds")},
         "evaluators": {
             name: {
@@ -190,14 +208,16 @@ class Stored:
     """The stored numbers."""
 
     data: dict[str, Any]
+    shown: tuple[int, ...] = ()
 
     @classmethod
-    def load(cls, file: Path = STORED) -> Stored:
-        return cls(json.loads(file.read_text()))
+    def load(cls, name: str) -> Stored:
+        return cls(json.loads(STORED[name].read_text()))
 
     @property
     def blocks(self) -> list[int]:
-        return sorted({sae["block"] for sae in self.data["saes"]})
+        """The blocks that are shown; by default all."""
+        return sorted(self.shown or {sae["block"] for sae in self.data["saes"]})
 
     def at(self, block: int, kind: str, constraint: str | None = None) -> dict[str, Any]:
         """The numbers of one SAE; `kind` is "topk", "matryoshka" or "untrained"."""
@@ -305,6 +325,26 @@ def glance_table(found: Stored) -> str:
     return table(["metric", "draws", *names], rows)
 
 
+def setting(found: Stored) -> str:
+    """What was measured on what, and the L0 of every SAE."""
+    data, permuted = found.data, found.data["permuted_classes"]
+    text = (
+        f"{data['images']:,} images, {data['fit_images']:,} of them to fit; {data['classes']:,} classes in "
+        f"{data['nodes']:,} nodes, {permuted['movable']} of {permuted['present']} classes can be exchanged; "
+        f"{permuted['draws']} distinct trees, {data['settings']['n_twins']} twins, "
+        f"{data['settings']['n_groups']} groups for the intervals, one seed."
+    )
+    l0 = {
+        (s["block"], s["model"], s["architecture"], s["constraint"]): s["l0"] for s in data["saes"]
+    }
+    rows = []
+    for model, kind, constraint in dict.fromkeys(key[1:] for key in l0):
+        name = NAMES["untrained"] if model == "untrained" else NAMES[kind.partition("_")[0]]
+        cells = [f"{l0[b, model, kind, constraint]:.1f}" for b in found.blocks]
+        rows.append((f"{name}, {NAMES[constraint]}" if constraint else name, cells))
+    return f"{text}\n\n{table(['L0 of an image', *(f'block {b}' for b in found.blocks)], rows)}"
+
+
 def tells(found: Stored, block: int, key: str, other: str, higher: bool) -> bool | None:
     """Whether the TopK SAE is past a null, or past another SAE by more than both intervals."""
     number = found.at(block, "topk").get(key)
@@ -321,13 +361,18 @@ def tells(found: Stored, block: int, key: str, other: str, higher: bool) -> bool
     return number["low"] > rival["high"] if higher else number["high"] < rival["low"]
 
 
-def write(text: str, found: Stored) -> str:
+def write(text: str, results: Mapping[str, Stored]) -> str:
     """A page with its tables made again from the stored numbers."""
 
     def block(match: re.Match[str]) -> str:
-        names = match[1].split()
-        made = glance_table(found) if names == ["glance"] else metric_table(found, *names)
-        return f"<!-- study:{match[1]} -->\n\n{made}\n\n<!-- /study -->"
+        source, blocks, names = match[1], match[2] or "", match[3].split()
+        if source not in results:
+            return match[0]
+        shown = tuple(map(int, blocks.strip("@").split(","))) if blocks else ()
+        found = replace(results[source], shown=shown)
+        tables = {"glance": glance_table, "setting": setting}
+        made = tables[names[0]](found) if names[0] in tables else metric_table(found, *names)
+        return f"<!-- {source}{blocks}: {match[3]} -->\n\n{made}\n\n<!-- /{source} -->"
 
     return BLOCK.sub(block, text)
 
@@ -339,14 +384,14 @@ def main() -> None:
     for name in ("model", "dataset", "output"):
         running.add_argument(f"--{name}", required=True)
     running.add_argument("--cache", help="activations of the training split, from an earlier run")
-    running.add_argument("--all", action="store_true")
+    running.add_argument("--all", action="store_true", help="the evaluators of SLOW too")
+    commands.add_parser("demo").add_argument("--output", required=True)
     commands.add_parser("write")
     args = parser.parse_args()
-    if args.command == "run":
-        run(args)
-    found = Stored.load()
+    {"run": run, "demo": demo, "write": lambda _: None}[args.command](args)
+    results = {name: Stored.load(name) for name in STORED}
     for page in PAGES:
-        page.write_text(write(page.read_text(), found))
+        page.write_text(write(page.read_text(), results))
 
 
 if __name__ == "__main__":
