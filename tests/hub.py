@@ -107,7 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             repository = f"{asked.get('organization') or 'me'}/{asked['name']}"
             (self.hub.root / repository).mkdir(parents=True, exist_ok=True)
-            self.hub.private |= {repository} if asked.get("private") else set()
+            self.hub.private |= (
+                {repository} if "private" in (asked.get("visibility"), *asked) else set()
+            )
             return self._json({"url": f"{self.hub.url}/{repository}"})
         repository = "/".join(parts[2:4])
         folder = self._folder(repository, "main")

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train SAEs at one or many hook points, then evaluate them and write the report",
     "evaluate": "measure trained SAEs against a class tree, each number beside its null controls",
     "convert": "write another library's SAE file as an SAELens folder",
+    "publish": "upload the SAEs of an evaluated run to the Hugging Face hub, with a model card",
     "report": "write report.html from the results of an evaluation",
     "list": "what a config can name: architectures, models, evaluators, taxonomies, presets",
     "completion": "print a script that completes all this on the tab key: bash, zsh, fish",

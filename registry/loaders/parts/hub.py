@@ -161,5 +161,12 @@ def hub_errors(name: str, repository: str, revision: str | None = None) -> Itera
         ) from error
     except ValueError as error:  # SAELens's, about releases and ids
         raise ConfigError(name, error, allowed=NAMES) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise TaxolensError(name, f"{hub} cannot be read: {error}") from error
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, OSError)) and not _is_of_the_network(error):
+            raise
+        raise TaxolensError(name, f"{hub} cannot be reached: {error}") from error
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether it is of the HTTP client, which differs by version of huggingface_hub."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
