@@ -84,7 +84,7 @@ def parser() -> shell.Parser:
     )
     add("--json", action="store_true", help="places and headline numbers as JSON on stdout")
     add("--static", action="store_true", help="no interactive figures in the report (5 MB less)")
-    _add_settings(made)
+    add_settings(made)
     add = made.add_argument_group("Weights & Biases").add_argument
     add("--log_to_wandb", action="store_true", help="log the results to Weights & Biases")
     add("--wandb_project", metavar="NAME", default="taxolens")
@@ -92,8 +92,8 @@ def parser() -> shell.Parser:
     return made
 
 
-def _add_settings(parser: shell.Parser) -> None:
-    """A flag for every field of `EvaluationSettings`, described by its docstring."""
+def add_settings(parser: shell.Parser, without: Sequence[str] = ()) -> None:
+    """A flag for every field of `EvaluationSettings` but those `without`, described by its docstring."""
     hints = get_type_hints(EvaluationSettings)
     described = {
         param.arg_name: " ".join((param.description or "").split())
@@ -103,7 +103,7 @@ def _add_settings(parser: shell.Parser) -> None:
     for field in dataclasses.fields(EvaluationSettings):
         if field.name in GROUPS:
             add = parser.add_argument_group(GROUPS[field.name]).add_argument
-        if field.name in WITHOUT_FLAG:
+        if field.name in WITHOUT_FLAG or field.name in without:
             continue
         default, text = field.default, described[field.name]
         if default or type(default) is int:

@@ -28,7 +28,7 @@ from .measure_sae import measure_sae
 from .peers import peers_of
 from .results_folder import ResultsFolder
 from .sae_folders import SAEFolder
-from .sae_sources import check_complete, find_sources, is_other, override
+from .sae_sources import Sources, check_complete, find_sources, is_other, override
 from .settings import EvaluationSettings
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
@@ -41,7 +41,7 @@ ACTIVATIONS_FOLDER = "activations"
 
 
 def evaluate_run(
-    runs: str | Path | Sequence[str | Path],
+    runs: Sources,
     settings: EvaluationSettings | None = None,
     *,
     override_dataset: ImageDataset | None = None,
@@ -169,11 +169,11 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
             )
 
 
-def _output_folder(runs: str | Path | Sequence[str | Path], given: str | Path | None) -> Path:
+def _output_folder(runs: Sources, given: str | Path | None) -> Path:
     if given is not None:
         return Path(given)
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    if len(paths) > 1 or is_other(Source.of(paths[0])):
+    if len(paths) > 1 or isinstance(paths[0], SAEFolder) or is_other(Source.of(paths[0])):
         raise ConfigError(
             "output_path",
             "not given",

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from ...registry.errors import ConfigError
+from ...registry.errors import ConfigError, TaxolensError
 from ...registry.hashing import fingerprint
 from ...registry.loaders.parts.checkpoint import is_weights_name
 from ...registry.loaders.parts.facts import FACTS
@@ -68,17 +68,27 @@ class ReadSAE(SAEFolder):
         return self._required("tokens")
 
 
-def find_sources(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
+Sources: TypeAlias = str | Path | Sequence[str | Path | SAEFolder]
+
+
+def find_sources(runs: Sources, *, left_out: dict[str, str] | None = None) -> list[SAEFolder]:
     """Every SAE of the given sources: folders of SAELens first, in the order of `find_saes`.
 
     Further sources, in their order: a file or folder of another library, ``loader:path``, and
     ``release:id`` or ``owner/repository:folder`` on the Hugging Face hub.
 
+    Args:
+        runs: the sources. SAEs that an earlier call gave are given back.
+        left_out: gets those of the further sources that cannot be read, with the reason; None raises.
+
     Raises:
         ConfigError: sources that cannot be found or read, all in one message.
         CheckpointError: a damaged file.
     """
-    sources = [Source.of(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    given = [runs] if isinstance(runs, (str, Path)) else list(runs)
+    if saes := [run for run in given if isinstance(run, SAEFolder)]:
+        return saes
+    sources = [Source.of(run) for run in given if not isinstance(run, SAEFolder)]
     others = [source for source in sources if is_other(source)]
     if len(set(others)) < len(others):
         raise ConfigError("runs", "one is given twice", given=[*map(str, others)], allowed="once")
@@ -91,8 +101,13 @@ def find_sources(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
         taken.add(name)
         try:
             found.append(ReadSAE.read(source, name))
-        except ConfigError as error:
-            problems.append(f"{source}: {error}")
+        except TaxolensError as error:
+            if left_out is not None:
+                left_out[str(source)] = str(error)
+            elif isinstance(error, ConfigError):
+                problems.append(f"{source}: {error}")
+            else:
+                raise
     if problems:
         raise ConfigError("runs", " ".join(problems), allowed="sources that can be read")
     return found
@@ -161,6 +176,12 @@ def of_own_runs(saes: Sequence[SAEFolder]) -> list[SAEFolder]:
     return [s for s in saes if not isinstance(s, ReadSAE) and not s.setting("source_format")]
 
 
+def unknown_of(sae: SAEFolder) -> list[str]:
+    """What of model, hook point and tokens nobody says; SAEs of our own runs have tokens always."""
+    unknown = [name for name in NEEDED if not sae.setting(name)]
+    return [name for name in unknown if name != "tokens" or not of_own_runs([sae])]
+
+
 def check_complete(saes: Sequence[SAEFolder], **given: Any) -> None:
     """Check that everything is known that an evaluation needs.
 
@@ -172,12 +193,7 @@ def check_complete(saes: Sequence[SAEFolder], **given: Any) -> None:
         ConfigError: one list of everything that is missing, with the flags for it.
     """
     own = of_own_runs(saes)
-    missing = {
-        name: [
-            sae.id for sae in saes if not sae.setting(name) and (name != "tokens" or sae not in own)
-        ]
-        for name in NEEDED
-    }
+    missing = {name: [sae.id for sae in saes if name in unknown_of(sae)] for name in NEEDED}
     missing |= {name: [] for name, value in given.items() if not (value or own)}
     missing = {name: ids for name, ids in missing.items() if ids or name in given}
     if missing:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from ...errors import ConfigError, TaxolensError
-from .checkpoint import is_weights_name
+from .checkpoint import is_weights_name, read_json
 from .releases import PublishedSAE, Release
 
 CONFIG = "config.json"
@@ -76,15 +76,28 @@ def published_in(release: Release) -> list[PublishedSAE]:
     return listed + found
 
 
-def small_file(sae: PublishedSAE, name: str = CONFIG) -> Path | None:
-    """A small file beside the SAE in its repository, without the weights; None where there is none."""
+def model_of(sae: PublishedSAE) -> str | None:
+    """The model of an SAE, without a download of its weights; None where that does not show it.
+
+    It stands in the table, or in the config.json beside the weights.
+
+    Raises:
+        ConfigError: there is no such repository.
+        TaxolensError: the hub cannot be reached.
+    """
+    if known := sae.known.get("model_name"):
+        return str(known)
+    place = PurePosixPath(sae.file)
+    folder = place.parent if is_weights_name(place.name) else place
     with hub_errors(str(sae), sae.repository, sae.revision):
         try:
-            place = PurePosixPath(sae.file)
-            folder = place.parent if is_weights_name(place.name) else place
-            return Path(hf_hub_download(sae.repository, str(folder / name), revision=sae.revision))
+            file = hf_hub_download(sae.repository, str(folder / CONFIG), revision=sae.revision)
+        except LocalEntryNotFoundError:
+            raise
         except EntryNotFoundError:
             return None
+    found = read_json(Path(file)).get("model_name")
+    return found if isinstance(found, str) else None
 
 
 def _names(repository: str, revision: str | None) -> list[str]:
