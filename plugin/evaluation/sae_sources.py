@@ -22,6 +22,7 @@ from .sae_folders import SAEFolder, distinct_ends, find_saes
 logger = logging.getLogger(__name__)
 
 NEEDED = ("model_name", "hook_name", "tokens")
+NEVER_OF_OTHERS = ("model_from_pretrained_kwargs",)  # it could let the model's own code run
 OF_THE_MODEL = ("revision", "model_revision", "model_from_pretrained_kwargs")
 ALLOWED = {
     **{name: FACTS[name].allowed for name in NEEDED},
@@ -52,7 +53,11 @@ class ReadSAE(SAEFolder):
             for key, tensor in sorted(sae.state_dict().items())
             for part in (key, tensor.contiguous().view(torch.uint8).numpy().tobytes())
         )
-        return cls(name, name, name, Path(str(source)), sae.cfg.to_dict(), {}, digest)
+        cfg = sae.cfg.to_dict()
+        metadata = {
+            k: v for k, v in (cfg.get("metadata") or {}).items() if k not in NEVER_OF_OTHERS
+        }
+        return cls(name, name, name, Path(str(source)), {**cfg, "metadata": metadata}, {}, digest)
 
     def weights_digest(self) -> str:
         """Digest of its tensors."""

@@ -165,6 +165,17 @@ def test_a_revision_belongs_to_its_model(own_run: Path) -> None:
     assert (other.model_name, other.revision, other.more) == ("other", None, ())
 
 
+def test_arguments_of_the_model_are_not_taken_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust = {"model_from_pretrained_kwargs": {"trust_remote_code": True}, "tokens": "class"}
+    with serving(tmp_path / "hub", tmp_path / "cache", monkeypatch) as hub:
+        save_sae(hub.root / "me" / "saes" / "block0", HOOKS[0], {"model_name": "vit", **trust})
+        (sae,) = find_sources("me/saes:block0")
+    assert (sae.hook_name, sae.model_name, sae.tokens) == (HOOKS[0], "vit", "class")
+    assert forward.ModelSetting.of(sae).more == ()
+
+
 def test_one_hook_point_for_saes_of_several_is_refused(own_run: Path, tmp_path: Path) -> None:
     save_sae(tmp_path / "second", HOOKS[0], {})
     found = find_sources([own_run, tmp_path / "second"])
