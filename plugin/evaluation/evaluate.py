@@ -154,10 +154,18 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
 
     Raises:
         CheckpointError: files are incomplete or damaged.
-        ConfigError: another width, or an architecture that SAELens does not have.
+        ConfigError: another width, a transcoder, or an architecture that SAELens does not have.
         UnknownNameError: a hook point that the model does not have.
     """
     for sae in saes:
+        if "transcoder" in sae.architecture:
+            raise ConfigError(
+                f"{sae.id}: architecture",
+                "it predicts another activation than the one it reads, and reconstructions are compared "
+                "with what is read",
+                given=sae.architecture,
+                allowed="an SAE",
+            )
         d_in = sae.load().cfg.d_in
         width = hook_d_in(model, sae.hook_name, sae.setting("image_size"))
         if d_in != width:

@@ -176,6 +176,17 @@ def test_arguments_of_the_model_are_not_taken_from_others(
     assert forward.ModelSetting.of(sae).more == ()
 
 
+def test_transcoders_are_refused(files: Any, vit: Any, world: Path, tmp_path: Path) -> None:
+    files("prisma relu", hook_point_layer=0)  # sets the layer of the config
+    (folder := tmp_path / "transcoder").mkdir()
+    path = sae_files.prisma_transcoder(folder, True, WIDTH).path
+    with pytest.raises(
+        ConfigError, match=r"architecture: it predicts another activation .*'skip_tr"
+    ):
+        evaluate_run(path, output_path=tmp_path / "out", override_model=vit, model_name="vit",
+                     dataset_path=str(world), taxonomy=str(world / "validation"), **FAST)  # fmt: skip
+
+
 def test_one_hook_point_for_saes_of_several_is_refused(own_run: Path, tmp_path: Path) -> None:
     save_sae(tmp_path / "second", HOOKS[0], {})
     found = find_sources([own_run, tmp_path / "second"])
