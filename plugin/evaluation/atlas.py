@@ -105,7 +105,9 @@ def atlas(
     model = override_model
     if saes and model is None:
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_vision_model(model_name, device=device)
+        model = load_vision_model(
+            model_name, device=device, trust_remote_code=settings.trust_remote_code
+        )
     fitting = [sae for sae in saes if _fits(sae, model, left_out)]
     for name, why in left_out.items():
         logger.warning("left out: %s: %s", name, why)

@@ -17,12 +17,11 @@ from ...registry.hashing import fingerprint
 from ...registry.loaders.parts.checkpoint import is_weights_name
 from ...registry.loaders.parts.facts import FACTS
 from ...registry.loaders.parts.read import Source, read_sae
-from .sae_folders import SAEFolder, distinct_ends, find_saes
+from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes
 
 logger = logging.getLogger(__name__)
 
 NEEDED = ("model_name", "hook_name", "tokens")
-NEVER_OF_OTHERS = ("model_from_pretrained_kwargs",)  # it could let the model's own code run
 OF_THE_MODEL = ("revision", "model_revision", "model_from_pretrained_kwargs")
 ALLOWED = {
     **{name: FACTS[name].allowed for name in NEEDED},
@@ -53,19 +52,17 @@ class ReadSAE(SAEFolder):
             for key, tensor in sorted(sae.state_dict().items())
             for part in (key, tensor.contiguous().view(torch.uint8).numpy().tobytes())
         )
-        cfg = sae.cfg.to_dict()
-        metadata = {
-            k: v for k, v in (cfg.get("metadata") or {}).items() if k not in NEVER_OF_OTHERS
-        }
-        return cls(name, name, name, Path(str(source)), {**cfg, "metadata": metadata}, {}, digest)
+        return cls(name, name, name, Path(str(source)), sae.cfg.to_dict(), {}, digest)
 
     def weights_digest(self) -> str:
         """Digest of its tensors."""
         return self.digest
 
     def load(self, device: str = "cpu") -> SAE[Any]:
-        """Load the SAE, for inference; see `read_sae` for the errors raised."""
-        return read_sae(str(self.path), device=device)
+        """Load the SAE, for inference; see `read_sae` and `check_usable` for the errors raised."""
+        sae = read_sae(str(self.path), device=device)
+        check_usable(self.path, sae)
+        return sae
 
     @property
     def tokens(self) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ...registry.files import write_atomically
 from ...registry.nulls import DECISIVE
+from .compare import as_csv
 from .headlines import headlines
 from .results import NullResult, Results, SAEResult
 from .series import natural_key
@@ -52,7 +53,7 @@ def write_atlas(results: Results, left_out: Mapping[str, str]) -> Path:
     """Write ``atlas.csv`` into the results folder; SAEs that are left out have their reason in it."""
     table = atlas_table(results).assign(left_out="")
     missing = pd.DataFrame([{"sae": name, "left_out": why} for name, why in left_out.items()])
-    text = pd.concat([table, missing]).to_csv(index=False, float_format="%.6g")
+    text = as_csv(pd.concat([table, missing]))
     return write_atomically((results.folder or Path()) / ATLAS_FILENAME, text)
 
 

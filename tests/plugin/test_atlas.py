@@ -150,7 +150,7 @@ def test_the_command(
     assert cli.main(["atlas", MODEL, "--releases", "prisma", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["prisma:sae-a", "prisma:sae-b"]
     vit = asked.pop("override_model")
-    monkeypatch.setattr(module, "load_vision_model", lambda name, device: vit)
+    monkeypatch.setattr(module, "load_vision_model", lambda name, **_: vit)
     flags = {
         k: asked[k]
         for k in ("dataset_path", "taxonomy", "output_path", "n_permutations", "n_groups")

@@ -165,15 +165,17 @@ def test_a_revision_belongs_to_its_model(own_run: Path) -> None:
     assert (other.model_name, other.revision, other.more) == ("other", None, ())
 
 
-def test_arguments_of_the_model_are_not_taken_from_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_published_sae_lets_no_code_run(
+    vit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trust = {"model_from_pretrained_kwargs": {"trust_remote_code": True}, "tokens": "class"}
     with serving(tmp_path / "hub", tmp_path / "cache", monkeypatch) as hub:
-        save_sae(hub.root / "me" / "saes" / "block0", HOOKS[0], {"model_name": "vit", **trust})
+        place = hub.root / "me" / "saes" / "block0"
+        save_sae(place, HOOKS[0], {"model_name": str(vit_folder), **trust})
         (sae,) = find_sources("me/saes:block0")
-    assert (sae.hook_name, sae.model_name, sae.tokens) == (HOOKS[0], "vit", "class")
-    assert forward.ModelSetting.of(sae).more == ()
+    assert (sae.hook_name, sae.model_name, sae.tokens) == (HOOKS[0], str(vit_folder), "class")
+    with pytest.raises(ConfigError, match="trust_remote_code: the SAE was trained on"):
+        forward.ModelSetting.of(sae).load([HOOKS[0]], "cpu")
 
 
 def test_transcoders_are_refused(files: Any, vit: Any, world: Path, tmp_path: Path) -> None:
