@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> None:
               "--max_images", str(UNTRAINED_IMAGES), "--cached_activations_path",
               str(output / "untrained-cache"))  # fmt: skip
     evaluators = [
-        name
-        for name, evaluator in taxolens.EVALUATORS.items()
-        if args.all or name not in SLOW
+        name for name, evaluator in taxolens.EVALUATORS.items() if args.all or name not in SLOW
     ]
     results = taxolens.evaluate_run(
         [trained, untrained],

@@ -15,6 +15,12 @@ from .results import Results, SAEResult
 TAGS = ["sparse-autoencoder", "sae", "taxolens", "vision", "interpretability"]
 EXPLAINED = ("reconstruction", "explained_variance")
 NOT_KNOWN = "–"
+NULLS_EXPLAINED = (
+    "±: half of the 95 % interval. Beside each value the same number under null controls: classes "
+    "permuted over the tree (mean and p of the draws; the main null), labels shuffled over images, an "
+    f"untrained twin of the SAE, the neurons. *: q ≤ {LEVEL} after Benjamini–Hochberg over this table. "
+    "A dash: not defined there, or computed from too few nodes, latents or draws to be judged."
+)
 TRAINING = {
     "dataset_path": "images",
     "dataset_name": "configuration",
@@ -82,7 +88,8 @@ def model_card(
         f"![The first metric of the table beside its null controls]({picture})",
         _table(["metric", "SAE", "value", *(COLUMNS[n] for n in NULLS), "p", "q", "past the nulls"],
                [_numbers(row) for row in numbers]),
-        *legend(results).splitlines(),
+        *legend(results).splitlines()[:-1],  # the last line is about the marks of the terminal's table
+        NULLS_EXPLAINED,
         *(f"- [{file}]({file}): {what}" for file, what in files.items()),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -111,12 +118,13 @@ def _explained(sae: SAEResult) -> float:
 
 def _numbers(row: Mapping[str, Any]) -> list[Any]:
     """One number beside its nulls, as a row of the table."""
+    half = (row["high"] - row["low"]) / 2
     past = {True: "yes", False: f"not {', '.join(row['not_left_behind'])}"}
     judged = NOT_KNOWN if row["undecided"] else past[not row["not_left_behind"]]
     return [
         _text(row["title"]),
         f"`{row['sae']}`",
-        _number(row["value"]),
+        _number(row["value"]) + (f" ± {_number(half)}" if math.isfinite(half) else ""),
         *(_number(row.get(name, math.nan)) for name in NULLS),
         _number(row["p"]),
         f"{_number(row['q'])}{'*' * bool(row['q'] <= LEVEL)}",
