@@ -1,4 +1,4 @@
-"""The command line: `taxolens demo | train | evaluate | convert | report | list | completion`.
+"""The command line: `taxolens COMMAND ...`; the commands are those of `plugin/commands`.
 
 This module and the command modules import no large library at the top, so that `--help`,
 `--version` and wrong usage need no wait. Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage.

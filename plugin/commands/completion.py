@@ -23,7 +23,7 @@ SHELLS = ("bash", "zsh", "fish")
 PATHS = {
     *("config", "dataset_path", "eval_dataset_path", "model_name", "cached_activations_path"),
     *("checkpoint_path", "resume_from_checkpoint", "output_path", "runs", "results"),
-    *("input", "output"),
+    *("input", "output", "run", "dry_run"),
 }
 
 

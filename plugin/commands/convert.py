@@ -9,9 +9,10 @@ from ...registry.loaders.parts.facts import COMMON, FACTS
 from . import shell
 
 HELP = """\
-Writes the SAE in IN (a file of another library, or the folder it lies in) to the folder OUT as
-cfg.json and sae_weights.safetensors, which SAELens loads without taxolens. The format is recognised
-by the file. Nothing in the file is run. What it does not hold is asked for, and never guessed."""
+Writes the SAE in IN (a file of another library, the folder it lies in, or a published one) to the
+folder OUT as cfg.json and sae_weights.safetensors, which SAELens loads without taxolens. The format
+is recognised by the file. Nothing in the file is run. What it does not hold is asked for, and never
+guessed."""
 
 EXAMPLES = """\
 examples:
@@ -29,7 +30,11 @@ def parser() -> shell.Parser:
         epilog=EXAMPLES,
     )
     add = made.add_argument
-    add("input", metavar="IN", help="a file or folder; LOADER:PATH names the loader too")
+    add(
+        "input",
+        metavar="IN",
+        help="a file or folder; LOADER:PATH; or RELEASE:ID of docs/releases.md",
+    )
     add("output", metavar="OUT", help="a new folder")
     add(
         "--loader",
@@ -56,25 +61,30 @@ def run(args: list[str]) -> None:
     given = {name: value for name, value in vars(options).items() if name in FACTS}
     with shell.working() as print_json:
         from ...registry.loaders.parts.checkpoint import Checkpoint
-        from ...registry.loaders.parts.read import find_loader, read_sae, save_sae, split_loader
+        from ...registry.loaders.parts.read import Source, find_loader, read_sae, save_sae
         from ...registry.table import LOADERS
 
         known = {name for entry in LOADERS.values() for name in entry.asks_for}
         given.update(_other_facts(rest, known))
         given = {name: value for name, value in given.items() if value is not None}
-        named, path = split_loader(options.input)
-        checkpoint = Checkpoint(path)
-        entry, reason = find_loader(checkpoint, options.loader or named)
-        sae = read_sae(checkpoint, entry.name, dtype=options.dtype, **given)
+        source = Source.of(options.input)
+        if source.release is not None and options.loader is None:
+            sae = read_sae(options.input, dtype=options.dtype, **given)
+            loader, reason = source.release, "a release"
+        else:
+            checkpoint = Checkpoint(source.path)
+            entry, reason = find_loader(checkpoint, options.loader or source.loader)
+            loader = entry.name
+            sae = read_sae(checkpoint, loader, dtype=options.dtype, **given)
         folder = save_sae(sae, options.output)
         cfg = sae.cfg.to_dict()
         metadata = cfg.pop("metadata")
-        result = {"output": folder, "loader": entry.name, "recognised_by": reason}
+        result = {"output": folder, "loader": loader, "recognised_by": reason}
         if options.json:
             print_json({**result, "cfg": cfg, "metadata": metadata})
     if not options.json:
         lines = [
-            f"{entry.name} ({reason}): {metadata.get('source_format', 'SAELens')}",
+            f"{loader} ({reason}): {metadata.get('source_format', 'SAELens')}",
             f"{cfg['architecture']}, d_in {cfg['d_in']}, d_sae {cfg['d_sae']}",
             *(f"note: {note}" for note in metadata.get("notes") or ()),
             f"written: {folder}",

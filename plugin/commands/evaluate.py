@@ -16,18 +16,21 @@ from ..evaluation.settings import EvaluationSettings
 from . import outcome, shell
 
 HELP = """\
-Measures every SAE of one or many runs on held-out images, each number beside its null controls,
-and writes results.json and report.html. What is not given is taken from the run's own settings.
+Measures every SAE of one or many runs, or SAEs of other libraries, on held-out images, each number
+beside its null controls, and writes results.json and report.html. What is not given is taken from the
+SAE's metadata and the run's own settings; all that is missing is listed.
 What an earlier call with the same settings has finished is not done again."""
 
 EXAMPLES = """\
 examples:
   taxolens evaluate output/my_run --evaluators all
-  taxolens evaluate seed0 seed1 --taxonomy imagenet --split validation --output_path comparison"""
+  taxolens evaluate prisma:clip-b-32/layer-9-cls-topk seed0 seed1 --taxonomy imagenet
+      --split validation --output_path comparison"""
 
 # The first field of each group of flags, in the order of `EvaluationSettings`.
 GROUPS = {
     "evaluators": "what is measured",
+    "model_name": "which activations",
     "dataset_path": "on which images",
     "nulls": "null controls",
     "output_path": "how",
@@ -73,11 +76,15 @@ def parser() -> shell.Parser:
     )
     add = made.add_argument
     add(
-        "runs", nargs="+", metavar="RUN", help="a run's output_path, a checkpoint, or an SAE folder"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run's output_path, a checkpoint, an SAE folder; a file of another library, "
+        "LOADER:PATH; a published SAE, RELEASE:ID",
     )
     add("--json", action="store_true", help="places and headline numbers as JSON on stdout")
     add("--static", action="store_true", help="no interactive figures in the report (5 MB less)")
-    _add_settings(made)
+    add_settings(made)
     add = made.add_argument_group("Weights & Biases").add_argument
     add("--log_to_wandb", action="store_true", help="log the results to Weights & Biases")
     add("--wandb_project", metavar="NAME", default="taxolens")
@@ -85,8 +92,8 @@ def parser() -> shell.Parser:
     return made
 
 
-def _add_settings(parser: shell.Parser) -> None:
-    """A flag for every field of `EvaluationSettings`, described by its docstring."""
+def add_settings(parser: shell.Parser, without: Sequence[str] = ()) -> None:
+    """A flag for every field of `EvaluationSettings` but those `without`, described by its docstring."""
     hints = get_type_hints(EvaluationSettings)
     described = {
         param.arg_name: " ".join((param.description or "").split())
@@ -96,7 +103,7 @@ def _add_settings(parser: shell.Parser) -> None:
     for field in dataclasses.fields(EvaluationSettings):
         if field.name in GROUPS:
             add = parser.add_argument_group(GROUPS[field.name]).add_argument
-        if field.name in WITHOUT_FLAG:
+        if field.name in WITHOUT_FLAG or field.name in without:
             continue
         default, text = field.default, described[field.name]
         if default or type(default) is int:

@@ -17,6 +17,7 @@ from ...hooks.models.load import check_device, hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
 from ...registry.files import only_writer
+from ...registry.loaders.parts.read import Source
 from ...registry.names import unknown_name_message
 from ...registry.table import EVALUATORS
 from ..reporting.results import Results
@@ -26,7 +27,8 @@ from .held_out import HeldOut, check_held_out, held_out_source, tree_name
 from .measure_sae import measure_sae
 from .peers import peers_of
 from .results_folder import ResultsFolder
-from .sae_folders import SAEFolder, find_saes
+from .sae_folders import SAEFolder
+from .sae_sources import Sources, check_complete, find_sources, is_other, override
 from .settings import EvaluationSettings
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
@@ -34,11 +36,12 @@ __all__ = ["EvaluationSettings", "TrainingEvaluator", "evaluate_run", "make_trai
 
 MAIN_EVALUATORS = ("lch_height", "ontological_coverage", "pair_depth", "level_information")
 ALL = "all"
+OVERRIDES = ("model_name", "hook_name", "tokens", "image_size")
 ACTIVATIONS_FOLDER = "activations"
 
 
 def evaluate_run(
-    runs: str | Path | Sequence[str | Path],
+    runs: Sources,
     settings: EvaluationSettings | None = None,
     *,
     override_dataset: ImageDataset | None = None,
@@ -53,7 +56,8 @@ def evaluate_run(
     affected.
 
     Args:
-        runs: run folders, checkpoints or bare SAE folders (see `find_saes`).
+        runs: run folders, checkpoints, SAE folders, files of other libraries, and published SAEs
+            (see `find_sources`).
         settings: what is measured, on which images, and how; by default the settings of the runs.
         override_dataset: images in place of those of dataset_path.
         override_model: a model in place of the runs' own.
@@ -67,11 +71,13 @@ def evaluate_run(
     """
     settings = (settings or EvaluationSettings()).override(**options)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saes = find_saes(runs)
+    saes = override(find_sources(runs), **{name: getattr(settings, name) for name in OVERRIDES})
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)
     check_device("device", device)
     if held_out is None:
+        images = settings.dataset_path or override_dataset
+        check_complete(saes, dataset_path=images, taxonomy=settings.taxonomy)
         given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}
         source = held_out_source(saes, **{**given, "name": settings.dataset_name})
         held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
@@ -148,10 +154,18 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
 
     Raises:
         CheckpointError: files are incomplete or damaged.
-        ConfigError: another width, or an architecture that SAELens does not have.
+        ConfigError: another width, a transcoder, or an architecture that SAELens does not have.
         UnknownNameError: a hook point that the model does not have.
     """
     for sae in saes:
+        if "transcoder" in sae.architecture:
+            raise ConfigError(
+                f"{sae.id}: architecture",
+                "it predicts another activation than the one it reads, and reconstructions are compared "
+                "with what is read",
+                given=sae.architecture,
+                allowed="an SAE",
+            )
         d_in = sae.load().cfg.d_in
         width = hook_d_in(model, sae.hook_name, sae.setting("image_size"))
         if d_in != width:
@@ -163,12 +177,14 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
             )
 
 
-def _output_folder(runs: str | Path | Sequence[str | Path], given: str | Path | None) -> Path:
+def _output_folder(runs: Sources, given: str | Path | None) -> Path:
     if given is not None:
         return Path(given)
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    if len(paths) > 1:
+    if len(paths) > 1 or isinstance(paths[0], SAEFolder) or is_other(Source.of(paths[0])):
         raise ConfigError(
-            "output_path", "not given", allowed="a folder, where several runs are compared"
+            "output_path",
+            "not given",
+            allowed="a folder, where several runs are compared, and for a file or a published SAE",
         )
     return Path(paths[0])

@@ -13,6 +13,7 @@ from ...registry.errors import ConfigError
 from ...registry.taxonomies.load import TREES, load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from .sae_folders import SAEFolder
+from .sae_sources import of_own_runs
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
         ConfigError: the runs have different images, or none, and none are given.
     """
     given = {**dict.fromkeys(CALLERS_ALONE, False), **given}
-    sources = [ImageSource.of(sae.setting).held_out(sae.setting, **given) for sae in saes]
+    settings = [sae.setting for sae in of_own_runs(saes)] or [lambda name: None]
+    sources = [ImageSource.of(setting).held_out(setting, **given) for setting in settings]
     for field in fields(ImageSource):
         name = field.metadata.get("setting", field.name)
         _only([getattr(source, field.name) for source in sources], name)
@@ -148,7 +150,8 @@ def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:
     Raises:
         ConfigError: the runs have different ones, or none.
     """
-    name = given or _only([sae.setting("taxonomy") for sae in saes], "taxonomy")
+    own = [sae.setting("taxonomy") for sae in of_own_runs(saes)]
+    name = given or (_only(own, "taxonomy") if own else None)
     if not name:
         raise ConfigError("taxonomy", "neither given nor in the run's settings", allowed=TREES)
     return str(name)

@@ -135,6 +135,7 @@ def measure_sae(
         l0=math.nan if l0 is None else l0,
         l0_token=math.nan if l0_token is None else l0_token,
         fingerprint=fingerprint,
+        weights=folder.weights_digest(),
         evaluators=evaluators,
         most_specific=most,
         least_specific=least,

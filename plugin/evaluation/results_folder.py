@@ -155,7 +155,12 @@ class ResultsFolder:
             same = finished.get(self.fingerprints[sae.id])
             if same is not None and _files_exist(self.folder, same):
                 self._found[sae.id] = replace(
-                    same, id=sae.id, run=sae.run, name=sae.name, trained_as=sae.trained_as
+                    same,
+                    id=sae.id,
+                    run=sae.run,
+                    name=sae.name,
+                    trained_as=sae.trained_as,
+                    weights=sae.weights_digest(),
                 )
         if self._found:
             self._permuted = earlier.permuted_classes

@@ -217,12 +217,12 @@ def load_checkpoint(path: Path, device: str = "cpu") -> SAE[Any]:
         return SAE.load_from_disk(folder, device=device).eval()
 
 
-def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
+def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False) -> list[SAEFolder]:
     """Every SAE in the given folders, in natural order of name (block 9 before block 10).
 
     A folder is a run (runner_cfg.json, and one SAE or a folder for each), a checkpoint, or an SAE
     (cfg.json and sae_weights.safetensors). `id` is unique: the SAE's name, with the run's before it
-    where several runs are given.
+    where several runs are given, or `several` says that there are others beside.
 
     Raises:
         ConfigError: a folder does not exist or has no SAE, or metadata is of another version.
@@ -241,11 +241,11 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
     if repeated:
         problem = f"{', '.join(repeated)} is given twice"
         raise ConfigError("runs", problem, allowed="each folder once")
-    labels = _labels(paths)
+    labels = distinct_ends(paths)
     found = [
         sae for path, label in zip(paths, labels, strict=True) for sae in _saes_in(path, label)
     ]
-    if len(paths) == 1:
+    if len(paths) == 1 and not several:
         return found
     counts = Counter(sae.run for sae in found)
     return [
@@ -297,7 +297,7 @@ def _is_older(folder: Path, run: Path) -> bool:
     return depth > 1 and (folder / TRAINER_STATE_FILENAME).exists()
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
+def distinct_ends(paths: Sequence[Path]) -> list[str]:
     """The shortest distinct ends of the paths: ``seed0``, or ``a/sae`` and ``b/sae``."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):

@@ -27,6 +27,10 @@ class EvaluationSettings:
         options: options of evaluators: '{"lch_height": {"rule": "topk"}}'
         taxonomy: a registered name, a folder or a file; by default the run's
         aggregate: an image's latent, of many tokens: their max or mean
+        model_name: the model; by default that of the SAE's metadata, as the next three
+        hook_name: the hook point that the SAE reads
+        tokens: class, patch, register, all or mean_patch
+        image_size: pixels a side of the model's input
         dataset_path: hub name, folder of class folders, parquet files; by default the run's
         dataset_name: the configuration of a dataset with several
         split: a held-out one; by default the run's, else validation, else test
@@ -59,6 +63,10 @@ class EvaluationSettings:
     options: Mapping[str, Any] | None = None
     taxonomy: str | None = None
     aggregate: str = "max"
+    model_name: str | None = None
+    hook_name: str | None = None
+    tokens: str | None = None
+    image_size: int | None = None
     dataset_path: str | None = None
     dataset_name: str | None = None
     split: str | None = None

@@ -16,6 +16,7 @@ from .headlines import ShownMetric, headlines
 from .results import NO_NULL, MetricResult, NullResult, Results, SAEResult
 from .series import all_series
 
+LABEL_COLUMN = 30
 FIRST_COLUMN = 18  # characters; longer titles are wrapped
 
 COLUMNS = {
@@ -47,7 +48,13 @@ def summary_table(results: Results, shown: Sequence[ShownMetric] | None = None) 
         pad_edge=False,
     )
     table.add_column("", style="cyan", no_wrap=True)
-    table.add_column("layer" if _layers(results) else "SAE", justify="right", no_wrap=True)
+    # A name that is long is folded: it would leave no place for the numbers.
+    table.add_column(
+        "layer" if _layers(results) else "SAE",
+        justify="right",
+        overflow="fold",
+        max_width=LABEL_COLUMN,
+    )
     table.add_column("value", justify="right", style="bold", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
     for null in NULLS:

@@ -216,6 +216,7 @@ class SAEResult:
             or `frozen_encoder`; null for an ordinary SAE.
         l0_token: mean number of latents that are not 0 on a token, over a sample of the fit half;
             `l0` where it reads one token of an image, null where counting them failed.
+        weights: digest of the weights, by which an SAE is recognised; empty in older files.
     """
 
     id: str
@@ -238,6 +239,7 @@ class SAEResult:
     trained_as: str = ""
     constraint: str | None = None
     l0_token: float = math.nan
+    weights: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_as", self.trained_as or self.architecture)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sae_lens.config import HfDataset
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.registry import get_sae_class
@@ -29,6 +30,7 @@ from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
+from ...registry.loaders.parts.read import load_source
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
 from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
@@ -273,6 +275,13 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
             self.sae = override_sae
         elif cfg.from_pretrained_path is not None:
             self.sae = load_training_sae(cfg.from_pretrained_path, cfg.device)
+            if self.sae.cfg.d_in != cfg.sae.d_in:
+                raise ConfigError(
+                    "from_pretrained_path",
+                    f"its d_in is not the width at {cfg.hook_name}",
+                    given=self.sae.cfg.d_in,
+                    allowed=cfg.sae.d_in,
+                )
         else:
             self.sae = new_sae(cfg.sae, cfg.seed)
         self._connect({"sae": self.sae}, cfg.hook_name)
@@ -426,13 +435,19 @@ def _rehearse_each_once(cfg: Any) -> None:
 
 
 def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
-    """The SAE to fine-tune.
+    """The SAE to fine-tune: a folder of SAELens, or any source that `read_sae` takes.
 
     Raises:
+        ConfigError: a loader has to be named, facts are missing, or the release does not exist.
         CheckpointError: `from_pretrained_path` has none that can be trained.
     """
     try:
-        sae = TrainingSAE.load_from_disk(path, device)
+        if (Path(path) / SAE_CFG_FILENAME).exists():
+            sae = TrainingSAE.load_from_disk(path, device)
+        else:
+            sae = load_source(TrainingSAE, path, device=device)
+    except TaxolensError:
+        raise
     except Exception as error:
         raise CheckpointError(
             "from_pretrained_path", f"{path!r} cannot be loaded: {why(error)}"

@@ -29,7 +29,7 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     """The file as config and weights of a SAELens SAE."""
     content = checkpoint.content
     found = take_tensors(checkpoint, tensors_of(content["model_state_dict"]), NAMES)
-    block = re.fullmatch(r"(\d+)_resid", checkpoint.path.resolve().parent.name)
+    block = re.fullmatch(r"(\d+)_resid", checkpoint.folders[0])
     return Converted(
         "topk",
         "TopK",

@@ -32,8 +32,9 @@ def recognises(checkpoint: Checkpoint) -> str | None:
 def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     """The file as config and weights of a SAELens SAE."""
     converted = dictionary_learning.convert(checkpoint, facts)
-    names = [parent.name for parent in checkpoint.path.resolve().parents]
-    run = next((match for name in names if (match := RUN_FOLDER.fullmatch(name))), None)
+    run = next(
+        (match for name in checkpoint.folders if (match := RUN_FOLDER.fullmatch(name))), None
+    )
     if run is None:
         converted.notes.append("its folder has no name of sae-for-vlm, where the model stands")
         return converted

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..table import Loader
 from .parts.checkpoint import Checkpoint
+from .parts.convert import AS_IT_IS
 from .parts.facts import PLACE, Facts, described
 
 
@@ -37,6 +38,8 @@ def disk(
         cfg = handle_config_defaulting(cfg)
     except Exception as error:
         raise CheckpointError(str(checkpoint), f"the SAE cannot be loaded: {error}") from error
+    if cfg.get("architecture") == "topk":  # what a missing key means, but not in training
+        cfg = {**AS_IT_IS, **cfg}
     metadata = {"sae_lens_version": version("sae-lens"), **(cfg.get("metadata") or {})}
     return {**cfg, "metadata": {**metadata, **facts.given}}, state
 

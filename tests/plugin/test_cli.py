@@ -31,7 +31,17 @@ from taxolens.registry.table import ARCHITECTURES, EVALUATORS, TAXONOMIES
 
 TREE = "parent,child\nthing,animal\nthing,plant\nanimal,cat\nanimal,dog\nplant,oak\nplant,rose\n"
 CLASSES = ("cat", "dog", "oak", "rose")
-COMMANDS = ("demo", "train", "evaluate", "convert", "report", "list", "completion")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "atlas",
+    "convert",
+    "publish",
+    "report",
+    "list",
+    "completion",
+)
 
 
 @pytest.fixture

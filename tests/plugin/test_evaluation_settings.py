@@ -19,6 +19,10 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "options": (['{"pair_depth": {"k": 4}}'], {"pair_depth": {"k": 4}}),
     "taxonomy": (["imagenet"], "imagenet"),
     "aggregate": (["mean"], "mean"),
+    "model_name": (["facebook/dinov2-base"], "facebook/dinov2-base"),
+    "hook_name": (["blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
+    "tokens": (["patch"], "patch"),
+    "image_size": (["448"], 448),
     "dataset_path": (["photos"], "photos"),
     "dataset_name": (["large"], "large"),
     "split": (["test"], "test"),
@@ -59,7 +63,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[taxolens.EvaluationSettings]:
         return seen[-1]
 
     monkeypatch.setattr(taxolens.EvaluationSettings, "override", recording)
-    monkeypatch.setattr(module, "find_saes", lambda runs: [])
+    monkeypatch.setattr(module, "find_sources", lambda runs: [])
     monkeypatch.setattr(module, "choose_evaluators", stop)
     return seen
 

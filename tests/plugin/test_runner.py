@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import sae_files
 import torch
 from sae_lens import (
     SAE,
@@ -217,6 +218,26 @@ def test_training_goes_on_from_saved_weights(training):
     runner = training.runner(cfg)
     assert torch.equal(runner.sae.W_enc, load_file(checkpoint / "sae_weights.safetensors")["W_enc"])
     runner.run()
+
+
+def test_training_goes_on_from_another_librarys_file(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(sae_files, "D_IN", 16)
+    monkeypatch.setitem(sae_files.PRISMA_CFG, "d_in", 16)
+    file = sae_files.prisma(tmp_path, "standard", "topk", "none", "hub")
+    cfg = training.single(from_pretrained_path=f"prisma:{file.path}")
+    runner = training.runner(cfg)
+    with torch.no_grad():
+        assert torch.allclose(runner.sae(file.x), file.x_hat, atol=1e-4)
+    runner.run()
+    assert not torch.equal(runner.sae(file.x), file.x_hat)
+
+
+def test_an_sae_of_another_width_is_refused(training, tmp_path):
+    file = sae_files.prisma(tmp_path, "standard", "topk", "none", "hub")
+    with pytest.raises(
+        ConfigError, match=r"its d_in is not the width at .*; given 12; allowed: 16"
+    ):
+        training.runner(training.single(from_pretrained_path=str(file.path)))
 
 
 def test_saes_can_be_given(training):

@@ -227,3 +227,17 @@ def test_the_architecture_is_named_as_it_was_trained(results):
     apart[0] = dataclasses.replace(apart[0], trained_as="topk")
     text = text_of(dataclasses.replace(results, saes=apart), width=120)
     assert "run0 (topk)" in text and "run1 (my_topk)" in text
+
+
+def test_a_long_name_leaves_place_for_the_numbers(results):
+    """The names of published SAEs and of files are longer than the table is wide."""
+    names = [
+        f"prisma/sae-top_k-64-cls_only-layer_{i}-hook_resid_post/n_images_2600" for i in (1, 2)
+    ]
+    saes = [
+        dataclasses.replace(s, id=n, layer=1) for s, n in zip(results.saes, names, strict=False)
+    ]
+    lines = text_of(dataclasses.replace(results, saes=saes), width=100).splitlines()
+    column = "".join(line[13:43].strip() for line in lines)
+    assert all(name in column for name in names)
+    assert ".400" in "".join(lines) and "…" not in "".join(lines)

@@ -19,11 +19,11 @@ from taxolens.registry.evaluators.parts.sae_latents import SAELatents
 from taxolens.registry.loaders.parts.checkpoint import Checkpoint
 from taxolens.registry.loaders.parts.facts import FACTS
 from taxolens.registry.loaders.parts.read import (
+    Source,
     converter,
     find_loader,
     read_sae,
     save_sae,
-    split_loader,
 )
 from taxolens.registry.table import LOADERS, Loader
 
@@ -364,9 +364,9 @@ def test_a_loader_of_a_third_party(tmp_path, monkeypatch):
 
 
 def test_a_path_may_name_its_loader():
-    assert split_loader("saev:a/b:c.pt") == ("saev", "a/b:c.pt")
-    assert split_loader("C:/saev/sae.pt") == (None, "C:/saev/sae.pt")
-    assert split_loader("sae.pt") == (None, "sae.pt")
+    assert Source.of("saev:a/b:c.pt") == Source("a/b:c.pt", loader="saev")
+    assert Source.of("C:/saev/sae.pt") == Source("C:/saev/sae.pt")
+    assert Source.of("sae.pt") == Source("sae.pt")
 
 
 def test_the_wrong_loader_says_so(tmp_path):

@@ -56,6 +56,14 @@ class Checkpoint(os.PathLike[str]):
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def folders(self) -> list[str]:
+        """The names of the folders above the file, the nearest first.
+
+        Links are not followed: the cache of huggingface_hub links to files without these names.
+        """
+        return [folder.name for folder in Path(os.path.abspath(self.path)).parents]
+
+    @property
     def is_sae_lens(self) -> bool:
         """Whether it is a folder in SAELens's layout."""
         return self.path.is_dir()
@@ -217,9 +225,10 @@ def _weights_file(path: Path) -> Path:
     )
 
 
+def is_weights_name(name: str) -> bool:
+    """Whether a file of this name, or path, can hold the weights of an SAE."""
+    return name.endswith(SUFFIXES) and not name.endswith("_log_feature_sparsity.pt")
+
+
 def _holds_weights(file: Path) -> bool:
-    return (
-        file.is_file()
-        and file.name.endswith(SUFFIXES)
-        and not file.name.endswith("_log_feature_sparsity.pt")
-    )
+    return file.is_file() and is_weights_name(file.name)

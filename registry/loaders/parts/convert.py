@@ -15,9 +15,12 @@ from ...errors import CheckpointError, ConfigError, TaxolensError
 from ...table import Loader
 from .checkpoint import Checkpoint
 from .facts import PLACE, Facts, described
+from .hub import download
+from .releases import Lookups, PublishedSAE, find_published
 
 PER_LATENT = ("b_enc", "threshold", "b_gate", "b_mag", "r_mag")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+AS_IT_IS = {"rescale_acts_by_decoder_norm": False}  # which SAELens's TopKTrainingSAE else has on
 ENCODER_BIASES = {"b_enc": None, "b_gate": None, "b_mag": "r_mag"}
 
 
@@ -55,14 +58,9 @@ def make_loader(
 ) -> Loader:
     """A `Loader` whose disk reader runs `convert` and finishes what it returns."""
 
-    def disk(
-        path: str | Path,
-        device: str = "cpu",
-        cfg_overrides: Mapping[str, Any] | None = None,
-        **given: Any,
+    def read(
+        checkpoint: Checkpoint, facts: Facts, device: str, overrides: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        checkpoint = Checkpoint.of(path)
-        facts = Facts(f"{name} checkpoint {checkpoint}", given, described(asks_for))
         try:
             converted = convert(checkpoint, facts)
         except TaxolensError:
@@ -71,15 +69,65 @@ def make_loader(
             raise CheckpointError(
                 str(checkpoint), f"not as {name} writes it ({type(error).__name__}: {error!s:.200})"
             ) from error
-        return finish(name, checkpoint, facts, converted, device, cfg_overrides or {})
+        return finish(name, checkpoint, facts, converted, device, overrides or {})
+
+    def disk(
+        path: str | Path,
+        device: str = "cpu",
+        cfg_overrides: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        checkpoint = Checkpoint.of(path)
+        facts = Facts(f"{name} checkpoint {checkpoint}", given, described(asks_for))
+        return read(checkpoint, facts, device, cfg_overrides)
+
+    def huggingface(
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+        published = find_published(folder_name)
+        facts = Facts(str(published), given, described(asks_for), published.known)
+        for fact, where in published.asks_for.items():
+            facts.ask(fact, why=where)
+        facts.settle()
+        path, commit = download(published, force=force_download)
+        dtype = {"dtype": (cfg_overrides or {}).get("dtype")}
+        cfg, state = read(Checkpoint(path), facts, device, dtype)
+        check_published(published, cfg)
+        place = {"release": str(published), "repository": published.repository, "commit": commit}
+        licence = {"licence": published.licence} if published.licence else {}
+        return {**cfg, "metadata": {**cfg["metadata"], **place, **licence}}, state, None
 
     return Loader(
         name,
         disk=disk,
+        huggingface=huggingface,
+        releases=Lookups(name),
         description=description,
         recognises=recognises,
         asks_for=described(asks_for),
     )
+
+
+def check_published(published: PublishedSAE, cfg: Mapping[str, Any]) -> None:
+    """Check that the SAE has the sizes of the table.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    for size in ("d_in", "d_sae"):
+        known = published.shown.get(size, cfg[size])
+        if cfg[size] != known:
+            raise ConfigError(
+                f"{published}: {size}",
+                "not that of the table of releases",
+                given=cfg[size],
+                allowed=known,
+            )
 
 
 def finish(
@@ -124,6 +172,8 @@ def finish(
     }
     if "transcoder" in converted.architecture:
         settings["d_out"] = d_out
+    if converted.architecture == "topk":
+        settings.update(AS_IT_IS)
     unknown = [name for name, value in place.items() if value is None]
     notes = list(converted.notes)
     if unknown:

@@ -162,14 +162,22 @@ class Facts:
         where: the file, for messages.
         given: fact -> value, as Python values or as text of a command line.
         allowed: the facts that the loader asks for.
+        known: fact -> value, as a table of published files has them.
 
     Raises:
         ConfigError: a fact that the loader does not ask for, or a value that cannot be.
     """
 
-    def __init__(self, where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    def __init__(
+        self,
+        where: str,
+        given: Mapping[str, Any],
+        allowed: Iterable[str],
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
         self.where = where
         self.allowed = tuple(allowed)
+        self.known = {name: self._parse(name, value) for name, value in (known or {}).items()}
         self.given: dict[str, Any] = {}
         for name, value in given.items():
             if value is not None:
@@ -207,14 +215,23 @@ class Facts:
             ) from None
 
     def may(self, name: str, found: Any = None) -> Any:
-        """What the file holds (`found`), else what the user says, else None.
+        """What the file holds (`found`), else what is known of it or the user says, else None.
 
         Raises:
-            ConfigError: both are there and differ; of the model, the hook point and the tokens
-                the user's counts.
+            ConfigError: two of them are there and differ; of the model, the hook point and the
+                tokens the user's counts.
         """
         self._unused.discard(name)
         given, found = self.given.get(name), self._held(name, found)
+        if (known := self.known.get(name)) is not None:
+            if found is not None and not _same(found, known):
+                raise ConfigError(
+                    name,
+                    f"{self.where} and the table of releases differ",
+                    given=str(found)[:80],
+                    allowed=f"{str(known)[:80]}; read the file by its path to trust the file",
+                )
+            found = known
         if given is None or name in PLACE:
             return found if given is None else given
         if found is not None and not _same(found, given):
@@ -244,7 +261,7 @@ class Facts:
             raise ConfigError(
                 ", ".join(self._missing),
                 f"not in {self.where}, and not given",
-                allowed=f"{'; '.join(lines)}, or the same names in read_sae(...)",
+                allowed=f"{'; '.join(lines)}: flags of `taxolens convert`, or arguments of read_sae",
             )
         if unused and self._unused:
             names = ", ".join(sorted(self._unused))

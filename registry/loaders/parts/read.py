@@ -1,20 +1,82 @@
-"""Reading of an SAE from a path, by the loader that recognises the file."""
+"""Reading of an SAE from a path, by the loader that recognises the file, or from a release."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, TaxolensError
 from ...files import share
 from ...table import LOADERS, Loader
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_weights_name
+from .hub import hub_errors
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an SAE is: a path with or without the name of its loader, or a release and an id."""
+
+    path: str = ""
+    loader: str | None = None
+    release: str | None = None
+
+    @classmethod
+    def of(cls, text: str | Path) -> Source:
+        """The source that a text names: ``PATH``, ``LOADER:PATH``, ``RELEASE:ID``, ``OWNER/NAME:ID``.
+
+        A path that exists is a path. After a name that is a loader's and a release's, what exists
+        or ends like a file is a path.
+        """
+        name, colon, rest = str(text).partition(":")
+        if isinstance(text, Path) or not (colon and rest) or Path(text).exists():
+            return cls(str(text))
+        if name in LOADERS and (Path(rest).exists() or is_weights_name(rest)):
+            return cls(rest, loader=name)
+        if name in _directory() or HUB_NAME.fullmatch(name):
+            return cls(rest, release=name)
+        return cls(rest, loader=name) if name in LOADERS else cls(str(text))
+
+    def __str__(self) -> str:
+        before = self.release or self.loader
+        return f"{before}:{self.path}" if before else self.path
+
+
+def _directory() -> Any:
+    """SAELens's table of releases, ours and those of other plugins among them."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    len(LOADERS)  # reading the table registers what is in it
+    return get_pretrained_saes_directory()
+
+
+def _release_converter(release: str, given: dict[str, Any]) -> Callable[..., Any] | None:
+    """The converter of a release with facts of the user; None, SAELens's own, where there are none.
+
+    Raises:
+        ConfigError: facts for a release that none of `LOADERS` reads.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    lookup = _directory().get(release)
+    entry = LOADERS.get(lookup.conversion_func or "") if lookup else None
+    if entry is None or entry.huggingface is None:
+        raise ConfigError(
+            ", ".join(given), f"release {release!r} has no use for it", allowed="leave it out"
+        )
+    return partial(entry.huggingface, **given)
 
 
 def read_sae(
@@ -31,7 +93,8 @@ def read_sae(
     the file's format, what was given, and notes on the conversion.
 
     Args:
-        path: a file of weights, or the folder that holds it with its config.
+        path: a file of weights, or the folder that holds it with its config; ``loader:path``; or
+            the name of a published SAE, ``release:id``, see docs/releases.md.
         loader: a name of `LOADERS`; None finds it by the file.
         dtype: of the weights, e.g. ``"float32"``, which is also the default whatever the file has.
         given: facts that the file does not hold; `LOADERS[name].asks_for` names them.
@@ -43,13 +106,38 @@ def read_sae(
     """
     from sae_lens import SAE
 
-    sae = SAE.load_from_disk(
-        Checkpoint.of(path),  # type: ignore[arg-type]  # SAELens hands it on to the converter
+    return load_source(SAE, path, loader, device=device, dtype=dtype, **given).eval()
+
+
+def load_source(
+    cls: type[Any],
+    path: str | Path | Checkpoint,
+    loader: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    **given: Any,
+) -> Any:
+    """As `read_sae`, as an SAE of `cls`: SAELens's SAE, or TrainingSAE to train on."""
+    if not isinstance(path, Checkpoint):
+        source = Source.of(path)
+        if source.release is not None and loader is None:
+            converter_of_release = _release_converter(source.release, given)
+            with hub_errors(str(source), source.release):
+                return cls.from_pretrained(
+                    source.release,
+                    source.path,
+                    device=device,
+                    dtype=dtype or "float32",
+                    converter=converter_of_release,
+                )
+        path, loader = source.path, loader or source.loader
+    return cls.load_from_disk(
+        Checkpoint.of(path),  # SAELens hands it on to the converter
         device=device,
         dtype=dtype,
         converter=converter(loader, **given),
     )
-    return sae.eval()
 
 
 def save_sae(sae: SAE[Any], folder: str | Path) -> Path:
@@ -136,9 +224,3 @@ def find_loader(path: str | Path | Checkpoint, loader: str | None = None) -> tup
         given=str(checkpoint),
         allowed=looked_for,
     )
-
-
-def split_loader(text: str) -> tuple[str | None, str]:
-    """``"saev:runs/sae.pt"`` -> ``("saev", "runs/sae.pt")``; without a loader's name (None, text)."""
-    name, colon, path = text.partition(":")
-    return (name, path) if colon and name in LOADERS else (None, text)
