@@ -107,6 +107,7 @@ class ImageDataset:
             name=source.name,
             streaming=source.streaming,
             trust_remote_code=source.trust_remote_code,
+            image_column=source.image_column,
         )
         return cls(opened, root=root, name=source.title, **options)
 
@@ -217,6 +218,12 @@ class ImageDataset:
             ConfigError: there is no label column.
             DataError: some images have no label.
         """
+        if self.label_column is None and self.root is not None:
+            raise ConfigError(
+                "dataset_path",
+                f"the images of {self.name} lie in no class folder, and no file names their classes",
+                allowed="class folders, or a file of labels beside the images: docs/data.md",
+            )
         if self.label_column is None:
             raise ConfigError(
                 "label_column",
