@@ -22,7 +22,7 @@ from ...registry.table import EVALUATORS
 from ..reporting.results import Results
 from .bench import Bench
 from .forward import Forward, ModelSetting, forwards_of
-from .held_out import HeldOut, check_held_out, held_out_source, tree_name
+from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, tree_name
 from .measure_sae import measure_sae
 from .peers import peers_of
 from .results_folder import ResultsFolder
@@ -74,6 +74,8 @@ def evaluate_run(
     if held_out is None:
         given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}
         source = held_out_source(saes, **{**given, "name": settings.dataset_name})
+        if override_dataset is not None:
+            source, override_dataset = held_out_part(saes, source, override_dataset)
         held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
     seen = check_held_out(saes, held_out, allow=settings.allow_train_split)
     bench = Bench(held_out.taxonomy, chosen, replace(settings, device=device))

@@ -21,6 +21,7 @@ from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
 from .sae_folders import SAEFolder
+from .undefined import undefined_notes
 
 CARDS = "latent cards"  # name of the cards in `failures`; no evaluator's name has a space
 
@@ -115,9 +116,18 @@ def measure_sae(
             },
             seconds=round(done.seconds[name], 3),
             error=done.errors.get(name),
-            notes=notes[name],
+            notes=[
+                *notes[name],
+                *undefined_notes(
+                    cls,
+                    metrics.get(name, {}),
+                    taxonomy=bench.taxonomy,
+                    split=held_out.split,
+                    l0=l0,
+                ),
+            ],
         )
-        for name in bench.chosen
+        for name, (cls, _) in bench.chosen.items()
     }
     return SAEResult(
         id=folder.id,

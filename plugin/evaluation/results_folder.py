@@ -89,6 +89,9 @@ class ResultsFolder:
             n_score=0,
             classes=list(images.class_names),
             seen_in_training=seen_in_training,
+            holdout=held_out.source.holdout,
+            holdout_seed=None if held_out.source.part is None else held_out.source.holdout_seed,
+            n_present=held_out.n_present,
         )
         facts = [
             images.fingerprint,

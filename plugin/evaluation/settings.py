@@ -14,6 +14,7 @@ from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
 
 AGGREGATES = ("max", "mean")
+HOLDOUT = "a number above 0 and below 1"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class EvaluationSettings:
         dataset_path: hub name, folder of class folders, parquet files; by default the run's
         dataset_name: the configuration of a dataset with several
         split: a held-out one; by default the run's, else validation, else test
+        holdout: share of every class that is held out of the split; by default the run's
+        holdout_seed: of the choice of these images; by default the run's
         image_column: by default the run's, else found
         label_column: by default the run's, else found
         max_images: measure on this many; by default the run's eval_max_images
@@ -62,6 +65,8 @@ class EvaluationSettings:
     dataset_path: str | None = None
     dataset_name: str | None = None
     split: str | None = None
+    holdout: float | None = None
+    holdout_seed: int | None = None
     image_column: str | None = None
     label_column: str | None = None
     max_images: int | None = None
@@ -104,6 +109,8 @@ class EvaluationSettings:
             given = getattr(self, field)
             if given is not None and not least <= given <= most:
                 raise ConfigError(field, "not possible", given=given, allowed=f"{least} to {most}")
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise ConfigError("holdout", "not possible", given=self.holdout, allowed=HOLDOUT)
         if self.n_groups < 3 and self.n_groups != 0:
             raise ConfigError(
                 "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"

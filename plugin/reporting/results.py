@@ -299,6 +299,9 @@ class DatasetInfo:
         skipped: corrupt images, which are left out.
         seen_in_training: whether the SAEs were trained on this split; refused unless allowed.
         name: the dataset's configuration; null where it has none.
+        holdout: share of every class of the split that was held out; null where the split is.
+        holdout_seed: seed of the choice of these images; null likewise.
+        n_present: number of classes that have images; null where it was not recorded.
     """
 
     path: str
@@ -311,15 +314,16 @@ class DatasetInfo:
     skipped: list[SkippedImage] = field(default_factory=list)
     seen_in_training: bool = False
     name: str | None = None
+    holdout: float | None = None
+    holdout_seed: int | None = None
+    n_present: int | None = None
 
     @property
     def title(self) -> str:
         """The dataset with its configuration and split, as the report shows it."""
-        return (
-            f"{self.path} ({self.name}, {self.split})"
-            if self.name
-            else f"{self.path} ({self.split})"
-        )
+        held_out = f"{self.holdout:g} held out" if self.holdout else None
+        parts = (self.name, self.split, held_out)
+        return f"{self.path} ({', '.join(part for part in parts if part)})"
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ class VisionFields:
         model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
         tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
         split (str): The split of the dataset that is trained on.
+        holdout (float, optional): Hold out this share of every class of the split for the evaluation, and train on the others.
+        holdout_seed (int): Seed of the choice of these images. Runs with other seeds hold out the same ones.
         image_column (str, optional): The column that holds the images. Defaults to the only image column.
         label_column (str, optional): The column that holds the labels. Defaults to the only label column.
         max_images (int, optional): Use only this many images of the split: a fixed random choice, or the first that come when streaming.
@@ -136,6 +138,8 @@ class VisionFields:
     model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)
     tokens: str = "class"
     split: str = "train"
+    holdout: float | None = None
+    holdout_seed: int = 0
     image_column: str | None = None
     label_column: str | None = None
     max_images: int | None = None

@@ -59,6 +59,8 @@ def _optional(check: Check) -> Check:
 CHECKS: dict[str, Check] = {
     "tokens": _one_of(TOKEN_CHOICES),
     "split": TEXT,
+    "holdout": _optional((lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1")),
+    "holdout_seed": COUNT,
     "max_images": _optional(POSITIVE_INT),
     "image_size": _optional(POSITIVE_INT),
     "num_workers": PROCESSES,
@@ -143,6 +145,7 @@ def check_fields(cfg: Any) -> None:
     ignored = [k for k, unchanged in IGNORED.items() if getattr(cfg, k, unchanged) != unchanged]
     if ignored:
         logger.warning(f"without meaning for images, and ignored: {', '.join(ignored)}.")
+    _check_holdout(cfg)
     _check_schedule(cfg)
     _check_saes(cfg)
     _check_constraint(cfg)
@@ -169,6 +172,15 @@ def _check_constraint(cfg: Any) -> None:
             raise ConfigError(
                 "constraint", "not known", given=value, allowed=f"{', '.join(CONSTRAINTS)}, or none"
             )
+
+
+def _check_holdout(cfg: Any) -> None:
+    if cfg.holdout is None:
+        return
+    for name in ("eval_dataset_path", "eval_dataset_name", "eval_split", "streaming"):
+        if getattr(cfg, name):
+            problem = f"{name} is given too"
+            raise ConfigError("holdout", problem, given=cfg.holdout, allowed="one of the two")
 
 
 def _check_schedule(cfg: Any) -> None:

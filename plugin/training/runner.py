@@ -88,10 +88,12 @@ class _VisionRun:
         if cfg.compile_llm:
             compile_model(self.model, cfg.llm_compilation_mode)
         cfg.context_size = max(preflight.token_counts(cfg, self.model, "all").values())
+        source = cfg.image_source
         if isinstance(override_dataset, ImageDataset):
             self.images = override_dataset
+            if source.part is not None and override_dataset.part is None:
+                self.images = override_dataset.parted(source.part, source.max_images)
         else:
-            source = cfg.image_source
             if override_dataset is not None:
                 source = replace(source, dataset_path=override_dataset)
             self.images = ImageDataset.of(source)

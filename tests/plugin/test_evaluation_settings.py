@@ -22,6 +22,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "dataset_path": (["photos"], "photos"),
     "dataset_name": (["large"], "large"),
     "split": (["test"], "test"),
+    "holdout": (["0.25"], 0.25),
+    "holdout_seed": (["3"], 3),
     "image_column": (["picture"], "picture"),
     "label_column": (["class"], "class"),
     "max_images": (["7"], 7),
@@ -117,6 +119,10 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         ({"controls": ["palnted"]}, "controls: not known .did you mean 'planted'.*given 'palnted'"),
         ({"aggregate": "sum"}, "aggregate: not known; given 'sum'; allowed: max, mean"),
         ({"n_permutations": 0}, "n_permutations: not possible; given 0; allowed: 1 to"),
+        (
+            {"holdout": 1.0},
+            "holdout: not possible; given 1.0; allowed: a number above 0 and below 1",
+        ),
         ({"n_groups": 2}, "n_groups: not possible; given 2; allowed: 0, or 3 or more"),
     ):
         with pytest.raises(ConfigError, match=message):
