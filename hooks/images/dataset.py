@@ -205,10 +205,11 @@ class ImageDataset:
         else:
             encoded = values.combine_chunks().dictionary_encode()
             found = encoded.dictionary.to_pylist()
-            order = sorted(range(len(found)), key=lambda i: found[i])
-            rank = np.empty(len(found) + 1, dtype=np.int64)
-            rank[order] = np.arange(len(found))
-            rank[-1] = -1  # of missing labels
+            # -1 and the empty text stand for no class, as in splits whose labels are kept back.
+            named = [i for i, value in enumerate(found) if value not in (-1, "")]
+            order = sorted(named, key=lambda i: found[i])
+            rank = np.full(len(found) + 1, -1, dtype=np.int64)  # the last one is of missing labels
+            rank[order] = np.arange(len(order))
             labels = rank[encoded.indices.to_pandas().fillna(-1).to_numpy().astype(np.int64)]
             names = [str(found[i]) for i in order]
         return labels, names

@@ -41,6 +41,14 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
+BATCH = 4096  # SAELens's default
+SMALLEST_BATCH = 8
+STEPS = 500  # the default batch makes as many, where it can
+FEW_STEPS = 200  # with fewer an SAE can hardly have learned
+DEAD_SHARE = 0.1
+DEAD_STEPS = 1000  # SAELens's default
+NORM_BATCHES = 1000  # SAELens's default
+
 T_SAE_CONFIG = TypeVar("T_SAE_CONFIG", bound=TrainingSAEConfig)
 
 
@@ -98,6 +106,9 @@ class VisionFields:
         resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the furthest checkpoint under checkpoint_path that fits this run, and a fresh start when there is none.
         model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
         tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
+        train_batch_size_tokens (int, optional): Tokens in one step. Defaults to 4096, or, where that makes fewer than 500 steps, to the largest power of 2 from 8 on that makes as many.
+        dead_feature_window (int, optional): Steps without firing after which a latent counts as dead. Defaults to a tenth of the run, at most 1000.
+        n_batches_for_norm_estimate (int, optional): Batches from which normalize_activations estimates norms. Defaults to the steps of the run, at most 1000.
         split (str): The split of the dataset that is trained on.
         holdout (float, optional): Hold out this share of every class of the split for the evaluation, and train on the others.
         holdout_seed (int): Seed of the choice of these images. Runs with other seeds hold out the same ones.
@@ -136,6 +147,9 @@ class VisionFields:
     store_batch_size_prompts: int = 32
     resume_from_checkpoint: str | None = None
     model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)
+    train_batch_size_tokens: int | None = None
+    dead_feature_window: int | None = None
+    n_batches_for_norm_estimate: int | None = None
     tokens: str = "class"
     split: str = "train"
     holdout: float | None = None
@@ -167,6 +181,7 @@ class VisionFields:
         cfg: Any = self
         if type(cfg.logger) is LoggingConfig:
             cfg.logger = VisionLoggingConfig(**vars(cfg.logger))
+        _fit_to_the_run(cfg)
         check_fields(cfg)
         _round_up_training_tokens(cfg)
         cache_path, checkpoint_root = cfg.cached_activations_path, cfg.checkpoint_path
@@ -413,8 +428,33 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
         raise ConfigError(field_name, error, allowed=f"see {config_class.__name__}") from error
 
 
+def default_batch(training_tokens: int) -> int:
+    """The number of tokens in one step where none is given: see `VisionFields`."""
+    batch = BATCH
+    while batch > SMALLEST_BATCH and math.ceil(training_tokens / batch) < STEPS:
+        batch //= 2
+    return batch
+
+
+def _fit_to_the_run(cfg: Any) -> None:
+    """Fill in the settings whose defaults depend on the number of tokens and steps."""
+    tokens, batch = cfg.training_tokens, cfg.train_batch_size_tokens
+    if not isinstance(tokens, int):  # refused by the checks
+        tokens = 1
+    if batch is None:
+        cfg.train_batch_size_tokens = batch = default_batch(tokens)
+    steps = math.ceil(tokens / batch) if isinstance(batch, int) and batch > 0 else 1
+    if cfg.dead_feature_window is None:
+        cfg.dead_feature_window = min(DEAD_STEPS, max(1, round(DEAD_SHARE * steps)))
+    if cfg.n_batches_for_norm_estimate is None:
+        cfg.n_batches_for_norm_estimate = min(NORM_BATCHES, max(1, steps))
+
+
 def _round_up_training_tokens(cfg: Any) -> None:
-    """Round training_tokens up to complete batches, which SAELens trains on, so that counts are exact."""
+    """Round training_tokens up to complete batches, which SAELens trains on, so that counts are exact.
+
+    A run of few steps is named in a warning.
+    """
     asked, batch = cfg.training_tokens, cfg.train_batch_size_tokens
     n_batches = math.ceil(asked / batch)
     cfg.training_tokens = n_batches * batch
@@ -422,6 +462,14 @@ def _round_up_training_tokens(cfg: Any) -> None:
         logger.info(
             f"training_tokens: {asked} rounded up to {cfg.training_tokens}, "
             f"{n_batches} batches of {batch}."
+        )
+    if n_batches < FEW_STEPS:
+        most = asked // FEW_STEPS
+        smaller = f", or a train_batch_size_tokens of at most {most}," if most >= 1 else ""
+        logger.warning(
+            f"training_tokens: {cfg.training_tokens:,} are {n_batches} steps of {batch:,}, in which "
+            f"an SAE hardly learns. {FEW_STEPS} steps need {FEW_STEPS * batch:,} tokens (more "
+            f"epochs){smaller} instead."
         )
 
 

@@ -186,7 +186,7 @@ def _check_holdout(cfg: Any) -> None:
 def _check_schedule(cfg: Any) -> None:
     steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
     ramps = cfg.lr_warm_up_steps + cfg.lr_decay_steps
-    if cfg.lr_scheduler_name != "constant" and ramps >= steps:
+    if ramps >= steps and ramps:
         raise ConfigError(
             "lr_warm_up_steps + lr_decay_steps",
             "not possible",
@@ -247,6 +247,11 @@ def _check_saes(cfg: Any) -> None:
                 given=k,
                 allowed=f"above 0, at most d_sae = {sae.d_sae}",
             )
+        steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+        for field_name, value in vars(sae).items():
+            if field_name.endswith("_warm_up_steps") and _is_int(value) and value > steps:
+                problem = "longer than the run"
+                raise ConfigError(f"{name}.{field_name}", problem, given=value, allowed=f"up to {steps}")
 
 
 def training_config_class(architecture: str) -> type[TrainingSAEConfig]:

@@ -129,6 +129,7 @@ class _VisionRun:
             source=cfg.image_source,
             train_batch_size_tokens=cfg.train_batch_size_tokens,
             device=cfg.act_store_device,
+            progress=cfg.verbose,
             **order,
         )
 

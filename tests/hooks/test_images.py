@@ -260,6 +260,23 @@ def test_whole_numbers_without_names_become_text():
     assert images.labels.tolist() == [1, 0, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("values", "names", "labels"),
+    [
+        ([3, -1, 0, -1], ["0", "3"], [1, -1, 0, -1]),
+        (["b", "", "a", None], ["a", "b"], [1, -1, 0, -1]),
+        ([True, False, None, True], ["False", "True"], [1, 0, -1, 1]),
+    ],
+)
+def test_labels_that_stand_for_no_class(values, names, labels):
+    data = hf_dataset(4).remove_columns("label").add_column("label", values)
+    images = load_images(data)
+    assert images.class_names == names
+    assert images.labels.tolist() == labels
+    with pytest.raises(DataError, match=f"{labels.count(-1)} of 4 images have no label"):
+        images.require_labels()
+
+
 def test_paths_as_text_when_named(tmp_path):
     plain(77).save(tmp_path / "a.png")
     data = datasets.Dataset.from_dict({"file": [str(tmp_path / "a.png")], "label": ["x"]})
