@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections import Counter
@@ -34,6 +35,8 @@ from ...registry.files import (
     reason,
 )
 from ..reporting.series import layer_of, natural_key
+
+logger = logging.getLogger(__name__)
 
 SAE_SCHEMA = "taxolens.sae/1"  # version of our keys in the metadata: docs/formats/saes.md
 
@@ -269,6 +272,7 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
             f"{path} holds no SAE",
             allowed=f"a folder with {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}",
         )
+    folders = _of_the_run(path, settings, folders)
     saes = []
     for folder in folders:
         name = label if folder == path else folder.relative_to(path).as_posix()
@@ -289,6 +293,27 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
             )
         saes.append(SAEFolder(name, label, name, folder, cfg, settings))
     return sorted(saes, key=lambda sae: natural_key(sae.name))
+
+
+def _of_the_run(path: Path, settings: Mapping[str, Any], folders: Sequence[Path]) -> Sequence[Path]:
+    """The folders that the run's settings list; others, of earlier runs, are named in a warning."""
+    saes = settings.get("saes")
+    listed = list(saes) if isinstance(saes, Mapping) else ["."] if "sae" in settings else None
+    if listed is None:
+        return folders
+    places = [path / name for name in listed]
+    missing = [str(place) for place in places if place not in folders]
+    if len(missing) == len(places):
+        raise CheckpointError(path, f"none of the SAEs that {RUNNER_CFG_FILENAME} lists is there")
+    if missing:
+        logger.warning("%s lists SAEs that are missing: %s.", path, ", ".join(missing))
+    others = [str(folder) for folder in folders if folder not in places]
+    if others:
+        logger.warning(
+            "%s: not of the run, and left out: %s. Give the folder itself to evaluate one.",
+            *(path, ", ".join(others)),
+        )
+    return [folder for folder in folders if folder in places]
 
 
 def _is_older(folder: Path, run: Path) -> bool:

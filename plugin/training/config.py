@@ -132,6 +132,7 @@ class VisionFields:
         eval_split (str, optional): The held-out split of the evaluation.
         eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise. During training, defaults to 2,000, or 5 for each class.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
+        overwrite_output (bool): Write into output_path even where it holds another run.
         keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
         constraint (str, optional): Train a control on random directions: frozen_decoder, soft_frozen_decoder or frozen_encoder. Of several SAEs, a mapping from names to constraints.
     """
@@ -176,6 +177,7 @@ class VisionFields:
     checkpoint_id: str | None = None
     keep_checkpoints: int | None = None
     constraint: str | None = None
+    overwrite_output: bool = False
 
     def __post_init__(self) -> None:
         cfg: Any = self

@@ -116,6 +116,7 @@ class _VisionRun:
         cache_bytes = preflight.cache_size(cfg, self.model, self.images)
         preflight.check_places(cfg, saes.values(), cache_bytes=cache_bytes)
         find_resume_point(cfg, identity)
+        preflight.check_output(cfg)
         if cfg.verbose:
             logger.info(self._account())
 

@@ -625,6 +625,7 @@ def test_the_demo_hands_its_folder_on(taxolens, monkeypatch, tmp_path):
 
 def test_the_demo_in_miniature(tmp_path):
     small = {"max_images": 154, "eval_max_images": 308, "epochs": 4.0}
+    small |= {"lr_warm_up_steps": 0, "lr_decay_steps": 0}
     made = run_demo(tmp_path, progress=False, hook_names=["blocks.{0,7}.hook_resid_post"], **small)
     assert [sae.hook_name for sae in made.results.saes] == [
         "blocks.0.hook_resid_post",
