@@ -44,6 +44,7 @@ class EvaluationSettings:
         n_groups: groups of images, each left out once, for the intervals; 0 for none
         seed: of halves, permutations and twins
         output_path: the folder of the results; by default the run
+        replace: measure anew, and drop the numbers that the folder has
         device: by default a GPU where there is one
         batch_size: images in one forward pass
         num_workers: processes that decode images
@@ -78,6 +79,7 @@ class EvaluationSettings:
     n_groups: int = 5
     seed: int = 0
     output_path: str | Path | None = None
+    replace: bool = False
     device: str | None = None
     batch_size: int = 64
     num_workers: int = 0

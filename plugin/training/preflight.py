@@ -28,7 +28,7 @@ RUN_SETTINGS = (
     *("sae", "saes", "hook_name", "hook_names", "model_name", "revision", "tokens", "image_size"),
     *("dataset_path", "dataset_name", "split", "holdout", "holdout_seed", "max_images", "seed"),
     *("training_tokens", "train_batch_size_tokens", "lr", "lr_scheduler_name", "lr_warm_up_steps"),
-    *("lr_decay_steps", "adam_beta1", "adam_beta2"),
+    *("lr_decay_steps", "adam_beta1", "adam_beta2", "constraint"),
 )
 MIB = 1 << 20
 

@@ -35,6 +35,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "n_groups": (["4"], 4),
     "seed": (["5"], 5),
     "output_path": (["out"], "out"),
+    "replace": ([], True),
     "device": (["cuda:1"], "cuda:1"),
     "batch_size": (["8"], 8),
     "num_workers": (["2"], 2),
