@@ -76,6 +76,7 @@ class ImageDataset:
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
             raise DataError(name, "no images")
+        data = data.with_format(None)  # a transform, or a format, of the dataset would change rows
         features = features_of(data, name)
         self.image_column = find_image_column(features, image_column)
         self.label_column = find_label_column(features, label_column, self.image_column)
@@ -105,7 +106,7 @@ class ImageDataset:
             "part": source.part,
         }
         data, split = source.dataset_path, source.split or "train"
-        if isinstance(data, datasets.DatasetDict):
+        if isinstance(data, dict):  # DatasetDict, IterableDatasetDict
             data = pick_split(data, split)
         if isinstance(data, Dataset | IterableDataset):
             return cls(data, **options)
@@ -326,7 +327,12 @@ class ImageDataset:
 
 
 def load_images(
-    dataset_path: str | Path | Dataset | IterableDataset | datasets.DatasetDict,
+    dataset_path: str
+    | Path
+    | Dataset
+    | IterableDataset
+    | datasets.DatasetDict
+    | datasets.IterableDatasetDict,
     *,
     split: str = "train",
     name: str | None = None,

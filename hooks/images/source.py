@@ -140,4 +140,5 @@ class ImageSource:
 
 
 def _real(path: Any) -> str:
-    return os.path.realpath(path) if Path(path).exists() else str(path)
+    local = Path(str(path)).expanduser()
+    return os.path.realpath(local) if local.exists() else str(path)

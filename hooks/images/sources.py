@@ -175,16 +175,18 @@ def _open_saved(folder: Path, split: str, streaming: bool) -> Dataset | Iterable
     return data.to_iterable_dataset() if streaming else data
 
 
-def pick_split(
-    data: datasets.DatasetDict | Dataset, split: str, *, where: str = "dataset"
-) -> Dataset:
+def pick_split(data: Mapping[Any, Any] | Dataset, split: str, *, where: str = "dataset") -> Any:
     """One split, or a slice such as ``train[:10%]``, of datasets already in memory.
 
-    A single dataset without the name of its split counts as "train".
+    A single dataset without the name of its split counts as "train". Streams have no slices.
     """
-    splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
+    splits: Mapping[Any, Any] = (
+        data if isinstance(data, dict) else {str(data.split or "train"): data}
+    )
     if split in splits:
         return splits[split]
+    if any(isinstance(part, IterableDataset) for part in splits.values()):
+        raise _no_split(where, split, splits)
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(
             {key: len(part) for key, part in splits.items()}

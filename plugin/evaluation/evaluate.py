@@ -26,7 +26,7 @@ from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, t
 from .measure_sae import measure_sae
 from .peers import peers_of
 from .results_folder import ResultsFolder
-from .sae_folders import SAEFolder, find_saes
+from .sae_folders import SAEFolder, find_saes, with_given
 from .settings import EvaluationSettings
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
@@ -34,6 +34,7 @@ __all__ = ["EvaluationSettings", "TrainingEvaluator", "evaluate_run", "make_trai
 
 MAIN_EVALUATORS = ("lch_height", "ontological_coverage", "pair_depth", "level_information")
 ALL = "all"
+RECORDED = ("model_name", "hook_name", "tokens", "image_size")  # by SAEs
 ACTIVATIONS_FOLDER = "activations"
 
 
@@ -67,7 +68,8 @@ def evaluate_run(
     """
     settings = (settings or EvaluationSettings()).override(**options)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saes = find_saes(runs)
+    replaced = {name: getattr(settings, name) for name in RECORDED}
+    saes = with_given(find_saes(runs), **replaced)
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)
     check_device("device", device)
@@ -172,10 +174,10 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
 
 def _output_folder(runs: str | Path | Sequence[str | Path], given: str | Path | None) -> Path:
     if given is not None:
-        return Path(given)
+        return Path(given).expanduser()
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
     if len(paths) > 1:
         raise ConfigError(
             "output_path", "not given", allowed="a folder, where several runs are compared"
         )
-    return Path(paths[0])
+    return Path(paths[0]).expanduser()

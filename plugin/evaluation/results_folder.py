@@ -229,9 +229,9 @@ class ResultsFolder:
                 )
         if self._found:
             self._permuted = earlier.permuted_classes
-            self._dataset = replace(
-                earlier.dataset, seen_in_training=self._dataset.seen_in_training
-            )
+            here = self._dataset
+            same = {"path": here.path, "name": here.name, "split": here.split}
+            self._dataset = replace(earlier.dataset, seen_in_training=here.seen_in_training, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))
 
     def _refuse_to_drop(self, sae: SAEFolder, other: SAEResult, differing: Sequence[str]) -> None:
@@ -320,7 +320,7 @@ def provenance(device: str, seconds: float) -> dict[str, Any]:
 
 def _facts(sae: SAEFolder) -> list[Any]:
     """The facts of an SAE on which its numbers depend."""
-    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae))]
+    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.hook_name]
 
 
 def _digest(facts: Any) -> str:

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -53,6 +53,8 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("image_size", "max_images", "eval_max_images"), int),
     **dict.fromkeys(("store_batch_size_prompts", "num_workers", "max_image_pixels"), int),
     "max_corrupt_share": float,
+    "holdout": float,
+    "holdout_seed": int,
     "streaming": bool,
     "evaluators": list[str],
     "model_from_pretrained_kwargs": dict[str, Any],
@@ -61,7 +63,15 @@ TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SAEFolder:
-    """A saved SAE; `settings` is the runner_cfg.json of its run, {} where there is none."""
+    """A saved SAE.
+
+    Attributes:
+        id, run, name: see `find_saes`.
+        path: its folder.
+        cfg: its cfg.json.
+        settings: the runner_cfg.json of its run, {} where there is none.
+        given: settings that replace those of both files.
+    """
 
     id: str
     run: str
@@ -69,13 +79,16 @@ class SAEFolder:
     path: Path
     cfg: Mapping[str, Any]
     settings: Mapping[str, Any]
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting from the SAE's own metadata, else from its run's settings.
+        """A setting as given, else from the SAE's own metadata, else from its run's settings.
 
         Raises:
             CheckpointError: it is not of the type in `TYPES`.
         """
+        if name in self.given:
+            return self.given[name]
         for file, source in (
             (SAE_CFG_FILENAME, self.cfg.get("metadata") or {}),
             (RUNNER_CFG_FILENAME, self.settings),
@@ -164,11 +177,10 @@ class SAEFolder:
     def _required(self, name: str) -> str:
         found = self.setting(name)
         if not found:
-            convert = f"`taxolens convert` with --{name}"
             raise ConfigError(
                 self.path / SAE_CFG_FILENAME,
                 f"metadata has no {name!r}",
-                allowed=convert if self.setting("source_format") else "metadata that names it",
+                allowed=f"`taxolens evaluate` or `taxolens convert` with --{name}",
             )
         return found
 
@@ -235,7 +247,7 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
     for run in given:
         if not is_path(str(run)):
             raise ConfigError("runs", "not a path", given=str(run), allowed=RUNS)
-    paths = [Path(p) for p in given]
+    paths = [Path(p).expanduser() for p in given]
     if not paths:
         raise ConfigError("runs", "no folder is given", allowed=RUNS)
     repeated = [
@@ -255,6 +267,24 @@ def find_saes(runs: str | Path | Sequence[str | Path]) -> list[SAEFolder]:
         replace(sae, id=sae.run if counts[sae.run] == 1 else f"{sae.run}/{sae.name}")
         for sae in found
     ]
+
+
+def with_given(saes: Sequence[SAEFolder], **given: Any) -> list[SAEFolder]:
+    """The SAEs with settings that replace those of their files; None replaces nothing.
+
+    Raises:
+        ConfigError: one hook point for SAEs that were trained at different ones.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    recorded = {name for sae in saes if (name := sae.setting("hook_name"))}
+    if "hook_name" in given and len(recorded) > 1:
+        raise ConfigError(
+            "hook_name",
+            f"the SAEs read different ones: {', '.join(sorted(recorded)[:5])}",
+            given=given["hook_name"],
+            allowed="the folder of one SAE",
+        )
+    return [replace(sae, given=given) for sae in saes]
 
 
 def _saes_in(path: Path, label: str) -> list[SAEFolder]:

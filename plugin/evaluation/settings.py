@@ -27,6 +27,10 @@ class EvaluationSettings:
         evaluators: names of `taxolens list evaluators`, or all; by default the run's
         options: options of evaluators: '{"lch_height": {"rule": "topk"}}'
         taxonomy: a registered name, a folder or a file; by default the run's
+        model_name: the model, where it is not the one that the SAEs record; a folder may have moved
+        hook_name: the hook point of an SAE that records none
+        tokens: the tokens of an image that the SAEs read; by default as recorded
+        image_size: pixels a side; by default as recorded
         aggregate: an image's latent, of many tokens: their max or mean
         dataset_path: hub name, folder of class folders, parquet files; by default the run's
         dataset_name: the configuration of a dataset with several
@@ -62,6 +66,10 @@ class EvaluationSettings:
     evaluators: str | Sequence[str] | None = None
     options: Mapping[str, Any] | None = None
     taxonomy: str | None = None
+    model_name: str | None = None
+    hook_name: str | None = None
+    tokens: str | None = None
+    image_size: int | None = None
     aggregate: str = "max"
     dataset_path: str | None = None
     dataset_name: str | None = None

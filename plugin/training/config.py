@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +37,16 @@ from ...registry.files import UnreadableError, read_json, read_yaml, reason, wri
 from ...registry.hashing import fingerprint
 from ...registry.names import did_you_mean, nearest
 from ...registry.presets import refuse_remote_code
+from ...registry.table import TAXONOMIES
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+# Settings that may name a file or folder of this machine; the first of them are saved absolute.
+SAVED_ABSOLUTE = ("model_name", "dataset_path", "eval_dataset_path", "taxonomy")
+PATHS = (*SAVED_ABSOLUTE, "output_path", "checkpoint_path", "cached_activations_path")
+PATHS += ("resume_from_checkpoint", "from_pretrained_path")
 
 BATCH = 4096  # SAELens's default
 SMALLEST_BATCH = 8
@@ -183,6 +190,9 @@ class VisionFields:
         cfg: Any = self
         if type(cfg.logger) is LoggingConfig:
             cfg.logger = VisionLoggingConfig(**vars(cfg.logger))
+        for name in PATHS:
+            if isinstance(value := getattr(cfg, name, None), str):
+                setattr(cfg, name, os.path.expanduser(value))
         _fit_to_the_run(cfg)
         check_fields(cfg)
         _round_up_training_tokens(cfg)
@@ -240,8 +250,14 @@ class VisionFields:
         return getattr(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON types; `from_dict` reads it back."""
-        return json.loads(json.dumps(super().to_dict(), default=str))  # type: ignore[misc]
+        """The config as plain JSON types, local paths made absolute; `from_dict` reads it back."""
+        plain = json.loads(json.dumps(super().to_dict(), default=str))  # type: ignore[misc]
+        return plain | self.saved_paths
+
+    @property
+    def saved_paths(self) -> dict[str, Any]:
+        """The model, datasets and tree, as absolute paths where they are files or folders here."""
+        return {name: _absolute(getattr(self, name)) for name in SAVED_ABSOLUTE}
 
     def save(self, path: str | Path) -> Path:
         """Write the config to a .json, .yaml or .yml file."""
@@ -428,6 +444,13 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
         return config_class.from_dict(copy.deepcopy(dict(sae)))
     except (TypeError, ValueError) as error:
         raise ConfigError(field_name, error, allowed=f"see {config_class.__name__}") from error
+
+
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of a file or folder, or of a pattern of files; other names as they are."""
+    if not name or name in TAXONOMIES or not (os.path.exists(name) or glob.has_magic(name)):
+        return name
+    return os.path.abspath(name)
 
 
 def default_batch(training_tokens: int) -> int:

@@ -179,8 +179,8 @@ class _VisionRun:
             **{name: getattr(cfg, name) for name in RECORDED_SETTINGS},
             "n_images": None if self.images.is_streaming else len(self.images),
             "dataset_fingerprint": self.images.fingerprint,
-            "taxonomy": cfg.taxonomy,
             "seed": cfg.seed,
+            **cfg.saved_paths,
         }
         for sae_name, sae in self.session.saes.items():
             for name, value in facts.items():

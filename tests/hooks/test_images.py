@@ -212,6 +212,27 @@ def test_saved_to_disk(tmp_path):
     assert len(load_images(both, split="test")) == 2
 
 
+def test_formats_and_transforms_of_a_dataset_are_left_aside():
+    data = hf_dataset(6)
+    expected = [0, 10, 20, 30, 40, 50]
+    transformed = data.with_transform(lambda rows: {"image": ["changed" for _ in rows["image"]]})
+    for changed in (data.with_format("torch"), data.with_format("numpy"), transformed):
+        images = load_images(changed)
+        assert reds(images) == expected and images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+        assert images.fingerprint == load_images(data).fingerprint
+    for changed in (data.to_iterable_dataset().with_format("torch"), data.to_iterable_dataset()):
+        assert [raw.label for raw in load_images(changed).stream()] == [0, 1, 2, 0, 1, 2]
+
+
+def test_streamed_datasets_by_split():
+    splits = {"train": hf_dataset(6), "test": hf_dataset(2)}
+    streams = datasets.IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()})
+    assert [raw.label for raw in load_images(streams, split="test").stream()] == [0, 1]
+    for split in ("validation", "train[:2]"):
+        with pytest.raises(ConfigError, match=r"no such split; .*allowed: train, test"):
+            load_images(streams, split=split)
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no such file or folder"):
         load_images(tmp_path / "nowhere")
