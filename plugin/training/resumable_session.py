@@ -202,7 +202,7 @@ class TrainingSession:
         last = latest_checkpoint(self.cfg.checkpoint_path) if self.cfg.checkpoint_path else None
         if last is None:
             return "No other place had room for it either."
-        return f"Make room, then finish it with resume_from_checkpoint={last}."
+        return f"Make room, then finish it with --resume_from_checkpoint {last}."
 
     def _align(self, trainer: Any, checkpoint: Path) -> None:
         """Correct the state that SAELens restores.
@@ -284,7 +284,7 @@ class TrainingSession:
     def _stopped(self, reason: str, saved: Path | None) -> str:
         done, total = self._trainer.n_training_samples, self.cfg.training_tokens
         how = (
-            f"resume with resume_from_checkpoint={saved}"
+            f"resume with --resume_from_checkpoint {saved}"
             if saved is not None
             else "nothing was saved, since checkpoint_path is none"
         )

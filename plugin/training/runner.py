@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -211,7 +212,7 @@ class _VisionRun:
         if cfg.use_cached_activations:
             self.activations_store.stream = self._stream(cache=self._cache())
         try:
-            with self.session.only_writer():
+            with self._one_wandb_run(), self.session.only_writer():
                 return super().run()  # type: ignore[misc]  # SAELens's
         except TaxolensError:
             raise
@@ -220,6 +221,13 @@ class _VisionRun:
                 raise
             where = f"checkpoint {cfg.resume_from_checkpoint}"
             raise CheckpointError(where, f"its content is damaged: {why(error)}") from error
+
+    def _one_wandb_run(self) -> AbstractContextManager[None]:
+        if not self.cfg.logger.log_to_wandb:
+            return nullcontext()
+        from ..reporting.wandb_log import no_second_run
+
+        return no_second_run()
 
     def _start_wandb(self) -> None:
         from ..reporting.wandb_log import ensure_wandb
@@ -477,7 +485,7 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
                 "checkpoint_path",
                 "holds checkpoints already",
                 given=cfg.checkpoint_path,
-                allowed=f"resume_from_checkpoint={AUTO!r}, which goes on from them, or another checkpoint_id",
+                allowed=f"--resume_from_checkpoint {AUTO}, which goes on from them, or another checkpoint_id",
             )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
