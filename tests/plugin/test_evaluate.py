@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images.dataset import load_images
@@ -25,6 +26,7 @@ from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from taxolens.registry.nulls import NULLS
+from taxolens.registry.taxonomies.taxonomy import Taxonomy
 from tiny_models import tiny_model
 from tiny_runs import WORLD_CLASSES
 
@@ -455,6 +457,38 @@ def test_an_evaluator_that_failed_is_tried_again(evaluate: Any, monkeypatch) -> 
     assert set(failed.errors.values()) == {"ValueError: once"}
     assert failed.saes[0].evaluators["ontological_coverage"].metrics
     assert evaluate().errors == {}
+
+
+# Inner nodes as classes -------------------------------------------------------------------------
+
+
+def test_inner_nodes_may_be_classes(evaluate: Any, vit_folder: Path, tmp_path: Path) -> None:
+    """Pictures of "animal" beside pictures of a kind of animal, with every evaluator."""
+    generator = np.random.default_rng(0)
+    for c, name in enumerate(("animal", "animal/dog", "animal/dog/pug", "animal/cat", "plant")):
+        place = tmp_path / "photos" / name
+        place.mkdir(parents=True)
+        for i in range(6):
+            pixels = generator.integers(0, 90, (16, 16, 3)) + 30 * c
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    settings = {
+        "model_name": str(vit_folder),
+        "dataset_path": str(tmp_path / "elsewhere"),
+        "tokens": "class",
+        "taxonomy": str(tmp_path / "photos"),
+    }
+    save_sae(tmp_path / "sae", HOOKS[0], settings)
+    results = evaluate(
+        tmp_path / "sae",
+        dataset_path=str(tmp_path / "photos"),
+        split="train",
+        evaluators="all",
+    )
+    assert results.errors == {}
+    assert results.dataset.classes == ["animal", "cat", "dog", "plant", "pug"]
+    tree = Taxonomy.from_json(json.dumps(results.taxonomy.tree))
+    assert tree.height[tree.class_nodes].tolist() == [2, 0, 1, 0, 0]
+    assert write_report(results, interactive=False).exists()
 
 
 # Merging ----------------------------------------------------------------------------------------
