@@ -64,7 +64,7 @@ def read_labels(
                 given=str(root),
                 allowed="one file of labels",
             )
-    logger.info("the classes of the images in %s are those in %s.", root / folder, file)
+    logger.warning("the classes of the images in %s are those in %s.", root / folder, file)
     return [labels.get(stem) for stem in stems]
 
 

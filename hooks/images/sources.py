@@ -215,13 +215,15 @@ def _data_files(contents: Contents, *, named_column: bool) -> list[str] | None:
     Images count as data files where a metadata file beside them holds their labels. Tables that can
     hold images hide the images beside them; tables of text do where a column of paths is named.
     """
-    images = [f"{folder}/{name}" for folder, names in contents.images.items() for name in names]
     others = [f"{folder}/{name}" for folder, names in contents.files.items() for name in names]
-    if any(os.path.basename(file) in METADATA_FILES for file in others):
-        described = [file for file in others if os.path.basename(file) in METADATA_FILES]
+    described = [file for file in others if os.path.basename(file) in METADATA_FILES]
+    if described:
+        images = [f"{folder}/{name}" for folder, names in contents.images.items() for name in names]
         return [str(contents.root / file) for file in sorted([*images, *described])]
     kinds = {_builder(file) for file in others}
-    hiding = [k for k in BUILDERS.values() if named_column or not images or k not in TEXT_KINDS]
+    hiding = [
+        k for k in BUILDERS.values() if named_column or not contents.images or k not in TEXT_KINDS
+    ]
     kind = next((kind for kind in hiding if kind in kinds), None)
     if kind is None:
         return None
