@@ -115,6 +115,7 @@ class VisionFields:
         tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
         train_batch_size_tokens (int, optional): Tokens in one step. Defaults to 4096, or, where that makes fewer than 500 steps, to the largest power of 2 from 8 on that makes as many.
         dead_feature_window (int, optional): Steps without firing after which a latent counts as dead. Defaults to a tenth of the run, at most 1000.
+        resample_every (int, optional): Steps after which dead latents start again at inputs that are reconstructed badly, each time. Defaults to never.
         n_batches_for_norm_estimate (int, optional): Batches from which normalize_activations estimates norms. Defaults to the steps of the run, at most 1000.
         split (str): The split of the dataset that is trained on.
         holdout (float, optional): Hold out this share of every class of the split for the evaluation, and train on the others.
@@ -157,6 +158,7 @@ class VisionFields:
     model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)
     train_batch_size_tokens: int | None = None
     dead_feature_window: int | None = None
+    resample_every: int | None = None
     n_batches_for_norm_estimate: int | None = None
     tokens: str = "class"
     split: str = "train"

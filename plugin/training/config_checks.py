@@ -95,6 +95,7 @@ CHECKS: dict[str, Check] = {
     "n_batches_in_buffer": POSITIVE_INT,
     "n_batches_for_norm_estimate": POSITIVE_INT,
     "dead_feature_window": POSITIVE_INT,
+    "resample_every": _optional(POSITIVE_INT),
     "feature_sampling_window": POSITIVE_INT,
     "n_checkpoints": COUNT,
     "n_restart_cycles": POSITIVE_INT,

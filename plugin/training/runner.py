@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
-    *("dead_feature_window", "feature_sampling_window", "compile_llm"),
+    *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
 )
 
 
