@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ...registry.errors import DataError
+from ...registry.files import read_text
 from .folders import Contents, SplitFolder, image_dataset
 
 CUB_FILES = {"images.txt", "image_class_labels.txt", "classes.txt", "train_test_split.txt"}
@@ -67,4 +68,4 @@ def _pets(images: Path, lists: Path) -> Splits:
 
 
 def _lines(file: Path) -> Sequence[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in read_text(file).splitlines() if line.strip()]

@@ -15,6 +15,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.files import walk_once
 from .label_files import Labels, read_labels
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ IMAGE_EXTENSIONS = frozenset(
     if kind in Image.OPEN and kind not in NO_PICTURES
 )
 UNREADABLE = (".heic", ".heif", ".hif")  # images that Pillow does not read
-SYSTEM_FOLDERS = frozenset({"__MACOSX", "$RECYCLE.BIN", "@eaDir", "System Volume Information"})
+SYSTEM_FOLDERS = frozenset({"$RECYCLE.BIN", "@eaDir", "System Volume Information"})
 
 # The names of folders and files that say which split they hold, as `datasets` reads them.
 SPLIT_WORDS = {
@@ -78,17 +79,11 @@ def contents_of(root: Path) -> Contents:
     """Everything below `root`, without hidden entries and system folders; links are followed once."""
     images: dict[str, list[str]] = {}
     files: dict[str, list[str]] = {}
-    seen: set[str] = set()
     unread: Counter[str] = Counter()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in SYSTEM_FOLDERS)
+    for folder, folders, names in walk_once(root):
+        folders[:] = [name for name in folders if name not in SYSTEM_FOLDERS]
         relative = Path(folder).relative_to(root).as_posix()
-        shown = sorted(name for name in names if name[0] != ".")
+        shown = sorted(names)
         kinds = [os.path.splitext(name)[1].lower() for name in shown]
         found = [name for name, kind in zip(shown, kinds) if kind in IMAGE_EXTENSIONS]
         if found:
@@ -240,7 +235,16 @@ def _dataset(contents: Contents, folder: str) -> Dataset:
 
 
 def image_dataset(paths: Sequence[str], labels: Labels | None = None) -> Dataset:
-    """Images by their paths, with their classes where they are known; None is no class."""
+    """Images by their paths, with their classes where they are known; None is no class.
+
+    Raises:
+        DataError: a name is not UTF-8.
+    """
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # the system's bytes, as lone surrogates
+            raise DataError("dataset_path", "a name is not UTF-8", given=path) from None
     columns: dict[str, Any] = {
         "image": [{"bytes": None, "path": os.path.abspath(path)} for path in paths]
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.files import UnreadableError, read_json, read_text
 from .columns import LABEL_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ def _labels_in(file: Path, stems: Sequence[str]) -> dict[str, str]:
     try:
         if file.suffix.lower() == ".json":
             return _annotated(file, wanted)
-        text = file.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError):
+        text = read_text(file, MAX_BYTES)
+    except (UnreadableError, OSError):
         return {}
     if file.suffix.lower() == ".csv":
         return _table(list(csv.reader(text.splitlines())), wanted)
@@ -121,10 +121,7 @@ def _table(rows: Sequence[Sequence[str]], wanted: set[str]) -> dict[str, str]:
 
 def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
     """The labels in annotations as COCO writes them, or in an object of image and class."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
+    content = read_json(file, MAX_BYTES)
     if not isinstance(content, dict):
         return {}
     if not {"images", "annotations", "categories"} <= set(content):
@@ -153,7 +150,7 @@ def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
 
 def _ground_truth(file: Path, stems: Sequence[str]) -> dict[str, str]:
     """The synsets of ImageNet's validation images, by the development kit's own numbers."""
-    numbers = file.read_text(encoding="utf-8").split()
+    numbers = read_text(file).split()
     if len(numbers) != len(stems):
         return {}
     meta = file.with_name("meta.mat")

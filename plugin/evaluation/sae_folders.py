@@ -192,10 +192,10 @@ def check_usable(where: Path | str, sae: SAE[Any]) -> None:
         CheckpointError: a field of the config is of another type than its class declares, `k` is not from 1 to d_sae, or a weight is not finite.
     """
     hints = get_type_hints(type(sae.cfg))
-    for field in fields(sae.cfg):
-        if field.name != "metadata":
+    for each in fields(sae.cfg):
+        if each.name != "metadata":
             try:
-                coerce(getattr(sae.cfg, field.name), hints[field.name], field.name)
+                coerce(getattr(sae.cfg, each.name), hints[each.name], each.name)
             except MisfitError as error:
                 raise CheckpointError(where, error) from None
     for name, tensor in sae.state_dict().items():

@@ -253,7 +253,9 @@ def _check_saes(cfg: Any) -> None:
         for field_name, value in vars(sae).items():
             if field_name.endswith("_warm_up_steps") and _is_int(value) and value > steps:
                 problem = "longer than the run"
-                raise ConfigError(f"{name}.{field_name}", problem, given=value, allowed=f"up to {steps}")
+                raise ConfigError(
+                    f"{name}.{field_name}", problem, given=value, allowed=f"up to {steps}"
+                )
 
 
 def training_config_class(architecture: str) -> type[TrainingSAEConfig]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import check_device, hook_d_in, resolve_hook_name
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
+from ...registry.files import UnreadableError, read_json_object
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
 
@@ -133,12 +133,12 @@ def check_output(cfg: Any) -> None:
         return
     folder = Path(cfg.output_path)
     try:
-        there = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+        there = read_json_object(folder / RUNNER_CFG_FILENAME)
     except FileNotFoundError:
         if not (folder / SAE_CFG_FILENAME).exists():
             return
         there = {}
-    except ValueError:
+    except (OSError, UnreadableError):
         there = {}
     here = cfg.to_dict()
     differing = [
