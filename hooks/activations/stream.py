@@ -54,6 +54,7 @@ class ActivationStream(Iterator[Batch]):
         n_batches_in_buffer: forward passes per window. A window is kept on `device`.
         seed: decides the order, whole number from 0 on.
         device: of the batches given out.
+        progress: show a bar while a window of images is read that takes more than some seconds.
         settings: fields of `Extraction` (tokens, image_size, dtype, autocast), and of `ImageSource`
             (store_batch_size_prompts for its batch_size, num_workers, max_corrupt_share), by name.
 
@@ -74,6 +75,7 @@ class ActivationStream(Iterator[Batch]):
         n_batches_in_buffer: int = 20,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        progress: bool = False,
         **settings: Any,
     ) -> None:
         if "store_batch_size_prompts" in settings:
@@ -111,7 +113,9 @@ class ActivationStream(Iterator[Batch]):
             loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
             per_image = tokens_per_image(model, tokens, size, self.hook_names[0])
             batches = 1 if per_image == 1 else n_batches_in_buffer
-            self._source = ModelSource(loader, extractor, delivery, per_image, batches)
+            self._source = ModelSource(
+                loader, extractor, delivery, per_image, batches, progress=progress
+            )
         self._ended = False
         self._lock = threading.RLock()
         self._batches: Iterator[tuple[Batch, Any]] | None = None

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ...registry.errors import ConfigError, DataError
 from ..images.loader import ImageBatch, ImageLoader
@@ -23,6 +24,7 @@ from .permutation import LazyPermutation
 Batch = dict[str, Tensor]
 State = dict[str, Any]
 
+BAR_DELAY = 5  # seconds after which the progress through a window is shown
 GATHERED_BYTES = 1 << 28  # read from a cache at once, in the order of the file
 
 
@@ -86,12 +88,15 @@ class ModelSource:
         delivery: Delivery,
         tokens_per_image: int,
         batches_per_window: int,
+        *,
+        progress: bool = False,
     ) -> None:
         self.loader = loader
         self.extractor = extractor
         self.delivery = delivery
         self.tokens_per_image = tokens_per_image
         self.batches_per_window = batches_per_window
+        self.progress = progress
         self.stopped = threading.Event()
         self._description: dict[str, Any] | None = None
 
@@ -168,10 +173,13 @@ class ModelSource:
         filled = 0
         counts = (self.loader.n_processed, self.loader.n_failed)
         whole_epoch, any_tokens = first_window == 0, False
+        bar = self._bar()
         for decoded in self.loader.grouped(self._groups(epoch, first_window, places)):
             if self.stopped.is_set():
+                bar.close()
                 return
             place = places.popleft()
+            bar.update(self.loader.batch_size)
             if len(decoded):
                 tokens = self._tokens(decoded)
                 n = len(next(iter(tokens.values())))
@@ -184,14 +192,29 @@ class ModelSource:
                         buffers[name][filled : filled + n] = part
                     filled += n
             if place.ends_window:
+                bar.close()
                 any_tokens = any_tokens or filled > 0
                 tokens = {name: buffer[:filled] for name, buffer in buffers.items()}
                 yield _Window(place, tokens, self._order(place, filled), counts)
                 counts, filled = (self.loader.n_processed, self.loader.n_failed), 0
+                bar = self._bar()
             if place.ends_epoch:
                 if whole_epoch and not any_tokens:
                     raise self.loader.nothing_readable()
                 whole_epoch, any_tokens = True, False
+
+    def _bar(self) -> tqdm[Any]:
+        """The progress through one window; short windows show none."""
+        images = self.loader.images
+        total = self.batches_per_window * self.loader.batch_size
+        return tqdm(
+            total=total if images.is_streaming else min(total, len(images)),
+            desc="activations",
+            unit="img",
+            leave=False,
+            delay=BAR_DELAY,
+            disable=not self.progress,
+        )
 
     def _groups(self, epoch: int, first_window: int, places: deque[_Place]) -> Iterator[list[Job]]:
         """The images of each forward pass in turn; their positions are appended to `places`."""

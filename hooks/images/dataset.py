@@ -22,6 +22,7 @@ from ...registry.errors import ConfigError, DataError
 from ...registry.hashing import fingerprint
 from .columns import declared_names, features_of, find_image_column, find_label_column, undecoded
 from .decode import MAX_IMAGE_PIXELS
+from .holdout import Part
 from .raw import DEFAULT_LIMITS, ImageReader, Limits, RawImage, decode_raw, read_bytes, source_of
 from .source import ImageSource
 from .sources import open_dataset, pick_split
@@ -43,6 +44,7 @@ class ImageDataset:
             their own order), streaming the first that come.
         name: what to call the dataset in messages.
         limits: what reading one image may cost.
+        part: keep this part of a hold-out; `max_images` counts within it.
 
     Raises:
         ConfigError: a column does not exist or cannot be chosen; the message lists the columns.
@@ -59,6 +61,7 @@ class ImageDataset:
         max_images: int | None = None,
         name: str = "dataset",
         limits: Limits = DEFAULT_LIMITS,
+        part: Part | None = None,
     ) -> None:
         if max_images is not None and max_images < 1:
             allowed = "1 or more, or None for all"
@@ -68,10 +71,12 @@ class ImageDataset:
             raise ConfigError("max_image_pixels", "too small", given=given, allowed=allowed)
         self.name = name
         self.limits = limits
+        self.part = part
         self.root = None if root is None else os.path.abspath(root)
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
             raise DataError(name, "no images")
+        data = data.with_format(None)  # a transform, or a format, of the dataset would change rows
         features = features_of(data, name)
         self.image_column = find_image_column(features, image_column)
         self.label_column = find_label_column(features, label_column, self.image_column)
@@ -80,10 +85,13 @@ class ImageDataset:
         data = data.select_columns(columns)
         self._data = undecoded(data, self.image_column)
         self._limit = max_images
-        self._rows: np.ndarray | None = None
-        if isinstance(data, Dataset) and max_images is not None and max_images < len(data):
-            order = np.random.default_rng(SUBSET_SEED).permutation(len(data))
-            self._rows = np.sort(order[:max_images])
+        if part is not None and self.is_streaming:
+            problem = "images that are streamed cannot be divided by class"
+            raise ConfigError("holdout", problem, given=part.share, allowed="streaming=False")
+        self._rows: np.ndarray | None = None if part is None else part.rows(self._all_labels[0])
+        if isinstance(data, Dataset) and max_images is not None and max_images < len(self):
+            order = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(self))[:max_images])
+            self._rows = order if self._rows is None else self._rows[order]
 
     @classmethod
     def of(cls, source: ImageSource) -> ImageDataset:
@@ -95,9 +103,10 @@ class ImageDataset:
             "label_column": source.label_column,
             "max_images": source.max_images,
             "limits": source.limits,
+            "part": source.part,
         }
         data, split = source.dataset_path, source.split or "train"
-        if isinstance(data, datasets.DatasetDict):
+        if isinstance(data, dict):  # DatasetDict, IterableDatasetDict
             data = pick_split(data, split)
         if isinstance(data, Dataset | IterableDataset):
             return cls(data, **options)
@@ -107,11 +116,19 @@ class ImageDataset:
             name=source.name,
             streaming=source.streaming,
             trust_remote_code=source.trust_remote_code,
+            image_column=source.image_column,
         )
         return cls(opened, root=root, name=source.title, **options)
 
     def limited(self, max_images: int) -> ImageDataset:
         """Those of the images that `max_images` keeps; the dataset is not opened again."""
+        return self._again(max_images, self.part)
+
+    def parted(self, part: Part, max_images: int | None = None) -> ImageDataset:
+        """That part of the split that was opened; the dataset is not opened again."""
+        return self._again(max_images, part)
+
+    def _again(self, max_images: int | None, part: Part | None) -> ImageDataset:
         return ImageDataset(
             self._data,
             image_column=self.image_column,
@@ -120,6 +137,7 @@ class ImageDataset:
             max_images=max_images,
             name=self.name,
             limits=self.limits,
+            part=part,
         )
 
     def __len__(self) -> int:
@@ -169,10 +187,11 @@ class ImageDataset:
     # -- labels ---------------------------------------------------------------------------------
 
     @cached_property
-    def _labels_and_names(self) -> tuple[np.ndarray, list[str]]:
+    def _all_labels(self) -> tuple[np.ndarray, list[str]]:
+        """The label of each image of the split, and the names of the classes."""
         column = self.label_column
         if column is None:
-            return np.full(len(self), -1, dtype=np.int64), []
+            return np.full(len(self.map_style), -1, dtype=np.int64), []
         values = self.map_style.select_columns([column]).with_format("arrow")[:][column]
         if isinstance(self._label_feature, datasets.ClassLabel):
             labels = values.to_pandas().fillna(-1).to_numpy().astype(np.int64)
@@ -187,18 +206,20 @@ class ImageDataset:
         else:
             encoded = values.combine_chunks().dictionary_encode()
             found = encoded.dictionary.to_pylist()
-            order = sorted(range(len(found)), key=lambda i: found[i])
-            rank = np.empty(len(found) + 1, dtype=np.int64)
-            rank[order] = np.arange(len(found))
-            rank[-1] = -1  # of missing labels
+            # -1 and the empty text stand for no class, as in splits whose labels are kept back.
+            named = [i for i, value in enumerate(found) if value not in (-1, "")]
+            order = sorted(named, key=lambda i: found[i])
+            rank = np.full(len(found) + 1, -1, dtype=np.int64)  # the last one is of missing labels
+            rank[order] = np.arange(len(order))
             labels = rank[encoded.indices.to_pandas().fillna(-1).to_numpy().astype(np.int64)]
             names = [str(found[i]) for i in order]
-        return (labels if self._rows is None else labels[self._rows]), names
+        return labels, names
 
     @property
     def labels(self) -> np.ndarray:
         """int64 (N,): index of each image's class in `class_names`; -1 where there is no label."""
-        return self._labels_and_names[0]
+        labels, _ = self._all_labels
+        return labels if self._rows is None else labels[self._rows]
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -207,7 +228,7 @@ class ImageDataset:
         Empty without labels, and for a streaming dataset that does not declare its names.
         """
         if not self.is_streaming:
-            return self._labels_and_names[1]
+            return self._all_labels[1]
         return declared_names(self._label_feature)
 
     def require_labels(self) -> np.ndarray:
@@ -217,6 +238,12 @@ class ImageDataset:
             ConfigError: there is no label column.
             DataError: some images have no label.
         """
+        if self.label_column is None and self.root is not None:
+            raise ConfigError(
+                "dataset_path",
+                f"the images of {self.name} lie in no class folder, and no file names their classes",
+                allowed="class folders, or a file of labels beside the images: docs/data.md",
+            )
         if self.label_column is None:
             raise ConfigError(
                 "label_column",
@@ -300,7 +327,12 @@ class ImageDataset:
 
 
 def load_images(
-    dataset_path: str | Path | Dataset | IterableDataset | datasets.DatasetDict,
+    dataset_path: str
+    | Path
+    | Dataset
+    | IterableDataset
+    | datasets.DatasetDict
+    | datasets.IterableDatasetDict,
     *,
     split: str = "train",
     name: str | None = None,

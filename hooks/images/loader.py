@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader
 
 from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
 from .raw import ImageReader, Job, Limits, RawImage, decode_raw, source_of
-from .workers import kill_stopped, main_left_out, prepare_worker, worker_context
+from .workers import (
+    kill_stopped,
+    main_left_out,
+    may_start_workers,
+    prepare_worker,
+    worker_context,
+)
 
 if TYPE_CHECKING:  # not needed by the worker processes
     from .dataset import ImageDataset
@@ -66,9 +72,8 @@ class ImageLoader:
         images: the dataset.
         preprocess: PIL image -> float32 (3, H, W); picklable (see `preprocess.py`).
         batch_size: images per batch.
-        num_workers: processes that decode ahead; 0 decodes in the calling thread. A script that
-            uses any and defines `preprocess` itself has to start its work under
-            ``if __name__ == "__main__":``, as for every Python program that starts processes.
+        num_workers: processes that decode ahead; 0 decodes in the calling thread. So does a script
+            that defines `preprocess` itself and has no ``if __name__ == "__main__":``.
         max_corrupt_share: the largest share of images, between 0 and 1, that may be corrupt.
         pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
 
@@ -120,6 +125,13 @@ class ImageLoader:
         """As `batches`, but exactly one batch, empty if need be, for each group of images."""
         reader = None if self.images.is_streaming else self.images.reader
         task = _DecodeTask(reader, self.preprocess, self.images.root, self.images.limits)
+        if self.num_workers and not may_start_workers(task):
+            logger.warning(
+                "num_workers: images are decoded in this process, since each worker would run the "
+                "whole script again, which defines part of how images are read and has no "
+                '`if __name__ == "__main__":`.'
+            )
+            self.num_workers, self._context = 0, None
         loader = DataLoader(
             task,  # type: ignore[arg-type]
             batch_sampler=groups,  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .decode import MAX_IMAGE_PIXELS
+from .holdout import Part
 from .raw import Limits
 
 Setting = Callable[[str], Any]  # name of a run's setting -> its value, None where it has none
@@ -16,7 +17,7 @@ Setting = Callable[[str], Any]  # name of a run's setting -> its value, None whe
 # What an SAE's metadata record of the settings of its run, beside SAELens's own dataset_path.
 RECORDED_SETTINGS = (
     *("dataset_name", "split", "image_column", "label_column"),
-    *("eval_dataset_path", "eval_dataset_name", "eval_split"),
+    *("eval_dataset_path", "eval_dataset_name", "eval_split", "holdout", "holdout_seed"),
 )
 
 DECODING = ("batch_size", "num_workers", "max_corrupt_share")  # the arguments of `ImageLoader`
@@ -47,6 +48,9 @@ class ImageSource:
         batch_size: images decoded together, for one forward pass.
         num_workers: processes that decode; 0 decodes in the main process.
         max_corrupt_share: share of corrupt images, from 0 to 1, above which the work stops.
+        holdout: share of every class that is held out from the split; None: none is.
+        holdout_seed: of the choice of these images.
+        is_held_out: whether this is the held-out part of the split, else the other.
     """
 
     dataset_path: Any = ""
@@ -62,6 +66,9 @@ class ImageSource:
     batch_size: int = _setting("store_batch_size_prompts", 32)
     num_workers: int = 0
     max_corrupt_share: float = 0.01
+    holdout: float | None = None
+    holdout_seed: int = 0
+    is_held_out: bool = False
 
     @classmethod
     def of(cls, setting: Setting) -> ImageSource:
@@ -72,7 +79,8 @@ class ImageSource:
     def held_out(self, setting: Setting, **given: Any) -> ImageSource:
         """The images that the run is evaluated on: the same but for its `eval_*` settings.
 
-        A configuration counts for the dataset that it is given with.
+        A configuration counts for the dataset that it is given with. A hold-out is of the split that
+        is trained on; another split given without a hold-out replaces it.
 
         Args:
             setting: the run's settings.
@@ -81,10 +89,12 @@ class ImageSource:
         given = {field: value for field, value in given.items() if value is not None}
         source = self._at(setting("eval_dataset_path"), setting("eval_dataset_name"))
         source = source._at(given.pop("dataset_path", None), given.pop("name", None))
-        split, max_images = setting("eval_split"), setting("eval_max_images")
-        return replace(
-            source, **{"streaming": False, "split": split, "max_images": max_images, **given}
-        )
+        chosen = {"streaming": False, "max_images": setting("eval_max_images"), "holdout": None}
+        if "holdout" in given or (self.holdout is not None and "split" not in given):
+            chosen |= {"split": self.split, "holdout": self.holdout, "is_held_out": True}
+        else:
+            chosen["split"] = setting("eval_split")
+        return replace(source, **{**chosen, **given})
 
     def _at(self, path: Any, name: str | None) -> ImageSource:
         """The same of another dataset; without a `path`, of this one's configuration `name`."""
@@ -100,8 +110,15 @@ class ImageSource:
     @property
     def title(self) -> str:
         """The dataset and the split, as messages name them."""
-        name = f"{self.name}, " if self.name else ""
-        return f"{self.dataset_path} ({name}{self.split})"
+        parts = (self.name, self.split, self.part)
+        return f"{self.dataset_path} ({', '.join(str(part) for part in parts if part)})"
+
+    @property
+    def part(self) -> Part | None:
+        """The part of the split; None without a hold-out."""
+        if self.holdout is None:
+            return None
+        return Part(self.holdout, self.holdout_seed, self.is_held_out)
 
     @property
     def limits(self) -> Limits:
@@ -118,9 +135,10 @@ class ImageSource:
         return self.name == other.name and _real(self.dataset_path) == _real(other.dataset_path)
 
     def same_images(self, other: ImageSource) -> bool:
-        """Whether both are the same split of one dataset."""
-        return self.same_dataset(other) and self.split == other.split
+        """Whether both are the same split of one dataset, or the same part of it."""
+        return self.same_dataset(other) and (self.split, self.part) == (other.split, other.part)
 
 
 def _real(path: Any) -> str:
-    return os.path.realpath(path) if Path(path).exists() else str(path)
+    local = Path(str(path)).expanduser()
+    return os.path.realpath(local) if local.exists() else str(path)

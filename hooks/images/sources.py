@@ -6,24 +6,22 @@ import glob
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
-from PIL import Image
 from pyarrow.lib import ArrowException
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import check_regular, walk_once
+from ...registry.files import check_regular
+from .archives import refuse_tar_of_tars, unpacked, with_zips
+from .downloaded import downloaded_splits
+from .folders import IMAGE_EXTENSIONS, SPLIT_OF_WORD, Contents, contents_of, image_splits
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset(
-    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-)
 BUILDERS = {  # the `datasets` builder that reads each kind of file
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -31,17 +29,9 @@ BUILDERS = {  # the `datasets` builder that reads each kind of file
     ".jsonl": "json",
     ".csv": "csv",
     ".tar": "webdataset",
-    ".zip": "imagefolder",
 }
+TEXT_KINDS = ("json", "csv")  # of files without images; they may hold paths
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-
-# The names of folders and files that say which split they hold, as `datasets` reads them.
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-SPLIT_OF_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 
 
 def open_dataset(
@@ -51,8 +41,11 @@ def open_dataset(
     name: str | None = None,
     streaming: bool = False,
     trust_remote_code: bool = False,
+    image_column: str | None = None,
 ) -> tuple[Dataset | IterableDataset, Path | None]:
     """The split `split` of whatever `path` names, and the folder its image paths lie under, if any.
+
+    A table of paths beside images is read where `image_column` names its column of paths.
 
     Raises:
         ConfigError: nothing is there, or it has no such split or configuration.
@@ -69,8 +62,13 @@ def open_dataset(
         if not files:
             problem, allowed = "no file matches the pattern", "a pattern that matches files"
             raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
+        if all(file.lower().endswith(".zip") for file in files):
+            zips = Contents(Path(), {}, {".": files})
+            return _open_images(zips, split, streaming, where=text)
         return _open_files(files, split, streaming, where=text), None
     if local.is_file():
+        if local.suffix.lower() == ".zip":
+            return _open_images(contents_of(unpacked(local)), split, streaming, where=text)
         return _open_files([text], split, streaming, where=text), None
     if local.exists() and not local.is_dir():
         problem, allowed = "neither a regular file nor a folder", "a file, a folder, a hub name"
@@ -84,11 +82,11 @@ def open_dataset(
         return _open_saved(local, split, streaming), None
     if _has_card(local) or name is not None:
         return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
-    files = _data_files(local)
+    contents = contents_of(local)
+    files = _data_files(contents, named_column=image_column is not None)
     if files is not None:
         return _open_files(files, split, streaming, where=text, root=local), None
-    data, root = _open_class_folders(local, split)
-    return (data.to_iterable_dataset() if streaming else data), root
+    return _open_images(contents, split, streaming, where=text)
 
 
 def _load(
@@ -135,10 +133,12 @@ def _open_files(
             raise DataError("dataset_path", "not a regular file", given=file)
     kinds = {_builder(file) for file in files}
     kind = kinds.pop() if len(kinds) == 1 else None
+    if kind == "webdataset":
+        refuse_tar_of_tars(Path(files[0]))
     if kind is None:
         suffixes = ", ".join(sorted({Path(file).suffix.lower() for file in files}))
         problem = f"cannot read files of kind {suffixes}{' together' if len(files) > 1 else ''}"
-        allowed = f"files of one kind among {', '.join(BUILDERS)}"
+        allowed = f"files of one kind among {', '.join([*BUILDERS, '.zip'])}"
         raise ConfigError("dataset_path", problem, given=where, allowed=allowed)
     by_split: dict[str, list[str]] = {}
     for file in files:
@@ -175,16 +175,18 @@ def _open_saved(folder: Path, split: str, streaming: bool) -> Dataset | Iterable
     return data.to_iterable_dataset() if streaming else data
 
 
-def pick_split(
-    data: datasets.DatasetDict | Dataset, split: str, *, where: str = "dataset"
-) -> Dataset:
+def pick_split(data: Mapping[Any, Any] | Dataset, split: str, *, where: str = "dataset") -> Any:
     """One split, or a slice such as ``train[:10%]``, of datasets already in memory.
 
-    A single dataset without the name of its split counts as "train".
+    A single dataset without the name of its split counts as "train". Streams have no slices.
     """
-    splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
+    splits: Mapping[Any, Any] = (
+        data if isinstance(data, dict) else {str(data.split or "train"): data}
+    )
     if split in splits:
         return splits[split]
+    if any(isinstance(part, IterableDataset) for part in splits.values()):
+        raise _no_split(where, split, splits)
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(
             {key: len(part) for key, part in splits.items()}
@@ -207,103 +209,36 @@ def _has_card(folder: Path) -> bool:
     return card.is_file() and card.open("rb").read(3) == b"---"
 
 
-def _data_files(folder: Path) -> list[str] | None:
-    """The files in `folder` that `datasets` reads; None where there are plain images in folders.
+def _data_files(contents: Contents, *, named_column: bool) -> list[str] | None:
+    """The files that `datasets` reads; None where there are plain images in folders.
 
-    Images count as data files where a metadata file beside them holds their labels, and do not
-    count beside tables. Of several kinds of tables the first in `BUILDERS` is taken.
+    Images count as data files where a metadata file beside them holds their labels. Tables that can
+    hold images hide the images beside them; tables of text do where a column of paths is named.
     """
-    tables: list[str] = []
-    images: list[str] = []
-    described = False
-    for parent, _, names in walk_once(folder):
-        described = described or any(name in METADATA_FILES for name in names)
-        for name in sorted(names):
-            kind = _builder(name)
-            if kind == "imagefolder":
-                images.append(os.path.join(parent, name))
-            elif kind is not None:
-                tables.append(os.path.join(parent, name))
-        if len(images) > 1000 and not (described or tables):  # do not walk through a million
-            return None
+    others = [f"{folder}/{name}" for folder, names in contents.files.items() for name in names]
+    described = [file for file in others if os.path.basename(file) in METADATA_FILES]
     if described:
-        return images
-    kinds = {_builder(table) for table in tables}
-    kind = next((kind for kind in BUILDERS.values() if kind in kinds), None)
-    return [table for table in tables if _builder(table) == kind] or None
-
-
-def _open_class_folders(folder: Path, split: str) -> tuple[Dataset, Path]:
-    splits: dict[str, Path] = {}
-    children = [
-        entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] != "."
+        images = [f"{folder}/{name}" for folder, names in contents.images.items() for name in names]
+        return [str(contents.root / file) for file in sorted([*images, *described])]
+    kinds = {_builder(file) for file in others}
+    hiding = [
+        k for k in BUILDERS.values() if named_column or not contents.images or k not in TEXT_KINDS
     ]
-    if children and all(child.name.lower() in SPLIT_OF_WORD for child in children):
-        for child in children:
-            splits.setdefault(SPLIT_OF_WORD[child.name.lower()], child)
-            splits[child.name] = child
-    else:
-        splits["train"] = folder
+    kind = next((kind for kind in hiding if kind in kinds), None)
+    if kind is None:
+        return None
+    return [str(contents.root / file) for file in others if _builder(file) == kind]
+
+
+def _open_images(
+    contents: Contents, split: str, streaming: bool, *, where: str
+) -> tuple[Dataset | IterableDataset, Path]:
+    contents = with_zips(contents)
+    splits = downloaded_splits(contents) or image_splits(contents)
     base = re.split(r"[\[+]", split)[0]
     if base not in splits:
-        raise _no_split(str(folder), split, splits)
-    data = class_folders_dataset(splits[base])
+        raise _no_split(where, split, splits)
+    root, opened = splits[base].root, splits[base].open()
     if split != base:
-        data = pick_split(datasets.DatasetDict({base: data}), split, where=str(folder))
-    return data, splits[base]
-
-
-def class_folders_dataset(root: Path) -> Dataset:
-    """The images under `root` with their class: the name of the folder they lie in.
-
-    Where several folders in the tree share a name, the class is the path from `root`
-    ("animal/other"), as in taxonomies read from folders. Classes are sorted, files too within a
-    class. Images directly in `root` have no class: they make a dataset without labels when there
-    are no folders of images, and are left out else.
-
-    Raises:
-        DataError: there is no image.
-    """
-    found: dict[str, list[str]] = {}
-    times: Counter[str] = Counter()
-    for folder, _, names in walk_once(root):
-        times[os.path.basename(folder)] += 1
-        images = [n for n in names if os.path.splitext(n)[1].lower() in IMAGE_EXTENSIONS]
-        if images:
-            relative = Path(folder).relative_to(root).as_posix()
-            found[relative] = [os.path.join(folder, name) for name in sorted(images)]
-    times[os.path.basename(root)] -= 1  # the top folder is no class
-    for file in (file for files in found.values() for file in files):
-        if not _is_utf8(file):
-            raise DataError("dataset_path", "a name is not UTF-8", given=file)
-    loose = found.pop(".", [])
-    if not found:
-        if not loose:
-            raise DataError("dataset_path", "no images found", given=str(root))
-        features = datasets.Features({"image": datasets.Image(decode=False)})
-        return Dataset.from_dict({"image": _as_paths(loose)}, features=features)
-    if loose:
-        logger.warning("%s: %d images lie in no class folder and are left out.", root, len(loose))
-    by_class = {
-        name if times[name := os.path.basename(folder)] == 1 else folder: files
-        for folder, files in found.items()
-    }
-    classes = sorted(by_class)
-    paths = [path for name in classes for path in by_class[name]]
-    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=classes)}
-    )
-    return Dataset.from_dict({"image": _as_paths(paths), "label": labels}, features=features)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # the system's bytes, as lone surrogates
-        return False
-    return True
-
-
-def _as_paths(paths: list[str]) -> list[dict[str, Any]]:
-    return [{"bytes": None, "path": os.path.abspath(path)} for path in paths]
+        opened = pick_split(datasets.DatasetDict({base: opened}), split, where=where)
+    return (opened.to_iterable_dataset() if streaming else opened), root

@@ -65,6 +65,21 @@ def main_left_out(task: Any) -> Iterator[bool]:
             main.__spec__ = spec
 
 
+def may_start_workers(task: Any) -> bool:
+    """Whether workers can be sent `task` without running the work of the program's script again.
+
+    They can where nothing in it is defined in the script, and where the script is a file with an
+    ``if __name__ == "__main__":``.
+    """
+    if not refers_to_main(task):
+        return True
+    try:
+        text = Path(sys.modules["__main__"].__file__ or "").read_text(encoding="utf-8")
+    except (AttributeError, OSError, ValueError):  # standard input, a notebook
+        return False
+    return "__main__" in text
+
+
 def refers_to_main(task: Any) -> bool:
     """Whether `task`, pickled, names anything that is defined in the program's `__main__`."""
     finder = _MainFinder(_Nowhere(), 5, buffer_callback=lambda _: None)  # arrays are not copied

@@ -358,7 +358,7 @@ def check_device(field: str, value: str | None) -> None:
             field,
             f"torch cannot use it here: {reason}",
             given=value,
-            allowed="a device of this machine",
+            allowed=f"a device of this machine, such as --{field} cpu",
         ) from error
 
 

@@ -31,8 +31,9 @@ what is tapped:
 on which images:
   --dataset_path PATH            hub name, folder of class folders, parquet file or folder
   --split NAME                   train by default
+  --holdout X                    hold out this share of every class for the evaluation, or
   --eval_dataset_path, --eval_split
-                                 held-out images for the evaluation; validation or test by default
+                                 other held-out images; validation or test by default
   --max_images N                 use the first N images only
   --num_workers N                processes that decode images
 
@@ -57,7 +58,7 @@ what comes out:
   --help_all                     every flag, with SAELens's own description of each
 
 examples:
-  taxolens train --preset laptop --model_name facebook/dinov2-small --dataset_path photos/
+  taxolens train --preset laptop --dataset_path photos/ --taxonomy tree.csv --holdout 0.2
   taxolens train --config study.yaml --architecture topk --k 32 --hook_names "blocks.*.hook_resid_post"
 """
 
@@ -142,8 +143,11 @@ def described(plan: dict[str, Any]) -> list[str]:
     }
     evaluation = plan["evaluation"]
     if evaluation:
+        present, classes = evaluation["classes_with_images"], evaluation["classes"]
+        shown = f"{classes}" if present == classes else f"{present} of {classes}"
+        held_out = f", {evaluation['holdout']:g} held out" if evaluation["holdout"] else ""
         lines["evaluation"] = (
-            f"{evaluation['images']:,} images ({evaluation['split']}), {evaluation['classes']} "
+            f"{evaluation['images']:,} images ({evaluation['split']}{held_out}), {shown} "
             f"classes in a tree of {evaluation['nodes']} nodes; {', '.join(evaluation['evaluators'])}"
         )
     return [f"{name + ':':<14}{text}" for name, text in lines.items() if text]

@@ -23,7 +23,7 @@ from ...registry.table import EVALUATORS
 from ..reporting.results import Results
 from .bench import Bench
 from .forward import Forward, ModelSetting, forwards_of
-from .held_out import HeldOut, check_held_out, held_out_source, tree_name
+from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, tree_name
 from .measure_sae import measure_sae
 from .peers import peers_of
 from .results_folder import ResultsFolder
@@ -51,8 +51,8 @@ def evaluate_run(
 ) -> Results:
     """Measure every SAE of one or many runs on held-out images.
 
-    Each SAE's numbers are saved when they are complete; a second call with the same settings keeps
-    them. An evaluator that raises has no numbers, and `Results.errors` names it; the others are not
+    Each SAE's numbers are saved when they are complete. A second call keeps those of the same SAE,
+    images, tree and settings, whichever evaluators it names. An evaluator that raises has no numbers, and `Results.errors` names it; the others are not
     affected.
 
     Args:
@@ -80,19 +80,24 @@ def evaluate_run(
         check_complete(saes, dataset_path=images, taxonomy=settings.taxonomy)
         given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}
         source = held_out_source(saes, **{**given, "name": settings.dataset_name})
+        if override_dataset is not None:
+            source, override_dataset = held_out_part(saes, source, override_dataset)
         held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
     seen = check_held_out(saes, held_out, allow=settings.allow_train_split)
     bench = Bench(held_out.taxonomy, chosen, replace(settings, device=device))
     results = ResultsFolder(folder, saes, bench, held_out, seen_in_training=seen)
     activations = folder / ACTIVATIONS_FOLDER
-    forwards = forwards_of(saes, held_out, bench, activations, override_model)
     with only_writer(folder, "output_path"):
         results.take_over()
+        lacking = results.missing(saes)
+        names = {name for each in lacking.values() for name in each.chosen}
+        bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
+        forwards = forwards_of(saes, held_out, bench, activations, override_model)
         for forward in forwards.values():
-            missing = results.missing(forward.saes)
+            missing = [sae for sae in forward.saes if sae.id in lacking]
             if missing:
                 check_saes(missing, forward.model)
-                _measure(missing, forward, forwards, bench, results)
+                _measure(missing, forward, forwards, bench, lacking, results)
             forward.release()
         found = results.finish()
         if not settings.keep_activations:
@@ -105,25 +110,27 @@ def _measure(
     forward: Forward,
     forwards: Mapping[ModelSetting, Forward],
     bench: Bench,
+    lacking: Mapping[str, Bench],
     results: ResultsFolder,
 ) -> None:
-    """Measure SAEs of one model and add them to the results."""
+    """Measure SAEs of one model, each by the evaluators that it lacks, and add them to the results."""
     results.dataset_is(forward.cache, forward.split)
     controls = bench.controls(forward.at(forward.saes[0].hook_name))
     for sae in saes:
-        results.add(
-            measure_sae(
-                bench,
-                sae,
-                forward.at(sae.hook_name),
-                fingerprint=results.fingerprints[sae.id],
-                controls=controls,
-                peers=peers_of(bench, sae, results.saes, forwards),
-                dataset=forward.held_out.images,
-                rows=np.asarray(forward.cache.indices),
-                output=results.folder,
-            )
+        own = lacking[sae.id]
+        measured = measure_sae(
+            own,
+            sae,
+            forward.at(sae.hook_name),
+            fingerprint=results.fingerprints[sae.id],
+            controls=controls,
+            peers=peers_of(own, sae, results.saes, forwards),
+            kept=results.node_tables(sae, own.chosen),
+            dataset=forward.held_out.images,
+            rows=np.asarray(forward.cache.indices),
+            output=results.folder,
         )
+        results.add(sae, measured)
 
 
 def choose_evaluators(
@@ -179,7 +186,7 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
 
 def _output_folder(runs: Sources, given: str | Path | None) -> Path:
     if given is not None:
-        return Path(given)
+        return Path(given).expanduser()
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
     if len(paths) > 1 or isinstance(paths[0], SAEFolder) or is_other(Source.of(paths[0])):
         raise ConfigError(
@@ -187,4 +194,4 @@ def _output_folder(runs: Sources, given: str | Path | None) -> Path:
             "not given",
             allowed="a folder, where several runs are compared, and for a file or a published SAE",
         )
-    return Path(paths[0])
+    return Path(paths[0]).expanduser()

@@ -58,8 +58,17 @@ class ModelSetting:
         """The model, tapped at `hook_names`.
 
         Raises:
-            ConfigError: the metadata pass what a file may not decide; see also `load_vision_model`.
+            ConfigError: its folder is not there, or the metadata pass what a file may not decide; see
+                also `load_vision_model`.
         """
+        folder = Path(self.model_name).expanduser()
+        if (folder.is_absolute() or self.model_name.count("/") > 1) and not folder.exists():
+            raise ConfigError(
+                "model_name",
+                "its folder is not there",
+                given=self.model_name,
+                allowed="--model_name, with the folder where it is now",
+            )
         more = dict(self.more)
         if more.pop("trust_remote_code", None) and not trust_remote_code:
             raise ConfigError(

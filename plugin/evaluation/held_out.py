@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+from datasets import Dataset, DatasetDict
+
 from ...hooks.images.dataset import ImageDataset
+from ...hooks.images.folders import SPLIT_OF_WORD
 from ...hooks.images.source import ImageSource
+from ...hooks.images.sources import pick_split
 from ...registry.errors import ConfigError
 from ...registry.taxonomies.load import TREES, load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
@@ -19,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SPLITS = ("validation", "test")
 CALLERS_ALONE = ("trust_remote_code", "remote_images")  # never from the files of an SAE
+HOLD_OUT = "--holdout 0.2 holds out a fifth of every class of the split that is trained on."
 
 
 def held_out_source(saes: Sequence[SAEFolder], **given: Any) -> ImageSource:
@@ -74,8 +80,23 @@ class HeldOut:
             images, source = load_images_of(source)
         else:
             source = replace(source, split=source.split or "given")
-        images.require_labels()
-        return cls(source, images, tree, load_taxonomy(tree, classes=images.class_names))
+        labels = images.require_labels()
+        found = cls(source, images, tree, load_taxonomy(tree, classes=images.class_names))
+        if found.n_present < len(images.class_names):
+            logger.warning(
+                "%s: images of %d of its %d classes; the numbers are about these classes. %s",
+                *(source.title, found.n_present, len(images.class_names), HOLD_OUT),
+            )
+        elif rare := [images.class_names[i] for i in np.flatnonzero(np.bincount(labels) < 2)]:
+            logger.warning(
+                "%s: one image of %s: its numbers need two.", source.title, ", ".join(rare[:10])
+            )
+        return found
+
+    @property
+    def n_present(self) -> int:
+        """Number of classes that have images."""
+        return len(np.unique(self.images.labels))
 
     def limited(self, max_images: int) -> HeldOut:
         """At most `max_images` of the images, the same as those of a source with this `max_images`."""
@@ -99,7 +120,8 @@ def load_images_of(source: ImageSource) -> tuple[ImageDataset, ImageSource]:
     raise ConfigError(
         "split",
         f"{source.dataset} has no split {' or '.join(HELD_OUT_SPLITS)} ({failures[0].rstrip('.')})",
-        allowed="the name of the split to evaluate on, or another dataset_path",
+        allowed="the name of the split to evaluate on, another dataset_path, or, in training, "
+        + HOLD_OUT.rstrip("."),
     )
 
 
@@ -128,13 +150,19 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
     """
     for sae in saes:
         trained_on = ImageSource.of(sae.setting)
-        same_name = trained_on.dataset_path and trained_on.same_images(held_out.source)
         fingerprint = sae.setting("dataset_fingerprint")
-        if same_name or fingerprint == held_out.images.fingerprint:
+        message = ""
+        if fingerprint == held_out.images.fingerprint or overlap(trained_on, held_out.source):
             message = (
                 f"{sae.id} was trained on {trained_on.title}, and these are the images it would be "
                 "evaluated on"
             )
+        elif not _is_rest(sae, held_out):
+            message = (
+                f"{held_out.source.dataset_path} has other images than when {sae.id} was trained on "
+                f"{trained_on.title}, so that images that it was trained on would be among the held-out"
+            )
+        if message:
             if not allow:
                 raise ConfigError(
                     "split", message, allowed="a held-out split, or allow_train_split=True"
@@ -142,6 +170,79 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
             logger.warning("%s: no image is held out.", message)
             return True
     return False
+
+
+def overlap(one: ImageSource, other: ImageSource) -> bool:
+    """Whether two selections from one dataset share an image; those of two datasets do not count.
+
+    `max_images` is left aside: of two selections from the same images, all count.
+    """
+    if not one.dataset_path or not one.same_dataset(other):
+        return False
+    if one.same_images(other):
+        return True
+    if one.split == other.split and one.part and other.part and one.part.other == other.part:
+        return False
+    if not set(_bases(one)) & set(_bases(other)):
+        return False
+    if one.streaming or other.streaming:
+        return True
+    return bool(_rows(one) & _rows(other))
+
+
+def _bases(source: ImageSource) -> list[str]:
+    """The splits that slices are taken of, by their usual names."""
+    parts = (source.split or "train").split("+")
+    return [SPLIT_OF_WORD.get(name, name) for part in parts if (name := part.partition("[")[0])]
+
+
+def _rows(source: ImageSource) -> set[tuple[str, int]]:
+    """The rows that a source selects: the split and the row in it."""
+    whole = replace(source, holdout=None, max_images=None)
+    names = {part.partition("[")[0] for part in (source.split or "train").split("+")}
+    numbers = {n: len(ImageDataset.of(replace(whole, split=n))) for n in names}
+    chosen = pick_split(
+        DatasetDict(
+            {
+                name: Dataset.from_dict(
+                    {"split": [SPLIT_OF_WORD.get(name, name)] * n, "row": range(n)}
+                )
+                for name, n in numbers.items()
+            }
+        ),
+        source.split or "train",
+    )
+    rows = list(zip(chosen["split"], chosen["row"], strict=True))
+    if source.part is None:
+        return set(rows)
+    return {rows[i] for i in source.part.rows(ImageDataset.of(whole).labels)}
+
+
+def _is_rest(sae: SAEFolder, held_out: HeldOut) -> bool:
+    """Whether the SAE was trained on the other part of these images, where its run held some out."""
+    part, fingerprint = held_out.images.part, sae.setting("dataset_fingerprint")
+    trained_on = ImageSource.of(sae.setting).part
+    if part is None or trained_on is None or fingerprint is None or part.other != trained_on:
+        return True
+    rest = held_out.images.parted(part.other, sae.setting("max_images"))
+    return rest.fingerprint == fingerprint
+
+
+def held_out_part(
+    saes: Sequence[SAEFolder], source: ImageSource, images: ImageDataset
+) -> tuple[ImageSource, ImageDataset]:
+    """The held-out part of images given in place of a dataset, where runs held some of them out.
+
+    They are others, and taken as they are, where their other part is not what an SAE was trained on.
+    """
+    part = source.part
+    if part is None or images.part is not None or images.is_streaming:
+        return source, images
+    for sae in saes:
+        rest = images.parted(part.other, sae.setting("max_images"))
+        if rest.fingerprint == sae.setting("dataset_fingerprint"):
+            return source, images.parted(part, source.max_images)
+    return replace(source, holdout=None, split=None), images
 
 
 def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:

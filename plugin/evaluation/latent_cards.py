@@ -23,6 +23,7 @@ from ..reporting.results import LatentCard, TopImage
 logger = logging.getLogger(__name__)
 
 Tables = Mapping[str, Mapping[str, pd.DataFrame]]
+NodeFrames = dict[str, tuple[NodeTable, pd.DataFrame]]  # evaluator -> its node table and the rows
 
 N_CARDS = 6
 N_IMAGES = 6

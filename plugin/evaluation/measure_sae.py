@@ -21,6 +21,7 @@ from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
 from .sae_folders import SAEFolder
+from .undefined import undefined_notes
 
 CARDS = "latent cards"  # name of the cards in `failures`; no evaluator's name has a space
 
@@ -33,6 +34,7 @@ def measure_sae(
     fingerprint: str,
     controls: Mapping[str, Mapping[str, Numbers | str]],
     peers: Sequence[Peer] = (),
+    kept: cards.NodeFrames,
     dataset: Any,
     rows: np.ndarray,
     output: Path,
@@ -46,6 +48,7 @@ def measure_sae(
         fingerprint: see `SAEResult`.
         controls: control -> evaluator -> numbers, or why there are none.
         peers: other SAEs to compare with.
+        kept: node tables of evaluators whose numbers an earlier call has finished, for the cards.
         dataset: the `ImageDataset`, for thumbnails.
         rows: (n,) position in the evaluation set -> row of the dataset.
         output: the results folder.
@@ -91,8 +94,10 @@ def measure_sae(
     figures = {name: done.attempt(name, _figures) or {} for name in bench.chosen}
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}
     frames = {name: {t: frame for t, (frame, _) in found.items()} for name, found in tables.items()}
+    frames |= {name: {table.name: frame} for name, (table, frame) in kept.items()}
     context = done.context
     declared = {name: cls.node_table for name, (cls, _) in bench.chosen.items()}
+    declared |= {name: table for name, (table, _) in kept.items()}
     places = cards.NodeTables(frames, declared, bench.taxonomy, context.d_sae)
     l0 = context.attempt("L0", lambda: context.share(FiringRate).mean_l0)
     l0_token = context.attempt("L0 of a token", lambda: _token_l0(latents, held_out, bench.device))
@@ -115,9 +120,18 @@ def measure_sae(
             },
             seconds=round(done.seconds[name], 3),
             error=done.errors.get(name),
-            notes=notes[name],
+            notes=[
+                *notes[name],
+                *undefined_notes(
+                    cls,
+                    metrics.get(name, {}),
+                    taxonomy=bench.taxonomy,
+                    split=held_out.split,
+                    l0=l0,
+                ),
+            ],
         )
-        for name in bench.chosen
+        for name, (cls, _) in bench.chosen.items()
     }
     return SAEResult(
         id=folder.id,

@@ -6,7 +6,8 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cache
@@ -15,20 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ...hooks.activations.cache import ActivationCache
-from ...registry.errors import TaxolensError
+from ...registry.errors import ConfigError, TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
 from ...registry.files import UnreadableError, inside
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
+from ...registry.table import EVALUATORS
 from ...registry.taxonomies.permuted_classes import permuted_classes
 from ..reporting.compare import write_comparison
 from ..reporting.headlines import with_q
 from ..reporting.results import (
     DatasetInfo,
     EvaluatorInfo,
+    EvaluatorResult,
     PermutedClassesInfo,
     Results,
     SAEResult,
@@ -38,6 +42,7 @@ from ..reporting.results import (
 from .bench import Bench
 from .forward import ModelSetting
 from .held_out import HeldOut
+from .latent_cards import NodeFrames
 from .peers import find_peers
 from .sae_folders import SAEFolder
 from .split import Split
@@ -89,28 +94,52 @@ class ResultsFolder:
             n_score=0,
             classes=list(images.class_names),
             seen_in_training=seen_in_training,
+            holdout=held_out.source.holdout,
+            holdout_seed=None if held_out.source.part is None else held_out.source.holdout_seed,
+            n_present=held_out.n_present,
         )
-        facts = [
+        self._conditions = _conditions(
             images.fingerprint,
             bench.describe(),
-            bench.taxonomy.to_json(),
+            json.loads(bench.taxonomy.to_json()),
             versions()["taxolens"],
-        ]
-        own = {sae.id: _facts(sae) for sae in saes}
+        )
+        self._facts = {sae.id: _facts(sae) for sae in saes}
         self.fingerprints = {
-            sae.id: _digest([*facts, *own[sae.id], *self._facts_of_peers(sae, own)]) for sae in saes
+            sae.id: _digest([*self._conditions.values(), *self._facts[sae.id]]) for sae in saes
         }
         self._found: dict[str, SAEResult] = {}
+        self._earlier: Results | None = None
         self._permuted: PermutedClassesInfo | None = None
 
-    def _facts_of_peers(self, sae: SAEFolder, facts: Mapping[str, list[Any]]) -> list[Any]:
-        """The facts of the peers; none where no evaluator compares with peers."""
-        peers = find_peers(sae, self.saes) if self._bench.wants("peers") else []
-        return [[peer.id, relation, *facts[peer.id]] for peer, relation in peers]
+    def _fingerprint_of(self, sae: SAEFolder, name: str) -> str:
+        """The digest of everything on which the numbers of one evaluator depend."""
+        cls, options = self._bench.chosen[name]
+        peers = find_peers(sae, self.saes) if cls.wants_peers else []
+        facts = [[peer.id, relation, *self._facts[peer.id]] for peer, relation in peers]
+        return _digest([self.fingerprints[sae.id], name, asdict(options), facts])
 
-    def missing(self, saes: Sequence[SAEFolder]) -> list[SAEFolder]:
-        """The SAEs among `saes` that have no numbers yet."""
-        return [sae for sae in saes if sae.id not in self._found]
+    def missing(self, saes: Sequence[SAEFolder]) -> dict[str, Bench]:
+        """Id of each of `saes` that lacks numbers -> the bench with the evaluators that it lacks."""
+        found = {}
+        for sae in saes:
+            kept = self._kept(sae.id)
+            chosen = {name: each for name, each in self._bench.chosen.items() if name not in kept}
+            if chosen:
+                found[sae.id] = replace(self._bench, chosen=chosen)
+        return found
+
+    def node_tables(self, sae: SAEFolder, names: Collection[str]) -> NodeFrames:
+        """The node tables of the evaluators whose numbers are kept, but for those in `names`."""
+        found: NodeFrames = {}
+        for name, kept in self._kept(sae.id).items():
+            table = self._infos()[name].node_table
+            if name not in names and table is not None and table.name in kept.tables:
+                found[name] = table, pd.read_csv(inside(self.folder, kept.tables[table.name]))
+        return found
+
+    def _kept(self, sae_id: str) -> Mapping[str, EvaluatorResult]:
+        return self._found[sae_id].evaluators if sae_id in self._found else {}
 
     def dataset_is(self, cache: ActivationCache, split: Split) -> None:
         """Record the numbers of images of a forward pass, and the images that were skipped."""
@@ -132,9 +161,16 @@ class ResultsFolder:
         if DECISIVE in self._bench.settings.nulls:
             self._permuted = PermutedClassesInfo(**facts)
 
-    def add(self, sae: SAEResult) -> None:
-        """Add the numbers of one SAE and save."""
-        self._found[sae.id] = sae
+    def add(self, sae: SAEFolder, measured: SAEResult) -> None:
+        """Add the numbers of one SAE to those that it has, and save."""
+        new = {
+            name: replace(result, fingerprint=self._fingerprint_of(sae, name))
+            for name, result in measured.evaluators.items()
+        }
+        evaluators = {**self._kept(sae.id), **new}
+        self._found[sae.id] = replace(
+            measured, evaluators={name: evaluators[name] for name in _in_order(evaluators)}
+        )
         self._results(complete=False).save(self.folder)
 
     def finish(self) -> Results:
@@ -142,38 +178,116 @@ class ResultsFolder:
         self._results(complete=True).save(self.folder)
         results = Results.load(self.folder)
         write_comparison(results)
+        if self._earlier is not None:
+            for file in _files(self._earlier) - _files(results):
+                with suppress(UnreadableError):  # outside of the folder: not written by us
+                    inside(self.folder, file).unlink(missing_ok=True)
         return results
 
     def take_over(self) -> None:
-        """Keep the SAEs that an earlier call with the same settings has finished."""
+        """Keep the numbers that an earlier call has finished: same SAE, images, tree and settings.
+
+        Raises:
+            ConfigError: numbers of evaluators that are not named would be dropped.
+        """
         try:
             earlier = Results.load(self.folder)
         except TaxolensError:
             return
-        finished = {sae.fingerprint: sae for sae in earlier.saes if not sae.errors}
+        self._earlier = earlier
+        if self._bench.settings.replace:
+            return
+        by_fingerprint = {sae.fingerprint: sae for sae in earlier.saes}
+        there = _conditions(
+            earlier.dataset.fingerprint,
+            earlier.settings,
+            earlier.taxonomy.tree,
+            str(earlier.provenance.get("taxolens")),
+        )
         for sae in self.saes:
-            same = finished.get(self.fingerprints[sae.id])
-            if same is not None and _files_exist(self.folder, same):
-                self._found[sae.id] = replace(
-                    same,
-                    id=sae.id,
-                    run=sae.run,
-                    name=sae.name,
-                    trained_as=sae.trained_as,
-                    weights=sae.weights_digest(),
+            same = by_fingerprint.get(self.fingerprints[sae.id])
+            if same is not None:
+                kept = {
+                    name: result
+                    for name, result in same.evaluators.items()
+                    if not result.error
+                    and _files_exist(self.folder, result)
+                    and (
+                        name not in self._bench.chosen
+                        or result.fingerprint == self._fingerprint_of(sae, name)
+                    )
+                }
+                if kept:
+                    names = {"id": sae.id, "run": sae.run, "name": sae.name}
+                    self._found[sae.id] = replace(
+                        same,
+                        **names,
+                        trained_as=sae.trained_as,
+                        weights=sae.weights_digest(),
+                        evaluators=kept,
+                    )
+                continue
+            other = by_fingerprint.get(_digest([*there.values(), *self._facts[sae.id]]))
+            if other is not None:
+                self._refuse_to_drop(
+                    sae, other, [k for k in there if there[k] != self._conditions[k]]
                 )
         if self._found:
             self._permuted = earlier.permuted_classes
-            self._dataset = replace(
-                earlier.dataset, seen_in_training=self._dataset.seen_in_training
+            here = self._dataset
+            same = {"path": here.path, "name": here.name, "split": here.split}
+            self._dataset = replace(earlier.dataset, seen_in_training=here.seen_in_training, **same)
+            logger.info("%d SAEs have numbers already.", len(self._found))
+
+    def _refuse_to_drop(self, sae: SAEFolder, other: SAEResult, differing: Sequence[str]) -> None:
+        """Raise if the folder has numbers under other conditions that are not measured again."""
+        finished = [name for name, result in other.evaluators.items() if not result.error]
+        dropped = [name for name in finished if name not in self._bench.chosen]
+        if dropped:
+            raise ConfigError(
+                "output_path",
+                f"{self.folder} has numbers of {sae.id} with other {', '.join(differing)}, which "
+                f"would be dropped: {', '.join(dropped)}",
+                allowed="another output_path, these evaluators too, or replace=True (--replace)",
             )
-            logger.info("%d SAEs are measured already.", len(self._found))
+
+    def _infos(self) -> dict[str, EvaluatorInfo]:
+        """What the evaluators declare, those included whose numbers are kept."""
+        infos = {
+            name: EvaluatorInfo(
+                description=cls.description,
+                directions=dict(cls.higher_is_better),
+                nulls={**ALL_NULLS, **cls.nulls},
+                headlines=list(cls.headlines),
+                labels=dict(cls.labels),
+                node_table=cls.node_table,
+                support=dict(cls.support),
+            )
+            for name, (cls, _) in self._bench.chosen.items()
+        }
+        kept = {name for sae in self._found.values() for name in sae.evaluators} - set(infos)
+        if self._earlier is not None:
+            infos |= {name: self._earlier.evaluators[name] for name in kept}
+        return {name: infos[name] for name in _in_order(infos)}
+
+    def _settings(self) -> dict[str, Any]:
+        """The options, those of the evaluators included whose numbers are kept."""
+        here = self._bench.describe()
+        there = self._earlier.settings.get("options", {}) if self._earlier is not None else {}
+        names = list(self._infos())
+        options = {**there, **here["options"]}
+        return {
+            **here,
+            "evaluators": names,
+            "options": {name: options[name] for name in names if name in options},
+            "runs": {s.run: str(s.path) for s in self.saes},
+        }
 
     def _results(self, *, complete: bool) -> Results:
         bench, taxonomy = self._bench, self._bench.taxonomy
         results = Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            settings={**bench.describe(), "runs": {s.run: str(s.path) for s in self.saes}},
+            settings=self._settings(),
             provenance=provenance(bench.device, time.perf_counter() - self._started),
             dataset=self._dataset,
             taxonomy=TaxonomyInfo(
@@ -183,18 +297,7 @@ class ResultsFolder:
                 max_depth=taxonomy.max_depth,
                 tree=json.loads(taxonomy.to_json()),
             ),
-            evaluators={
-                name: EvaluatorInfo(
-                    description=cls.description,
-                    directions=dict(cls.higher_is_better),
-                    nulls={**ALL_NULLS, **cls.nulls},
-                    headlines=list(cls.headlines),
-                    labels=dict(cls.labels),
-                    node_table=cls.node_table,
-                    support=dict(cls.support),
-                )
-                for name, (cls, _) in bench.chosen.items()
-            },
+            evaluators=self._infos(),
             saes=[self._found[sae.id] for sae in self.saes if sae.id in self._found],
             complete=complete,
             permuted_classes=self._permuted,
@@ -222,15 +325,43 @@ def provenance(device: str, seconds: float) -> dict[str, Any]:
 
 def _facts(sae: SAEFolder) -> list[Any]:
     """The facts of an SAE on which its numbers depend."""
-    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae))]
+    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.hook_name]
 
 
 def _digest(facts: Any) -> str:
     return fingerprint([json.dumps(facts, sort_keys=True, default=str)])
 
 
-def _files_exist(folder: Path, sae: SAEResult) -> bool:
-    files = [f for e in sae.evaluators.values() for f in (*e.tables.values(), *e.figures.values())]
+def _conditions(
+    images: str, settings: Mapping[str, Any], tree: Any, version: str
+) -> dict[str, Any]:
+    """What the numbers of every evaluator depend on beside the SAE, each by its name in messages."""
+    own = ("evaluators", "options", "runs")
+    return {
+        "images": images,
+        "tree": tree,
+        **{"version of taxolens": version},
+        "settings": {key: value for key, value in settings.items() if key not in own},
+    }
+
+
+def _in_order(names: Collection[str]) -> list[str]:
+    """The evaluators in the order of the table of evaluators, unregistered ones last."""
+    registered = list(EVALUATORS)
+    return sorted(names, key=lambda n: registered.index(n) if n in registered else len(registered))
+
+
+def _files(results: Results) -> set[str]:
+    return {
+        file
+        for sae in results.saes
+        for result in sae.evaluators.values()
+        for file in (*result.tables.values(), *result.figures.values())
+    }
+
+
+def _files_exist(folder: Path, result: EvaluatorResult) -> bool:
+    files = (*result.tables.values(), *result.figures.values())
     try:
         return all(inside(folder, file).is_file() for file in files)
     except UnreadableError:  # not written by us: all is measured again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections import Counter
@@ -35,6 +36,8 @@ from ...registry.files import (
 )
 from ..reporting.series import layer_of, natural_key
 
+logger = logging.getLogger(__name__)
+
 SAE_SCHEMA = "taxolens.sae/1"  # version of our keys in the metadata: docs/formats/saes.md
 
 RUNS = "run folders, checkpoints or SAE folders"
@@ -50,6 +53,8 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("image_size", "max_images", "eval_max_images"), int),
     **dict.fromkeys(("store_batch_size_prompts", "num_workers", "max_image_pixels"), int),
     "max_corrupt_share": float,
+    "holdout": float,
+    "holdout_seed": int,
     "streaming": bool,
     "evaluators": list[str],
     "model_from_pretrained_kwargs": dict[str, Any],
@@ -58,7 +63,14 @@ TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SAEFolder:
-    """A saved SAE; `settings` is the runner_cfg.json of its run, {} where there is none."""
+    """A saved SAE.
+
+    Attributes:
+        id, run, name: see `find_saes`.
+        path: its folder.
+        cfg: its cfg.json.
+        settings: the runner_cfg.json of its run, {} where there is none.
+    """
 
     id: str
     run: str
@@ -161,11 +173,10 @@ class SAEFolder:
     def _required(self, name: str) -> str:
         found = self.setting(name)
         if not found:
-            convert = f"`taxolens convert` with --{name}"
             raise ConfigError(
                 self.path / SAE_CFG_FILENAME,
                 f"metadata has no {name!r}",
-                allowed=convert if self.setting("source_format") else "metadata that names it",
+                allowed=f"`taxolens evaluate` or `taxolens convert` with --{name}",
             )
         return found
 
@@ -177,10 +188,10 @@ def check_usable(where: Path | str, sae: SAE[Any]) -> None:
         CheckpointError: a field of the config is of another type than its class declares, `k` is not from 1 to d_sae, or a weight is not finite.
     """
     hints = get_type_hints(type(sae.cfg))
-    for field in fields(sae.cfg):
-        if field.name != "metadata":
+    for each in fields(sae.cfg):
+        if each.name != "metadata":
             try:
-                coerce(getattr(sae.cfg, field.name), hints[field.name], field.name)
+                coerce(getattr(sae.cfg, each.name), hints[each.name], each.name)
             except MisfitError as error:
                 raise CheckpointError(where, error) from None
     for name, tensor in sae.state_dict().items():
@@ -232,7 +243,7 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
     for run in given:
         if not is_path(str(run)):
             raise ConfigError("runs", "not a path", given=str(run), allowed=RUNS)
-    paths = [Path(p) for p in given]
+    paths = [Path(p).expanduser() for p in given]
     if not paths:
         raise ConfigError("runs", "no folder is given", allowed=RUNS)
     repeated = [
@@ -269,6 +280,7 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
             f"{path} holds no SAE",
             allowed=f"a folder with {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}",
         )
+    folders = _of_the_run(path, settings, folders)
     saes = []
     for folder in folders:
         name = label if folder == path else folder.relative_to(path).as_posix()
@@ -289,6 +301,27 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
             )
         saes.append(SAEFolder(name, label, name, folder, cfg, settings))
     return sorted(saes, key=lambda sae: natural_key(sae.name))
+
+
+def _of_the_run(path: Path, settings: Mapping[str, Any], folders: Sequence[Path]) -> Sequence[Path]:
+    """The folders that the run's settings list; others, of earlier runs, are named in a warning."""
+    saes = settings.get("saes")
+    listed = list(saes) if isinstance(saes, Mapping) else ["."] if "sae" in settings else None
+    if listed is None:
+        return folders
+    places = [path / name for name in listed]
+    missing = [str(place) for place in places if place not in folders]
+    if len(missing) == len(places):
+        raise CheckpointError(path, f"none of the SAEs that {RUNNER_CFG_FILENAME} lists is there")
+    if missing:
+        logger.warning("%s lists SAEs that are missing: %s.", path, ", ".join(missing))
+    others = [str(folder) for folder in folders if folder not in places]
+    if others:
+        logger.warning(
+            "%s: not of the run, and left out: %s. Give the folder itself to evaluate one.",
+            *(path, ", ".join(others)),
+        )
+    return [folder for folder in folders if folder in places]
 
 
 def _is_older(folder: Path, run: Path) -> bool:

@@ -14,6 +14,7 @@ from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
 
 AGGREGATES = ("max", "mean")
+HOLDOUT = "a number above 0 and below 1"
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,16 @@ class EvaluationSettings:
         evaluators: names of `taxolens list evaluators`, or all; by default the run's
         options: options of evaluators: '{"lch_height": {"rule": "topk"}}'
         taxonomy: a registered name, a folder or a file; by default the run's
+        model_name: the model, where it is not the one that the SAEs record; a folder may have moved
+        hook_name: the hook point that the SAE reads; by default as recorded
+        tokens: class, patch, register, all or mean_patch; by default as recorded
+        image_size: pixels a side; by default as recorded
         aggregate: an image's latent, of many tokens: their max or mean
-        model_name: the model; by default that of the SAE's metadata, as the next three
-        hook_name: the hook point that the SAE reads
-        tokens: class, patch, register, all or mean_patch
-        image_size: pixels a side of the model's input
         dataset_path: hub name, folder of class folders, parquet files; by default the run's
         dataset_name: the configuration of a dataset with several
         split: a held-out one; by default the run's, else validation, else test
+        holdout: share of every class that is held out of the split; by default the run's
+        holdout_seed: of the choice of these images; by default the run's
         image_column: by default the run's, else found
         label_column: by default the run's, else found
         max_images: measure on this many; by default the run's eval_max_images
@@ -45,6 +48,7 @@ class EvaluationSettings:
         n_groups: groups of images, each left out once, for the intervals; 0 for none
         seed: of halves, permutations and twins
         output_path: the folder of the results; by default the run
+        replace: measure anew, and drop the numbers that the folder has
         device: by default a GPU where there is one
         batch_size: images in one forward pass
         num_workers: processes that decode images
@@ -62,14 +66,16 @@ class EvaluationSettings:
     evaluators: str | Sequence[str] | None = None
     options: Mapping[str, Any] | None = None
     taxonomy: str | None = None
-    aggregate: str = "max"
     model_name: str | None = None
     hook_name: str | None = None
     tokens: str | None = None
     image_size: int | None = None
+    aggregate: str = "max"
     dataset_path: str | None = None
     dataset_name: str | None = None
     split: str | None = None
+    holdout: float | None = None
+    holdout_seed: int | None = None
     image_column: str | None = None
     label_column: str | None = None
     max_images: int | None = None
@@ -81,6 +87,7 @@ class EvaluationSettings:
     n_groups: int = 5
     seed: int = 0
     output_path: str | Path | None = None
+    replace: bool = False
     device: str | None = None
     batch_size: int = 64
     num_workers: int = 0
@@ -112,6 +119,8 @@ class EvaluationSettings:
             given = getattr(self, field)
             if given is not None and not least <= given <= most:
                 raise ConfigError(field, "not possible", given=given, allowed=f"{least} to {most}")
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise ConfigError("holdout", "not possible", given=self.holdout, allowed=HOLDOUT)
         if self.n_groups < 3 and self.n_groups != 0:
             raise ConfigError(
                 "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"

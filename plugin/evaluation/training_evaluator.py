@@ -15,7 +15,7 @@ from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.wandb_log import metric_items
 from .bench import Bench, Chosen, HeldOutActivations, SAELatents
 from .forward import ModelSetting, activations_of
-from .held_out import HeldOut
+from .held_out import HeldOut, overlap
 from .settings import EvaluationSettings
 from .split import Split
 
@@ -107,7 +107,7 @@ def make_training_evaluator(
     held_out = held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
     share = max(1.0, len(held_out.taxonomy.classes) / MAX_TRAINING_CLASSES)
     held_out = held_out.limited(cfg.eval_max_images or round(share * MAX_TRAINING_IMAGES))
-    if held_out.source.same_images(cfg.image_source):
+    if overlap(held_out.source, cfg.image_source):
         raise ConfigError(
             "eval_split",
             "trained on",

@@ -128,6 +128,8 @@ class EvaluatorResult:
             before the error stay.
         notes: explanations of the numbers: why some are undefined, with which SAEs this one was
             compared.
+        fingerprint: digest of everything on which these numbers depend: the SAE's `fingerprint`, the
+            evaluator's options, its peers. A further evaluation with an equal one keeps them.
     """
 
     metrics: dict[str, MetricResult] = field(default_factory=dict)
@@ -136,6 +138,7 @@ class EvaluatorResult:
     seconds: float = 0.0
     error: str | None = None
     notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,8 @@ class SAEResult:
         d_sae: number of latents.
         l0: mean number of latents that are not 0 on an image, on the largest or mean activation over
             its tokens; null where counting them failed.
-        fingerprint: digest of everything on which the numbers depend; a second evaluation with an
-            equal one keeps these numbers.
+        fingerprint: digest of the SAE, the images, the tree and the settings but for evaluators; a
+            further evaluation with an equal one adds its numbers to these.
         evaluators: evaluator -> its numbers.
         most_specific: cards of the latents whose nodes have the fewest classes below them.
         least_specific: cards of the latents whose nodes have the most classes below them.
@@ -301,6 +304,9 @@ class DatasetInfo:
         skipped: corrupt images, which are left out.
         seen_in_training: whether the SAEs were trained on this split; refused unless allowed.
         name: the dataset's configuration; null where it has none.
+        holdout: share of every class of the split that was held out; null where the split is.
+        holdout_seed: seed of the choice of these images; null likewise.
+        n_present: number of classes that have images; null where it was not recorded.
     """
 
     path: str
@@ -313,15 +319,16 @@ class DatasetInfo:
     skipped: list[SkippedImage] = field(default_factory=list)
     seen_in_training: bool = False
     name: str | None = None
+    holdout: float | None = None
+    holdout_seed: int | None = None
+    n_present: int | None = None
 
     @property
     def title(self) -> str:
         """The dataset with its configuration and split, as the report shows it."""
-        return (
-            f"{self.path} ({self.name}, {self.split})"
-            if self.name
-            else f"{self.path} ({self.split})"
-        )
+        held_out = f"{self.holdout:g} held out" if self.holdout else None
+        parts = (self.name, self.split, held_out)
+        return f"{self.path} ({', '.join(part for part in parts if part)})"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +52,54 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         return _mode_of(wandb.run)
     if mode is None:
         mode = os.environ.get("WANDB_MODE")
+    reasons: list[str] = []
     attempts = list(dict.fromkeys((mode, "offline", "disabled")))
-    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt in attempts:
         _set_mode(attempt)
         try:
-            settings = wandb.Settings(init_timeout=init_timeout)
+            settings = wandb.Settings(init_timeout=init_timeout, quiet=True)
+            settings.silent = settings.silent or bool(reasons)  # the warning below has it all
             place = init.get("dir") or os.environ.get("WANDB_DIR") or "."
             if not os.access(place, os.W_OK):
                 logger.warning("W&B cannot write into %s; it uses a temporary folder.", place)
             run = wandb.init(settings=settings, **init)
         except Exception as error:  # W&B's errors have no common base
-            if following is None:
+            reasons.append(_first_line(error))
+            if attempt == attempts[-1]:
                 raise
-            logger.warning("W&B could not start (%s); going on %s.", _first_line(error), following)
             continue
+        failed = f"W&B could not start ({'; '.join(reasons)}); " if reasons else "W&B "
         if _mode_of(run) == "offline" and mode != "offline":
             folder = Path(run.dir).parent
-            logger.warning("W&B logs offline; upload it later with: wandb sync %s", folder)
+            logger.warning("%slogs offline; upload it later with: wandb sync %s", failed, folder)
+        elif reasons:
+            logger.warning("%sgoing on %s.", failed, _mode_of(run))
         return _mode_of(run)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+@contextmanager
+def no_second_run() -> Iterator[None]:
+    """Within, SAELens's `wandb.init` finds the active run without messages and an empty folder."""
+    run = wandb.run
+    if run is None or run.disabled:
+        yield
+        return
+    own = Path(run.dir).parent
+    before = set(own.parent.glob("*run-*"))
+    settings = wandb.setup().settings
+    silent, settings.silent = settings.silent, True
+    try:
+        yield
+    finally:
+        settings.silent = silent
+        for other in set(own.parent.glob("*run-*")) - before:
+            if not any(other.glob("*.wandb")):
+                shutil.rmtree(other, ignore_errors=True)
+        latest = own.parent / "latest-run"
+        if latest.is_symlink() and not latest.exists():
+            latest.unlink()
+            latest.symlink_to(own.name, target_is_directory=True)
 
 
 def _set_mode(mode: str | None) -> None:

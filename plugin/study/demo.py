@@ -41,6 +41,7 @@ def run_demo(output_path: str | Path, *, progress: bool = True, **settings: obje
     folder = Path(output_path)
     places: Settings = {
         "output_path": str(folder),
+        "overwrite_output": True,
         "cached_activations_path": str(folder / "training_activations"),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -142,9 +142,11 @@ class Job:
         return {
             "dataset_path": held_out.source.dataset_path,
             "split": held_out.source.split,
+            "holdout": held_out.source.holdout,
             "images": len(held_out.images),
             "taxonomy": held_out.tree,
             "classes": len(held_out.taxonomy.classes),
+            "classes_with_images": held_out.n_present,
             "nodes": len(held_out.taxonomy.nodes),
             "evaluators": list(choose_evaluators(self.runner.cfg.evaluators or None, None)),
         }

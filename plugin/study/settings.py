@@ -136,13 +136,19 @@ class Study:
                     "the number of images is unknown before they are streamed",
                     allowed="training_tokens",
                 )
-            batch = runner.get(
-                "train_batch_size_tokens", VisionSAERunnerConfig.train_batch_size_tokens
-            )
-            tokens = self.epochs * tokens_per_epoch
-            if not math.isfinite(tokens):
+            asked = self.epochs * tokens_per_epoch
+            if not math.isfinite(asked):
                 raise ConfigError("epochs", "too many", given=self.epochs, allowed="fewer")
-            runner["training_tokens"] = max(batch, round(tokens))
+            tokens = max(1, round(asked))
+            batch = runner.get("train_batch_size_tokens")
+            if batch is not None and batch > tokens:
+                raise ConfigError(
+                    "train_batch_size_tokens",
+                    f"more than the {tokens:,} tokens of {self.epochs:g} epochs",
+                    given=batch,
+                    allowed="a smaller batch, or more epochs",
+                )
+            runner["training_tokens"] = tokens
         if len(widths) * len(self.saes) == 1:
             ((hook_name, d_in),) = widths.items()
             (choice,) = self.saes.values()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +37,24 @@ from ...registry.files import UnreadableError, read_json, read_yaml, reason, wri
 from ...registry.hashing import fingerprint
 from ...registry.names import did_you_mean, nearest
 from ...registry.presets import refuse_remote_code
+from ...registry.table import TAXONOMIES
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+# Settings that may name a file or folder of this machine; the first of them are saved absolute.
+SAVED_ABSOLUTE = ("model_name", "dataset_path", "eval_dataset_path", "taxonomy")
+PATHS = (*SAVED_ABSOLUTE, "output_path", "checkpoint_path", "cached_activations_path")
+PATHS += ("resume_from_checkpoint", "from_pretrained_path")
+
+BATCH = 4096  # SAELens's default
+SMALLEST_BATCH = 8
+STEPS = 500  # the default batch makes as many, where it can
+FEW_STEPS = 200  # with fewer an SAE can hardly have learned
+DEAD_SHARE = 0.1
+DEAD_STEPS = 1000  # SAELens's default
+NORM_BATCHES = 1000  # SAELens's default
 
 T_SAE_CONFIG = TypeVar("T_SAE_CONFIG", bound=TrainingSAEConfig)
 
@@ -98,7 +113,13 @@ class VisionFields:
         resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the furthest checkpoint under checkpoint_path that fits this run, and a fresh start when there is none.
         model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
         tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
+        train_batch_size_tokens (int, optional): Tokens in one step. Defaults to 4096, or, where that makes fewer than 500 steps, to the largest power of 2 from 8 on that makes as many.
+        dead_feature_window (int, optional): Steps without firing after which a latent counts as dead. Defaults to a tenth of the run, at most 1000.
+        resample_every (int, optional): Steps after which dead latents start again at inputs that are reconstructed badly, each time. Defaults to never.
+        n_batches_for_norm_estimate (int, optional): Batches from which normalize_activations estimates norms. Defaults to the steps of the run, at most 1000.
         split (str): The split of the dataset that is trained on.
+        holdout (float, optional): Hold out this share of every class of the split for the evaluation, and train on the others.
+        holdout_seed (int): Seed of the choice of these images. Runs with other seeds hold out the same ones.
         image_column (str, optional): The column that holds the images. Defaults to the only image column.
         label_column (str, optional): The column that holds the labels. Defaults to the only label column.
         max_images (int, optional): Use only this many images of the split: a fixed random choice, or the first that come when streaming.
@@ -119,6 +140,7 @@ class VisionFields:
         eval_split (str, optional): The held-out split of the evaluation.
         eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise. During training, defaults to 2,000, or 5 for each class.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
+        overwrite_output (bool): Write into output_path even where it holds another run.
         keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
         constraint (str, optional): Train a control on random directions: frozen_decoder, soft_frozen_decoder or frozen_encoder. Of several SAEs, a mapping from names to constraints.
     """
@@ -134,8 +156,14 @@ class VisionFields:
     store_batch_size_prompts: int = 32
     resume_from_checkpoint: str | None = None
     model_from_pretrained_kwargs: dict[str, Any] | None = dict_field(default=None)
+    train_batch_size_tokens: int | None = None
+    dead_feature_window: int | None = None
+    resample_every: int | None = None
+    n_batches_for_norm_estimate: int | None = None
     tokens: str = "class"
     split: str = "train"
+    holdout: float | None = None
+    holdout_seed: int = 0
     image_column: str | None = None
     label_column: str | None = None
     max_images: int | None = None
@@ -158,11 +186,16 @@ class VisionFields:
     checkpoint_id: str | None = None
     keep_checkpoints: int | None = None
     constraint: str | None = None
+    overwrite_output: bool = False
 
     def __post_init__(self) -> None:
         cfg: Any = self
         if type(cfg.logger) is LoggingConfig:
             cfg.logger = VisionLoggingConfig(**vars(cfg.logger))
+        for name in PATHS:
+            if isinstance(value := getattr(cfg, name, None), str):
+                setattr(cfg, name, os.path.expanduser(value))
+        _fit_to_the_run(cfg)
         check_fields(cfg)
         _round_up_training_tokens(cfg)
         cache_path, checkpoint_root = cfg.cached_activations_path, cfg.checkpoint_path
@@ -219,8 +252,14 @@ class VisionFields:
         return getattr(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON types; `from_dict` reads it back."""
-        return json.loads(json.dumps(super().to_dict(), default=str))  # type: ignore[misc]
+        """The config as plain JSON types, local paths made absolute; `from_dict` reads it back."""
+        plain = json.loads(json.dumps(super().to_dict(), default=str))  # type: ignore[misc]
+        return plain | self.saved_paths
+
+    @property
+    def saved_paths(self) -> dict[str, Any]:
+        """The model, datasets and tree, as absolute paths where they are files or folders here."""
+        return {name: _absolute(getattr(self, name)) for name in SAVED_ABSOLUTE}
 
     def save(self, path: str | Path) -> Path:
         """Write the config to a .json, .yaml or .yml file."""
@@ -409,8 +448,40 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
         raise ConfigError(field_name, error, allowed=f"see {config_class.__name__}") from error
 
 
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of a file or folder, or of a pattern of files; other names as they are."""
+    if not name or name in TAXONOMIES or not (os.path.exists(name) or glob.has_magic(name)):
+        return name
+    return os.path.abspath(name)
+
+
+def default_batch(training_tokens: int) -> int:
+    """The number of tokens in one step where none is given: see `VisionFields`."""
+    batch = BATCH
+    while batch > SMALLEST_BATCH and math.ceil(training_tokens / batch) < STEPS:
+        batch //= 2
+    return batch
+
+
+def _fit_to_the_run(cfg: Any) -> None:
+    """Fill in the settings whose defaults depend on the number of tokens and steps."""
+    tokens, batch = cfg.training_tokens, cfg.train_batch_size_tokens
+    if not isinstance(tokens, int):  # refused by the checks
+        tokens = 1
+    if batch is None:
+        cfg.train_batch_size_tokens = batch = default_batch(tokens)
+    steps = math.ceil(tokens / batch) if isinstance(batch, int) and batch > 0 else 1
+    if cfg.dead_feature_window is None:
+        cfg.dead_feature_window = min(DEAD_STEPS, max(1, round(DEAD_SHARE * steps)))
+    if cfg.n_batches_for_norm_estimate is None:
+        cfg.n_batches_for_norm_estimate = min(NORM_BATCHES, max(1, steps))
+
+
 def _round_up_training_tokens(cfg: Any) -> None:
-    """Round training_tokens up to complete batches, which SAELens trains on, so that counts are exact."""
+    """Round training_tokens up to complete batches, which SAELens trains on, so that counts are exact.
+
+    A run of few steps is named in a warning.
+    """
     asked, batch = cfg.training_tokens, cfg.train_batch_size_tokens
     n_batches = math.ceil(asked / batch)
     cfg.training_tokens = n_batches * batch
@@ -418,6 +489,14 @@ def _round_up_training_tokens(cfg: Any) -> None:
         logger.info(
             f"training_tokens: {asked} rounded up to {cfg.training_tokens}, "
             f"{n_batches} batches of {batch}."
+        )
+    if n_batches < FEW_STEPS:
+        most = asked // FEW_STEPS
+        smaller = f", or a train_batch_size_tokens of at most {most}," if most >= 1 else ""
+        logger.warning(
+            f"training_tokens: {cfg.training_tokens:,} are {n_batches} steps of {batch:,}, in which "
+            f"an SAE hardly learns. {FEW_STEPS} steps need {FEW_STEPS * batch:,} tokens (more "
+            f"epochs){smaller} instead."
         )
 
 

@@ -59,6 +59,8 @@ def _optional(check: Check) -> Check:
 CHECKS: dict[str, Check] = {
     "tokens": _one_of(TOKEN_CHOICES),
     "split": TEXT,
+    "holdout": _optional((lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1")),
+    "holdout_seed": COUNT,
     "max_images": _optional(POSITIVE_INT),
     "image_size": _optional(POSITIVE_INT),
     "num_workers": PROCESSES,
@@ -84,6 +86,7 @@ CHECKS: dict[str, Check] = {
     ),
     "checkpoint_id": _optional(ID),
     "keep_checkpoints": _optional(POSITIVE_INT),
+    "overwrite_output": FLAG,
     "model_name": TEXT,
     "streaming": FLAG,
     "training_tokens": POSITIVE_INT,
@@ -92,6 +95,7 @@ CHECKS: dict[str, Check] = {
     "n_batches_in_buffer": POSITIVE_INT,
     "n_batches_for_norm_estimate": POSITIVE_INT,
     "dead_feature_window": POSITIVE_INT,
+    "resample_every": _optional(POSITIVE_INT),
     "feature_sampling_window": POSITIVE_INT,
     "n_checkpoints": COUNT,
     "n_restart_cycles": POSITIVE_INT,
@@ -143,6 +147,7 @@ def check_fields(cfg: Any) -> None:
     ignored = [k for k, unchanged in IGNORED.items() if getattr(cfg, k, unchanged) != unchanged]
     if ignored:
         logger.warning(f"without meaning for images, and ignored: {', '.join(ignored)}.")
+    _check_holdout(cfg)
     _check_schedule(cfg)
     _check_saes(cfg)
     _check_constraint(cfg)
@@ -171,10 +176,19 @@ def _check_constraint(cfg: Any) -> None:
             )
 
 
+def _check_holdout(cfg: Any) -> None:
+    if cfg.holdout is None:
+        return
+    for name in ("eval_dataset_path", "eval_dataset_name", "eval_split", "streaming"):
+        if getattr(cfg, name):
+            problem = f"{name} is given too"
+            raise ConfigError("holdout", problem, given=cfg.holdout, allowed="one of the two")
+
+
 def _check_schedule(cfg: Any) -> None:
     steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
     ramps = cfg.lr_warm_up_steps + cfg.lr_decay_steps
-    if cfg.lr_scheduler_name != "constant" and ramps >= steps:
+    if ramps >= steps and ramps:
         raise ConfigError(
             "lr_warm_up_steps + lr_decay_steps",
             "not possible",
@@ -235,6 +249,13 @@ def _check_saes(cfg: Any) -> None:
                 given=k,
                 allowed=f"above 0, at most d_sae = {sae.d_sae}",
             )
+        steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+        for field_name, value in vars(sae).items():
+            if field_name.endswith("_warm_up_steps") and _is_int(value) and value > steps:
+                problem = "longer than the run"
+                raise ConfigError(
+                    f"{name}.{field_name}", problem, given=value, allowed=f"up to {steps}"
+                )
 
 
 def training_config_class(architecture: str) -> type[TrainingSAEConfig]:

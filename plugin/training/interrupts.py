@@ -88,6 +88,7 @@ class StepGate(Iterator[T], Generic[T]):
         store: its `n_consumed` is counted.
         interrupts: checked before each step.
         watch: called every `WATCH_EVERY` steps; raises when training should not go on.
+        before_step: called with each batch before the trainer gets it.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class StepGate(Iterator[T], Generic[T]):
         store: VisionActivationsStore,
         interrupts: Interrupts,
         watch: Callable[[], None],
+        before_step: Callable[[T], object] = lambda batch: None,
     ) -> None:
+        self._before_step = before_step
         self._source = source
         self._store = store
         self._interrupts = interrupts
@@ -118,6 +121,7 @@ class StepGate(Iterator[T], Generic[T]):
         self._interrupts.check()
         self._store.n_consumed += 1
         self.is_between_steps = False
+        self._before_step(batch)
         return batch
 
     def paused(self) -> AbstractContextManager[None]:

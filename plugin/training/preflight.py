@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import str_to_dtype
 
@@ -16,11 +17,19 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import check_device, hook_d_in, resolve_hook_name
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
+from ...registry.files import UnreadableError, read_json_object
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
 
 # Adam keeps two numbers per weight.
 CHECKPOINT_FACTOR = 3
+# Settings by which two runs are told apart, beside their SAEs.
+RUN_SETTINGS = (
+    *("sae", "saes", "hook_name", "hook_names", "model_name", "revision", "tokens", "image_size"),
+    *("dataset_path", "dataset_name", "split", "holdout", "holdout_seed", "max_images", "seed"),
+    *("training_tokens", "train_batch_size_tokens", "lr", "lr_scheduler_name", "lr_warm_up_steps"),
+    *("lr_decay_steps", "adam_beta1", "adam_beta2", "constraint"),
+)
 MIB = 1 << 20
 
 
@@ -112,6 +121,46 @@ def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int
     if not cfg.use_cached_activations:
         places.pop("cached_activations_path", None)
     _check_room({field: _check_writable(field, place) for field, place in places.items()}, needed)
+
+
+def check_output(cfg: Any) -> None:
+    """Check that the output folder does not hold another run, whose SAEs would join this one's.
+
+    Raises:
+        ConfigError: it does, and `overwrite_output` is False; the message names what differs.
+    """
+    if cfg.output_path is None or cfg.overwrite_output or cfg.resume_from_checkpoint is not None:
+        return
+    folder = Path(cfg.output_path)
+    try:
+        there = read_json_object(folder / RUNNER_CFG_FILENAME)
+    except FileNotFoundError:
+        if not (folder / SAE_CFG_FILENAME).exists():
+            return
+        there = {}
+    except (OSError, UnreadableError):
+        there = {}
+    here = cfg.to_dict()
+    differing = [
+        name
+        for name in RUN_SETTINGS
+        if name in there and _compared(here.get(name)) != _compared(there[name])
+    ]
+    if differing or not there:
+        raise ConfigError(
+            "output_path",
+            f"holds another run (differing in {', '.join(differing) or 'all settings'})",
+            given=cfg.output_path,
+            allowed="another folder, or overwrite_output=True (--overwrite_output)",
+        )
+
+
+def _compared(value: Any) -> Any:
+    """A setting without what does not tell runs apart: metadata, devices."""
+    if not isinstance(value, dict):
+        return value
+    left_out = ("metadata", "device")
+    return {key: _compared(each) for key, each in value.items() if key not in left_out}
 
 
 def bytes_needed(

@@ -23,7 +23,7 @@ from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...registry.errors import CheckpointError, DivergedError
+from ...registry.errors import CheckpointError, ConfigError, DivergedError
 from ...registry.files import only_writer
 from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
@@ -39,6 +39,7 @@ from .checkpoints import (
 )
 from .constraint import Constraint, load_initial_rows, save_initial_rows
 from .interrupts import Interrupts, StepGate, TrainingInterrupted
+from .resampling import Resampling
 from .rng import load_rng_state, save_rng_state, seeded
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,13 @@ class TrainingSession:
         self.store = store
         self.identity = identity
         self.constraints = constraints
+        every = cfg.resample_every
+        if every and constraints:
+            problem = "a constraint holds the weights that it changes"
+            raise ConfigError("resample_every", problem, given=every, allowed="one of the two")
+        self.resampled = (
+            {name: Resampling(sae, every, cfg.seed) for name, sae in saes.items()} if every else {}
+        )
         self._trainer: Any = None
 
     @contextmanager
@@ -114,7 +122,9 @@ class TrainingSession:
         """
         self._trainer = trainer
         interrupts = Interrupts()
-        gate = StepGate(trainer.data_provider, self.store, interrupts, self._check_finite)
+        gate = StepGate(
+            trainer.data_provider, self.store, interrupts, self._check_finite, self._resample
+        )
         trainer.data_provider = gate
         first: dict[str, Any] = {}
         with interrupts, seeded(self.cfg.seed):
@@ -137,6 +147,15 @@ class TrainingSession:
                 raise
             finally:
                 gate.close()
+
+    def _resample(self, batch: Any) -> None:
+        """Resample dead latents before the step that trains on `batch`."""
+        for name, resampling in self.resampled.items():
+            own = getattr(self._trainer, "trainers", {}).get(name, self._trainer)
+            inputs = batch[self.cfg.sae_hook_names[name]] if isinstance(batch, dict) else batch
+            found = resampling.before_step(own, inputs)
+            if found:
+                logger.info(f"{name}: {found} dead latents start again.")
 
     def complete_checkpoint(self, folder: Path) -> None:
         """Complete a checkpoint, whose other files SAELens has written into `folder`.
@@ -202,7 +221,7 @@ class TrainingSession:
         last = latest_checkpoint(self.cfg.checkpoint_path) if self.cfg.checkpoint_path else None
         if last is None:
             return "No other place had room for it either."
-        return f"Make room, then finish it with resume_from_checkpoint={last}."
+        return f"Make room, then finish it with --resume_from_checkpoint {last}."
 
     def _align(self, trainer: Any, checkpoint: Path) -> None:
         """Correct the state that SAELens restores.
@@ -284,7 +303,7 @@ class TrainingSession:
     def _stopped(self, reason: str, saved: Path | None) -> str:
         done, total = self._trainer.n_training_samples, self.cfg.training_tokens
         how = (
-            f"resume with resume_from_checkpoint={saved}"
+            f"resume with --resume_from_checkpoint {saved}"
             if saved is not None
             else "nothing was saved, since checkpoint_path is none"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
-    *("dead_feature_window", "feature_sampling_window", "compile_llm"),
+    *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
 )
 
 
@@ -90,10 +91,12 @@ class _VisionRun:
         if cfg.compile_llm:
             compile_model(self.model, cfg.llm_compilation_mode)
         cfg.context_size = max(preflight.token_counts(cfg, self.model, "all").values())
+        source = cfg.image_source
         if isinstance(override_dataset, ImageDataset):
             self.images = override_dataset
+            if source.part is not None and override_dataset.part is None:
+                self.images = override_dataset.parted(source.part, source.max_images)
         else:
-            source = cfg.image_source
             if override_dataset is not None:
                 source = replace(source, dataset_path=override_dataset)
             self.images = ImageDataset.of(source)
@@ -116,6 +119,7 @@ class _VisionRun:
         cache_bytes = preflight.cache_size(cfg, self.model, self.images)
         preflight.check_places(cfg, saes.values(), cache_bytes=cache_bytes)
         find_resume_point(cfg, identity)
+        preflight.check_output(cfg)
         if cfg.verbose:
             logger.info(self._account())
 
@@ -129,6 +133,7 @@ class _VisionRun:
             source=cfg.image_source,
             train_batch_size_tokens=cfg.train_batch_size_tokens,
             device=cfg.act_store_device,
+            progress=cfg.verbose,
             **order,
         )
 
@@ -177,8 +182,8 @@ class _VisionRun:
             **{name: getattr(cfg, name) for name in RECORDED_SETTINGS},
             "n_images": None if self.images.is_streaming else len(self.images),
             "dataset_fingerprint": self.images.fingerprint,
-            "taxonomy": cfg.taxonomy,
             "seed": cfg.seed,
+            **cfg.saved_paths,
         }
         for sae_name, sae in self.session.saes.items():
             for name, value in facts.items():
@@ -209,7 +214,7 @@ class _VisionRun:
         if cfg.use_cached_activations:
             self.activations_store.stream = self._stream(cache=self._cache())
         try:
-            with self.session.only_writer():
+            with self._one_wandb_run(), self.session.only_writer():
                 return super().run()  # type: ignore[misc]  # SAELens's
         except TaxolensError:
             raise
@@ -218,6 +223,13 @@ class _VisionRun:
                 raise
             where = f"checkpoint {cfg.resume_from_checkpoint}"
             raise CheckpointError(where, f"its content is damaged: {why(error)}") from error
+
+    def _one_wandb_run(self) -> AbstractContextManager[None]:
+        if not self.cfg.logger.log_to_wandb:
+            return nullcontext()
+        from ..reporting.wandb_log import no_second_run
+
+        return no_second_run()
 
     def _start_wandb(self) -> None:
         from ..reporting.wandb_log import ensure_wandb
@@ -488,7 +500,7 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
                 "checkpoint_path",
                 "holds checkpoints already",
                 given=cfg.checkpoint_path,
-                allowed=f"resume_from_checkpoint={AUTO!r}, which goes on from them, or another checkpoint_id",
+                allowed=f"--resume_from_checkpoint {AUTO}, which goes on from them, or another checkpoint_id",
             )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)

@@ -40,8 +40,10 @@ def imagenet(classes: Sequence[str] | None = None) -> Taxonomy:
 
     Args:
         classes: labels in order, each a synset id ("n01440764"; any synset of the tree may be a
-            class) or its WordNet words as data sets write them ("tench, Tinca tinca", "tench").
-            None takes all 1,000 in the order of their ids, the usual order of labels.
+            class), its offset ("01440764"), a class number from 0 to 999 in the order of the ids,
+            or WordNet words as data sets write them ("tench, Tinca tinca", "tench"). Words that no
+            ILSVRC synset has are those of inner nodes ("dog"). None takes all 1,000 in the order
+            of their ids, the usual order of labels.
 
     Raises:
         ConfigError: a label is none of these, or fits several synsets.
@@ -78,10 +80,18 @@ def synsets(labels: Sequence[str]) -> list[str | None]:
 
 
 def _fitting(label: str) -> list[str]:
-    if label in _wordnet().words:
+    taxonomy, words = _wordnet()
+    if label in words:
         return [label]
-    by_all, by_any = _by_words()
-    return by_all.get(_words(label)) or by_any.get(label.replace("_", " "), [])
+    if label.isdecimal():
+        if len(label) <= 3:
+            return [taxonomy.classes[int(label)]]
+        return [synset] if (synset := f"n{label:0>8}") in words else []
+    for by_all, by_any in _by_words():  # the ILSVRC synsets first
+        found = by_all.get(_words(label)) or by_any.get(label.replace("_", " "))
+        if found:
+            return found
+    return []
 
 
 def _synset(label: str) -> str:
@@ -93,14 +103,14 @@ def _synset(label: str) -> str:
             f"class {label!r}", f"fits several ImageNet synsets: {meant}", allowed="their ids"
         )
     if not found:
-        known = [*taxonomy.classes, *_by_words()[1]]
+        known = [*taxonomy.classes, *(word for _, by_any in _by_words() for word in by_any)]
         near = did_you_mean(nearest(label, known))
         raise ConfigError(
             "ImageNet class",
             f"not known{f' ({near})' if near else ''}",
             given=label,
-            allowed="a WordNet 3.0 synset id of the ImageNet-1k tree or its words; another tree is "
-            "given as a .csv or .json of parent,child",
+            allowed="a WordNet 3.0 synset id of the ImageNet-1k tree, its offset or words, or a class "
+            "number; another tree is given as a .csv or .json of parent,child",
         )
     return found[0]
 
@@ -110,14 +120,24 @@ def _words(label: str) -> tuple[str, ...]:
 
 
 @cache
-def _by_words() -> tuple[dict[tuple[str, ...], list[str]], dict[str, list[str]]]:
-    """The ILSVRC synsets by all their words and by each of them."""
+def _by_words() -> list[tuple[dict[tuple[str, ...], list[str]], dict[str, list[str]]]]:
+    """The ILSVRC synsets, then the inner nodes, by all their words and by each of them."""
     taxonomy, words = _wordnet()
+    classes = set(taxonomy.classes)
+    return [
+        _indexed({synset: words[synset] for synset in taxonomy.classes}),
+        _indexed({synset: found for synset, found in words.items() if synset not in classes}),
+    ]
+
+
+def _indexed(
+    words: dict[str, tuple[str, ...]],
+) -> tuple[dict[tuple[str, ...], list[str]], dict[str, list[str]]]:
     by_all: dict[tuple[str, ...], list[str]] = {}
     by_any: dict[str, list[str]] = {}
-    for synset in taxonomy.classes:
-        by_all.setdefault(words[synset], []).append(synset)
-        for word in words[synset]:
+    for synset, found in words.items():
+        by_all.setdefault(found, []).append(synset)
+        for word in found:
             by_any.setdefault(word, []).append(synset)
     return by_all, by_any
 

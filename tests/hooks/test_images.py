@@ -145,7 +145,7 @@ def test_a_folder_of_images_alone_has_no_labels(tmp_path):
     images = load_images(tmp_path)
     assert reds(images) == [7, 8]
     assert images.labels.tolist() == [-1, -1]
-    with pytest.raises(ConfigError, match=r"label_column.*no column of labels"):
+    with pytest.raises(ConfigError, match="in no class folder, and no file names"):
         images.require_labels()
 
 
@@ -212,6 +212,27 @@ def test_saved_to_disk(tmp_path):
     assert len(load_images(both, split="test")) == 2
 
 
+def test_formats_and_transforms_of_a_dataset_are_left_aside():
+    data = hf_dataset(6)
+    expected = [0, 10, 20, 30, 40, 50]
+    transformed = data.with_transform(lambda rows: {"image": ["changed" for _ in rows["image"]]})
+    for changed in (data.with_format("torch"), data.with_format("numpy"), transformed):
+        images = load_images(changed)
+        assert reds(images) == expected and images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+        assert images.fingerprint == load_images(data).fingerprint
+    for changed in (data.to_iterable_dataset().with_format("torch"), data.to_iterable_dataset()):
+        assert [raw.label for raw in load_images(changed).stream()] == [0, 1, 2, 0, 1, 2]
+
+
+def test_streamed_datasets_by_split():
+    splits = {"train": hf_dataset(6), "test": hf_dataset(2)}
+    streams = datasets.IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()})
+    assert [raw.label for raw in load_images(streams, split="test").stream()] == [0, 1]
+    for split in ("validation", "train[:2]"):
+        with pytest.raises(ConfigError, match=r"no such split; .*allowed: train, test"):
+            load_images(streams, split=split)
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no such file or folder"):
         load_images(tmp_path / "nowhere")
@@ -258,6 +279,23 @@ def test_whole_numbers_without_names_become_text():
     images = load_images(data)
     assert images.class_names == ["9", "10", "200"]
     assert images.labels.tolist() == [1, 0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "labels"),
+    [
+        ([3, -1, 0, -1], ["0", "3"], [1, -1, 0, -1]),
+        (["b", "", "a", None], ["a", "b"], [1, -1, 0, -1]),
+        ([True, False, None, True], ["False", "True"], [1, 0, -1, 1]),
+    ],
+)
+def test_labels_that_stand_for_no_class(values, names, labels):
+    data = hf_dataset(4).remove_columns("label").add_column("label", values)
+    images = load_images(data)
+    assert images.class_names == names
+    assert images.labels.tolist() == labels
+    with pytest.raises(DataError, match=f"{labels.count(-1)} of 4 images have no label"):
+        images.require_labels()
 
 
 def test_paths_as_text_when_named(tmp_path):

@@ -188,7 +188,7 @@ class TestCheckpointsOfOtherRuns:
         assert "lr: found 0.01, wanted 0.02" in caplog.text
 
     def test_a_fresh_start_into_their_folder_is_refused(self, training, checkpoint):
-        refused(training, ConfigError, "holds checkpoints already.*resume_from_checkpoint='auto'")
+        refused(training, ConfigError, "holds checkpoints already.*--resume_from_checkpoint auto")
         refused(
             training,
             ConfigError,

@@ -210,8 +210,25 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
                 "lr_scheduler_name": "cosineannealing",
                 "lr_warm_up_steps": 9,
                 "training_tokens": 4096 * 9,
+                "train_batch_size_tokens": 4096,
             },
             "lr_warm_up_steps .*below the 9 steps",
+        ),
+        (
+            {"lr_warm_up_steps": 9, "training_tokens": 8 * 9, "train_batch_size_tokens": 8},
+            "lr_warm_up_steps .*given 9; allowed: below the 9 steps",
+        ),
+        (
+            {"lr_decay_steps": 900, "training_tokens": 8 * 9, "train_batch_size_tokens": 8},
+            "lr_decay_steps.*given 900; allowed: below the 9 steps",
+        ),
+        (
+            {
+                "sae": StandardTrainingSAEConfig(d_in=16, d_sae=32, l1_warm_up_steps=10),
+                "training_tokens": 8 * 9,
+                "train_batch_size_tokens": 8,
+            },
+            "sae.l1_warm_up_steps: longer than the run; given 10; allowed: up to 9",
         ),
         (
             {"lr_scheduler_name": "cosineannealing", "lr_decay_steps": 1, "lr_end": 0.0},
@@ -222,6 +239,7 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
                 "lr_scheduler_name": "cosineannealingwarmrestarts",
                 "n_restart_cycles": 3,
                 "training_tokens": 4096 * 2,
+                "train_batch_size_tokens": 4096,
             },
             "n_restart_cycles: not possible; given 3; allowed: at most 2",
         ),

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images.dataset import load_images
@@ -25,6 +26,7 @@ from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from taxolens.registry.nulls import NULLS
+from taxolens.registry.taxonomies.taxonomy import Taxonomy
 from tiny_models import tiny_model
 from tiny_runs import WORLD_CLASSES
 
@@ -337,7 +339,11 @@ def test_seeds_are_compared_and_measured_anew_with_other_peers(
     settings = json.loads((run / "runner_cfg.json").read_text())
     save_sae(other / HOOKS[0], HOOKS[0], settings, seed=9)
     second = measure(run, other)
-    changed = [a.fingerprint != b.fingerprint for a, b in zip(first.saes, second.saes)]
+
+    def digests(results: Results) -> list[str]:
+        return [sae.evaluators["stability"].fingerprint for sae in results.saes]
+
+    changed = [a != b for a, b in zip(digests(first), digests(second), strict=True)]
     assert changed == [True, False, True, False]
     value = second.saes[0].evaluators["stability"].metrics["decoder_cosine"]
     assert value.value < 0.99
@@ -427,7 +433,8 @@ def test_other_settings_or_weights_are_measured_anew(
     shutil.rmtree(own / HOOKS[1])
 
     def fingerprint(**changes: Any) -> str:
-        return evaluate(own, evaluators="pair_depth", **changes).saes[0].fingerprint
+        found = evaluate(own, evaluators="pair_depth", **changes).saes[0]
+        return found.evaluators["pair_depth"].fingerprint
 
     found = [fingerprint(), fingerprint(n_permutations=3), fingerprint(seed=5)]
     found.append(fingerprint(options={"pair_depth": {"k": 3}}))
@@ -450,6 +457,118 @@ def test_an_evaluator_that_failed_is_tried_again(evaluate: Any, monkeypatch) -> 
     assert set(failed.errors.values()) == {"ValueError: once"}
     assert failed.saes[0].evaluators["ontological_coverage"].metrics
     assert evaluate().errors == {}
+
+
+# Inner nodes as classes -------------------------------------------------------------------------
+
+
+def test_inner_nodes_may_be_classes(evaluate: Any, vit_folder: Path, tmp_path: Path) -> None:
+    """Pictures of "animal" beside pictures of a kind of animal, with every evaluator."""
+    generator = np.random.default_rng(0)
+    for c, name in enumerate(("animal", "animal/dog", "animal/dog/pug", "animal/cat", "plant")):
+        place = tmp_path / "photos" / name
+        place.mkdir(parents=True)
+        for i in range(6):
+            pixels = generator.integers(0, 90, (16, 16, 3)) + 30 * c
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    settings = {
+        "model_name": str(vit_folder),
+        "dataset_path": str(tmp_path / "elsewhere"),
+        "tokens": "class",
+        "taxonomy": str(tmp_path / "photos"),
+    }
+    save_sae(tmp_path / "sae", HOOKS[0], settings)
+    results = evaluate(
+        tmp_path / "sae",
+        dataset_path=str(tmp_path / "photos"),
+        split="train",
+        evaluators="all",
+    )
+    assert results.errors == {}
+    assert results.dataset.classes == ["animal", "cat", "dog", "plant", "pug"]
+    tree = Taxonomy.from_json(json.dumps(results.taxonomy.tree))
+    assert tree.height[tree.class_nodes].tolist() == [2, 0, 1, 0, 0]
+    assert write_report(results, interactive=False).exists()
+
+
+# Merging ----------------------------------------------------------------------------------------
+
+
+def numbers_of(results: Results) -> dict[str, dict[str, tuple[Any, ...]]]:
+    return {
+        f"{sae.id} {evaluator}": {
+            metric: (number.value, {n: (null.mean, null.p) for n, null in number.nulls.items()})
+            for metric, number in found.metrics.items()
+        }
+        for sae in results.saes
+        for evaluator, found in sae.evaluators.items()
+    }
+
+
+def test_other_evaluators_are_added_to_those_that_are_finished(
+    evaluate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ["ontological_coverage", "lch_height", "pair_depth"]
+    together = evaluate(evaluators=names, output_path=tmp_path / "together")
+    first = evaluate(evaluators=names[0])
+    measured: list[list[str]] = []
+    measure_sae = module.measure_sae
+
+    def recorded(bench: Any, *args: Any, **kwargs: Any) -> Any:
+        measured.append(list(bench.chosen))
+        return measure_sae(bench, *args, **kwargs)
+
+    monkeypatch.setattr(module, "measure_sae", recorded)
+    evaluate(evaluators=names[1])
+    merged = evaluate(evaluators=["pair_depth", "ontological_coverage"])
+    assert measured == [["lch_height"]] * 2 + [["pair_depth"]] * 2
+    assert repr(numbers_of(merged)) == repr(numbers_of(together))
+    assert list(merged.evaluators) == list(together.evaluators)
+    assert merged.settings["evaluators"] == list(merged.evaluators)
+    assert merged.settings["options"] == together.settings["options"]
+    for sae, whole, alone in zip(merged.saes, together.saes, first.saes, strict=True):
+        assert sae.node_f1 == pytest.approx(whole.node_f1) == alone.node_f1
+        for which in ("most_specific", "least_specific"):
+            cards = [[(card.latent, card.node) for card in getattr(s, which)] for s in (sae, whole)]
+            assert cards[0] == cards[1] and cards[0]
+        files = [
+            f for e in sae.evaluators.values() for f in (*e.tables.values(), *e.figures.values())
+        ]
+        assert files and all((tmp_path / "out" / file).is_file() for file in files)
+    metrics = [{p.name for p in (tmp_path / f / "metrics").iterdir()} for f in ("out", "together")]
+    assert metrics[0] == metrics[1]
+
+
+def test_other_options_replace_the_evaluator_that_is_named(evaluate: Any) -> None:
+    first = numbers_of(evaluate(evaluators=["pair_depth", "lch_height"]))
+    results = evaluate(evaluators="pair_depth", options={"pair_depth": {"k": 2}})
+    second = numbers_of(results)
+    assert set(first) == set(second)
+    changed = {name for name in first if repr(first[name]) != repr(second[name])}
+    assert changed and all(name.endswith("pair_depth") for name in changed)
+    assert results.settings["options"]["pair_depth"]["k"] == 2
+
+
+def test_numbers_under_other_conditions_are_dropped_only_when_told(
+    evaluate: Any, tmp_path: Path
+) -> None:
+    evaluate(evaluators=["ontological_coverage", "pair_depth"])
+    tables = set((tmp_path / "out" / "tables").rglob("*.csv"))
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    for changes, named in (({"seed": 5}, "settings"), ({"max_images": 24}, "images")):
+        with pytest.raises(
+            ConfigError,
+            match=rf"has numbers of {HOOKS[0]} with other {named}, which would be dropped: "
+            r"ontological_coverage; allowed: .*--replace",
+        ):
+            evaluate(evaluators="pair_depth", **changes)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    both = evaluate(evaluators=["pair_depth", "ontological_coverage"], seed=5)
+    assert both.settings["seed"] == 5 and len(both.evaluators) == 2
+    one = evaluate(evaluators="pair_depth", seed=5, replace=True)
+    assert set(one.evaluators) == {"pair_depth"}
+    left = set((tmp_path / "out" / "tables").rglob("*.csv"))
+    assert left < tables and not any("ontological_coverage" in path.name for path in left)
 
 
 # Bad input --------------------------------------------------------------------------------------

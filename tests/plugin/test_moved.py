@@ -1,77 +1,116 @@
-"""Old names of modules that moved: each still imports, and says where the module is now."""
+"""Folders that have moved, SAEs from elsewhere, and paths as people type them."""
 
-import importlib
-import importlib.util
-import pickle
-import sys
+from __future__ import annotations
+
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import taxolens
-from taxolens.plugin import moved
+from taxolens.hooks.images.source import ImageSource
+from taxolens.plugin.evaluation.evaluate import evaluate_run
+from taxolens.plugin.evaluation.sae_folders import find_saes
+from taxolens.plugin.training.config import VisionSAERunnerConfig
+from taxolens.registry.errors import ConfigError
+from tiny_runs import HOOK, LAST_HOOK
 
-ROOT = Path(taxolens.__file__).parent
-NEEDS_A_GPU = {"registry.architectures.pursuit_triton"}
-
-
-@pytest.mark.parametrize("old", [name for name in moved.MOVED if name not in NEEDS_A_GPU])
-def test_the_old_module_has_what_the_new_ones_have(old):
-    name, places = f"taxolens.{old}", moved.new_places(f"taxolens.{old}")
-    sys.modules.pop(name, None)
-    with pytest.warns(
-        FutureWarning, match=f"{name} has moved; import it from {places[0]}"
-    ) as caught:
-        module = importlib.import_module(name)
-    assert len([w for w in caught if name in str(w.message)]) == 1
-    for place in places:
-        new = importlib.import_module(place)
-        public = [attribute for attribute in vars(new) if not attribute.startswith("_")]
-        assert public and set(public) <= set(module.__all__)
-        if len(places) == 1:
-            for attribute in public:
-                assert getattr(module, attribute) is getattr(new, attribute)
-    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'no_such'"):
-        _ = module.no_such
+FAST: dict[str, Any] = {
+    "progress": False,
+    "n_permutations": 2,
+    "n_groups": 0,
+    "evaluators": "pair_depth",
+}
 
 
-@pytest.mark.parametrize("old", moved.MOVED)
-def test_no_old_name_stands_for_something_else(old):
-    path = ROOT.joinpath(*old.split("."))
-    assert not path.with_suffix(".py").exists() and not (path / "__init__.py").exists()
-    for place in moved.new_places(f"taxolens.{old}"):
-        assert place.partition(".")[2] not in moved.MOVED, "moved twice: name the last place"
-        path = ROOT.joinpath(*place.split(".")[1:])
-        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+@pytest.fixture
+def moved(training: Any, vit_folder: Path, world: Path, tmp_path: Path, monkeypatch: Any) -> Any:
+    """A run trained with paths relative to its folder, from which it is then away."""
+    home = tmp_path / "home"
+    shutil.copytree(vit_folder, home / "models" / "vit")
+    shutil.copytree(world, home / "photos")
+    monkeypatch.chdir(home)
+    given = {"model_name": "models/vit", "dataset_path": "photos", "taxonomy": "photos/validation"}
+    cfg = training.single(**given, output_path="out", checkpoint_path=None, eval_split="validation")
+    training.runner(cfg, override_model=None, override_dataset=None).run()
+    monkeypatch.chdir(tmp_path)
+    return home
 
 
-def test_the_warning_points_at_the_importing_line():
-    sys.modules.pop("taxolens.registry.evaluators.accumulators", None)
-    with pytest.warns(FutureWarning) as caught:
-        from taxolens.registry.evaluators.accumulators import FiringRate
-    assert [w.filename for w in caught] == [__file__]
-    from taxolens.registry.evaluators.parts import accumulators
-
-    assert FiringRate is accumulators.FiringRate
-
-
-def test_modules_inside_a_package_that_moved():
-    sys.modules.pop("taxolens.hooks.families.dinov2", None)
-    with pytest.warns(FutureWarning, match=r"from taxolens\.hooks\.models\.families\.dinov2\."):
-        from taxolens.hooks.families.dinov2 import Dinov2Adapter
-    from taxolens.hooks.models.families import dinov2
-
-    assert Dinov2Adapter is dinov2.Dinov2Adapter
+def test_paths_are_saved_absolute(moved: Path) -> None:
+    metadata = json.loads((moved / "out" / "cfg.json").read_text())["metadata"]
+    settings = json.loads((moved / "out" / "runner_cfg.json").read_text())
+    for saved in (metadata, settings):
+        assert saved["model_name"] == str(moved / "models" / "vit")
+        assert saved["dataset_path"] == str(moved / "photos")
+        assert saved["taxonomy"] == str(moved / "photos" / "validation")
+    results = evaluate_run(moved / "out", **FAST)  # from another directory
+    assert results.dataset.n_images == 32
 
 
-def test_old_pickles_load():
-    old = b"ctaxolens.hooks.images\nRawImage\n(I3\nNNI1\ntR."
-    assert pickle.loads(old).index == 3
-    old = b"ctaxolens.hooks.preprocess\nPilPreprocess\n."
-    assert pickle.loads(old).__module__ == "taxolens.hooks.images.preprocess"
+def test_a_model_that_is_gone_is_named_and_can_be_given(moved: Path, tmp_path: Path) -> None:
+    (moved / "models").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=rf"model_name: its folder is not there; given '{moved}"):
+        evaluate_run(moved / "out", **FAST)
+    results = evaluate_run(moved / "out", model_name=str(tmp_path / "elsewhere" / "vit"), **FAST)
+    assert results.saes[0].model_name == str(tmp_path / "elsewhere" / "vit")
+    (moved / "photos").rename(tmp_path / "pictures")
+    given = {
+        "model_name": str(tmp_path / "elsewhere" / "vit"),
+        "taxonomy": str(tmp_path / "pictures" / "validation"),
+    }
+    with pytest.raises(ConfigError, match=rf"no such file or folder; given '{moved}/photos'"):
+        evaluate_run(moved / "out", **given, **FAST)
+    pictures = str(tmp_path / "pictures")
+    assert (
+        evaluate_run(moved / "out", **given, dataset_path=pictures, **FAST).dataset.path == pictures
+    )
 
 
-def test_what_never_was_is_not_found():
-    for name in ("taxolens.hooks.no_such", "taxolens.no_such", "no_such_package"):
-        assert importlib.util.find_spec(name) is None
-        with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
-            importlib.import_module(name)
+def test_an_sae_from_elsewhere_needs_no_edit(moved: Path, vit: Any) -> None:
+    """Its config has none of our metadata."""
+    cfg = json.loads((moved / "out" / "cfg.json").read_text())
+    cfg["metadata"] = {}
+    (moved / "out" / "runner_cfg.json").unlink()
+    (moved / "out" / "cfg.json").write_text(json.dumps(cfg))
+    given: dict[str, Any] = {
+        "model_name": str(moved / "models" / "vit"),
+        "dataset_path": str(moved / "photos"),
+        "taxonomy": str(moved / "photos" / "validation"),
+    }
+    with pytest.raises(ConfigError, match=r"no 'hook_name'; allowed: .*evaluate.* --hook_name"):
+        evaluate_run(moved / "out", **given, **FAST)
+    given |= {"hook_name": LAST_HOOK, "tokens": "patch", "image_size": 16}
+    sae = evaluate_run(moved / "out", **given, **FAST).saes[0]
+    assert (sae.hook_name, sae.tokens) == (LAST_HOOK, "patch")
+    other = evaluate_run(moved / "out", **{**given, "hook_name": HOOK}, **FAST).saes[0]
+    assert other.fingerprint != sae.fingerprint
+
+
+def test_one_hook_point_is_not_given_to_saes_of_several(training: Any) -> None:
+    training.runner(training.multi()).run()
+    with pytest.raises(ConfigError, match=rf"read different ones: {HOOK}, {LAST_HOOK}"):
+        evaluate_run(training.output, hook_name=HOOK, **FAST)
+
+
+def test_the_home_folder_is_understood_everywhere(
+    training: Any, moved: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(moved))
+    cfg: VisionSAERunnerConfig[Any] = training.single(
+        model_name="~/models/vit",
+        dataset_path="~/photos",
+        taxonomy="~/photos/validation",
+        output_path="~/second",
+        checkpoint_path="~/checkpoints",
+        cached_activations_path="~/cache",
+        use_cached_activations=True,
+        eval_split="validation",
+    )
+    training.runner(cfg, override_model=None, override_dataset=None).run()
+    assert (moved / "second" / "cfg.json").exists() and (moved / "cache").is_dir()
+    assert find_saes("~/second")[0].path == moved / "second"
+    results = taxolens.evaluate_run("~/second", output_path="~/report", **FAST)
+    assert results.folder == moved / "report"
+    assert ImageSource("~/photos").same_dataset(ImageSource(str(moved / "photos")))

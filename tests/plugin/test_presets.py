@@ -20,7 +20,7 @@ def test_a_preset_is_a_valid_config(name):
     d_in = next(iter(study.saes.values())).fields.get("d_in", 768)
     widths = {f"blocks.{block}.hook_resid_post": d_in for block in range(3)}
 
-    config = study.config(widths, tokens_per_epoch=100_000)
+    config = study.config(widths, tokens_per_epoch=1_000_000)
 
     assert isinstance(config, VisionMultiSAERunnerConfig)
     assert list(config.saes) == [

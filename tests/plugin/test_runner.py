@@ -120,7 +120,7 @@ def test_an_sae_trained_among_others_is_the_one_trained_alone(training):
     )
     saes = {"first": normalized, "last": normalized}
     among = training.runner(training.multi(saes=saes)).run()
-    alone = training.runner(training.single(sae=normalized)).run()
+    alone = training.runner(training.single(sae=normalized, overwrite_output=True)).run()
     for name, tensor in alone.state_dict().items():
         assert torch.equal(among["first"].state_dict()[name], tensor), name
     assert normalized.normalize_activations == "expected_average_only_in"
@@ -133,7 +133,7 @@ def test_the_seed_decides_everything_and_touches_nothing_else(training):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     same = training.runner(training.single(seed=1, prefetch_llm_batches=3)).run()
-    other = training.runner(training.single(seed=2)).run()
+    other = training.runner(training.single(seed=2, overwrite_output=True)).run()
     assert torch.equal(first.W_enc, same.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)
 
@@ -314,6 +314,7 @@ class TestEvaluationDuringTraining:
         runner = training.runner(training.single(logger=self.logging_config(), **evaluation))
         runner.run()
         assert seen == 5 * [HOOK]
+        evaluation["overwrite_output"] = True
         runner = training.runner(training.multi(logger=self.logging_config(), **evaluation))
         runner.run()
         assert seen[5:] == 5 * [HOOK, LAST_HOOK]

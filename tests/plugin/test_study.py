@@ -175,6 +175,48 @@ def test_what_the_architecture_refuses_is_a_config_error():
         config_of({"normalize_activations": "twice"})
 
 
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "batch", "steps"),
+    [
+        (5, 360, 8, 225),  # 360 class tokens
+        (5, 360 * 16, 32, 900),
+        (1, 10_000_000, 4096, 2442),
+        (2, 20, 8, 5),
+    ],
+)
+def test_the_default_batch_fits_the_job_and_epochs_are_kept(epochs, per_epoch, batch, steps):
+    config = config_of({"epochs": epochs}, tokens_per_epoch=per_epoch)
+    assert config.train_batch_size_tokens == batch
+    assert config.total_training_steps == steps
+    assert config.training_tokens == steps * batch
+    assert epochs * per_epoch <= config.training_tokens < epochs * per_epoch + batch
+
+
+def test_a_batch_larger_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match=r"more than the 1,800 tokens of 5 epochs; given 4096"):
+        config_of({"epochs": 5, "train_batch_size_tokens": 4096}, tokens_per_epoch=360)
+
+
+def test_a_run_of_few_steps_is_named(caplog):
+    config_of({"training_tokens": 4000})
+    assert "hardly learns" not in caplog.text
+    config_of({"training_tokens": 4000, "train_batch_size_tokens": 4096})
+    assert "4,096 are 1 steps of 4,096, in which an SAE hardly learns" in caplog.text
+    assert (
+        "819,200 tokens (more epochs), or a train_batch_size_tokens of at most 20," in caplog.text
+    )
+
+
+@pytest.mark.parametrize(("steps", "window"), [(3, 1), (100, 10), (225, 22), (1_000_000, 1000)])
+def test_windows_are_a_share_of_the_run(steps, window):
+    config = config_of({"training_tokens": 8 * steps, "train_batch_size_tokens": 8})
+    assert config.dead_feature_window == window
+    assert config.n_batches_for_norm_estimate == min(steps, 1000)
+    given = {"dead_feature_window": 77, "n_batches_for_norm_estimate": 5}
+    config = config_of({"training_tokens": 8 * steps, "train_batch_size_tokens": 8, **given})
+    assert (config.dead_feature_window, config.n_batches_for_norm_estimate) == (77, 5)
+
+
 def test_epochs_are_passes_over_the_images():
     config = config_of({"epochs": 3, "train_batch_size_tokens": 100}, tokens_per_epoch=1000)
     assert config.training_tokens == 3000

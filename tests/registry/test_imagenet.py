@@ -96,3 +96,24 @@ def test_a_thousand_names_in_the_usual_order_need_not_be_unique(tree):
 def test_labels_off_the_tree(label, message):
     with pytest.raises(ConfigError, match=message):
         load_taxonomy("imagenet", classes=[label, "n02110958"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "synsets"),
+    [
+        (["0", "207", "999"], ("n01440764", "n02099601", "n15075141")),  # golden retriever is 207
+        (["02099601", "1440764"], ("n02099601", "n01440764")),
+        (["dog", "bird", "fish"], (DOG, "n01503061", "n02512053")),
+        (["hot dog", "domestic dog"], ("n07697537", DOG)),
+        (["motor vehicle, automotive vehicle", "feline"], ("n03791235", "n02120997")),
+    ],
+)
+def test_numbers_offsets_and_the_words_of_inner_nodes(labels, synsets):
+    assert load_taxonomy("imagenet", classes=labels).classes == synsets
+
+
+def test_words_of_several_inner_nodes_are_refused():
+    with pytest.raises(ConfigError, match=r"class 'cat': fits several .*n02121620.*n02127808"):
+        load_taxonomy("imagenet", classes=["cat", "dog"])
+    with pytest.raises(ConfigError, match=r"not known.*given '1234'"):
+        load_taxonomy("imagenet", classes=["1234", "5"])

@@ -1,0 +1,171 @@
+"""Files that hold the classes of images which lie together in one folder."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias
+
+from ...registry.errors import ConfigError, DataError
+from ...registry.files import UnreadableError, read_json, read_text
+from .columns import LABEL_COLUMNS
+
+logger = logging.getLogger(__name__)
+
+Labels: TypeAlias = Sequence[str | None]
+
+KINDS = (".txt", ".tsv", ".csv", ".json")
+MAX_BYTES = 1 << 30
+# Folders of annotations beside folders of images, and where ImageNet's development kit has them.
+BESIDE = re.compile(r"annotations?|labels|ILSVRC2012_devkit_t12(/data)?", re.IGNORECASE)
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+BOXES = re.compile(r"(n\d{8})( \d+){4}( n\d{8}( \d+){4})*")  # of LOC_val_solution.csv
+
+
+def read_labels(
+    root: Path, files: Mapping[str, Sequence[str]], folder: str, images: Sequence[str]
+) -> Labels | None:
+    """The class of each image by the file that names most of them; None where no file does.
+
+    The files of `folder` are tried, of the folders above it up to `root`, and of folders of
+    annotations beside these. Names count with or without their extension.
+
+    Args:
+        root: the top folder.
+        files: folder relative to `root` -> names of its files that are no images.
+        folder: the folder of the images, relative to `root`.
+        images: the paths of the images.
+
+    Raises:
+        ConfigError: two files give the same images different classes.
+        DataError: images of several classes, or numbers that nothing explains.
+    """
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in images]
+    found: list[tuple[int, Path, dict[str, str]]] = []
+    for file in _candidates(root, files, folder):
+        labels = _labels_in(file, stems)
+        covered = sum(stem in labels for stem in stems)
+        if covered:
+            found.append((covered, file, labels))
+    if not found:
+        return None
+    most = max(covered for covered, _, _ in found)
+    best = [(file, labels) for covered, file, labels in found if covered == most]
+    file, labels = best[0]
+    for other, differing in best[1:]:
+        if differing != labels:
+            raise ConfigError(
+                "dataset_path",
+                f"{file.name} and {other.name} give the images of {folder} different classes",
+                given=str(root),
+                allowed="one file of labels",
+            )
+    logger.warning("the classes of the images in %s are those in %s.", root / folder, file)
+    return [labels.get(stem) for stem in stems]
+
+
+def _candidates(root: Path, files: Mapping[str, Sequence[str]], folder: str) -> list[Path]:
+    place = PurePosixPath(folder)
+    above = {path.as_posix() for path in (place, *place.parents)}
+    inner = {path for path in files if PurePosixPath(path).parent.as_posix() == folder}
+    found = []
+    for where in sorted(files, key=lambda path: -len(PurePosixPath(path).parts)):
+        path = PurePosixPath(where)
+        beside = any(
+            parent.as_posix() in above and BESIDE.fullmatch(path.relative_to(parent).as_posix())
+            for parent in path.parents
+        )
+        if where in above or where in inner or beside:
+            names = (name for name in files[where] if os.path.splitext(name)[1].lower() in KINDS)
+            found += [root / where / name for name in names]
+    return [file for file in found if file.is_file() and file.stat().st_size <= MAX_BYTES]
+
+
+def _labels_in(file: Path, stems: Sequence[str]) -> dict[str, str]:
+    """Image without its extension -> its class, of the images that the file names."""
+    wanted = set(stems)
+    if file.name == GROUND_TRUTH:
+        return _ground_truth(file, stems)
+    try:
+        if file.suffix.lower() == ".json":
+            return _annotated(file, wanted)
+        text = read_text(file, MAX_BYTES)
+    except (UnreadableError, OSError):
+        return {}
+    if file.suffix.lower() == ".csv":
+        return _table(list(csv.reader(text.splitlines())), wanted)
+    rows = (line.split(None if "\t" not in line else "\t") for line in text.splitlines())
+    return {_stem(row[0]): row[1] for row in rows if len(row) > 1 and _stem(row[0]) in wanted}
+
+
+def _table(rows: Sequence[Sequence[str]], wanted: set[str]) -> dict[str, str]:
+    """The labels in a table: of two columns the other one, of more the one with a usual name."""
+    named = [row for row in rows if any(_stem(cell) in wanted for cell in row)]
+    if not named:
+        return {}
+    key = next(i for i, cell in enumerate(named[0]) if _stem(cell) in wanted)
+    header = [cell.strip().lower() for cell in rows[0]] if rows[0] != named[0] else []
+    usual = [header.index(name) for name in LABEL_COLUMNS if name in header]
+    others = [i for i in range(len(named[0])) if i != key]
+    column = usual[0] if usual else others[0] if len(others) == 1 else None
+    if column is None:
+        return {}
+    labels = {_stem(row[key]): row[column].strip() for row in named if len(row) > max(key, column)}
+    boxes = {stem: BOXES.fullmatch(label) for stem, label in labels.items()}
+    return {stem: box[1] if (box := boxes[stem]) else label for stem, label in labels.items()}
+
+
+def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
+    """The labels in annotations as COCO writes them, or in an object of image and class."""
+    content = read_json(file, MAX_BYTES)
+    if not isinstance(content, dict):
+        return {}
+    if not {"images", "annotations", "categories"} <= set(content):
+        texts = {_stem(k): str(v) for k, v in content.items() if isinstance(v, str | int)}
+        return {stem: label for stem, label in texts.items() if stem in wanted}
+    try:
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        stems = {image["id"]: _stem(image["file_name"]) for image in content["images"]}
+        classes: dict[str, set[str]] = {}
+        for annotation in content["annotations"]:
+            stem = stems[annotation["image_id"]]
+            if stem in wanted:
+                classes.setdefault(stem, set()).add(names[annotation["category_id"]])
+    except (KeyError, TypeError) as error:
+        raise DataError(file, f"not annotations of images: {error!r}") from None
+    several = sum(len(found) > 1 for found in classes.values())
+    if several:
+        raise DataError(
+            file,
+            f"{several} of {len(classes)} images have several categories, and an evaluation needs "
+            "one class of each image",
+            allowed="class folders, or annotations of one category an image",
+        )
+    return {stem: next(iter(found)) for stem, found in classes.items()}
+
+
+def _ground_truth(file: Path, stems: Sequence[str]) -> dict[str, str]:
+    """The synsets of ImageNet's validation images, by the development kit's own numbers."""
+    numbers = read_text(file).split()
+    if len(numbers) != len(stems):
+        return {}
+    meta = file.with_name("meta.mat")
+    if not meta.is_file():
+        raise DataError(
+            file,
+            "its numbers are those of meta.mat, which is not beside it",
+            allowed="the folder `data` of ILSVRC2012_devkit_t12",
+        )
+    from scipy.io import loadmat
+
+    synsets = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
+    names = {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    return {stem: names[number] for stem, number in zip(sorted(stems), numbers, strict=True)}
+
+
+def _stem(name: object) -> str:
+    return os.path.splitext(os.path.basename(str(name).strip()))[0]

@@ -1,0 +1,131 @@
+import logging
+import tarfile
+from collections import Counter
+
+import pytest
+from folder_layouts import LAYOUTS, annotated, draw, draw_splits, write
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.folders import contents_of, image_splits
+from taxolens.registry.errors import ConfigError, DataError
+from tiny_images import class_folders
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf_cache"))
+
+
+def counted(images):
+    names = [*images.class_names, None]
+    return dict(Counter(names[label] for label in images.labels))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_classes_splits_and_counts(name, tmp_path):
+    make, expected = LAYOUTS[name]
+    path = make(tmp_path) or tmp_path
+    assert {split: counted(load_images(path, split=split)) for split in expected} == expected
+    with pytest.raises(ConfigError, match="split") as error:
+        load_images(path, split="no_split")
+    assert set(str(error.value).rpartition("allowed: ")[2].rstrip(".").split(", ")) == set(expected)
+
+
+def test_images_beside_the_splits_are_named(tmp_path, caplog):
+    draw_splits(tmp_path)
+    draw(tmp_path, "more/1.png", "unlabelled/1.png")
+    with caplog.at_level(logging.WARNING):
+        load_images(tmp_path)
+    assert "more, unlabelled beside the splits are left out" in caplog.text
+
+
+def test_one_split_beside_other_images_is_undecided(tmp_path):
+    draw(tmp_path, "train/cat/1.png", "extra/cat/1.png")
+    with pytest.raises(
+        ConfigError, match=r"holds train and extra, which may be.*allowed: .*/train"
+    ):
+        load_images(tmp_path)
+
+
+def test_splits_deeper_in_several_folders_are_not_mixed(tmp_path):
+    class_folders(
+        tmp_path, {f"{d}/{s}/cat": [1] for d in ("day", "night") for s in ("train", "val")}
+    )
+    with pytest.raises(
+        ConfigError, match=r"the splits in day, night would be mixed.*allowed: .*day"
+    ):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path / "night", split="val")) == 1
+
+
+def test_several_categories_of_one_image_are_refused(tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    annotated(tmp_path, "instances.json", {"1.jpg": ["cat", "dog"], "2.jpg": ["dog"]})
+    with pytest.raises(DataError, match="1 of 2 images have several categories"):
+        load_images(tmp_path)
+
+
+def test_two_files_of_labels_that_differ_are_refused(tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "a.csv", "id,label", "1,cat", "2,dog")
+    write(tmp_path, "b.csv", "id,label", "1,cat", "2,cat")
+    with pytest.raises(
+        ConfigError, match=r"a.csv and b.csv give the images of \. different classes"
+    ):
+        load_images(tmp_path)
+
+
+def test_ground_truth_without_its_synsets_is_refused(tmp_path):
+    draw(tmp_path, "val/ILSVRC2012_val_00000001.JPEG", "train/n01440764/1.JPEG")
+    write(tmp_path, "ILSVRC2012_validation_ground_truth.txt", "490")
+    with pytest.raises(DataError, match=r"meta\.mat, which is not beside it"):
+        load_images(tmp_path, split="val")
+
+
+def test_images_of_a_flat_folder_without_labels_say_what_is_missing(tmp_path):
+    draw(tmp_path, "train/cat/1.png", "val/1.png")
+    with pytest.raises(
+        ConfigError,
+        match=r"in no class folder, and no file names their.*class folders, or a file of labels",
+    ):
+        load_images(tmp_path, split="val").require_labels()
+
+
+def test_a_tar_of_tars_says_how_to_unpack_it(tmp_path):
+    draw(tmp_path, "1.JPEG")
+    with tarfile.open(tmp_path / "n01440764.tar", "w") as inner:
+        inner.add(tmp_path / "1.JPEG", "n01440764_1.JPEG")
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as outer:
+        outer.add(tmp_path / "n01440764.tar", "n01440764.tar")
+    with pytest.raises(ConfigError, match=r"archive of archives \(n01440764.tar.*unpacked"):
+        load_images(tmp_path / "ILSVRC2012_img_train.tar")
+
+
+def test_pictures_of_telephones_are_named_in_a_warning(tmp_path, caplog):
+    draw(tmp_path, "cat/1.jpg")
+    write(tmp_path, "cat/IMG_1.HEIC", "none")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_images(tmp_path)) == 1
+    assert "1 .heic files are left out" in caplog.text and "JPEG" in caplog.text
+
+
+def test_a_changed_zip_is_unpacked_again(tmp_path):
+    make, _ = LAYOUTS["one_zip_of_class_folders"]
+    path = make(tmp_path)
+    assert len(load_images(path)) == 3
+    draw(tmp_path / "source", "dog/4.jpg")
+    make(tmp_path)
+    assert len(load_images(path)) == 4
+
+
+def test_a_table_of_paths_beside_images_when_its_column_is_named(tmp_path):
+    draw(tmp_path, "images/1.jpg", "images/2.jpg")
+    rows = [f"{tmp_path}/images/{i}.jpg,{kind}" for i, kind in ((1, "x"), (2, "y"))]
+    write(tmp_path, "table.csv", "file,label", *rows)
+    assert counted(load_images(tmp_path, image_column="file")) == {"x": 1, "y": 1}
+
+
+def test_streaming_has_the_same_splits(tmp_path):
+    draw_splits(tmp_path)
+    images = load_images(tmp_path, split="val", streaming=True)
+    assert [raw.label for raw in images.stream()] == [0, 1]
+    assert list(image_splits(contents_of(tmp_path))) == ["train", "validation", "val"]

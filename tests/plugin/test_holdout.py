@@ -1,0 +1,217 @@
+"""Hold-outs of one flat folder: the same in training and evaluation, and never an image in both."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.holdout import Part
+from taxolens.hooks.images.source import ImageSource
+from taxolens.plugin.commands import train as train_command
+from taxolens.plugin.evaluation.evaluate import evaluate_run
+from taxolens.plugin.evaluation.held_out import overlap
+from taxolens.plugin.reporting.headlines import headlines
+from taxolens.plugin.study.job import Job
+from taxolens.plugin.study.settings import gather
+from taxolens.registry.errors import ConfigError
+from tiny_images import class_folders
+from tiny_runs import WORLD_CLASSES
+
+FAST = {"progress": False, "n_permutations": 2, "n_groups": 0}
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of each of eight classes, each picture another one."""
+    folder = tmp_path_factory.mktemp("flat") / "photos"
+    generator = np.random.default_rng(0)
+    for name in WORLD_CLASSES:
+        place = folder / Path(name).name
+        place.mkdir(parents=True)
+        for i in range(10):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+    rows = [f"{Path(n).parent},{Path(n).name}\n" for n in WORLD_CLASSES]
+    kinds = dict.fromkeys(f"thing,{Path(n).parent}\n" for n in WORLD_CLASSES)
+    (folder.parent / "tree.csv").write_text("parent,child\n" + "".join([*kinds, *rows]))
+    return folder
+
+
+@pytest.fixture
+def settings(training: Any, flat: Path) -> dict[str, Any]:
+    base = training.single()
+    return {
+        "model_name": base.model_name,
+        "hook_name": base.hook_name,
+        "output_path": base.output_path,
+        "dataset_path": str(flat),
+        "taxonomy": str(flat.parent / "tree.csv"),
+        "evaluators": ["pair_depth", "level_information"],
+        "training_tokens": 64,
+        "train_batch_size_tokens": 8,
+        "architecture": "topk",
+        "d_sae": 32,
+        "k": 4,
+        "checkpoint_path": None,
+        "log_to_wandb": False,
+        "verbose": False,
+    }
+
+
+def files(images: Any) -> set[str]:
+    return {images.source(i) for i in range(len(images))}
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.2, 2), (0.5, 5), (0.01, 1), (0.99, 9)])
+def test_a_part_has_its_share_of_every_class(share: float, n: int) -> None:
+    labels = np.repeat(np.arange(4), 10)[np.random.default_rng(1).permutation(40)]
+    held_out, rest = Part(share, 0, True).rows(labels), Part(share, 0, False).rows(labels)
+    assert np.bincount(labels[held_out]).tolist() == [n] * 4
+    assert sorted([*held_out, *rest]) == list(range(40))
+    assert (Part(share, 0, True).rows(labels) == held_out).all()
+    assert n == 9 or (Part(share, 1, True).rows(labels) != held_out).any()
+
+
+def test_the_only_image_of_a_class_is_trained_on() -> None:
+    assert Part(0.5, 0, True).rows(np.array([0, 1, 1])).tolist() in ([1], [2])
+
+
+def test_max_images_counts_within_the_part(flat: Path) -> None:
+    source = ImageSource(str(flat), holdout=0.2)
+    images = load_images(flat).parted(source.part, 30)
+    assert len(images) == 30 and len(images.labels) == 30
+    held_out = load_images(flat).parted(source.part.other)
+    assert len(held_out) == 16 and not files(images) & files(held_out)
+    assert files(held_out.limited(7)) < files(held_out)
+
+
+def test_train_and_evaluate_hold_out_the_same_images(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path, caplog: Any
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        job = Job(gather(flags={**settings, "holdout": 0.2, "seed": 5}))
+    assert "classes" not in caplog.text
+    trained_on, held_out = job.runner.images, job.held_out.images
+    assert len(trained_on) == 64 and len(held_out) == 16
+    assert not files(trained_on) & files(held_out)
+    assert files(trained_on) | files(held_out) == files(load_images(flat))
+    assert np.bincount(held_out.labels).tolist() == [2] * 8
+    plan = job.plan()
+    assert plan["images"] == 64 and plan["evaluation"]["images"] == 16
+    assert "16 images (train, 0.2 held out), 8 classes" in "\n".join(train_command.described(plan))
+    job.train()
+    results, _ = job.evaluate(progress=False)
+    again = evaluate_run(
+        settings["output_path"], override_model=vit, **FAST, output_path=tmp_path / "o"
+    )
+    for found in (results, again):
+        assert found.dataset.n_images == 16 and not found.dataset.seen_in_training
+        assert (found.dataset.holdout, found.dataset.holdout_seed) == (0.2, 0)
+        assert found.dataset.fingerprint == held_out.fingerprint
+        assert found.dataset.n_present == 8
+        assert found.dataset.title == f"{flat} (train, 0.2 held out)"
+
+    run = Path(settings["output_path"])
+    cfg = json.loads((run / "cfg.json").read_text())
+    assert cfg["metadata"]["holdout"] == 0.2 and cfg["metadata"]["n_images"] == 64
+    given = {"override_model": vit, **FAST, "output_path": tmp_path / "other"}
+    for changes in ({"split": "train"}, {"holdout": 0.3}, {"holdout_seed": 1}):
+        with pytest.raises(ConfigError, match=r"output was trained on .*without the 0\.2 held out"):
+            evaluate_run(run, **given, **changes)
+    # The folder, moved: found again by its content. With an image more, the parts are others.
+    moved = shutil.copytree(flat, tmp_path / "moved")
+    found = evaluate_run(run, **given, dataset_path=str(moved))
+    assert found.dataset.fingerprint == held_out.fingerprint
+    Image.new("RGB", (16, 16)).save(moved / "animal_0" / "new.png")
+    with pytest.raises(ConfigError, match=r"has other images than when .* was trained on"):
+        evaluate_run(run, **given, dataset_path=str(moved))
+    # The same images, given as an object; and others.
+    found = evaluate_run(run, **given, override_dataset=load_images(flat))
+    assert found.dataset.n_images == 16 and found.dataset.fingerprint == held_out.fingerprint
+    others = evaluate_run(run, **given, override_dataset=load_images(moved))
+    assert others.dataset.n_images == 81 and others.dataset.holdout is None
+
+
+def test_a_hold_out_and_another_split_exclude_each_other(settings: dict[str, Any]) -> None:
+    for name, value in (("eval_split", "test"), ("eval_dataset_path", "x"), ("streaming", True)):
+        with pytest.raises(ConfigError, match=f"holdout: {name} is given too"):
+            gather(flags={**settings, "holdout": 0.2, name: value}).draft()
+    with pytest.raises(ConfigError, match=r"holdout: not possible; given 1\.5"):
+        gather(flags={**settings, "holdout": 1.5}).draft()
+
+
+def test_a_folder_without_held_out_split_names_the_flag(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"has no split validation or test.*--holdout 0\.2"):
+        Job(gather(flags=settings))
+
+
+def test_a_slice_without_most_classes_says_so(
+    settings: dict[str, Any], flat: Path, caplog: Any
+) -> None:
+    given = {**settings, "split": "train[:75%]", "eval_split": "train[75%:]"}
+    with caplog.at_level(logging.WARNING):
+        job = Job(
+            gather(
+                flags={
+                    **given,
+                    "evaluators": [
+                        "pair_depth",
+                        "lch_height",
+                        "level_information",
+                        "ontological_coverage",
+                    ],
+                }
+            )
+        )
+    assert "images of 2 of its 8 classes" in caplog.text and "--holdout 0.2" in caplog.text
+    plan = job.plan()
+    assert plan["evaluation"]["classes_with_images"] == 2
+    assert "2 of 8 classes" in "\n".join(train_command.described(plan))
+    job.train()
+    results, report = job.evaluate(progress=False)
+    assert "8 classes (2 with images)" in report.read_text()
+    undefined = 0
+    for metric in headlines(results):
+        found = results.saes[0].evaluators[metric.evaluator]
+        if math.isnan(found.metrics[metric.metric].value):
+            undefined += 1
+            label = results.label(metric.evaluator, metric.metric)
+            said = [n for n in found.notes if label in n and "only 2 of 8 classes have images" in n]
+            assert len(said) == 1, metric
+    assert undefined
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "share_images"),
+    [
+        ("train[:75%]", "train[75%:]", False),
+        ("train[:75%]", "train[50%:]", True),
+        ("train[:10]+train[20:30]", "train[10:20]", False),
+        ("train[:10]+train[20:30]", "train[25:40]", True),
+        ("train", "train[:1]", True),
+    ],
+)
+def test_slices_that_share_images_overlap(
+    one: str, other: str, share_images: bool, flat: Path
+) -> None:
+    first, second = (ImageSource(str(flat), split=split) for split in (one, other))
+    assert overlap(first, second) is overlap(second, first) is share_images
+
+
+def test_hold_outs_overlap_with_all_but_their_other_part(flat: Path, tmp_path: Path) -> None:
+    trained_on = ImageSource(str(flat), holdout=0.2)
+    held_out = ImageSource(str(flat), holdout=0.2, is_held_out=True)
+    assert not overlap(trained_on, held_out)
+    assert overlap(trained_on, ImageSource(str(flat)))
+    assert overlap(trained_on, ImageSource(str(flat), holdout=0.3, is_held_out=True))
+    assert overlap(ImageSource(str(flat)), held_out)
+    class_folders(tmp_path, {"cat": [1, 2], "dog": [3, 4]})
+    assert not overlap(trained_on, ImageSource(str(tmp_path)))

@@ -1,0 +1,74 @@
+"""SAEs of earlier runs in an output folder: named, never measured with, never written over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from taxolens.plugin.evaluation.sae_folders import find_saes
+from taxolens.registry.errors import CheckpointError, ConfigError
+from tiny_runs import HOOK, LAST_HOOK
+
+
+def test_only_the_saes_of_the_run_are_found(training: Any, caplog: Any) -> None:
+    training.runner(training.multi()).run()
+    again = training.multi(
+        saes={"first": training.sae(), "wide": training.sae()},
+        hook_names={"first": HOOK, "wide": LAST_HOOK},
+        checkpoint_id="other",
+        overwrite_output=True,
+    )
+    training.runner(again).run()
+    assert (training.output / "last" / "cfg.json").exists()
+    assert [sae.name for sae in find_saes(training.output)] == ["first", "wide"]
+    assert f"not of the run, and left out: {training.output / 'last'}" in caplog.text
+    assert [sae.name for sae in find_saes(training.output / "last")] == ["last"]
+
+    single = training.single(checkpoint_id="single", overwrite_output=True)
+    training.runner(single).run()
+    assert [sae.path for sae in find_saes(training.output)] == [training.output]
+
+    caplog.clear()
+    (training.output / "cfg.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the SAEs that runner_cfg\.json lists"):
+        find_saes(training.output)
+
+
+def test_a_missing_sae_of_the_run_is_named(training: Any, caplog: Any) -> None:
+    training.runner(training.multi()).run()
+    shutil.rmtree(training.output / "last")
+    assert [sae.name for sae in find_saes(training.output)] == ["first"]
+    assert f"lists SAEs that are missing: {training.output / 'last'}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"lr": 0.5}, "lr"), ({"seed": 3}, "seed"), ({"tokens": "patch"}, "tokens")],
+)
+def test_another_run_is_not_written_into_the_folder(
+    training: Any, changes: dict[str, Any], named: str
+) -> None:
+    training.runner(training.single()).run()
+    before = (training.output / "sae_weights.safetensors").read_bytes()
+    with pytest.raises(
+        ConfigError, match=rf"holds another run \(differing in {named}\).*overwrite"
+    ):
+        training.runner(training.single(checkpoint_id="other", **changes))
+    assert (training.output / "sae_weights.safetensors").read_bytes() == before
+    training.runner(training.single(checkpoint_id="other", overwrite_output=True, **changes))
+    # The same run again may write its own files anew, and so may one that goes on.
+    training.runner(training.single(checkpoint_id="again"))
+
+
+def test_an_sae_of_unknown_origin_is_not_written_over(training: Any, tmp_path: Path) -> None:
+    training.runner(training.single()).run()
+    (training.output / "runner_cfg.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds another run \(differing in all settings\)"):
+        training.runner(training.single(checkpoint_id="other"))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "notes.json").write_text(json.dumps({}))
+    training.runner(training.single(checkpoint_id="other", output_path=str(folder)))
