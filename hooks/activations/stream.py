@@ -18,6 +18,7 @@ from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
 from ..images.source import ImageSource
 from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
+from ..models.evals import ImageTokens
 from ..models.tapped import TappedModel
 from ..models.tokens import tokens_per_image
 from .cache_reader import CacheReader
@@ -128,6 +129,28 @@ class ActivationStream(Iterator[Batch]):
     def tokens_per_image(self) -> int:
         """Tokens that one image gives at each hook point."""
         return self._source.tokens_per_image
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of one forward pass."""
+        return self._from_model().loader.batch_size
+
+    def image_tokens(self, batch_size: int) -> Iterator[ImageTokens]:
+        """The images themselves, in the order of the dataset and without end.
+
+        Raises:
+            ConfigError: the stream reads a cache.
+        """
+        return self._from_model().image_tokens(batch_size)
+
+    def _from_model(self) -> ModelSource:
+        if not isinstance(self._source, ModelSource):
+            problem = (
+                "run_evals runs the model on images, and this one reads a cache of activations"
+            )
+            allowed = "a store of a model and images"
+            raise ConfigError("activation_store", problem, allowed=allowed)
+        return self._source
 
     @property
     def failures(self) -> dict[int, str]:

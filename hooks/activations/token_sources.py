@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ...registry.errors import ConfigError, DataError
 from ..images.loader import ImageBatch, ImageLoader
 from ..images.raw import Job
+from ..models.evals import ImageTokens, labels_of
 from .cache_reader import CacheReader
 from .extract import TokenExtractor, model_fingerprint
 from .permutation import LazyPermutation
@@ -164,6 +165,37 @@ class ModelSource:
                     yield batch, (position, len(loader.failures), *counts)
                     batch, filled = {}, 0
             offset = 0
+
+    def image_tokens(self, batch_size: int) -> Iterator[ImageTokens]:
+        """Full batches of images in the order of the dataset, over and over.
+
+        Raises:
+            ConfigError: there are fewer images than `batch_size`.
+        """
+        of, model, tokens = self.loader, self.extractor.model, self.extractor.tokens[0]
+        images = of.images
+        loader = ImageLoader(
+            images,
+            of.preprocess,
+            batch_size=batch_size,
+            num_workers=of.num_workers,
+            max_corrupt_share=of.max_corrupt_share,
+        )
+        n_batches = 0
+        while True:
+            n_before = n_batches
+            jobs = images.stream() if images.is_streaming else range(len(images))
+            for batch in loader.batches(jobs):
+                if len(batch) + len(batch.failures) < batch_size:  # run_evals counts whole ones
+                    continue
+                n_batches += 1
+                labels = labels_of(model, images.class_names, batch.labels)
+                pixels = batch.pixel_values
+                yield ImageTokens.of(batch.indices, pixels, tokens, self.tokens_per_image, labels)
+            if n_batches == n_before:
+                problem = f"fewer images in {images.name} than in one batch"
+                allowed = f"1 to {loader.n_processed}"
+                raise ConfigError("batch_size_prompts", problem, given=batch_size, allowed=allowed)
 
     def _windows(self, epoch: int, first_window: int) -> Iterator[_Window]:
         """The windows from there on, without end."""

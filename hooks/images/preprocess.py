@@ -264,14 +264,17 @@ def preprocess_for(
     if settings:
         return PilPreprocess.from_config(settings, image_size)
     own = getattr(getattr(model, "cfg", None), "image_size", None) or 224
-    size = image_size or (own if isinstance(own, int) else int(own[0]))
+    own = (own, own) if isinstance(own, int) else (int(own[0]), int(own[1]))
+    height, width = own if image_size is None else (image_size, image_size)
     logger.warning(
         "the model has no image processor: its images are resized and cropped to %d x %d and "
         "normalised with ImageNet's mean and deviation.",
-        size,
-        size,
+        height,
+        width,
     )
-    return PilPreprocess.from_config(DEFAULT_CONFIG, size)
+    sizes = resized(DEFAULT_CONFIG, max(height, width))
+    crop = {"crop_size": {"height": height, "width": width}}
+    return PilPreprocess.from_config({**DEFAULT_CONFIG, **sizes, **crop})
 
 
 def resized(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from .evals import EvaluatesImages
 from .families.adapter import VisionEmbeddings
 from .named_hooks import NamedHooks
 from .splicing import SplicesAtTokens
@@ -21,7 +22,7 @@ from .splicing import SplicesAtTokens
 NEVER_BYPASSED = (VisionEmbeddings,)  # they also see to the interpolation
 
 
-class VisionBridge(NamedHooks, SplicesAtTokens, SAETransformerBridge):
+class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerBridge):
     """A vision transformer of Hugging Face under TransformerLens's hook names.
 
     `SAETransformerBridge` (6.54) leaves the aliases out of `hook_dict`: a hook or a cache asked for

@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from ...registry.errors import ConfigError
+from .evals import EvaluatesImages
 from .layout import Layout, Probe, decide, not_one_row, other_sizes
 from .named_hooks import NamedHooks
 from .points import leaving_no_trace, noise, taking_images
@@ -185,7 +186,7 @@ class _SAEMethods(HookedRootModule):
     run_with_hooks_with_saes: Any = HookedSAETransformer.run_with_hooks_with_saes
 
 
-class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
+class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethods):
     """A vision model with the hook points `<submodule>.hook_in` and `<submodule>.hook_out`.
 
     Feature maps (B, C, H, W) or (B, H, W, C) pass a hook point as tokens (B, H*W, C), heads
@@ -203,7 +204,10 @@ class HookedVisionModel(NamedHooks, SplicesAtTokens, _SAEMethods):
     Attributes:
         refused: hook point -> why it never fires: its tensors have no row for each image, or
             which of their axes are positions is not known.
+        tokenizer: None; SAELens's `run_evals` reads it.
     """
+
+    tokenizer = None
 
     def __init__(self, module: nn.Module, cfg: WrappedConfig, *, family: str = "wrapped") -> None:
         super().__init__()

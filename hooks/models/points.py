@@ -156,6 +156,7 @@ def firings(
         ConfigError: the model cannot be run on images of this size.
     """
     size = as_pair(image_size) if image_size is not None else model.smallest_image
+    check_image_size(model, size)
     kept: dict[tuple[int, int], dict[str, Firing]] = model.__dict__.setdefault("_fired", {})
     if again or size not in kept:
         try:
@@ -167,6 +168,37 @@ def firings(
             allowed = "a size that the model takes, such as its own"
             raise ConfigError("image_size", problem, given=size, allowed=allowed) from error
     return kept[size]
+
+
+def check_image_size(model: TappedModel, size: tuple[int, int]) -> None:
+    """Whether images of (height, width) pixels hold a patch.
+
+    Raises:
+        ConfigError: they are smaller.
+    """
+    patch = getattr(model.cfg, "patch_size", None)
+    if patch is not None and min(size) < patch:
+        problem = f"smaller than a patch of {model.cfg.model_name}"
+        raise ConfigError("image_size", problem, given=size, allowed=f"{patch} pixels or more")
+
+
+def check_images(model: TappedModel, images: Any) -> None:
+    """Whether a model takes a batch of images (B, C, H, W).
+
+    Raises:
+        ConfigError: they have another number of channels, or are smaller than a patch.
+    """
+    channels = getattr(model.cfg, "n_channels", None)
+    if not isinstance(images, Tensor) or images.ndim != 4 or channels is None:
+        return
+    if images.shape[1] != channels:
+        raise ConfigError(
+            "pixel_values",
+            f"{model.cfg.model_name} takes images of {channels} channel(s)",
+            given=tuple(images.shape),
+            allowed="another model, or from_module(model, processor=...) with one that makes them",
+        )
+    check_image_size(model, (images.shape[2], images.shape[3]))
 
 
 def noise(model: TappedModel, n_images: int, size: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...registry.errors import ConfigError
 from ...registry.names import unknown_name_message
-from .points import as_pair, hook_n_tokens
+from .points import as_pair, check_image_size, firings, hook_n_tokens, resolve_hook_name
 from .tapped import TappedModel
 
 TOKEN_CHOICES = ("class", "patch", "register", "all", "mean_patch")
@@ -27,8 +27,8 @@ def check_tokens(model: TappedModel, tokens: str, hook_name: str | None = None) 
 
     Raises:
         ConfigError: not one of `TOKEN_CHOICES`, or the model has none of them; the message says
-            what to choose. Or the tokens at the hook point are none with the prefix tokens of a
-            wrapped model.
+            what to choose. Or the hook point has no tokens, or one vector for each image, which is
+            selected by "all"; or its tokens are none with the prefix tokens of a wrapped model.
     """
     if tokens not in TOKEN_CHOICES:
         raise ConfigError(unknown_name_message("tokens", tokens, list(TOKEN_CHOICES)))
@@ -36,8 +36,10 @@ def check_tokens(model: TappedModel, tokens: str, hook_name: str | None = None) 
         what = "class token" if tokens == "class" else "register tokens"
         problem = f"{model.cfg.model_name} ({model.family}) has no {what}"
         raise ConfigError("tokens", problem, given=tokens, allowed=", ".join(possible))
-    if hook_name is not None and tokens != "all":
-        _check_grid(model, hook_name, None)
+    if hook_name is not None:
+        _check_point(model, tokens, hook_name)
+        if tokens != "all":
+            _check_grid(model, hook_name, None)
 
 
 def tokens_per_image(
@@ -60,8 +62,13 @@ def tokens_per_image(
     """
     check_tokens(model, tokens)
     cfg = model.cfg
+    if image_size is not None:
+        check_image_size(model, as_pair(image_size))
     if hook_name is not None:
-        _check_grid(model, hook_name, image_size)
+        if _check_point(model, tokens, hook_name):
+            return 1
+        if tokens != "all":
+            _check_grid(model, hook_name, image_size)
     if tokens in ("class", "mean_patch"):
         return 1
     if tokens == "register":
@@ -157,6 +164,22 @@ def _possible(model: TappedModel) -> list[str]:
     if model.cfg.has_class_token:
         choices.insert(0, "class")
     return choices
+
+
+def _check_point(model: TappedModel, tokens: str, hook_name: str) -> bool:
+    """Whether a hook point has one vector for each image in place of tokens."""
+    cfg = model.cfg
+    shape = firings(model)[resolve_hook_name(model, hook_name)].shape
+    if len(shape) != 3:
+        problem = f"activations {shape} of no tokens"
+        raise ConfigError("hook_names", problem, given=hook_name, allowed="(images, tokens, width)")
+    if shape[1] > 1 or not (cfg.patch_size or cfg.n_prefix_tokens):  # a grid may be of one place
+        return False
+    if tokens not in ("all", "class"):
+        problem = f"{hook_name!r} has one vector for each image, no {tokens} tokens"
+        allowed = "all, or another hook point"
+        raise ConfigError("tokens", problem, given=tokens, allowed=allowed)
+    return True
 
 
 def _check_grid(

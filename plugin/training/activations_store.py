@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...hooks.activations.stream import ActivationStream
+from ...hooks.models.evals import ImageTokens
 from ...registry.errors import CheckpointError
 from ...registry.files import UnreadableError, read_json_object, reason, write_atomically
 
@@ -18,7 +19,7 @@ STREAM_STATE_FILENAME = "activations_store_state.json"
 
 
 class VisionActivationsStore:
-    """The part of SAELens's `ActivationsStore` that a runner calls, over an `ActivationStream`.
+    """The part of SAELens's `ActivationsStore` that a runner and `run_evals` call, over an `ActivationStream`.
 
     It differs in two points, which make a resumed run exact:
 
@@ -39,6 +40,7 @@ class VisionActivationsStore:
         self.n_consumed = 0
         self._opened = threading.Event()
         self._ended = False
+        self._images: tuple[int, Iterator[ImageTokens]] | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -81,6 +83,33 @@ class VisionActivationsStore:
             raise CheckpointError(path, problem) from error
         self.stream.seek(state)
         self.n_consumed = 0
+
+    @property
+    def context_size(self) -> int:
+        """Tokens of an image that the store gives."""
+        return self.stream.tokens_per_image
+
+    @property
+    def store_batch_size_prompts(self) -> int:
+        """Images of a batch of `get_batch_tokens` without another number."""
+        return self.stream.images_per_batch
+
+    def get_batch_tokens(self, batch_size: int | None = None) -> ImageTokens:
+        """The next images in the order of the dataset, over and over; the training loses none.
+
+        Another number of images than before begins at the first image again.
+
+        Raises:
+            ConfigError: the store reads a cache, which has no images; or there are fewer images.
+        """
+        size = batch_size or self.store_batch_size_prompts
+        if self._images is None or self._images[0] != size:
+            self._images = size, self.stream.image_tokens(size)
+        return next(self._images[1])
+
+    def reset_input_dataset(self) -> None:
+        """Begin `get_batch_tokens` at the first image again."""
+        self._images = None
 
     def _next(self) -> dict[str, torch.Tensor]:
         self._opened.wait()

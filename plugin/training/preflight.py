@@ -14,7 +14,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import str_to_dtype
 
 from ...hooks.images.dataset import ImageDataset
-from ...hooks.models.load import check_device, hook_d_in, resolve_hook_name
+from ...hooks.models.load import check_device, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, read_json_object
@@ -65,7 +65,7 @@ def check_model(cfg: Any, model: Any) -> None:
     """
     check_tokens(model, cfg.tokens)
     for name, hook_name in cfg.sae_hook_names.items():
-        resolve_hook_name(model, hook_name)
+        check_tokens(model, cfg.tokens, hook_name)
         given, found = cfg.sae_configs[name].d_in, hook_d_in(model, hook_name, cfg.image_size)
         if given != found:
             raise ConfigError(

@@ -286,6 +286,16 @@ def test_without_any_processor_imagenets_preprocessing(caplog):
     assert white[:, 0, 0] == pytest.approx([2.2489, 2.4286, 2.64], abs=1e-4)
 
 
+def test_without_any_processor_of_a_model_whose_images_are_no_squares():
+    preprocess = preprocess_for(model(image_size=(30, 63)))
+    image = noise(1, (120, 100))
+    resized = image.resize((86, 72), resample=Image.Resampling.BICUBIC)  # 63 / 224 of 256
+    expected = np.asarray(resized)[21:51, 11:74] / 255
+    found = preprocess(image) * np.array([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+    found = found + np.array([0.485, 0.456, 0.406]).reshape(3, 1, 1)
+    np.testing.assert_allclose(found, np.moveaxis(expected, -1, 0), atol=1e-5)
+
+
 def test_picklable_with_its_tables():
     ours = preprocess_for(model(PROCESSORS["clip"]()))
     image = noise(5)

@@ -41,6 +41,15 @@ def load_transformers(source: VisionSource) -> nn.Module:
     attention = source.attn_implementation
     if attention != "eager" and not getattr(model_class, "_supports_sdpa", True):
         attention = "eager"
+    try:
+        return _loaded(model_class, source, attention)
+    except ValueError as error:  # a backbone inside it has eager attention alone
+        if attention == "eager" or "does not support an attention implementation" not in str(error):
+            raise
+    return _loaded(model_class, source, None)  # transformers chooses, for each part of the model
+
+
+def _loaded(model_class: Any, source: VisionSource, attention: str | None) -> nn.Module:
     if source.random_weights:
         return _untrained(model_class, source, attention)
     options: dict[str, Any] = {"weights_only": True}
@@ -59,7 +68,7 @@ def load_transformers(source: VisionSource) -> nn.Module:
         )
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
-        warnings.warn(f"{source.name!r} has no weights for {shown}: they are random.", stacklevel=2)
+        warnings.warn(f"{source.name!r} has no weights for {shown}: they are random.", stacklevel=3)
     return model.eval()
 
 
@@ -72,7 +81,7 @@ def _model_class(source: VisionSource) -> Any:
     return found if is_model and not source.trust_remote_code else transformers.AutoModel
 
 
-def _untrained(model_class: Any, source: VisionSource, attention: str) -> nn.Module:
+def _untrained(model_class: Any, source: VisionSource, attention: str | None) -> nn.Module:
     if model_class is transformers.AutoModel:
         model = model_class.from_config(
             source.config,
