@@ -93,7 +93,7 @@ class PilPreprocess:
             ("std", all(n > 0 for n in self.std or ()), "numbers above 0"),
             ("mean", self.mean is None or len(self.mean) == 3, "one number for each of 3 channels"),
             ("std", self.std is None or len(self.std) == 3, "one number for each of 3 channels"),
-            ("rescale", self.rescale is None or self.rescale >= 0, "0 or more"),
+            ("rescale", self.rescale is None or self.rescale > 0, "a number above 0"),
         ):
             if not fits:
                 given = tuple(getattr(self, name) for name in field.split(", "))

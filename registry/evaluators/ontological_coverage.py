@@ -62,7 +62,8 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     }
     support = {
         **dict.fromkeys(
-            ("internal_f1", "internal_covered_share"), Support("internal_nodes", "internal nodes")
+            ("internal_f1", "internal_covered_share"),
+            Support("internal_nodes", "internal nodes", least=5),
         ),
         **dict.fromkeys(("leaf_f1", "leaf_covered_share"), Support("leaf_nodes", "leaves")),
     }

@@ -113,8 +113,8 @@ def test_null_is_the_default_and_zero_is_not():
     assert PilPreprocess.from_config({**config, "resample": None}).resample == 2
     assert PilPreprocess.from_config({**config, "resample": 0}).resample == 0
     assert PilPreprocess.from_config({**config, "rescale_factor": None}).rescale == 1 / 255
-    zero = PilPreprocess.from_config({**config, "rescale_factor": 0})
-    assert zero.rescale == 0 and not zero(noise(0, (60, 40))).any()
+    with pytest.raises(ConfigError, match="rescale: not possible"):  # every pixel would be 0
+        PilPreprocess.from_config({**config, "rescale_factor": 0})
     with pytest.raises(ConfigError, match=r"resample of .*given 9; allowed: 0 \(nearest\), 1"):
         PilPreprocess.from_config({**config, "resample": 9})
 

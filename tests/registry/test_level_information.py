@@ -265,7 +265,8 @@ def test_the_options_reach_the_probes(animals, one_batch, measured):
 def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, measured):
     labels = np.repeat(np.arange(12), 60)
     x = embedded(animals, labels, noise=6)
-    batch = one_batch(x.relu(), labels, x=x, mean_patch=torch.randn(x.shape))
+    unrelated = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    batch = one_batch(x.relu(), labels, x=x, mean_patch=unrelated)
     (evaluator,) = measured(animals, batch, [LevelInformation])
     value = evaluator.compute()
     permuted = [evaluator.compute(permutation=animals.permutation(s)) for s in range(8)]
@@ -275,7 +276,7 @@ def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, 
     assert value["x_probe_level_accuracy"] > max(p["x_probe_level_accuracy"] for p in permuted)
     assert all(p["x_probe_accuracy"] == value["x_probe_accuracy"] for p in permuted)
     chance = np.mean([p["mean_patch_probe_right_group"] for p in permuted])
-    assert value["mean_patch_probe_right_group"] == pytest.approx(chance, abs=0.05)
+    assert value["mean_patch_probe_right_group"] == pytest.approx(chance, abs=0.1)
     shuffled = evaluator.compute(shuffled=True)
     assert shuffled["x_probe_accuracy"] < 0.16 and shuffled["x_knn_accuracy"] < 0.16
 
@@ -336,8 +337,8 @@ def test_only_the_most_variable_latents_are_probed(animals, one_batch, measured)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": 0}, "ridge: out of range; given 0; allowed: above 0"),
-        ({"neighbours": 0}, "neighbours: out of range; given 0; allowed: 1 or more"),
+        ({"ridge": 0}, "ridge: out of range; given 0(.0)?; allowed: above 0"),
+        ({"neighbours": 0}, "neighbours: out of range; given 0(.0)?; allowed: 1 or more"),
     ],
 )
 def test_options_are_checked(animals, one_batch, measured, options, message):

@@ -164,7 +164,7 @@ def test_more_images_do_not_leave_the_memo_stale(animals, one_batch, measured):
 def test_options_are_checked(animals, one_batch, measured):
     batch = one_batch(np.ones((24, 2), np.float32), np.repeat(np.arange(12), 2))
     with pytest.raises(
-        ConfigError, match=r"covered: out of range; given 2; allowed: a number in \(0, 1\]"
+        ConfigError, match=r"covered: out of range; given 2(.0)?; allowed: a number in \(0, 1\]"
     ):
         measured(animals, batch, [OntologicalCoverage], options={"covered": 2})
     with pytest.raises(
