@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import datasets
+from datasets import config
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.hashing import fingerprint
@@ -24,7 +24,7 @@ def unpacked(file: Path) -> Path:
     """
     found = file.stat()
     facts = [str(file.resolve()), str(found.st_size), str(found.st_mtime_ns)]
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted"
+    cache = Path(config.HF_DATASETS_CACHE) / "downloads" / "extracted"
     target = cache / f"taxolens-{fingerprint(facts)}"
     if target.is_dir():
         return target

@@ -181,7 +181,7 @@ def pick_split(data: Mapping[Any, Any] | Dataset, split: str, *, where: str = "d
     A single dataset without the name of its split counts as "train". Streams have no slices.
     """
     splits: Mapping[Any, Any] = (
-        data if isinstance(data, dict) else {str(data.split or "train"): data}
+        {str(data.split or "train"): data} if isinstance(data, Dataset) else data
     )
     if split in splits:
         return splits[split]

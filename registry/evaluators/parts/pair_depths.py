@@ -18,7 +18,7 @@ class ClassPairs:
 
     def __init__(self, labels: np.ndarray, lca_depth: np.ndarray) -> None:
         self.lca_depth = lca_depth
-        self.full = (labels >= 0).all(1)
+        self.full: np.ndarray = np.all(labels >= 0, axis=1)
         kept = np.sort(labels[self.full], axis=1)
         first, second = np.triu_indices(labels.shape[1], 1)
         codes = kept[:, first].astype(np.int64) * len(lca_depth) + kept[:, second]
