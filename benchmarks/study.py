@@ -1,7 +1,7 @@
 """The whole suite on photographs: SAEs, controls and an untrained model, and the tables of the docs.
 
-    python benchmarks/study.py run --model FOLDER --dataset FOLDER --output FOLDER
-    python benchmarks/study.py demo --output FOLDER
+    python benchmarks/study.py run --model_name FOLDER --dataset_path FOLDER --output_path FOLDER
+    python benchmarks/study.py demo --output_path FOLDER
     python benchmarks/study.py write
 
 `run` trains the SAEs of study.yaml on the training split (they share one forward pass and one cache),
@@ -13,7 +13,7 @@ README.md and docs/evaluators.md from these files, between markers such as `<!--
 and `<!-- /photographs -->` (`demo@0,3: pair_depth` shows two blocks).
 
 The label names of the dataset are WordNet 3.0 synsets. Evaluators that run the model again for every
-edit or train for every null (`SLOW`) are measured with `--all`, which takes hours on a laptop.
+edit or train for every null (`SLOW`) are measured with `--evaluators all`, which takes hours on a laptop.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> None:
     """Train, measure and store."""
     import taxolens
 
-    output, dataset = Path(args.output), ["--dataset_path", args.dataset]
+    output, dataset = Path(args.output_path), ["--dataset_path", args.dataset_path]
     common = ["--config", str(CONFIG), "--no_evaluate", *dataset]
     trained, untrained = output / "trained", output / "untrained"
     if not (trained / "runner_cfg.json").exists():
         cache = args.cache or str(output / "cache")
-        train(*common, "--model_name", args.model, "--output_path", str(trained),
+        train(*common, "--model_name", args.model_name, "--output_path", str(trained),
               "--cached_activations_path", cache)  # fmt: skip
-    model = random_weights(Path(args.model), output / "untrained-model")
+    model = random_weights(Path(args.model_name), output / "untrained-model")
     if not (untrained / "runner_cfg.json").exists():
         only = output / "untrained.yaml"
         only.write_text(without_controls(CONFIG.read_text()))
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> None:
               "--max_images", str(UNTRAINED_IMAGES), "--cached_activations_path",
               str(output / "untrained-cache"))  # fmt: skip
     evaluators = [
-        name for name, evaluator in taxolens.EVALUATORS.items() if args.all or name not in SLOW
+        name
+        for name, evaluator in taxolens.EVALUATORS.items()
+        if args.evaluators == "all" or name not in SLOW
     ]
     results = taxolens.evaluate_run(
         [trained, untrained],
@@ -94,7 +96,7 @@ def demo(args: argparse.Namespace) -> None:
     """Run the demo and store its numbers."""
     from taxolens.plugin.study.demo import run_demo
 
-    store(run_demo(args.output).results, "demo")
+    store(run_demo(args.output_path).results, "demo")
 
 
 def store(results: Any, name: str) -> None:
@@ -167,6 +169,7 @@ def stored(results: Any) -> dict[str, Any]:
                     f"{evaluator}/{metric}": number_of(number)
                     for evaluator, found in sae.evaluators.items()
                     for metric, number in found.metrics.items()
+                    if results.direction(evaluator, metric) is not None
                 },
             }
             for sae in results.saes
@@ -186,7 +189,7 @@ def number_of(number: Any) -> dict[str, Any]:
     nulls = {
         name: {
             key: value if isinstance(value, int) else rounded(value)
-            for key in ("mean", "best", "n", "p", "q", "left_behind")
+            for key in ("mean", "n", "p", "q", "left_behind")
             if (value := getattr(null, key)) is not None and value == value
         }
         for name, null in number.nulls.items()
@@ -340,7 +343,8 @@ def setting(found: Stored) -> str:
     rows = []
     for model, kind, constraint in dict.fromkeys(key[1:] for key in l0):
         name = NAMES["untrained"] if model == "untrained" else NAMES[kind.partition("_")[0]]
-        cells = [f"{l0[b, model, kind, constraint]:.1f}" for b in found.blocks]
+        of = [l0.get((block, model, kind, constraint)) for block in found.blocks]
+        cells = ["–" if n is None else f"{n:.1f}" for n in of]
         rows.append((f"{name}, {NAMES[constraint]}" if constraint else name, cells))
     return f"{text}\n\n{table(['L0 of an image', *(f'block {b}' for b in found.blocks)], rows)}"
 
@@ -381,11 +385,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
-    for name in ("model", "dataset", "output"):
+    for name in ("model_name", "dataset_path", "output_path"):
         running.add_argument(f"--{name}", required=True)
     running.add_argument("--cache", help="activations of the training split, from an earlier run")
-    running.add_argument("--all", action="store_true", help="the evaluators of SLOW too")
-    commands.add_parser("demo").add_argument("--output", required=True)
+    running.add_argument("--evaluators", default="fast", choices=("fast", "all"))
+    commands.add_parser("demo").add_argument("--output_path", required=True)
     commands.add_parser("write")
     args = parser.parse_args()
     {"run": run, "demo": demo, "write": lambda _: None}[args.command](args)
