@@ -178,13 +178,23 @@ def main() -> None:
             p = run(*job, missing)
             file.write(json.dumps({"job": job, "evaluators": missing, "p": p}) + "\n")
             file.flush()
-    text = tables(read(args.results))
-    print(text)
+    found = read(args.results)
+    print(tables(found))
     if args.write:
-        taxolens_docs = DOCS.read_text()
         start, end = "<!-- no_hierarchy -->", "<!-- /no_hierarchy -->"
-        before, rest = taxolens_docs.split(start)
+        before, rest = DOCS.read_text().split(start)
+        text = tables(found, headlines())
         DOCS.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+def headlines() -> set[tuple[str, str]]:
+    """(evaluator, metric) that summaries show."""
+    return {
+        (name, metric)
+        for name, evaluator in taxolens.EVALUATORS.items()
+        for metric in [h.metric for h in evaluator.headlines]
+        or [m for m, better in evaluator.higher_is_better.items() if better is not None][:1]
+    }
 
 
 Found = defaultdict[tuple[str, str, str, int], dict[str, dict[str, float | None]]]
@@ -205,8 +215,13 @@ def read(file: Path) -> Found:
     return found
 
 
-def tables(found: Found) -> str:
-    """The shares of p ≤ .05, a table for the worlds without and one for those with hierarchy."""
+def tables(found: Found, only: set[tuple[str, str]] | None = None) -> str:
+    """The shares of p ≤ .05, a table for the worlds without and one for those with hierarchy.
+
+    Args:
+        found: the runs.
+        only: (evaluator, metric) that are shown; None: all.
+    """
     shares: dict[tuple[str, str], dict[tuple[str, str, str], list[float]]] = {}
     for (tree, world, sizes, _), evaluators in found.items():
         for evaluator, metrics in evaluators.items():
@@ -215,7 +230,10 @@ def tables(found: Found) -> str:
                     cells = shares.setdefault((evaluator, metric), {})
                     cells.setdefault((tree, world, sizes), []).append(float(p <= LEVEL))
     trees = [tree for tree in TREES if any(job[0] == tree for job in found)]
-    parts = [f"Trees in each cell: {', '.join(trees)}; –: nothing could be judged."]
+    runs = max((job[3] + 1 for job in found), default=0)
+    parts = [
+        f"{runs} runs a cell. Trees in each cell: {', '.join(trees)}; –: nothing could be judged."
+    ]
     for worlds in (("noise", "flat"), ("planted", "groups")):
         columns = [(w, s) for w in worlds for s in SIZES]
         lines = [
@@ -223,6 +241,8 @@ def tables(found: Found) -> str:
             "|---|" + "---|" * len(columns),
         ]
         for (evaluator, metric), cells in sorted(shares.items()):
+            if only is not None and (evaluator, metric) not in only:
+                continue
             row = []
             for world, sizes in columns:
                 by_tree = [cells.get((tree, world, sizes), []) for tree in trees]

@@ -362,6 +362,8 @@ def tells(found: Stored, block: int, key: str, other: str, higher: bool) -> bool
     rival = found.at(block, "untrained").get(key) if other == "untrained" else found.at(block, "topk", other).get(key)  # fmt: skip
     if not rival or rival["value"] is None or number.get("low") is None or rival.get("low") is None:
         return None
+    if rival["value"] == number["value"]:  # of the activations, not of the SAE
+        return None
     return number["low"] > rival["high"] if higher else number["high"] < rival["low"]
 
 
