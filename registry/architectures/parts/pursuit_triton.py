@@ -70,7 +70,8 @@ def _pursue(  # pragma: no cover - runs on the device
         tl.store(indices_ptr + row * k + step, index.to(tl.int64))
         tl.store(values_ptr + row * k + step, value)
         if STOP:
-            repeated = tl.sum((chosen == index).to(tl.int32), axis=0) > 0
+            again = tl.sum((chosen == index).to(tl.int32), axis=0)
+            repeated = again > 0  # pyright: ignore[reportOperatorIssue]  # a scalar in the kernel
             active = tl.where((value <= 0.0) | repeated, 0.0, active)
             chosen = tl.where(steps == step, tl.where(value > 0.0, index, -1), chosen)
         atom = tl.load(gram_ptr + index.to(tl.int64) * m + columns, mask=inside, other=0.0)
