@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
 from .raw import ImageReader, Job, Limits, RawImage, decode_raw, source_of
 from .workers import (
-    kill_stopped,
     main_left_out,
     may_start_workers,
     prepare_worker,
+    stopped_are_killed,
     worker_context,
 )
 
@@ -146,31 +146,41 @@ class ImageLoader:
         )
         with main_left_out(task) if self.num_workers else nullcontext(True) as left_out:
             iterator = iter(loader)  # starts the workers
+        watching = stopped_are_killed(PATIENCE) if self.num_workers else nullcontext([])
         try:
-            while True:
-                try:
-                    batch: ImageBatch | str = next(iterator)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    if "timed out" in str(error):
-                        if killed := kill_stopped():
-                            problem = f"processes that decode images were stopped: {killed}"
-                            raise TaxolensError(
-                                "num_workers", problem, allowed="0, which uses none"
-                            ) from None
-                        logger.warning("no image was decoded for %d seconds: waiting.", PATIENCE)
-                        continue
-                    raise _explained(error, left_out) from error
-                if isinstance(batch, str):
-                    problem = f"preprocessing leaves images of different shapes ({batch})"
-                    raise ConfigError("image_size", problem, allowed="one size, in pixels")
-                self._account(batch)
-                if not self.images.is_streaming:
-                    batch.labels = torch.from_numpy(self.images.labels[batch.indices.numpy()])
-                yield batch
+            with watching as killed:
+                yield from self._read(iterator, killed, left_out)
         finally:
             del iterator  # ends the workers
+
+    def _read(
+        self, iterator: Iterator[Any], killed: list[int], left_out: bool
+    ) -> Iterator[ImageBatch]:
+        """The batches of a loader's iterator, checked and counted."""
+        while True:
+            try:
+                batch: ImageBatch | str = next(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if killed:
+                    problem = f"processes that decode images were stopped: {killed}"
+                    raise TaxolensError(
+                        "num_workers", problem, allowed="0, which uses none"
+                    ) from None
+                if "timed out" in str(error):
+                    logger.warning("no image was decoded for %d seconds: waiting.", PATIENCE)
+                    continue
+                if not isinstance(error, RuntimeError):
+                    raise
+                raise _explained(error, left_out) from error
+            if isinstance(batch, str):
+                problem = f"preprocessing leaves images of different shapes ({batch})"
+                raise ConfigError("image_size", problem, allowed="one size, in pixels")
+            self._account(batch)
+            if not self.images.is_streaming:
+                batch.labels = torch.from_numpy(self.images.labels[batch.indices.numpy()])
+            yield batch
 
     def _account(self, batch: ImageBatch) -> None:
         self.n_processed += len(batch) + len(batch.failures)

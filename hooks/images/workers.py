@@ -104,20 +104,38 @@ class _MainFinder(pickle.Pickler):
             self.found = True
 
 
-def kill_stopped() -> list[int]:
-    """Kill the child processes that are stopped (SIGSTOP), and give their numbers.
+@contextmanager
+def stopped_are_killed(patience: float) -> Iterator[list[int]]:
+    """Kill child processes that stay stopped (SIGSTOP) for `patience` seconds; gives their numbers.
 
-    Such a one never ends by itself, and Python would wait for it at the end. Without a /proc there
-    are none.
+    Such a one never ends by itself, and what waits for its answer has no time limit: a tensor that
+    it has sent already is fetched from it. Without a /proc none is found.
     """
-    killed = []
-    for child in multiprocessing.active_children():
-        with suppress(OSError):
-            state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state in "Tt":
-                child.kill()
-                killed.append(child.pid)
-    return killed
+    killed: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        before: set[int] = set()
+        while not done.wait(patience / 2):
+            stopped = {
+                child.pid: child for child in multiprocessing.active_children() if _stopped(child)
+            }
+            for pid in before & stopped.keys():
+                stopped[pid].kill()
+                killed.append(pid)
+            before = set(stopped)
+
+    threading.Thread(target=watch, name="stopped workers", daemon=True).start()
+    try:
+        yield killed
+    finally:
+        done.set()
+
+
+def _stopped(child: Any) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def prepare_worker(_: int) -> None:
