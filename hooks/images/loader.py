@@ -154,7 +154,7 @@ class ImageLoader:
             del iterator  # ends the workers
 
     def _read(
-        self, iterator: Iterator[Any], killed: list[int], left_out: bool
+        self, iterator: Iterator[Any], killed: list[int | None], left_out: bool
     ) -> Iterator[ImageBatch]:
         """The batches of a loader's iterator, checked and counted."""
         while True:

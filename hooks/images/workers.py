@@ -105,25 +105,24 @@ class _MainFinder(pickle.Pickler):
 
 
 @contextmanager
-def stopped_are_killed(patience: float) -> Iterator[list[int]]:
+def stopped_are_killed(patience: float) -> Iterator[list[int | None]]:
     """Kill child processes that stay stopped (SIGSTOP) for `patience` seconds; gives their numbers.
 
     Such a one never ends by itself, and what waits for its answer has no time limit: a tensor that
     it has sent already is fetched from it. Without a /proc none is found.
     """
-    killed: list[int] = []
+    killed: list[int | None] = []
     done = threading.Event()
 
     def watch() -> None:
-        before: set[int] = set()
+        before: list[Any] = []
         while not done.wait(patience / 2):
-            stopped = {
-                child.pid: child for child in multiprocessing.active_children() if _stopped(child)
-            }
-            for pid in before & stopped.keys():
-                stopped[pid].kill()
-                killed.append(pid)
-            before = set(stopped)
+            stopped = [child for child in multiprocessing.active_children() if _stopped(child)]
+            for child in stopped:
+                if child in before:
+                    child.kill()
+                    killed.append(child.pid)
+            before = stopped
 
     threading.Thread(target=watch, name="stopped workers", daemon=True).start()
     try:
