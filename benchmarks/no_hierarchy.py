@@ -249,7 +249,8 @@ def tables(found: Found, only: set[tuple[str, str]] | None = None) -> str:
                 row.append(" ".join(share(past, barred=worlds[0] == "noise") for past in by_tree))
             if any(cell.strip("– ") for cell in row):
                 lines.append(f"| `{evaluator}` {metric} | " + " | ".join(row) + " |")
-        parts.append("\n".join(lines))
+        if len(lines) > 2:
+            parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
