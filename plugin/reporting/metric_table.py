@@ -118,7 +118,8 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
         f"Of {len(results.saes)} SAEs, so many are past the permuted classes (q ≤ {LEVEL}), and "
         f"past all nulls: {'; '.join(counts)}."
     )
-    few = f"{undecided} numbers are not judged: they are computed from too few nodes, latents or draws."
+    numbers = "1 number is" if undecided == 1 else f"{undecided} numbers are"
+    few = f"{numbers} not judged: computed from too few nodes, latents or draws."
     return " ".join([found] * bool(counts) + [few] * bool(undecided))
 
 
