@@ -52,8 +52,8 @@ def evaluate_run(
     """Measure every SAE of one or many runs on held-out images.
 
     Each SAE's numbers are saved when they are complete. A second call keeps those of the same SAE,
-    images, tree and settings, whichever evaluators it names. An evaluator that raises has no numbers, and `Results.errors` names it; the others are not
-    affected.
+    images, tree and settings, whichever evaluators it names. An evaluator that raises has no
+    numbers, and `Results.errors` names it; the others are not affected.
 
     Args:
         runs: run folders, checkpoints, SAE folders, files of other libraries, and published SAEs

@@ -1,4 +1,4 @@
-"""SAEs that no run of ours has saved, as sources of an evaluation; and what the user says of any SAE."""
+"""SAEs that no run of ours has saved, as sources of an evaluation; and settings that replace an SAE's metadata."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def is_other(source: Source) -> bool:
 
 
 def override(saes: Sequence[SAEFolder], **given: Any) -> list[SAEFolder]:
-    """The SAEs with `given` in place of what their metadata says; None leaves it.
+    """The SAEs with `given` in place of their metadata; None leaves it.
 
     Raises:
         ConfigError: one hook point for SAEs that were trained at different ones.
@@ -179,7 +179,7 @@ def of_own_runs(saes: Sequence[SAEFolder]) -> list[SAEFolder]:
 
 
 def unknown_of(sae: SAEFolder) -> list[str]:
-    """What of model, hook point and tokens nobody says; SAEs of our own runs have tokens always."""
+    """Which of model, hook point and tokens are neither recorded nor given; SAEs of our own runs have tokens always."""
     unknown = [name for name in NEEDED if not sae.setting(name)]
     return [name for name in unknown if name != "tokens" or not of_own_runs([sae])]
 
@@ -189,7 +189,7 @@ def check_complete(saes: Sequence[SAEFolder], **given: Any) -> None:
 
     Args:
         saes: what is evaluated.
-        **given: dataset_path and taxonomy, as the user gives them, None where he does not.
+        **given: dataset_path and taxonomy, as given; None where they are not.
 
     Raises:
         ConfigError: one list of everything that is missing, with the flags for it.

@@ -5,41 +5,22 @@ Own definition, after the layer-by-layer analysis of Olson et al. 2025 (arXiv 25
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from ..errors import ConfigError
 from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
-from .base import Evaluator, require_at_least
+from .base import Evaluator
 from .parts import summary
-from .parts.class_probes import FEATURES, PROBES, ClassProbes, FeatureProbes
+from .parts.class_probes import FEATURES, PROBES, ClassProbes, FeatureProbes, ProbeOptions
 
 FITTING_STEPS = 50
 
 
-@dataclass(frozen=True)
-class LevelInformationOptions:
-    """ridge: of the linear probe, relative to the variance of a feature.
-    neighbours, neighbours_per_class: k of kNN, and the size of its database per class.
-    probe_latents: number of most variable latents of z that are probed.
-    """
-
-    ridge: float = 0.01
-    neighbours: int = 10
-    neighbours_per_class: int = 10
-    probe_latents: int = 1024
-
-    def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ConfigError("ridge", "out of range", given=self.ridge, allowed="above 0")
-        require_at_least(1, self, "neighbours", "neighbours_per_class", "probe_latents")
-
-
-class LevelInformation(Evaluator[LevelInformationOptions]):
+class LevelInformation(Evaluator[ProbeOptions]):
     """Probe accuracy, correct group given a wrong class, and variance share, at each depth.
 
     Three features: `x` (the activations as trained on), `mean_patch` where given, and `z`. A linear
@@ -102,7 +83,7 @@ class LevelInformation(Evaluator[LevelInformationOptions]):
             priority=40,
         ),
     )
-    Options = LevelInformationOptions
+    Options = ProbeOptions
 
     def prepare(self) -> None:
         self._probes = self.context.share(ClassProbes, **asdict(self.options))

@@ -7,7 +7,7 @@ Mistake severity and the hierarchical distance of the top k are those of Bertine
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from ..errors import ConfigError
 from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
-from .base import Evaluator, remembered, require_at_least
+from .base import Evaluator, remembered
 from .parts import summary
-from .parts.class_probes import PROBES, TOPS, ClassProbes
+from .parts.class_probes import PROBES, TOPS, ClassProbes, ProbeOptions
 
 FEATURES = ("x", "z")
 OF_CONFUSION = {
@@ -31,26 +30,6 @@ OF_CONFUSION = {
     "hierarchical_f1": True,
 }
 """Measures of both probes -> direction."""
-
-
-@dataclass(frozen=True)
-class MistakeSeverityOptions:
-    """ridge: of the linear probe, relative to the variance of a feature.
-    neighbours, neighbours_per_class: k of kNN, and the size of its database per class.
-    probe_latents: number of most variable latents of z that are probed.
-
-    With the options of `level_information` the two share their probes.
-    """
-
-    ridge: float = 0.01
-    neighbours: int = 10
-    neighbours_per_class: int = 10
-    probe_latents: int = 1024
-
-    def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ConfigError("ridge", "out of range", given=self.ridge, allowed="above 0")
-        require_at_least(1, self, "neighbours", "neighbours_per_class", "probe_latents")
 
 
 class Counts(NamedTuple):
@@ -73,7 +52,7 @@ class Counts(NamedTuple):
         return Counts(permutation[self.truth], permutation[self.guess], self.images)
 
 
-class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
+class MistakeSeverity(Evaluator[ProbeOptions]):
     """Heights of the LCH of true and predicted class, and shares of common ancestors.
 
     A linear probe and kNN on x, and on the most variable latents, are fitted on the fit half and
@@ -117,7 +96,7 @@ class MistakeSeverity(Evaluator[MistakeSeverityOptions]):
             priority=45,
         ),
     )
-    Options = MistakeSeverityOptions
+    Options = ProbeOptions
 
     def prepare(self) -> None:
         self._probes = self.context.share(ClassProbes, **asdict(self.options))

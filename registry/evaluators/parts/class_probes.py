@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from torch import Tensor
 
-from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from ...errors import ConfigError
+from ..base import Accumulator, EvaluationBatch, EvaluationContext, require_at_least
 from .moments import ClassMoments
 from .probes import NeighbourProbe, RidgeProbe
 
@@ -13,6 +16,26 @@ FEATURES = ("x", "mean_patch", "z")
 PROBES = ("probe", "knn")
 TOPS = (5, 20)
 """Numbers of most probable classes that are counted, besides the first."""
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """ridge: of the linear probe, relative to the variance of a feature.
+    neighbours, neighbours_per_class: k of kNN, and the size of its database per class.
+    probe_latents: number of most variable latents of z that are probed.
+
+    Evaluators with equal options share their probes.
+    """
+
+    ridge: float = 0.01
+    neighbours: int = 10
+    neighbours_per_class: int = 10
+    probe_latents: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ConfigError("ridge", "out of range", given=self.ridge, allowed="above 0")
+        require_at_least(1, self, "neighbours", "neighbours_per_class", "probe_latents")
 
 
 class ClassProbes(Accumulator):
