@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -139,7 +140,11 @@ class SAEFolder:
         return layer_of(self.hook_name)
 
     def weights_digest(self) -> str:
-        """Digest of the file of weights."""
+        """Digest of the file of weights, which is read once."""
+        return self._weights_digest
+
+    @cached_property
+    def _weights_digest(self) -> str:
         return file_digest(self.path / SAE_WEIGHTS_FILENAME)
 
     def load(self, device: str = "cpu") -> SAE[Any]:
