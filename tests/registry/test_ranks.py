@@ -1,38 +1,85 @@
-"""False discovery rates by the definition, one by one."""
+"""The ranks of a job: from the environment, dealing, and exchange among real processes."""
 
-from __future__ import annotations
+import itertools
+import subprocess
+import sys
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from taxolens.registry.evaluators.parts.ranks import benjamini_hochberg, spearman
-
-P_VALUES = st.lists(st.none() | st.integers(1, 20).map(lambda k: k / 20), max_size=12)
+from taxolens.registry.errors import ConfigError
+from taxolens.registry.ranks import Ranks
 
 
-@given(P_VALUES)
-def test_the_false_discovery_rate_of_those_that_are_defined(given_p: list[float | None]) -> None:
-    p = np.array([np.nan if value is None else value for value in given_p])
-    known = p[np.isfinite(p)]
-    found = benjamini_hochberg(p)
-    assert found.shape == p.shape
-    for value, q in zip(p, found):
-        if np.isnan(value):
-            assert np.isnan(q)
-            continue
-        # Rejecting all up to each larger p-value: so many rejections are expected to be false.
-        rates = [t * len(known) / (known <= t).sum() for t in known if t >= value]
-        assert q == pytest.approx(min([*rates, 1.0]))
+def test_one_process_needs_no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = Ranks.here()
+    assert ranks == Ranks(0, 1, 0)
+    with ranks.joined():
+        ranks.wait()
+        assert ranks.gather("a") == ["a"]
+        assert ranks.from_first("a") == "a"
 
 
-def test_undefined_p_values_do_not_count_as_tests() -> None:
-    found = benjamini_hochberg(np.array([np.nan, 0.01, np.nan, 0.04]))
-    assert found.tolist() == pytest.approx([np.nan, 0.02, np.nan, 0.04], nan_ok=True)
-    assert np.isnan(benjamini_hochberg(np.full(3, np.nan))).all()
+def test_ranks_come_from_the_environment(monkeypatch):
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert Ranks.here() == Ranks(3, 4, 1)
+    assert not Ranks.here().is_first
 
 
-def test_a_rank_correlation_of_one_pair_is_undefined() -> None:
-    assert np.isnan(spearman(np.ones(1), np.ones(1)))
-    assert spearman(np.arange(3), np.arange(3)[::-1]) == -1
-    assert spearman(np.arange(2), np.arange(2)) == 1
+@pytest.mark.parametrize(
+    ("rank", "size", "message"),
+    [
+        ("4", "4", "RANK: no rank of this job; given 4; allowed: 0 to 3"),
+        ("x", "4", "RANK: not a number; given 'x'; allowed: what torchrun sets"),
+    ],
+)
+def test_contradicting_variables_are_refused(monkeypatch, rank, size, message):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError) as error:
+        Ranks.here()
+    assert message in str(error.value)
+
+
+def test_dealing_is_near_the_best_of_all_ways():
+    costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 3.0, "f": 1.0}
+    dealt = Ranks(0, 2).deal(costs)
+    assert sorted(itertools.chain(*dealt)) == sorted(costs)
+    loads = [sum(costs[name] for name in names) for names in dealt]
+    best = min(
+        max(
+            sum(cost for cost, r in zip(costs.values(), way, strict=True) if r == rank)
+            for rank in (0, 1)
+        )
+        for way in itertools.product((0, 1), repeat=len(costs))
+    )
+    assert max(loads) <= 4 / 3 * best
+    assert Ranks(1, 2).deal(costs) == dealt
+
+
+def test_dealing_leaves_ranks_without_work():
+    assert Ranks(0, 3).deal({"a": 1.0, "b": 1.0}) == [["a"], ["b"], []]
+
+
+SCRIPT = """
+from taxolens.registry.ranks import Ranks
+ranks = Ranks.here()
+with ranks.joined():
+    ranks.wait()
+    print(ranks.gather(ranks.rank * 10), ranks.from_first(f"of {ranks.rank}"))
+"""
+
+
+def test_processes_exchange_what_they_have(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[0, 10] of 0"] * 2
