@@ -10,7 +10,8 @@ against the ImageNet tree, and stores every number with its interval, support an
 docs/results/photographs.json. Each part is taken up again where it was stopped. `demo` runs the demo and
 stores its numbers in docs/results/demo.json. `write`, which ends the others too, writes the tables of
 README.md and docs/evaluators.md from these files, between markers such as `<!-- photographs: glance -->`
-and `<!-- /photographs -->` (`demo@0,3: pair_depth` shows two blocks).
+and `<!-- /photographs -->` (`demo@0,3: pair_depth` shows two blocks). The numbers of planted detectors are those
+of planted.py.
 
 The label names of the dataset are WordNet 3.0 synsets. Evaluators that run the model again for every
 edit or train for every null (`SLOW`) are measured with `--evaluators all`, which takes hours on a laptop.
@@ -33,12 +34,15 @@ ROOT = Path(__file__).parent.parent
 STORED = {
     "photographs": ROOT / "docs" / "results" / "photographs.json",
     "demo": ROOT / "docs" / "results" / "demo.json",
+    "planted": ROOT / "docs" / "results" / "planted.json",
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluators.md")
 CONFIG = Path(__file__).with_name("study.yaml")
 BLOCK = re.compile(r"<!-- (\w+)(@[\d,]+)?: (.*?) -->\n.*?<!-- /\1 -->", re.DOTALL)
 SLOW = ("detection", "reconstruction", "supervised_dictionary", "meta_sae", "hyperbolicity")
 UNTRAINED_IMAGES = 4000
+CONSTRAINTS = ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder")
+OF_X = {"topk": "activations", "untrained": "activations of the untrained model"}
 NULLS = {
     "permuted_classes": "classes permuted",
     "shuffled": "labels shuffled",
@@ -231,20 +235,35 @@ class Stored:
         return {}
 
     def rows(self, metric: str) -> Iterator[tuple[str, list[str]]]:
-        """(name, its cell at every block) of a metric: each SAE, its nulls and its controls."""
-        for kind in ("topk", "matryoshka", "untrained"):
+        """(name, its cell at every block) of a metric: each SAE, its nulls and its controls.
+
+        A number of the activations is the same for every SAE of a model: it has one row.
+        """
+        of_x = self._is_of_x(metric)
+        for kind in ("topk", "untrained") if of_x else ("topk", "matryoshka", "untrained"):
             own = [self.at(block, kind).get(metric) for block in self.blocks]
             if not any(own):
                 continue
-            yield f"**{NAMES[kind]}**", [value_cell(number) for number in own]
+            yield f"**{(OF_X if of_x else NAMES)[kind]}**", [value_cell(number) for number in own]
             for null, name in NULLS.items():
                 cells = [null_cell(number, null) for number in own]
                 if any(cells):
                     yield f"{name}", cells
-            for constraint in ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder"):
+            for constraint in () if of_x else CONSTRAINTS:
                 held = [self.at(block, kind, constraint).get(metric) for block in self.blocks]
                 if any(held):
                     yield NAMES[constraint], [value_cell(number) for number in held]
+
+    def _is_of_x(self, metric: str) -> bool:
+        """Whether the SAE and all its controls have the same number at every block."""
+        found = [
+            [
+                self.at(block, "topk", constraint).get(metric, {}).get("value")
+                for block in self.blocks
+            ]
+            for constraint in (None, *CONSTRAINTS)
+        ]
+        return any(found[0]) and all(values == found[0] for values in found)
 
 
 def value_cell(number: dict[str, Any] | None) -> str:
@@ -304,7 +323,7 @@ def metric_table(found: Stored, *metrics: str) -> str:
 
 def glance_table(found: Stored) -> str:
     """Which metric tells a trained SAE from what, and at which blocks (TopK)."""
-    columns = (*NULLS, "frozen_decoder", "soft_frozen_decoder", "frozen_encoder", "untrained")
+    columns = (*NULLS, *CONSTRAINTS, "untrained")
     rows = []
     for evaluator, info in found.data["evaluators"].items():
         for metric in info["headlines"] or list(info["directions"])[:1]:
@@ -349,6 +368,33 @@ def setting(found: Stored) -> str:
     return f"{text}\n\n{table(['L0 of an image', *(f'block {b}' for b in found.blocks)], rows)}"
 
 
+def planted_table(found: Stored) -> str:
+    """The headline metrics of planted detectors, each beside the mean over its permuted trees."""
+    data = found.data
+    text = (
+        f"Tiny-ImageNet's tree ({data['classes']:,} classes, {data['images_per_class']} images each, "
+        f"{data['nodes']:,} nodes of which {data['distinct_nodes']:,} have distinct classes), one latent for "
+        "each distinct node, no model."
+    )
+    rows = []
+    for key in data["headlines"]:
+        numbers = [world.get(key) for world in data["worlds"].values()]
+        if any(number and number["value"] is not None for number in numbers):
+            evaluator, metric = key.split("/")
+            rows.append((f"`{evaluator}` {metric}", [planted_cell(number) for number in numbers]))
+    return f"{text}\n\n{table(['metric', *data['worlds']], rows)}"
+
+
+def planted_cell(number: dict[str, Any] | None) -> str:
+    """Value, and in brackets the mean over the permuted trees and p; ! where it is not past them."""
+    if not number or number["value"] is None:
+        return "–"
+    null = (
+        null_cell(number, "permuted_classes").replace("(", "").replace(")", "").replace(" p", ", p")
+    )
+    return f"{short(number['value'])} ({null})" if null else short(number["value"])
+
+
 def tells(found: Stored, block: int, key: str, other: str, higher: bool) -> bool | None:
     """Whether the TopK SAE is past a null, or past another SAE by more than both intervals."""
     number = found.at(block, "topk").get(key)
@@ -377,7 +423,10 @@ def write(text: str, results: Mapping[str, Stored]) -> str:
         shown = tuple(map(int, blocks.strip("@").split(","))) if blocks else ()
         found = replace(results[source], shown=shown)
         tables = {"glance": glance_table, "setting": setting}
-        made = tables[names[0]](found) if names[0] in tables else metric_table(found, *names)
+        if source == "planted":
+            made = planted_table(found)
+        else:
+            made = tables[names[0]](found) if names[0] in tables else metric_table(found, *names)
         return f"<!-- {source}{blocks}: {match[3]} -->\n\n{made}\n\n<!-- /{source} -->"
 
     return BLOCK.sub(block, text)

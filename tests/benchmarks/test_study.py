@@ -48,6 +48,34 @@ def test_every_number_stands_beside_its_nulls_and_controls(found: Stored) -> Non
     )
 
 
+def test_a_number_of_the_activations_has_one_row(found: Stored) -> None:
+    for constraint in (None, *study.CONSTRAINTS):
+        for block in (2, 8):
+            if not found.at(block, "topk", constraint):
+                found.data["saes"].append(
+                    {"block": block, "architecture": "topk", "constraint": constraint,
+                     "model": "trained", "metrics": {}}
+                )  # fmt: skip
+            found.at(block, "topk", constraint)["e/m"] = number(0.4)
+    rows = study.metric_table(found, "e/m").splitlines()[2:]
+    assert rows == [
+        "| **activations** | .400 ±.100 | .400 ±.100 |",
+        "| **activations of the untrained model** | – | .650 ±.100 |",
+    ]
+
+
+def test_planted_detectors_stand_beside_their_permuted_trees() -> None:
+    permuted = {"mean": 0.3, "n": 99, "p": 0.54, "left_behind": False}
+    data = {"classes": 4, "images_per_class": 3, "nodes": 7, "distinct_nodes": 7,
+            "headlines": ["e/m", "e/undefined"],
+            "worlds": {"one": {"e/m": number(0.4, permuted_classes=permuted)}, "two": {}}}  # fmt: skip
+    assert study.planted_table(Stored(data)).splitlines()[2:] == [
+        "| metric | one | two |",
+        "|---|---|---|",
+        "| `e` m | .400 (.300, p .54!) | – |",
+    ]
+
+
 def test_what_is_told_apart_at_which_blocks(found: Stored) -> None:
     row = study.glance_table(found).splitlines()[-1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
