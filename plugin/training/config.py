@@ -140,6 +140,7 @@ class VisionFields:
         eval_split (str, optional): The held-out split of the evaluation.
         eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise. During training, defaults to 2,000, or 5 for each class.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
+        sparse_step (bool): Compute a training step of topk, batchtopk, matryoshka_batchtopk, nested_topk and random_matryoshka from the firing latents alone: several times faster, equal up to rounding.
         overwrite_output (bool): Write into output_path even where it holds another run.
         keep_checkpoints (int, optional): Keep only the newest checkpoints. Defaults to keeping all.
         constraint (str, optional): Train a control on random directions: frozen_decoder, soft_frozen_decoder or frozen_encoder. Of several SAEs, a mapping from names to constraints.
@@ -186,6 +187,7 @@ class VisionFields:
     checkpoint_id: str | None = None
     keep_checkpoints: int | None = None
     constraint: str | None = None
+    sparse_step: bool = True
     overwrite_output: bool = False
 
     def __post_init__(self) -> None:

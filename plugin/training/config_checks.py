@@ -86,6 +86,7 @@ CHECKS: dict[str, Check] = {
     ),
     "checkpoint_id": _optional(ID),
     "keep_checkpoints": _optional(POSITIVE_INT),
+    "sparse_step": FLAG,
     "overwrite_output": FLAG,
     "model_name": TEXT,
     "streaming": FLAG,

@@ -22,6 +22,7 @@ from sae_lens.saes.sae import (
     TrainStepInput,
 )
 
+from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.errors import ConfigError
 from .rng import set_apart
 
@@ -48,7 +49,7 @@ def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:
     stage = "be built"
     try:
         with set_apart():
-            sae = TrainingSAE.from_dict(cfg.to_dict()).to(device)
+            sae = with_sparse_step(TrainingSAE.from_dict(cfg.to_dict())).to(device)
             stage = "be trained"
             _train_one_step(sae)
             stage = f"fold normalize_activations={cfg.normalize_activations!r} into its weights"

@@ -29,6 +29,7 @@ from ...hooks.activations.stream import ActivationStream
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
+from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
 from ...registry.loaders.parts.read import load_source
@@ -58,6 +59,7 @@ TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
     *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
+    "sparse_step",
 )
 
 
@@ -296,6 +298,9 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
                 )
         else:
             self.sae = new_sae(cfg.sae, cfg.seed)
+        if override_sae is None:
+            # A compiled SAE is traced by torch, which takes no sparse products.
+            self.sae = with_sparse_step(self.sae, cfg.sparse_step and not cfg.compile_sae)
         self._connect({"sae": self.sae}, cfg.hook_name)
         self.evaluator: Any = self.slot.one
 
@@ -355,7 +360,8 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
                 allowed=", ".join(sorted(cfg.saes)),
             )
         self.saes = override_saes or {
-            name: new_sae(sae_cfg, cfg.seed) for name, sae_cfg in cfg.saes.items()
+            name: with_sparse_step(new_sae(sae_cfg, cfg.seed), cfg.sparse_step)
+            for name, sae_cfg in cfg.saes.items()
         }
         self._connect(self.saes, None)
         self.evaluator: Any = self.slot.many

@@ -15,15 +15,15 @@ Saved as `topk` at `inference_k`, by default the largest k.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAEConfig
 from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
 from .parts.plugin_config import refuse_input_normalisation
+from .parts.sparse_step import Firings, SparseTopK
 
 
 @dataclass
@@ -92,7 +92,7 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         return {**saved, "k": self.inference_k or self.k}
 
 
-class NestedTopKTrainingSAE(TopKTrainingSAE):
+class NestedTopKTrainingSAE(SparseTopK):
     """Trains `nested_topk`."""
 
     cfg: NestedTopKTrainingSAEConfig  # type: ignore[assignment]
@@ -100,13 +100,15 @@ class NestedTopKTrainingSAE(TopKTrainingSAE):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x = step_input.sae_in
-        acts, hidden_pre = self.encode_with_hidden_pre(x)
-        sae_out = self.decode(acts)
+        with self.stepping(step_input):
+            acts, hidden_pre = self.encode_with_hidden_pre(x)
+            sae_out = self.decode(acts)
+            inner = self._inner_outputs(acts)
         variance = (x - x.mean(dim=0)).square().sum(dim=-1).mean().clamp_min(1e-12)
 
         losses: dict[str, Tensor] = {}
         loss = x.new_zeros(())
-        outputs = [*self._inner_outputs(acts), sae_out]
+        outputs = [*inner, sae_out]
         for k, weight, out in zip(self.cfg.levels, self.cfg.weights, outputs):
             squared_error = self.mse_loss_fn(out, x).sum(dim=-1).mean()
             loss = loss + weight * squared_error / variance
@@ -124,26 +126,18 @@ class NestedTopKTrainingSAE(TopKTrainingSAE):
             return []
         if acts.is_sparse:
             acts = acts.to_dense()
-        values, indices = acts.topk(levels[-2], dim=-1)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            values = values / self.W_dec.norm(dim=-1)[indices]
-        outputs, total, start = [], self.b_dec, 0
+        if self.firings is None:
+            values, columns = acts.topk(levels[-2], dim=-1)
+        else:
+            values, ranked = self.firings.values.unflatten(0, (len(acts), -1)).sort(descending=True)
+            columns = self.firings.columns.unflatten(0, (len(acts), -1)).gather(1, ranked)
+        outputs, total, start, norms = [], self.b_dec, 0, self.norms
         for k in levels[:-1]:
-            part = slice(start, k)
-            total = total + decode_sparse(indices[:, part], values[:, part], self.W_dec)
+            part = Firings.by_row(values[:, start:k], columns[:, start:k])
+            total = total + part.decoded(self.W_dec, norms)
             outputs.append(self.reshape_fn_out(total, self.d_head))
             start = k
         return outputs
-
-
-def decode_sparse(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
-    """``sum_j values[:, j] * W_dec[indices[:, j]]`` (n, d), without the dense codes (n, d_sae)."""
-    return F.embedding_bag(
-        indices.contiguous(),
-        W_dec,
-        per_sample_weights=values.to(W_dec.dtype).contiguous(),
-        mode="sum",
-    )
 
 
 NESTED_TOPK = Architecture(

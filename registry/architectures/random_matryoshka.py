@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
@@ -23,6 +23,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..table import Architecture
 from .parts.plugin_config import refuse_input_normalisation
+from .parts.sparse_step import SparseBatchTopK
 from .parts.step_clock import StepClock
 
 
@@ -68,7 +69,7 @@ class RandomMatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         super().__post_init__()
 
 
-class RandomMatryoshkaTrainingSAE(BatchTopKTrainingSAE):
+class RandomMatryoshkaTrainingSAE(SparseBatchTopK):
     """Trains `random_matryoshka`."""
 
     cfg: RandomMatryoshkaTrainingSAEConfig  # type: ignore[assignment]
@@ -81,12 +82,15 @@ class RandomMatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        step = self.clock.tick()
-        output = super().training_forward_pass(step_input)
-        prefixes = self.draw_prefixes(step)
+        prefixes = self.draw_prefixes(self.clock.tick())
+        with self.stepping(step_input):
+            output = super().training_forward_pass(step_input)
+            partials = self.partial_outputs(output.feature_acts, prefixes[:-1])
         errors = [
-            self.mse_loss_fn(partial, step_input.sae_in).sum(dim=-1).mean()
-            for partial in self._partial_outputs(output.feature_acts, prefixes[:-1])
+            self.mse_loss_fn(self.reshape_fn_out(partial, self.d_head), step_input.sae_in)
+            .sum(dim=-1)
+            .mean()
+            for partial in partials
         ]
         whole = output.losses["mse_loss"]
         prefix_loss = torch.stack([*errors, whole]).mean()
@@ -104,19 +108,6 @@ class RandomMatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             return [cfg.d_sae]
         drawn = torch.multinomial(weights, n, generator=generator) + cfg.min_prefix
         return [*sorted(drawn.tolist()), cfg.d_sae]
-
-    def _partial_outputs(self, acts: Tensor, prefixes: list[int]) -> list[Tensor]:
-        """One reconstruction per prefix, at the cost of one decoding in all."""
-        if acts.is_sparse:
-            acts = acts.to_dense()
-        if self.cfg.rescale_acts_by_decoder_norm:
-            acts = acts / self.W_dec.norm(dim=-1)
-        outputs, total, start = [], self.b_dec, 0
-        for stop in prefixes:
-            total = total + acts[:, start:stop] @ self.W_dec[start:stop]
-            outputs.append(self.reshape_fn_out(total, self.d_head))
-            start = stop
-        return outputs
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,233 @@
+"""The sparse step of top-k architectures against SAELens's dense one, and its selection against torch.topk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput
+from safetensors.torch import load_file
+from taxolens.registry.architectures.parts.sparse_step import (
+    SparseStep,
+    largest_of_batch,
+    largest_of_rows,
+    with_sparse_step,
+)
+
+D_IN, D_SAE, K, N = 12, 64, 4, 40
+ARCHITECTURES = {
+    "topk": {},
+    "batchtopk": {},
+    "matryoshka_batchtopk": {"matryoshka_widths": [8, 24, 64]},
+    "nested_topk": {"ks": [1, 2, 4]},
+    "random_matryoshka": {"n_prefixes": 4},
+}
+BY_NAME = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def pair(architecture: str, **settings) -> tuple[TrainingSAE, TrainingSAE]:
+    """The same SAE with SAELens's dense step and with the sparse one."""
+    config = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "k": K}
+    config |= {**ARCHITECTURES[architecture], **settings}
+    saes = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        sae = TrainingSAE.from_dict(TrainingSAEConfig.from_dict(config).to_dict())
+        with torch.no_grad():
+            sae.b_enc += 0.1 * torch.randn(D_SAE)
+            sae.b_dec += 0.1 * torch.randn(D_IN)
+            sae.W_dec *= 1 + torch.rand(D_SAE, 1)
+        saes.append(with_sparse_step(sae, enabled))
+    return saes[0], saes[1]
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(N, D_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def forward(sae: TrainingSAE, x: torch.Tensor, dead: torch.Tensor | None = None):
+    step = TrainStepInput(
+        sae_in=x,
+        coefficients={},
+        dead_neuron_mask=dead,
+        n_training_steps=0,
+        is_logging_step=False,
+    )
+    return sae.training_forward_pass(step)
+
+
+@BY_NAME
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("some_dead", [False, True])
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_loss_and_gradients_are_those_of_the_dense_step(
+    architecture, rescale, some_dead, apply_b_dec
+):
+    settings = {"rescale_acts_by_decoder_norm": rescale, "apply_b_dec_to_input": apply_b_dec}
+    dense, sparse = pair(architecture, **settings)
+    assert isinstance(sparse, SparseStep)
+    dead = torch.arange(D_SAE) % 3 == 0 if some_dead else None
+    outputs = [forward(sae, inputs(), dead) for sae in (dense, sparse)]
+    assert torch.equal(outputs[0].feature_acts, outputs[1].feature_acts)
+    assert torch.equal(outputs[0].hidden_pre, outputs[1].hidden_pre)
+    torch.testing.assert_close(outputs[0].sae_out, outputs[1].sae_out)
+    assert outputs[0].losses.keys() == outputs[1].losses.keys()
+    for name, loss in outputs[0].losses.items():
+        torch.testing.assert_close(loss, outputs[1].losses[name], msg=name)
+    for output in outputs:
+        output.loss.backward()
+    for name, parameter in dense.named_parameters():
+        gradient = sparse.get_parameter(name).grad
+        assert gradient is not None and parameter.grad.abs().max() > 0
+        torch.testing.assert_close(
+            gradient, parameter.grad, rtol=1e-5, atol=1e-6 * float(parameter.grad.abs().max())
+        )
+
+
+@BY_NAME
+def test_the_encoder_has_no_dense_gradient_of_latents(architecture, monkeypatch):
+    """The sparse step is taken: a dense product for the decoder would call decode's matmul."""
+    _, sparse = pair(architecture)
+    taken = []
+    monkeypatch.setattr(
+        "taxolens.registry.architectures.parts.sparse_step._dense_gradients",
+        lambda *_: pytest.fail("dense gradients"),
+    )
+    original = SparseStep.encode_with_hidden_pre
+
+    def watched(self, x):
+        found = original(self, x)
+        taken.append(self.firings is not None)
+        return found
+
+    monkeypatch.setattr(SparseStep, "encode_with_hidden_pre", watched)
+    forward(sparse, inputs()).loss.backward()
+    assert taken == [True] and sparse.firings is None
+
+
+@BY_NAME
+def test_training_and_saved_files_are_those_of_the_architecture(architecture, tmp_path):
+    dense, sparse = pair(architecture)
+    for name, sae in (("dense", dense), ("sparse", sparse)):
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+        for _ in range(3):
+            forward(sae, inputs()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sae.save_inference_model(tmp_path / name)
+        sae.save_model(tmp_path / f"{name}-training")
+    for kind in ("", "-training"):
+        folders = [tmp_path / f"{name}{kind}" for name in ("dense", "sparse")]
+        configs = [json.loads((folder / "cfg.json").read_text()) for folder in folders]
+        assert configs[0] == configs[1]
+        weights = [load_file(folder / "sae_weights.safetensors") for folder in folders]
+        assert weights[0].keys() == weights[1].keys()
+        for key, value in weights[0].items():
+            torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_a_hook_on_the_latents_acts_as_in_saelens():
+    dense, sparse = pair("topk")
+    for sae in (dense, sparse):
+        sae.hook_sae_acts_post.add_hook(lambda acts, hook: acts * 2)
+    outputs = [forward(sae, inputs()) for sae in (dense, sparse)]
+    assert torch.equal(outputs[0].sae_out, outputs[1].sae_out)
+    for output in outputs:
+        output.loss.backward()
+    assert torch.equal(dense.W_enc.grad, sparse.W_enc.grad)
+
+
+@pytest.mark.parametrize("call", ["encode", "forward"])
+def test_inference_is_that_of_saelens(call):
+    dense, sparse = pair("topk")
+    with torch.no_grad():
+        found = [getattr(sae, call)(inputs()) for sae in (dense, sparse)]
+    assert torch.equal(*found)
+
+
+def test_frozen_parts_get_no_gradient_and_others_theirs():
+    dense, sparse = pair("topk")
+    for sae in (dense, sparse):
+        sae.W_dec.requires_grad_(False)
+        forward(sae, inputs()).loss.backward()
+    assert sparse.W_dec.grad is None
+    torch.testing.assert_close(sparse.W_enc.grad, dense.W_enc.grad)
+    dense, sparse = pair("topk")
+    for sae in (dense, sparse):
+        sae.W_enc.requires_grad_(False)
+        sae.b_enc.requires_grad_(False)
+        forward(sae, inputs()).loss.backward()
+    assert sparse.W_enc.grad is None and sparse.b_enc.grad is None
+    torch.testing.assert_close(sparse.W_dec.grad, dense.W_dec.grad)
+
+
+@BY_NAME
+def test_autocast_is_as_exact_as_the_dense_step(architecture):
+    """Against float32 the gradients of the sparse step err no more than those of the dense one."""
+    exact, _ = pair(architecture)
+    forward(exact, inputs()).loss.backward()
+    errors = []
+    for sae in pair(architecture):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = forward(sae, inputs())
+        output.loss.backward()
+        wanted = exact.W_dec.grad
+        errors.append(float((sae.W_dec.grad - wanted).norm() / wanted.norm()))
+    assert errors[1] < max(0.1, 1.5 * errors[0])
+
+
+def test_weights_in_bfloat16():
+    dense, sparse = pair("topk", dtype="bfloat16")
+    for sae in (dense, sparse):
+        forward(sae, inputs(torch.bfloat16)).loss.backward()
+    assert sparse.W_enc.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(sparse.W_enc.grad, dense.W_enc.grad, rtol=0.05, atol=0.02)
+
+
+def test_wide_codes_and_other_architectures_are_left_alone():
+    _, sparse = pair("topk", k=32)
+    with sparse.stepping(TrainStepInput(inputs(), {}, None, 0, False)) as is_sparse:
+        assert not is_sparse
+    standard = TrainingSAE.from_dict(
+        TrainingSAEConfig.from_dict({"architecture": "standard", "d_in": 4, "d_sae": 8}).to_dict()
+    )
+    assert with_sparse_step(standard) is standard
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 60), st.floats(0.5, 8))
+def test_the_largest_of_a_batch_are_those_of_torch(seed, n, m, k):
+    k = min(k, m)
+    pre = torch.randn(n, m, generator=torch.Generator().manual_seed(seed))
+    fired = largest_of_batch(pre, k)
+    wanted = pre.relu().flatten().topk(int(k * n)).values
+    assert torch.equal(fired.values.sort(descending=True).values, wanted[wanted > 0])
+    dense = fired.dense(m)
+    assert torch.equal(dense[dense > 0].sort().values, fired.values.sort().values)
+    assert torch.equal(dense[dense > 0], pre[dense > 0])
+
+
+def test_the_estimated_threshold_of_a_large_batch_loses_nothing():
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1.0, 0.01):  # with rows of different height the sample is less typical
+        height = torch.rand(512, 1, generator=generator) * (1 - spread) + spread
+        pre = torch.randn(512, 1024, generator=generator) * height
+        wanted = pre.flatten().topk(16 * 512).values
+        fired = largest_of_batch(pre, 16.0)
+        assert torch.equal(fired.values.sort(descending=True).values, wanted)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 20), st.integers(4, 40), st.integers(1, 4))
+def test_firings_of_rows_split_by_width(seed, n, m, k):
+    pre = torch.randn(n, m, generator=torch.Generator().manual_seed(seed))
+    fired = largest_of_rows(pre, k)
+    W_dec = torch.randn(m, 3, generator=torch.Generator().manual_seed(seed + 1))
+    cut = m // 2
+    dense = torch.zeros(n, m).scatter(1, pre.topk(k).indices, pre.topk(k).values.relu())
+    assert torch.equal(fired.dense(m), dense)
+    torch.testing.assert_close(fired.decoded(W_dec), dense @ W_dec)
+    for start, stop in ((0, cut), (cut, m)):
+        part = fired.between(start, stop).decoded(W_dec)
+        torch.testing.assert_close(part, dense[:, start:stop] @ W_dec[start:stop])
