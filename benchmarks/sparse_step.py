@@ -127,7 +127,9 @@ def first_gradients(sae: TrainingSAE, x: torch.Tensor) -> dict[str, torch.Tensor
 
 def trainer_of(sae: TrainingSAE, batch: int, device: str) -> SAETrainer:
     """SAELens's trainer, with its defaults."""
-    cfg = SAETrainerConfig(10**9, batch, dead_feature_window=10**6, device=device)
+    cfg = SAETrainerConfig(
+        10**9, batch, lr=1e-4, lr_end=1e-5, dead_feature_window=10**6, device=device
+    )
     return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
 
