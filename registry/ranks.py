@@ -2,23 +2,29 @@
 
 torchrun sets `RANK`, `WORLD_SIZE` and `LOCAL_RANK`. Without them a process is a job of one rank, and
 nothing here imports torch.distributed. Exchange goes over gloo on the CPU, whatever the device of the
-tensors that are computed.
+tensors that are computed; counters and the error of a rank that fails go through torchrun's key-value store.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, TaxolensError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for another one fails: longer than any step that one rank does alone."""
+POLL_SECONDS = 0.2
+FAILED = "failed"  # key of the first error in the store
+_counters: Counter[str] = Counter()  # of a job of one rank
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class Ranks:
 
         On an error the connection is given up at once, so that the others, which wait for this
         process, fail too.
+
+        Raises:
+            TaxolensError: another rank has failed, while this one waited for it or was stopped for it; the
+                message has the rank and its error.
         """
         if self.size == 1:
             yield
@@ -71,16 +81,56 @@ class Ranks:
         dist.init_process_group("gloo", timeout=TIMEOUT)
         try:
             yield
-            dist.barrier()
+            self.wait()
+        except BaseException as error:
+            known = self._failure()
+            if not known:
+                self._tell(error)
+            elif isinstance(error, KeyboardInterrupt):  # torchrun's signal to the others
+                raise TaxolensError(known) from error
+            raise
         finally:
             dist.destroy_process_group()
+
+    def device(self, name: str) -> str:
+        """The device of this rank: `name`, and for "cuda" the GPU of its number on this machine."""
+        return f"{name}:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+
+    def add(self, counter: str, n: int = 1) -> int:
+        """Add to a number that all ranks share, which begins at 0, and return the sum. Waits for no rank."""
+        if self.size == 1:
+            _counters[counter] += n
+            return _counters[counter]
+        with self._exchange():
+            return _store().add(counter, n)
 
     def wait(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with self._exchange():
+                dist.barrier()
+
+    def waiting(self, counter: str) -> Iterator[int]:
+        """The values of a counter, several a second, until every rank has come here.
+
+        For work that ends at different times: the time limit begins anew whenever the counter changes.
+        A counter can be waited for once.
+        """
+        arrived = f"{counter} arrived"
+        count, since = -1, time.monotonic()
+        self.add(arrived)
+        while self.add(arrived, 0) < self.size:
+            if failure := self._failure():
+                raise TaxolensError(failure)
+            if (now := self.add(counter, 0)) != count:
+                count, since = now, time.monotonic()
+            elif time.monotonic() - since > TIMEOUT.total_seconds():
+                problem = f"no other rank has got further for {TIMEOUT}"
+                raise TaxolensError(f"rank {self.rank}", problem, allowed="start the job again")
+            yield count
+            time.sleep(POLL_SECONDS)
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank, on every rank. They are pickled: of this job alone."""
@@ -89,7 +139,8 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with self._exchange():
+            dist.all_gather_object(found, value)
         return found
 
     def from_first(self, value: T) -> T:
@@ -99,7 +150,8 @@ class Ranks:
         import torch.distributed as dist
 
         held: list[Any] = [value]
-        dist.broadcast_object_list(held, src=0)
+        with self._exchange():
+            dist.broadcast_object_list(held, src=0)
         return held[0]
 
     def deal(self, costs: Mapping[str, float]) -> list[list[str]]:
@@ -115,6 +167,39 @@ class Ranks:
             loads[rank] += costs[name]
             dealt[rank].append(name)
         return [sorted(names, key=order.index) for names in dealt]
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Name the error of the rank that has failed, where torch knows of a closed connection only."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = f"rank {self.rank}: the connection to another rank is lost ({error})"
+            raise TaxolensError(self._failure() or lost) from error
+
+    def _tell(self, error: BaseException) -> None:
+        text = f"rank {self.rank} failed: {str(error) or type(error).__name__}"
+        with suppress(RuntimeError):  # without the store the others learn of a lost connection
+            _store().compare_set(FAILED, "", text)
+
+    def _failure(self) -> str | None:
+        """The first error of a rank, None where there is none."""
+        if self.size == 1:
+            return None
+        with suppress(RuntimeError):
+            if _store().check([FAILED]):
+                return _store().get(FAILED).decode()
+        return None
+
+
+@cache
+def _store() -> Any:
+    """The key-value store that the ranks share; under torchrun it outlives each of them."""
+    import torch.distributed as dist
+
+    store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun starts failed jobs again
+    return dist.PrefixStore(f"taxolens {attempt}", store)
 
 
 def _variable(name: str, default: int) -> int:
