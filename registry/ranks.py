@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from .errors import ConfigError, TaxolensError
+from .errors import ConfigError, LostRankError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -67,7 +67,7 @@ class Ranks:
         process, fail too.
 
         Raises:
-            TaxolensError: another rank has failed, while this one waited for it or was stopped for it; the
+            LostRankError: another rank has failed, while this one waited for it or was stopped for it; the
                 message has the rank and its error.
         """
         if self.size == 1:
@@ -83,11 +83,10 @@ class Ranks:
             yield
             self.wait()
         except BaseException as error:
-            known = self._failure()
-            if not known:
-                self._tell(error)
-            elif isinstance(error, KeyboardInterrupt):  # torchrun's signal to the others
-                raise TaxolensError(known) from error
+            if not isinstance(error, KeyboardInterrupt | LostRankError):
+                _tell(self.rank, error)
+            elif failure := _failure():  # torchrun stops the others with a signal
+                raise failure from error
             raise
         finally:
             dist.destroy_process_group()
@@ -101,7 +100,7 @@ class Ranks:
         if self.size == 1:
             _counters[counter] += n
             return _counters[counter]
-        with self._exchange():
+        with _lost_ranks_named():
             return _store().add(counter, n)
 
     def wait(self) -> None:
@@ -109,7 +108,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            with self._exchange():
+            with _lost_ranks_named():
                 dist.barrier()
 
     def waiting(self, counter: str) -> Iterator[int]:
@@ -122,13 +121,13 @@ class Ranks:
         count, since = -1, time.monotonic()
         self.add(arrived)
         while self.add(arrived, 0) < self.size:
-            if failure := self._failure():
-                raise TaxolensError(failure)
+            if failure := _failure():
+                raise failure
             if (now := self.add(counter, 0)) != count:
                 count, since = now, time.monotonic()
             elif time.monotonic() - since > TIMEOUT.total_seconds():
-                problem = f"no other rank has got further for {TIMEOUT}"
-                raise TaxolensError(f"rank {self.rank}", problem, allowed="start the job again")
+                problem = f"no other process of the job has got further for {TIMEOUT}"
+                raise LostRankError("ranks", problem, allowed="the same command again")
             yield count
             time.sleep(POLL_SECONDS)
 
@@ -139,7 +138,7 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        with self._exchange():
+        with _lost_ranks_named():
             dist.all_gather_object(found, value)
         return found
 
@@ -150,7 +149,7 @@ class Ranks:
         import torch.distributed as dist
 
         held: list[Any] = [value]
-        with self._exchange():
+        with _lost_ranks_named():
             dist.broadcast_object_list(held, src=0)
         return held[0]
 
@@ -168,28 +167,40 @@ class Ranks:
             dealt[rank].append(name)
         return [sorted(names, key=order.index) for names in dealt]
 
-    @contextmanager
-    def _exchange(self) -> Iterator[None]:
-        """Name the error of the rank that has failed, where torch knows of a closed connection only."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = f"rank {self.rank}: the connection to another rank is lost ({error})"
-            raise TaxolensError(self._failure() or lost) from error
 
-    def _tell(self, error: BaseException) -> None:
-        text = f"rank {self.rank} failed: {str(error) or type(error).__name__}"
-        with suppress(RuntimeError):  # without the store the others learn of a lost connection
-            _store().compare_set(FAILED, "", text)
+ALONE = Ranks()
+"""A job of one process."""
 
-    def _failure(self) -> str | None:
-        """The first error of a rank, None where there is none."""
-        if self.size == 1:
-            return None
-        with suppress(RuntimeError):
-            if _store().check([FAILED]):
-                return _store().get(FAILED).decode()
-        return None
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    """Raise gloo's errors, which know of a closed connection only, as what they mean."""
+    try:
+        yield
+    except RuntimeError as error:
+        if failure := _failure():
+            raise failure from error
+        problem = f"another process of the job has ended, or has not answered: {error}"
+        allowed = "see its own error; then the same command again"
+        raise LostRankError("ranks", problem, allowed=allowed) from error
+
+
+def _tell(rank: int, error: BaseException) -> None:
+    """Record the error of this rank, unless another one has failed before."""
+    text = f"{rank} {str(error) or type(error).__name__}"
+    with suppress(
+        RuntimeError, ValueError
+    ):  # without the store the others learn of a lost connection
+        _store().compare_set(FAILED, "", text)
+
+
+def _failure() -> LostRankError | None:
+    """The error of the rank that was the first to fail, of a job of several; None where none has."""
+    with suppress(RuntimeError, ValueError):
+        if _store().check([FAILED]):
+            rank, _, text = _store().get(FAILED).decode().partition(" ")
+            return LostRankError(f"rank {rank}", f"failed: {text}")
+    return None
 
 
 @cache

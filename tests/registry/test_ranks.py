@@ -101,4 +101,4 @@ def test_processes_exchange_what_they_have_and_the_error_of_one(tmp_path):
     assert done.stdout.splitlines() == ["[0, 10] of 0"] * 2
     assert done.returncode == 1
     assert "ValueError: no such image" in done.stderr
-    assert "TaxolensError: rank 1 failed: no such image" in done.stderr
+    assert "LostRankError: rank 1: failed: no such image" in done.stderr
