@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 from .errors import ConfigError, LostRankError
@@ -25,6 +26,7 @@ TIMEOUT = timedelta(minutes=30)
 POLL_SECONDS = 0.2
 FAILED = "failed"  # key of the first error in the store
 _counters: Counter[str] = Counter()  # of a job of one rank
+_connections = count()
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ class Ranks:
         if dist.is_initialized():
             yield
             return
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        # With names of its own in the store: of those of an earlier connection the processes are gone.
+        names = dist.PrefixStore(f"connection {next(_connections)}", _store())
+        dist.init_process_group(
+            "gloo", store=names, rank=self.rank, world_size=self.size, timeout=TIMEOUT
+        )
         try:
             yield
             self.wait()
@@ -118,17 +124,17 @@ class Ranks:
         A counter can be waited for once.
         """
         arrived = f"{counter} arrived"
-        count, since = -1, time.monotonic()
+        last, since = -1, time.monotonic()
         self.add(arrived)
         while self.add(arrived, 0) < self.size:
             if failure := _failure():
                 raise failure
-            if (now := self.add(counter, 0)) != count:
-                count, since = now, time.monotonic()
+            if (now := self.add(counter, 0)) != last:
+                last, since = now, time.monotonic()
             elif time.monotonic() - since > TIMEOUT.total_seconds():
                 problem = f"no other process of the job has got further for {TIMEOUT}"
                 raise LostRankError("ranks", problem, allowed="the same command again")
-            yield count
+            yield last
             time.sleep(POLL_SECONDS)
 
     def gather(self, value: T) -> list[T]:

@@ -27,7 +27,7 @@ from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, LostRankError
 from taxolens.registry.files import only_writer
 from taxolens.registry.ranks import Ranks
-from thread_ranks import on_ranks
+from rank_threads import on_ranks
 from tiny_images import hf_dataset, noise
 from tiny_models import tiny_model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil

@@ -76,6 +76,7 @@ from taxolens.registry.ranks import Ranks
 ranks = Ranks.here()
 with ranks.joined():
     ranks.wait()
+with ranks.joined():
     print(ranks.gather(ranks.rank * 10), ranks.from_first(f"of {ranks.rank}"))
     for _ in range(3 * ranks.rank):
         ranks.add("done")
