@@ -78,5 +78,9 @@ class CorruptImageError(DataError):
         return f"image {self.index} ({self.source}) cannot be read: {self.reason}"
 
 
+class LostRankError(TaxolensError):
+    """Another process of the job has ended, or has not answered in time."""
+
+
 class DivergedError(TaxolensError):
     """Training diverged to NaN or infinity. Earlier checkpoints are complete."""

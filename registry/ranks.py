@@ -2,23 +2,31 @@
 
 torchrun sets `RANK`, `WORLD_SIZE` and `LOCAL_RANK`. Without them a process is a job of one rank, and
 nothing here imports torch.distributed. Exchange goes over gloo on the CPU, whatever the device of the
-tensors that are computed.
+tensors that are computed; counters and the error of a rank that fails go through torchrun's key-value store.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, LostRankError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for another one fails: longer than any step that one rank does alone."""
+POLL_SECONDS = 0.2
+FAILED = "failed"  # key of the first error in the store
+_counters: Counter[str] = Counter()  # of a job of one rank
+_connections = count()
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ class Ranks:
 
         On an error the connection is given up at once, so that the others, which wait for this
         process, fail too.
+
+        Raises:
+            LostRankError: another rank has failed, while this one waited for it or was stopped for it; the
+                message has the rank and its error.
         """
         if self.size == 1:
             yield
@@ -68,19 +80,62 @@ class Ranks:
         if dist.is_initialized():
             yield
             return
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        # With names of its own in the store: of those of an earlier connection the processes are gone.
+        names = dist.PrefixStore(f"connection {next(_connections)}", _store())
+        dist.init_process_group(
+            "gloo", store=names, rank=self.rank, world_size=self.size, timeout=TIMEOUT
+        )
         try:
             yield
-            dist.barrier()
+            self.wait()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt | LostRankError):
+                _tell(self.rank, error)
+            elif failure := _failure():  # torchrun stops the others with a signal
+                raise failure from error
+            raise
         finally:
             dist.destroy_process_group()
+
+    def device(self, name: str) -> str:
+        """The device of this rank: `name`, and for "cuda" the GPU of its number on this machine."""
+        return f"{name}:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+
+    def add(self, counter: str, n: int = 1) -> int:
+        """Add to a number that all ranks share, which begins at 0, and return the sum. Waits for no rank."""
+        if self.size == 1:
+            _counters[counter] += n
+            return _counters[counter]
+        with _lost_ranks_named():
+            return _store().add(counter, n)
 
     def wait(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with _lost_ranks_named():
+                dist.barrier()
+
+    def waiting(self, counter: str) -> Iterator[int]:
+        """The values of a counter, several a second, until every rank has come here.
+
+        For work that ends at different times: the time limit begins anew whenever the counter changes.
+        A counter can be waited for once.
+        """
+        arrived = f"{counter} arrived"
+        last, since = -1, time.monotonic()
+        self.add(arrived)
+        while self.add(arrived, 0) < self.size:
+            if failure := _failure():
+                raise failure
+            if (now := self.add(counter, 0)) != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > TIMEOUT.total_seconds():
+                problem = f"no other process of the job has got further for {TIMEOUT}"
+                raise LostRankError("ranks", problem, allowed="the same command again")
+            yield last
+            time.sleep(POLL_SECONDS)
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank, on every rank. They are pickled: of this job alone."""
@@ -89,7 +144,8 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with _lost_ranks_named():
+            dist.all_gather_object(found, value)
         return found
 
     def from_first(self, value: T) -> T:
@@ -99,7 +155,8 @@ class Ranks:
         import torch.distributed as dist
 
         held: list[Any] = [value]
-        dist.broadcast_object_list(held, src=0)
+        with _lost_ranks_named():
+            dist.broadcast_object_list(held, src=0)
         return held[0]
 
     def deal(self, costs: Mapping[str, float]) -> list[list[str]]:
@@ -115,6 +172,51 @@ class Ranks:
             loads[rank] += costs[name]
             dealt[rank].append(name)
         return [sorted(names, key=order.index) for names in dealt]
+
+
+ALONE = Ranks()
+"""A job of one process."""
+
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    """Raise gloo's errors, which know of a closed connection only, as what they mean."""
+    try:
+        yield
+    except RuntimeError as error:
+        if failure := _failure():
+            raise failure from error
+        problem = f"another process of the job has ended, or has not answered: {error}"
+        allowed = "see its own error; then the same command again"
+        raise LostRankError("ranks", problem, allowed=allowed) from error
+
+
+def _tell(rank: int, error: BaseException) -> None:
+    """Record the error of this rank, unless another one has failed before."""
+    text = f"{rank} {str(error) or type(error).__name__}"
+    with suppress(
+        RuntimeError, ValueError
+    ):  # without the store the others learn of a lost connection
+        _store().compare_set(FAILED, "", text)
+
+
+def _failure() -> LostRankError | None:
+    """The error of the rank that was the first to fail, of a job of several; None where none has."""
+    with suppress(RuntimeError, ValueError):
+        if _store().check([FAILED]):
+            rank, _, text = _store().get(FAILED).decode().partition(" ")
+            return LostRankError(f"rank {rank}", f"failed: {text}")
+    return None
+
+
+@cache
+def _store() -> Any:
+    """The key-value store that the ranks share; under torchrun it outlives each of them."""
+    import torch.distributed as dist
+
+    store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun starts failed jobs again
+    return dist.PrefixStore(f"taxolens {attempt}", store)
 
 
 def _variable(name: str, default: int) -> int:

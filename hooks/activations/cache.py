@@ -6,22 +6,29 @@ docs/formats/activations.md defines the files.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ...registry.errors import ConfigError, DataError, TaxolensError
 from ...registry.files import only_writer
+from ...registry.ranks import Ranks
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
 from ..images.source import ImageSource
 from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ..models.tapped import TappedModel
-from .cache_reader import CacheReader
-from .cache_writer import CacheWriter, matching_index
+from .cache_reader import INDEX_FILE, CacheReader
 from .extract import Extraction, TokenExtractor, model_fingerprint
+from .filling import Filling, Plan
+
+T = TypeVar("T")
+SETTLE_SECONDS = 60.0  # a client of NFS keeps what it knows of a folder as long, by default
 
 
 class ActivationCache(CacheReader):
@@ -53,6 +60,7 @@ class ActivationCache(CacheReader):
         source: ImageSource | None = None,
         path: str | Path | None = None,
         progress: bool = True,
+        ranks: Ranks | None = None,
         **settings: Any,
     ) -> ActivationCache:
         """Run all images through the model once and store the activations.
@@ -60,23 +68,33 @@ class ActivationCache(CacheReader):
         A folder that holds the same activations already is used as it is, an unfinished one is
         finished. It may hold more hook points than asked for.
 
+        In a job of several processes each of them makes this call. They share the images, and the call returns
+        the same cache on each, equal to the bit to that of one process. One that finishes an unfinished cache need
+        not have as many as the one that began it.
+
         Args:
             model: a vision model.
             images: the dataset.
             hook_names: hook points, or all that is wanted as an `Extraction`.
             source: how the images are decoded.
             path: the folder; None: a temporary one, deleted with the object.
-            progress: show a progress bar.
+            progress: show a progress bar; of several processes rank 0 shows the images of all.
+            ranks: the processes that share the work; None: those of torchrun's job; `Ranks()`: this one alone.
             settings: fields of `Extraction` (tokens, mean_patch, image_size, dtype, autocast), and
                 of `ImageSource` (batch_size, num_workers, max_corrupt_share), by name.
 
         Raises:
             ConfigError: the folder holds other activations (the message says what differs), or
-                another process is writing there.
+                another process is writing there, or the ranks have not the same model and images.
             DataError: too many corrupt images, activations that are not finite, or a full disk;
                 what is done stays, and the next call goes on from there.
+            LostRankError: another rank has failed; the message has its error.
         """
+        ranks = Ranks.here() if ranks is None else ranks
         temporary = None
+        if path is None and ranks.size > 1:
+            problem = "several processes need one folder that all of them can read"
+            raise ConfigError("path", problem, given=None, allowed="a folder")
         if path is None:
             temporary = tempfile.TemporaryDirectory(prefix="taxolens-activations-")
             path = temporary.name
@@ -96,19 +114,71 @@ class ActivationCache(CacheReader):
         }
         extractor = _extractor(model, facts, stored)
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder, f"cache {folder}"):
-            index = matching_index(folder, facts)
-            if index is None or not index["complete"]:
-                if index is not None:  # unfinished, perhaps with more hook points
-                    extractor = _extractor(model, index["facts"], stored)
-                on_gpu = extractor.device.type == "cuda"
-                loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
-                with CacheWriter(folder, loader, facts, index) as writer:
-                    writer.fill(extractor, progress)
-        cache = cls(folder)
+        with ranks.joined(), ExitStack() as held:
+            _check_alike(ranks, facts)
+            plan = None
+            if ranks.is_first:
+                held.enter_context(only_writer(folder, f"cache {folder}"))
+                size = source.batch_size
+                plan = Plan.of(folder, facts, images, batch_size=size, n_ranks=ranks.size)
+            plan = ranks.from_first(plan)
+            assert plan is not None
+            if plan.index is not None:
+                _settled(ranks, lambda: _shared_index(folder))
+            if not plan.is_complete:
+                if plan.index is not None:  # unfinished, perhaps with more hook points
+                    facts = plan.index["facts"]
+                    extractor = _extractor(model, facts, stored)
+                loader = ImageLoader(
+                    images,
+                    preprocess,
+                    pin_memory=extractor.device.type == "cuda",
+                    n_ranks=ranks.size,
+                    **source.decoding,
+                )
+                Filling(folder, plan, facts, loader, ranks).run(extractor, progress)
+            cache = _settled(ranks, lambda: cls._finished(folder))
         cache._temporary = temporary
         return cache
+
+    @classmethod
+    def _finished(cls, folder: Path) -> ActivationCache:
+        cache = cls(folder)
+        if not cache.complete:
+            raise DataError(f"cache {folder}", "not complete", allowed="the same call again")
+        return cache
+
+
+def _check_alike(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Check that every rank computes the same activations. Raises ConfigError."""
+    for rank, there in enumerate(ranks.gather(facts)):
+        differing = [n for n in facts if n != "model_name" and there[n] != facts[n]]
+        if differing:
+            raise ConfigError(
+                differing[0],
+                f"rank {rank} has another one than rank {ranks.rank}",
+                given=there[differing[0]],
+                allowed="the same model, images and settings on every rank",
+            )
+
+
+def _settled(ranks: Ranks, read: Callable[[], T]) -> T:
+    """What `read` gives; on a network disk a rank may for a while not see what another one has written."""
+    until = time.monotonic() + (SETTLE_SECONDS if ranks.size > 1 else 0.0)
+    while True:
+        try:
+            return read()
+        except TaxolensError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(1.0)
+
+
+def _shared_index(folder: Path) -> None:
+    """Check that this rank sees what rank 0 has written. Raises ConfigError."""
+    if not (folder / INDEX_FILE).exists():
+        problem = "this process does not see what rank 0 has written there"
+        raise ConfigError(f"cache {folder}", problem, allowed="a folder that all ranks share")
 
 
 def _extractor(model: TappedModel, facts: dict[str, Any], dtype: torch.dtype) -> TokenExtractor:

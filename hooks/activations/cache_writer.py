@@ -7,26 +7,20 @@ import io
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.files import write_atomically
-from ..images.loader import ImageBatch, ImageLoader, chunks
-from ..images.raw import Job
+from ..images.loader import ImageBatch
 from .cache_reader import INDEX_FILE, SCHEMA, file_of, read_index
-from .extract import TokenExtractor
 
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # EDQUOT: the user's share
-COMMIT_SECONDS = 15.0  # at most this much work is lost when the process is killed
 
 
 class _Column:
@@ -77,30 +71,55 @@ class _Column:
         return buffer.getvalue()
 
 
+class Work(Protocol):
+    """The extraction that a writer is part of.
+
+    Attributes:
+        total: number of images, those of all ranks; None where it is not known.
+    """
+
+    total: int | None
+
+    def n_missing(self) -> int | None:
+        """How many of them are still to come."""
+        ...
+
+
 class CacheWriter:
-    """Fills the folder of a cache, continuing after the rows that exist."""
+    """Appends rows to a folder of arrays, continuing after the rows that exist.
+
+    Args:
+        folder: of the cache, or of one of its parts.
+        facts: what the activations are of.
+        class_names: what the labels mean.
+        index: of the folder, where it has one.
+        work: how many images are still to come, for the check of free space.
+
+    Attributes:
+        n_seen: images that are in, those that could not be read among them.
+        n_rows: rows that are in.
+    """
 
     def __init__(
         self,
         folder: Path,
-        loader: ImageLoader,
         facts: dict[str, Any],
+        class_names: list[str],
         index: dict[str, Any] | None,
+        work: Work,
     ) -> None:
-        self.folder, self.loader = folder, loader
-        if index is not None:
-            loader.failures = {int(i): text for i, text in index["failures"].items()}
-            loader.n_failed, loader.n_processed = len(loader.failures), index["n_seen"]
+        self.folder, self._work = folder, work
         self.index: dict[str, Any] = index or {
             "schema": SCHEMA,
             "facts": facts,
             "complete": False,
-            "class_names": loader.images.class_names,
+            "class_names": class_names,
             "failures": {},
             "n_seen": 0,
             "n_rows": 0,
         }
-        self._n_seen, self._n_rows = self.index["n_seen"], self.index["n_rows"]
+        self.n_seen, self.n_rows = self.index["n_seen"], self.index["n_rows"]
+        self._failures = dict(self.index["failures"])
         self._columns: dict[str, _Column] = {}
         self._row_bytes = 0
 
@@ -110,40 +129,24 @@ class CacheWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._columns:
             with suppress(DataError):  # the first error is the one to report
-                self._commit()
+                self.commit()
         for column in self._columns.values():
             column.close()
 
-    def fill(self, extractor: TokenExtractor, progress: bool) -> None:
-        """Compute and write the rows that are missing."""
-        images = self.loader.images
-        total = None if images.is_streaming else len(images)
-        jobs: Iterator[Job] = (
-            images.stream(skip=self._n_seen) if total is None else iter(range(self._n_seen, total))
-        )
-        committed = time.monotonic()
-        bar = tqdm(
-            total=total,
-            initial=self._n_seen,
-            desc="activations",
-            unit=" images",
-            disable=not progress,
-        )
-        with bar:
-            for batch in self.loader.grouped(chunks(jobs, self.loader.batch_size)):
-                if len(batch):
-                    self._write(extractor(batch), batch, total)
-                n_seen = len(batch) + len(batch.failures)
-                self._n_seen += n_seen
-                bar.update(n_seen)
-                if time.monotonic() - committed > COMMIT_SECONDS:
-                    self._commit()
-                    committed = time.monotonic()
-        if not self._n_rows:
-            raise self.loader.nothing_readable()
-        self._commit(complete=True)
+    def append(self, activations: dict[str, Tensor], batch: ImageBatch) -> int:
+        """Write the rows of a batch, and return how many images it was made of.
 
-    def _write(self, activations: dict[str, Tensor], batch: ImageBatch, total: int | None) -> None:
+        Raises:
+            DataError: they cannot be written.
+        """
+        if len(batch):
+            self._write(activations, batch)
+        self._failures |= {str(i): f"{source}: {why}" for i, source, why in batch.failures}
+        n_seen = len(batch) + len(batch.failures)
+        self.n_seen += n_seen
+        return n_seen
+
+    def _write(self, activations: dict[str, Tensor], batch: ImageBatch) -> None:
         rows = {"labels": batch.labels.numpy(), "indices": batch.indices.numpy()}
         for name, tensor in activations.items():
             array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
@@ -153,30 +156,30 @@ class CacheWriter:
             rows[name] = array
         try:
             if not self._columns:
-                self._open_columns(rows, total)
+                self._open_columns(rows)
             for name, array in rows.items():
                 self._columns[name].append(array)
         except OSError as error:
-            raise self._explained(error, total) from error
-        self._n_rows += len(batch)
+            raise self._explained(error) from error
+        self.n_rows += len(batch)
 
-    def _open_columns(self, rows: dict[str, np.ndarray], total: int | None) -> None:
+    def _open_columns(self, rows: dict[str, np.ndarray]) -> None:
         self._row_bytes = sum(array[0].nbytes for array in rows.values())
-        if total is not None:
-            missing = (total - self._n_seen) * self._row_bytes
+        missing = self._work.n_missing()
+        if missing is not None:
             free = shutil.disk_usage(self.folder).free
-            if missing > free:
+            if missing * self._row_bytes > free:
                 raise OSError(errno.ENOSPC, "not enough space")
         for name, array in rows.items():
             file = file_of(self.folder, name)
-            self._columns[name] = _Column(file, array.shape[1:], array.dtype, self._n_rows)
+            self._columns[name] = _Column(file, array.shape[1:], array.dtype, self.n_rows)
 
-    def _explained(self, error: OSError, total: int | None) -> Exception:
+    def _explained(self, error: OSError) -> Exception:
         if error.errno not in DISK_FULL:
             return DataError(f"cache {self.folder}", f"cannot be written: {error}")
         needed = ""
-        if total is not None:
-            all_bytes, missing = (n * self._row_bytes for n in (total, total - self._n_seen))
+        if (missing := self._work.n_missing()) is not None and self._work.total is not None:
+            all_bytes, missing = (n * self._row_bytes for n in (self._work.total, missing))
             needed = (
                 f"; the activations need {all_bytes:,} bytes, {missing:,} of them still to come"
             )
@@ -187,21 +190,25 @@ class CacheWriter:
             allowed="more room, fewer hook points or tokens, or dtype='float16'",
         )
 
-    def _commit(self, complete: bool = False) -> None:
+    def commit(self, complete: bool = False) -> None:
         """Sync the written rows to the disk, then record their number."""
         try:
             for column in self._columns.values():
-                column.commit(self._n_rows)
+                column.commit(self.n_rows)
             self.index |= {
                 "complete": complete,
-                "failures": {str(i): text for i, text in self.loader.failures.items()},
-                "n_seen": self._n_seen,
-                "n_rows": self._n_rows,
+                "failures": self._failures,
+                "n_seen": self.n_seen,
+                "n_rows": self.n_rows,
             }
-            write_atomically(self.folder / INDEX_FILE, json.dumps(self.index, indent=1))
+            write_index(self.folder, self.index)
         except OSError as error:
-            total = None if self.loader.images.is_streaming else len(self.loader.images)
-            raise self._explained(error, total) from error
+            raise self._explained(error) from error
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Replace the index file of a folder. Raises OSError."""
+    write_atomically(folder / INDEX_FILE, json.dumps(index, indent=1))
 
 
 def matching_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:

@@ -316,7 +316,7 @@ class CacheSource:
         self.delivery = delivery
         self.tokens = tokens
         self.stopped = threading.Event()
-        self._columns = {name: cache.tensor(name, tokens).flatten(0, 1) for name in hook_names}
+        self._columns = {name: cache.joined(name, tokens).flatten() for name in hook_names}
         if not self._columns:
             raise ConfigError("hook_names", "none", given=hook_names, allowed="one or more")
         self.n_tokens = len(next(iter(self._columns.values())))
@@ -348,7 +348,7 @@ class CacheSource:
     def batches(self, state: State) -> Iterator[tuple[Batch, Any]]:
         """The batches from a position on, each {hook point: (b, d)} with a mark of what follows."""
         position, size = int(state["position"]), self.delivery.batch_size
-        row_bytes = sum(c.shape[-1] * c.element_size() for c in self._columns.values())
+        row_bytes = sum(c.shape[-1] * c.dtype.itemsize for c in self._columns.values())
         at_once = size * max(1, min(GATHERED_BYTES // row_bytes, self.n_tokens) // size)
         while not self.stopped.is_set():
             gathered = self._gather(self._rows(position, at_once))
@@ -378,7 +378,7 @@ class CacheSource:
         device, dtype = self.delivery.device, self.delivery.dtype
         back = back.to(device)
         return {
-            name: column.index_select(0, in_file_order).to(device, dtype).index_select(0, back)
+            name: column.gather(in_file_order).to(device, dtype).index_select(0, back)
             for name, column in self._columns.items()
         }
 

@@ -7,7 +7,7 @@ error (`CorruptImageError`) and does not end a run. `ImageLoader` decodes in wor
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -264,29 +264,53 @@ class ImageDataset:
 
     # -- streaming ------------------------------------------------------------------------------
 
+    @property
+    def n_shards(self) -> int:
+        """Number of shards of a streaming dataset that can be read apart; one where `max_images` is set.
+
+        Raises:
+            ConfigError: the dataset is not streaming.
+        """
+        return 1 if self._limit is not None else self._stream.num_shards
+
+    @property
+    def _stream(self) -> IterableDataset:
+        if not isinstance(self._data, IterableDataset):
+            problem = f"{self.name} is read by index"
+            raise ConfigError("streaming", problem, given=False, allowed="True")
+        return self._data
+
+    @property
+    def n_at_most(self) -> int | None:
+        """Number of images, of a streaming dataset `max_images`; None where it has none."""
+        return self._limit if self.is_streaming else len(self)
+
     def stream(
-        self, *, seed: int | None = None, epoch: int = 0, skip: int = 0, shuffle_buffer: int = 2000
+        self,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        skip: int = 0,
+        shuffle_buffer: int = 2000,
+        shards: Iterable[int] | None = None,
     ) -> Iterator[RawImage]:
         """The images of one epoch of a streaming dataset, raw, after the first `skip`.
 
         With a `seed` the shards come in an order that `seed` and `epoch` make, and their images
         through a buffer of `shuffle_buffer`, each time the next image takes the place of a random
-        one. `index` is the place in the stream (within a shard of several: counted from
-        shard * 2**32) whatever the order.
+        one. Without one `shards` are read in their order, by default all. `index` is the place in the
+        stream (within a shard of several: counted from shard * 2**32) whatever the order.
         """
-        raws = self._streamed(None)
-        if seed is not None:
+        if seed is None:
+            raws = self._streamed(range(self.n_shards) if shards is None else shards)
+        else:
             generator = np.random.default_rng([seed, epoch])
-            raws = _shuffled(self._streamed(generator), generator, shuffle_buffer)
+            order = generator.permutation(self.n_shards)
+            raws = _shuffled(self._streamed(order), generator, shuffle_buffer)
         return islice(raws, skip, None)
 
-    def _streamed(self, generator: np.random.Generator | None) -> Iterator[RawImage]:
-        data = self._data
-        if not isinstance(data, IterableDataset):
-            problem = f"{self.name} is read by index"
-            raise ConfigError("streaming", problem, given=False, allowed="True")
-        n_shards = 1 if self._limit is not None else data.num_shards
-        shards = range(n_shards) if generator is None else generator.permutation(n_shards)
+    def _streamed(self, shards: Iterable[int]) -> Iterator[RawImage]:
+        data, n_shards = self._stream, self.n_shards
         for shard in shards:
             part = data if n_shards == 1 else data.shard(n_shards, int(shard))
             for place, example in enumerate(islice(part, self._limit)):

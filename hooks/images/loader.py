@@ -76,6 +76,8 @@ class ImageLoader:
             that defines `preprocess` itself and has no ``if __name__ == "__main__":``.
         max_corrupt_share: the largest share of images, between 0 and 1, that may be corrupt.
         pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
+        n_ranks: processes that each read as many of the images at the same time. Those that the others have
+            read count as readable until it is known which are not.
 
     A corrupt image is left out of its batch, logged once as a warning and kept in `failures`.
     Workers are started by a server process that holds neither threads nor a CUDA context,
@@ -91,6 +93,7 @@ class ImageLoader:
         num_workers: int = 0,
         max_corrupt_share: float = 0.01,
         pin_memory: bool = False,
+        n_ranks: int = 1,
         prefetch_factor: int = 4,
     ) -> None:
         if batch_size < 1:
@@ -106,10 +109,12 @@ class ImageLoader:
         self.num_workers = num_workers
         self.max_corrupt_share = max_corrupt_share
         self.pin_memory = pin_memory
+        self.n_ranks = n_ranks
         self.prefetch_factor = prefetch_factor
         self.failures: dict[int, str] = {}
         self.n_processed = 0
         self.n_failed = 0
+        self.n_elsewhere = 0
         self._context = worker_context() if num_workers else None
 
     def batches(self, indices: Iterable[Job]) -> Iterator[ImageBatch]:
@@ -184,13 +189,19 @@ class ImageLoader:
 
     def _account(self, batch: ImageBatch) -> None:
         self.n_processed += len(batch) + len(batch.failures)
+        self.n_elsewhere += (self.n_ranks - 1) * (len(batch) + len(batch.failures))
         self.n_failed += len(batch.failures)
         for index, source, reason in batch.failures:
             if index in self.failures:
                 continue
             self.failures[index] = f"{source}: {reason}"
             logger.warning("image %d (%s) is corrupt and left out: %s", index, source, reason)
-        if batch.failures and self._too_many():
+        if batch.failures:
+            self.check_share()
+
+    def check_share(self) -> None:
+        """Check the share of corrupt images so far. Raises DataError."""
+        if self._too_many():
             found = f"{self.n_failed} of the {self.n_processed} images read so far from"
             problem = f"{found} {self.images.name} are corrupt: {self.shown_failures(5)}"
             raise DataError("max_corrupt_share", problem, given=self.max_corrupt_share)
@@ -210,10 +221,11 @@ class ImageLoader:
             return False
         if n_images is not None and len(self.failures) > share * n_images:
             return True
-        found = self.n_failed / self.n_processed
+        n_processed = self.n_processed + self.n_elsewhere
+        found = self.n_failed / n_processed
         if found <= share or (n_images is not None and self.n_processed > n_images):
             return False
-        return self.n_processed * _divergence(found, share) > -math.log(FALSE_ALARM)
+        return n_processed * _divergence(found, share) > -math.log(FALSE_ALARM)
 
     def shown_failures(self, n: int) -> str:
         """The first `n` corrupt images, and how many more there are."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
-from taxolens.hooks.activations import cache_reader, cache_writer
+from taxolens.hooks.activations import cache_reader, cache_writer, filling
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.images.dataset import load_images
@@ -53,7 +53,7 @@ class Killed(BaseException):
 
 def kill_in_batch(monkeypatch, number, *, commit=True):
     """Die after half of a batch is written, with every batch before it committed, or none."""
-    monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0 if commit else 1e9)
+    monkeypatch.setattr(filling, "COMMIT_SECONDS", 0.0 if commit else 1e9)
     monkeypatch.setattr(cache_writer.CacheWriter, "__exit__", lambda *_: None)
     append, calls = cache_writer._Column.append, iter(range(1_000_000))
 

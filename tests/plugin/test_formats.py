@@ -20,6 +20,7 @@ import write_schema
 from results_factory import make_results
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from taxolens.hooks.activations.cache import ActivationCache
+from taxolens.hooks.activations.filling import Plan
 from taxolens.plugin.evaluation.evaluate import evaluate_run
 from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.reporting.report import write_report
@@ -209,6 +210,14 @@ def test_the_example_of_a_cache_has_its_fields() -> None:
     index = json.loads(text)
     check(index, "activations.md", "cache.json")
     check(index["facts"], "activations.md", "facts")
+
+
+def test_fields_of_a_cache_in_parts(run: Any, tmp_path: Path) -> None:
+    facts = ActivationCache.open(run.cache).facts
+    plan = Plan.of(tmp_path, facts, run.runner.images, batch_size=4, n_ranks=2)
+    assert plan.is_parted
+    check(json.loads((tmp_path / "cache.json").read_text()), "activations.md", "Index of the parts")
+    assert {"cache.json", "part-<number>/"} <= documented("activations.md", "Parts")
 
 
 # Checkpoints ------------------------------------------------------------------------------------

@@ -18,6 +18,14 @@ def test_one_process_needs_no_torchrun(monkeypatch):
         ranks.wait()
         assert ranks.gather("a") == ["a"]
         assert ranks.from_first("a") == "a"
+        assert [ranks.add("a"), ranks.add("a", 3), ranks.add("b")] == [1, 4, 1]
+        assert list(ranks.waiting("a")) == []
+    assert ranks.device("cuda") == "cuda"
+
+
+def test_each_rank_has_a_gpu_of_its_own():
+    ranks = Ranks(5, 8, 1)
+    assert [ranks.device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
 
 
 def test_ranks_come_from_the_environment(monkeypatch):
@@ -63,15 +71,25 @@ def test_dealing_leaves_ranks_without_work():
 
 
 SCRIPT = """
+import time
 from taxolens.registry.ranks import Ranks
 ranks = Ranks.here()
 with ranks.joined():
     ranks.wait()
+with ranks.joined():
     print(ranks.gather(ranks.rank * 10), ranks.from_first(f"of {ranks.rank}"))
+    for _ in range(3 * ranks.rank):
+        ranks.add("done")
+        time.sleep(0.5)
+    seen = list(ranks.waiting("done"))
+    assert ranks.rank or (seen == sorted(seen) and len(set(seen)) > 1), seen
+    if ranks.rank:
+        raise ValueError("no such image")
+    ranks.wait()
 """
 
 
-def test_processes_exchange_what_they_have(tmp_path):
+def test_processes_exchange_what_they_have_and_the_error_of_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -81,5 +99,7 @@ def test_processes_exchange_what_they_have(tmp_path):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[0, 10] of 0"] * 2
+    assert done.returncode == 1
+    assert "ValueError: no such image" in done.stderr
+    assert "LostRankError: rank 1: failed: no such image" in done.stderr
