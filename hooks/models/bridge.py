@@ -66,7 +66,7 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
     @property
     def smallest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of the smallest image that the model is sure to take."""
-        if not isinstance(self.embed, VisionEmbeddings):
+        if not isinstance(self.embed, VisionEmbeddings) or not self.embed.takes_any_size:
             return self.cfg.image_size
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
 
