@@ -24,7 +24,7 @@ from ...registry.files import UnreadableError, check_regular, read_json_object, 
 from ...registry.table import VISION_MODELS
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
-from .families import VisionFamily, VisionSource
+from .families import VisionFamily, VisionSource, open_clip
 from .families.wrapped import timm_preprocessing, wrap
 from .forward import run_to_hooks
 from .hooked_module import HookedVisionModel
@@ -55,6 +55,10 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODEL_NAMES = (
     "a folder with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base"
 )
+OPEN_CLIP_NAMES = (
+    "open-clip:OWNER/NAME or hf-hub:OWNER/NAME of a repository with an open_clip_config.json; with pip "
+    "install 'taxolens[open-clip]' also open-clip:ARCHITECTURE/TAG"
+)
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 # Largest numbers in a config, by a part of their name.
 MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "stages": 1000, "labels": 10**6, "": 10**8}
@@ -77,7 +81,8 @@ def load_vision_model(
     """Load a vision model and tap it.
 
     Args:
-        name_or_folder: a name on the Hugging Face hub, or a folder with a config.json.
+        name_or_folder: a name on the Hugging Face hub, or a folder with a config.json; of OpenCLIP
+            see `docs/models.md`.
         device: of the model.
         dtype: of the model: float32, float16, bfloat16 or float64.
         attn_implementation: "sdpa" is faster; attention patterns exist with "eager" alone.
@@ -109,9 +114,10 @@ def load_vision_model(
     if family is not None:
         VISION_MODELS[family]
     config = _read_config(name, revision, trust_remote_code)
+    place = name.removeprefix(open_clip.HUB_PREFIX)
     chosen = VISION_MODELS[family] if family is not None else find_family(config)
     source = VisionSource(
-        name=name,
+        name=place,
         config=config,
         dtype=given_dtype,
         attn_implementation=attn_implementation,
@@ -125,7 +131,7 @@ def load_vision_model(
             module = _load(chosen, source)
         model = from_module(module, family=chosen.name, model_name=name)
         model.processor, model.preprocessor_config = _read_preprocessing(
-            name, config, revision, trust_remote_code
+            place, config, revision, trust_remote_code
         )
     except TaxolensError:
         raise
@@ -250,7 +256,7 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
 def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
     try:
         return family.load(source)
-    except ConfigError:
+    except TaxolensError:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError("model_name", f"cannot be loaded: {error}", given=source.name) from error
@@ -263,10 +269,19 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The Hugging Face config, or timm's as a dict."""
+    """The Hugging Face config, timm's as a dict, or open_clip's."""
+    if name.startswith((open_clip.PREFIX, open_clip.HUB_PREFIX)):
+        if (found := _read_open_clip(name, revision)) is not None:
+            return found
+        if name.startswith(open_clip.PREFIX):
+            problem = "no such checkpoint of open_clip"
+            raise ConfigError("model_name", problem, given=name, allowed=OPEN_CLIP_NAMES)
+        name = name.removeprefix(open_clip.HUB_PREFIX)
     folder = Path(name)
     if name and os.path.isdir(name):
         if _read_local(folder, "config.json") is None:
+            if (found := _read_open_clip(name, revision)) is not None:
+                return found
             problem = "the folder has no config.json"
             raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES)
     elif not HUB_NAME.fullmatch(name) or os.path.exists(name):
@@ -283,8 +298,27 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
             name, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # of an odd config transformers raises nearly anything
+        if isinstance(error, OSError) and (found := _read_open_clip(name, revision)) is not None:
+            return found
         problem = f"its config cannot be read: {error or type(error).__name__}"
         raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
+
+
+def _read_open_clip(name: str, revision: str | None) -> open_clip.OpenClipConfig | None:
+    """The config of a checkpoint of open_clip; None where there is none.
+
+    Raises:
+        ConfigError: it is damaged, or too large to be built.
+    """
+    try:
+        found = open_clip.read_config(name, revision)
+        _check_sizes(found.model if found else None)
+    except (UnreadableError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        problem = f"its config cannot be read: {open_clip.CONFIG}: {error}"
+        raise ConfigError("model_name", problem, given=name, allowed=OPEN_CLIP_NAMES) from error
+    return found
 
 
 def _read_local(folder: Path, name: str) -> dict[str, Any] | None:
@@ -323,6 +357,8 @@ def _read_preprocessing(
     """The image processor and its settings, each None where there is none."""
     if isinstance(config, dict):
         return None, timm_preprocessing(config)
+    if isinstance(config, open_clip.OpenClipConfig):
+        return None, open_clip.preprocessing(config)
     if os.path.isdir(name):
         _read_local(Path(name), "preprocessor_config.json")  # an error where it is damaged
     options: dict[str, Any] = {} if revision is None else {"revision": revision}

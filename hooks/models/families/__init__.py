@@ -8,6 +8,7 @@ from . import (
     dinov2_with_registers,
     dinov3,
     ijepa,
+    open_clip,
     siglip,
     vit,
     vit_mae,
@@ -26,6 +27,7 @@ FAMILIES = (
     beit.FAMILY,
     ijepa.FAMILY,
     aimv2.FAMILY,
+    open_clip.FAMILY,
     wrapped.FAMILY,
 )
 
