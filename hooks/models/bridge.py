@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from sae_lens.analysis.hooked_sae_transformer import set_deep_attr
@@ -37,6 +38,8 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
     cfg: Any
     family: str
     preprocessor_config: dict[str, Any] | None
+    # TransformerLens's forward writes to it, and would else find timm's of this name, which may be None.
+    pos_embed: Any = SimpleNamespace()
 
     def __init__(self, model: nn.Module, adapter: Any, tokenizer: Any = None) -> None:
         super().__init__(model, adapter, tokenizer)

@@ -129,7 +129,8 @@ def load_vision_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = _load(chosen, source)
-        model = from_module(module, family=chosen.name, model_name=name)
+        is_timms = isinstance(config, dict) and family is None  # its class decides
+        model = from_module(module, family=None if is_timms else chosen.name, model_name=name)
         model.processor, model.preprocessor_config = _read_preprocessing(
             place, config, revision, trust_remote_code
         )
@@ -181,6 +182,8 @@ def from_module(
     if chosen.adapter is None:
         model: VisionModel = wrap(hf_model, name, family=chosen.name)
     else:
+        if chosen.prepare is not None:
+            chosen.prepare(hf_model)
         model = _bridge(hf_model, chosen, name)
     model.processor = getattr(processor, "image_processor", processor)  # of one for text too
     model.preprocessor_config = _settings(model.processor)
@@ -191,11 +194,14 @@ def from_module(
 
 
 def find_family(config: Any, hf_model: nn.Module | None = None) -> VisionFamily:
-    """The family that claims the model's class, its config's architectures or its model type.
+    """The family that claims the model, its class, its config's architectures or its model type.
 
     In this order; the last registered of several. "wrapped" where none does.
     """
     families = list(VISION_MODELS.values())[::-1]
+    for family in families:
+        if hf_model is not None and family.claims is not None and family.claims(hf_model):
+            return family
     named = [type(hf_model).__name__] if hf_model is not None else []
     architectures = getattr(config, "architectures", None)
     named += architectures if isinstance(architectures, list) else []

@@ -43,8 +43,8 @@ def sae_at(model: Any, hook_name: str) -> StandardSAE:
     return sae
 
 
-# of other files than transformers', under contract as the family of their class; test_open_clip.py
-ELSEWHERE = {"open_clip"}
+# under contract in test_open_clip.py and, where timm is installed, in test_timm.py
+ELSEWHERE = {"open_clip", "timm"}
 # whose last norm comes after pooling
 POOLED = ("clip", "clip_projection", "clip_classifier", "beit", "beit_classifier")
 MIDDLE = "blocks.0.hook_resid_post"

@@ -10,6 +10,7 @@ from . import (
     ijepa,
     open_clip,
     siglip,
+    timm_vit,
     vit,
     vit_mae,
     wrapped,
@@ -28,6 +29,7 @@ FAMILIES = (
     ijepa.FAMILY,
     aimv2.FAMILY,
     open_clip.FAMILY,
+    timm_vit.FAMILY,
     wrapped.FAMILY,
 )
 

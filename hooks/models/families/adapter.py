@@ -110,7 +110,9 @@ class Layout:
         backbones: under which names a model with a head keeps the backbone.
         class_token: whether the first token is a class token.
         rotary: whether positions enter as rotations of queries and keys.
+        embed: the embeddings, whose output is the input of the first block.
         embeddings: the bridge class of the embeddings.
+        attention_bridge: that of a block's attention.
     """
 
     layers: str
@@ -126,7 +128,9 @@ class Layout:
     backbones: tuple[str, ...] = ()
     class_token: bool = True
     rotary: bool = False
-    embeddings: type[VisionEmbeddings] = VisionEmbeddings
+    embed: str = "embeddings"
+    embeddings: type[GeneralizedComponent] = VisionEmbeddings
+    attention_bridge: type[VisionAttention] = VisionAttention
 
 
 class VisionAdapter(ArchitectureAdapter):
@@ -184,9 +188,8 @@ class VisionAdapter(ArchitectureAdapter):
         cfg.act_fn = config.hidden_act
         mlp: Any = backbone.get_submodule(f"{self.layout.layers}.0.{self.layout.mlp_name}")
         cfg.gated_mlp = hasattr(mlp, "gate_proj")
-        cfg.d_mlp = (
-            mlp.up_proj if cfg.gated_mlp else getattr(mlp, self.layout.mlp[0])
-        ).out_features
+        down = "down_proj" if cfg.gated_mlp else self.layout.mlp[1]
+        cfg.d_mlp = getattr(mlp, down).in_features
         cfg.n_channels = config.num_channels
         cfg.patch_size = as_pair(config.patch_size)[0]
         cfg.image_size = as_pair(config.image_size)
@@ -203,7 +206,7 @@ class VisionAdapter(ArchitectureAdapter):
 
     def _components(self, hf_model: nn.Module, prefix: str) -> dict[str, GeneralizedComponent]:
         components: dict[str, GeneralizedComponent] = {
-            "embed": self.layout.embeddings(name=f"{prefix}embeddings"),
+            "embed": self.layout.embeddings(name=prefix + self.layout.embed),
             "blocks": self._blocks(f"{prefix}{self.layout.layers}"),
         }
         heads = (
@@ -217,25 +220,31 @@ class VisionAdapter(ArchitectureAdapter):
                 components[name] = bridge(path, self.cfg)
         return components
 
+    _qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+
+    def _mlp(self) -> GeneralizedComponent:
+        name, (up, down) = self.layout.mlp_name, self.layout.mlp
+        return (
+            self._gated_mlp(name)
+            if self.cfg.gated_mlp
+            else self._ungated_mlp(name, up=up, down=down)
+        )
+
     def _blocks(self, name: str) -> GeneralizedComponent:
         layout = self.layout
         parts: dict[str, GeneralizedComponent] = {
             "ln1": VisionNorm(layout.norms[0], self.cfg),
-            "attn": VisionAttention(
+            "attn": layout.attention_bridge(
                 name=layout.attention,
                 config=self.cfg,
                 is_causal=False,
                 submodules={
-                    "q": LinearBridge(name="q_proj"),
-                    "k": LinearBridge(name="k_proj"),
-                    "v": LinearBridge(name="v_proj"),
+                    **{name: LinearBridge(name=path) for name, path in zip("qkv", self._qkv)},
                     "o": LinearBridge(name=layout.projection),
                 },
             ),
             "ln2": VisionNorm(layout.norms[1], self.cfg),
-            "mlp": self._gated_mlp(layout.mlp_name)
-            if self.cfg.gated_mlp
-            else self._ungated_mlp(layout.mlp_name, up=layout.mlp[0], down=layout.mlp[1]),
+            "mlp": self._mlp(),
         }
         # what a sublayer adds to the residual stream is what leaves its LayerScale
         aliases = {}

@@ -104,10 +104,15 @@ def _check_forward(module: nn.Module, model_name: str) -> None:
 
 def load_wrapped(source: VisionSource) -> nn.Module:
     """A model of transformers, or of timm where the checkpoint's config is timm's (a dict)."""
-    return _load_timm(source) if isinstance(source.config, dict) else load_transformers(source)
+    return load_timm(source) if isinstance(source.config, dict) else load_transformers(source)
 
 
-def _load_timm(source: VisionSource) -> nn.Module:
+def load_timm(source: VisionSource) -> nn.Module:
+    """A model of timm, in evaluation mode.
+
+    Raises:
+        ConfigError: timm cannot be imported.
+    """
     try:
         import timm  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
@@ -119,6 +124,9 @@ def _load_timm(source: VisionSource) -> nn.Module:
     model = timm.create_model(
         f"{place}:{source.name}{revision}", pretrained=not source.random_weights
     )
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = source.attn_implementation != "eager"
     return model.to(source.dtype).eval()
 
 
