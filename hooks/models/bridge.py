@@ -67,6 +67,15 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
         }
 
     @property
+    def whole(self) -> nn.Module | None:
+        """The model that the vision tower is a part of: hooks and SAEs act in it too."""
+        return self.__dict__.get("_whole")
+
+    def keep_whole(self, module: nn.Module) -> None:
+        """Set `whole`; no submodule, since this model is a part of it."""
+        self.__dict__["_whole"] = module
+
+    @property
     def smallest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of the smallest image that the model is sure to take."""
         if not isinstance(self.embed, VisionEmbeddings) or not self.embed.takes_any_size:

@@ -36,6 +36,7 @@ from .points import (
     no_attention_pattern,
     resolve_hook_name,
 )
+from .towers import has_tiles, tower_of, without_tiles
 
 __all__ = [
     "VisionModel",
@@ -77,8 +78,9 @@ def load_vision_model(
     hook_names: Sequence[str] | None = None,
     random_weights: bool = False,
     seed: int = 0,
+    whole: bool = False,
 ) -> VisionModel:
-    """Load a vision model and tap it.
+    """Load a vision model and tap it; of a model that writes text, its vision tower.
 
     Args:
         name_or_folder: a name on the Hugging Face hub, or a folder with a config.json; of OpenCLIP
@@ -93,6 +95,8 @@ def load_vision_model(
             as far as possible before any weights are read.
         random_weights: build the same architecture untrained, as a control.
         seed: of the random weights.
+        whole: keep the model that the vision tower is a part of, as `model.whole`. Hooks and SAEs of
+            the tower then act in `model.whole.generate(...)` and in its forward pass.
 
     Returns:
         A `VisionBridge` for the transformer families, a `HookedVisionModel` for everything else,
@@ -129,8 +133,10 @@ def load_vision_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = _load(chosen, source)
-        is_timms = isinstance(config, dict) and family is None  # its class decides
-        model = from_module(module, family=None if is_timms else chosen.name, model_name=name)
+        if family is None and chosen.adapter is None:  # the class of the tower, or of timm, decides
+            model = from_module(module, model_name=name)
+        else:
+            model = from_module(module, family=chosen.name, model_name=name)
         model.processor, model.preprocessor_config = _read_preprocessing(
             place, config, revision, trust_remote_code
         )
@@ -139,7 +145,11 @@ def load_vision_model(
     except Exception as error:  # of an odd config transformers raises nearly anything
         problem = f"cannot be built from its config: {error or type(error).__name__}"
         raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
+    if has_tiles(model.preprocessor_config):
+        model.processor, model.preprocessor_config = None, _untiled(model)
     model.to(device)
+    if whole:
+        _keep_whole(model, module.to(device))
     if hook_names:
         expand_hook_names(model, hook_names)
     return model
@@ -156,7 +166,8 @@ def from_module(
 
     Args:
         hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
-            taken, of a masked autoencoder the encoder. ViT-MAE is then unmasked. A `TransformerBridge` becomes a `VisionBridge`.
+            taken, so of one that writes text (LLaVA), of a masked autoencoder the encoder. ViT-MAE is
+            then unmasked. A `TransformerBridge` becomes a `VisionBridge`.
         processor: its image processor, of any backend, or any callable that makes (3, H, W) of an
             image; kept as `model.processor`. None takes timm's settings of a model of timm.
         family: a registered family; None finds it by the model's class or config.
@@ -169,8 +180,8 @@ def from_module(
         return hf_model
     if isinstance(hf_model, TransformerBridge):
         return _adopt(hf_model, processor)
-    if hasattr(hf_model, "vision_model") and hasattr(hf_model, "text_model"):
-        hf_model = hf_model.vision_model  # type: ignore[assignment]
+    if (tower := tower_of(hf_model)) is not None:
+        hf_model = tower
     elif type(hf_model).__name__.endswith(MASKED) and hasattr(hf_model, "decoder"):
         hf_model = hf_model.base_model  # type: ignore[assignment]
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
@@ -257,6 +268,35 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
         model.processor = getattr(processor, "image_processor", processor)
     model.preprocessor_config = _settings(model.processor)
     return model
+
+
+def _untiled(model: VisionModel) -> dict[str, Any]:
+    height, width = model.cfg.image_size
+    warnings.warn(
+        f"the image processor of {model.cfg.model_name!r} cuts an image into several: here each image is "
+        f"one picture, resized to {height} x {width}.",
+        stacklevel=3,
+    )
+    assert model.preprocessor_config is not None
+    return without_tiles(model.preprocessor_config, (height, width))
+
+
+def _keep_whole(model: VisionModel, module: nn.Module) -> None:
+    """Set `model.whole`.
+
+    Raises:
+        ConfigError: there is no larger model, or hooks of the tower would not act in it.
+    """
+    allowed = "whole=False"
+    if module is model.original_model:
+        problem = f"{type(module).__name__} is no part of a larger model"
+        raise ConfigError("whole", problem, given=True, allowed=allowed)
+    if not isinstance(model, VisionBridge):
+        problem = f"hooks of a {model.family!r} tower act in its own forward pass alone"
+        raise ConfigError(
+            "whole", problem, given=True, allowed=f"{allowed}, or a tower of a family"
+        )
+    model.keep_whole(module)
 
 
 def _load(family: VisionFamily, source: VisionSource) -> nn.Module:

@@ -47,6 +47,17 @@ def _two_towers(config: type[Any], model: type[Any]) -> Callable[[], nn.Module]:
     return lambda: model(config(vision_config=dict(VIT), text_config=dict(TEXT), projection_dim=12))
 
 
+def _idefics3_vision() -> nn.Module:
+    config = hf.Idefics3Config(vision_config=dict(VIT), text_config=LLAMA)
+    return hf.Idefics3Model(config).vision_model
+
+
+LLAMA = {
+    **{"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16},
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+}
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: hf.ViTModel(hf.ViTConfig(**VIT)),
     "vit_classifier": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT, num_labels=5)),
@@ -95,6 +106,16 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
         hf.Aimv2VisionConfig(**VIT, is_native=False, use_head=False)
     ),
     "aimv2_both": _two_towers(hf.Aimv2Config, hf.Aimv2Model),
+    "internvl": lambda: hf.InternVLVisionModel(
+        hf.InternVLVisionConfig(
+            **{**VIT, "image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2},
+            use_mean_pooling=False,
+            use_absolute_position_embeddings=True,
+            norm_type="rms_norm",
+            use_qk_norm=True,
+        )
+    ),
+    "idefics3": lambda: _idefics3_vision(),
     "resnet": lambda: hf.ResNetModel(hf.ResNetConfig(**CNN, embedding_size=16)),
     "resnet_classifier": lambda: hf.ResNetForImageClassification(
         hf.ResNetConfig(**CNN, embedding_size=16, num_labels=5)
