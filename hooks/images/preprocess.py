@@ -3,7 +3,8 @@
 Image processors of transformers whose steps are the plain ones of Pillow (resize, centre crop,
 rescale, normalise) are done here with the same operations in the same order, so that the pixel values
 are equal to the bit at about half the cost; any other processor or transform is called as it is.
-timm's evaluation transform (timm 1.0, `timm/data/transforms_factory.py`) is done here too.
+timm's evaluation transform (timm 1.0, `timm/data/transforms_factory.py`) and open_clip's (3.3,
+`open_clip/transform.py`) are done here too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 DEFAULT_CONFIG = {
     "size": {"shortest_edge": 256},
     "resample": 3,
@@ -40,6 +43,7 @@ RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4,
 IN_FLOATING_POINT = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 TIMM = "timm"  # image_processor_type of settings that `timm_preprocessing` made
 CROP_MODES = ("center", "squash", "border")
+OPEN_CLIP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 MAX_EDGE = 8192  # pixels of the model's input
 PLAIN_STEPS = (
     *("__call__", "preprocess", "process_image", "convert_to_rgb", "_preprocess"),
@@ -340,6 +344,38 @@ def timm_preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
         "image_mean": mean,
         "image_std": list(settings.get("std") or IMAGENET_STD),
     }
+
+
+def open_clip_preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of open_clip's evaluation transform, under the names of Hugging Face.
+
+    As `image_transform` of open_clip 3.3.
+
+    Args:
+        config: the fields of its `preprocess_cfg`; those that are missing are OpenAI's.
+
+    Raises:
+        ConfigError: a resize mode that open_clip does not have.
+    """
+    mode = config.get("resize_mode") or "shortest"
+    if mode not in OPEN_CLIP_MODES:
+        allowed = list(OPEN_CLIP_MODES)
+        raise ConfigError("resize_mode of open_clip", "not known", given=mode, allowed=allowed)
+    height, width = _pair(config.get("size") or 224, "size")
+    bilinear = config.get("interpolation") == "bilinear"
+    if mode == "shortest" and height != width:  # its transform then leaves the default
+        bilinear = False
+    settings = timm_preprocessing(
+        {
+            "input_size": (3, height, width),
+            "crop_pct": 1.0,
+            "crop_mode": OPEN_CLIP_MODES[mode],
+            "interpolation": "bilinear" if bilinear else "bicubic",
+            "mean": _channels(config.get("mean") or OPENAI_MEAN),
+            "std": _channels(config.get("std") or OPENAI_STD),
+        }
+    )
+    return {**settings, "fill": [config.get("fill_color") or 0] * 3}
 
 
 def timm_sizes(height: int, width: int, crop_pct: float, crop_mode: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from sae_lens.analysis.hooked_sae_transformer import set_deep_attr
@@ -37,6 +38,8 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
     cfg: Any
     family: str
     preprocessor_config: dict[str, Any] | None
+    # TransformerLens's forward writes to it, and would else find timm's of this name, which may be None.
+    pos_embed: Any = SimpleNamespace()
 
     def __init__(self, model: nn.Module, adapter: Any, tokenizer: Any = None) -> None:
         super().__init__(model, adapter, tokenizer)
@@ -64,9 +67,18 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
         }
 
     @property
+    def whole(self) -> nn.Module | None:
+        """The model that the vision tower is a part of: hooks and SAEs act in it too."""
+        return self.__dict__.get("_whole")
+
+    def keep_whole(self, module: nn.Module) -> None:
+        """Set `whole`; no submodule, since this model is a part of it."""
+        self.__dict__["_whole"] = module
+
+    @property
     def smallest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of the smallest image that the model is sure to take."""
-        if not isinstance(self.embed, VisionEmbeddings):
+        if not isinstance(self.embed, VisionEmbeddings) or not self.embed.takes_any_size:
             return self.cfg.image_size
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
 

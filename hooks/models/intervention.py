@@ -105,6 +105,7 @@ class ModelIntervention:
         self._embedding = _embedding_point(model)
         self._block = _block_before(model, self.hook_name) if resume else None
         self._pixel_shape: tuple[int, ...] | None = None
+        self._width_first = False
         self._streams = _Kept()
         names = None if taxonomy is None else output_names(model)
         self.logit_classes: np.ndarray | None = None
@@ -135,6 +136,8 @@ class ModelIntervention:
                     stack.enter_context(self._replacing(edit))
                 return self._forward(self._pixels(positions))
         stream = self._streams(positions, self._until_block).to(self.model.cfg.device)
+        if self._width_first:
+            stream = stream.transpose(1, 2).contiguous().transpose(1, 2)
         if edit is not None:
             stream = self._edited(stream, edit)
         return self._resumed(stream)
@@ -217,6 +220,8 @@ class ModelIntervention:
         self._pixel_shape = tuple(pixels.shape[1:])
         whole = self._forward(pixels)
         stream = run_to_hooks(self.model, pixels, [self.hook_name])[self.hook_name]
+        # AIMv2's stream lies so in memory, and sums over the width round as they lie
+        self._width_first = not stream.is_contiguous() and stream.transpose(1, 2).is_contiguous()
         try:
             same = _equal(self._resumed(stream), whole)
         except Exception:  # a plugin's family may do anything between its blocks

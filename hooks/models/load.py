@@ -24,7 +24,7 @@ from ...registry.files import UnreadableError, check_regular, read_json_object, 
 from ...registry.table import VISION_MODELS
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
-from .families import VisionFamily, VisionSource
+from .families import VisionFamily, VisionSource, open_clip
 from .families.wrapped import timm_preprocessing, wrap
 from .forward import run_to_hooks
 from .hooked_module import HookedVisionModel
@@ -36,6 +36,7 @@ from .points import (
     no_attention_pattern,
     resolve_hook_name,
 )
+from .towers import has_tiles, tower_of, without_tiles
 
 __all__ = [
     "VisionModel",
@@ -55,6 +56,10 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 MODEL_NAMES = (
     "a folder with a config.json, or a name on the Hugging Face hub such as facebook/dinov2-base"
 )
+OPEN_CLIP_NAMES = (
+    "open-clip:OWNER/NAME or hf-hub:OWNER/NAME of a repository with an open_clip_config.json; with pip "
+    "install 'taxolens[open-clip]' also open-clip:ARCHITECTURE/TAG"
+)
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 # Largest numbers in a config, by a part of their name.
 MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "stages": 1000, "labels": 10**6, "": 10**8}
@@ -73,11 +78,13 @@ def load_vision_model(
     hook_names: Sequence[str] | None = None,
     random_weights: bool = False,
     seed: int = 0,
+    whole: bool = False,
 ) -> VisionModel:
-    """Load a vision model and tap it.
+    """Load a vision model and tap it; of a model that writes text, its vision tower.
 
     Args:
-        name_or_folder: a name on the Hugging Face hub, or a folder with a config.json.
+        name_or_folder: a name on the Hugging Face hub, or a folder with a config.json; of OpenCLIP
+            see `docs/models.md`.
         device: of the model.
         dtype: of the model: float32, float16, bfloat16 or float64.
         attn_implementation: "sdpa" is faster; attention patterns exist with "eager" alone.
@@ -88,6 +95,8 @@ def load_vision_model(
             as far as possible before any weights are read.
         random_weights: build the same architecture untrained, as a control.
         seed: of the random weights.
+        whole: keep the model that the vision tower is a part of, as `model.whole`. Hooks and SAEs of
+            the tower then act in `model.whole.generate(...)` and in its forward pass.
 
     Returns:
         A `VisionBridge` for the transformer families, a `HookedVisionModel` for everything else,
@@ -109,9 +118,10 @@ def load_vision_model(
     if family is not None:
         VISION_MODELS[family]
     config = _read_config(name, revision, trust_remote_code)
+    place = name.removeprefix(open_clip.HUB_PREFIX)
     chosen = VISION_MODELS[family] if family is not None else find_family(config)
     source = VisionSource(
-        name=name,
+        name=place,
         config=config,
         dtype=given_dtype,
         attn_implementation=attn_implementation,
@@ -123,16 +133,23 @@ def load_vision_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = _load(chosen, source)
-        model = from_module(module, family=chosen.name, model_name=name)
+        if family is None and chosen.adapter is None:  # the class of the tower, or of timm, decides
+            model = from_module(module, model_name=name)
+        else:
+            model = from_module(module, family=chosen.name, model_name=name)
         model.processor, model.preprocessor_config = _read_preprocessing(
-            name, config, revision, trust_remote_code
+            place, config, revision, trust_remote_code
         )
     except TaxolensError:
         raise
     except Exception as error:  # of an odd config transformers raises nearly anything
         problem = f"cannot be built from its config: {error or type(error).__name__}"
         raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
+    if has_tiles(model.preprocessor_config):
+        model.processor, model.preprocessor_config = None, _untiled(model)
     model.to(device)
+    if whole:
+        _keep_whole(model, module.to(device))
     if hook_names:
         expand_hook_names(model, hook_names)
     return model
@@ -149,7 +166,8 @@ def from_module(
 
     Args:
         hf_model: a vision model; of a model with a text tower too (CLIP), the vision tower is
-            taken, of a masked autoencoder the encoder. ViT-MAE is then unmasked. A `TransformerBridge` becomes a `VisionBridge`.
+            taken, so of one that writes text (LLaVA), of a masked autoencoder the encoder. ViT-MAE is
+            then unmasked. A `TransformerBridge` becomes a `VisionBridge`.
         processor: its image processor, of any backend, or any callable that makes (3, H, W) of an
             image; kept as `model.processor`. None takes timm's settings of a model of timm.
         family: a registered family; None finds it by the model's class or config.
@@ -162,8 +180,8 @@ def from_module(
         return hf_model
     if isinstance(hf_model, TransformerBridge):
         return _adopt(hf_model, processor)
-    if hasattr(hf_model, "vision_model") and hasattr(hf_model, "text_model"):
-        hf_model = hf_model.vision_model  # type: ignore[assignment]
+    if (tower := tower_of(hf_model)) is not None:
+        hf_model = tower
     elif type(hf_model).__name__.endswith(MASKED) and hasattr(hf_model, "decoder"):
         hf_model = hf_model.base_model  # type: ignore[assignment]
     if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
@@ -175,6 +193,8 @@ def from_module(
     if chosen.adapter is None:
         model: VisionModel = wrap(hf_model, name, family=chosen.name)
     else:
+        if chosen.prepare is not None:
+            chosen.prepare(hf_model)
         model = _bridge(hf_model, chosen, name)
     model.processor = getattr(processor, "image_processor", processor)  # of one for text too
     model.preprocessor_config = _settings(model.processor)
@@ -185,11 +205,14 @@ def from_module(
 
 
 def find_family(config: Any, hf_model: nn.Module | None = None) -> VisionFamily:
-    """The family that claims the model's class, its config's architectures or its model type.
+    """The family that claims the model, its class, its config's architectures or its model type.
 
     In this order; the last registered of several. "wrapped" where none does.
     """
     families = list(VISION_MODELS.values())[::-1]
+    for family in families:
+        if hf_model is not None and family.claims is not None and family.claims(hf_model):
+            return family
     named = [type(hf_model).__name__] if hf_model is not None else []
     architectures = getattr(config, "architectures", None)
     named += architectures if isinstance(architectures, list) else []
@@ -247,10 +270,39 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
     return model
 
 
+def _untiled(model: VisionModel) -> dict[str, Any]:
+    height, width = model.cfg.image_size
+    warnings.warn(
+        f"the image processor of {model.cfg.model_name!r} cuts an image into several: here each image is "
+        f"one picture, resized to {height} x {width}.",
+        stacklevel=3,
+    )
+    assert model.preprocessor_config is not None
+    return without_tiles(model.preprocessor_config, (height, width))
+
+
+def _keep_whole(model: VisionModel, module: nn.Module) -> None:
+    """Set `model.whole`.
+
+    Raises:
+        ConfigError: there is no larger model, or hooks of the tower would not act in it.
+    """
+    allowed = "whole=False"
+    if module is model.original_model:
+        problem = f"{type(module).__name__} is no part of a larger model"
+        raise ConfigError("whole", problem, given=True, allowed=allowed)
+    if not isinstance(model, VisionBridge):
+        problem = f"hooks of a {model.family!r} tower act in its own forward pass alone"
+        raise ConfigError(
+            "whole", problem, given=True, allowed=f"{allowed}, or a tower of a family"
+        )
+    model.keep_whole(module)
+
+
 def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
     try:
         return family.load(source)
-    except ConfigError:
+    except TaxolensError:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError("model_name", f"cannot be loaded: {error}", given=source.name) from error
@@ -263,10 +315,19 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The Hugging Face config, or timm's as a dict."""
+    """The Hugging Face config, timm's as a dict, or open_clip's."""
+    if name.startswith((open_clip.PREFIX, open_clip.HUB_PREFIX)):
+        if (found := _read_open_clip(name, revision)) is not None:
+            return found
+        if name.startswith(open_clip.PREFIX):
+            problem = "no such checkpoint of open_clip"
+            raise ConfigError("model_name", problem, given=name, allowed=OPEN_CLIP_NAMES)
+        name = name.removeprefix(open_clip.HUB_PREFIX)
     folder = Path(name)
     if name and os.path.isdir(name):
         if _read_local(folder, "config.json") is None:
+            if (found := _read_open_clip(name, revision)) is not None:
+                return found
             problem = "the folder has no config.json"
             raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES)
     elif not HUB_NAME.fullmatch(name) or os.path.exists(name):
@@ -283,8 +344,27 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
             name, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # of an odd config transformers raises nearly anything
+        if isinstance(error, OSError) and (found := _read_open_clip(name, revision)) is not None:
+            return found
         problem = f"its config cannot be read: {error or type(error).__name__}"
         raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
+
+
+def _read_open_clip(name: str, revision: str | None) -> open_clip.OpenClipConfig | None:
+    """The config of a checkpoint of open_clip; None where there is none.
+
+    Raises:
+        ConfigError: it is damaged, or too large to be built.
+    """
+    try:
+        found = open_clip.read_config(name, revision)
+        _check_sizes(found.model if found else None)
+    except (UnreadableError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        problem = f"its config cannot be read: {open_clip.CONFIG}: {error}"
+        raise ConfigError("model_name", problem, given=name, allowed=OPEN_CLIP_NAMES) from error
+    return found
 
 
 def _read_local(folder: Path, name: str) -> dict[str, Any] | None:
@@ -323,6 +403,8 @@ def _read_preprocessing(
     """The image processor and its settings, each None where there is none."""
     if isinstance(config, dict):
         return None, timm_preprocessing(config)
+    if isinstance(config, open_clip.OpenClipConfig):
+        return None, open_clip.preprocessing(config)
     if os.path.isdir(name):
         _read_local(Path(name), "preprocessor_config.json")  # an error where it is damaged
     options: dict[str, Any] = {} if revision is None else {"revision": revision}

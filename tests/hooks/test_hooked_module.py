@@ -99,7 +99,7 @@ def test_hook_points_fire_in_the_order_of_execution() -> None:
     assert names == [*(f"blocks.{i}.hook_resid_post" for i in range(3)), "head.hook_in"]
 
 
-@pytest.mark.parametrize("variant", ["resnet", "convnext", "dinov3_convnext", "beit"])
+@pytest.mark.parametrize("variant", ["resnet", "convnext", "dinov3_convnext", "vit_msn"])
 def test_an_edit_at_a_hook_point_reaches_the_output(variant: str) -> None:
     """The output is what comes of the edited feature map, in the layout that the model has."""
     model, images = tapped(variant), pictures()

@@ -34,7 +34,10 @@ FAMILY_OF = {
     "siglip_both": "siglip",
     "resnet": "wrapped",
     "dinov3_convnext": "wrapped",
-    "beit": "wrapped",
+    "vit_msn": "wrapped",
+    "beit_classifier": "beit",
+    "ijepa_classifier": "ijepa",
+    "aimv2_both": "aimv2",
 }
 
 

@@ -46,7 +46,7 @@ WRONG = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("variant", ["dinov2", "beit"])
+@pytest.mark.parametrize("variant", ["dinov2", "vit_msn"])
 def test_a_name_that_does_not_exist(variant: str, wrong: str, way: str) -> None:
     model = tapped(variant)
     name, error, match = WRONG[wrong]
@@ -69,7 +69,7 @@ def test_a_hook_that_never_fires(way: str) -> None:
         WAYS[way](model, "blocks.0.hook_mlp_in")
 
 
-@pytest.mark.parametrize("variant", ["dinov2", "beit"])
+@pytest.mark.parametrize("variant", ["dinov2", "vit_msn"])
 def test_filters(variant: str) -> None:
     model = tapped(variant, "sdpa") if variant == "dinov2" else tapped(variant)
     for way in ("run_with_hooks", "run_with_cache", "add_hook", "hooks"):
@@ -84,7 +84,7 @@ def test_filters(variant: str) -> None:
     assert HOOK in cache
 
 
-@pytest.mark.parametrize("variant", ["dinov2", "beit"])
+@pytest.mark.parametrize("variant", ["dinov2", "vit_msn"])
 def test_an_sae_in_the_place_of_a_hook_point(variant: str) -> None:
     model = from_module(tiny_model(variant))
     sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=8))
@@ -98,7 +98,7 @@ def test_an_sae_in_the_place_of_a_hook_point(variant: str) -> None:
     model.reset_saes()
 
 
-@pytest.mark.parametrize("variant", ["dinov2", "beit"])
+@pytest.mark.parametrize("variant", ["dinov2", "vit_msn"])
 def test_an_added_hook_fires_under_any_of_its_names(variant: str) -> None:
     model = from_module(tiny_model(variant))
     seen: list[torch.Size] = []

@@ -33,7 +33,7 @@ def by_hand(variant: str, change: Any) -> torch.Tensor:
     layers = {
         "dinov3": lambda: plain.model.layer,
         "vit_classifier": lambda: plain.vit.layers,
-        "beit": lambda: plain.layers,
+        "vit_msn": lambda: plain.layers,
     }[variant]()
 
     def hook(module: Any, arguments: Any, output: Any) -> Any:
@@ -74,7 +74,7 @@ def test_other_tokens_pass_through(tokens: str) -> None:
         torch.testing.assert_close(found, sae.encode(before[:, span]))
 
 
-@pytest.mark.parametrize("variant", ["vit_classifier", "beit"])
+@pytest.mark.parametrize("variant", ["vit_classifier", "vit_msn"])
 def test_bridged_and_wrapped_alike(variant: str) -> None:
     sae = sae_for("class")
     model = tapped(variant)
@@ -96,7 +96,7 @@ def test_the_change_of_the_mean_patch_reaches_every_patch() -> None:
         torch.testing.assert_close(after[:, 5:], before[:, 5:] + sae(mean) - mean)
 
 
-@pytest.mark.parametrize("variant", ["vit_classifier", "beit"])
+@pytest.mark.parametrize("variant", ["vit_classifier", "vit_msn"])
 def test_other_tokens_only_by_name(variant: str) -> None:
     model, sae, images = tapped(variant), sae_for("class"), pictures()
     everywhere = by_hand(variant, replaced(sae, slice(None)))
@@ -115,7 +115,7 @@ def test_other_tokens_only_by_name(variant: str) -> None:
         torch.testing.assert_close(model.run_with_saes(images, saes=[sae_for(None)]), everywhere)
 
 
-@pytest.mark.parametrize("variant", ["vit_classifier", "beit"])
+@pytest.mark.parametrize("variant", ["vit_classifier", "vit_msn"])
 @pytest.mark.parametrize("edit", ["ablate", "steer"])
 def test_a_latent_is_ablated_or_steered_at_its_own_tokens(variant: str, edit: str) -> None:
     model, sae, images = tapped(variant), sae_for("class"), pictures()

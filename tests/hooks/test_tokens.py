@@ -28,7 +28,10 @@ PREFIXES = {
     "dinov3": (True, 4, 16),
     "clip": (True, 0, 16),
     "siglip": (False, 0, 16),
+    "vit_msn": (True, 0, 16),
     "beit": (True, 0, 16),
+    "ijepa": (False, 0, 16),
+    "aimv2": (False, 0, 16),
     "resnet": (False, 0, 16),
 }
 

@@ -38,12 +38,24 @@ MAE = {
     "decoder_intermediate_size": 16,
 }
 DINOV2 = {**VIT, "mlp_ratio": 2}
+BEIT = {"use_relative_position_bias": True}
 TEXT = {**VIT, "vocab_size": 20, "max_position_embeddings": 8, "num_hidden_layers": 1}
 CNN = {"image_size": IMAGE_SIZE, "hidden_sizes": [16, 24], "depths": [1, 2], "num_channels": 3}
 
 
 def _two_towers(config: type[Any], model: type[Any]) -> Callable[[], nn.Module]:
     return lambda: model(config(vision_config=dict(VIT), text_config=dict(TEXT), projection_dim=12))
+
+
+def _idefics3_vision() -> nn.Module:
+    config = hf.Idefics3Config(vision_config=dict(VIT), text_config=LLAMA)
+    return hf.Idefics3Model(config).vision_model
+
+
+LLAMA = {
+    **{"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16},
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+}
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -74,6 +86,36 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VIT)),
     "siglip_classifier": _two_towers(hf.SiglipConfig, hf.SiglipForImageClassification),
     "siglip_both": _two_towers(hf.SiglipConfig, hf.SiglipModel),
+    "beit": lambda: hf.BeitModel(hf.BeitConfig(**VIT, **BEIT)),
+    "beit_shared": lambda: hf.BeitModel(
+        hf.BeitConfig(
+            **VIT,
+            use_shared_relative_position_bias=True,
+            use_absolute_position_embeddings=True,
+            use_mean_pooling=False,
+            layer_scale_init_value=0,
+        )
+    ),
+    "beit_classifier": lambda: hf.BeitForImageClassification(
+        hf.BeitConfig(**VIT, **BEIT, num_labels=5)
+    ),
+    "ijepa": lambda: hf.IJepaModel(hf.IJepaConfig(**VIT)),
+    "ijepa_classifier": lambda: hf.IJepaForImageClassification(hf.IJepaConfig(**VIT, num_labels=5)),
+    "aimv2": lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**VIT, is_native=True)),
+    "aimv2_one_size": lambda: hf.Aimv2VisionModel(
+        hf.Aimv2VisionConfig(**VIT, is_native=False, use_head=False)
+    ),
+    "aimv2_both": _two_towers(hf.Aimv2Config, hf.Aimv2Model),
+    "internvl": lambda: hf.InternVLVisionModel(
+        hf.InternVLVisionConfig(
+            **{**VIT, "image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2},
+            use_mean_pooling=False,
+            use_absolute_position_embeddings=True,
+            norm_type="rms_norm",
+            use_qk_norm=True,
+        )
+    ),
+    "idefics3": lambda: _idefics3_vision(),
     "resnet": lambda: hf.ResNetModel(hf.ResNetConfig(**CNN, embedding_size=16)),
     "resnet_classifier": lambda: hf.ResNetForImageClassification(
         hf.ResNetConfig(**CNN, embedding_size=16, num_labels=5)
@@ -82,12 +124,12 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "dinov3_convnext": lambda: hf.DINOv3ConvNextModel(
         hf.DINOv3ConvNextConfig(hidden_sizes=[8, 16, 16, 24], depths=[1, 1, 2, 1], image_size=32)
     ),
-    "beit": lambda: hf.BeitModel(hf.BeitConfig(**VIT)),
+    "vit_msn": lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**VIT)),
 }
 
 # The variants that between them run every line of every family.
 BRIDGED = tuple(name for name in BUILDERS if not name.endswith("_both"))[:-5]
-WRAPPED = ("resnet", "resnet_classifier", "convnext", "dinov3_convnext", "beit")
+WRAPPED = ("resnet", "resnet_classifier", "convnext", "dinov3_convnext", "vit_msn")
 
 
 def tiny_model(family: str, *, attn_implementation: str = "eager", seed: int = 0) -> Any:

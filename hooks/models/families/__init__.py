@@ -1,6 +1,21 @@
 """The model families, one file each. `FAMILIES` is what taxolens itself registers."""
 
-from . import clip, dinov2, dinov2_with_registers, dinov3, siglip, vit, vit_mae, wrapped
+from . import (
+    aimv2,
+    beit,
+    clip,
+    dinov2,
+    dinov2_with_registers,
+    dinov3,
+    ijepa,
+    internvl,
+    open_clip,
+    siglip,
+    timm_vit,
+    vit,
+    vit_mae,
+    wrapped,
+)
 from .family import VisionFamily, VisionSource, load_transformers
 
 FAMILIES = (
@@ -11,6 +26,12 @@ FAMILIES = (
     clip.FAMILY,
     siglip.FAMILY,
     vit_mae.FAMILY,
+    beit.FAMILY,
+    ijepa.FAMILY,
+    aimv2.FAMILY,
+    internvl.FAMILY,
+    open_clip.FAMILY,
+    timm_vit.FAMILY,
     wrapped.FAMILY,
 )
 

@@ -30,6 +30,11 @@ class VisionEmbeddings(GeneralizedComponent):
     trained at, for models where Hugging Face interpolates on request only.
     """
 
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether images of another size than the model was trained at are possible."""
+        return True
+
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """Images (B, 3, H, W) -> tokens (B, T, d)."""
         if "interpolate_pos_encoding" in options and not options["interpolate_pos_encoding"]:
@@ -63,7 +68,21 @@ class VisionAttention(AttentionBridge):
 
 
 class VisionBlock(DelegatedAttentionBlockBridge):
-    """Hugging Face's block as it is, with hook points on both sides."""
+    """Hugging Face's block as it is, with hook points on both sides.
+
+    `hook_out` fires inside the call of Hugging Face's own block, before transformers records what the
+    block gives: an edit there reaches `hidden_states`, which the projectors of LLaVA and others read.
+    """
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        super().set_original_component(original_component)
+        original_component.register_forward_hook(self._on_exit, prepend=True)
+
+    def _on_exit(self, block: nn.Module, arguments: Any, output: Any) -> Any:
+        return super()._apply_output_hook(output)
+
+    def _apply_output_hook(self, output: Any, *arguments: Any, **options: Any) -> Any:
+        return output  # it has passed `hook_out`
 
     def _filter_kwargs_for_forward(
         self, kwargs: dict[str, Any], num_positional_args: int = 0
@@ -80,16 +99,20 @@ class Layout:
         layers: the list of blocks.
         norms: a block's two LayerNorms.
         attention, projection: a block's attention and, in it, the output projection.
-        mlp: the input and output projections of a block's `mlp`; a `mlp` that has a `gate_proj`
-            is a SwiGLU with `gate_proj`, `up_proj` and `down_proj`.
+        mlp: the input and output projections of a block's MLP; one that has a `gate_proj` is a
+            SwiGLU with `gate_proj`, `up_proj` and `down_proj`.
+        mlp_name: a block's MLP.
         scales: a block's two LayerScales, empty without.
-        final_norm: the LayerNorm after the last block.
+        scale: the bridge class of a LayerScale.
+        final_norm: the LayerNorm after the last block; left out where a model has none.
         extras: parts beside those, as TransformerLens name -> (Hugging Face path, bridge class);
             left out where a model has none.
         backbones: under which names a model with a head keeps the backbone.
         class_token: whether the first token is a class token.
         rotary: whether positions enter as rotations of queries and keys.
+        embed: the embeddings, whose output is the input of the first block.
         embeddings: the bridge class of the embeddings.
+        attention_bridge: that of a block's attention.
     """
 
     layers: str
@@ -98,12 +121,16 @@ class Layout:
     projection: str
     mlp: tuple[str, str]
     final_norm: str
+    mlp_name: str = "mlp"
     scales: tuple[str, ...] = ()
+    scale: type[GeneralizedComponent] = GeneralizedComponent
     extras: tuple[tuple[str, str, type[GeneralizedComponent]], ...] = ()
     backbones: tuple[str, ...] = ()
     class_token: bool = True
     rotary: bool = False
-    embeddings: type[VisionEmbeddings] = VisionEmbeddings
+    embed: str = "embeddings"
+    embeddings: type[GeneralizedComponent] = VisionEmbeddings
+    attention_bridge: type[VisionAttention] = VisionAttention
 
 
 class VisionAdapter(ArchitectureAdapter):
@@ -126,9 +153,7 @@ class VisionAdapter(ArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         cfg.is_visual_model = True
-        cfg.normalization_type = "LN"
         cfg.positional_embedding_type = "standard"
-        cfg.final_rms = False
         cfg.attn_only = False
         cfg.attention_dir = "bidirectional"
         self.weight_processing_conversions = {}
@@ -156,13 +181,15 @@ class VisionAdapter(ArchitectureAdapter):
         cfg.n_layers = config.num_hidden_layers
         cfg.n_heads = config.num_attention_heads
         cfg.d_head = config.hidden_size // config.num_attention_heads
-        cfg.eps = config.layer_norm_eps
+        rms = hasattr(config, "rms_norm_eps")
+        cfg.normalization_type = "RMS" if rms else "LN"
+        cfg.final_rms = rms
+        cfg.eps = config.rms_norm_eps if rms else config.layer_norm_eps
         cfg.act_fn = config.hidden_act
-        mlp: Any = backbone.get_submodule(f"{self.layout.layers}.0.mlp")
+        mlp: Any = backbone.get_submodule(f"{self.layout.layers}.0.{self.layout.mlp_name}")
         cfg.gated_mlp = hasattr(mlp, "gate_proj")
-        cfg.d_mlp = (
-            mlp.up_proj if cfg.gated_mlp else getattr(mlp, self.layout.mlp[0])
-        ).out_features
+        down = "down_proj" if cfg.gated_mlp else self.layout.mlp[1]
+        cfg.d_mlp = getattr(mlp, down).in_features
         cfg.n_channels = config.num_channels
         cfg.patch_size = as_pair(config.patch_size)[0]
         cfg.image_size = as_pair(config.image_size)
@@ -179,44 +206,50 @@ class VisionAdapter(ArchitectureAdapter):
 
     def _components(self, hf_model: nn.Module, prefix: str) -> dict[str, GeneralizedComponent]:
         components: dict[str, GeneralizedComponent] = {
-            "embed": self.layout.embeddings(name=f"{prefix}embeddings"),
+            "embed": self.layout.embeddings(name=prefix + self.layout.embed),
             "blocks": self._blocks(f"{prefix}{self.layout.layers}"),
-            "ln_final": VisionNorm(f"{prefix}{self.layout.final_norm}", self.cfg),
         }
         heads = (
             ("unembed", "classifier", VisionClassifierHeadBridge),
             ("visual_projection", "visual_projection", LinearBridge),
         )
-        inner = ((name, prefix + path, bridge) for name, path, bridge in self.layout.extras)
+        own = (("ln_final", self.layout.final_norm, VisionNorm), *self.layout.extras)
+        inner = ((name, prefix + path, bridge) for name, path, bridge in own)
         for name, path, bridge in (*inner, *heads):
             if _has(hf_model, path):
                 components[name] = bridge(path, self.cfg)
         return components
 
+    _qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+
+    def _mlp(self) -> GeneralizedComponent:
+        name, (up, down) = self.layout.mlp_name, self.layout.mlp
+        return (
+            self._gated_mlp(name)
+            if self.cfg.gated_mlp
+            else self._ungated_mlp(name, up=up, down=down)
+        )
+
     def _blocks(self, name: str) -> GeneralizedComponent:
         layout = self.layout
         parts: dict[str, GeneralizedComponent] = {
             "ln1": VisionNorm(layout.norms[0], self.cfg),
-            "attn": VisionAttention(
+            "attn": layout.attention_bridge(
                 name=layout.attention,
                 config=self.cfg,
                 is_causal=False,
                 submodules={
-                    "q": LinearBridge(name="q_proj"),
-                    "k": LinearBridge(name="k_proj"),
-                    "v": LinearBridge(name="v_proj"),
+                    **{name: LinearBridge(name=path) for name, path in zip("qkv", self._qkv)},
                     "o": LinearBridge(name=layout.projection),
                 },
             ),
             "ln2": VisionNorm(layout.norms[1], self.cfg),
-            "mlp": self._gated_mlp()
-            if self.cfg.gated_mlp
-            else self._ungated_mlp(up=layout.mlp[0], down=layout.mlp[1]),
+            "mlp": self._mlp(),
         }
         # what a sublayer adds to the residual stream is what leaves its LayerScale
         aliases = {}
         for number, scale in enumerate(layout.scales, start=1):
-            parts[f"ls{number}"] = GeneralizedComponent(name=scale)
+            parts[f"ls{number}"] = layout.scale(name=scale)
             aliases["hook_attn_out" if number == 1 else "hook_mlp_out"] = f"ls{number}.hook_out"
         return VisionBlock(name=name, submodules=parts, hook_alias_overrides=aliases or None)
 

@@ -118,6 +118,8 @@ class VisionFamily:
         adapter: the TransformerLens adapter (usually a `VisionAdapter` with a `Layout`); None taps
             the model's named submodules instead (`HookedVisionModel`).
         load: `VisionSource` -> a `torch.nn.Module` in evaluation mode.
+        claims: whether a built model is one of the family, where no config of Hugging Face tells.
+        prepare: what is done to such a model before it is tapped, in place; it gets a `config`.
         description: one line for people.
     """
 
@@ -126,4 +128,6 @@ class VisionFamily:
     model_types: tuple[str, ...] = ()
     adapter: type[ArchitectureAdapter] | None = None
     load: Callable[[VisionSource], nn.Module] = load_transformers
+    claims: Callable[[nn.Module], bool] | None = None
+    prepare: Callable[[nn.Module], None] | None = None
     description: str = ""

@@ -1,4 +1,7 @@
-"""SigLIP's vision tower (Zhai et al. 2023), alone or as half of a checkpoint. No class token."""
+"""SigLIP's vision tower (Zhai et al. 2023), alone or as half of a checkpoint. No class token.
+
+Those of Idefics3 and SmolVLM are built alike.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class SiglipVisionAdapter(TowerAdapter):
 FAMILY = VisionFamily(
     name="siglip",
     architectures=("SiglipVisionModel", "SiglipModel", "SiglipForImageClassification"),
-    model_types=("siglip_vision_model", "siglip"),
+    model_types=("siglip_vision_model", "siglip", "idefics3_vision", "smolvlm_vision"),
     adapter=SiglipVisionAdapter,
     load=load_tower,
     description="SigLIP's vision tower: patches only, no class token.",

@@ -23,6 +23,7 @@ REGISTERS = ("register_tokens", "reg_token", "distillation_token", "dist_token")
 POOLING = ("head", "pool", "attn_pool", "decoder")  # whose tokens are not in the blocks
 NO_IMAGES = re.compile("text|prompt|decoder")  # in the names of parts of a config
 NAFLEX = "spatial_shapes"  # SigLIP 2's argument for the grid of each image's patches
+GRIDS = "grid_thw"  # that of Qwen-VL's towers
 
 
 def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> HookedVisionModel:
@@ -97,6 +98,9 @@ def _check_forward(module: nn.Module, model_name: str) -> None:
             f"{type(module).__name__} is NaFlex: each image is cut into patches of its own number"
         )
         allowed = "a SigLIP 2 of one image size, such as google/siglip2-base-patch16-224"
+    elif GRIDS in parameters:
+        problem = f"{type(module).__name__} takes rows of patches of images of any size, no images"
+        allowed = "a tower that takes images (B, C, H, W), such as CLIP's, SigLIP's or InternVL's"
     elif not needed:
         return
     raise ConfigError("model_name", problem, given=model_name, allowed=allowed)
@@ -104,10 +108,15 @@ def _check_forward(module: nn.Module, model_name: str) -> None:
 
 def load_wrapped(source: VisionSource) -> nn.Module:
     """A model of transformers, or of timm where the checkpoint's config is timm's (a dict)."""
-    return _load_timm(source) if isinstance(source.config, dict) else load_transformers(source)
+    return load_timm(source) if isinstance(source.config, dict) else load_transformers(source)
 
 
-def _load_timm(source: VisionSource) -> nn.Module:
+def load_timm(source: VisionSource) -> nn.Module:
+    """A model of timm, in evaluation mode.
+
+    Raises:
+        ConfigError: timm cannot be imported.
+    """
     try:
         import timm  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
@@ -119,6 +128,9 @@ def _load_timm(source: VisionSource) -> nn.Module:
     model = timm.create_model(
         f"{place}:{source.name}{revision}", pretrained=not source.random_weights
     )
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = source.attn_implementation != "eager"
     return model.to(source.dtype).eval()
 
 

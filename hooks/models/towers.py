@@ -1,0 +1,33 @@
+"""Vision towers inside models that write text: LLaVA, PaliGemma, InternVL, Idefics3, SmolVLM and others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+PLACES = ("vision_tower", "vision_model", "visual")
+# Settings by which a processor cuts an image into several, each of which the tower takes.
+TILES = ("do_image_splitting", "crop_to_patches", "image_grid_pinpoints", "do_pan_and_scan")
+
+
+def tower_of(model: nn.Module) -> nn.Module | None:
+    """The vision tower of a model that also takes text (`input_ids`); None of any other model."""
+    base: Any = getattr(model, "model", model)
+    if not hasattr(base, "language_model") and not hasattr(base, "text_model"):
+        return None
+    found = (getattr(base, place, None) for place in PLACES)
+    return next((tower for tower in found if isinstance(tower, nn.Module)), None)
+
+
+def has_tiles(settings: Mapping[str, Any] | None) -> bool:
+    """Whether an image processor of these settings makes several pictures of one image."""
+    return any(bool((settings or {}).get(name)) for name in TILES)
+
+
+def without_tiles(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """The settings of a processor, for one picture of `size` (height, width) of the whole image."""
+    kept = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
+    square = {"height": size[0], "width": size[1]}
+    return {"size": square, **{name: settings[name] for name in kept if name in settings}}
