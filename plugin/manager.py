@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -14,6 +15,7 @@ import pluggy
 
 from ..registry import table
 from ..registry.errors import ConfigError
+from ..registry.nulls import NULLS
 from . import builtin, hookspecs, sae_lens_bridge, transformer_lens_bridge
 from .registration import TABLES, is_half_imported, is_imported, within_an_import
 
@@ -149,12 +151,12 @@ def _registrars(plugin: str) -> dict[str, Callable[[Any], None]]:
         transformer_lens_bridge.add_family(family)
 
     def evaluator(entry: Any) -> None:
-        if not isinstance(entry, type) or not isinstance(getattr(entry, "name", None), str):
+        if problem := _undeclared(entry):
             raise ConfigError(
                 f"plugin {plugin!r}",
-                "not an evaluator",
+                f"not an evaluator: {problem}",
                 given=entry,
-                allowed="a subclass of taxolens.Evaluator with a `name`",
+                allowed="a subclass of taxolens.Evaluator with what docs/plugins.md lists",
             )
         table.EVALUATORS.register(entry.name, entry, plugin=plugin)
 
@@ -175,6 +177,35 @@ def _registrars(plugin: str) -> dict[str, Callable[[Any], None]]:
         "register_taxonomies": taxonomy,
         "register_loaders": loader,
     }
+
+
+def _undeclared(entry: Any) -> str:
+    """What an evaluator lacks that the tables, the report or the nulls read; "" where nothing."""
+    from ..registry.evaluators.base import Evaluator
+
+    if not (isinstance(entry, type) and issubclass(entry, Evaluator)):
+        return "no subclass of taxolens.Evaluator"
+    lacking = [name for name in ("name", "description") if not _is_text(getattr(entry, name, None))]
+    if lacking:
+        return f"{' and '.join(lacking)}: no text"
+    if inspect.isabstract(entry):
+        return f"without {', '.join(sorted(entry.__abstractmethods__))}"
+    directions = getattr(entry, "higher_is_better", None)
+    if not isinstance(directions, Mapping) or not directions:
+        return "higher_is_better: no mapping from each metric to True, False or None"
+    wrong = [k for k, v in directions.items() if not _is_text(k) or v not in (True, False, None)]
+    if wrong:
+        return f"higher_is_better: {wrong[0]!r} is not a metric with True, False or None"
+    named = [(f"headline {h.metric!r}", h.metric) for h in entry.headlines]
+    named += [(f"support of {metric!r}", metric) for metric in entry.support]
+    named += [(f"label of {metric!r}", metric) for metric in entry.labels]
+    unknown = [where for where, metric in named if metric not in directions]
+    unknown += [f"null {null!r}" for null in entry.nulls if null not in NULLS]
+    return f"{unknown[0]}: not known" if unknown else ""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def blocked_plugins() -> set[str]:

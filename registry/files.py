@@ -7,7 +7,9 @@ the limits.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -31,7 +33,12 @@ MAX_CONTAINERS = 4_000_000  # lists and objects of JSON; an empty one is 3 bytes
 MAX_YAML_NODES = 100_000  # after each alias is replaced by what it stands for
 MAX_IMAGE_PIXELS = 64_000_000  # decoding takes up to 24 bytes a pixel
 LOCK_FILENAME = ".lock"
+BLOCK_BYTES = 1 << 20  # of a file that is read in parts
 STALE_SECONDS = 3600.0  # a temporary file of this age is of a process that was killed
+
+
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
 
 
 class UnreadableError(ValueError):
@@ -89,6 +96,27 @@ def read_text(path: str | Path, max_bytes: int = MAX_SETTINGS_BYTES) -> str:
         raise UnreadableError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
+def read_lines(path: str | Path, max_bytes: int) -> Iterator[str]:
+    """The lines of a text file in turn, without their ends, in memory for one of them at a time.
+
+    Raises:
+        OSError: it does not exist or cannot be opened.
+        UnreadableError: not a regular file, longer than `max_bytes`, not UTF-8, or with a line of
+            more than `BLOCK_BYTES` characters.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise UnreadableError(f"longer than {max_bytes:,} bytes")
+        text = io.TextIOWrapper(file, encoding="utf-8-sig")
+        try:
+            while line := text.readline(BLOCK_BYTES):
+                if len(line) == BLOCK_BYTES:
+                    raise UnreadableError(f"a line of more than {BLOCK_BYTES:,} characters")
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise UnreadableError(f"not UTF-8 ({error.reason})") from None
+
+
 def read_json(path: str | Path, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
     """The content of a JSON file.
 
@@ -120,6 +148,100 @@ def parse_json(text: str) -> Any:
         raise
     except ValueError as error:
         raise UnreadableError(f"not JSON: {error}") from None
+
+
+def stream_json(path: str | Path, max_bytes: int) -> Iterator[tuple[str, Any]]:
+    """The values of the object in a JSON file, in turn, in memory for one of them at a time.
+
+    A list comes as (its key, None), and then (its key, item) for each item.
+
+    Raises:
+        OSError: it does not exist or cannot be opened.
+        UnreadableError: not a regular file, longer than `max_bytes`, not UTF-8, not a JSON object,
+            or with a value (an item of a list) of more than `MAX_SETTINGS_BYTES` characters.
+    """
+    with open_regular(path) as file:
+        text = _Text(file, max_bytes)
+        if text.peek() != "{":
+            raise UnreadableError("not a JSON object")
+        text.skip("{")
+        while text.peek() != "}":
+            key = text.value()
+            if not isinstance(key, str):
+                raise UnreadableError("not JSON: a key that is no text")
+            text.skip(":")
+            if text.peek() == "[":
+                text.skip("[")
+                yield key, None
+                while text.peek() != "]":
+                    yield key, text.value()
+                    if text.peek() != "]":
+                        text.skip(",")
+                text.skip("]")
+            else:
+                yield key, text.value()
+            if text.peek() != "}":
+                text.skip(",")
+        text.skip("}")
+        if text.peek():
+            raise UnreadableError("not JSON: text after its end")
+
+
+class _Text:
+    """The text of a JSON file, read in blocks."""
+
+    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+        self._file, self._max_bytes, self._left = file, max_bytes, max_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._buffer, self._at, self._ended = "", 0, False
+
+    def peek(self) -> str:
+        """The next character that is no white space; none at the end."""
+        while True:
+            self._at = WHITE_SPACE.match(self._buffer, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._buffer) or self._ended:
+                return self._buffer[self._at : self._at + 1]
+            self._more()
+
+    def skip(self, character: str) -> None:
+        """Go beyond the next character, which has to be this one."""
+        if (found := self.peek()) != character:
+            raise UnreadableError(f"not JSON: {found!r} where {character!r} belongs")
+        self._at += 1
+
+    def value(self) -> Any:
+        """The next value."""
+        self.peek()
+        while True:
+            problem, found, end = "", None, 0
+            try:
+                found, end = DECODER.raw_decode(self._buffer, self._at)
+            except RecursionError:
+                raise UnreadableError("nested too deep") from None
+            except ValueError as error:
+                problem = f"not JSON: {error}"
+            if not problem and (end + 2 < len(self._buffer) or self._ended):  # 1|e+|5
+                self._at = end
+                return found
+            if self._ended:
+                raise UnreadableError(problem)
+            if len(self._buffer) - self._at > MAX_SETTINGS_BYTES:
+                raise UnreadableError(
+                    problem or f"a value of more than {MAX_SETTINGS_BYTES:,} characters"
+                )
+            self._more()
+
+    def _more(self) -> None:
+        block = self._file.read(max(BLOCK_BYTES, len(self._buffer) - self._at))
+        self._left -= len(block)
+        if self._left < 0:
+            raise UnreadableError(f"longer than {self._max_bytes:,} bytes")
+        self._ended = not block
+        try:
+            text = self._decoder.decode(block, final=self._ended)
+        except UnicodeDecodeError as error:
+            raise UnreadableError(f"not UTF-8 ({error.reason})") from None
+        self._buffer, self._at = self._buffer[self._at :] + text, 0
 
 
 def read_yaml(path: str | Path) -> Any:

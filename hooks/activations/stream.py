@@ -226,15 +226,22 @@ class ActivationStream(Iterator[Batch]):
         with self._lock:
             yield
 
+    def stop(self) -> None:
+        """Give up the batch that is being gathered: there, in whichever thread, the iteration ends.
+
+        It may be called from a signal's handler. After `close` the iteration goes on.
+        """
+        self._source.stopped = True
+
     def close(self) -> None:
         """End the worker processes. The next batch starts them again, at the same place.
 
         A batch that another thread is waiting for is given up after the forward pass under way:
         there, the iteration ends.
         """
-        self._source.stopped.set()
+        self.stop()
         with self._lock:
-            self._source.stopped.clear()
+            self._source.stopped = False
             if self._marks:
                 self._start = self._source.state(self._marks[-1][1])
                 self._marks.clear()

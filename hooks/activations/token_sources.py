@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ class _Window:
 class ModelSource:
     """Activations computed from images by a model, as they are needed.
 
-    Once `stopped` is set, batches end at the next opportunity.
+    Once `stopped` is True, batches end at the next opportunity.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class ModelSource:
         self.tokens_per_image = tokens_per_image
         self.batches_per_window = batches_per_window
         self.progress = progress
-        self.stopped = threading.Event()
+        self.stopped = False
         self._description: dict[str, Any] | None = None
 
     def start(self) -> State:
@@ -206,10 +205,10 @@ class ModelSource:
         counts = (self.loader.n_processed, self.loader.n_failed)
         whole_epoch, any_tokens = first_window == 0, False
         bar = self._bar()
-        for decoded in self.loader.grouped(self._groups(epoch, first_window, places)):
-            if self.stopped.is_set():
-                bar.close()
-                return
+        groups = self._groups(epoch, first_window, places)
+        for decoded in self.loader.grouped(groups, lambda: self.stopped):
+            if self.stopped:
+                break
             place = places.popleft()
             bar.update(self.loader.batch_size)
             if len(decoded):
@@ -234,6 +233,7 @@ class ModelSource:
                 if whole_epoch and not any_tokens:
                     raise self.loader.nothing_readable()
                 whole_epoch, any_tokens = True, False
+        bar.close()
 
     def _bar(self) -> tqdm[Any]:
         """The progress through one window; short windows show none."""
@@ -315,7 +315,7 @@ class CacheSource:
         self.cache = cache
         self.delivery = delivery
         self.tokens = tokens
-        self.stopped = threading.Event()
+        self.stopped = False
         self._columns = {name: cache.joined(name, tokens).flatten() for name in hook_names}
         if not self._columns:
             raise ConfigError("hook_names", "none", given=hook_names, allowed="one or more")
@@ -350,7 +350,7 @@ class CacheSource:
         position, size = int(state["position"]), self.delivery.batch_size
         row_bytes = sum(c.shape[-1] * c.dtype.itemsize for c in self._columns.values())
         at_once = size * max(1, min(GATHERED_BYTES // row_bytes, self.n_tokens) // size)
-        while not self.stopped.is_set():
+        while not self.stopped:
             gathered = self._gather(self._rows(position, at_once))
             for start in range(0, at_once, size):
                 position += size

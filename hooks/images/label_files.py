@@ -6,12 +6,13 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import UnreadableError, read_json, read_text
+from ...registry.files import UnreadableError, read_lines, read_text, reason, stream_json
 from .columns import LABEL_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,9 @@ logger = logging.getLogger(__name__)
 Labels: TypeAlias = Sequence[str | None]
 
 KINDS = (".txt", ".tsv", ".csv", ".json")
-MAX_BYTES = 1 << 30
+MAX_TABLE_BYTES = 1 << 28
+MAX_JSON_BYTES = 1 << 32  # of which one value at a time is in memory
+MAX_IMAGES = 8_000_000  # of annotations
 # Folders of annotations beside folders of images, and where ImageNet's development kit has them.
 BESIDE = re.compile(r"annotations?|labels|ILSVRC2012_devkit_t12(/data)?", re.IGNORECASE)
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -82,7 +85,7 @@ def _candidates(root: Path, files: Mapping[str, Sequence[str]], folder: str) -> 
         if where in above or where in inner or beside:
             names = (name for name in files[where] if os.path.splitext(name)[1].lower() in KINDS)
             found += [root / where / name for name in names]
-    return [file for file in found if file.is_file() and file.stat().st_size <= MAX_BYTES]
+    return [file for file in found if file.is_file()]
 
 
 def _labels_in(file: Path, stems: Sequence[str]) -> dict[str, str]:
@@ -93,22 +96,24 @@ def _labels_in(file: Path, stems: Sequence[str]) -> dict[str, str]:
     try:
         if file.suffix.lower() == ".json":
             return _annotated(file, wanted)
-        text = read_text(file, MAX_BYTES)
-    except (UnreadableError, OSError):
+        lines = read_lines(file, MAX_TABLE_BYTES)
+        if file.suffix.lower() == ".csv":
+            return _table(csv.reader(lines), wanted)
+        rows = (line.split(None if "\t" not in line else "\t") for line in lines)
+        return {_stem(row[0]): row[1] for row in rows if len(row) > 1 and _stem(row[0]) in wanted}
+    except (UnreadableError, OSError, csv.Error) as error:
+        logger.warning("%s is not taken as a file of labels: %s.", file, reason(error))
         return {}
-    if file.suffix.lower() == ".csv":
-        return _table(list(csv.reader(text.splitlines())), wanted)
-    rows = (line.split(None if "\t" not in line else "\t") for line in text.splitlines())
-    return {_stem(row[0]): row[1] for row in rows if len(row) > 1 and _stem(row[0]) in wanted}
 
 
-def _table(rows: Sequence[Sequence[str]], wanted: set[str]) -> dict[str, str]:
+def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> dict[str, str]:
     """The labels in a table: of two columns the other one, of more the one with a usual name."""
-    named = [row for row in rows if any(_stem(cell) in wanted for cell in row)]
+    first = next(rows, [])
+    named = [row for row in chain([first], rows) if any(_stem(cell) in wanted for cell in row)]
     if not named:
         return {}
     key = next(i for i, cell in enumerate(named[0]) if _stem(cell) in wanted)
-    header = [cell.strip().lower() for cell in rows[0]] if rows[0] != named[0] else []
+    header = [cell.strip().lower() for cell in first] if first != named[0] else []
     usual = [header.index(name) for name in LABEL_COLUMNS if name in header]
     others = [i for i in range(len(named[0])) if i != key]
     column = usual[0] if usual else others[0] if len(others) == 1 else None
@@ -121,31 +126,52 @@ def _table(rows: Sequence[Sequence[str]], wanted: set[str]) -> dict[str, str]:
 
 def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
     """The labels in annotations as COCO writes them, or in an object of image and class."""
-    content = read_json(file, MAX_BYTES)
-    if not isinstance(content, dict):
-        return {}
-    if not {"images", "annotations", "categories"} <= set(content):
-        texts = {_stem(k): str(v) for k, v in content.items() if isinstance(v, str | int)}
-        return {stem: label for stem, label in texts.items() if stem in wanted}
-    try:
-        names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        stems = {image["id"]: _stem(image["file_name"]) for image in content["images"]}
-        classes: dict[str, set[str]] = {}
-        for annotation in content["annotations"]:
-            stem = stems[annotation["image_id"]]
-            if stem in wanted:
-                classes.setdefault(stem, set()).add(names[annotation["category_id"]])
-    except (KeyError, TypeError) as error:
-        raise DataError(file, f"not annotations of images: {error!r}") from None
-    several = sum(len(found) > 1 for found in classes.values())
-    if several:
+    keys: set[str] = set()
+    texts: dict[str, str] = {}
+    names: dict[Any, str] = {}  # of the categories, by their ids
+    stems: dict[Any, str] = {}  # of the wanted images, by their ids
+    category_of: dict[Any, Any] = {}  # of every image, by ids: images may come after annotations
+    several: set[Any] = set()  # ids of the images of more than one category
+    not_coco = ""
+    for key, value in stream_json(file, MAX_JSON_BYTES):
+        keys.add(key)
+        try:
+            if value is None:
+                continue
+            if key == "categories":
+                names[value["id"]] = str(value["name"])
+            elif key == "images":
+                stem = _stem(value["file_name"])
+                if stem in wanted:
+                    stems[value["id"]] = stem
+            elif key == "annotations":
+                image, category = value["image_id"], value["category_id"]
+                if category_of.setdefault(image, category) != category:
+                    several.add(image)
+            elif isinstance(value, str | int) and (stem := _stem(key)) in wanted:
+                texts[stem] = str(value)
+        except (KeyError, TypeError) as error:
+            not_coco = not_coco or f"not annotations of images: {error!r}"
+        if len(category_of) > MAX_IMAGES:
+            raise DataError(file, f"annotations of more than {MAX_IMAGES:,} images")
+    if not {"images", "annotations", "categories"} <= keys:
+        return texts
+    if not not_coco:
+        unknown = {category_of[image] for image in stems if image in category_of} - names.keys()
+        not_coco = (
+            f"not annotations of images: category {min(map(repr, unknown))}" if unknown else ""
+        )
+    if not_coco:
+        raise DataError(file, not_coco)
+    annotated = [image for image in stems if image in category_of]
+    if n_several := len(several.intersection(annotated)):
         raise DataError(
             file,
-            f"{several} of {len(classes)} images have several categories, and an evaluation needs "
+            f"{n_several} of {len(annotated)} images have several categories, and an evaluation needs "
             "one class of each image",
             allowed="class folders, or annotations of one category an image",
         )
-    return {stem: next(iter(found)) for stem, found in classes.items()}
+    return {stems[image]: names[category_of[image]] for image in annotated}
 
 
 def _ground_truth(file: Path, stems: Sequence[str]) -> dict[str, str]:

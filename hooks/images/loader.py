@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from ...registry.errors import ConfigError, CorruptImageError, DataError, TaxolensError
 from .raw import ImageReader, Job, Limits, RawImage, decode_raw, source_of
 from .workers import (
+    made_apart,
     main_left_out,
     may_start_workers,
     prepare_worker,
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 Preprocess: TypeAlias = Callable[[Image.Image], np.ndarray]
 
-PATIENCE = 40  # seconds without an image, after which workers are checked
+PATIENCE = 40  # seconds without an image, after which a warning is given
+POLL = 1  # seconds of waiting for an image, after which it is checked whether reading was stopped
 MIN_IMAGES = 20  # below this many images the share of corrupt ones carries no information
 FALSE_ALARM = 1e-6  # chance of stopping early although the share of corrupt images is as allowed
 
@@ -126,8 +128,13 @@ class ImageLoader:
         """
         return (batch for batch in self.grouped(chunks(indices, self.batch_size)) if len(batch))
 
-    def grouped(self, groups: Iterable[Sequence[Job]]) -> Iterator[ImageBatch]:
-        """As `batches`, but exactly one batch, empty if need be, for each group of images."""
+    def grouped(
+        self, groups: Iterable[Sequence[Job]], is_stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[ImageBatch]:
+        """As `batches`, but exactly one batch, empty if need be, for each group of images.
+
+        They end soon after `is_stopped` returns True, which another thread or a signal decides.
+        """
         reader = None if self.images.is_streaming else self.images.reader
         task = _DecodeTask(reader, self.preprocess, self.images.root, self.images.limits)
         if self.num_workers and not may_start_workers(task):
@@ -146,25 +153,39 @@ class ImageLoader:
             worker_init_fn=prepare_worker if self.num_workers else None,
             multiprocessing_context=self._context,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            timeout=PATIENCE if self.num_workers else 0,
+            timeout=POLL if self.num_workers else 0,
             generator=torch.Generator(),  # else each iterator draws from the global one
         )
-        with main_left_out(task) if self.num_workers else nullcontext(True) as left_out:
-            iterator = iter(loader)  # starts the workers
+        left_out = True
+
+        def start() -> Iterator[Any]:
+            nonlocal left_out
+            with main_left_out(task) as left_out:
+                return iter(loader)  # starts the workers
+
+        iterator = made_apart(start, is_stopped) if self.num_workers else iter(loader)
+        if iterator is None:
+            return
         watching = stopped_are_killed(PATIENCE) if self.num_workers else nullcontext([])
         try:
             with watching as killed:
-                yield from self._read(iterator, killed, left_out)
+                yield from self._read(iterator, killed, left_out, is_stopped)
         finally:
             del iterator  # ends the workers
 
     def _read(
-        self, iterator: Iterator[Any], killed: list[int | None], left_out: bool
+        self,
+        iterator: Iterator[Any],
+        killed: list[int | None],
+        left_out: bool,
+        is_stopped: Callable[[], bool],
     ) -> Iterator[ImageBatch]:
         """The batches of a loader's iterator, checked and counted."""
-        while True:
+        waited = 0
+        while not is_stopped():
             try:
                 batch: ImageBatch | str = next(iterator)
+                waited = 0
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
@@ -174,7 +195,9 @@ class ImageLoader:
                         "num_workers", problem, allowed="0, which uses none"
                     ) from None
                 if "timed out" in str(error):
-                    logger.warning("no image was decoded for %d seconds: waiting.", PATIENCE)
+                    waited += POLL
+                    if waited % PATIENCE == 0:
+                        logger.warning("no image was decoded for %d seconds: waiting.", waited)
                     continue
                 if not isinstance(error, RuntimeError):
                     raise

@@ -12,12 +12,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOM = __name__.rpartition(".")[0]
 # All that a worker needs, SAELens and TransformerLens not being part of it. A dataset's rows are
@@ -25,6 +25,7 @@ ROOM = __name__.rpartition(".")[0]
 PRELOADED = [f"{ROOM}.loader", f"{ROOM}.preprocess", "datasets"]
 
 _starting = threading.Lock()
+T = TypeVar("T")
 
 
 def worker_context() -> BaseContext:
@@ -38,7 +39,12 @@ def worker_context() -> BaseContext:
     from multiprocessing import forkserver  # not everywhere
 
     forkserver.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    # The server ignores Ctrl-C only after its imports; the mask is inherited.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return multiprocessing.get_context("forkserver")
 
 
@@ -63,6 +69,31 @@ def main_left_out(task: Any) -> Iterator[bool]:
             yield True
         finally:
             main.__spec__ = spec
+
+
+def made_apart(make: Callable[[], T], is_stopped: Callable[[], bool]) -> T | None:
+    """What `make` returns, called in another thread; None as soon as `is_stopped`.
+
+    The first worker waits for the imports of the server, in a call that no signal interrupts.
+    """
+    made: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="start of workers", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        if is_stopped():
+            return None
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return made.pop()
 
 
 def may_start_workers(task: Any) -> bool:

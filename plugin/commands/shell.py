@@ -72,9 +72,9 @@ def console() -> Console:
 
 def print_error(message: str) -> None:
     """Print one line on stderr, its first word red on a terminal."""
-    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if getattr(bars, "_instances", None):  # a progress bar that was not closed: end its line
-        sys.stderr.write("\n")
+    if (bars := _bars()) is not None:
+        for bar in list(getattr(bars, "_instances", ())):  # an error has left them open
+            bar.close()
     _console(sys.stderr).print(
         f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True
     )
@@ -106,7 +106,7 @@ def working() -> Iterator[Callable[[Any], None]]:
         real.write("\n")
         real.flush()
 
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("taxolens", "sae_lens")]
     levels = [logger.level for logger in loggers]
@@ -120,6 +120,23 @@ def working() -> Iterator[Callable[[Any], None]]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+class _BesideBars(logging.StreamHandler):
+    """A handler whose lines are not appended to that of a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with (
+            contextlib.nullcontext()
+            if (bars := _bars()) is None
+            else bars.external_write_mode(self.stream)
+        ):
+            super().emit(record)
+
+
+def _bars() -> Any:
+    """The class of progress bars, where it is loaded."""
+    return getattr(sys.modules.get("tqdm"), "tqdm", None)
 
 
 class _Printable(logging.Formatter):

@@ -77,11 +77,13 @@ class TrainingEvaluator:
     def measure(self, sae: Any, hook_name: str, activation_scaler: Any = None) -> dict[str, float]:
         """Metrics of one SAE; `activation_scaler` scales its inputs in training."""
         numpy_state = np.random.get_state()
-        with torch.random.fork_rng(devices=_devices(sae)):
-            latents = SAELatents(sae, activation_scaler)
-            done = self.bench.run(latents, self.held_out[hook_name])
-            metrics = self.bench.metrics(done)
-        np.random.set_state(numpy_state)
+        try:
+            with torch.random.fork_rng(devices=_devices(sae)):
+                latents = SAELatents(sae, activation_scaler)
+                done = self.bench.run(latents, self.held_out[hook_name])
+                metrics = self.bench.metrics(done)
+        finally:
+            np.random.set_state(numpy_state)
         flat: dict[str, float] = {}
         for evaluator, numbers in metrics.items():
             for metric, number in numbers.items():

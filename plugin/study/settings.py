@@ -146,7 +146,8 @@ class Study:
                     "train_batch_size_tokens",
                     f"more than the {tokens:,} tokens of {self.epochs:g} epochs",
                     given=batch,
-                    allowed="a smaller batch, or more epochs",
+                    allowed=f"up to {tokens} (left out, it is chosen for the run), or epochs of at "
+                    f"least {batch / tokens_per_epoch:.3g}",
                 )
             runner["training_tokens"] = tokens
         if len(widths) * len(self.saes) == 1:

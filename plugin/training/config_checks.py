@@ -190,11 +190,17 @@ def _check_schedule(cfg: Any) -> None:
     steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
     ramps = cfg.lr_warm_up_steps + cfg.lr_decay_steps
     if ramps >= steps and ramps:
+
+        def share(ramp: int) -> int:
+            return ramp * steps // (2 * ramps)
+
         raise ConfigError(
             "lr_warm_up_steps + lr_decay_steps",
             "not possible",
             given=ramps,
-            allowed=f"below the {steps} steps that training_tokens / train_batch_size_tokens makes",
+            allowed=f"below the {steps} steps that training_tokens / train_batch_size_tokens makes: "
+            f"more tokens, a smaller batch, or lr_warm_up_steps {share(cfg.lr_warm_up_steps)} and "
+            f"lr_decay_steps {share(cfg.lr_decay_steps)}, half of the steps",
         )
     if cfg.lr_decay_steps and cfg.lr_scheduler_name != "constant" and cfg.lr_end == 0.0:
         raise ConfigError(

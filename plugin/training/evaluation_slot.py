@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class EvaluationSlot:
     They read separate batches, not those of the training, and the global random state is restored:
     weights do not depend on whether, or how often, a run is evaluated. The prefetching thread
     waits meanwhile, since it uses the same model. An evaluator that fails is logged; the training
-    goes on.
+    goes on. A signal ends the evaluation, without metrics, and then the training.
 
     Args:
         open_stream: makes a stream of activations; called when an evaluator first reads one.
@@ -42,8 +41,7 @@ class EvaluationSlot:
         self, sae: TrainingSAE[Any], data_provider: Any, activation_scaler: ActivationScaler
     ) -> dict[str, Any]:
         """The evaluator of `SAETrainer`."""
-        with self._set_apart(data_provider):
-            return self._evaluate(sae, activation_scaler)
+        return self._set_apart(data_provider, lambda: self._evaluate(sae, activation_scaler))
 
     def many(
         self,
@@ -53,12 +51,14 @@ class EvaluationSlot:
         hook_names: Mapping[str, str],
     ) -> dict[str, Any]:
         """The evaluator of `MultiSAETrainer`: each SAE's metrics under its name."""
-        with self._set_apart(data_provider):
-            return {
+        return self._set_apart(
+            data_provider,
+            lambda: {
                 f"{name}/{metric}": value
                 for name, sae in saes.items()
                 for metric, value in self._evaluate(sae, activation_scalers[name]).items()
-            }
+            },
+        )
 
     def _evaluate(self, sae: TrainingSAE[Any], scaler: ActivationScaler) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
@@ -70,12 +70,17 @@ class EvaluationSlot:
                 logger.exception("an evaluation during training failed; training goes on.")
         return metrics
 
-    def _set_apart(self, data_provider: Any) -> ExitStack:
-        stack = ExitStack()
-        if isinstance(data_provider, StepGate):
-            stack.enter_context(data_provider.paused())
-        stack.enter_context(set_apart())
-        return stack
+    @staticmethod
+    def _set_apart(data_provider: Any, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if not isinstance(data_provider, StepGate):
+            with set_apart():
+                return evaluate()
+
+        def apart() -> dict[str, Any]:
+            with data_provider.paused(), set_apart():
+                return evaluate()
+
+        return data_provider.unless_stopped(apart)
 
 
 class _OwnBatches(Iterator[torch.Tensor]):

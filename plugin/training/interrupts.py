@@ -1,10 +1,11 @@
-"""Interruption of a training run between two steps, not inside one."""
+"""Interruption of a training run between two steps, while it waits for data, or in an evaluation."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from types import FrameType
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WATCH_EVERY = 100
+SIGNAL_SECONDS = 0.5
 
 
 class TrainingInterrupted(TaxolensError, InterruptedException):
@@ -33,18 +35,25 @@ class Interrupts:
     SAELens raises in the handler itself, which can leave weights and optimizer half updated.
     A second Ctrl-C raises KeyboardInterrupt at once. The earlier handlers are restored at the end.
     A signal that the process ignores stays ignored. Outside the main thread, where Python allows no
-    handlers, signals are not recorded.
+    handlers, signals are not recorded. Python runs a handler between two operations of its own, so
+    that a long call of torch delays it.
+
+    Args:
+        stop: called in the handler, to end the waiting for data.
     """
 
     SIGNALS = tuple(
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
     )
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Callable[[], object] = lambda: None) -> None:
         self.received: signal.Signals | None = None
+        self._stop = stop
+        self._at_once = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
+        self.received = None
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
                 if signal.getsignal(number) == signal.SIG_IGN:
@@ -62,10 +71,13 @@ class Interrupts:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        self._stop()
         logger.warning(
             f"{self.received.name}: stopping after this step and saving a checkpoint"
             " (Ctrl-C again stops at once, without)."
         )
+        if self._at_once:
+            raise KeyboardInterrupt
 
     def check(self) -> None:
         """Stop the run if a signal was recorded.
@@ -75,6 +87,27 @@ class Interrupts:
         """
         if self.received is not None:
             raise InterruptedException(self.received.name)
+
+    def unless_stopped(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `evaluate` returns, which changes nothing of the training; {} once a signal comes."""
+        if self.received is not None:
+            return {}
+        try:
+            self._at_once = True
+            found = evaluate()
+            self._at_once = False
+            return found
+        except KeyboardInterrupt:
+            if self.received is None:
+                raise
+            return {}
+        finally:
+            self._at_once = False
+
+    def deliver(self) -> None:
+        """Send a recorded signal again, to the handlers of outside: it came in the last step."""
+        if self.received is not None:
+            signal.raise_signal(self.received)
 
 
 class StepGate(Iterator[T], Generic[T]):
@@ -114,7 +147,8 @@ class StepGate(Iterator[T], Generic[T]):
         try:
             batch = next(self._source)
         except Exception as error:
-            # A signal ends worker processes too, which is then not a separate error.
+            # A signal to all processes of the job ends workers too, perhaps before it comes here.
+            time.sleep(SIGNAL_SECONDS)
             if self._interrupts.received is not None:
                 raise InterruptedException(self._interrupts.received.name) from error
             raise
@@ -127,6 +161,10 @@ class StepGate(Iterator[T], Generic[T]):
     def paused(self) -> AbstractContextManager[None]:
         """Pause the prefetching thread, which uses the same model."""
         return self._store.stream.paused()
+
+    def unless_stopped(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """See `Interrupts`."""
+        return self._interrupts.unless_stopped(evaluate)
 
     def close(self) -> None:
         """End the iteration, and with it a prefetching thread and worker processes."""

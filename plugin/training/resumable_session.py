@@ -85,6 +85,7 @@ class TrainingSession:
         self.resampled = (
             {name: Resampling(sae, every, cfg.seed) for name, sae in saes.items()} if every else {}
         )
+        self.interrupts = Interrupts(lambda: store.stream.stop())  # it may be replaced
         self._trainer: Any = None
 
     @contextmanager
@@ -112,6 +113,8 @@ class TrainingSession:
     def fit(self, trainer: Any) -> Any:
         """Run the trainer; stopped and resumed at any step, it ends in the same weights.
 
+        Called in the context of `interrupts`, which is that of writing the output as well.
+
         Args:
             trainer: an `SAETrainer` or `MultiSAETrainer`, its state loaded when it resumes.
 
@@ -121,13 +124,12 @@ class TrainingSession:
             CheckpointError: a checkpoint could not be written.
         """
         self._trainer = trainer
-        interrupts = Interrupts()
         gate = StepGate(
-            trainer.data_provider, self.store, interrupts, self._check_finite, self._resample
+            trainer.data_provider, self.store, self.interrupts, self._check_finite, self._resample
         )
         trainer.data_provider = gate
         first: dict[str, Any] = {}
-        with interrupts, seeded(self.cfg.seed):
+        with seeded(self.cfg.seed):
             if self.cfg.resume_from_checkpoint is not None:
                 checkpoint = Path(self.cfg.resume_from_checkpoint)
                 self._align(trainer, checkpoint)

@@ -216,8 +216,14 @@ class _VisionRun:
         if cfg.use_cached_activations:
             self.activations_store.stream = self._stream(cache=self._cache())
         try:
-            with self._one_wandb_run(), self.session.only_writer():
-                return super().run()  # type: ignore[misc]  # SAELens's
+            with (
+                self._one_wandb_run(),
+                self.session.only_writer(),
+                self.session.interrupts as interrupts,
+            ):
+                trained = super().run()  # type: ignore[misc]  # SAELens's
+            interrupts.deliver()
+            return trained
         except TaxolensError:
             raise
         except Exception as error:

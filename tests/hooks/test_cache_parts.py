@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from rank_threads import on_ranks
 from taxolens.hooks.activations import cache_writer, division, filling
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import TokenExtractor
@@ -27,7 +28,6 @@ from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, LostRankError
 from taxolens.registry.files import only_writer
 from taxolens.registry.ranks import Ranks
-from rank_threads import on_ranks
 from tiny_images import hf_dataset, noise
 from tiny_models import tiny_model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil

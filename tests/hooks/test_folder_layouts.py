@@ -1,3 +1,4 @@
+import json
 import logging
 import tarfile
 from collections import Counter
@@ -62,6 +63,52 @@ def test_several_categories_of_one_image_are_refused(tmp_path):
     annotated(tmp_path, "instances.json", {"1.jpg": ["cat", "dog"], "2.jpg": ["dog"]})
     with pytest.raises(DataError, match="1 of 2 images have several categories"):
         load_images(tmp_path)
+
+
+def test_annotations_of_any_length_and_order_are_read_in_parts(tmp_path, monkeypatch):
+    """The order of instances_train2017.json, and annotations with outlines, in blocks of 64 characters."""
+    monkeypatch.setattr("taxolens.registry.files.BLOCK_BYTES", 64)
+    monkeypatch.setattr("taxolens.registry.files.MAX_CONTAINERS", 10)
+    names = [f"{i:012}.jpg" for i in range(40)]
+    draw(tmp_path, *(f"train2017/{name}" for name in names))
+    annotations = [
+        {"segmentation": [[1.5, 2.0, 3.25]], "iscrowd": 0, "image_id": i, "category_id": i % 2 + 1}
+        for i in (*range(40), *range(40))
+    ]
+    content = {
+        "info": {"year": 2017},
+        "licenses": [{"id": 1, "name": "\u00c5 \\"}],
+        "annotations": annotations,
+        "images": [{"file_name": name, "id": i} for i, name in enumerate(names)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    write(tmp_path, "annotations/instances_train2017.json", json.dumps(content, ensure_ascii=False))
+    images = load_images(tmp_path, split="train2017")
+    assert [images.class_names[label] for label in images.labels] == ["cat", "dog"] * 20
+
+    monkeypatch.setattr("taxolens.hooks.images.label_files.MAX_IMAGES", 39)
+    with pytest.raises(DataError, match="annotations of more than 39 images"):
+        load_images(tmp_path, split="train2017")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("labels.json", '{"1": "cat"', "not JSON"),
+        ("labels.json", "[1, 2]", "not a JSON object"),
+        ("labels.csv", f"1,{'x' * 200_000}", "field larger than field limit"),
+        ("labels.txt", b"1 \xff", "not UTF-8"),
+    ],
+)
+def test_a_file_beside_images_that_cannot_be_read_is_named(
+    name, content, problem, tmp_path, caplog
+):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    data = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(data)
+    load_images(tmp_path)
+    (message,) = [r.getMessage() for r in caplog.records if "not taken" in r.getMessage()]
+    assert name in message and problem in message
 
 
 def test_two_files_of_labels_that_differ_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -158,6 +159,30 @@ def test_a_script_that_sends_its_own_without_a_guard_decodes_by_itself(tmp_path,
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["script", "8", "8"]
     assert "each worker would run the whole script again" in done.stderr
+
+
+def test_the_start_of_workers_can_be_given_up():
+    waiting = threading.Event()
+    try:
+        assert workers.made_apart(lambda: waiting.wait(60), lambda: True) is None
+    finally:
+        waiting.set()
+    assert workers.made_apart(lambda: 7, lambda: False) == 7
+    with pytest.raises(KeyError):
+        workers.made_apart(lambda: {}["x"], lambda: False)
+
+
+def test_reading_ends_once_it_is_stopped():
+    images = load_images(demo_assets.dataset_path(), split="validation", max_images=40)
+    preprocess = PilPreprocess(size=None, crop=(3, 3))
+    for num_workers in (0, 1):
+        reading = loader.ImageLoader(images, preprocess, batch_size=1, num_workers=num_workers)
+        stopped = threading.Event()
+        batches = reading.grouped([[i] for i in range(40)], stopped.is_set)
+        assert len(next(batches)) == len(next(batches)) == 1
+        stopped.set()
+        assert list(batches) == []
+        assert list(reading.grouped([[0]], lambda: True)) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="stopped processes are seen there")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tqdm
 from PIL import Image
 from results_factory import make_results
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -301,6 +302,19 @@ def test_while_it_works_only_json_reaches_stdout(capsys):
         "many": [1, 2],
     }
     assert captured.err == "chatter\na step\nanother\n"
+
+
+def test_logs_and_errors_are_not_glued_to_a_progress_bar(capsys):
+    with shell.working():
+        bar = tqdm.tqdm(total=3, desc="training", file=sys.stderr, mininterval=0)
+        bar.update()
+        logging.getLogger("taxolens.plugin").warning("a warning")
+        bar.update()
+        shell.print_error("it failed")
+    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    assert "a warning" in lines
+    assert lines[-2:] == ["error: it failed", ""]
+    assert bar.disable  # closed
 
 
 # -- completion -----------------------------------------------------------------------------------

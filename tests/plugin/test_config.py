@@ -220,7 +220,8 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
         ),
         (
             {"lr_decay_steps": 900, "training_tokens": 8 * 9, "train_batch_size_tokens": 8},
-            "lr_decay_steps.*given 900; allowed: below the 9 steps",
+            "lr_decay_steps.*given 900; allowed: below the 9 steps .*: more tokens, a smaller batch, "
+            "or lr_warm_up_steps 0 and lr_decay_steps 4, half of the steps",
         ),
         (
             {

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import types
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import taxolens
@@ -14,6 +16,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from taxolens.plugin import hookspecs, manager
 from taxolens.registry.errors import DuplicateNameError
+from taxolens.registry.presentation import Support
 from taxolens.registry.table import Architecture, Loader, TaxonomySource
 from temporary_plugins import temporary_plugins
 
@@ -91,6 +94,45 @@ def test_register_evaluators(plugin) -> None:
 def test_register_evaluators_refuses_what_is_none(plugin) -> None:
     with pytest.warns(UserWarning, match="'mine'.*ConfigError.*a subclass of taxolens.Evaluator"):
         plugin("mine", register_evaluators=lambda register: register(object()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"name": None}, "name: no text"),
+        ({"description": " "}, "description: no text"),
+        ({"name": "", "description": 3}, "name and description: no text"),
+        ({"higher_is_better": None}, "higher_is_better: no mapping"),
+        ({"higher_is_better": {}}, "higher_is_better: no mapping"),
+        ({"higher_is_better": {"m": "yes"}}, "higher_is_better: 'm' is not a metric"),
+        ({"compute": abstractmethod(lambda self: {})}, "without compute"),
+        ({"headlines": (taxolens.Headline("n", "n"),)}, "headline 'n': not known"),
+        ({"labels": {"n": "n"}}, "label of 'n': not known"),
+        ({"support": {"n": Support("m", "nodes")}}, "support of 'n': not known"),
+        ({"nulls": {"chance": None}}, "null 'chance': not known"),
+    ],
+)
+def test_an_evaluator_that_declares_too_little_is_refused_at_once(
+    changes: dict[str, Any], problem: str, plugin
+) -> None:
+    fields = {
+        "name": "my_evaluator",
+        "description": "what it measures",
+        "higher_is_better": {"m": True},
+        "compute": lambda self, **_: {"m": 1.0},
+    }
+    good = type("Mine", (taxolens.Evaluator,), fields)
+    bad = type("Mine", (taxolens.Evaluator,), fields | changes)
+    with pytest.warns(UserWarning, match=f"'mine'.*ConfigError.*not an evaluator: {problem}"):
+        plugin("mine", register_evaluators=lambda register: register(bad))
+    plugin("good", register_evaluators=lambda register: register(good))
+    assert taxolens.EVALUATORS["my_evaluator"] is good
+
+
+def test_an_evaluator_without_declarations_is_refused_at_once(plugin) -> None:
+    bare = type("Mine", (taxolens.Evaluator,), {"name": "bare", "compute": lambda self: {}})
+    with pytest.warns(UserWarning, match="not an evaluator: description: no text"):
+        plugin("mine", register_evaluators=lambda register: register(bare))
 
 
 def test_register_taxonomies(plugin) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
+    LoggingConfig,
     MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAE,
@@ -18,6 +22,7 @@ from sae_lens import (
 )
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
+from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, latest_checkpoint
 from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingInterrupted
 from taxolens.plugin.training.rng import seeded
@@ -285,6 +290,94 @@ def test_a_signal_before_the_first_step_loses_nothing(training, monkeypatch, kin
         patch.setattr(StepGate, "__next__", interrupted)
         training.runner(config(prefetch_llm_batches=2)).run()
     training.runner(config(resume_from_checkpoint=str(training.checkpoints / "0"))).run()
+    assert_same(weights(training.output), expected)
+
+
+@pytest.mark.parametrize("prefetch", [False, 2])
+def test_a_signal_in_a_window_of_activations_ends_its_gathering(training, monkeypatch, prefetch):
+    settings = {"tokens": "patch", "n_batches_in_buffer": 1000, "n_checkpoints": 0}
+    settings |= {"training_tokens": 64, "checkpoint_path": str(training.folder / "checkpoints")}
+    training.runner(training.single(checkpoint_id="whole", **settings)).run()
+    expected = weights(training.output)
+
+    passes = []
+    extract = TokenExtractor.__call__
+
+    def interrupted(self, batch):
+        passes.append(1)
+        if len(passes) == 2:  # in the prefetching thread a signal is sent to the main one
+            os.kill(os.getpid(), signal.SIGTERM)
+            received.wait(30)
+        return extract(self, batch)
+
+    received = threading.Event()
+    note = Interrupts._note
+
+    def noted(self, number, frame):
+        note(self, number, frame)
+        received.set()
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted, match="after 0 of 64"):
+        patch.setattr(TokenExtractor, "__call__", interrupted)
+        patch.setattr(Interrupts, "_note", noted)
+        training.runner(training.single(prefetch_llm_batches=prefetch, **settings)).run()
+    assert len(passes) == 2  # of the three in the window
+    training.runner(training.single(resume_from_checkpoint="auto", **settings)).run()
+    assert_same(weights(training.output), expected)
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_then_the_training(training):
+    expected = whole(training, "multi")
+    ends = []
+
+    def evaluator(sae, data_provider, activation_scaler):
+        if len(ends) == 0:
+            ends.append("begun")
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                ends.append("went on")
+            finally:
+                ends.append("left")
+        return {"never": 1.0}
+
+    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=1, eval_every_n_wandb_logs=3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingInterrupted) as stopped:
+        patch.setenv("WANDB_MODE", "disabled")
+        cfg = training.multi(logger=logger, evaluator=evaluator)
+        training.runner(cfg).run()
+    assert ends == ["begun", "left"]
+    checkpoint = latest_checkpoint(training.checkpoints)
+    assert f"resume with --resume_from_checkpoint {checkpoint}" in str(stopped.value)
+    training.runner(training.multi(resume_from_checkpoint=str(checkpoint))).run()
+    assert_same(weights(training.output), expected)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_an_evaluation_that_no_signal_ends(error):
+    interrupts = Interrupts()
+
+    def evaluate():
+        if error:
+            raise error
+        return {"m": 1.0}
+
+    with interrupts, pytest.raises(error) if error else nullcontext():
+        assert interrupts.unless_stopped(evaluate) == {"m": 1.0}
+    with interrupts:
+        signal.raise_signal(signal.SIGINT)  # only recorded
+        assert interrupts.unless_stopped(lambda: pytest.fail("it is not begun")) == {}
+
+
+def test_a_signal_in_the_last_step_comes_after_the_output(training):
+    expected = whole(training)
+    received = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        sae = training.meddling(training.sae(), lambda: signal.raise_signal(signal.SIGTERM), step=9)
+        training.runner(training.single(), override_sae=sae).run()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert received == [signal.SIGTERM]
     assert_same(weights(training.output), expected)
 
 

@@ -193,7 +193,11 @@ def test_the_default_batch_fits_the_job_and_epochs_are_kept(epochs, per_epoch, b
 
 
 def test_a_batch_larger_than_the_run_is_refused():
-    with pytest.raises(ConfigError, match=r"more than the 1,800 tokens of 5 epochs; given 4096"):
+    message = (
+        r"train_batch_size_tokens: more than the 1,800 tokens of 5 epochs; given 4096; "
+        r"allowed: up to 1800 \(left out, it is chosen for the run\), or epochs of at least 11.4\."
+    )
+    with pytest.raises(ConfigError, match=message):
         config_of({"epochs": 5, "train_batch_size_tokens": 4096}, tokens_per_epoch=360)
 
 

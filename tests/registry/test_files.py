@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 import time
 from pathlib import Path
 
@@ -172,3 +173,82 @@ def test_file_names() -> None:
     assert all(
         map(files.is_file_name, ["a", "blocks.0.hook", "päth", "a b", "図\u3000表", "x" * 200])
     )
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+def in_parts(path: Path, **options: int) -> dict[str, object]:
+    """The object that `stream_json` reads, put together again."""
+    found: dict[str, object] = {}
+    lists: set[str] = set()
+    text = path.read_text(encoding="utf-8-sig")
+    empty = {key for key, value in json.loads(text).items() if isinstance(value, list)}
+    for key, value in files.stream_json(path, **options):
+        if key in empty and key not in lists:
+            assert value is None
+            found[key] = []
+            lists.add(key)
+        elif key in lists:
+            found[key].append(value)  # type: ignore[attr-defined]
+        else:
+            found[key] = value
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text(max_size=4), VALUES, max_size=4), st.integers(1, 9), st.booleans())
+def test_an_object_read_in_parts_is_the_object(content, block: int, indented: bool) -> None:
+    text = json.dumps(content, indent=2 if indented else None, ensure_ascii=False)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.NamedTemporaryFile(suffix=".json") as file,
+    ):
+        patch.setattr(files, "BLOCK_BYTES", block)
+        file.write(text.encode("utf-8", "replace"))
+        file.flush()
+        path = Path(file.name)
+        assert in_parts(path, max_bytes=1 << 20) == json.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "not a JSON object"),
+        ("", "not a JSON object"),
+        ("{", "not JSON"),
+        ('{"a": [1, 2', "not JSON"),
+        ('{"a": [1 2]}', "not JSON: '2' where ',' belongs"),
+        ('{"a": 1} x', "not JSON: text after its end"),
+        ('{1: "a"}', "a key that is no text"),
+        ('{"a": ' + "[" * 20_000, "nested too deep|not JSON"),
+        ('{"a": [' + "[" * 20_000, "nested too deep"),
+        ('{"a": "' + "x" * 20_000_000 + '"}', "longer than 16,777,216 bytes"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_what_is_not_read_in_parts(content, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UnreadableError, match=message):
+        list(files.stream_json(path, 1 << 24))
+
+
+def test_lines_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_bytes("﻿a\r\nb\nå".encode())
+    assert list(files.read_lines(path, 100)) == ["a", "b", "å"]
+    for content, most, message in (
+        (b"x" * 2_000_000, 1 << 24, "a line of more than 1,048,576 characters"),
+        (b"xx", 1, "longer than 1 bytes"),
+        (b"\xff", 10, "not UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UnreadableError, match=message):
+            list(files.read_lines(path, most))
