@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOM = __name__.rpartition(".")[0]
-# All that a worker needs, SAELens and TransformerLens not being part of it. A dataset's rows are
-# read with `datasets`.
-PRELOADED = [f"{ROOM}.loader", f"{ROOM}.preprocess", "datasets"]
+PRELOADED = [f"{ROOM}.worker_server"]
 
 _starting = threading.Lock()
 T = TypeVar("T")

@@ -11,8 +11,9 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .series import Series, all_series
 logger = logging.getLogger(__name__)
 
 WANDB_MODES = ("online", "offline", "disabled")
+ROOM = 1 << 16  # bytes that a disk has left, where it is not full
 MAX_TABLE_ROWS = 1000  # the complete tables are in the artifact
 
 
@@ -52,6 +54,14 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         return _mode_of(wandb.run)
     if mode is None:
         mode = os.environ.get("WANDB_MODE")
+    place = Path(init.get("dir") or os.environ.get("WANDB_DIR") or ".")
+    if not os.access(place, os.W_OK):
+        if place.exists():
+            init["dir"] = tempfile.gettempdir()  # as W&B would, with two warnings of its own
+            logger.warning("W&B cannot write into %s; it uses %s.", place, init["dir"])
+    elif _is_full(place):
+        logger.warning("W&B is off: the disk of %s is full.", place.absolute())
+        mode = "disabled"
     reasons: list[str] = []
     attempts = list(dict.fromkeys((mode, "offline", "disabled")))
     for attempt in attempts:
@@ -59,10 +69,8 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
         try:
             settings = wandb.Settings(init_timeout=init_timeout, quiet=True)
             settings.silent = settings.silent or bool(reasons)  # the warning below has it all
-            place = init.get("dir") or os.environ.get("WANDB_DIR") or "."
-            if not os.access(place, os.W_OK):
-                logger.warning("W&B cannot write into %s; it uses a temporary folder.", place)
             run = wandb.init(settings=settings, **init)
+            _log_without_failing()
         except Exception as error:  # W&B's errors have no common base
             reasons.append(_first_line(error))
             if attempt == attempts[-1]:
@@ -93,6 +101,8 @@ def no_second_run() -> Iterator[None]:
         yield
     finally:
         settings.silent = silent
+        if _is_full(own):
+            logger.warning("the disk of %s is full: this W&B log is not complete.", own)
         for other in set(own.parent.glob("*run-*")) - before:
             if not any(other.glob("*.wandb")):
                 shutil.rmtree(other, ignore_errors=True)
@@ -100,6 +110,42 @@ def no_second_run() -> Iterator[None]:
         if latest.is_symlink() and not latest.exists():
             latest.unlink()
             latest.symlink_to(own.name, target_is_directory=True)
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < ROOM
+    except OSError:
+        return False
+
+
+def _log_without_failing() -> None:
+    """Let W&B's own log files drop what cannot be written.
+
+    Else each of its messages on a full disk is a traceback, and `wandb.finish` raises.
+    """
+    for handler in logging.getLogger("wandb").handlers:
+        if isinstance(handler, logging.FileHandler) and not isinstance(handler.stream, _Dropping):
+            handler.setStream(_Dropping(handler.stream))  # type: ignore[arg-type]  # as good as a file
+
+
+class _Dropping:
+    """A text file; what cannot be written is dropped."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
 
 def _set_mode(mode: str | None) -> None:
@@ -175,7 +221,8 @@ def log_results(
         return None
     finally:
         if started and wandb.run is not None:
-            wandb.finish()
+            with suppress(OSError):  # a full disk, of which the warning is above
+                wandb.finish()
 
 
 def flat_metrics(results: Results) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import wandb
 import yaml
 from sae_lens.config import (
     T_TRAINING_SAE_CONFIG,
@@ -71,6 +72,8 @@ class VisionLoggingConfig(LoggingConfig):
         sparsity_path: Path | str | None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
+        if getattr(wandb.run, "disabled", False):
+            return
         try:
             named = _ValidlyNamed(trainer)
             super().log(named, weights_path, cfg_path, sparsity_path, wandb_aliases)

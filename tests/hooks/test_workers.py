@@ -43,7 +43,8 @@ def test_workers_of_two_pools_import_little_and_share_a_server():
     assert len(servers) == 1 and servers != {os.getpid()}
 
 
-def test_what_the_server_imports_exists():
+def test_what_the_server_imports_exists(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for module in workers.PRELOADED:
         importlib.import_module(module)
 
@@ -170,6 +171,28 @@ def test_the_start_of_workers_can_be_given_up():
     assert workers.made_apart(lambda: 7, lambda: False) == 7
     with pytest.raises(KeyError):
         workers.made_apart(lambda: {}["x"], lambda: False)
+
+
+def test_a_worker_that_was_given_up_prints_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    from taxolens.hooks.images.worker_server import _unless_given_up
+
+    def __setstate__(error):
+        raise error
+
+    def other(error):
+        raise error
+
+    for call, error, is_shown in (
+        (__setstate__, FileNotFoundError("gone"), False),
+        (__setstate__, ValueError("wrong"), True),
+        (other, FileNotFoundError("gone"), True),
+    ):
+        try:
+            call(error)
+        except Exception:
+            _unless_given_up(*sys.exc_info())
+        assert ("Traceback" in capsys.readouterr().err) == is_shown
 
 
 def test_reading_ends_once_it_is_stopped():

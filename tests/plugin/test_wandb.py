@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,14 @@ import wandb
 from results_factory import make_results
 from sae_lens import LoggingConfig
 from taxolens.plugin.reporting.results import Results
-from taxolens.plugin.reporting.wandb_log import ensure_wandb, flat_metrics, log_results
+from taxolens.plugin.reporting.wandb_log import (
+    _Dropping,
+    ensure_wandb,
+    flat_metrics,
+    log_results,
+    no_second_run,
+)
+from taxolens.plugin.training.config import VisionLoggingConfig
 from taxolens.registry.errors import ConfigError
 from wandb_reader import OfflineRun
 
@@ -261,3 +272,57 @@ def test_the_names_are_documented() -> None:
         "wandb sync",
     ):
         assert name in text
+
+
+def test_a_full_disk_turns_wandb_off_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert ensure_wandb("offline", project="p") == "disabled"
+        logger = VisionLoggingConfig(wandb_project="p")
+        logger.log(None, "weights", "cfg", None)  # of a run that W&B does not log
+    assert [r.message for r in caplog.records] == [f"W&B is off: the disk of {tmp_path} is full."]
+
+
+def test_a_disk_that_becomes_full_costs_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = close = write  # type: ignore[assignment]
+
+    ensure_wandb("offline", project="p")
+    streams = [getattr(handler, "stream", None) for handler in logging.getLogger("wandb").handlers]
+    dropping = [stream for stream in streams if isinstance(stream, _Dropping)]
+    assert dropping
+    for stream in dropping:
+        monkeypatch.setattr(stream, "_file", Full())
+    full = shutil.disk_usage(".")._replace(free=0)
+    with caplog.at_level(logging.WARNING, "taxolens"), no_second_run():
+        logging.getLogger("wandb").info("a message")
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    wandb.finish()
+    assert "Traceback" not in capsys.readouterr().err
+    (line,) = [r.message for r in caplog.records if r.name.startswith("taxolens")]
+    assert "is full: this W&B log is not complete" in line
+
+
+def test_a_folder_that_cannot_be_written_gives_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    other = tmp_path.with_name("other")
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+    can = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and can(path, mode))
+    with caplog.at_level(logging.WARNING, "taxolens"):
+        ensure_wandb("offline", project="p")
+    found = [r.message for r in caplog.records if "cannot write" in r.message]
+    assert found == [f"W&B cannot write into {tmp_path}; it uses {other}."]
+    assert other in Path(wandb.run.dir).parents  # type: ignore[union-attr]
