@@ -30,6 +30,7 @@ MAX_YAML_BYTES = 1 << 20  # PyYAML reads about 0.1 MB a second
 MAX_DATA_BYTES = 1 << 27  # results, taxonomies, figures
 MAX_NESTING = 200
 MAX_CONTAINERS = 4_000_000  # lists and objects of JSON; an empty one is 3 bytes there, 64 in memory
+MAX_VALUES = 1 << 24  # of JSON, by its commas; a short text is 5 bytes there, 51 in memory
 MAX_YAML_NODES = 100_000  # after each alias is replaced by what it stands for
 MAX_IMAGE_PIXELS = 64_000_000  # decoding takes up to 24 bytes a pixel
 LOCK_FILENAME = ".lock"
@@ -140,6 +141,8 @@ def parse_json(text: str) -> Any:
     """JSON text; raises `UnreadableError` as `read_json`."""
     if text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise UnreadableError(f"more than {MAX_CONTAINERS:,} lists and objects")
+    if text.count(",") > MAX_VALUES:
+        raise UnreadableError(f"more than {MAX_VALUES:,} values")
     try:
         return _bounded(json.loads(text))
     except RecursionError:

@@ -340,7 +340,7 @@ class CacheSource:
         """JSON-able: everything that decides which numbers come in which order."""
         return {
             "from": "cache",
-            **{key: self.cache.facts[key] for key in ("model", "images", "preprocessing", "dtype")},
+            **{k: self.cache.facts.get(k) for k in ("model", "images", "preprocessing", "dtype")},
             "tokens": self.tokens,
             "seed": self.delivery.seed,
         }

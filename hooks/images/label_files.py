@@ -146,6 +146,7 @@ def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
                     stems[value["id"]] = stem
             elif key == "annotations":
                 image, category = value["image_id"], value["category_id"]
+                hash(category)  # a list or an object is none
                 if category_of.setdefault(image, category) != category:
                     several.add(image)
             elif isinstance(value, str | int) and (stem := _stem(key)) in wanted:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_text, reason
+from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_lines, read_text, reason
 from .taxonomy import Taxonomy, document
 
 Edge = tuple[str, str]
+MAX_EDGES = 2_000_000  # of which each takes some 600 bytes while the tree is built
 
 
 def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonomy:
@@ -39,10 +40,11 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
             allowed="a file that ends in .csv or .json",
         )
     try:
-        text = read_text(path, MAX_DATA_BYTES)
+        edges, own_classes, names = read(path)
     except (OSError, UnreadableError) as error:
         raise ConfigError("taxonomy", f"cannot read {path}: {reason(error)}") from error
-    edges, own_classes, names = read(path, text)
+    if len(edges) > MAX_EDGES:
+        raise _too_many(path)
     if not edges and classes is None and own_classes is None:
         raise ConfigError("taxonomy", f"no parent-child pair in {path}", allowed="at least one")
     return Taxonomy.from_edges(edges, own_classes if classes is None else classes, names)
@@ -51,10 +53,15 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
 Read = tuple[list[Edge], "list[str] | None", dict[str, str]]
 
 
-def _read_csv(path: Path, text: str) -> Read:
+def _too_many(path: Path) -> ConfigError:
+    problem = f"more than {MAX_EDGES:,} parent-child pairs in {path}"
+    return ConfigError("taxonomy", problem, allowed="the pairs above the classes of the data")
+
+
+def _read_csv(path: Path) -> Read:
     edges: list[Edge] = []
     names: dict[str, str] = {}
-    for number, row in enumerate(_rows(path, text), 1):
+    for number, row in enumerate(_rows(path), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells) or (
             number == 1 and [c.lower() for c in cells[:2]] == ["parent", "child"]
@@ -70,19 +77,22 @@ def _read_csv(path: Path, text: str) -> Read:
         parent, child, *name = cells
         if parent:
             edges.append((parent, child))
+            if len(edges) > MAX_EDGES:
+                raise _too_many(path)
         if name and name[0]:
             names[child] = name[0]
     return edges, None, names
 
 
-def _rows(path: Path, text: str) -> Iterator[list[str]]:
+def _rows(path: Path) -> Iterator[list[str]]:
     try:
-        yield from csv.reader(text.splitlines())
+        yield from csv.reader(read_lines(path, MAX_DATA_BYTES))
     except csv.Error as error:  # a field of more than 128 kB, NUL
         raise ConfigError("taxonomy", f"{path.name} is not CSV: {error}", allowed="CSV") from None
 
 
-def _read_json(path: Path, text: str) -> Read:
+def _read_json(path: Path) -> Read:
+    text = read_text(path, MAX_DATA_BYTES)
     try:
         data = parse_json(text)
     except UnreadableError as error:

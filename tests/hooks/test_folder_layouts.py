@@ -91,6 +91,16 @@ def test_annotations_of_any_length_and_order_are_read_in_parts(tmp_path, monkeyp
         load_images(tmp_path, split="train2017")
 
 
+@pytest.mark.parametrize("wrong", [{"image_id": 1, "category_id": []}, {"image_id": {}}, 7, {}])
+def test_annotations_of_another_form_are_refused(wrong, tmp_path):
+    draw(tmp_path, "1.jpg")
+    content = {"annotations": [wrong], "categories": [{"id": 1, "name": "cat"}]}
+    content["images"] = [{"file_name": "1.jpg", "id": 1}]
+    write(tmp_path, "a.json", json.dumps(content))
+    with pytest.raises(DataError, match="not annotations of images"):
+        load_images(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
