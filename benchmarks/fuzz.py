@@ -15,9 +15,11 @@ import copy
 import io
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +33,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from taxolens.hooks.activations.cache_reader import CacheReader
+from taxolens.hooks.activations.stream import ActivationStream
+from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.preprocess import PilPreprocess
 from taxolens.hooks.images.raw import RawImage, decode_raw
 from taxolens.hooks.images.source import ImageSource
@@ -44,16 +48,20 @@ from taxolens.plugin.reporting.results import (
     LatentCard,
     MetricResult,
     NullResult,
+    PermutedClassesInfo,
     Results,
     SAEResult,
+    SkippedImage,
     TaxonomyInfo,
     TopImage,
 )
 from taxolens.plugin.study.settings import gather
+from taxolens.plugin.training.activations_store import VisionActivationsStore
 from taxolens.plugin.training.checkpoints import RunIdentity, verify_checkpoint, write_manifest
 from taxolens.plugin.training.config import VisionSAERunnerConfig
 from taxolens.registry.errors import TaxolensError
-from taxolens.registry.presentation import Headline
+from taxolens.registry.loaders.parts.read import read_sae as read_sae_file
+from taxolens.registry.presentation import Headline, NodeTable, Support
 from taxolens.registry.taxonomies.load import load_taxonomy
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
 
@@ -128,7 +136,11 @@ def contents(document: Any, *, as_yaml: bool = False) -> st.SearchStrategy[bytes
 
 def example_results() -> dict[str, Any]:
     """The content of a small results.json that uses every kind of entry."""
-    number = MetricResult(0.5, {"shuffled": NullResult(0.1, 0.2, 3, True)}, {"planted": 1.0})
+    nulls = {
+        "shuffled": NullResult(0.1, 0.2, 3, True),
+        "permuted_classes": NullResult(0.1, 0.2, 19, True, None, 0.05, 0.05),
+    }
+    number = MetricResult(0.5, nulls, {"planted": 1.0}, low=0.4, high=0.6, support=12, least=10)
     card = LatentCard(
         3, "dog", ["thing", "dog"], 1.0, 1.0, 0.5, 0.1, [TopImage(0, "pug", 2.0, None)]
     )
@@ -150,21 +162,35 @@ def example_results() -> dict[str, Any]:
         least_specific=[card],
         node_f1=dict.fromkeys(TREE.nodes, 0.5),
         seconds=1.0,
+        trained_as="batchtopk",
+        constraint="frozen_decoder",
+        l0_token=3.5,
+        weights="0" * 64,
     )
     info = EvaluatorInfo(
         description="e",
         directions={"m": True},
         nulls={"shuffled": None},
         headlines=[Headline("m", "metric", "what it is", priority=1)],
+        labels={"m": "metric"},
+        node_table=NodeTable("t"),
+        support={"m": Support("m", "nodes")},
     )
     return Results(
         created="2026-01-01T00:00:00+00:00",
         settings={"n_permutations": 3},
         provenance={"taxolens": "0.1.0"},
-        dataset=DatasetInfo("photos", "validation", "abc", 6, 3, 3, list(TREE.classes)),
+        dataset=DatasetInfo(
+            *("photos", "validation", "abc", 6, 3, 3, list(TREE.classes)),
+            skipped=[SkippedImage(4, "damaged")],
+            holdout=0.2,
+            holdout_seed=0,
+            n_present=3,
+        ),
         taxonomy=TaxonomyInfo("tree", 5, 3, 2, json.loads(TREE.to_json())),
         evaluators={"e": info},
         saes=[sae],
+        permuted_classes=PermutedClassesInfo(3, 2, 1, 19, 0, 0),
     ).to_dict()
 
 
@@ -191,10 +217,41 @@ def read_cache(folder: Path) -> None:
         np.asarray(cache.activations(name)).sum()
 
 
+def read_run(folder: Path) -> None:
+    """Find the SAEs of a run by its runner_cfg.json, and take the settings of an evaluation."""
+    for sae in find_saes(folder):
+        ImageSource.of(sae.setting)
+        ModelSetting.of(sae)
+
+
+def read_other(folder: Path) -> None:
+    """Read the SAE of another library, with all facts that its files may lack."""
+    read_sae_file(
+        folder / "ae.pt", sae_class="AutoEncoder", model_name="a/model", hook_name="blocks.0.hook_x"
+    )
+
+
+def read_position(folder: Path) -> None:
+    """Go to a checkpoint's position in the activations of a cache, and read on."""
+    stream = ActivationStream(
+        None, None, ["h"], cache=CacheReader(folder / "cache"), train_batch_size_tokens=2
+    )
+    store = VisionActivationsStore(stream, "h")
+    store.load_from_checkpoint(folder)
+    store.open()
+    next(store)
+
+
+def read_labelled(folder: Path) -> None:
+    """Read images, and the classes that a file beside them gives."""
+    load_images(folder).require_labels()
+
+
 def readers(folder: Path) -> dict[str, Reader]:
     """Name -> reader; the files beside its document lie in the folder of that name."""
     names = ("sae", "weights", "results", "checkpoint", "cache", "tree", "csv", "study", "config")
-    here = {name: folder / name for name in (*names, "image", "preprocessor")}
+    names += ("image", "preprocessor", "run", "pickle", "position", "coco", "labels")
+    here = {name: folder / name for name in names}
     for place in here.values():
         place.mkdir()
     with torch.random.fork_rng():
@@ -211,7 +268,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "model_from_pretrained_kwargs": {"dtype": "float32"},
     }.items():
         sae.cfg.metadata[name] = value
-    for name in ("sae", "weights"):
+    for name in ("sae", "weights", "run"):
         sae.save_inference_model(here[name])
     (here["checkpoint"] / "a.json").write_text("{}")
     write_manifest(
@@ -232,6 +289,40 @@ def readers(folder: Path) -> dict[str, Reader]:
         "failures": {"4": "damaged"},
         "n_seen": 4,
         "n_rows": 3,
+    }
+    shutil.copytree(here["cache"], here["position"] / "cache")
+    (here["position"] / "cache" / "cache.json").write_text(json.dumps(index))
+    position = VisionActivationsStore(
+        ActivationStream(
+            None,
+            None,
+            ["h"],
+            cache=CacheReader(here["position"] / "cache"),
+            train_batch_size_tokens=2,
+        )
+    ).stream.state_after(0)
+    dense = torch.arange(24, dtype=torch.float32).reshape(6, 4) / 24 + 0.1
+    other = io.BytesIO()
+    torch.save(
+        {
+            "bias": torch.zeros(4),
+            "encoder.weight": dense,
+            "encoder.bias": torch.zeros(6),
+            "decoder.weight": dense.T.clone(),
+        },
+        other,
+    )
+    for name in ("coco", "labels"):
+        for image in ("1.png", "2.png"):
+            Image.new("RGB", (2, 2)).save(here[name] / image)
+    coco = {
+        "info": {"year": 2017},
+        "images": [{"id": 1, "file_name": "1.png"}, {"id": 2, "file_name": "2.png"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 7, "segmentation": [[1.5, 2.0]]},
+            {"image_id": 2, "category_id": 8},
+        ],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 8, "name": "dog"}],
     }
     study = {
         "model_name": "a/model",
@@ -288,6 +379,11 @@ def readers(folder: Path) -> dict[str, Reader]:
         "config": Reader(
             "c.json", config, lambda place: VisionSAERunnerConfig.load(place / "c.json")
         ),
+        "run": Reader("runner_cfg.json", config, read_run),
+        "pickle": Reader("ae.pt", other.getvalue(), read_other),
+        "position": Reader("activations_store_state.json", position, read_position),
+        "coco": Reader("a.json", coco, read_labelled),
+        "labels": Reader("a.csv", b"id,label\n1,cat\n2,dog\n", read_labelled),
         "image": Reader(
             "i.png",
             picture.getvalue(),
@@ -381,17 +477,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         every = readers(Path(folder))
-        names = args.readers or list(every)
+        names, failed = args.readers or list(every), []
         print("| reader | read | refused | seconds |\n|---|---:|---:|---:|")
         for name in names:
             started = time.perf_counter()
-            counts = fuzz(name, every[name], Path(folder) / name, -(-args.examples // len(names)))
+            share = -(-args.examples // len(names))
+            try:
+                counts = fuzz(name, every[name], Path(folder) / name, share)
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+                continue
             seconds = time.perf_counter() - started
             print(
                 f"| {name} | {counts['read']:,} | {counts['refused']:,} | {seconds:.0f} |",
                 flush=True,
             )
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -353,14 +353,18 @@ def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str
     return sorted(name for name in names if expected.get(name) != found.get(name))
 
 
-def references(output: Path, every: dict[str, Job]) -> dict[str, float]:
-    """Run each job undisturbed; name -> seconds that it took."""
+def references(output: Path, every: dict[str, Job], chosen: Iterable[str]) -> dict[str, float]:
+    """Run the chosen jobs, and those that they start from, undisturbed; name -> seconds."""
+    needed = set(chosen)
+    for name in reversed(every):  # a job comes after the one that it starts from
+        if name in needed and (before := every[name].before):
+            needed.add(before)
     file = output / "seconds.json"
     seconds = json.loads(file.read_text()) if file.exists() else {}
     temporary = output / "reference-tmp"
     temporary.mkdir(exist_ok=True)
     for name, job in every.items():
-        if name in seconds:
+        if name in seconds or name not in needed:
             continue
         place = output / "reference" / name
         shutil.rmtree(place, ignore_errors=True)
@@ -473,8 +477,8 @@ def main(argv: list[str] | None = None) -> int:
     every = jobs(inputs)
     if unknown := set(args.jobs or every) - set(every):
         parser.error(f"--jobs: {sorted(unknown)[0]!r} is none of {', '.join(every)}")
-    seconds = references(output, every)
     chosen = {name: every[name] for name in args.jobs or every}
+    seconds = references(output, every, chosen)
     done = read_cases(output, args.seed)
     children = []
     for number in range(args.processes):

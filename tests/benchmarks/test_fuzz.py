@@ -7,7 +7,7 @@ import pytest
 from taxolens.registry.errors import DataError
 
 NAMES = ("sae", "weights", "results", "checkpoint", "cache", "tree", "csv", "study", "config")
-NAMES += ("image", "preprocessor")
+NAMES += ("image", "preprocessor", "run", "pickle", "position", "coco", "labels")
 
 
 @pytest.fixture(scope="module")

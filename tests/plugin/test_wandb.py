@@ -291,7 +291,7 @@ def test_a_disk_that_becomes_full_costs_no_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys
 ) -> None:
     class Full(io.StringIO):
-        def write(self, text: str) -> int:
+        def write(self, *text: str) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         flush = close = write  # type: ignore[assignment]
