@@ -189,9 +189,9 @@ def tower(model: nn.Module) -> Any:
     """What taxolens taps of a model: of two towers the vision tower, of masked ones the encoder."""
     if type(model).__name__.endswith(MASKED) and hasattr(model, "decoder"):
         return model.base_model
-    if hasattr(model, "vision_model") and hasattr(model, "text_model"):
-        return model.vision_model
-    return model
+    from taxolens.hooks.models.towers import tower_of
+
+    return tower_of(model) or model
 
 
 def size_of(model: Any) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def _section(release: Release) -> str:
     any_id = "REPOSITORY" if release.owner else "PATH"
     rows = [*map(_row, saes), _row(_any(release, any_id))]
     head = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    sources = [line for sae in saes if (line := _sources(sae))]
+    sources = _sources(saes)
     return "\n".join(
         [f"### {release.name}", "", " ".join(release.note.split()), "", *head, *rows, "", *sources]
     )
@@ -69,13 +69,23 @@ def _shown(value: object) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _sources(sae: PublishedSAE) -> str:
-    """Where each fact of a row stands."""
-    by_place: dict[str, list[str]] = {}
-    for name, where in sae.sources.items():
-        by_place.setdefault(where, []).append(f"`{name}`")
-    listed = "; ".join(f"{', '.join(names)}: {where}" for where, names in by_place.items())
-    return f"Sources of `{sae}`: {listed}.\n" if listed else ""
+def _sources(saes: list[PublishedSAE]) -> list[str]:
+    """Where the facts of the rows stand; rows with the same sources share a line."""
+    alike: dict[str, list[str]] = {}
+    for sae in saes:
+        by_place: dict[str, list[str]] = {}
+        for name, where in sae.sources.items():
+            by_place.setdefault(where, []).append(f"`{name}`")
+        listed = "; ".join(f"{', '.join(names)}: {where}" for where, names in by_place.items())
+        if listed:
+            alike.setdefault(listed, []).append(f"`{sae}`")
+    return [f"Sources of {_named(names)}: {listed}.\n" for listed, names in alike.items()]
+
+
+def _named(names: list[str]) -> str:
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{len(names)} names from {names[0]} to {names[-1]}"
 
 
 if __name__ == "__main__":

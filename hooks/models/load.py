@@ -60,6 +60,7 @@ OPEN_CLIP_NAMES = (
     "open-clip:OWNER/NAME or hf-hub:OWNER/NAME of a repository with an open_clip_config.json; with pip "
     "install 'taxolens[open-clip]' also open-clip:ARCHITECTURE/TAG"
 )
+BY_CLASS = ("wrapped", "open_clip")  # families whose loaded module may be one of another
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 # Largest numbers in a config, by a part of their name.
 MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "stages": 1000, "labels": 10**6, "": 10**8}
@@ -133,10 +134,9 @@ def load_vision_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = _load(chosen, source)
-        if family is None and chosen.adapter is None:  # the class of the tower, or of timm, decides
-            model = from_module(module, model_name=name)
-        else:
-            model = from_module(module, family=chosen.name, model_name=name)
+        by_class = chosen.name in BY_CLASS and family != "wrapped"
+        own = None if by_class else chosen.name
+        model = from_module(module, family=own, model_name=name)
         model.processor, model.preprocessor_config = _read_preprocessing(
             place, config, revision, trust_remote_code
         )

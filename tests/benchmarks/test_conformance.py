@@ -19,13 +19,16 @@ BRIDGED = {
     "CLIPVisionModel": ("clip", [17, 97], "passes"),
     "SiglipVisionModel": ("siglip", [16, 96], "passes"),
     "ViTMAEModel": ("vit_mae", [17, 97], "passes"),
+    "BeitModel": ("beit", [17, 97], "passes"),
+    "IJepaModel": ("ijepa", [16, 96], "passes"),
+    "Aimv2VisionModel": ("aimv2", [16], "passes"),  # one size alone
 }
 WRAPPED = {
     "ConvNextV2Model": ("wrapped", None, "passes"),  # channels first, with norms channels last
     "SwinModel": ("wrapped", None, "passes"),  # (B, T, d) and windows
     "SamVisionModel": ("wrapped", [16], "passes"),  # (B, H, W, d), one size alone
     "VitDetModel": ("wrapped", [16, 96], "passes"),  # (B, d, H, W) outside of the blocks
-    "BeitModel": ("wrapped", [17, 97], "passes"),  # a class token
+    "ViTMSNModel": ("wrapped", [17, 97], "passes"),  # a class token
     "CvtModel": ("wrapped", None, "passes"),  # a class token in the last stage alone
     "YolosModel": ("wrapped", None, "passes"),  # detection tokens after the patches
     "HieraModel": ("wrapped", None, "passes"),  # mask units

@@ -105,11 +105,7 @@ def test_its_blocks_and_its_embedding(quick: bool, kind: str, tmp_path: Path) ->
         torch.testing.assert_close(
             model.original_model(pictures()).image_embeds, embedding, rtol=1e-4, atol=1e-5
         )
-    assert (model.family, model.cfg.has_class_token, model.cfg.n_prefix_tokens) == (
-        "open_clip",
-        True,
-        1,
-    )
+    assert (model.family, model.cfg.has_class_token) == ("clip", True)
     other = Tower(nn.GELU if quick else QuickGELU)(pictures())[0]
     assert not torch.allclose(got[NAMES[1]], other[1], atol=1e-3)
 
@@ -141,14 +137,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_repositories(name: str, offline: Path, tmp_path: Path) -> None:
     in_cache(offline, "acme/clip", save(tmp_path / "clip", Tower()))
     model = load_vision_model(name)
-    assert (model.cfg.model_name, model.family) == (name, "open_clip")
+    assert (model.cfg.model_name, model.family, model.processor) == (name, "clip", None)
 
 
 def test_a_prefix_chooses_where_there_are_both(offline: Path, tmp_path: Path) -> None:
     folder = save_tiny("clip_both", save(tmp_path / "clip", Tower()))
     in_cache(offline, "acme/both", folder)
-    assert load_vision_model("acme/both").family == "clip"
-    assert load_vision_model("hf-hub:acme/both").family == "open_clip"
+    assert load_vision_model("acme/both").processor is not None  # transformers' own files
+    assert load_vision_model("hf-hub:acme/both").processor is None
     in_cache(offline, "acme/dino", save_tiny("dinov2", tmp_path / "dino"))
     assert load_vision_model("hf-hub:acme/dino").family == "dinov2"
 
@@ -190,7 +186,10 @@ def test_untrained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vision", "named"),
     [
-        ({"timm_model_name": "vit_base"}, "timm_model_name 'vit_base'"),
+        (
+            {"timm_model_name": "vit_base", "timm_proj": "linear"},
+            "timm_model_name 'vit_base', timm_proj 'linear'",
+        ),
         ({"pool_type": "avg"}, "pool_type 'avg'"),
         ({"layers": [3, 4, 6, 3]}, r"layers \[3, 4, 6, 3\]"),
         ({"ls_init_value": 0.1}, "ls_init_value 0.1"),
@@ -202,6 +201,25 @@ def test_other_towers_are_refused(vision: dict[str, Any], named: str, tmp_path: 
     message = rf"no plain vision transformer \({named}\)"
     with pytest.raises(ConfigError, match=message):
         load_vision_model(save(tmp_path, Tower(), vision_cfg=vision))
+
+
+def test_towers_of_timm(tmp_path: Path) -> None:
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": None}
+    folder = save(tmp_path, Tower(), vision_cfg={**vision, "image_size": 224}, embed_dim=6)
+    try:
+        timm = pytest.importorskip("timm", exc_type=ImportError)
+    except pytest.skip.Exception:
+        with pytest.raises(ConfigError, match=r"pip install 'taxolens\[timm\]'"):
+            load_vision_model(folder)
+        return
+    torch.manual_seed(0)
+    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=6, global_pool="token").eval()
+    weights = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    model = load_vision_model(folder)
+    assert (model.family, model.processor) == ("timm", None)
+    with torch.no_grad():
+        assert torch.equal(model(pictures(size=224)), trunk(pictures(size=224)))
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_training_starts_from_the_latents_of_the_file(name, tmp_path):
     ("name", "message"),
     [
         ("prisma:none", "the hub's Prisma-Multimodal/none does not exist, is private or lacks"),
-        ("prisma:a/../b", "prisma: no such SAE; given 'a/../b'; allowed: clip-b-32/layer-9"),
+        ("prisma:a/../b", "prisma: no such SAE; given 'a/../b'; allowed: clip-b-32/layer-0"),
         ("gated/saes:x", "asks for consent; allowed: agree on its page"),
         ("gpt2-small-res-jb:none", "ID none not found in release"),
     ],

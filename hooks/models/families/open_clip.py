@@ -1,4 +1,4 @@
-"""OpenCLIP's vision transformers, BioCLIP's among them, as the vision tower of transformers' CLIP.
+"""OpenCLIP's vision towers: its vision transformers, BioCLIP's too, as the tower of transformers' CLIP; timm's by timm.
 
 A checkpoint is an `open_clip_config.json` beside weights, in a folder or on the hub. Its weights are renamed,
 and the fused projection of attention is cut into queries, keys and values, so that activations are open_clip's
@@ -6,7 +6,7 @@ to rounding. open_clip itself is needed for names of an architecture and a tag a
 `open-clip:ViT-B-32/laion2b_s34b_b79k`.
 
 After open_clip 3.3: `CLIPVisionCfg` and `_build_vision_tower` in `model.py`, `VisionTransformer` in
-`transformer.py`, `image_transform` in `transform.py`.
+`transformer.py`, `TimmModel` in `timm_model.py`, `image_transform` in `transform.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ....registry.errors import CheckpointError, ConfigError
 from ....registry.files import read_json_object
 from ...images.preprocess import open_clip_preprocessing
-from .clip import CLIPVisionAdapter
 from .family import VisionFamily, VisionSource
+from .wrapped import timm_model
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -141,7 +141,7 @@ def clip_config(config: OpenClipConfig) -> CLIPVisionConfig:
     if unlike:
         fields = ", ".join(f"{name} {value!r}" for name, value in unlike.items())
         problem = f"open_clip's tower is no plain vision transformer ({fields})"
-        allowed = "its Hugging Face conversion, or its timm model, where there is one"
+        allowed = "its conversion for transformers, where there is one"
         raise ConfigError("model_name", problem, given=config.place, allowed=allowed)
     width = int(vision.get("width", 768))
     gelu = "gelu_pytorch_tanh" if vision.get("act_kwargs") else "gelu"
@@ -188,13 +188,16 @@ def preprocessing(config: OpenClipConfig) -> dict[str, Any]:
 
 
 def load_open_clip(source: VisionSource) -> nn.Module:
-    """The tower as transformers' `CLIPVisionModelWithProjection`, in evaluation mode.
+    """The tower as transformers' `CLIPVisionModelWithProjection`, or timm's model, in evaluation mode.
 
     Raises:
         ConfigError: as `clip_config`, or there is no file of weights.
         CheckpointError: the weights are damaged.
         RuntimeError: they are not those of the config.
     """
+    vision = source.config.model["vision_cfg"]
+    if vision.get("timm_model_name") and vision.get("timm_proj") in (None, "", "none"):
+        return _load_trunk(source, vision)
     settings = clip_config(source.config)
     model = CLIPVisionModelWithProjection._from_config(
         settings, dtype=source.dtype, attn_implementation=source.attn_implementation
@@ -202,6 +205,27 @@ def load_open_clip(source: VisionSource) -> nn.Module:
     if not source.random_weights:
         model.load_state_dict(converted(_read_weights(source)))
     return model.eval()
+
+
+def _load_trunk(source: VisionSource, vision: Mapping[str, Any]) -> nn.Module:
+    """A tower that is a model of timm and nothing after it (SigLIP's, Perception Encoder's)."""
+    n_outputs = 0 if vision.get("timm_proj") == "none" else int(source.config.model["embed_dim"])
+    model = timm_model(
+        source,
+        vision["timm_model_name"],
+        num_classes=n_outputs,
+        global_pool=vision.get("timm_pool", "avg"),
+        pretrained=False,
+    )
+    if not source.random_weights:
+        prefix = "visual.trunk."
+        weights = {
+            name.removeprefix("module.").removeprefix(prefix): value
+            for name, value in _read_weights(source).items()
+            if name.removeprefix("module.").startswith(prefix)
+        }
+        model.load_state_dict(weights)
+    return model
 
 
 def _read_weights(source: VisionSource) -> dict[str, Tensor]:
@@ -231,7 +255,6 @@ FAMILY = VisionFamily(
     name="open_clip",
     architectures=(),
     model_types=(MODEL_TYPE,),
-    adapter=CLIPVisionAdapter,
     load=load_open_clip,
-    description="OpenCLIP's vision transformers, BioCLIP's too: class token, then patches.",
+    description="OpenCLIP's own files, BioCLIP's too; loaded as clip or timm.",
 )

@@ -160,16 +160,17 @@ def prepare(model: Any) -> None:
             block.mlp.fc1 = Split(block.mlp.fc1, names)
     first = model.blocks[0]
     model.blocks = Chain(list(model.blocks))
-    model.config = PreTrainedConfig(
-        hidden_size=model.embed_dim,
-        num_hidden_layers=len(model.blocks),
-        num_attention_heads=first.attn.num_heads,
-        layer_norm_eps=first.norm1.eps,
-        hidden_act="gelu",
-        num_channels=model.patch_embed.proj.in_channels,
-        patch_size=list(as_pair(model.patch_embed.patch_size)),
-        image_size=list(as_pair(model.patch_embed.img_size)),
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "layer_norm_eps": first.norm1.eps,
+        "hidden_act": "gelu",
+        "num_channels": model.patch_embed.proj.in_channels,
+        "patch_size": list(as_pair(model.patch_embed.patch_size)),
+        "image_size": list(as_pair(model.patch_embed.img_size)),
+    }
+    model.config = PreTrainedConfig(**sizes)
     model.config.id2label = {}  # its names are timm's, where it has any
     model.config._attn_implementation = "sdpa" if first.attn.fused_attn else "eager"
     model.register_forward_pre_hook(_by_name, with_kwargs=True)

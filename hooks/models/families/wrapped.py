@@ -117,17 +117,21 @@ def load_timm(source: VisionSource) -> nn.Module:
     Raises:
         ConfigError: timm cannot be imported.
     """
+    place = "local-dir" if Path(source.name).is_dir() else "hf-hub"
+    revision = f"@{source.revision}" if source.revision else ""
+    name = f"{place}:{source.name}{revision}"
+    return timm_model(source, name, pretrained=not source.random_weights)
+
+
+def timm_model(source: VisionSource, name: str, **options: Any) -> nn.Module:
+    """`timm.create_model` in evaluation mode, with the attention and the dtype of `source`."""
     try:
         import timm  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
         problem = f"a model of timm, which cannot be imported ({error})"
         allowed = "pip install 'taxolens[timm]'"
         raise ConfigError("model_name", problem, given=source.name, allowed=allowed) from error
-    place = "local-dir" if Path(source.name).is_dir() else "hf-hub"
-    revision = f"@{source.revision}" if source.revision else ""
-    model = timm.create_model(
-        f"{place}:{source.name}{revision}", pretrained=not source.random_weights
-    )
+    model = timm.create_model(name, **options)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = source.attn_implementation != "eager"

@@ -15,6 +15,7 @@ from ...errors import ConfigError
 
 TABLE = Path(__file__).parents[1] / "releases.yaml"
 SHOWN_ONLY = ("d_in", "d_sae", "l0")  # facts for people, which no loader asks for
+SHOWN_IDS = 4  # in a message
 LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
@@ -99,6 +100,10 @@ class Release:
             **{"repository": self.repository, **settings},
         )
 
+    def _some_ids(self) -> str:
+        ids = list(self.saes)
+        return ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
+
     def _place(self, id: str) -> dict[str, str]:
         """Repository and path of an id that is not listed."""
         parts = id.split("/")
@@ -107,7 +112,7 @@ class Release:
                 self.name,
                 "no such SAE",
                 given=id,
-                allowed=f"{', '.join(self.saes) or 'a path in its repository'}; see docs/releases.md",
+                allowed=f"{self._some_ids() or 'a path in its repository'}; see docs/releases.md",
             )
         if self.owner is None:
             return {"file": id}
