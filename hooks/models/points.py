@@ -23,6 +23,7 @@ PLAIN = (int, float, str, tuple, type(None), Tensor)
 MAX_ALTERNATIVES = 10_000
 MAX_PATTERN = 1000
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
+SPLIT_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # the names by which SAELens knows heads
 
 
 @dataclass
@@ -77,14 +78,36 @@ def expand_hook_names(model: TappedModel, patterns: Sequence[str]) -> list[str]:
 
 
 def hook_d_in(
-    model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None = None
+    model: TappedModel,
+    hook_name: str,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    head: int | None = None,
 ) -> int:
     """The width d of the activations (B, T, d) at `hook_name`, by one small forward pass.
 
-    `image_size`, in pixels, matters only where the width depends on it (attention patterns).
+    Args:
+        model: a vision model.
+        hook_name: the hook point.
+        image_size: in pixels; matters only where the width depends on it (attention patterns).
+        head: None for all heads, joined; else the width is that of this head.
+
+    Raises:
+        UnknownNameError, ConfigError: as `resolve_hook_name`; or there is no such head.
     """
     name = resolve_hook_name(model, hook_name)
-    return firings(model, image_size)[name].shape[-1]
+    width = firings(model, image_size)[name].shape[-1]
+    if head is None:
+        return width
+    n_heads = model.heads.get(name)
+    if n_heads is None or not hook_name.endswith(SPLIT_HEADS):
+        problem = f"{hook_name!r} of {model.cfg.model_name} has no heads"
+        where = f", or a hook point named {', '.join(SPLIT_HEADS)}" if model.heads else ""
+        raise ConfigError("hook_head_index", problem, given=head, allowed=f"none{where}")
+    if type(head) is not int or not 0 <= head < n_heads:
+        problem = f"{hook_name!r} has {n_heads} heads"
+        raise ConfigError("hook_head_index", problem, given=head, allowed=f"0 to {n_heads - 1}")
+    return width // n_heads
 
 
 def hook_n_tokens(

@@ -325,7 +325,7 @@ def provenance(device: str, seconds: float) -> dict[str, Any]:
 
 def _facts(sae: SAEFolder) -> list[Any]:
     """The facts of an SAE on which its numbers depend."""
-    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.hook_name]
+    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.key]
 
 
 def _digest(facts: Any) -> str:

@@ -154,7 +154,7 @@ class TrainingSession:
         """Resample dead latents before the step that trains on `batch`."""
         for name, resampling in self.resampled.items():
             own = getattr(self._trainer, "trainers", {}).get(name, self._trainer)
-            inputs = batch[self.cfg.sae_hook_names[name]] if isinstance(batch, dict) else batch
+            inputs = batch[self.cfg.sae_keys[name]] if isinstance(batch, dict) else batch
             found = resampling.before_step(own, inputs)
             if found:
                 logger.info(f"{name}: {found} dead latents start again.")
