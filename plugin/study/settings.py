@@ -28,6 +28,7 @@ from typing import Any
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from ...hooks.models.load import device_here
 from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import ConfigError
 from ...registry.heads import head_name
@@ -38,7 +39,7 @@ from ..training.config import (
     VisionSAERunnerConfig,
     training_config_class,
 )
-from .sources import Settings, architecture_of, layers, required
+from .sources import PRESET, Settings, architecture_of, layers, required
 
 SECTIONS = ("study", "runner", "logger", "sae")
 
@@ -231,7 +232,10 @@ def gather(
 
 
 def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
-    """Check and merge the sources; see `gather`."""
+    """Check and merge the sources; see `gather`.
+
+    A preset's device that this machine lacks is replaced with a warning.
+    """
     final = training_config_class(architecture_of(sources))
     merged: dict[str, Settings] = {section: {} for section in SECTIONS}
     for position, (source, settings) in enumerate(sources, start=1):
@@ -240,6 +244,9 @@ def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
         _drop_alternatives(merged, sections, source)
         for section, values in sections.items():
             merged[section].update(values)
+    devices = [source for source, settings in sources if "device" in settings]
+    if devices and devices[-1].startswith(PRESET):  # of another machine; what was typed is refused
+        merged["runner"]["device"] = device_here("device", merged["runner"]["device"])
     return _study(architecture_of(sources), merged)
 
 

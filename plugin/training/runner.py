@@ -33,6 +33,7 @@ from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
 from ...registry.loaders.parts.read import load_source
+from ...registry.names import as_setting
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
 from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
@@ -513,7 +514,7 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
                 "checkpoint_path",
                 "holds checkpoints already",
                 given=cfg.checkpoint_path,
-                allowed=f"--resume_from_checkpoint {AUTO}, which goes on from them, or another checkpoint_id",
+                allowed=f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id",
             )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
