@@ -24,7 +24,7 @@ def find_peers(sae: SAEFolder, saes: Sequence[SAEFolder]) -> list[tuple[SAEFolde
     """The SAEs that `sae` is compared with, at most `MAX_PEERS`, and their relation to it.
 
     The first relation with any SAE is used (own definition): "seed", the same hook point (and head),
-    architecture and width; "hook", the same hook point; "layer", the next hook points before and
+    architecture as trained (`trained_as`) and width; "hook", the same hook point; "layer", the next hook points before and
     after it in its run, or in any run where its own has none; "model", the SAEs of other models or
     tokens, those with the same name of hook point first. Heads of one hook point are never
     compared: they have no common space. An SAE and a control that was trained with
@@ -61,7 +61,7 @@ def peers_of(
 
 
 def _kind(sae: SAEFolder) -> tuple[str, int]:
-    return str(sae.cfg.get("architecture", "")), int(sae.cfg.get("d_sae", 0))
+    return sae.trained_as, int(sae.cfg.get("d_sae", 0))
 
 
 def _adjacent(sae: SAEFolder, others: Sequence[SAEFolder]) -> list[SAEFolder]:

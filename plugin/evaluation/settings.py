@@ -32,7 +32,7 @@ class EvaluationSettings:
         hook_head_index: the head that it reads there; by default as recorded
         tokens: class, patch, register, all or mean_patch; by default as recorded
         image_size: pixels a side; by default as recorded
-        aggregate: an image's latent, of many tokens: their max or mean
+        aggregate: an image's latent, of many tokens: the largest in size (max), or their mean
         dataset_path: hub name, folder of class folders, parquet files; by default the run's
         dataset_name: the configuration of a dataset with several
         split: a held-out one; by default the run's, else validation, else test
