@@ -31,6 +31,7 @@ from taxolens.plugin.training.rng import seeded
 from taxolens.plugin.training.runner import new_sae
 from taxolens.registry.errors import CheckpointError, ConfigError
 from test_evaluate import FAST, save_sae
+from tiny_runs import run_settings
 
 Z = "blocks.0.attn.hook_z"
 D_HEAD = 8
@@ -215,14 +216,7 @@ def test_one_replaces_the_other() -> None:
 def run(vit_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SAEs of two heads of two blocks, and one of both heads joined."""
     folder = tmp_path_factory.mktemp("runs") / "heads"
-    settings = {
-        "model_name": str(vit_folder),
-        "dataset_path": str(world),
-        "split": "train",
-        "eval_split": "validation",
-        "tokens": "class",
-        "taxonomy": str(world / "validation"),
-    }
+    settings = run_settings(vit_folder, world, eval_split="validation")
     for block, head in itertools.product((0, 1), (0, 1)):
         hook = f"blocks.{block}.attn.hook_z"
         own = {**settings, "hook_head_index": head}
