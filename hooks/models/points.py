@@ -259,18 +259,19 @@ def leaving_no_trace(model: TappedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _trace(model: TappedModel, size: tuple[int, int], *, twice: bool) -> dict[str, Firing]:
-    """The hook points that fire in a forward pass; `twice` runs the same images once more.
+    """The hook points that fire in a forward pass; `twice` runs the same images once more, and one alone.
 
     Raises:
-        ConfigError: the two passes differ.
+        ConfigError: the two passes differ, or an image alone gives something else than in a batch.
     """
-    pictures = noise(model, 4 if max(size) <= 128 else 1, size)
+    pictures = noise(model, 4 if max(size) <= 128 else 1 + twice, size)
     training = model.training
     model.eval()
     try:
         with leaving_no_trace(model):
             fired, values = _pass(model, pictures)
             again = _pass(model, pictures)[1] if twice else values
+            alone = _pass(model, pictures[:1])[1] if twice else {}
     finally:
         model.train(training)
     tolerance = 1e-3 if model.cfg.dtype in (torch.float32, torch.float64) else 3e-2
@@ -283,13 +284,35 @@ def _trace(model: TappedModel, size: tuple[int, int], *, twice: bool) -> dict[st
                 given=model.cfg.model_name,
                 allowed="a model whose passes agree (a masked autoencoder with mask_ratio 0 and no shuffling)",
             )
+        one = alone.get(name)
+        by_image = one is not None and (len(value), len(one)) == (len(pictures), 1)
+        if one is not None and by_image and _differ(value[:1], one, tolerance):
+            raise ConfigError(
+                "model_name",
+                f"what it gives for an image depends on the others of its batch, first at {name!r}",
+                given=model.cfg.model_name,
+                allowed="a model that treats each image alone (BatchNorm with running statistics)",
+            )
     return fired
 
 
 def _pass(model: TappedModel, pictures: Tensor) -> tuple[dict[str, Firing], dict[str, Tensor]]:
-    """What fires, and up to `SAMPLED` numbers of each activation."""
+    """What fires; and up to `SAMPLED` numbers of each image of each activation, and of the logits."""
     fired: dict[str, Firing] = {}
     values: dict[str, Tensor] = {}
+
+    def keep(name: str, activation: Tensor) -> None:
+        by_image = activation.ndim > 1 and len(activation) == len(pictures)
+        rows = activation.flatten(1) if by_image else activation.reshape(1, -1)
+        values.pop(
+            name, None
+        )  # the order is that of the last use: a probe of the layout comes first
+        values[name] = rows[:, :: max(1, rows.shape[1] // SAMPLED)].double().cpu()
+
+    def keep_output(module: nn.Module, arguments: Any, output: Any) -> None:
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor):
+            keep("its output", logits)
 
     def note(name: str, activation: Tensor) -> None:
         if name in fired:
@@ -297,11 +320,14 @@ def _pass(model: TappedModel, pictures: Tensor) -> tuple[dict[str, Firing], dict
             fired[name].shape = tuple(activation.shape)
         else:
             fired[name] = Firing(len(fired), 1, tuple(activation.shape))
-        flat = activation.flatten()
-        values[name] = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
+        keep(name, activation)
 
-    with taps(model, list(model.points()), note), taking_images(model, pictures):
-        model(pictures, return_type=None)
+    handle = model.original_model.register_forward_hook(keep_output)
+    try:
+        with taps(model, list(model.points()), note), taking_images(model, pictures):
+            model(pictures, return_type=None)
+    finally:
+        handle.remove()
     return fired, values
 
 
