@@ -56,6 +56,7 @@ LAYERS = re.compile(r"((num|n)_.*layers|.*_layers|depth)$")
 SIDES = re.compile(r"(image_size|pretrain_image_size|input_size)$")
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 SKIPPED = re.compile(r"Timm|TextModel$")  # timm's are rows of their own
+MOST_PARAMETERS = 100_000_000  # of timm's models, which have no tiny configs
 SMALL = re.compile(r"atto|femto|pico|nano|micro|mini|tiny|xx?s|_[smt]\d*(_|$)|small|18|_?0(_|$)")
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # config class -> fields, where the rules above do not give a model that can be run
@@ -461,6 +462,11 @@ def of_timm(only: str) -> Iterator[dict[str, Any]]:
         with torch.device("meta"):
             sizes = {n: sum(p.numel() for p in timm.create_model(n).parameters()) for n in few}
         name = min(sizes, key=sizes.__getitem__)
+        if sizes[name] > MOST_PARAMETERS:
+            reason = f"its smallest model has {sizes[name]:,} parameters"
+            config = f"timm: {module}"
+            yield {"model": name, "config": config, "verdict": "not built", "reason": reason}
+            continue
         torch.manual_seed(0)
         plain = timm.create_model(name).eval()
         torch.manual_seed(0)

@@ -38,6 +38,7 @@ from taxolens.plugin.evaluation.evaluate import choose_evaluators
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.presentation import shown_metrics
 from torch import Tensor
 from tqdm import tqdm
 
@@ -192,8 +193,9 @@ def headlines() -> set[tuple[str, str]]:
     return {
         (name, metric)
         for name, evaluator in taxolens.EVALUATORS.items()
-        for metric in [h.metric for h in evaluator.headlines]
-        or [m for m, better in evaluator.higher_is_better.items() if better is not None][:1]
+        for metric in shown_metrics(
+            [headline.metric for headline in evaluator.headlines], evaluator.higher_is_better
+        )
     }
 
 

@@ -30,6 +30,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from taxolens.registry.presentation import shown_metrics
+
 ROOT = Path(__file__).parent.parent
 STORED = {
     "photographs": ROOT / "docs" / "results" / "photographs.json",
@@ -314,7 +316,7 @@ def metric_table(found: Stored, *metrics: str) -> str:
         info = found.data["evaluators"].get(evaluator)
         if info is None:
             return "Not measured here."
-        headlines = info["headlines"] or list(info["directions"])[:1]
+        headlines = shown_metrics(info["headlines"], info["directions"])
         for metric in [name] if "/" in name else [f"{evaluator}/{m}" for m in headlines]:
             head = [f"`{metric.partition('/')[2]}`", *(f"block {b}" for b in found.blocks)]
             parts.append(table(head, found.rows(metric)))
@@ -326,7 +328,7 @@ def glance_table(found: Stored) -> str:
     columns = (*NULLS, *CONSTRAINTS, "untrained")
     rows = []
     for evaluator, info in found.data["evaluators"].items():
-        for metric in info["headlines"] or list(info["directions"])[:1]:
+        for metric in shown_metrics(info["headlines"], info["directions"]):
             key = f"{evaluator}/{metric}"
             higher = info["directions"].get(metric)
             own = {block: found.at(block, "topk").get(key) for block in found.blocks}

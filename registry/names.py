@@ -1,12 +1,24 @@
-"""Suggestions for unknown names, and the error message with them."""
+"""Names in messages: suggestions for unknown ones, and settings as the user writes them."""
 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from contextvars import ContextVar
 from itertools import islice
 
 MAX_NAMES, MAX_LENGTH = 10_000, 200  # that are compared: each takes up to the square of its length
+
+ON_COMMAND_LINE: ContextVar[bool] = ContextVar("on_command_line", default=False)
+"""Whether settings are flags; in Python they are fields and arguments."""
+
+
+def as_setting(name: str, value: object) -> str:
+    """A setting as the user writes it: ``--device cpu``, or ``device="cpu"`` in Python."""
+    if ON_COMMAND_LINE.get():
+        return f"--{name} {shlex.quote(str(value))}"
+    return f'{name}="{value}"'
 
 
 def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:

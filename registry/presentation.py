@@ -1,10 +1,11 @@
 """Declarations of how an evaluator's results are shown in tables, reports and dashboards.
 
-No imports, so that a report can be written without the evaluators.
+No imports of ours, so that a report can be written without the evaluators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -66,3 +67,23 @@ class NodeTable:
     meaning: str = "the F1 of the best latent for it"
     priority: int = 100
     fires_on: str | None = None
+
+
+def shown_metrics(
+    declared: Iterable[str],
+    directions: Mapping[str, bool | None],
+    present: Collection[str] | None = None,
+) -> list[str]:
+    """The metrics of an evaluator that summaries show.
+
+    Those declared; where there are none, the first with a direction, else the first.
+
+    Args:
+        declared: the metrics of `Evaluator.headlines`.
+        directions: metric -> whether higher is better, None for a descriptive one.
+        present: of these alone; None: of all.
+    """
+    there = [metric for metric in directions if present is None or metric in present]
+    directed = [metric for metric in there if directions[metric] is not None]
+    shown = [metric for metric in declared if present is None or metric in present]
+    return shown or (directed or there)[:1]

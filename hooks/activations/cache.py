@@ -16,6 +16,7 @@ import torch
 
 from ...registry.errors import ConfigError, DataError, TaxolensError
 from ...registry.files import only_writer
+from ...registry.heads import columns_of
 from ...registry.ranks import Ranks
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
@@ -75,7 +76,8 @@ class ActivationCache(CacheReader):
         Args:
             model: a vision model.
             images: the dataset.
-            hook_names: hook points, or all that is wanted as an `Extraction`.
+            hook_names: hook points, or all that is wanted as an `Extraction`. Of a hook point with
+                heads, all heads are stored.
             source: how the images are decoded.
             path: the folder; None: a temporary one, deleted with the object.
             progress: show a progress bar; of several processes rank 0 shows the images of all.
@@ -106,7 +108,7 @@ class ActivationCache(CacheReader):
             "model_name": str(getattr(model.cfg, "model_name", "")),
             "images": images.fingerprint,
             "preprocessing": preprocess.describe(),
-            "hook_names": list(wanted.hook_names),
+            "hook_names": list(dict.fromkeys(columns_of(name)[0] for name in wanted.hook_names)),
             "tokens": wanted.tokens,
             "mean_patch": wanted.mean_patch and wanted.tokens != "mean_patch",
             "dtype": str(stored).removeprefix("torch."),

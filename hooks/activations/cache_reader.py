@@ -17,6 +17,7 @@ from torch import Tensor
 from ...registry.coerce import coerce
 from ...registry.errors import ConfigError, DataError, UnknownNameError
 from ...registry.files import UnreadableError, open_regular, read_json, reason
+from ...registry.heads import columns_of
 from ...registry.names import unknown_name_message
 from .joined_rows import JoinedRows
 
@@ -69,7 +70,7 @@ class CacheReader:
     """Activations on disk: one memory-mapped ``.npy`` file for each hook point, or one in each part.
 
     Rows are images, in the order of the dataset, without the corrupt ones. The parts that many processes have
-    written are read as one cache.
+    written are read as one cache. A hook point is read under its name, one of its heads under a `head_key`.
 
     Attributes:
         path: the folder.
@@ -115,14 +116,15 @@ class CacheReader:
         Raises:
             UnknownNameError: no such hook point in this cache; the nearest names are listed.
         """
-        return self._array(self._known(hook_name))
+        name, columns = self._known(hook_name)
+        return self._array(name)[:, :, columns]
 
     def mean_patch(self, hook_name: str) -> np.ndarray | JoinedRows | None:
         """(n, d), as `activations`: the mean over the patches; None where it is not kept."""
-        name = self._known(hook_name)
+        name, columns = self._known(hook_name)
         if self.facts["tokens"] == "mean_patch":
-            return self._array(name)[:, 0]
-        return self._array(f"{name}.mean_patch") if self.facts["mean_patch"] else None
+            return self._array(name)[:, 0, columns]
+        return self._array(f"{name}.mean_patch")[:, columns] if self.facts["mean_patch"] else None
 
     def joined(self, hook_name: str, tokens: str | None = None) -> JoinedRows:
         """(n, k, d), memory-mapped: `tokens` at a hook point; None: those the cache is made of.
@@ -131,11 +133,11 @@ class CacheReader:
             UnknownNameError, ConfigError: the cache does not hold them.
             DataError: it holds no rows, or is damaged.
         """
-        name, kept = self._known(hook_name), self.facts["tokens"]
+        (name, columns), kept = self._known(hook_name), self.facts["tokens"]
         if tokens in (None, kept):
-            return self._joined(name)
+            return self._joined(name)[:, :, columns]
         if tokens == "mean_patch" and self.facts["mean_patch"]:
-            return self._joined(f"{name}.mean_patch")[:, None]
+            return self._joined(f"{name}.mean_patch")[:, None, columns]
         also = " and mean_patch" if self.facts["mean_patch"] else ""
         problem = f"the cache {self.path} has others"
         raise ConfigError(
@@ -171,11 +173,12 @@ class CacheReader:
             x[places] = column.gather(in_file_order).float()
             yield x, labels[batch], indices[batch]
 
-    def _known(self, hook_name: str) -> str:
+    def _known(self, hook_name: str) -> tuple[str, slice]:
+        hook_name, columns = columns_of(hook_name)
         if hook_name not in self.facts["hook_names"]:
             kind = f"hook point of the cache {self.path}"
             raise UnknownNameError(unknown_name_message(kind, hook_name, self.hook_names))
-        return hook_name
+        return hook_name, columns
 
     def _read(self, name: str) -> np.ndarray:
         """A column of whole numbers, in memory."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.hashing import fingerprint
+from ...registry.heads import columns_of
 from ..images.loader import ImageBatch
 from ..images.source import DECODING, ImageSource
 from ..models.forward import run_to_hooks
@@ -24,7 +25,7 @@ class Extraction:
     """Which activations of each image are extracted, and in which precision.
 
     Attributes:
-        hook_names: hook points, all read from one forward pass.
+        hook_names: hook points, or a `head_key` for one head; all read from one forward pass.
         tokens: one of `TOKEN_CHOICES`.
         mean_patch: keep the mean over the patches too, from the same forward pass; of a cache alone.
         image_size: height and width in pixels of the model's input; None: the model's own.
@@ -60,7 +61,8 @@ class TokenExtractor:
 
     Args:
         model: a vision model (see `hooks/models/load.py`); put into evaluation mode.
-        hook_names: hook points, in the names under which activations come back.
+        hook_names: hook points, in the names under which activations come back; a `head_key`
+            stands for one head.
         tokens: one of `TOKEN_CHOICES`; with more than one the choices are joined along the tokens,
             in this order.
         dtype: of the activations given back.
@@ -79,8 +81,9 @@ class TokenExtractor:
         if not hook_names or len(set(hook_names)) < len(hook_names):
             allowed = "one or more, each of them once"
             raise ConfigError("hook_names", "none, or one twice", given=hook_names, allowed=allowed)
+        self._columns = {name: columns_of(name) for name in hook_names}
         for choice in tokens:
-            for name in hook_names:
+            for name, _ in self._columns.values():
                 check_tokens(model, choice, name)
         self.model = model.eval()
         self.hook_names = list(hook_names)
@@ -102,8 +105,12 @@ class TokenExtractor:
             context = torch.autocast(self.device.type, dtype=torch.bfloat16)
         pixels = batch.pixel_values.to(self.device, non_blocking=True)
         with context:
-            activations = run_to_hooks(self.model, pixels, self.hook_names, reduce=self._select)
-        activations = {name: activations[name].to(self.dtype) for name in self.hook_names}
+            points = list(dict.fromkeys(name for name, _ in self._columns.values()))
+            found = run_to_hooks(self.model, pixels, points, reduce=self._select)
+        activations = {
+            key: found[name][..., columns].to(self.dtype)
+            for key, (name, columns) in self._columns.items()
+        }
         counts = {name: tensor.shape[1] for name, tensor in activations.items()}
         if len(set(counts.values())) > 1:
             raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...registry.errors import CheckpointError, ConfigError
+from ...registry.heads import columns_of
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
@@ -112,7 +113,8 @@ class ActivationStream(Iterator[Batch]):
             on_gpu = extractor.device.type == "cuda"
             preprocess = preprocess_for(model, size)
             loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
-            per_image = tokens_per_image(model, tokens, size, self.hook_names[0])
+            first = columns_of(self.hook_names[0])[0]
+            per_image = tokens_per_image(model, tokens, size, first)
             batches = 1 if per_image == 1 else n_batches_in_buffer
             self._source = ModelSource(
                 loader, extractor, delivery, per_image, batches, progress=progress

@@ -7,6 +7,7 @@
   grey, whose values are taken to be 16-bit ones. Floating-point grey is read as [0, 1] when no
   value is above 1 and as [0, 255] otherwise.
 - PostScript is refused: Pillow reads it through an external program.
+- HEIC, as phones write it, is read where pillow-heif is installed (the extra `heic`); its own rotation counts, not EXIF's.
 - CMYK, YCbCr, HSV, grey, palette and bilevel images are converted by Pillow; colour profiles are
   ignored, as vision models' own training pipelines do. Of an animation the first frame is taken.
 """
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,6 +23,11 @@ from PIL import Image, ImageOps
 from ...registry.files import MAX_IMAGE_PIXELS
 
 MAX_ASPECT = 200  # of the sides; resizing the shorter one would make the other enormous
+HEIC_EXTRA = "pip install 'taxolens[heic]'"
+with suppress(ImportError):
+    import pillow_heif  # type: ignore[import-not-found]  # an extra
+
+    pillow_heif.register_heif_opener(thumbnails=False)
 Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.files import walk_once
+from .decode import HEIC_EXTRA  # where that extra is installed, it registers HEIC with Pillow
 from .label_files import Labels, read_labels
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ IMAGE_EXTENSIONS = frozenset(
     for suffix, kind in Image.registered_extensions().items()
     if kind in Image.OPEN and kind not in NO_PICTURES
 )
-UNREADABLE = (".heic", ".heif", ".hif")  # images that Pillow does not read
+UNREADABLE = (".heic", ".heif", ".hif")  # images that Pillow alone does not read
 SYSTEM_FOLDERS = frozenset({"$RECYCLE.BIN", "@eaDir", "System Volume Information"})
 
 # The names of folders and files that say which split they hold, as `datasets` reads them.
@@ -92,8 +93,8 @@ def contents_of(root: Path) -> Contents:
         unread.update(kind for kind in kinds if kind in UNREADABLE and kind not in IMAGE_EXTENSIONS)
     for kind, count in unread.items():
         logger.warning(
-            "%s: %d %s files are left out: Pillow cannot read them. Convert them to JPEG.",
-            *(root, count, kind),
+            "%s: %d %s files are left out: Pillow alone cannot read them. %s, or convert them to JPEG.",
+            *(root, count, kind, HEIC_EXTRA),
         )
     return Contents(root, images, files)
 

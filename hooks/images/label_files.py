@@ -7,9 +7,9 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.files import UnreadableError, read_lines, read_text, reason, stream_json
@@ -18,6 +18,7 @@ from .columns import LABEL_COLUMNS
 logger = logging.getLogger(__name__)
 
 Labels: TypeAlias = Sequence[str | None]
+Row: TypeAlias = tuple[str, str]  # the name or path of an image, and its class
 
 KINDS = (".txt", ".tsv", ".csv", ".json")
 MAX_TABLE_BYTES = 1 << 28
@@ -35,7 +36,8 @@ def read_labels(
     """The class of each image by the file that names most of them; None where no file does.
 
     The files of `folder` are tried, of the folders above it up to `root`, and of folders of
-    annotations beside these. Names count with or without their extension.
+    annotations beside these. Names count with or without their extension; of several rows for one
+    name the one counts whose folders are those of the image, and no row of another image does.
 
     Args:
         root: the top folder.
@@ -47,28 +49,34 @@ def read_labels(
         ConfigError: two files give the same images different classes.
         DataError: images of several classes, or numbers that nothing explains.
     """
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in images]
-    found: list[tuple[int, Path, dict[str, str]]] = []
+    stems = [_stem(path) for path in images]
+    found: list[tuple[int, Path, _Read]] = []
     for file in _candidates(root, files, folder):
-        labels = _labels_in(file, stems)
-        covered = sum(stem in labels for stem in stems)
+        read = _of_images(file, _rows_in(file, stems), images)
+        covered = sum(label is not None for label in read.labels)
         if covered:
-            found.append((covered, file, labels))
+            found.append((covered, file, read))
     if not found:
         return None
     most = max(covered for covered, _, _ in found)
-    best = [(file, labels) for covered, file, labels in found if covered == most]
-    file, labels = best[0]
+    best = [(file, read) for covered, file, read in found if covered == most]
+    file, read = best[0]
     for other, differing in best[1:]:
-        if differing != labels:
+        if differing.labels != read.labels:
             raise ConfigError(
                 "dataset_path",
                 f"{file.name} and {other.name} give the images of {folder} different classes",
                 given=str(root),
                 allowed="one file of labels",
             )
-    logger.warning("the classes of the images in %s are those in %s.", root / folder, file)
-    return [labels.get(stem) for stem in stems]
+    if read.problem is not None:
+        raise DataError(file, read.problem, allowed="one class of each image")
+    without = len(images) - most
+    lacking = f", which has none for {without} of {len(images)}" if without else ""
+    logger.warning(
+        "the classes of the images in %s are those in %s%s.", root / folder, file, lacking
+    )
+    return read.labels
 
 
 def _candidates(root: Path, files: Mapping[str, Sequence[str]], folder: str) -> list[Path]:
@@ -88,8 +96,47 @@ def _candidates(root: Path, files: Mapping[str, Sequence[str]], folder: str) -> 
     return [file for file in found if file.is_file()]
 
 
-def _labels_in(file: Path, stems: Sequence[str]) -> dict[str, str]:
-    """Image without its extension -> its class, of the images that the file names."""
+class _Read(NamedTuple):
+    """The class of each image by one file, and what forbids its use."""
+
+    labels: Labels
+    problem: str | None
+
+
+def _of_images(file: Path, rows: Sequence[Row], images: Sequence[str]) -> _Read:
+    by_stem: dict[str, list[Row]] = {}
+    for name, label in rows:
+        by_stem.setdefault(_stem(name), []).append((name, label))
+    labels: list[str | None] = []
+    problem = None
+    for image in images:
+        own = [
+            (shared, label)
+            for name, label in by_stem.get(_stem(image), ())
+            if (shared := _shared_folders(name, image)) or not _is_another(file, name, image)
+        ]
+        nearest = max((shared for shared, _ in own), default=0)
+        found = sorted({label for shared, label in own if shared == nearest})
+        if len(found) > 1:
+            problem = f"{image} has several classes there: {', '.join(found[:3])}"
+        labels.append(found[0] if found else None)
+    return _Read(labels, problem)
+
+
+def _shared_folders(name: str, image: str) -> int:
+    """How many folders above a name in a file are those above an image, from the nearest on."""
+    above = zip(PurePosixPath(name).parts[-2::-1], PurePosixPath(image).parts[-2::-1])
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], above))
+
+
+def _is_another(file: Path, name: str, image: str) -> bool:
+    """Whether a name in a file is the path of another image."""
+    places = [folder / name for folder in (file.parent, file.parent.parent)] if "/" in name else []
+    return any(place.is_file() and not place.samefile(image) for place in places)
+
+
+def _rows_in(file: Path, stems: Sequence[str]) -> list[Row]:
+    """(name, class) of the images that the file names."""
     wanted = set(stems)
     if file.name == GROUND_TRUTH:
         return _ground_truth(file, stems)
@@ -98,38 +145,45 @@ def _labels_in(file: Path, stems: Sequence[str]) -> dict[str, str]:
             return _annotated(file, wanted)
         lines = read_lines(file, MAX_TABLE_BYTES)
         if file.suffix.lower() == ".csv":
-            return _table(csv.reader(lines), wanted)
+            head = next(lines, "")
+            comma = ";" if ";" in head and "," not in head else ","
+            return _table(csv.reader(chain([head], lines), delimiter=comma), wanted)
         rows = (line.split(None if "\t" not in line else "\t") for line in lines)
-        return {_stem(row[0]): row[1] for row in rows if len(row) > 1 and _stem(row[0]) in wanted}
+        return [
+            (_posix(row[0]), row[1]) for row in rows if len(row) > 1 and _stem(row[0]) in wanted
+        ]
     except (UnreadableError, OSError, csv.Error) as error:
         logger.warning("%s is not taken as a file of labels: %s.", file, reason(error))
-        return {}
+        return []
 
 
-def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> dict[str, str]:
+def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> list[Row]:
     """The labels in a table: of two columns the other one, of more the one with a usual name."""
     first = next(rows, [])
     named = [row for row in chain([first], rows) if any(_stem(cell) in wanted for cell in row)]
     if not named:
-        return {}
+        return []
     key = next(i for i, cell in enumerate(named[0]) if _stem(cell) in wanted)
     header = [cell.strip().lower() for cell in first] if first != named[0] else []
     usual = [header.index(name) for name in LABEL_COLUMNS if name in header]
     others = [i for i in range(len(named[0])) if i != key]
     column = usual[0] if usual else others[0] if len(others) == 1 else None
     if column is None:
-        return {}
-    labels = {_stem(row[key]): row[column].strip() for row in named if len(row) > max(key, column)}
-    boxes = {stem: BOXES.fullmatch(label) for stem, label in labels.items()}
-    return {stem: box[1] if (box := boxes[stem]) else label for stem, label in labels.items()}
+        return []
+    cells = [(row[key], row[column].strip()) for row in named if len(row) > max(key, column)]
+    return [
+        (_posix(name), box[1] if (box := BOXES.fullmatch(label)) else label)
+        for name, label in cells
+        if _stem(name) in wanted
+    ]
 
 
-def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
+def _annotated(file: Path, wanted: set[str]) -> list[Row]:
     """The labels in annotations as COCO writes them, or in an object of image and class."""
     keys: set[str] = set()
-    texts: dict[str, str] = {}
+    texts: list[Row] = []
     names: dict[Any, str] = {}  # of the categories, by their ids
-    stems: dict[Any, str] = {}  # of the wanted images, by their ids
+    paths: dict[Any, str] = {}  # of the wanted images, by their ids
     category_of: dict[Any, Any] = {}  # of every image, by ids: images may come after annotations
     several: set[Any] = set()  # ids of the images of more than one category
     not_coco = ""
@@ -141,16 +195,15 @@ def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
             if key == "categories":
                 names[value["id"]] = str(value["name"])
             elif key == "images":
-                stem = _stem(value["file_name"])
-                if stem in wanted:
-                    stems[value["id"]] = stem
+                if _stem(value["file_name"]) in wanted:
+                    paths[value["id"]] = _posix(value["file_name"])
             elif key == "annotations":
                 image, category = value["image_id"], value["category_id"]
                 hash(category)  # a list or an object is none
                 if category_of.setdefault(image, category) != category:
                     several.add(image)
-            elif isinstance(value, str | int) and (stem := _stem(key)) in wanted:
-                texts[stem] = str(value)
+            elif isinstance(value, str | int) and _stem(key) in wanted:
+                texts.append((_posix(key), str(value)))
         except (KeyError, TypeError) as error:
             not_coco = not_coco or f"not annotations of images: {error!r}"
         if len(category_of) > MAX_IMAGES:
@@ -158,13 +211,13 @@ def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
     if not {"images", "annotations", "categories"} <= keys:
         return texts
     if not not_coco:
-        unknown = {category_of[image] for image in stems if image in category_of} - names.keys()
+        unknown = {category_of[image] for image in paths if image in category_of} - names.keys()
         not_coco = (
             f"not annotations of images: category {min(map(repr, unknown))}" if unknown else ""
         )
     if not_coco:
         raise DataError(file, not_coco)
-    annotated = [image for image in stems if image in category_of]
+    annotated = [image for image in paths if image in category_of]
     if n_several := len(several.intersection(annotated)):
         raise DataError(
             file,
@@ -172,14 +225,14 @@ def _annotated(file: Path, wanted: set[str]) -> dict[str, str]:
             "one class of each image",
             allowed="class folders, or annotations of one category an image",
         )
-    return {stems[image]: names[category_of[image]] for image in annotated}
+    return [(paths[image], names[category_of[image]]) for image in annotated]
 
 
-def _ground_truth(file: Path, stems: Sequence[str]) -> dict[str, str]:
+def _ground_truth(file: Path, stems: Sequence[str]) -> list[Row]:
     """The synsets of ImageNet's validation images, by the development kit's own numbers."""
     numbers = read_text(file).split()
     if len(numbers) != len(stems):
-        return {}
+        return []
     meta = file.with_name("meta.mat")
     if not meta.is_file():
         raise DataError(
@@ -191,8 +244,13 @@ def _ground_truth(file: Path, stems: Sequence[str]) -> dict[str, str]:
 
     synsets = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
     names = {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    return {stem: names[number] for stem, number in zip(sorted(stems), numbers, strict=True)}
+    return [(stem, names[number]) for stem, number in zip(sorted(stems), numbers, strict=True)]
+
+
+def _posix(name: object) -> str:
+    """A path as it is written in a file, also on Windows."""
+    return str(name).strip().replace("\\", "/").removeprefix("./")
 
 
 def _stem(name: object) -> str:
-    return os.path.splitext(os.path.basename(str(name).strip()))[0]
+    return os.path.splitext(os.path.basename(_posix(name)))[0]

@@ -65,6 +65,14 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
             for alias, point in hooks.items()
             if isinstance(point, HookPoint) and point.name not in (None, alias)
         }
+        conversions: dict[str, Any] = {
+            name: getattr(point, "hook_conversion", None) for name, point in self.points().items()
+        }
+        self.heads: dict[str, int] = {
+            name: conversion.n_heads
+            for name, conversion in conversions.items()
+            if getattr(conversion, "splits_attention_heads", False)
+        }
 
     @property
     def whole(self) -> nn.Module | None:

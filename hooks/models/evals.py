@@ -10,10 +10,8 @@ from torch import Tensor
 
 from ...registry.errors import ConfigError
 from .forward import run_to_hooks
-from .points import as_tokens, check_images
+from .points import SPLIT_HEADS, as_tokens, check_images, resolve_hook_name
 from .tokens import put_tokens, tokens_of
-
-SPLIT_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # run_evals joins the heads there
 
 
 class ImageTokens(Tensor):
@@ -93,7 +91,7 @@ class EvaluatesImages:
         if not isinstance(input, ImageTokens):
             check_images(self, input)  # type: ignore[arg-type]
             return super().run_with_hooks(input, fwd_hooks, bwd_hooks, **options)  # type: ignore[misc]
-        hooks = [(name, _at_tokens(self, input.tokens, hook)) for name, hook in fwd_hooks]
+        hooks = [(name, _at_tokens(self, input.tokens, name, hook)) for name, hook in fwd_hooks]
         output = super().run_with_hooks(self._pixels(input), hooks, bwd_hooks)  # type: ignore[misc]
         return input.logits_and_loss(self, output)
 
@@ -111,7 +109,7 @@ class EvaluatesImages:
             reduce=lambda value: tokens_of(model, value, images.tokens),
         )
         for name, value in found.items():
-            if any(split in name for split in SPLIT_HEADS):
+            if _splits_heads(name):
                 found[name] = value.unflatten(-1, (model.cfg.n_heads, -1))
         return None, found
 
@@ -134,11 +132,17 @@ class _NoLoss:
         raise next(a.error for a in found if isinstance(a, cls))
 
 
-def _at_tokens(model: Any, tokens: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+def _splits_heads(name: str) -> bool:
+    """Whether `run_evals` takes the heads at a hook point of this name apart, or joins them."""
+    return any(split in name for split in SPLIT_HEADS)
+
+
+def _at_tokens(model: Any, tokens: str, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that is given the selected tokens of an activation, and replaces these."""
+    joined = None if _splits_heads(name) else model.points()[resolve_hook_name(model, name)]
 
     def at_tokens(activation: Tensor, hook_point: Any = None, **options: Any) -> Tensor:
-        whole = as_tokens(activation)
+        whole = as_tokens(activation, joined)
         new = hook(tokens_of(model, whole, tokens), hook=options.get("hook", hook_point))
         return put_tokens(model, whole, tokens, new).reshape(activation.shape)
 

@@ -217,6 +217,7 @@ class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethod
         self.processor: Any = None
         self.preprocessor_config: dict[str, Any] | None = None
         self.aliases: dict[str, str] = {}
+        self.heads: dict[str, int] = {}  # which axes are heads is not known
         self._acts_to_saes: dict[str, Any] = {}
         self._transcoder_output_hooks: dict[str, str] = {}
         self._roots: list[str] = []

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import InterventionResult
+from ...registry.heads import columns_of
 from ...registry.taxonomies.outputs import classes_of_outputs
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..images.dataset import ImageDataset
@@ -72,7 +73,7 @@ class ModelIntervention:
     Args:
         model: put into evaluation mode.
         pictures: position in the evaluation set -> image.
-        hook_name: where the activations are replaced.
+        hook_name: where the activations are replaced; a `head_key` for those of one head.
         tokens: which of them, one of `TOKEN_CHOICES`.
         taxonomy: its classes are looked for among the model's outputs.
         batch_size: images in one forward pass.
@@ -99,6 +100,7 @@ class ModelIntervention:
         resume: bool = True,
     ) -> None:
         self.model, self.tokens, self.batch_size = model.eval(), tokens, batch_size
+        hook_name, self._columns = columns_of(hook_name)
         self.hook_name = resolve_hook_name(model, hook_name)
         check_tokens(model, tokens, self.hook_name)
         self._pictures = pictures
@@ -189,12 +191,12 @@ class ModelIntervention:
 
     def _edited(self, activation: Tensor, edit: Edit) -> Tensor:
         """(B, T, d) with the chosen tokens replaced."""
-        chosen = tokens_of(self.model, activation, self.tokens)
+        chosen = tokens_of(self.model, activation, self.tokens, self._columns)
         given = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         new = edit(given.clone()).to(chosen)
         if new.shape != chosen.shape:
             raise ValueError(f"edit: given {tuple(chosen.shape)}, it returned {tuple(new.shape)}")
-        return put_tokens(self.model, activation, self.tokens, new)
+        return put_tokens(self.model, activation, self.tokens, new, self._columns)
 
     # From a block on ---------------------------------------------------------------------------
 

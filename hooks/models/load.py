@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -21,6 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import UnreadableError, check_regular, read_json_object, reason
+from ...registry.names import as_setting
 from ...registry.table import VISION_MODELS
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
@@ -49,6 +51,8 @@ __all__ = [
     "resolve_hook_name",
     "run_to_hooks",
 ]
+
+logger = logging.getLogger(__name__)
 
 VisionModel: TypeAlias = VisionBridge | HookedVisionModel
 
@@ -440,8 +444,19 @@ def check_device(field: str, value: str | None) -> None:
             field,
             f"torch cannot use it here: {reason}",
             given=value,
-            allowed=f"a device of this machine, such as --{field} cpu",
+            allowed=f"a device of this machine, such as {as_setting(field, 'cpu')}",
         ) from error
+
+
+def device_here(field: str, wanted: str) -> str:
+    """A device as wanted where torch can use it here; else "mps" or "cpu", with a warning."""
+    try:
+        check_device(field, wanted)
+    except ConfigError as error:
+        found = "mps" if torch.backends.mps.is_available() else "cpu"
+        logger.warning("%s %r is used in place of %r.", error, found, wanted)
+        return found
+    return wanted
 
 
 def _check_attention(hook_names: Sequence[str], attn_implementation: str) -> None:

@@ -23,6 +23,7 @@ PLAIN = (int, float, str, tuple, type(None), Tensor)
 MAX_ALTERNATIVES = 10_000
 MAX_PATTERN = 1000
 EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
+SPLIT_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # the names by which SAELens knows heads
 
 
 @dataclass
@@ -77,14 +78,36 @@ def expand_hook_names(model: TappedModel, patterns: Sequence[str]) -> list[str]:
 
 
 def hook_d_in(
-    model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None = None
+    model: TappedModel,
+    hook_name: str,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    head: int | None = None,
 ) -> int:
     """The width d of the activations (B, T, d) at `hook_name`, by one small forward pass.
 
-    `image_size`, in pixels, matters only where the width depends on it (attention patterns).
+    Args:
+        model: a vision model.
+        hook_name: the hook point.
+        image_size: in pixels; matters only where the width depends on it (attention patterns).
+        head: None for all heads, joined; else the width is that of this head.
+
+    Raises:
+        UnknownNameError, ConfigError: as `resolve_hook_name`; or there is no such head.
     """
     name = resolve_hook_name(model, hook_name)
-    return firings(model, image_size)[name].shape[-1]
+    width = firings(model, image_size)[name].shape[-1]
+    if head is None:
+        return width
+    n_heads = model.heads.get(name)
+    if n_heads is None or not hook_name.endswith(SPLIT_HEADS):
+        problem = f"{hook_name!r} of {model.cfg.model_name} has no heads"
+        where = f", or a hook point named {', '.join(SPLIT_HEADS)}" if model.heads else ""
+        raise ConfigError("hook_head_index", problem, given=head, allowed=f"none{where}")
+    if type(head) is not int or not 0 <= head < n_heads:
+        problem = f"{hook_name!r} has {n_heads} heads"
+        raise ConfigError("hook_head_index", problem, given=head, allowed=f"0 to {n_heads - 1}")
+    return width // n_heads
 
 
 def hook_n_tokens(
@@ -236,18 +259,19 @@ def leaving_no_trace(model: TappedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _trace(model: TappedModel, size: tuple[int, int], *, twice: bool) -> dict[str, Firing]:
-    """The hook points that fire in a forward pass; `twice` runs the same images once more.
+    """The hook points that fire in a forward pass; `twice` runs the same images once more, and one alone.
 
     Raises:
-        ConfigError: the two passes differ.
+        ConfigError: the two passes differ, or an image alone gives something else than in a batch.
     """
-    pictures = noise(model, 4 if max(size) <= 128 else 1, size)
+    pictures = noise(model, 4 if max(size) <= 128 else 1 + twice, size)
     training = model.training
     model.eval()
     try:
         with leaving_no_trace(model):
             fired, values = _pass(model, pictures)
             again = _pass(model, pictures)[1] if twice else values
+            alone = _pass(model, pictures[:1])[1] if twice else {}
     finally:
         model.train(training)
     tolerance = 1e-3 if model.cfg.dtype in (torch.float32, torch.float64) else 3e-2
@@ -260,13 +284,35 @@ def _trace(model: TappedModel, size: tuple[int, int], *, twice: bool) -> dict[st
                 given=model.cfg.model_name,
                 allowed="a model whose passes agree (a masked autoencoder with mask_ratio 0 and no shuffling)",
             )
+        one = alone.get(name)
+        by_image = one is not None and (len(value), len(one)) == (len(pictures), 1)
+        if one is not None and by_image and _differ(value[:1], one, tolerance):
+            raise ConfigError(
+                "model_name",
+                f"what it gives for an image depends on the others of its batch, first at {name!r}",
+                given=model.cfg.model_name,
+                allowed="a model that treats each image alone (BatchNorm with running statistics)",
+            )
     return fired
 
 
 def _pass(model: TappedModel, pictures: Tensor) -> tuple[dict[str, Firing], dict[str, Tensor]]:
-    """What fires, and up to `SAMPLED` numbers of each activation."""
+    """What fires; and up to `SAMPLED` numbers of each image of each activation, and of the logits."""
     fired: dict[str, Firing] = {}
     values: dict[str, Tensor] = {}
+
+    def keep(name: str, activation: Tensor) -> None:
+        by_image = activation.ndim > 1 and len(activation) == len(pictures)
+        rows = activation.flatten(1) if by_image else activation.reshape(1, -1)
+        values.pop(
+            name, None
+        )  # the order is that of the last use: a probe of the layout comes first
+        values[name] = rows[:, :: max(1, rows.shape[1] // SAMPLED)].double().cpu()
+
+    def keep_output(module: nn.Module, arguments: Any, output: Any) -> None:
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor):
+            keep("its output", logits)
 
     def note(name: str, activation: Tensor) -> None:
         if name in fired:
@@ -274,11 +320,14 @@ def _pass(model: TappedModel, pictures: Tensor) -> tuple[dict[str, Firing], dict
             fired[name].shape = tuple(activation.shape)
         else:
             fired[name] = Firing(len(fired), 1, tuple(activation.shape))
-        flat = activation.flatten()
-        values[name] = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
+        keep(name, activation)
 
-    with taps(model, list(model.points()), note), taking_images(model, pictures):
-        model(pictures, return_type=None)
+    handle = model.original_model.register_forward_hook(keep_output)
+    try:
+        with taps(model, list(model.points()), note), taking_images(model, pictures):
+            model(pictures, return_type=None)
+    finally:
+        handle.remove()
     return fired, values
 
 

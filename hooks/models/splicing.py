@@ -10,9 +10,10 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
 
 from ...registry.errors import ConfigError
-from .points import as_tokens, resolve_hook_name
+from ...registry.heads import columns_of, key_of
+from .points import as_tokens, hook_d_in, resolve_hook_name
 from .tapped import TappedModel
-from .tokens import check_tokens, put_tokens, tokens_of
+from .tokens import ALL_COLUMNS, check_tokens, put_tokens, tokens_of
 
 
 class SplicesAtTokens:
@@ -21,6 +22,7 @@ class SplicesAtTokens:
     `tokens`, one of `TOKEN_CHOICES`, replaces those of the metadata ("all" where these name none).
     The SAE is given these tokens alone: its latents are (B, k, d_sae). The other tokens pass through
     unchanged. Of "mean_patch" the change of the mean is added to every patch (own definition).
+    An SAE with a `hook_head_index` acts on that head alone.
     """
 
     _tokens_asked_for: str | None = None
@@ -37,7 +39,8 @@ class SplicesAtTokens:
 
         Raises:
             UnknownNameError: the model has no such hook point (SAELens only logs it).
-            ConfigError: the hook point never fires, or the model has no such tokens.
+            ConfigError: the hook point never fires, or the model has no such tokens or head; or
+                an SAE of another head is spliced in there, which SAELens would take out.
         """
         model: Any = self
         metadata = sae.cfg.metadata
@@ -46,16 +49,42 @@ class SplicesAtTokens:
         canonical = [resolve_hook_name(model, name) for name in names]
         for name in canonical:
             check_tokens(model, tokens, name)
+        columns = self._columns(sae, canonical)
         super().add_sae(sae, use_error_term=use_error_term, **options)  # type: ignore[misc]
         spliced: Any = model.points()[canonical[-1]]
         spliced.tokens = tokens
-        if tokens != "all":
-            at_tokens = _AtTokens(model, tokens)
+        if tokens != "all" or columns != ALL_COLUMNS:
+            at_tokens = _AtTokens(model, tokens, columns)
             spliced.register_forward_pre_hook(at_tokens.before)
             spliced.register_forward_hook(at_tokens.after)
             if len(set(canonical)) > 1:  # a transcoder: the input was kept at another hook point
                 keep = spliced.capture_input
                 spliced.capture_input = lambda value: keep(at_tokens.chosen(value))
+
+    def _columns(self, sae: SAE[Any], canonical: list[str]) -> slice:
+        """The columns that the SAE acts on, checked."""
+        model: Any = self
+        head = sae.cfg.metadata.hook_head_index
+        there = getattr(model.points()[canonical[-1]], "sae", None)
+        other = None if there is None else there.cfg.metadata.hook_head_index
+        if there is not None and there is not sae and (head, other) != (None, None):
+            raise ConfigError(
+                f"hook point {canonical[-1]!r}",
+                f"an SAE is spliced in there (hook_head_index {other}), and only one can be",
+                given=head,
+                allowed="reset_saes() first, or an SAE of all heads",
+            )
+        if head is None:
+            return ALL_COLUMNS
+        if len(set(canonical)) > 1:
+            problem = "a transcoder of one head cannot be spliced in"
+            raise ConfigError("hook_head_index", problem, given=head, allowed="none")
+        hook_name = str(sae.cfg.metadata.hook_name)
+        width = hook_d_in(model, hook_name, head=head)
+        if sae.cfg.d_in != width:
+            problem = f"not the width of a head at {hook_name}"
+            raise ConfigError("d_in", problem, given=sae.cfg.d_in, allowed=width)
+        return columns_of(key_of(sae))[1]
 
     @contextmanager
     def saes(self, *arguments: Any, tokens: str | None = None, **options: Any) -> Iterator[Any]:
@@ -100,10 +129,10 @@ class SplicesAtTokens:
 
 
 class _AtTokens:
-    """Torch's hooks around a spliced SAE: it is given the chosen tokens, and replaces these."""
+    """Torch's hooks around a spliced SAE: it is given the chosen tokens and columns, and replaces these."""
 
-    def __init__(self, model: TappedModel, tokens: str) -> None:
-        self._model, self._tokens = model, tokens
+    def __init__(self, model: TappedModel, tokens: str, columns: slice) -> None:
+        self._model, self._tokens, self._columns = model, tokens, columns
         self._whole: Tensor | None = None
 
     def chosen(self, activation: Tensor) -> Tensor:
@@ -111,7 +140,7 @@ class _AtTokens:
         if activation.ndim not in (2, 3):
             given, allowed = tuple(activation.shape), "activations (images, tokens, width)"
             raise ConfigError("hook_name", "activations of no tokens", given=given, allowed=allowed)
-        return tokens_of(self._model, as_tokens(activation), self._tokens)
+        return tokens_of(self._model, as_tokens(activation), self._tokens, self._columns)
 
     def before(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         """Torch's forward pre-hook."""
@@ -122,4 +151,5 @@ class _AtTokens:
         """Torch's forward hook."""
         whole, self._whole = self._whole, None
         assert whole is not None
-        return put_tokens(self._model, as_tokens(whole), self._tokens, output).reshape(whole.shape)
+        new = put_tokens(self._model, as_tokens(whole), self._tokens, output, self._columns)
+        return new.reshape(whole.shape)

@@ -39,6 +39,11 @@ class TappedModel(Protocol):
         ...
 
     @property
+    def heads(self) -> Mapping[str, int]:
+        """Canonical name -> number of heads, of the hook points that have heads."""
+        ...
+
+    @property
     def smallest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of the smallest image that the model is sure to take."""
         ...

@@ -19,6 +19,7 @@ from ...registry.names import unknown_name_message
 from .points import as_pair, check_image_size, firings, hook_n_tokens, resolve_hook_name
 from .tapped import TappedModel
 
+ALL_COLUMNS = slice(None)
 TOKEN_CHOICES = ("class", "patch", "register", "all", "mean_patch")
 
 
@@ -111,25 +112,34 @@ def select_tokens(
     )
 
 
-def tokens_of(model: TappedModel, activations: Tensor, tokens: str) -> Tensor:
-    """`select_tokens` (B, T, d) -> (B, k, d) with the prefix tokens that the model has."""
+def tokens_of(
+    model: TappedModel, activations: Tensor, tokens: str, columns: slice = ALL_COLUMNS
+) -> Tensor:
+    """`select_tokens` (B, T, d) -> (B, k, d) with the prefix tokens that the model has; of a head, its columns."""
     has_class, n_registers = model.cfg.has_class_token, model.cfg.n_register_tokens
-    return select_tokens(
+    chosen = select_tokens(
         activations, tokens, has_class_token=has_class, n_register_tokens=n_registers
     )
+    return chosen[..., columns]
 
 
-def put_tokens(model: TappedModel, activations: Tensor, tokens: str, new: Tensor) -> Tensor:
-    """A copy of (B, T, d) with the chosen tokens replaced by `new` (B, k, d).
+def put_tokens(
+    model: TappedModel,
+    activations: Tensor,
+    tokens: str,
+    new: Tensor,
+    columns: slice = ALL_COLUMNS,
+) -> Tensor:
+    """A copy of (B, T, d) with the chosen tokens, or their `columns`, replaced by `new` (B, k, d).
 
     Of "mean_patch", the change of the mean is added to every patch (own definition).
     """
     activations = activations.clone()
     if tokens == "mean_patch":
-        change = new - tokens_of(model, activations, tokens)
-        activations[:, model.cfg.n_prefix_tokens :] += change
+        change = new - tokens_of(model, activations, tokens, columns)
+        activations[:, model.cfg.n_prefix_tokens :, ..., columns] += change
     else:  # a view of the clone
-        tokens_of(model, activations, tokens).copy_(new)
+        tokens_of(model, activations, tokens, columns).copy_(new)
     return activations
 
 

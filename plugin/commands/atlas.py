@@ -15,7 +15,7 @@ examples:
       --taxonomy imagenet --output_path atlas
   taxolens atlas facebook/dinov2-base --releases saev --list"""
 
-OWN = ("model_name", "hook_name")  # the model is MODEL, and each SAE has its hook point
+OWN = ("model_name", "hook_name", "hook_head_index")  # the model is MODEL, and each SAE has its own
 
 
 def parser() -> shell.Parser:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...registry.errors import ConfigError
-from ...registry.names import did_you_mean, nearest
+from ...registry.names import ON_COMMAND_LINE, did_you_mean, nearest
 
 # rich assumes 80 columns where stdout is not a terminal, which would wrap the tables.
 PIPE_WIDTH = 120
@@ -98,7 +98,10 @@ def print_notes(lines: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def working() -> Iterator[Callable[[Any], None]]:
-    """Send prints and logs to stderr meanwhile; yields a function that prints JSON on stdout."""
+    """Send prints and logs to stderr meanwhile; yields a function that prints JSON on stdout.
+
+    Messages meanwhile name settings as flags.
+    """
     real = sys.stdout
 
     def print_json(value: Any) -> None:
@@ -110,6 +113,7 @@ def working() -> Iterator[Callable[[Any], None]]:
     handler.setFormatter(_Printable("%(message)s"))
     loggers = [logging.getLogger(name) for name in ("taxolens", "sae_lens")]
     levels = [logger.level for logger in loggers]
+    outside = ON_COMMAND_LINE.set(True)
     try:
         for logger in loggers:
             logger.addHandler(handler)
@@ -117,6 +121,7 @@ def working() -> Iterator[Callable[[Any], None]]:
         with contextlib.redirect_stdout(sys.stderr):
             yield print_json
     finally:
+        ON_COMMAND_LINE.reset(outside)
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)

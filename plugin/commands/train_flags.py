@@ -43,6 +43,7 @@ class StudyFlags:
         config (str, optional): A YAML file with settings by the names of these flags; flags win.
         architecture (str, optional): The kind of SAE; its own fields become flags. Defaults to standard.
         hook_names (list[str]): Hook points, or patterns such as blocks.*.hook_resid_post; one forward pass serves all.
+        hook_head_indices (list[int]): At hook_q, hook_k, hook_v or hook_z, one SAE for each of these heads.
         expansion_factor (float, optional): d_sae as a multiple of d_in.
         epochs (float, optional): training_tokens as passes over the images.
         no_evaluate (bool): Stop after training: no evaluation, no report.
@@ -54,6 +55,7 @@ class StudyFlags:
     config: str | None = None
     architecture: str | None = None
     hook_names: list[str] = field(default_factory=list)
+    hook_head_indices: list[int] = field(default_factory=list)
     expansion_factor: float | None = None
     epochs: float | None = None
     no_evaluate: bool = False

@@ -119,7 +119,9 @@ def atlas(
             allowed="a model of docs/releases.md, or SAEs given by `also`",
         )
     results = evaluate_run(
-        fitting, replace(settings, model_name=None, hook_name=None), override_model=model
+        fitting,
+        replace(settings, model_name=None, hook_name=None, hook_head_index=None),
+        override_model=model,
     )
     write_atlas(results, left_out)
     return results

@@ -85,8 +85,9 @@ def image_latents(
 ) -> Tensor:
     """(n, m) latents of images from their tokens x (n, k, d).
 
-    The latent of an image is the largest (`aggregate="max"`) or mean activation over the image's
-    tokens (own definition); with one token per image the two are the same.
+    The latent of an image is the activation that is largest in size, with its sign
+    (`aggregate="max"`; of two of one size the positive one), or the mean over the image's tokens (own
+    definition); with one token per image the two are the same.
     """
     k = x.shape[1]
     if k == 1:
@@ -98,8 +99,14 @@ def image_latents(
             labels=labels[rows].repeat_interleave(k),
             index=index[rows].repeat_interleave(k),
         ).unflatten(0, (len(rows), k))
-        parts.append(z.amax(1) if aggregate == "max" else z.mean(1))
+        parts.append(_largest(z) if aggregate == "max" else z.mean(1))
     return torch.cat(parts)
+
+
+def _largest(z: Tensor) -> Tensor:
+    """(n, k, m) -> (n, m): of each latent, the activation of largest size."""
+    most = z.amax(1)
+    return torch.where(most >= -z.amin(1), most, z.amin(1)) if bool((z < 0).any()) else most
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ...hooks.models.load import check_device, hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
 from ...registry.files import only_writer
+from ...registry.heads import head_name
 from ...registry.loaders.parts.read import Source
 from ...registry.names import unknown_name_message
 from ...registry.table import EVALUATORS
@@ -36,7 +37,7 @@ __all__ = ["EvaluationSettings", "TrainingEvaluator", "evaluate_run", "make_trai
 
 MAIN_EVALUATORS = ("lch_height", "ontological_coverage", "pair_depth", "level_information")
 ALL = "all"
-OVERRIDES = ("model_name", "hook_name", "tokens", "image_size")
+OVERRIDES = ("model_name", "hook_name", "hook_head_index", "tokens", "image_size")
 ACTIVATIONS_FOLDER = "activations"
 
 
@@ -115,13 +116,13 @@ def _measure(
 ) -> None:
     """Measure SAEs of one model, each by the evaluators that it lacks, and add them to the results."""
     results.dataset_is(forward.cache, forward.split)
-    controls = bench.controls(forward.at(forward.saes[0].hook_name))
+    controls = bench.controls(forward.at(forward.saes[0].key))
     for sae in saes:
         own = lacking[sae.id]
         measured = measure_sae(
             own,
             sae,
-            forward.at(sae.hook_name),
+            forward.at(sae.key),
             fingerprint=results.fingerprints[sae.id],
             controls=controls,
             peers=peers_of(own, sae, results.saes, forwards),
@@ -161,7 +162,8 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
 
     Raises:
         CheckpointError: files are incomplete or damaged.
-        ConfigError: another width, a transcoder, or an architecture that SAELens does not have.
+        ConfigError: another width, no such head, a transcoder, or an architecture that SAELens does
+            not have.
         UnknownNameError: a hook point that the model does not have.
     """
     for sae in saes:
@@ -174,11 +176,11 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
                 allowed="an SAE",
             )
         d_in = sae.load().cfg.d_in
-        width = hook_d_in(model, sae.hook_name, sae.setting("image_size"))
+        width = hook_d_in(model, sae.hook_name, sae.setting("image_size"), head=sae.head)
         if d_in != width:
             raise ConfigError(
                 f"{sae.id}: d_in",
-                f"not the width of {sae.hook_name} of {sae.model_name}",
+                f"not the width of {head_name(sae.hook_name, sae.head)} of {sae.model_name}",
                 given=d_in,
                 allowed=width,
             )

@@ -216,39 +216,37 @@ class Forward:
         images, size = self.held_out.images, self.setting.image_size
         return Pictures.of(self.model, images, self.cache.indices, size)
 
-    def at(self, hook_name: str) -> HeldOutActivations:
-        """The held-out activations at a hook point of one of the SAEs.
+    def at(self, key: str) -> HeldOutActivations:
+        """The held-out activations that one of the SAEs reads, by its `key`.
 
         The embedding is the class token of the last block (the mean patch token where the cache has
         other tokens). At that block itself there is none: it would not be independent.
         """
         cache, embedder, embedding = self.cache, self._embedder, None
-        if embedder is not None and embedder != hook_name:
+        if embedder is not None and embedder != key:
             tokens = cache.activations(embedder)
             embedding = tokens[:, 0] if tokens.shape[1] == 1 else cache.mean_patch(embedder)
-        held_out = replace(self.peers_at(hook_name), embedding=embedding)
+        held_out = replace(self.peers_at(key), embedding=embedding)
         if not self._bench.wants("intervention"):
             return held_out
         try:
             intervene = ModelIntervention(
                 self.model,
                 self._pictures,
-                hook_name,
+                key,
                 self.setting.tokens,
                 taxonomy=self._bench.taxonomy,
                 batch_size=self.held_out.source.batch_size,
             )
         except ConfigError as error:
-            logger.warning("no interventions at %s: %s", hook_name, error)
+            logger.warning("no interventions at %s: %s", key, error)
             return replace(held_out, no_intervention=str(error))
         return replace(held_out, intervene=intervene, no_intervention="")
 
-    def peers_at(self, hook_name: str) -> HeldOutActivations:
+    def peers_at(self, key: str) -> HeldOutActivations:
         """The same for a peer of another SAE: without embedding and interventions."""
         cache = self.cache
-        return HeldOutActivations(
-            cache.activations(hook_name), self.split, cache.mean_patch(hook_name)
-        )
+        return HeldOutActivations(cache.activations(key), self.split, cache.mean_patch(key))
 
     def release(self) -> None:
         """Drop the model; the activations stay."""

@@ -138,6 +138,7 @@ def measure_sae(
         run=folder.run,
         name=folder.name,
         hook_name=folder.hook_name,
+        hook_head_index=folder.head,
         layer=folder.layer,
         model_name=folder.model_name,
         architecture=folder.architecture,

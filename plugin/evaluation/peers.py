@@ -23,21 +23,22 @@ IMAGES_AT_ONCE = 512
 def find_peers(sae: SAEFolder, saes: Sequence[SAEFolder]) -> list[tuple[SAEFolder, str]]:
     """The SAEs that `sae` is compared with, at most `MAX_PEERS`, and their relation to it.
 
-    The first relation with any SAE is used (own definition): "seed", the same hook point,
-    architecture and width; "hook", the same hook point; "layer", the next hook points before and
+    The first relation with any SAE is used (own definition): "seed", the same hook point (and head),
+    architecture as trained (`trained_as`) and width; "hook", the same hook point; "layer", the next hook points before and
     after it in its run, or in any run where its own has none; "model", the SAEs of other models or
-    tokens, those with the same name of hook point first. An SAE and a control that was trained with
+    tokens, those with the same name of hook point first. Heads of one hook point are never
+    compared: they have no common space. An SAE and a control that was trained with
     a `constraint` are never compared.
     """
     others = [o for o in saes if o.id != sae.id and o.constraint == sae.constraint]
     same_model = [o for o in others if ModelSetting.of(o) == ModelSetting.of(sae)]
-    same_hook = [o for o in same_model if o.hook_name == sae.hook_name]
+    same_hook = [o for o in same_model if o.key == sae.key]
     for relation, found in (
         ("seed", [o for o in same_hook if _kind(o) == _kind(sae)]),
         ("hook", same_hook),
         ("layer", _adjacent(sae, [o for o in same_model if o.run == sae.run])),
         ("layer", _adjacent(sae, same_model)),
-        ("model", sorted(others, key=lambda o: o.hook_name != sae.hook_name)),
+        ("model", sorted(others, key=lambda o: o.key != sae.key)),
     ):
         if found:
             return [(other, relation) for other in found[:MAX_PEERS]]
@@ -53,14 +54,14 @@ def peers_of(
     """The peers of an SAE; none where no evaluator compares with peers."""
 
     def held_out(peer: SAEFolder) -> HeldOutActivations:
-        return forwards[ModelSetting.of(peer)].peers_at(peer.hook_name)
+        return forwards[ModelSetting.of(peer)].peers_at(peer.key)
 
     found = find_peers(sae, saes) if bench.wants("peers") else []
     return [PeerSAE(peer, relation, partial(held_out, peer), bench) for peer, relation in found]
 
 
 def _kind(sae: SAEFolder) -> tuple[str, int]:
-    return str(sae.cfg.get("architecture", "")), int(sae.cfg.get("d_sae", 0))
+    return sae.trained_as, int(sae.cfg.get("d_sae", 0))
 
 
 def _adjacent(sae: SAEFolder, others: Sequence[SAEFolder]) -> list[SAEFolder]:
@@ -79,8 +80,8 @@ def _adjacent(sae: SAEFolder, others: Sequence[SAEFolder]) -> list[SAEFolder]:
     return []
 
 
-def _pattern(sae: SAEFolder) -> str:
-    return re.sub(r"\d+", "*", sae.hook_name)
+def _pattern(sae: SAEFolder) -> tuple[str, int | None]:
+    return re.sub(r"\d+", "*", sae.hook_name), sae.head
 
 
 class PeerSAE:

@@ -21,6 +21,7 @@ from sae_lens.constants import (
 
 from ...registry.errors import ConfigError
 from ...registry.files import write_atomically
+from ...registry.heads import head_name
 from ...registry.loaders.parts.hub import hub_errors
 from ...registry.loaders.parts.read import HUB_NAME
 from ..reporting.headlines import headlines, with_q
@@ -100,9 +101,10 @@ def _results_of(saes: Sequence[SAEFolder], results: Results) -> Results:
     """The results of these SAEs alone, under the ids that they have in the repository."""
     digests = {sae.id: sae.weights_digest() for sae in saes}
     by_weights: dict[tuple[str, str], SAEResult] = {
-        (result.weights, result.hook_name): result for result in results.saes if result.weights
+        (result.weights, result.place): result for result in results.saes if result.weights
     }
-    missing = [sae.id for sae in saes if (digests[sae.id], sae.hook_name) not in by_weights]
+    places = {sae.id: head_name(sae.hook_name, sae.head) for sae in saes}
+    missing = [sae.id for sae in saes if (digests[sae.id], places[sae.id]) not in by_weights]
     if missing or not results.complete:
         raise ConfigError(
             "results",
@@ -113,7 +115,7 @@ def _results_of(saes: Sequence[SAEFolder], results: Results) -> Results:
             allowed="what `taxolens evaluate` writes for them",
         )
     own = [
-        replace(by_weights[digests[sae.id], sae.hook_name], id=sae.id, run=sae.run, name=sae.name,
+        replace(by_weights[digests[sae.id], places[sae.id]], id=sae.id, run=sae.run, name=sae.name,
                 model_name=public_name(sae.model_name))
         for sae in saes
     ]  # fmt: skip

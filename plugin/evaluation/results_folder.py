@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -280,7 +281,10 @@ class ResultsFolder:
             **here,
             "evaluators": names,
             "options": {name: options[name] for name in names if name in options},
-            "runs": {s.run: str(s.path) for s in self.saes},
+            "runs": {
+                run: str(_folder_of(run, self.saes))
+                for run in dict.fromkeys(sae.run for sae in self.saes)
+            },
         }
 
     def _results(self, *, complete: bool) -> Results:
@@ -325,7 +329,13 @@ def provenance(device: str, seconds: float) -> dict[str, Any]:
 
 def _facts(sae: SAEFolder) -> list[Any]:
     """The facts of an SAE on which its numbers depend."""
-    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.hook_name]
+    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.key]
+
+
+def _folder_of(run: str, saes: Sequence[SAEFolder]) -> Path:
+    """The folder of a run, whose SAEs have folders of their own in it; of one SAE, its own."""
+    paths = [sae.path for sae in saes if sae.run == run]
+    return paths[0] if len(paths) == 1 else Path(os.path.commonpath(paths))
 
 
 def _digest(facts: Any) -> str:

@@ -35,6 +35,7 @@ from ...registry.files import (
     read_json_object,
     reason,
 )
+from ...registry.heads import head_key
 from ..reporting.series import layer_of, natural_key
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("dataset_path", "dataset_name", "split", "image_column", "label_column"), str),
     **dict.fromkeys(("eval_dataset_path", "eval_dataset_name", "eval_split"), str),
     **dict.fromkeys(("dataset_fingerprint", "training_architecture"), str),
-    **dict.fromkeys(("image_size", "max_images", "eval_max_images"), int),
+    **dict.fromkeys(("image_size", "max_images", "eval_max_images", "hook_head_index"), int),
     **dict.fromkeys(("store_batch_size_prompts", "num_workers", "max_image_pixels"), int),
     "max_corrupt_share": float,
     "holdout": float,
@@ -101,6 +102,26 @@ class SAEFolder:
     def hook_name(self) -> str:
         """The hook point that it reads."""
         return self._required("hook_name")
+
+    @property
+    def head(self) -> int | None:
+        """The head that it reads there; None: all heads, or there are none."""
+        return self.setting("hook_head_index")
+
+    @property
+    def key(self) -> str:
+        """The name of the activations that it reads; see `head_key`.
+
+        Raises:
+            CheckpointError: it reads a head, and its d_in is no width.
+        """
+        d_in = self.cfg.get("d_in")
+        if self.head is None:
+            return self.hook_name
+        if type(d_in) is not int or d_in < 1:
+            where = self.path / SAE_CFG_FILENAME
+            raise CheckpointError(where, "d_in: not possible", given=d_in, allowed="the width")
+        return head_key(self.hook_name, self.head, d_in)
 
     @property
     def model_name(self) -> str:

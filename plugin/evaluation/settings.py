@@ -29,9 +29,10 @@ class EvaluationSettings:
         taxonomy: a registered name, a folder or a file; by default the run's
         model_name: the model, where it is not the one that the SAEs record; a folder may have moved
         hook_name: the hook point that the SAE reads; by default as recorded
+        hook_head_index: the head that it reads there; by default as recorded
         tokens: class, patch, register, all or mean_patch; by default as recorded
         image_size: pixels a side; by default as recorded
-        aggregate: an image's latent, of many tokens: their max or mean
+        aggregate: an image's latent, of many tokens: the largest in size (max), or their mean
         dataset_path: hub name, folder of class folders, parquet files; by default the run's
         dataset_name: the configuration of a dataset with several
         split: a held-out one; by default the run's, else validation, else test
@@ -68,6 +69,7 @@ class EvaluationSettings:
     taxonomy: str | None = None
     model_name: str | None = None
     hook_name: str | None = None
+    hook_head_index: int | None = None
     tokens: str | None = None
     image_size: int | None = None
     aggregate: str = "max"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...registry.errors import ConfigError
+from ...registry.heads import key_of
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.wandb_log import metric_items
@@ -42,7 +43,7 @@ class TrainingEvaluator:
     its k over batches of these images.
 
     Args:
-        held_out: hook point -> activations of the held-out images.
+        held_out: hook point, or `head_key` -> activations of the held-out images.
         taxonomy: the tree of their classes.
         evaluators: name -> (class, its options).
         n_permutations: see `EvaluationSettings`.
@@ -72,7 +73,7 @@ class TrainingEvaluator:
 
     def __call__(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, float]:
         """Metrics of one SAE, of the hook point in its metadata."""
-        return self.measure(sae, sae.cfg.metadata.hook_name, activation_scaler)
+        return self.measure(sae, key_of(sae), activation_scaler)
 
     def measure(self, sae: Any, hook_name: str, activation_scaler: Any = None) -> dict[str, float]:
         """Metrics of one SAE; `activation_scaler` scales its inputs in training."""
@@ -130,7 +131,7 @@ def make_training_evaluator(
     )
     split = Split.halves(cache.labels, len(held_out.taxonomy.classes), cfg.seed)
     in_memory = {}
-    for name in cfg.unique_hook_names:
+    for name in dict.fromkeys(cfg.sae_keys.values()):
         patch = cache.mean_patch(name)
         in_memory[name] = HeldOutActivations(
             np.array(cache.activations(name)),

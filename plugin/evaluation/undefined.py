@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...registry.evaluators.base import Evaluator
+from ...registry.presentation import shown_metrics
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import MetricResult
 from .split import Split
@@ -31,10 +32,9 @@ def undefined_notes(
         split: the images measured on.
         l0: mean number of latents above 0 on an image; None where counting them failed.
     """
-    directed = [name for name, better in evaluator.higher_is_better.items() if better is not None]
-    headlines = [headline.metric for headline in evaluator.headlines] or directed[:1]
+    declared = [headline.metric for headline in evaluator.headlines]
     reasons: dict[str, list[str]] = {}
-    for name in headlines:
+    for name in shown_metrics(declared, evaluator.higher_is_better):
         number = metrics.get(name)
         if number is not None and math.isnan(number.value):
             reason = _reason(evaluator, name, number, taxonomy, split, l0)

@@ -16,7 +16,7 @@ from .results import Results
 METRICS_FOLDER = "metrics"
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 SAES_FILENAME = "saes.csv"
-SAE_COLUMNS = ("id", "hook_name", "model_name", "architecture", "trained_as")
+SAE_COLUMNS = ("id", "hook_name", "hook_head_index", "model_name", "architecture", "trained_as")
 SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "l0_token", "constraint")
 CONTROLS_FILENAME = "controls.csv"
 

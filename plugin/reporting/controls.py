@@ -13,7 +13,7 @@ SAEWithControls = tuple[SAEResult, dict[str, SAEResult]]
 def with_controls(saes: Sequence[SAEResult]) -> list[SAEWithControls]:
     """Every SAE that was trained without a constraint, with its controls, of those that have one.
 
-    A control of an SAE reads the same hook point and tokens of the same model and has its
+    A control of an SAE reads the same hook point (and head) and tokens of the same model and has its
     architecture and widths (own definition). Of several with one constraint it is one of the same
     run, and the one of nearest L0.
     """
@@ -34,4 +34,4 @@ def with_controls(saes: Sequence[SAEResult]) -> list[SAEWithControls]:
 
 
 def _kind(sae: SAEResult) -> tuple[object, ...]:
-    return (sae.model_name, sae.tokens, sae.hook_name, sae.trained_as, sae.d_in, sae.d_sae)
+    return (sae.model_name, sae.tokens, sae.place, sae.trained_as, sae.d_in, sae.d_sae)

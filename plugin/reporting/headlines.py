@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ...registry.nulls import DECISIVE
-from ...registry.presentation import Headline
+from ...registry.presentation import Headline, shown_metrics
 from .results import MetricResult, NullResult, Results, SAEResult
 
 
@@ -34,26 +34,15 @@ def headlines(results: Results) -> list[ShownMetric]:
     found = []
     for evaluator, info in results.evaluators.items():
         metrics = [metric for metric in info.directions if (evaluator, metric) in present]
-        declared = [headline for headline in info.headlines if headline.metric in metrics]
-        for headline in declared or _default_headlines(results, evaluator, metrics):
+        declared = {headline.metric: headline for headline in info.headlines}
+        for metric in shown_metrics(declared, info.directions, metrics):
+            names = dict.fromkeys([evaluator, results.label(evaluator, metric)])
+            default = Headline(metric, ": ".join(names).replace("_", " "))
+            headline = declared.get(metric, default)
             meaning = headline.meaning or info.description
             shown = ShownMetric(evaluator, headline.metric, headline.title, meaning)
             found.append((headline.priority, shown))
     return [shown for _, shown in sorted(found, key=lambda item: item[0])]
-
-
-def _default_headlines(results: Results, evaluator: str, metrics: list[str]) -> list[Headline]:
-    directions = results.evaluators[evaluator].directions
-    directed = [metric for metric in metrics if directions[metric] is not None]
-    return [
-        Headline(
-            metric,
-            ": ".join(dict.fromkeys([evaluator, results.label(evaluator, metric)])).replace(
-                "_", " "
-            ),
-        )
-        for metric in (directed or metrics)[:1]
-    ]
 
 
 def with_q(results: Results) -> Results:

@@ -101,7 +101,7 @@ SAES = ["folder", "model", "hook point", "tokens", "architecture", "d_in", "d_sa
 def _described(sae: SAEResult) -> list[Any]:
     return [
         f"`{sae.id}`",
-        *(_text(value) for value in (sae.model_name, sae.hook_name, sae.tokens, sae.trained_as)),
+        *(_text(value) for value in (sae.model_name, sae.place, sae.tokens, sae.trained_as)),
         f"{sae.d_in:,}",
         f"{sae.d_sae:,}",
         _number(sae.l0),

@@ -144,7 +144,7 @@ class Report:
 
     def place(self, sae: SAEResult) -> str:
         """The layer of an SAE, or its hook point where layers repeat."""
-        return f"layer {sae.layer}" if self._by_layer else sae.hook_name
+        return f"layer {sae.layer}" if self._by_layer else sae.place
 
     @cached_property
     def _by_layer(self) -> bool:
@@ -184,7 +184,7 @@ class Report:
 
     def describe(self, sae: SAEResult) -> str:
         """An SAE's name, with its hook point where the name does not contain it."""
-        return sae.id if sae.hook_name in sae.id else f"{sae.id} ({sae.hook_name})"
+        return sae.id if sae.place in sae.id else f"{sae.id} ({sae.place})"
 
     def all_metrics(self, evaluator: str) -> list[tuple[str, list[tuple[SAEResult, MetricResult]]]]:
         """(metric, its number for every SAE) of one evaluator."""

@@ -26,6 +26,7 @@ from ...registry.files import (
     reason,
     write_atomically,
 )
+from ...registry.heads import head_name
 from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL
 from ...registry.presentation import Headline, NodeTable, Support
 
@@ -220,6 +221,8 @@ class SAEResult:
         l0_token: mean number of latents that are not 0 on a token, over a sample of the fit half;
             `l0` where it reads one token of an image, null where counting them failed.
         weights: digest of the weights, by which an SAE is recognised; empty in older files.
+        hook_head_index: the head of `hook_name` that it reads, counted from 0; null for all heads, and
+            where there are none.
     """
 
     id: str
@@ -243,9 +246,15 @@ class SAEResult:
     constraint: str | None = None
     l0_token: float = math.nan
     weights: str = ""
+    hook_head_index: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_as", self.trained_as or self.architecture)
+
+    @property
+    def place(self) -> str:
+        """The hook point, or the head there, for readers."""
+        return head_name(self.hook_name, self.hook_head_index)
 
     @property
     def errors(self) -> dict[str, str]:

@@ -40,7 +40,7 @@ def all_series(results: Results) -> list[Series]:
     for sae in results.saes:
         run = sae.run if alone[sae.run] > 1 else ""
         numbers = re.findall(r"\d+", sae.hook_name)
-        key = (run, _without(sae.name, numbers), _without(sae.hook_name, numbers))
+        key = (run, _without(sae.name, numbers), _without(sae.place, numbers))
         groups[key].append(sae)
     found = []
     for key, saes in _told_apart(groups):
@@ -70,14 +70,14 @@ Key = tuple[str, str, str]  # run, name and hook point
 def _told_apart(groups: dict[Key, list[SAEResult]]) -> Iterator[tuple[Key, list[SAEResult]]]:
     """Split groups with several SAEs at one hook point, which form no curve, into single SAEs."""
     for key, saes in groups.items():
-        if len({sae.hook_name for sae in saes}) < len(saes):
+        if len({sae.place for sae in saes}) < len(saes):
             yield from ((_own_key(sae), [sae]) for sae in saes)
         else:
             yield key, saes
 
 
 def _own_key(sae: SAEResult) -> Key:
-    return sae.run, sae.name, sae.hook_name
+    return sae.run, sae.name, sae.place
 
 
 def _without(name: str, numbers: list[str]) -> str:

@@ -9,6 +9,7 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
+from ...registry.heads import head_name
 from ...registry.taxonomies.load import TREES
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
 from ..evaluation.held_out import HeldOut
@@ -50,7 +51,11 @@ class Job:
         model = load_model(draft)
         check_tokens(model, draft.tokens)
         hook_names = expand_hook_names(model, study.hook_names)
-        widths = {name: hook_d_in(model, name, draft.image_size) for name in hook_names}
+        widths = {
+            name: hook_d_in(model, name, draft.image_size, head=head)
+            for name in hook_names
+            for head in study.heads
+        }
         images = ImageDataset.of(draft.image_source)
         self.per_image = tokens_per_image(model, draft.tokens, draft.image_size, hook_names[0])
         per_epoch = None if images.is_streaming else len(images) * self.per_image
@@ -72,7 +77,10 @@ class Job:
         plan: Facts = {
             "model": cfg.model_name,
             "hook_points": {
-                name: {"d_in": saes[sae].d_in, "d_sae": saes[sae].d_sae}
+                head_name(name, cfg.sae_heads[sae]): {
+                    "d_in": saes[sae].d_in,
+                    "d_sae": saes[sae].d_sae,
+                }
                 for sae, name in cfg.sae_hook_names.items()
             },
             "architectures": sorted({sae.architecture() for sae in saes.values()}),

@@ -6,6 +6,7 @@ a study has
 
 - `architecture`: the SAE architecture (SAELens: `--architecture`);
 - `hook_names`: hook points, or patterns such as `blocks.*.hook_resid_post`;
+- `hook_head_indices`: an SAE for each of these heads of every hook point;
 - `expansion_factor`: d_sae as a multiple of d_in, and d_in from the model when it is not given;
 - `epochs`: training_tokens as passes over the images;
 - `saes` (files only): several SAEs for every hook point, `name: {architecture: ..., k: ...}`;
@@ -20,14 +21,17 @@ import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from ...hooks.models.load import device_here
 from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import ConfigError
+from ...registry.heads import head_name
 from ...registry.names import did_you_mean, nearest
 from .. import demo_assets
 from ..training.config import (
@@ -35,7 +39,7 @@ from ..training.config import (
     VisionSAERunnerConfig,
     training_config_class,
 )
-from .sources import Settings, architecture_of, layers, required
+from .sources import PRESET, Settings, architecture_of, layers, required
 
 SECTIONS = ("study", "runner", "logger", "sae")
 
@@ -44,6 +48,7 @@ STAND_IN_WIDTH = 1024
 # Pairs of fields of which one replaces the other: naming one in a later source drops the other.
 ALTERNATIVES = (
     ("hook_name", "hook_names"),
+    ("hook_head_index", "hook_head_indices"),
     ("d_sae", "expansion_factor"),
     ("training_tokens", "epochs"),
 )
@@ -57,6 +62,8 @@ STUDY_FIELDS = {
     "architecture": str,
     "hook_name": str,
     "hook_names": list[str],
+    "hook_head_index": int | None,
+    "hook_head_indices": list[int],
     "expansion_factor": float,
     "epochs": float,
     "saes": dict[str, Any],
@@ -107,6 +114,7 @@ class Study:
         runner: the given fields of the runner's config; missing ones keep their defaults.
         logger: the given fields of SAELens's LoggingConfig.
         epochs: passes over the images, when asked for in place of training_tokens.
+        heads: the heads that have SAEs; None stands for all heads of a hook point, joined.
     """
 
     saes: dict[str, SAEChoice]
@@ -114,6 +122,7 @@ class Study:
     runner: Settings
     logger: Settings
     epochs: float | None = None
+    heads: tuple[int | None, ...] = (None,)
 
     def config(
         self, widths: Mapping[str, int], *, tokens_per_epoch: int | None = None
@@ -121,7 +130,7 @@ class Study:
         """The runner's config: the single form for one SAE, the multi form for more.
 
         Args:
-            widths: hook point -> d_in, for every hook point that the patterns match.
+            widths: hook point -> d_in there, or of a head, for every hook point that the patterns match.
             tokens_per_epoch: tokens in one pass over the images; needed when epochs were given.
 
         Raises:
@@ -150,7 +159,7 @@ class Study:
                     f"least {batch / tokens_per_epoch:.3g}",
                 )
             runner["training_tokens"] = tokens
-        if len(widths) * len(self.saes) == 1:
+        if len(widths) * len(self.saes) * len(self.heads) == 1:
             ((hook_name, d_in),) = widths.items()
             (choice,) = self.saes.values()
             return self._build(
@@ -158,17 +167,26 @@ class Study:
                 runner,
                 sae=choice.config(d_in, hook_name),
                 hook_name=hook_name,
+                hook_head_index=self.heads[0],
                 constraint=choice.constraint,
             )
-        saes, hook_names, constraint = {}, {}, {}
-        for hook_name, d_in in widths.items():
+        saes, hook_names, heads, constraint = {}, {}, {}, {}
+        for (hook_name, d_in), head in product(widths.items(), self.heads):
             for name, choice in self.saes.items():
-                key = f"{hook_name}.{name}" if name else hook_name
+                key = ".".join(part for part in (head_name(hook_name, head), name) if part)
                 saes[key], hook_names[key] = choice.config(d_in, hook_name), hook_name
+                if head is not None:
+                    heads[key] = head
                 if choice.constraint is not None:
                     constraint[key] = choice.constraint
-        together = {"saes": saes, "hook_names": hook_names, "constraint": constraint or None}
-        return self._build(VisionMultiSAERunnerConfig, runner, **together)
+        return self._build(
+            VisionMultiSAERunnerConfig,
+            runner,
+            saes=saes,
+            hook_names=hook_names,
+            hook_head_indices=heads or None,
+            constraint=constraint or None,
+        )
 
     def draft(self) -> VisionSAERunnerConfig[Any] | VisionMultiSAERunnerConfig:
         """The config with patterns for hook points, and placeholders for widths and image counts.
@@ -214,7 +232,10 @@ def gather(
 
 
 def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
-    """Check and merge the sources; see `gather`."""
+    """Check and merge the sources; see `gather`.
+
+    A preset's device that this machine lacks is replaced with a warning.
+    """
     final = training_config_class(architecture_of(sources))
     merged: dict[str, Settings] = {section: {} for section in SECTIONS}
     for position, (source, settings) in enumerate(sources, start=1):
@@ -223,6 +244,9 @@ def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
         _drop_alternatives(merged, sections, source)
         for section, values in sections.items():
             merged[section].update(values)
+    devices = [source for source, settings in sources if "device" in settings]
+    if devices and devices[-1].startswith(PRESET):  # of another machine; what was typed is refused
+        merged["runner"]["device"] = device_here("device", merged["runner"]["device"])
     return _study(architecture_of(sources), merged)
 
 
@@ -291,7 +315,11 @@ def _study(architecture: str, merged: dict[str, Settings]) -> Study:
     saes = {}
     for name, own in (extra.get("saes") or {"": {}}).items():
         saes[str(name)] = _sae_choice(str(name), own, default)
-    return Study(saes, tuple(hook_names), runner, merged["logger"], extra.get("epochs"))
+    heads = extra.get("hook_head_indices") or [extra.get("hook_head_index")]
+    return Study(
+        *(saes, tuple(hook_names), runner, merged["logger"], extra.get("epochs")),
+        heads=tuple(dict.fromkeys(heads)),
+    )
 
 
 def _sae_choice(name: str, own: Any, default: SAEChoice) -> SAEChoice:
@@ -336,7 +364,7 @@ def _hints(config_class: type[Any]) -> dict[str, Any]:
 
 def _runner_hints() -> dict[str, Any]:
     both = {**_hints(VisionMultiSAERunnerConfig), **_hints(VisionSAERunnerConfig)}
-    placed_elsewhere = {"sae", "saes", "logger", "hook_name", "hook_names"}
+    placed_elsewhere = {"sae", "saes", "logger", *STUDY_FIELDS}
     return {key: hint for key, hint in both.items() if key not in placed_elsewhere}
 
 

@@ -10,6 +10,7 @@ from ...registry.errors import ConfigError
 from ...registry.presets import load_preset, read_settings
 
 Settings = dict[str, Any]
+PRESET = "preset "  # how the name of a preset begins among the sources
 
 
 def layers(
@@ -18,7 +19,7 @@ def layers(
     """The given sources by rising precedence, each with a name for error messages."""
     found: list[tuple[str, Settings]] = []
     if preset is not None:
-        found.append((f"preset {preset!r}", load_preset(preset)))
+        found.append((f"{PRESET}{preset!r}", load_preset(preset)))
     if config is not None:
         found.append((str(config), read_settings(Path(config))))
     if flags:

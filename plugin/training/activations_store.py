@@ -30,7 +30,7 @@ class VisionActivationsStore:
 
     Args:
         stream: the activations of one or many hook points.
-        hook_name: the hook point of plain iteration; None where only `get_multi_hook_data_loader`
+        hook_name: the hook point of plain iteration, or a `head_key`; None where only `get_multi_hook_data_loader`
             is used.
     """
 

@@ -36,6 +36,7 @@ from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, read_json, read_yaml, reason, write_atomically
 from ...registry.hashing import fingerprint
+from ...registry.heads import head_key
 from ...registry.names import did_you_mean, nearest
 from ...registry.presets import refuse_remote_code
 from ...registry.table import TAXONOMIES
@@ -101,7 +102,7 @@ class VisionFields:
     `seqpos_slice` (use `tokens`), `prepend_bos`, `is_dataset_tokenized`, `use_chat_formatting`,
     `exclude_special_tokens`, `sequence_separator_token`, `disable_concat_sequences`,
     `activations_mixing_fraction` (tokens are shuffled within windows of `n_batches_in_buffer`
-    batches), `hook_head_index` and `model_kwargs`.
+    batches) and `model_kwargs`.
 
     Args:
         model_name (str): A model on the Hugging Face hub, or a local folder.
@@ -206,8 +207,14 @@ class VisionFields:
         cache_path, checkpoint_root = cfg.cached_activations_path, cfg.checkpoint_path
         # SAELens's summary of a run counts texts; the runner logs one for images.
         verbose, cfg.verbose = cfg.verbose, False
+        # SAELens refuses several heads of one hook point, which its store cannot give.
+        heads = getattr(cfg, "hook_head_indices", None)
+        if heads is not None:
+            cfg.hook_head_indices = None
         super().__post_init__()  # type: ignore[misc]  # SAELens's, next in line
         cfg.verbose = verbose
+        if heads is not None:
+            cfg.hook_head_indices = heads
         if self.checkpoint_id is not None and checkpoint_root is not None:
             cfg.checkpoint_path = f"{checkpoint_root}/{self.checkpoint_id}"
         if self.use_cached_activations and cache_path is None:
@@ -222,6 +229,19 @@ class VisionFields:
     def sae_hook_names(self) -> dict[str, str]:
         """SAE name -> hook point."""
         raise NotImplementedError
+
+    @property
+    def sae_heads(self) -> dict[str, int | None]:
+        """SAE name -> the head that it is trained on; None: all heads, or a hook point without heads."""
+        raise NotImplementedError
+
+    @property
+    def sae_keys(self) -> dict[str, str]:
+        """SAE name -> the name of its activations in a batch: its hook point, or the head there."""
+        return {
+            name: head_key(hook_name, self.sae_heads[name], self.sae_configs[name].d_in)
+            for name, hook_name in self.sae_hook_names.items()
+        }
 
     @property
     def sae_constraints(self) -> dict[str, str]:
@@ -250,8 +270,9 @@ class VisionFields:
     def extraction(self) -> Extraction:
         """The training activations."""
         cfg: Any = self
+        keys = list(dict.fromkeys(cfg.sae_keys.values()))
         size, dtype, autocast = cfg.image_size, cfg.dtype, cfg.autocast_lm
-        return Extraction(cfg.unique_hook_names, cfg.tokens, False, size, dtype, autocast)
+        return Extraction(keys, cfg.tokens, False, size, dtype, autocast)
 
     def _setting(self, name: str) -> Any:
         return getattr(self, name, None)
@@ -306,6 +327,7 @@ class VisionSAERunnerConfig(VisionFields, LanguageModelSAERunnerConfig[T_TRAININ
     Args:
         sae (T_TRAINING_SAE_CONFIG): The SAE: any training config of SAELens or a plugin. Its d_in must be the width at the hook point.
         hook_name (str): The TransformerLens hook point.
+        hook_head_index (int, optional): At hook_q, hook_k, hook_v or hook_z, train on this head alone, counted from 0; d_in is then d_head. Defaults to all heads, joined.
     """
 
     sae: T_TRAINING_SAE_CONFIG
@@ -318,6 +340,10 @@ class VisionSAERunnerConfig(VisionFields, LanguageModelSAERunnerConfig[T_TRAININ
     @property
     def sae_hook_names(self) -> dict[str, str]:
         return {"sae": self.hook_name}
+
+    @property
+    def sae_heads(self) -> dict[str, int | None]:
+        return {"sae": self.hook_head_index}
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> VisionSAERunnerConfig[Any]:
@@ -338,6 +364,7 @@ class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
     Args:
         saes (Mapping[str, TrainingSAEConfig]): SAE name -> SAE config. A name is also the SAE's folder in output_path.
         hook_names (Mapping[str, str] | str): SAE name -> TransformerLens hook point, or one hook point for all.
+        hook_head_indices (dict[str, int | None] | int, optional): SAE name -> the head that it is trained on, or one head for all. SAEs of several heads may share a hook point.
         verbose (bool): Log how many images, tokens and steps the run has.
         constraint (str | dict[str, str], optional): SAE name -> constraint, or one constraint for all.
     """
@@ -352,6 +379,17 @@ class VisionMultiSAERunnerConfig(VisionFields, MultiSAETrainingRunnerConfig):
     @property
     def sae_hook_names(self) -> dict[str, str]:
         return dict(self.hook_names_per_sae)
+
+    @property
+    def hook_head_indices_per_sae(self) -> dict[str, int | None]:
+        given = self.hook_head_indices
+        if not isinstance(given, Mapping):
+            return dict.fromkeys(self.saes, given)
+        return {name: given.get(name) for name in self.saes}
+
+    @property
+    def sae_heads(self) -> dict[str, int | None]:
+        return self.hook_head_indices_per_sae
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> VisionMultiSAERunnerConfig:
@@ -380,6 +418,7 @@ def sae_config_for_hook(
     *,
     expansion_factor: float | None = None,
     image_size: int | None = None,
+    hook_head_index: int | None = None,
 ) -> T_SAE_CONFIG:
     """A copy of `template` with the width of the hook point as its d_in.
 
@@ -389,11 +428,14 @@ def sae_config_for_hook(
         template: the SAE config; its d_in is replaced.
         expansion_factor: d_sae as a multiple of d_in; None keeps the template's d_sae.
         image_size: height and width in pixels; None for the model's own.
+        hook_head_index: the head of the SAE; None for all heads, joined.
 
     Raises:
         UnknownNameError: the model has no such hook point; the nearest ones are listed.
+        ConfigError: there is no such head.
     """
-    changes: dict[str, Any] = {"d_in": hook_d_in(model, hook_name, image_size)}
+    d_in = hook_d_in(model, hook_name, image_size, head=hook_head_index)
+    changes: dict[str, Any] = {"d_in": d_in}
     if expansion_factor is not None:
         changes["d_sae"] = round(expansion_factor * changes["d_in"])
     # A deep copy: lists such as matryoshka_widths are changed in place when an SAE is built.

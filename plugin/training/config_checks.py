@@ -97,6 +97,7 @@ CHECKS: dict[str, Check] = {
     "n_batches_for_norm_estimate": POSITIVE_INT,
     "dead_feature_window": POSITIVE_INT,
     "resample_every": _optional(POSITIVE_INT),
+    "hook_head_index": _optional(COUNT),
     "feature_sampling_window": POSITIVE_INT,
     "n_checkpoints": COUNT,
     "n_restart_cycles": POSITIVE_INT,
@@ -115,8 +116,6 @@ CHECKS: dict[str, Check] = {
 # Fields of SAELens that have no meaning for images; a changed one would have no effect.
 REFUSED: dict[str, tuple[Any, str]] = {
     "seqpos_slice": ((None,), "choose positions with `tokens`"),
-    "hook_head_index": (None, "train at a hook point without heads"),
-    "hook_head_indices": (None, "train at hook points without heads"),
     "use_chat_formatting": (False, "images have no chat"),
     "exclude_special_tokens": (False, "choose positions with `tokens`"),
     "model_kwargs": ({}, "give arguments of the model in `model_from_pretrained_kwargs`"),
@@ -148,21 +147,33 @@ def check_fields(cfg: Any) -> None:
     ignored = [k for k, unchanged in IGNORED.items() if getattr(cfg, k, unchanged) != unchanged]
     if ignored:
         logger.warning(f"without meaning for images, and ignored: {', '.join(ignored)}.")
+    _check_heads(cfg)
     _check_holdout(cfg)
     _check_schedule(cfg)
     _check_saes(cfg)
     _check_constraint(cfg)
 
 
+def _each(cfg: Any, field: str) -> list[Any]:
+    """The values of a field that may be a mapping from names of SAEs, which are checked."""
+    given, several = getattr(cfg, field, None), getattr(cfg, "saes", None)
+    if not isinstance(given, Mapping) or several is None:
+        return [given]
+    for name in given:
+        if name not in several:
+            raise ConfigError(unknown_name_message(f"{field} of SAE", name, list(several)))
+    return list(given.values())
+
+
+def _check_heads(cfg: Any) -> None:
+    fits, allowed = CHECKS["hook_head_index"]
+    for head in _each(cfg, "hook_head_indices"):
+        if not fits(head):
+            raise ConfigError("hook_head_indices", "not possible", given=head, allowed=allowed)
+
+
 def _check_constraint(cfg: Any) -> None:
-    given, several = cfg.constraint, getattr(cfg, "saes", None)
-    if isinstance(given, Mapping) and several is not None:
-        for name in given:
-            if name not in several:
-                raise ConfigError(unknown_name_message("constraint of SAE", name, list(several)))
-        values = list(given.values())
-    else:
-        values = [given]
+    values = _each(cfg, "constraint")
     if cfg.sae_constraints and (path := getattr(cfg, "from_pretrained_path", None)) is not None:
         raise ConfigError(
             "from_pretrained_path",

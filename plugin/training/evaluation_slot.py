@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from ...hooks.activations.stream import ActivationStream
+from ...registry.heads import key_of
 from .interrupts import StepGate
 from .rng import set_apart
 
@@ -63,7 +64,7 @@ class EvaluationSlot:
     def _evaluate(self, sae: TrainingSAE[Any], scaler: ActivationScaler) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         for evaluator in self.evaluators:
-            batches = _OwnBatches(self._open_stream, str(sae.cfg.metadata.hook_name))
+            batches = _OwnBatches(self._open_stream, key_of(sae))
             try:
                 metrics |= evaluator(sae, batches, scaler)
             except Exception:
@@ -84,14 +85,14 @@ class EvaluationSlot:
 
 
 class _OwnBatches(Iterator[torch.Tensor]):
-    """Activations at one hook point, from a stream that is opened at first use."""
+    """Activations at one hook point, or of one head there, from a stream that is opened at first use."""
 
-    def __init__(self, open_stream: Callable[[], ActivationStream], hook_name: str) -> None:
+    def __init__(self, open_stream: Callable[[], ActivationStream], key: str) -> None:
         self._open_stream = open_stream
-        self._hook_name = hook_name
+        self._key = key
         self._stream: ActivationStream | None = None
 
     def __next__(self) -> torch.Tensor:
         if self._stream is None:
             self._stream = self._open_stream()
-        return next(self._stream)[self._hook_name]
+        return next(self._stream)[self._key]

@@ -25,7 +25,8 @@ from ...registry.taxonomies.load import load_taxonomy
 CHECKPOINT_FACTOR = 3
 # Settings by which two runs are told apart, beside their SAEs.
 RUN_SETTINGS = (
-    *("sae", "saes", "hook_name", "hook_names", "model_name", "revision", "tokens", "image_size"),
+    *("sae", "saes", "hook_name", "hook_names", "hook_head_index", "hook_head_indices"),
+    *("model_name", "revision", "tokens", "image_size"),
     *("dataset_path", "dataset_name", "split", "holdout", "holdout_seed", "max_images", "seed"),
     *("training_tokens", "train_batch_size_tokens", "lr", "lr_scheduler_name", "lr_warm_up_steps"),
     *("lr_decay_steps", "adam_beta1", "adam_beta2", "constraint"),
@@ -61,16 +62,17 @@ def check_model(cfg: Any, model: Any) -> None:
 
     Raises:
         UnknownNameError: a hook point does not exist; the nearest ones are listed.
-        ConfigError: a d_in is not the width, or the model does not have such tokens.
+        ConfigError: a d_in is not the width, or the model does not have such tokens or heads.
     """
     check_tokens(model, cfg.tokens)
     for name, hook_name in cfg.sae_hook_names.items():
         check_tokens(model, cfg.tokens, hook_name)
-        given, found = cfg.sae_configs[name].d_in, hook_d_in(model, hook_name, cfg.image_size)
+        head = cfg.sae_heads[name]
+        given = cfg.sae_configs[name].d_in
+        found = hook_d_in(model, hook_name, cfg.image_size, head=head)
         if given != found:
-            raise ConfigError(
-                f"{name}.d_in", f"not the width at {hook_name}", given=given, allowed=found
-            )
+            at = f"at {hook_name}" if head is None else f"of a head at {hook_name}"
+            raise ConfigError(f"{name}.d_in", f"not the width {at}", given=given, allowed=found)
     count_tokens(cfg, model, cfg.tokens)
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from ...registry.errors import CheckpointError, ConfigError, DivergedError
 from ...registry.files import only_writer
+from ...registry.names import as_setting
 from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
@@ -154,7 +155,7 @@ class TrainingSession:
         """Resample dead latents before the step that trains on `batch`."""
         for name, resampling in self.resampled.items():
             own = getattr(self._trainer, "trainers", {}).get(name, self._trainer)
-            inputs = batch[self.cfg.sae_hook_names[name]] if isinstance(batch, dict) else batch
+            inputs = batch[self.cfg.sae_keys[name]] if isinstance(batch, dict) else batch
             found = resampling.before_step(own, inputs)
             if found:
                 logger.info(f"{name}: {found} dead latents start again.")
@@ -223,7 +224,7 @@ class TrainingSession:
         last = latest_checkpoint(self.cfg.checkpoint_path) if self.cfg.checkpoint_path else None
         if last is None:
             return "No other place had room for it either."
-        return f"Make room, then finish it with --resume_from_checkpoint {last}."
+        return f"Make room, then finish it with {as_setting('resume_from_checkpoint', last)}."
 
     def _align(self, trainer: Any, checkpoint: Path) -> None:
         """Correct the state that SAELens restores.
@@ -305,7 +306,7 @@ class TrainingSession:
     def _stopped(self, reason: str, saved: Path | None) -> str:
         done, total = self._trainer.n_training_samples, self.cfg.training_tokens
         how = (
-            f"resume with --resume_from_checkpoint {saved}"
+            f"resume with {as_setting('resume_from_checkpoint', saved)}"
             if saved is not None
             else "nothing was saved, since checkpoint_path is none"
         )

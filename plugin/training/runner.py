@@ -33,6 +33,7 @@ from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
 from ...registry.loaders.parts.read import load_source
+from ...registry.names import as_setting
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
 from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
@@ -105,7 +106,7 @@ class _VisionRun:
         if held_out is None:
             preflight.check_taxonomy(cfg, self.images)
 
-    def _connect(self, saes: dict[str, TrainingSAE[Any]], hook_name: str | None) -> None:
+    def _connect(self, saes: dict[str, TrainingSAE[Any]], key: str | None) -> None:
         """Connect activations, SAEs and output folders; find the checkpoint to resume from."""
         cfg = self.cfg
         for sae in saes.values():
@@ -113,7 +114,7 @@ class _VisionRun:
         constraints = {
             name: Constraint(saes[name], kind) for name, kind in cfg.sae_constraints.items()
         }
-        store = VisionActivationsStore(self._stream(), hook_name)
+        store = VisionActivationsStore(self._stream(), key)
         identity = _identity(cfg, saes, store.stream)
         self.activations_store = store
         self.session = TrainingSession(cfg, saes, store, identity, constraints)
@@ -307,7 +308,7 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
         if override_sae is None:
             # A compiled SAE is traced by torch, which takes no sparse products.
             self.sae = with_sparse_step(self.sae, cfg.sparse_step and not cfg.compile_sae)
-        self._connect({"sae": self.sae}, cfg.hook_name)
+        self._connect({"sae": self.sae}, cfg.sae_keys["sae"])
         self.evaluator: Any = self.slot.one
 
     def run_trainer_with_interruption_handling(
@@ -375,6 +376,7 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
     def _run_with_interruption_handling(
         self, trainer: MultiSAETrainer
     ) -> dict[str, TrainingSAE[Any]]:
+        trainer.hook_names = self.cfg.sae_keys  # under which the trainer looks in a batch
         return self.session.fit(trainer)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
@@ -512,7 +514,7 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
                 "checkpoint_path",
                 "holds checkpoints already",
                 given=cfg.checkpoint_path,
-                allowed=f"--resume_from_checkpoint {AUTO}, which goes on from them, or another checkpoint_id",
+                allowed=f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id",
             )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
@@ -528,6 +530,8 @@ def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStr
         settings = sae.cfg.to_dict()
         facts[name] = {k: v for k, v in settings.items() if k not in ("metadata", "device")}
         facts[name]["hook_name"] = cfg.sae_hook_names[name]
+        if (head := cfg.sae_heads[name]) is not None:
+            facts[name]["hook_head_index"] = head
         if name in cfg.sae_constraints:
             facts[name]["constraint"] = cfg.sae_constraints[name]
     activations = {**stream.describe(), "from": "cache" if cfg.use_cached_activations else "model"}

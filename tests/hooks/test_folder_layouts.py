@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from folder_layouts import LAYOUTS, annotated, draw, draw_splits, write
 from taxolens.hooks.images.dataset import load_images
-from taxolens.hooks.images.folders import contents_of, image_splits
+from taxolens.hooks.images.folders import IMAGE_EXTENSIONS, contents_of, image_splits
 from taxolens.registry.errors import ConfigError, DataError
 from tiny_images import class_folders
 
@@ -158,11 +158,14 @@ def test_a_tar_of_tars_says_how_to_unpack_it(tmp_path):
 
 
 def test_pictures_of_telephones_are_named_in_a_warning(tmp_path, caplog):
+    if ".heic" in IMAGE_EXTENSIONS:
+        pytest.skip("the extra `heic` reads them: test_images.py")
     draw(tmp_path, "cat/1.jpg")
     write(tmp_path, "cat/IMG_1.HEIC", "none")
     with caplog.at_level(logging.WARNING):
         assert len(load_images(tmp_path)) == 1
     assert "1 .heic files are left out" in caplog.text and "JPEG" in caplog.text
+    assert "pip install 'taxolens[heic]'" in caplog.text
 
 
 def test_a_changed_zip_is_unpacked_again(tmp_path):
@@ -186,3 +189,51 @@ def test_streaming_has_the_same_splits(tmp_path):
     images = load_images(tmp_path, split="val", streaming=True)
     assert [raw.label for raw in images.stream()] == [0, 1]
     assert list(image_splits(contents_of(tmp_path))) == ["train", "validation", "val"]
+
+
+def classes_by_image(root, **settings):
+    images = load_images(root, **settings)
+    return [images.class_names[label] if label >= 0 else None for label in images.labels]
+
+
+def test_images_of_equal_names_in_two_splits_keep_their_own_classes(tmp_path):
+    draw(tmp_path, "train/1.jpg", "train/2.jpg", "val/1.jpg", "val/2.jpg")
+    rows = ("train/1.jpg,cat", "train/2.jpg,dog", "val/1.jpg,dog", "val/2.jpg,cat")
+    write(tmp_path, "labels.csv", "path,label", *rows)
+    assert classes_by_image(tmp_path, split="train") == ["cat", "dog"]
+    assert classes_by_image(tmp_path, split="validation") == ["dog", "cat"]
+
+
+def test_the_rows_of_one_split_are_not_those_of_the_other(tmp_path):
+    draw(tmp_path, "train/1.jpg", "train/2.jpg", "val/1.jpg", "val/2.jpg")
+    write(tmp_path, "labels.csv", "path,label", "val/1.jpg,dog", "val/2.jpg,cat")
+    assert classes_by_image(tmp_path, split="train") == [None, None]
+    assert classes_by_image(tmp_path, split="validation") == ["dog", "cat"]
+
+
+def test_paths_of_another_machine_name_the_images_by_their_ends(tmp_path):
+    draw(tmp_path, "val/1.jpg", "val/2.jpg")
+    rows = (r"C:\data\val\1.jpg;dog", r"C:\data\val\2.jpg;cat", r"C:\data\train\1.jpg;cat")
+    write(tmp_path, "labels.csv", "path;label", *rows)
+    assert classes_by_image(tmp_path, split="validation") == ["dog", "cat"]
+
+
+def test_two_classes_of_one_image_are_refused(tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "labels.csv", "file,label", "1.jpg,cat", "2.jpg,dog", "1.jpg,dog")
+    with pytest.raises(DataError, match=r"1.jpg has several classes there: cat, dog; allowed: one"):
+        load_images(tmp_path)
+
+
+def test_images_without_a_row_are_counted(tmp_path, caplog):
+    draw(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    write(tmp_path, "labels.csv", "file,label", "1.jpg,cat", "2.jpg,dog")
+    assert classes_by_image(tmp_path) == ["cat", "dog", None]
+    assert "labels.csv, which has none for 1 of 3." in caplog.text
+
+
+@pytest.mark.parametrize("label", ["NA", "None", "null", "nan", "01"])
+def test_words_that_tables_use_for_nothing_are_classes(tmp_path, label):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "labels.csv", "file,label", f"1.jpg,{label}", "2.jpg,dog")
+    assert classes_by_image(tmp_path) == [label, "dog"]

@@ -41,6 +41,33 @@ def test_grey_is_repeated_over_the_channels():
     assert corner(encoded(Image.new("L", (3, 3), 90))) == (90, 90, 90)
 
 
+def test_the_format_of_telephones_is_read_upright_where_its_extra_is_installed(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    pixels = np.zeros((32, 48, 3), dtype=np.uint8)
+    pixels[:, :24] = (200, 30, 30)  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left half is the top
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(pixels).save(
+        tmp_path / "cat" / "1.HEIC", "HEIF", quality=95, exif=exif.tobytes()
+    )
+    images = load_images(tmp_path)
+    assert images.class_names == ["cat"] and len(images) == 1
+    found = images.decode(0)
+    assert (found.mode, found.size) == ("RGB", (32, 48))
+    assert np.abs(np.asarray(found)[4, 16].astype(int) - (200, 30, 30)).max() < 12
+    assert np.asarray(found)[44, 16].max() < 12
+    data = (tmp_path / "cat" / "1.HEIC").read_bytes()
+    with pytest.raises(ValueError, match="exceed max_image_pixels=100"):
+        decode_rgb(data, max_pixels=100)
+    with pytest.raises(ValueError):
+        decode_rgb(data[: len(data) // 2])
+    see_through = Image.fromarray(np.zeros((32, 32, 4), dtype=np.uint8), "RGBA")
+    see_through.save(tmp_path / "alpha.heif", "HEIF", quality=95)
+    assert min(corner((tmp_path / "alpha.heif").read_bytes())) > 245, "onto white"
+    assert heif.is_supported(tmp_path / "alpha.heif")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(kind):
     values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)

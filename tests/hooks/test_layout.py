@@ -399,3 +399,39 @@ def test_a_model_that_takes_no_images_is_named() -> None:
     )
     with pytest.raises(ConfigError, match=match):
         hook_d_in(model, "blocks.0.hook_resid_post")
+
+
+class _Untidy(nn.Module):
+    """A patch embedding and a head, in whose forward pass something else happens."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.norm = nn.BatchNorm2d(8, track_running_stats=kind != "statistics of the batch")
+        self.kind, self.before = kind, torch.zeros(())
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.norm(self.conv(pixel_values)).mean((2, 3)))
+        if self.kind == "noise on the logits":
+            return logits + torch.rand(5)
+        if self.kind == "what was there before":
+            logits = logits + self.before
+            self.before = logits.detach().mean()
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("noise on the logits", "two passes of the same images differ at 'its output'"),
+        ("what was there before", "two passes of the same images differ at 'its output'"),
+        ("statistics of the batch", "depends on the others of its batch, first at 'norm.hook_out'"),
+    ],
+)
+def test_a_model_whose_numbers_are_not_those_of_the_image_is_refused(
+    kind: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_to_hooks(from_module(_Untidy(kind).eval()), pictures(), ["conv.hook_out"])
+    tidy = from_module(_Untidy("none").eval())
+    assert run_to_hooks(tidy, pictures(), ["conv.hook_out"])["conv.hook_out"].shape[2] == 8

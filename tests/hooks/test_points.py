@@ -169,7 +169,7 @@ def test_width_is_looked_up_once() -> None:
     for _ in range(3):
         hook_d_in(model, POSTS[0])
         hook_d_in(model, POSTS[1])
-    assert len(passes) == 2  # of the same images, which must agree
+    assert len(passes) == 3  # two of the same images, which must agree, and one of a single image
 
 
 def test_training_mode_is_left_as_it_was() -> None:

@@ -73,7 +73,7 @@ def test_a_device_that_is_not_there_is_named(training):
     refused(
         training,
         ConfigError,
-        "device: torch cannot use it here: .*given 'cuda:77'",
+        "device: torch cannot use it here: .*given 'cuda:77'; .* such as device=\"cpu\"",
         device="cuda:77",
     )
 
@@ -188,7 +188,9 @@ class TestCheckpointsOfOtherRuns:
         assert "lr: found 0.01, wanted 0.02" in caplog.text
 
     def test_a_fresh_start_into_their_folder_is_refused(self, training, checkpoint):
-        refused(training, ConfigError, "holds checkpoints already.*--resume_from_checkpoint auto")
+        refused(
+            training, ConfigError, 'holds checkpoints already.*resume_from_checkpoint="auto", which'
+        )
         refused(
             training,
             ConfigError,

@@ -545,7 +545,7 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
         (["--taxonomy", "imagenett"], "taxonomy: not known (did you mean 'imagenet'"),
         (["--evaluators", "pair_dept"], "evaluator: not known (did you mean 'pair_depth'"),
         (["--eval_split", "tset"], "tset"),
-        (["--device", "cuda:7"], "device"),
+        (["--device", "cuda:7"], "a device of this machine, such as --device cpu."),
         (["--lr", "-1"], "lr: not possible; given -1.0"),
         (
             ["--from_pretrained_path", "sae"],
@@ -622,6 +622,10 @@ def test_resume_auto_goes_on_from_a_checkpoint(taxolens, study, tmp_path):
     code, _, err = taxolens(*args, "--resume_from_checkpoint", "auto")
     assert code == 0
     assert "resumes from:" in err
+    code, _, err = taxolens(*args, "--checkpoint_id", "again")
+    assert code == 0, err
+    code, _, err = taxolens(*args, "--checkpoint_id", "again")
+    assert code == 2 and "--resume_from_checkpoint auto, which goes on from them" in err
 
 
 def test_a_results_file_that_is_not_there(taxolens, tmp_path):

@@ -193,7 +193,11 @@ def test_an_architecture_that_cannot_be_trained_is_answered_with_those_that_can(
             {"seqpos_slice": (1, 2)},
             r"seqpos_slice: no meaning for images; given \(1, 2\).*`tokens`",
         ),
-        ({"hook_head_index": 1}, "hook_head_index: no meaning for images; given 1"),
+        (
+            {"hook_head_index": -1},
+            "hook_head_index: not possible; given -1; allowed: an integer, 0",
+        ),
+        ({"hook_head_index": True}, "hook_head_index: not possible; given True"),
         ({"model_kwargs": {"a": 1}}, "model_kwargs: .*model_from_pretrained_kwargs"),
         (
             {"sae": TopKSAEConfig(d_in=16, d_sae=32)},

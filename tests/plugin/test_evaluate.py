@@ -28,7 +28,7 @@ from taxolens.registry.errors import CheckpointError, ConfigError, DataError, Un
 from taxolens.registry.nulls import NULLS
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
 from tiny_models import tiny_model
-from tiny_runs import WORLD_CLASSES
+from tiny_runs import WORLD_CLASSES, run_settings
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 FAST = {
@@ -43,13 +43,7 @@ FAST = {
 def run(vit_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two SAEs, as the runner writes it."""
     folder = tmp_path_factory.mktemp("runs") / "study"
-    settings = {
-        "model_name": str(vit_folder),
-        "dataset_path": str(world),
-        "split": "train",
-        "tokens": "class",
-        "taxonomy": str(world / "validation"),
-    }
+    settings = run_settings(vit_folder, world)
     for i, hook in enumerate(HOOKS):
         save_sae(folder / hook, hook, settings, seed=i)
     (folder / "runner_cfg.json").write_text(json.dumps(settings))
@@ -122,6 +116,14 @@ def test_train_evaluate_report(training: Any, world: Path, tmp_path: Path) -> No
     assert (results.folder / "metrics" / "pair_depth.pair_depth.svg").is_file()
     page = write_report(results, interactive=False).read_text()
     assert HOOKS[1] in page and "data:image/jpeg" in page
+
+
+def test_the_folder_of_a_run_is_recorded_not_that_of_one_of_its_saes(
+    evaluate: Any, run: Path, tmp_path: Path
+) -> None:
+    assert evaluate().settings["runs"] == {"study": str(run)}
+    one = evaluate(run / HOOKS[1], output_path=tmp_path / "one")
+    assert list(one.settings["runs"].values()) == [str(run / HOOKS[1])]
 
 
 def test_one_forward_pass_serves_all_hook_points(evaluate: Any, monkeypatch) -> None:

@@ -20,6 +20,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "taxonomy": (["imagenet"], "imagenet"),
     "model_name": (["vit"], "vit"),
     "hook_name": (["blocks.3.hook_resid_post"], "blocks.3.hook_resid_post"),
+    "hook_head_index": (["3"], 3),
     "tokens": (["patch"], "patch"),
     "image_size": (["32"], 32),
     "aggregate": (["mean"], "mean"),

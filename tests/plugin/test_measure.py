@@ -189,6 +189,29 @@ def test_an_image_s_latents_are_the_largest_of_its_tokens(sae: Any, monkeypatch)
             torch.testing.assert_close(found, expected)
 
 
+def test_of_signed_latents_the_largest_in_size_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a loop over images and latents; of +2 and -2 it is +2."""
+    z = torch.randint(-3, 4, (6, 4, 5), generator=torch.Generator().manual_seed(1)).float()
+    z[0, :, 0] = torch.tensor([-2.0, 1.0, 2.0, 0.0])
+
+    class Signed:
+        d_sae = 5
+
+        def encode(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+            return x
+
+    expected = torch.tensor(
+        [[max(z[i, :, j].tolist(), key=lambda v: (abs(v), v)) for j in range(5)] for i in range(6)]
+    )
+    nothing = torch.zeros(6, dtype=torch.int64)
+    for at_once in (2**26, 1):
+        monkeypatch.setattr(bench_module, "LATENTS_AT_ONCE", at_once)
+        source: Any = Signed()
+        found = image_latents(source, z, aggregate="max", labels=nothing, index=nothing)
+        assert torch.equal(found, expected)
+    assert found[0, 0] == 2 and (found < 0).any() and not torch.equal(found, z.amax(1))
+
+
 @pytest.mark.parametrize("normalise", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("factor", [None, 3.0])
 def test_what_is_decoded_is_on_the_scale_of_x(normalise: str, factor: float | None) -> None:

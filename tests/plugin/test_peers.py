@@ -15,7 +15,7 @@ def sae(run: str, layer: int, **changes: Any) -> SAEFolder:
     facts = {"architecture": "topk", "d_sae": 64, "model_name": "a/model", **changes}
     hook = facts.pop("hook_name", f"blocks.{layer}.hook_resid_post")
     metadata = {"hook_name": hook, "model_name": facts.pop("model_name")}
-    metadata |= {"constraint": facts.pop("constraint", None)}
+    metadata |= {name: facts.pop(name, None) for name in ("constraint", "training_architecture")}
     name = facts.pop("name", hook)
     return SAEFolder(f"{run}/{name}", run, name, Path(), {**facts, "metadata": metadata}, {})
 
@@ -33,6 +33,17 @@ def test_seeds_come_before_everything_else() -> None:
     others = [sae("a", 2), sae("b", 2), sae("c", 3, architecture="standard"), sae("d", 3, d_sae=8)]
     assert found(one, *others, seed) == {seed.id: "seed"}
     assert found(one, *others) == {others[2].id: "hook", others[3].id: "hook"}
+
+
+def test_an_architecture_saved_as_another_is_no_seed_of_it() -> None:
+    """`nested_topk` is saved as `topk`: two of them are seeds of each other, `topk` is another kind."""
+    one, other = (sae(run, 3, training_architecture="nested_topk") for run in "ab")
+    plain = sae("c", 3, training_architecture="topk")
+    assert found(one, plain, other) == {other.id: "seed"}
+    assert found(one, plain) == {plain.id: "hook"}
+    assert found(plain, sae("d", 3)) == {"d/blocks.3.hook_resid_post": "seed"}, (
+        "older: not recorded"
+    )
 
 
 def test_two_kinds_of_one_run_at_one_hook_point() -> None:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from taxolens.plugin.study.settings import gather
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
@@ -28,6 +29,27 @@ def test_a_preset_is_a_valid_config(name):
     ]
     assert config.tokens == "class"
     assert config.training_tokens >= 100_000
+
+
+def test_the_device_of_a_preset_is_replaced_where_it_is_not_there(tmp_path, caplog):
+    """That of a file or a flag is refused later, as `test_what_cannot_work_is_said_before_training`."""
+    assert load_preset("olson2025")["device"] == "cuda"
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the preset's device")
+    study = gather(preset="olson2025")
+    found = "mps" if torch.backends.mps.is_available() else "cpu"
+    assert study.runner["device"] == found
+    assert {choice.fields["device"] for choice in study.saes.values()} == {found}
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert warning.startswith("device: torch cannot use it here")
+    assert warning.endswith(f"{found!r} is used in place of 'cuda'.")
+    caplog.clear()
+    config = tmp_path / "study.yaml"
+    config.write_text("device: cuda\n")
+    assert gather(preset="olson2025", config=config).runner["device"] == "cuda"
+    assert gather(preset="olson2025", flags={"device": "cuda"}).runner["device"] == "cuda"
+    assert gather(preset="olson2025", flags={"device": "cpu"}).runner["device"] == "cpu"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", PRESETS)

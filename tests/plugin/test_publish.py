@@ -20,24 +20,16 @@ from taxolens.plugin.reporting.metric_table import summary_rows
 from taxolens.plugin.reporting.results import Results
 from taxolens.registry.errors import ConfigError, DataError, TaxolensError
 from test_evaluate import FAST, HOOKS, save_sae
+from tiny_runs import run_settings
 
 
 @pytest.fixture(scope="module")
 def run(vit_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluated run of two SAEs."""
     folder = tmp_path_factory.mktemp("runs") / "study"
-    settings = {
-        "model_name": str(vit_folder),
-        "dataset_path": str(world),
-        "split": "train",
-        "eval_split": "validation",
-        "tokens": "class",
-        "taxonomy": str(world / "validation"),
-        "seed": 42,
-        "lr": 0.001,
-        "output_path": str(folder),
-        "logger": {"wandb_entity": "someone"},
-    }
+    more = {"seed": 42, "lr": 0.001, "logger": {"wandb_entity": "someone"}}
+    more |= {"eval_split": "validation", "output_path": str(folder)}
+    settings = run_settings(vit_folder, world, **more)
     for i, hook in enumerate(HOOKS):
         save_sae(folder / hook, hook, {k: settings[k] for k in ("model_name", "tokens")}, seed=i)
     (folder / "runner_cfg.json").write_text(json.dumps(settings))

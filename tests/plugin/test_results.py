@@ -7,6 +7,7 @@ import json
 import math
 import stat
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -20,7 +21,7 @@ from taxolens.plugin.reporting.headlines import headlines, with_q
 from taxolens.plugin.reporting.results import JSON_SCHEMA, SCHEMA, Results
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
-from taxolens.registry.presentation import Support
+from taxolens.registry.presentation import Support, shown_metrics
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(JSON_SCHEMA.read_text()))
 
@@ -283,3 +284,22 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypa
         write_atomically(file, "new")
     assert file.read_text() == "old"
     assert [f.name for f in file.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "directions", "present", "shown"),
+    [
+        (["b"], {"a": True, "b": None}, None, ["b"]),
+        (["b", "z"], {"a": True, "b": None}, None, ["b", "z"]),
+        (["b", "z"], {"a": True, "b": None, "z": True}, ["a", "b"], ["b"]),
+        (["z"], {"a": None, "b": False}, ["a", "b"], ["b"]),
+        ([], {"a": None, "b": False, "c": True}, None, ["b"]),
+        ([], {"a": None, "b": None}, None, ["a"]),
+        ([], {"a": None, "b": False}, ["a"], ["a"]),
+        ([], {}, None, []),
+    ],
+)
+def test_the_metrics_that_summaries_show(
+    declared: list[str], directions: Any, present: Any, shown: list[str]
+) -> None:
+    assert shown_metrics(declared, directions, present) == shown

@@ -240,7 +240,7 @@ def test_a_signal_in_a_step_stops_after_it_with_a_checkpoint(training, prefetch,
     checkpoint = training.checkpoints / "40"
     assert str(stopped.value) == (
         f"{number.name}: training stopped after 40 of 80 tokens; "
-        f"resume with --resume_from_checkpoint {checkpoint}."
+        f'resume with resume_from_checkpoint="{checkpoint}".'
     )
     assert signal.getsignal(number) is handler
     assert [path.name for path in checkpoints_in(training.checkpoints)] == ["40"]
@@ -501,7 +501,7 @@ def test_a_disk_full_at_the_end_leaves_no_half_sae_and_a_way_to_finish(training,
         runner.run()
     full_disk(resource.RLIM_INFINITY)
     last = training.checkpoints / "64"
-    assert f"Make room, then finish it with --resume_from_checkpoint {last}" in str(failed.value)
+    assert f'Make room, then finish it with resume_from_checkpoint="{last}"' in str(failed.value)
     assert not list(output.rglob("*"))
 
     training.runner(

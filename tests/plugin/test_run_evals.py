@@ -154,6 +154,46 @@ def test_heads_are_joined(images: Any) -> None:
     assert found["kl_div_with_sae"] > 0
 
 
+@pytest.mark.parametrize("tokens", ["class", "patch", "mean_patch"])
+@pytest.mark.parametrize(
+    ("hook", "head"),
+    [
+        ("blocks.0.attn.hook_z", None),
+        ("blocks.0.attn.hook_z", 1),
+        ("blocks.0.attn.o.hook_in", None),
+    ],
+)
+def test_an_sae_of_a_head_acts_on_it_alone(
+    hook: str, head: int | None, tokens: str, images: Any
+) -> None:
+    model, sae = model_of("vit_classifier"), sae_of(16 if head is None else 8, hook)
+    sae.cfg.metadata.hook_head_index = head
+    store = store_of(model, images, tokens, hook)
+    columns = slice(None) if head is None else slice(8, 16)
+
+    def spliced(z: torch.Tensor) -> torch.Tensor:
+        z = z.clone()
+        if tokens == "mean_patch":
+            mean = z[:, 1:, columns].mean(1, keepdim=True)
+            z[:, 1:, columns] += sae(mean) - mean
+        else:
+            z[:, SPANS[tokens], columns] = sae(z[:, SPANS[tokens], columns])
+        return z
+
+    def logits(change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        plain = tiny_model("vit_classifier")
+        projection = plain.vit.layers[0].attention.o_proj
+        projection.register_forward_pre_hook(lambda module, given: (change(given[0]),))
+        with torch.no_grad():
+            return plain(pixels_of(model, images)).logits
+
+    found = evaluate(sae, model, store)
+    p, q = log_softmax(logits(lambda z: z), -1), log_softmax(logits(spliced), -1)
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert expected > 1e-6
+    assert found["kl_div_with_sae"] == pytest.approx(expected, rel=1e-2)
+
+
 def test_classes_are_matched_by_name(images: Any) -> None:
     model = model_of("vit_classifier", CLASSES[::-1])
     found = evaluate(sae_of(), model, store_of(model, images, "class"))

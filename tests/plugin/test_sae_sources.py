@@ -20,7 +20,7 @@ from taxolens.plugin.evaluation.sae_sources import find_sources, override
 from taxolens.plugin.reporting.report import write_report
 from taxolens.registry.errors import CheckpointError, ConfigError
 from test_evaluate import FAST, HOOKS, save_sae
-from tiny_runs import WIDTH
+from tiny_runs import WIDTH, run_settings
 
 PLACE = {"model_name": "vit", "hook_name": HOOKS[0], "tokens": "class"}
 
@@ -43,14 +43,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def own_run(vit_folder: Path, world: Path, tmp_path: Path) -> Path:
-    settings = {
-        "model_name": str(vit_folder),
-        "dataset_path": str(world),
-        "split": "train",
-        "eval_split": "validation",
-        "tokens": "class",
-        "taxonomy": str(world / "validation"),
-    }
+    settings = run_settings(vit_folder, world, eval_split="validation")
     folder = tmp_path / "runs" / "mine"
     save_sae(folder, HOOKS[1], settings)
     (folder / "runner_cfg.json").write_text(json.dumps(settings))

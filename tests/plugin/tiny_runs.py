@@ -24,6 +24,18 @@ WORLD_CLASSES = tuple(
 )
 
 
+def run_settings(vit_folder: Path, world: Path, **changes: Any) -> dict[str, Any]:
+    """The settings of a run on pictures of `world`, as in its runner_cfg.json."""
+    return {
+        "model_name": str(vit_folder),
+        "dataset_path": str(world),
+        "split": "train",
+        "tokens": "class",
+        "taxonomy": str(world / "validation"),
+        **changes,
+    }
+
+
 class MeddlingSAE(TopKTrainingSAE):
     """A top-k SAE that calls `action` in the middle of one training step, or of one save.
 
