@@ -227,8 +227,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         """(V,) the latent that represents each node of the collapsed tree, −1 where none does."""
         members = self._tree.membership
         found = find_detectors(
-            self._firings.fit(shuffled),
-            self._firings.score(shuffled),
+            self._firings.halves(shuffled),
             members if permutation is None else members[permutation],
             self._classes.fit(shuffled),
             self._classes.score(shuffled),

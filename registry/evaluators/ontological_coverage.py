@@ -101,8 +101,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     ) -> Detectors:
         """The detector of each of `nodes` (N,)."""
         return find_detectors(
-            self._histogram.fit(shuffled),
-            self._histogram.score(shuffled),
+            self._histogram.halves(shuffled),
             self.members(nodes, permutation),
             self._classes.fit(shuffled),
             self._classes.score(shuffled),

@@ -267,9 +267,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
     ) -> np.ndarray:
         """(l,) position in `_nodes` of the node of best F1 with each of `latents` (l,), on the score
         half; −1 where a latent does not fire there."""
-        members = self.members(self._nodes, permutation)
+        members = self._members if permutation is None else self._members[permutation]
         distinct, place = np.unique(latents, return_inverse=True)
-        fired = self._firings.score(shuffled)[torch.from_numpy(distinct), 0].numpy()
+        fired = self._firings.halves(shuffled).score[distinct]
         node, f1 = best_nodes(fired, self._classes.score(shuffled), members)
         return np.where(f1 > 0, node, -1)[place]
 
@@ -343,6 +343,11 @@ class ParentChild(Evaluator[ParentChildOptions]):
             recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
             int(fire.sum()),
         )
+
+    @cached_property
+    def _members(self) -> sparse.csr_array:
+        """(C, N) whether a class lies below a node."""
+        return sparse.csr_array(self.taxonomy.sparse_membership[:, self._nodes])
 
     @cached_property
     def _above(self) -> np.ndarray:
