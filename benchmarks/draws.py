@@ -2,7 +2,7 @@
 
     python benchmarks/draws.py [--images 50000] [--latents 12288] [--l0 32] [--draws 100] [--json]
 
-The taxonomy is ImageNet-1k's; z is synthetic: on each image some latents of its class fire, and some
+The taxonomy is ImageNet-1k's (a random tree for more than 1,000 classes); z is synthetic: on each image some latents of its class fire, and some
 at random. For each count-based evaluator the script prints the time of its value, of a draw (the
 mean), of the first ten draws and of all, and the share that all have of encoding the images with a
 ReLU SAE. Times are the processor's, so that other work on the machine matters less. To compare with
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
 
@@ -51,11 +52,29 @@ def synthetic_batches(
         yield EvaluationBatch(x, z, labels[index], shuffled[index], index, is_fit)
 
 
+def tree_of(n_classes: int) -> taxolens.Taxonomy:
+    """ImageNet-1k's tree, or its part above every k-th class; a random tree for more classes."""
+    full = taxolens.load_taxonomy("imagenet")
+    if n_classes <= len(full.classes):
+        every = len(full.classes) // n_classes
+        return full.restrict(list(full.classes[::every])[:n_classes])
+    generator = np.random.default_rng(0)
+    inner = n_classes // 3  # each below a random earlier one: about log(inner) deep
+    edges = [(f"n{generator.integers(v)}", f"n{v}") for v in range(1, inner)]
+    edges += [(f"n{generator.integers(inner)}", f"c{c}") for c in range(n_classes)]
+    return taxolens.Taxonomy.from_edges(edges, [f"c{c}" for c in range(n_classes)])
+
+
 def seconds(act: Callable[[], object]) -> float:
     """Processor time of a call, in s."""
     started = time.process_time()
     act()
     return time.process_time() - started
+
+
+def peak_gib() -> float:
+    """Largest memory of the process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -70,9 +89,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
-    full = taxolens.load_taxonomy("imagenet")
-    every = max(1, len(full.classes) // args.classes)
-    tree = full.restrict(list(full.classes[::every])[: args.classes])
+    tree = tree_of(args.classes)
     n_classes = len(tree.classes)
     context = EvaluationContext(
         tree,
@@ -90,6 +107,7 @@ def main() -> None:
         encoding = seconds(lambda: sae.encode(x)) * args.images / len(x)
         size = args.images, args.latents, n_classes, args.l0, 1
         done = stream(context, chosen, synthetic_batches(*size))
+    counting = peak_gib()
     drawing = seconds(lambda: context.permutations)
 
     rows: dict[str, dict[str, float]] = {}
@@ -104,7 +122,17 @@ def main() -> None:
     if done.errors:
         raise SystemExit(f"failed: {done.errors}")
     if args.json:
-        facts = {"draws": len(context.permutations), "encoding": encoding, "drawing": drawing}
+        facts = {
+            "images": args.images,
+            "latents": args.latents,
+            "classes": n_classes,
+            "draws": len(context.permutations),
+            "encoding": encoding,
+            "drawing": drawing,
+            "peak GiB of the pass": counting,
+            "peak GiB": peak_gib(),
+            "threads": torch.get_num_threads(),
+        }
         print(json.dumps(facts | {"evaluators": rows}, indent=2))
         return
     n = len(context.permutations)
@@ -114,6 +142,7 @@ def main() -> None:
     print(
         f"{'':24s}{'value':>9s}{'a draw':>10s}{f'{FEW} draws':>10s}{f'{n} draws':>10s}  of encoding"
     )
+    print(f"peak memory: {counting:.2f} GiB in the pass, {peak_gib():.2f} GiB in all")
     for name, row in rows.items():
         print(
             f"{name:24s}{row['value']:8.2f}s{row['draws'] / n * 1e3:8.1f}ms{row['few']:9.2f}s"

@@ -502,6 +502,13 @@ class Evaluator(ABC, Generic[O]):
         members = self.taxonomy.membership[:, nodes]
         return members if permutation is None else members[permutation]
 
+    def sparse_members(
+        self, nodes: np.ndarray, permutation: np.ndarray | None = None
+    ) -> sparse.csr_array:
+        """As `members`, of float32."""
+        members = self.taxonomy.sparse_membership[:, nodes]
+        return members if permutation is None else members[permutation]
+
     def _check_shuffled(self, shuffled: bool) -> None:
         if shuffled and not self.context.shuffled:
             raise ConfigError(

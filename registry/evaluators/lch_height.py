@@ -390,8 +390,9 @@ def random_class_sets(
         common = np.logical_and.accumulate(membership[np.ix_(order, above_first)])
         row[:] = best_first[above_first[common.argmax(1)]]
     pairs = np.zeros(len(taxonomy.nodes))  # with this LCH
+    at = np.array(places, dtype=np.int64)
     for i, place in enumerate(places):
-        lch = taxonomy.leaf_lch[place, np.array(places[i + 1 :], dtype=np.int64)]
+        lch = taxonomy.leaf_lch[place][at[i + 1 :]]
         pairs += np.bincount(lch, minlength=len(pairs))
     means = np.full((2, len(taxonomy.classes) + 1), np.nan)
     for mean, of_node in zip(means, (taxonomy.height, taxonomy.generality)):

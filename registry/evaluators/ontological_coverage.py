@@ -102,7 +102,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         """The detector of each of `nodes` (N,)."""
         return find_detectors(
             self._histogram.halves(shuffled),
-            self.members(nodes, permutation),
+            self.sparse_members(nodes, permutation),
             self._classes.fit(shuffled),
             self._classes.score(shuffled),
             self.options.covered,

@@ -60,11 +60,12 @@ def numbers(done: Pass) -> dict[str, list[dict[str, float] | None]]:
     return found
 
 
-@pytest.mark.parametrize("buffer", [10, cells.BUFFER])
+@pytest.mark.parametrize("small", [0, cells.SMALL])
 def test_numbers_equal_those_of_the_cpu_and_no_firing_is_moved(
-    animals: taxolens.Taxonomy, monkeypatch: pytest.MonkeyPatch, buffer: int
+    animals: taxolens.Taxonomy, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
-    monkeypatch.setattr(cells, "BUFFER", buffer)
+    monkeypatch.setattr(cells, "BUFFER", 10)
+    monkeypatch.setattr(cells, "SMALL", small)
     here, there = start(animals), start(animals)
     for batch in batches(animals):
         if not here.context.batches:
@@ -86,10 +87,13 @@ def test_numbers_equal_those_of_the_cpu_and_no_firing_is_moved(
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("share", [0.02, 2.0])
-def test_cells_are_counted(monkeypatch: pytest.MonkeyPatch, share: float, far: bool) -> None:
-    """Whether few cells or most have a count, in one part or in many."""
+@pytest.mark.parametrize(("share", "small"), [(0.02, 0), (2.0, 0), (2.0, 10**6)])
+def test_cells_are_counted(
+    monkeypatch: pytest.MonkeyPatch, share: float, small: int, far: bool
+) -> None:
+    """Whether few cells or most have a count, in one part or in many; or in an array at once."""
     monkeypatch.setattr(cells, "BUFFER", 50)
+    monkeypatch.setattr(cells, "SMALL", small)
     rng = np.random.default_rng(0)
     n_cells, total = 500, np.zeros(500, dtype=int)
     counts = CellCounts(n_cells, torch.uint8)

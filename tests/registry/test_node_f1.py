@@ -114,7 +114,8 @@ def test_a_single_firing_is_found() -> None:
 
 def test_counts_in_narrow_integers_do_not_overflow() -> None:
     fired = sparse.csr_array(np.full((1, 4), 200, dtype=np.uint8))
-    found = Outcome.of(fired, np.array([[True], [True], [True], [False]]), np.array([600]))
+    own = sparse.csr_array(np.array([[1, 1, 1, 0]], dtype=np.float32))
+    found = Outcome.of(fired, own, np.array([600]))
     assert found == (600, 800, 600) and found.precision == 0.75 and found.recall == 1
 
 
@@ -163,7 +164,7 @@ def test_detectors_against_all_pairs_in_turn(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node_f1, "BLOCK", cells)
         patch.setattr(node_f1, "LARGE", large)
-        for _ in range(3):  # as the draws of permuted classes
+        for _ in range(5):  # as the draws of permuted classes
             members = rng.random((8, 6)) < rng.random(6) ** 2
             found = find_detectors(halves, members, images, images)
             expected = best_by_counting(fit, members, images)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 BUFFER = 2**22
 """Most cells that are kept as they come, where fewer are known; else as many as are known."""
+SMALL = 2**26
+"""Bytes up to which the array is kept in full in any case."""
 DENSE = 1 / 16
 """Share of the cells with a count from which on the array is kept in full."""
 
@@ -15,8 +17,9 @@ DENSE = 1 / 16
 class CellCounts:
     """How often each of `n_cells` cells was added.
 
-    Cells with a count are kept in ascending order, and new ones in a buffer of bounded size; where
-    many cells have one, the array itself. Memory O(cells with a count), on the device of the cells.
+    Cells with a count are kept in ascending order, and new ones in a buffer of bounded size; the
+    array itself where it is small or many cells have one. Memory O(cells with a count), on the
+    device of the cells.
 
     Args:
         n_cells: number of cells.
@@ -33,6 +36,8 @@ class CellCounts:
 
     def add(self, cells: Tensor) -> None:
         """Count each of `cells` (k,) int64 once more."""
+        if self._array is None and self.n_cells * self.dtype.itemsize <= SMALL:
+            self._array = torch.zeros(self.n_cells, dtype=self.dtype, device=cells.device)
         if self._array is not None:
             ones = torch.ones(len(cells), dtype=self.dtype, device=cells.device)
             self._array.scatter_add_(0, cells, ones)

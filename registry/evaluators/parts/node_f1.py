@@ -22,6 +22,8 @@ LARGE = 1 / 64
 """Share of the classes from which on a node is large: its hits are computed by dense products."""
 STEP = 1.2
 """Least ratio of the numbers of positives for which bounds are computed."""
+UNBOUNDED = 2
+"""First searches in the same counts that are made without bounds, which cost about three."""
 TOLERANCE = 1e-5
 """Relative rounding of bounds in single precision."""
 
@@ -34,29 +36,16 @@ class Outcome(NamedTuple):
     positives: np.ndarray  # images of its node
 
     @classmethod
-    def of(
-        cls,
-        fired: sparse.csr_array,
-        members: np.ndarray,
-        positives: np.ndarray,
-        node: np.ndarray | None = None,
-    ) -> Outcome:
+    def of(cls, fired: sparse.csr_array, own: sparse.csr_array, positives: np.ndarray) -> Outcome:
         """Count the images of each detector.
 
         Args:
             fired: (k, C) images of each class on which a detector fires.
-            members: (C, N) bool, whether a class lies below a node.
-            positives: (N,) images of each node.
-            node: (k,) the node of each detector; None: N = k, each has its own.
+            own: (k, C) of zeros and ones, whether a class lies below its node.
+            positives: (k,) images of its node.
         """
-        k = shape(fired)[0]
-        node = np.arange(k) if node is None else node
-        row = np.repeat(np.arange(k), np.diff(fired.indptr))
-        own = members[fired.indices, node[row]]
-        hits = np.bincount(row, np.where(own, fired.data, 0), k)
-        return cls(
-            hits, np.bincount(row, fired.data, k), np.asarray(positives, dtype=np.float64)[node]
-        )
+        hits = sparse.csr_array(fired.multiply(own)).sum(1, dtype=np.float64)
+        return cls(hits, fired.sum(1, dtype=np.float64), np.asarray(positives, dtype=np.float64))
 
     @property
     def precision(self) -> np.ndarray:
@@ -127,8 +116,9 @@ def explain(
     node, fit_f1 = best_nodes(halves.fit, fit_images, members)
     if not members.shape[1]:
         members = np.zeros((len(members), 1), dtype=bool)
-    positives = score_images @ sparse.csr_array(members)
-    return node, fit_f1, Outcome.of(halves.score, members, positives, node)
+    belongs = sparse.csr_array(members).astype(np.float32)
+    own = sparse.csr_array(belongs.T)[node]
+    return node, fit_f1, Outcome.of(halves.score, own, (score_images @ belongs)[node])
 
 
 class Detectors(NamedTuple):
@@ -150,6 +140,10 @@ class Halves:
     Args:
         fit, score: (m·T, C) images of each class; row j·T + T − 1 − t is bin t of latent j.
         n_bins: T.
+
+    Attributes:
+        searches: number of searches for detectors of small nodes so far.
+        unbounded: whether bounds left few latents out in the last one.
     """
 
     fit: sparse.csr_array
@@ -158,6 +152,8 @@ class Halves:
 
     def __post_init__(self) -> None:
         self._shares = np.zeros(0), 1.0, sparse.csr_array((0, 0))
+        self.searches = 0
+        self.unbounded = False
 
     @cached_property
     def reached(self) -> np.ndarray:
@@ -250,7 +246,7 @@ def merge_rows(counts: sparse.csr_array, n: int) -> sparse.csr_array:
 
 def find_detectors(
     halves: Halves,
-    members: np.ndarray,
+    members: np.ndarray | sparse.csr_array,
     fit_images: np.ndarray,
     score_images: np.ndarray,
     covered: float = 0.5,
@@ -263,10 +259,11 @@ def find_detectors(
         fit_images, score_images: (C,) images of each class in the halves.
         covered: nodes where always predicting "yes" reaches this F1 are left out.
     """
-    belongs = sparse.csr_array(members).astype(np.float32)
+    belongs = sparse.csr_array(members).astype(np.float32, copy=False)
     fit_positives = fit_images @ belongs
     latent, bin_, fit_f1 = _choose(halves, belongs, fit_positives)
-    found = Outcome.of(halves.score_of(latent, bin_), members, score_images @ belongs)
+    own = sparse.csr_array(belongs.T)
+    found = Outcome.of(halves.score_of(latent, bin_), own, score_images @ belongs)
     positives = found.positives
     always_yes = summary.ratio(2 * positives, positives + score_images.sum())
     scored = (fit_positives > 0) & (positives > 0) & (always_yes < covered)
@@ -329,8 +326,13 @@ def _choose_small(
 
     The F1 of a latent is a sum over the classes of the node, at one threshold; so it is at most the
     sum of `Halves.shares` of these classes. All thresholds are compared only for latents that can
-    be the best of a node by this bound.
+    be the best of a node by this bound, once several searches repay its cost, and while it leaves
+    latents out.
     """
+    halves.searches += 1
+    every = np.arange(shape(halves.fired)[0])
+    if halves.searches <= UNBOUNDED or halves.unbounded:
+        return _best_rows_sparse(halves, every, belongs, positives)
     shares, level = halves.shares(positives)
     chosen = sparse.csr_array(belongs.T)
     n_nodes, n_classes = shape(chosen)
@@ -347,7 +349,9 @@ def _choose_small(
     likely = np.unique(bound.indices[bound.data == np.repeat(most, per_node)])
     best, _ = _best_rows_sparse(halves, likely, belongs, positives)
     able = bound.data >= np.repeat((best * (1 - TOLERANCE)).astype(np.float32), per_node)
-    return _best_rows_sparse(halves, np.unique(bound.indices[able]), belongs, positives)
+    latents = np.unique(bound.indices[able])
+    halves.unbounded = len(latents) > len(every) / 2
+    return _best_rows_sparse(halves, latents, belongs, positives)
 
 
 def _best_rows_dense(
@@ -379,8 +383,9 @@ def _best_rows_sparse(
     """
     best = np.zeros(len(positives))
     row = np.full(len(positives), -1, dtype=np.int64)
-    rows = halves.rows_of(latents)
-    counts, reached = halves.fit[rows], halves.reached[rows]
+    rows, counts, reached = halves.rows_of(latents), halves.fit, halves.reached
+    if len(rows) < len(reached):
+        counts, reached = counts[rows], reached[rows]
     for start, stop in _blocks(counts, halves.n_bins, belongs):
         hits = sparse.csc_array(counts[start:stop] @ belongs)  # sorts rows in linear time
         filled = np.flatnonzero(np.diff(hits.indptr))
