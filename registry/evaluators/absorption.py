@@ -132,6 +132,13 @@ class Absorption(Evaluator[AbsorptionOptions]):
     def _prober(self) -> LogisticProber:
         return LogisticProber(self._sample.x[torch.from_numpy(self._halves[0])])
 
+    @property
+    @remembered
+    def _latents(self) -> tuple[sparse.csr_array, sparse.csr_array]:
+        """(n, m) latents of the images for fitting probes and for choosing thresholds."""
+        train, choose, _ = self._halves
+        return self._sample.z[train], self._sample.z[choose]
+
     def probe(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Probed:
         """The probes of the nodes with enough images."""
         labels = self._sample.labels(shuffled)
@@ -160,26 +167,23 @@ class Absorption(Evaluator[AbsorptionOptions]):
     ) -> pd.DataFrame:
         """One row for each node with enough images; NaN absorption where the probe fails."""
         probed = self.probe(permutation, shuffled)
-        table = pd.DataFrame(
-            {
-                "node": probed.node,
-                "probe_f1": probed.f1,
-                "passed": probed.f1 > self.options.probe_f1,
-            }
-        )
+        table = {
+            "node": probed.node,
+            "probe_f1": probed.f1,
+            "passed": probed.f1 > self.options.probe_f1,
+        }
         numbers = ("full", "fraction", "reconstructed_share", "true_positives", "main_f1")
         for column in (*numbers, "main_latents", "absorber"):
-            table[column] = np.full(len(table), np.nan)
+            table[column] = np.full(len(probed.node), np.nan)
         passed = np.flatnonzero(table["passed"])
         decoder = self.context.W_dec
         if decoder is None or not len(passed) or not self.context.d_sae:
-            return table
+            return pd.DataFrame(table)
         decoder = decoder.detach().float().cpu()
         train, choose, score = self._halves
         z = self._sample.z
         mains, main_f1 = main_latents(
-            z[train],
-            z[choose],
+            *self._latents,
             probed.member[train][:, passed],
             probed.member[choose][:, passed],
             rise=self.options.main_rise,
@@ -194,20 +198,20 @@ class Absorption(Evaluator[AbsorptionOptions]):
             rows = score[(probed.member & probed.predicted)[score, v]]
             target = (x[torch.from_numpy(rows)] @ probed.direction[v]).numpy()
             rows, target = rows[target > 0], target[target > 0]
-            table.loc[v, ["true_positives", "main_latents"]] = len(rows), len(mains[i])
-            table.loc[v, "main_f1"] = main_f1[i]
+            table["true_positives"][v], table["main_latents"][v] = len(rows), len(mains[i])
+            table["main_f1"][v] = main_f1[i]
             if len(rows):
                 columns, dense = active_part(z[rows], mains[i])
                 main = np.isin(columns, mains[i])
                 found = absorbed(dense, gain[columns, i], cosine[columns, i], main, target)
                 projection = dense * gain[columns, i]
-                table.loc[v, "full"] = found.full.mean()
-                table.loc[v, "fraction"] = found.fraction.mean()
-                table.loc[v, "reconstructed_share"] = projection.sum() / target.sum()
+                table["full"][v] = found.full.mean()
+                table["fraction"][v] = found.fraction.mean()
+                table["reconstructed_share"][v] = projection.sum() / target.sum()
                 others = np.where(main, -np.inf, projection.sum(0))
                 if not main.all():
-                    table.loc[v, "absorber"] = columns[others.argmax()]
-        return table
+                    table["absorber"][v] = columns[others.argmax()]
+        return pd.DataFrame(table)
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -320,12 +324,14 @@ def main_latents(
     chosen = [np.zeros(0, dtype=np.int64)] * len(ordered)
     best = np.zeros(len(ordered))
     rising = np.arange(len(ordered))
-    columns = [sparse.csc_array(part) for part in (train, choose)]
+    columns, place = np.unique(ordered, return_inverse=True)
+    place = place.reshape(ordered.shape)
+    dense = [sparse.csc_array(part)[:, columns].toarray() for part in (train, choose)]
     for size in range(1, k + 1):
         if not len(rising):
             break
         both = [
-            np.stack([part[:, ordered[g, :size]].toarray() for g in rising]) for part in columns
+            np.ascontiguousarray(part[:, place[rising, :size]].swapaxes(0, 1)) for part in dense
         ]
         truth = torch.from_numpy(train_truth[:, rising].T)
         scores = sparse_logistic(*map(torch.from_numpy, both), truth).numpy()

@@ -62,7 +62,7 @@ LARGEST = 1e12
 
 
 class Firings(NamedTuple):
-    """The entries of z above 0, or all that are not 0, by image and then latent; on the CPU."""
+    """The entries of z above 0, or all that are not 0, by image and then latent; where z lies."""
 
     rows: Tensor  # (nnz,) int64, position in the batch
     latents: Tensor  # (nnz,) int64
@@ -96,21 +96,22 @@ class EvaluationBatch:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def labels_of(self, shuffled: bool) -> Tensor:
-        """(n,) int64 the true or the shuffled labels, on the CPU."""
-        return (self.shuffled_labels if shuffled else self.labels).cpu()
+    def labels_of(self, shuffled: bool, device: torch.device | str = "cpu") -> Tensor:
+        """(n,) int64 the true or the shuffled labels, on `device`."""
+        return (self.shuffled_labels if shuffled else self.labels).to(device)
 
     @cached_property
     def active(self) -> Firings:
         """The entries of z that are not 0, computed once for all accumulators of the pass."""
-        active = self.z != 0
+        z = self.z.cpu() if self.z.device.type == "mps" else self.z  # which lacks float64
+        active = z != 0
         if active.device.type == "cpu":  # numpy is about ten times as fast where few are nonzero
             flat = torch.from_numpy(np.flatnonzero(active.numpy()))
         else:
             flat = active.flatten().nonzero().squeeze(1)
-        values = self.z.flatten()[flat].float().cpu()
-        rows = flat.cpu() // max(self.z.shape[1], 1)
-        return _where(Firings(rows, flat.cpu() - rows * self.z.shape[1], values), ~values.isnan())
+        values = z.flatten()[flat].float()
+        rows = flat // max(z.shape[1], 1)
+        return _where(Firings(rows, flat - rows * z.shape[1], values), ~values.isnan())
 
     @cached_property
     def firings(self) -> Firings:
@@ -499,6 +500,13 @@ class Evaluator(ABC, Generic[O]):
     def members(self, nodes: np.ndarray, permutation: np.ndarray | None = None) -> np.ndarray:
         """(C, N) bool, whether a class lies below each of `nodes` (N,), as in `compute`."""
         members = self.taxonomy.membership[:, nodes]
+        return members if permutation is None else members[permutation]
+
+    def sparse_members(
+        self, nodes: np.ndarray, permutation: np.ndarray | None = None
+    ) -> sparse.csr_array:
+        """As `members`, of float32."""
+        members = self.taxonomy.sparse_membership[:, nodes]
         return members if permutation is None else members[permutation]
 
     def _check_shuffled(self, shuffled: bool) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from plotly.graph_objects import Figure
-from scipy import sparse
 from torch import Tensor
 
 from .. import hashing
@@ -23,7 +22,7 @@ from .base import EvaluationBatch, Evaluator, Intervention, remembered, require_
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
 from .parts.image_positions import ImagePositions
-from .parts.node_f1 import explain
+from .parts.node_f1 import Halves, explain
 from .parts.readout import ProbeReadout, Readout, head_of
 from .parts.steering import Effects, Steered, effects, steer
 
@@ -165,8 +164,7 @@ class Detection(Evaluator[DetectionOptions]):
     ) -> Explanations:
         """The best of `nodes` (N,) for each latent, with scores (m,)."""
         return find_explanations(
-            self._firings.fit(shuffled),
-            self._firings.score(shuffled)[:, 0].numpy(),
+            self._firings.halves(shuffled),
             self.members(nodes, permutation),
             self._classes.fit(shuffled),
             self._classes.score(shuffled),
@@ -364,8 +362,7 @@ class Detection(Evaluator[DetectionOptions]):
 
 
 def find_explanations(
-    fit: sparse.csr_array,
-    score: np.ndarray,
+    halves: Halves,
     members: np.ndarray,
     fit_images: np.ndarray,
     score_images: np.ndarray,
@@ -375,17 +372,17 @@ def find_explanations(
     """Choose a node for each latent by F1 on the fit half; score it (m,) on the score half.
 
     Args:
-        fit, score: (m, C) images of each class on which each latent fires, in the halves.
+        halves: images of each class on which each latent fires, one bin.
         members: (C, N) whether a class lies below a node.
         fit_images, score_images: (C,) images of each class in the halves.
         nodes: (N,); among equally good ones the first is chosen.
         min_fired: latents that fire on fewer images of the fit half are not explained.
     """
-    at, fit_f1, found = explain(fit, score, members, fit_images, score_images)
+    at, fit_f1, found = explain(halves, members, fit_images, score_images)
     others = score_images.sum() - found.positives
     false_alarms = summary.ratio(found.fired - found.hits, others)
     f1 = np.where(found.positives > 0, found.f1, np.nan)
-    known = np.asarray(fit.sum(1)).ravel() >= min_fired
+    known = np.asarray(halves.fit.sum(1)).ravel() >= min_fired
     node = np.where(known, np.append(nodes, -1)[at], -1)
     rates = (fit_f1, found.recall, false_alarms, f1)
     return Explanations(node, *(np.where(node >= 0, rate, np.nan) for rate in rates))

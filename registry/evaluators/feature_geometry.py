@@ -163,22 +163,23 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         labels = self._sample.labels(shuffled)
         member = self._tree.membership[labels if permutation is None else permutation[labels]]
         x, fit = self._whitened, self._sample.is_fit
+        x_held, member_held, member_fit = x[~fit], member[~fit].T, (member & fit[:, None]).T
         n_nodes = len(self._tree.nodes)
         vector = np.full((n_nodes, x.shape[1]), np.nan)
         own, other = np.full((2, n_nodes), np.nan)
         least = self.options.min_images
         for v in np.unique(self._edges):
-            images, held = member[:, v] & fit, member[:, v] & ~fit
-            if min(images.sum(), held.sum()) < max(least / 2, 2):
+            images, held = np.flatnonzero(member_fit[v]), member_held[v]
+            if min(len(images), held.sum()) < max(least / 2, 2):
                 continue
-            rows = np.flatnonzero(images)[: self.options.node_images]
+            rows = images[: self.options.node_images]
             found = node_vector(x[rows])
             length = found @ found
             if length > 0:
                 vector[v] = found
-                along = x[~fit] @ found / length
-                own[v] = along[member[~fit, v]].mean()
-                other[v] = summary.mean(along[~member[~fit, v]])
+                along = x_held @ found / length
+                own[v] = along[held].mean()
+                other[v] = summary.mean(along[~held])
         return Directions(vector, own, other)
 
     def _on_x(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
@@ -227,8 +228,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         """(V,) the latent that represents each node of the collapsed tree, −1 where none does."""
         members = self._tree.membership
         found = find_detectors(
-            self._firings.fit(shuffled),
-            self._firings.score(shuffled),
+            self._firings.halves(shuffled),
             members if permutation is None else members[permutation],
             self._classes.fit(shuffled),
             self._classes.score(shuffled),

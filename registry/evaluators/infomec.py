@@ -28,9 +28,6 @@ from .parts.accumulators import SURVIVAL, ClassCounts, FiringHistogram, Negative
 from .parts.logistic import class_log_odds
 from .parts.samples import ImageSample, shape
 
-BLOCK = 1024
-"""Latents processed at a time."""
-
 
 @dataclass(frozen=True)
 class InfoMECOptions:
@@ -142,7 +139,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         self._check_shuffled(shuffled)
         images = self._classes.all(shuffled)
         counts = self._counts(shuffled)
-        n_levels = len(self.options.levels) + (self._negative.counts is not None)
+        n_levels = len(self.options.levels) + (self._negative.of() is not None)
         groups = self.groups(permutation)
         found = [mutual_information(counts, n_levels, images, group) for group in groups]
         mutual = np.array([i for i, _ in found]).reshape(len(found), self.context.d_sae)
@@ -151,8 +148,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
 
     @remembered
     def _counts(self, shuffled: bool) -> sparse.csr_array:
-        negative = self._negative.counts
-        below = None if negative is None else negative[int(shuffled)]
+        below = self._negative.of(shuffled)
         return level_counts(self._histogram, self.options.levels, shuffled, below)
 
     def explicitness(
@@ -256,26 +252,27 @@ def level_counts(
     histogram: FiringHistogram,
     levels: Sequence[float],
     shuffled: bool = False,
-    below: Tensor | None = None,
+    below: sparse.csr_array | None = None,
 ) -> sparse.csr_array:
     """(m·L, C) images of both halves in each level of each latent, lowest level first; with
     `below` (m, C), the images where a latent is below 0, (m·(L + 1), C), these last."""
     survival = np.array(histogram.thresholds.survival)
     level = np.searchsorted(-np.array(levels), -survival, side="right") - 1
-    parts = []
-    counts = histogram.counts[int(shuffled)]
-    for start in range(0, counts.shape[1], BLOCK):
-        block = counts[:, start : start + BLOCK]
-        merged = torch.zeros(block.shape[1], len(levels), block.shape[3], dtype=torch.int32)
-        for half in block:
-            for t, into in enumerate(level):
-                merged[:, into] += half[:, t]
-        if below is not None:
-            merged = torch.cat([merged, below[start : start + BLOCK, None].int()], 1)
-        parts.append(sparse.csr_array(merged.flatten(0, 1).numpy()))
-    n_classes = counts.shape[3]
-    empty = sparse.csr_array((0, n_classes), dtype=np.int32)
-    return sparse.csr_array(sparse.vstack([*parts, empty], format="csr"))
+    counts = histogram.both(shuffled)
+    m = shape(counts)[0] // len(level)
+    n_levels = len(levels) + (below is not None)
+    # Rows of a latent are its bins from the highest down.
+    row = (np.arange(m)[:, None] * n_levels + level[::-1]).ravel()
+    rows = np.repeat(row, np.diff(counts.indptr))
+    columns, values = counts.indices, counts.data
+    if below is not None:
+        of_latent = np.repeat(np.arange(m), np.diff(below.indptr))
+        rows = np.append(rows, of_latent * n_levels + len(levels))
+        columns, values = np.append(columns, below.indices), np.append(values, below.data)
+    size = (m * n_levels, shape(counts)[1])
+    return sparse.csr_array(
+        sparse.coo_array((values, (rows, columns)), shape=size).astype(np.int32)
+    )
 
 
 def mutual_information(

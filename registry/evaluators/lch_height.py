@@ -16,11 +16,12 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..presentation import Headline, NodeTable, Support
-from ..taxonomies.taxonomy import Taxonomy
+from ..taxonomies.taxonomy import Taxonomy, first_columns
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram, TopImages
 from .parts.ranks import benjamini_hochberg
+from .parts.samples import shape
 
 FEW_IMAGES = 5
 """Images of a class below which the rule `frequency` takes false alarms for classes of a latent."""
@@ -160,8 +161,9 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     @remembered
     def _sets(self, tau: float, shuffled: bool) -> sparse.csr_array:
         """(m, C) the classes of each latent."""
-        fired, images = self._firings.fired(shuffled), self._classes.all(shuffled)
-        return sparse.csr_array(frequent_classes(fired, images, tau))
+        return frequent_classes(
+            self._firings.fired_sparse(shuffled), self._classes.all(shuffled), tau
+        )
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -294,15 +296,19 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         }
 
 
-def frequent_classes(fired: np.ndarray, images: np.ndarray, tau: float) -> np.ndarray:
-    """(m, C) the classes on at least `tau` of whose images, and at least one, a latent fires.
+def frequent_classes(fired: sparse.csr_array, images: np.ndarray, tau: float) -> sparse.csr_array:
+    """(m, C) of bool, the classes on at least `tau` of whose images, and one, a latent fires.
 
     Args:
         fired: (m, C) images on which the latent fires.
         images: (C,) images of each class.
     """
     # A tolerance for the rounding of bounds like .07 · 100.
-    return (fired > 0) & (fired >= tau * images - 1e-9)
+    frequent = fired.data >= np.maximum(tau * images[fired.indices] - 1e-9, 1)
+    entries = (frequent, fired.indices, fired.indptr)
+    sets = sparse.csr_array(entries, shape=shape(fired), copy=True)
+    sets.eliminate_zeros()
+    return sets
 
 
 def top_labels(top: TopImages, k: int, shuffled: bool) -> np.ndarray:
@@ -318,23 +324,28 @@ def smallest_holding(taxonomy: Taxonomy, labels: np.ndarray, keep: float) -> Ass
     distinct classes of the labels below it.
     """
     m, k = labels.shape
-    images = np.zeros((m, len(taxonomy.classes)), dtype=np.float32)
-    rows, columns = np.nonzero(labels >= 0)
-    np.add.at(images, (rows, labels[rows, columns]), 1)
+    images = _count_labels(labels, len(taxonomy.classes))
     order = np.lexsort((np.arange(len(taxonomy.nodes)), -taxonomy.depth, taxonomy.n_leaves))
-    held = images @ taxonomy.sparse_membership[:, order]
-    node = order[(held >= keep * k - 1e-6).argmax(1)]
-    size = ((images > 0) & taxonomy.membership[:, node].T).sum(1)
-    return Assignment(np.where(labels[:, 0] >= 0, node, -1), size)
+    held = sparse.csr_array(images @ taxonomy.sparse_membership[:, order])
+    node = first_columns(held, held.data >= keep * k - 1e-6)
+    node = np.where(node >= 0, order[node], -1)
+    latent = np.repeat(np.arange(m), np.diff(images.indptr))
+    size = np.bincount(latent, taxonomy.membership[images.indices, node[latent]], m)
+    return Assignment(node, size.astype(np.int64))
 
 
 def class_sets(labels: np.ndarray, n_classes: int) -> sparse.csr_array:
     """(m, C) of bool, the distinct labels of each row (m, k); none where they are −1."""
+    return _count_labels(labels, n_classes).astype(bool)
+
+
+def _count_labels(labels: np.ndarray, n_classes: int) -> sparse.csr_array:
+    """(m, C) how often each class is in a row of `labels` (m, k), −1 left out."""
     rows, columns = np.nonzero(labels >= 0)
-    entries = (np.ones(len(rows)), (rows, labels[rows, columns]))
+    entries = (np.ones(len(rows), dtype=np.float32), (rows, labels[rows, columns]))
     counts = sparse.csr_array(entries, shape=(len(labels), n_classes))
     counts.sum_duplicates()
-    return sparse.csr_array(counts.astype(bool))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -343,8 +354,8 @@ class RandomSets:
 
     height: np.ndarray  # (C + 1,) mean height of the LCH of s classes; NaN at s = 0
     generality: np.ndarray  # (C + 1,)
-    heights: np.ndarray  # (repeats, P) heights of the drawn sets of s = 1 … P classes, ascending
-    of_pairs: np.ndarray  # heights of the LCHs of all pairs of classes, ascending
+    heights: np.ndarray  # (P, repeats) heights of the drawn sets of s = 1 … P classes, ascending
+    pairs: np.ndarray  # (H + 1,) pairs of classes with an LCH of at most this height
 
     def p_lower(self, size: np.ndarray, height: np.ndarray) -> np.ndarray:
         """(L,) share of the sets of size (L,) ≥ 2 with an LCH of at most this height (L,).
@@ -353,10 +364,13 @@ class RandomSets:
         """
         p = np.full(len(size), np.nan)
         for s in np.unique(size):
-            heights = self.of_pairs if s == 2 else self.heights[:, s - 1]
-            own = int(s != 2)
-            reached = np.searchsorted(heights, height[size == s], side="right")
-            p[size == s] = (own + reached) / (own + len(heights))
+            own = height[size == s]
+            if s == 2:
+                p[size == s] = self.pairs[own] / self.pairs[-1]
+            else:
+                heights = self.heights[s - 1]
+                reached = np.searchsorted(heights, own, side="right")
+                p[size == s] = (1 + reached) / (1 + len(heights))
         return p
 
 
@@ -375,15 +389,19 @@ def random_class_sets(
         above_first = np.flatnonzero(membership[order[0]])  # only these can contain a prefix
         common = np.logical_and.accumulate(membership[np.ix_(order, above_first)])
         row[:] = best_first[above_first[common.argmax(1)]]
-    pairs = taxonomy.leaf_lch[np.ix_(places, places)][np.triu_indices(len(places), 1)]
+    pairs = np.zeros(len(taxonomy.nodes))  # with this LCH
+    at = np.array(places, dtype=np.int64)
+    for i, place in enumerate(places):
+        lch = taxonomy.leaf_lch[place][at[i + 1 :]]
+        pairs += np.bincount(lch, minlength=len(pairs))
     means = np.full((2, len(taxonomy.classes) + 1), np.nan)
     for mean, of_node in zip(means, (taxonomy.height, taxonomy.generality)):
         mean[1 : len(places) + 1] = of_node[nodes].mean(0)
-        if len(pairs):
-            mean[2] = of_node[pairs].mean()
+        if pairs.any():
+            mean[2] = pairs @ of_node / pairs.sum()
     heights = taxonomy.height.astype(np.int16)
-    ordered = np.sort(heights[nodes], axis=0)
-    return RandomSets(means[0], means[1], ordered, np.sort(heights[pairs]))
+    ordered = np.sort(heights[nodes].T, axis=1)
+    return RandomSets(means[0], means[1], ordered, np.cumsum(np.bincount(heights, pairs)))
 
 
 def random_sets(taxonomy: Taxonomy, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
+from scipy.stats import rankdata
 
 from ..errors import ConfigError
 from ..presentation import Support
@@ -20,7 +21,7 @@ from .base import Evaluator, remembered
 from .parts import summary
 from .parts.accumulators import FiringRate, TopImages
 from .parts.pair_depths import ClassPairs
-from .parts.ranks import spearman
+from .parts.ranks import pearson
 
 SHARES = (0.002, 0.009, 0.035, 0.189, 0.765)
 """The groups of the paper, as shares of the dictionary; by rate, of the latents with a depth."""
@@ -133,6 +134,7 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         return sorted({min(w, d_sae) for w in (*widths, d_sae) if w > 0})
 
     @property
+    @remembered
     def group(self) -> np.ndarray:
         """(m,) the prefix group of each latent."""
         place = np.arange(self.context.d_sae)
@@ -141,9 +143,14 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         return np.searchsorted(self.widths, place, side="right")
 
     @remembered
+    def _group_ranks(self, valid: np.ndarray) -> np.ndarray:
+        """(l,) the rank of the group of each of the latents that are true in `valid` (m,)."""
+        return rankdata(self.group[valid])
+
+    @remembered
     def pairs(self, shuffled: bool = False) -> ClassPairs:
         """The pairs of classes of each latent."""
-        return ClassPairs(self._top.labels(shuffled), self.taxonomy.leaf_lca_depth)
+        return self._top.pairs(shuffled)
 
     @remembered
     def depths(
@@ -168,7 +175,7 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
             numbers[f"n_{prefix}ends"] = float(min((valid & end).sum() for end in ends))
             numbers[f"{prefix}depth"] = summary.mean(depth)
             numbers[f"{prefix}gain"] = last - first
-            numbers[f"{prefix}trend"] = spearman(group[valid], depth[valid])
+            numbers[f"{prefix}trend"] = pearson(self._group_ranks(valid), rankdata(depth[valid]))
             if not prefix:
                 numbers |= {"first_depth": first, "last_depth": last, "defined": float(valid.sum())}
             else:

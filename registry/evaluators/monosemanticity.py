@@ -104,7 +104,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
             self._embedded = torch.zeros(size[1], dtype=torch.float64)
         self._embedded += embedding.sum(0, dtype=torch.float64).cpu()
         self._add(batch, embedding)
-        _, latents, values = batch.active
+        _, latents, values = (t.cpu() for t in batch.active)
         m = len(self._active)
         self._images += len(batch)
         self._active += torch.bincount(latents, minlength=m).numpy()
@@ -117,7 +117,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         """Add Σ z Ê of a batch. A sparse product writes all of (m, e), so the firings of a sparse z
         are collected first, of at most as many images as there are latents."""
         assert self._weighted is not None
-        rows, latents, values = batch.active
+        rows, latents, values = (t.cpu() for t in batch.active)
         n, m = batch.z.shape
         if len(values) > DENSE * n * m:
             z = batch.z.float().nan_to_num(0.0)

@@ -101,9 +101,8 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     ) -> Detectors:
         """The detector of each of `nodes` (N,)."""
         return find_detectors(
-            self._histogram.fit(shuffled),
-            self._histogram.score(shuffled),
-            self.members(nodes, permutation),
+            self._histogram.halves(shuffled),
+            self.sparse_members(nodes, permutation),
             self._classes.fit(shuffled),
             self._classes.score(shuffled),
             self.options.covered,

@@ -59,7 +59,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
     @remembered
     def pairs(self, shuffled: bool = False) -> ClassPairs:
         """The pairs of classes of each latent."""
-        return ClassPairs(self._top.labels(shuffled), self.taxonomy.leaf_lca_depth)
+        return self._top.pairs(shuffled)
 
     @remembered
     def depth(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> np.ndarray:

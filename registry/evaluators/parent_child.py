@@ -267,9 +267,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
     ) -> np.ndarray:
         """(l,) position in `_nodes` of the node of best F1 with each of `latents` (l,), on the score
         half; −1 where a latent does not fire there."""
-        members = self.members(self._nodes, permutation)
+        members = self.sparse_members(self._nodes, permutation)
         distinct, place = np.unique(latents, return_inverse=True)
-        fired = self._firings.score(shuffled)[torch.from_numpy(distinct), 0].numpy()
+        fired = self._firings.halves(shuffled).score[distinct]
         node, f1 = best_nodes(fired, self._classes.score(shuffled), members)
         return np.where(f1 > 0, node, -1)[place]
 
@@ -339,17 +339,23 @@ class ParentChild(Evaluator[ParentChildOptions]):
         parent, child = self.best_nodes(ends.ravel(), permutation, shuffled).reshape(ends.shape)
         fire = (parent >= 0) & (child >= 0)
         return (
-            summary.mean(self._above[parent, child] & (parent > 0), fire),
+            summary.mean(self._above(parent, child), fire),
             recall_of(self._tree_edges, np.stack([parent, child], axis=1)),
             int(fire.sum()),
         )
 
+    def _above(self, parent: np.ndarray, child: np.ndarray) -> np.ndarray:
+        """(E,) whether the classes of the node at `child` (E,) are a strict subset of those of the
+        node at `parent` (E,), not the root; False where either is −1."""
+        members, size = self._classes_of, self.taxonomy.n_leaves[self._nodes]
+        shared = members[parent].multiply(members[child]).sum(1)
+        known = (parent > 0) & (child >= 0)
+        return known & (shared == size[child]) & (size[parent] > size[child])
+
     @cached_property
-    def _above(self) -> np.ndarray:
-        """(N, N) whether the classes of the second node are a strict subset of the first's."""
-        members = self.taxonomy.membership[:, self._nodes].astype(np.float32)
-        size = members.sum(0)
-        return (members.T @ members == size) & (size[:, None] > size)
+    def _classes_of(self) -> sparse.csr_array:
+        """(N, C) the classes of each node."""
+        return sparse.csr_array(self.sparse_members(self._nodes).T)
 
     @cached_property
     def _tree_edges(self) -> np.ndarray:
@@ -380,7 +386,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
                 "parent": forest.parent,
                 "child_name": np.where(child >= 0, self._names[child], ""),
                 "parent_name": np.where(parent >= 0, self._names[parent], ""),
-                "agrees": self._above[parent, child] & (parent > 0) & (child >= 0),
+                "agrees": self._above(parent, child),
                 "child_fired": self._fired[forest.child],
                 "parent_fired": self._fired[forest.parent],
                 **edges._asdict(),

@@ -76,10 +76,10 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
             return
         rows, latents, values = batch.active
         n = len(batch)
-        square = (values.double() * self._row_norm[latents]).square()
-        f2 = torch.bincount(rows, weights=square, minlength=n).numpy() + self._offset
+        square = (values.double() * self._row_norm.to(latents.device)[latents]).square()
+        f2 = torch.bincount(rows, weights=square, minlength=n).cpu().numpy() + self._offset
         x2 = batch.x.double().square().sum(1).cpu().numpy()
-        l0 = torch.bincount(rows, minlength=n).numpy()
+        l0 = torch.bincount(rows, minlength=n).cpu().numpy()
         gap = summary.ratio(np.abs(x2 - f2), f2)
         x, f = np.sqrt(x2), np.sqrt(f2)
         self._add("epsilon_lbo", summary.ratio(gap, self.context.d_sae - 1))

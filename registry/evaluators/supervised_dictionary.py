@@ -159,10 +159,10 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         """The supervised dictionary and the latents as detectors of nodes."""
         members = self.members(self.nodes, permutation)
         images = self._classes.fit(shuffled), self._classes.score(shuffled)
-        fit, score = self._firings.fit(shuffled), self._firings.score(shuffled)
-        detectors = find_detectors(fit, score, members, *images)
+        halves = self._firings.halves(shuffled)
+        detectors = find_detectors(halves, members, *images)
         scored = np.isfinite(detectors.f1)
-        at, fit_f1, outcome = explain(fit, score[:, 0].numpy(), members[:, scored], *images)
+        at, fit_f1, outcome = explain(halves, members[:, scored], *images)
         fires = fit_f1 > 0
         node = np.append(np.flatnonzero(scored), -1)[np.where(fires, at, -1)]
         supervised = self._supervise(members, shuffled)

@@ -226,7 +226,7 @@ class Taxonomy:
     @cached_property
     def sparse_membership(self) -> sparse.csr_array:
         """(C, V) `membership` as sparse float32, for fast products."""
-        return sparse.csr_array(self.membership.astype(np.float32))
+        return sparse.csr_array(self.membership).astype(np.float32)
 
     def leaves(self, v: int) -> IntArray:
         """(n,) the classes at or below node v."""
@@ -262,20 +262,27 @@ class Taxonomy:
         With a `permutation` (C,), class c takes the position of class permutation[c].
         """
         sets = sparse.csr_array(sets, dtype=np.float32)
-        best_first = self.by_preference[::-1]
-        ancestors = self.sparse_membership[:, best_first]
-        if permutation is not None:
-            ancestors = ancestors[permutation]
+        place = np.arange(len(self.classes)) if permutation is None else permutation
+        best_first, ancestors = self._best_first
         size = np.diff(sets.indptr)
         found = np.full(len(size), -1, dtype=np.int64)
-        filled = np.flatnonzero(size)
-        for rows in np.array_split(filled, -(-int(size.sum()) // 2**18) or 1):
-            held = sparse.coo_array(sets[rows] @ ancestors)
-            holds_all = held.data == size[rows][held.row]
-            first = np.full(len(rows), len(self.nodes))
-            np.minimum.at(first, held.row[holds_all], held.col[holds_all])
-            found[rows] = best_first[first]
+        few = np.flatnonzero((size == 1) | (size == 2))
+        one, other = (place[sets.indices[sets.indptr[few + end] - end]] for end in (0, 1))
+        found[few] = self.leaf_lch[one, other]
+        many = np.flatnonzero(size > 2)
+        if len(many):
+            ancestors = ancestors[place]
+        for rows in np.array_split(many, -(-int(size[many].sum()) // 2**18) or 1):
+            held = sparse.csr_array(sets[rows] @ ancestors)
+            holds_all = held.data == np.repeat(size[rows], np.diff(held.indptr))
+            found[rows] = best_first[first_columns(held, holds_all)]
         return found
+
+    @cached_property
+    def _best_first(self) -> tuple[IntArray, sparse.csr_array]:
+        """(V,) nodes by decreasing preference as LCH, and (C, V) `sparse_membership` in this order."""
+        best_first = self.by_preference[::-1]
+        return best_first, self.sparse_membership[:, best_first]
 
     @cached_property
     def leaf_lch(self) -> NDArray[np.int32]:
@@ -448,6 +455,18 @@ def _check_classes(classes: Sequence[str], nodes: Iterable[str]) -> None:
 
 def _repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, times in Counter(names).items() if times > 1)
+
+
+def first_columns(matrix: sparse.csr_array, where: BoolArray) -> IntArray:
+    """(n,) the first column of each row (n, k) among the nonzeros (nnz,) that are true in `where`;
+    −1 where none is."""
+    sizes = np.diff(matrix.indptr)
+    none = np.iinfo(np.int64).max
+    found = np.full(len(sizes), none)
+    if len(where):
+        columns = np.where(where, matrix.indices.astype(np.int64), none)
+        found[sizes > 0] = np.minimum.reduceat(columns, matrix.indptr[:-1][sizes > 0])
+    return np.where(found < none, found, -1)
 
 
 def _frozen(array: A) -> A:

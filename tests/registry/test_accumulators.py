@@ -54,7 +54,8 @@ def state(accumulators) -> list[np.ndarray]:
     classes, histogram, top, rate = accumulators
     return [
         classes.counts,
-        histogram.counts.numpy(),
+        histogram.both().toarray(),
+        histogram.halves(True).fit.toarray(),
         histogram.fired(),
         top.values,
         top.index,
@@ -84,8 +85,9 @@ def test_against_loops(gathered, seed):
                 assert histogram.fired(shuffled)[j, c] == fired.sum()
                 for t in range(len(SURVIVAL)):
                     reached = fired & (z[:, j] >= thresholds[j, t])
-                    above = histogram.counts[int(shuffled), :, j, t:, c].sum(1)
-                    assert above.tolist() == [
+                    fit = histogram.fit(shuffled).toarray().reshape(m, -1, 12)[:, ::-1]
+                    halves = (fit, histogram.score(shuffled).numpy())
+                    assert [half[j, t:, c].sum() for half in halves] == [
                         (reached & is_fit).sum(),
                         (reached & ~is_fit).sum(),
                     ]
@@ -175,14 +177,15 @@ def test_equal_activations_are_drawn_at_random(gathered):
 )
 def test_counts_take_the_narrowest_integer(animals, most, dtype):
     context = EvaluationContext(animals, 10**6, 5, 3, class_counts=np.array([most, 3]))
-    assert context.share(FiringHistogram).counts.dtype == dtype
+    assert context.share(FiringHistogram).score().dtype == dtype
 
 
 def test_counts_of_shuffled_labels_only_where_they_are_wanted(animals):
     for shuffled, labellings in ((True, 2), (False, 1)):
         context = EvaluationContext(animals, 10, 5, 3, shuffled=shuffled)
-        counts = context.share(FiringHistogram, survival=SURVIVAL).counts
-        assert counts.shape == (labellings, 2, 3, 3, 12)
+        histogram = context.share(FiringHistogram, survival=SURVIVAL)
+        assert len(histogram._counts) == labellings
+        assert histogram.score().shape == (3, 3, 12)
 
 
 def test_the_first_image_stays_among_the_best(gathered):

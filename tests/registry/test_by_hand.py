@@ -229,8 +229,7 @@ def test_counts_of_levels(one_batch: Any) -> None:
     context.update(one_batch(z, np.array([0, 1, 2, 0, 1, 2])))
     found = level_counts(histogram, (1.0, 0.5)).toarray()
     assert found.tolist() == [[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 0, 0]]
-    assert negative.counts is not None
-    found = level_counts(histogram, (1.0, 0.5), below=negative.counts[0]).toarray()
+    found = level_counts(histogram, (1.0, 0.5), below=negative.of()).toarray()
     assert found.tolist() == [[1, 1, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.detection import Detection, find_explanations
+from taxolens.registry.evaluators.parts.node_f1 import Halves
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.readout import kl_divergence
 from taxolens.registry.evaluators.parts.steering import STEPS, find_strength
@@ -151,7 +152,8 @@ def test_explanations_of_counts_written_down() -> None:
     score = np.array([[1, 0, 1], [0, 0, 2], [1, 0, 0]])
     members = np.array([[True, False], [False, True], [False, False]])
     images = np.array([5, 5, 5]), np.array([1, 0, 4])
-    found = find_explanations(fit, score, members, *images, np.array([0, 7]), 3)
+    halves = Halves(fit, sparse.csr_array(score), 1)
+    found = find_explanations(halves, members, *images, np.array([0, 7]), 3)
     assert found.node.tolist() == [0, 7, -1]  # the last fires too rarely
     nan = np.nan
     for name, wanted in {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.lch_height import (
     LCHHeight,
@@ -242,7 +243,7 @@ def test_the_strict_rule_against_loops(random_dag, one_batch, measured, seed):
 def test_a_share_that_is_met_exactly_counts():
     """.07 · 100 is above 7 in double precision."""
     fired, images = np.array([[7, 6, 0], [0, 14, 1]]), np.array([100, 100, 14])
-    found = frequent_classes(fired, images, 0.07).tolist()
+    found = frequent_classes(sparse.csr_array(fired), images, 0.07).toarray().tolist()
     assert found == [[True, False, False], [False, True, True]]
 
 
@@ -306,8 +307,9 @@ def test_random_sets_against_all_sets_of_the_present_classes(random_dag, seed):
 
 
 def test_a_drawn_p_value_counts_the_set_itself():
-    heights = np.array([[0, 1, 1], [0, 2, 2], [0, 2, 3]])
-    found = RandomSets(np.zeros(4), np.zeros(4), heights, np.array([1, 1, 2, 3]))
+    heights = np.array([[0, 0, 0], [1, 2, 2], [1, 2, 3]])  # of sets of 1, 2 and 3 classes
+    pairs = np.array([0, 2, 3, 4])  # of heights 1, 1, 2 and 3
+    found = RandomSets(np.zeros(4), np.zeros(4), heights, pairs)
     p = found.p_lower(np.array([2, 3, 3, 2, 3]), np.array([1, 0, 2, 3, 3]))
     assert p.tolist() == [2 / 4, 1 / 4, 3 / 4, 1.0, 1.0]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry.evaluators.parts import node_f1
 from taxolens.registry.evaluators.parts.node_f1 import (
+    Halves,
     Outcome,
     best_nodes,
     explain,
@@ -50,9 +50,7 @@ def test_what_is_chosen_on_one_half_is_scored_on_the_other(seed: int) -> None:
     images = rng.integers(0, 9, size=(2, 5))
     fit, score = (rng.integers(0, n + 1, size=(4, 5)) * (rng.random((4, 1)) < 0.8) for n in images)
     members = rng.random((5, 6)) < 0.4
-    node, fit_f1, outcome = explain(
-        sparse.csr_array(fit.astype(np.float32)), score.astype(np.uint8), members, *images
-    )
+    node, fit_f1, outcome = explain(halves_of(fit[:, None], score[:, None]), members, *images)
     for j in range(4):
         inside = members[:, node[j]]
         assert fit_f1[j] == pytest.approx(np.nan_to_num(f1_of(fit[j], images[0], inside)))
@@ -66,14 +64,18 @@ def test_what_is_chosen_on_one_half_is_scored_on_the_other(seed: int) -> None:
         assert outcome.recall[j] == pytest.approx(recall, nan_ok=True)
 
 
+def halves_of(fit: np.ndarray, score: np.ndarray) -> Halves:
+    """Counts (m, T, C) of both halves, the lowest bin first."""
+    rows = (half[:, ::-1].reshape(-1, half.shape[2]) for half in (fit, score))
+    return Halves(*(sparse.csr_array(half.astype(np.float32)) for half in rows), fit.shape[1])
+
+
 def detectors(fit: np.ndarray, members: np.ndarray, cells: int = 2**22) -> node_f1.Detectors:
     """The detectors of each node from counts (m, T, C), the lowest bin first, of both halves."""
-    flat = fit[:, ::-1].reshape(-1, fit.shape[2]).astype(np.float32)
     images = np.full(fit.shape[2], 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node_f1, "BLOCK", cells)
-        score = torch.from_numpy(fit.astype(np.int32))
-        return find_detectors(sparse.csr_array(flat), score, members, images, images)
+        return find_detectors(halves_of(fit, fit), members, images, images)
 
 
 @pytest.mark.parametrize("cells", [1, 3, 2**22])
@@ -91,16 +93,15 @@ def test_of_equal_detectors_the_first_is_taken(cells: int) -> None:
 def test_a_node_without_images_in_a_half_has_no_detector_to_score() -> None:
     fit = np.zeros((1, 1, 5))
     fit[0, 0] = [3, 1, 1, 1, 1]
-    flat, members = sparse.csr_array(fit[0].astype(np.float32)), np.eye(5, dtype=bool)
+    halves, members = halves_of(fit, fit), np.eye(5, dtype=bool)
     full, gap = np.full(5, 9), np.array([9, 0, 9, 9, 9])
-    score = torch.from_numpy(fit.astype(np.int32))
-    for halves in ((full, gap), (gap, full)):
-        found = find_detectors(flat, score, members, *halves)
+    for images in ((full, gap), (gap, full)):
+        found = find_detectors(halves, members, *images)
         assert np.isfinite(found.f1).tolist() == [True, False, True, True, True]
         assert found.f1[0] == pytest.approx(6 / 16) and found.recall[0] == pytest.approx(1 / 3)
     # "Always yes" has an F1 of 2·9/(9 + 45): a bound below that leaves every node out.
     for covered, left in ((1 / 3, 0), (0.34, 5)):
-        found = find_detectors(flat, score, members, full, full, covered)
+        found = find_detectors(halves, members, full, full, covered)
         assert np.isfinite(found.f1).sum() == left
 
 
@@ -112,15 +113,63 @@ def test_a_single_firing_is_found() -> None:
 
 
 def test_counts_in_narrow_integers_do_not_overflow() -> None:
-    fired = np.full((1, 4), 200, dtype=np.uint8)
-    found = Outcome.of(fired, np.array([[True, True, True, False]]), np.full(4, 200))
+    fired = sparse.csr_array(np.full((1, 4), 200, dtype=np.uint8))
+    own = sparse.csr_array(np.array([[1, 1, 1, 0]], dtype=np.float32))
+    found = Outcome.of(fired, own, np.array([600]))
     assert found == (600, 800, 600) and found.precision == 0.75 and found.recall == 1
 
 
 def test_without_nodes_or_latents() -> None:
-    fit, images = sparse.csr_array(np.ones((2, 3), dtype=np.float32)), np.full(3, 2)
+    halves, images = halves_of(np.ones((2, 1, 3)), np.ones((2, 1, 3))), np.full(3, 2)
     none = np.zeros((3, 0), dtype=bool)
-    node, fit_f1, outcome = explain(fit, np.ones((2, 3)), none, images, images)
+    node, fit_f1, outcome = explain(halves, none, images, images)
     assert node.tolist() == [0, 0] and np.isnan(fit_f1).all()
     assert np.isnan(outcome.recall).all() and outcome.fired.tolist() == [3, 3]
     assert len(best_nodes(np.zeros((0, 3)), images, np.ones((3, 2), dtype=bool))[0]) == 0
+
+
+def best_by_counting(
+    fit: np.ndarray, members: np.ndarray, images: np.ndarray
+) -> list[tuple[int, int, float]]:
+    """Latent, threshold and F1 of each node: all pairs in turn; of equal ones the first latent and
+    its highest threshold."""
+    chosen = []
+    for inside in members.T:
+        best = (-1, 0, 0.0)
+        for j, counts in enumerate(fit):
+            for t in reversed(range(fit.shape[1])):
+                f1 = f1_of(counts[t:].sum(0), images, inside)
+                if f1 > best[2]:
+                    best = (j, t, f1)
+        chosen.append(best)
+    return chosen
+
+
+@given(
+    seed=SEEDS,
+    cells=st.sampled_from([1, 40, 2**22]),
+    large=st.sampled_from([0.0, 0.4, 2.0]),
+    dense=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_detectors_against_all_pairs_in_turn(
+    seed: int, cells: int, large: float, dense: bool
+) -> None:
+    """With dense products, without, and with both; one search serves several sets of nodes."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(1, 9, 8)
+    fit = rng.integers(0, 3, (9, 3, 8)) * (rng.random((9, 1, 8)) < (0.9 if dense else 0.3))
+    fit = fit * (rng.random((9, 1, 1)) < 0.8)
+    halves = halves_of(fit, fit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node_f1, "BLOCK", cells)
+        patch.setattr(node_f1, "LARGE", large)
+        for _ in range(5):  # as the draws of permuted classes
+            members = rng.random((8, 6)) < rng.random(6) ** 2
+            found = find_detectors(halves, members, images, images)
+            expected = best_by_counting(fit, members, images)
+            for latent, bin_, f1, (j, t, best) in zip(
+                found.latent, found.bin, found.fit_f1, expected
+            ):
+                assert (latent, bin_) == ((j, t) if j >= 0 else (-1, 0))
+                assert f1 == best

@@ -1,6 +1,7 @@
 """Shared statistics of the count-based evaluators, each computed once per pass.
 
-All are computed from the nonzeros of z, so the cost is that of the firings.
+All are computed from the nonzeros of z, on the device of z, so the cost is that of the firings.
+Results are numpy arrays, moved from the device when they are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from .cells import CellCounts
+from .node_f1 import Halves, merge_rows
+from .pair_depths import ClassPairs
 
 SURVIVAL = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.06, 0.04, 0.025, 0.015, 0.008, 0.004)
 """Share of a latent's firings at or above each threshold. Most of the grid is in the tail: a dense
@@ -79,16 +83,17 @@ class Thresholds(Accumulator):
         check_survival(survival)
         self.survival = survival
         self.values: np.ndarray | None = None
+        self._on_device: Tensor | None = None
 
     def calibrate(self, batch: EvaluationBatch) -> None:
-        latents, values = batch.firings.latents.numpy(), batch.firings.values.numpy()
+        latents, values = (t.cpu().numpy() for t in batch.firings[1:])
         order = np.lexsort((values, latents))
         counts = np.bincount(latents, minlength=self.context.d_sae)
         quantiles = self._quantiles(values[order], np.cumsum(counts) - counts, counts)
         if len(values):
             pooled = self._quantiles(np.sort(values), np.zeros(1, int), np.array([len(values)]))
             quantiles[counts == 0] = pooled
-        self.values = quantiles
+        self.values, self._on_device = quantiles, None
 
     def _quantiles(self, ordered: np.ndarray, start: np.ndarray, counts: np.ndarray) -> np.ndarray:
         out = np.zeros((len(counts), len(self.survival)), dtype=np.float32)
@@ -106,18 +111,22 @@ class Thresholds(Accumulator):
     def bins(self, latents: Tensor, values: Tensor) -> Tensor:
         """(nnz,) the last threshold that each firing reaches."""
         assert self.values is not None, "Thresholds.bins is called before the first batch"
-        thresholds = torch.from_numpy(self.values)
-        parts = zip(latents.split(2**20), values.split(2**20))
-        above = [torch.searchsorted(thresholds[j], v[:, None], right=True) for j, v in parts]
-        return torch.cat([*above, torch.zeros(0, 1, dtype=torch.int64)]).squeeze(1).sub_(1)
+        if self._on_device is None or self._on_device.device != latents.device:
+            self._on_device = torch.from_numpy(self.values).to(latents.device)
+        found = torch.empty_like(latents)
+        for start in range(0, len(latents), 2**20):
+            part = slice(start, start + 2**20)
+            own = self._on_device[latents[part]]
+            reached = torch.searchsorted(own, values[part, None], right=True)
+            found[part] = reached.squeeze(1) - 1
+        return found
 
 
 class FiringHistogram(Accumulator):
     """Number of images of each class in each bin between the thresholds of each latent.
 
-    `counts (labellings, 2, m, T, C)`: true and shuffled labels; fit and score half; bin t holds the
-    firings from threshold t up to the next. The integer type is the narrowest for the largest
-    class: bytes where no class has more than 255 images.
+    Bin t holds the firings from threshold t up to the next. Counted for the true and the shuffled
+    labels, in the fit and the score half. Memory O(number of counts above 0).
 
     Args:
         survival: see `SURVIVAL`; `(1.0,)` counts firings only.
@@ -126,38 +135,58 @@ class FiringHistogram(Accumulator):
     def __init__(self, context: EvaluationContext, survival: tuple[float, ...] = SURVIVAL) -> None:
         super().__init__(context)
         self.thresholds = context.share(Thresholds, survival=survival)
-        labellings, n_classes = 2 if context.shuffled else 1, len(context.taxonomy.classes)
-        shape = (labellings, 2, context.d_sae, len(survival), n_classes)
-        self.counts = torch.zeros(shape, dtype=_narrowest(context))
-        self._sparse: dict[bool, sparse.csr_array] = {}
+        self.n_bins = len(survival)
+        self.n_classes = len(context.taxonomy.classes)
+        self._counts = _cells(context, 2 * context.d_sae * self.n_bins * self.n_classes)
+        self._halves: dict[bool, Halves] = {}
+        self._both: dict[bool, sparse.csr_array] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = batch.firings
-        _, _, m, n_bins, n_classes = self.counts.shape
-        half = (~batch.is_fit).cpu().long()[rows]
-        cell = ((half * m + latents) * n_bins + self.thresholds.bins(latents, values)) * n_classes
-        ones = torch.ones(len(cell), dtype=self.counts.dtype)
-        for shuffled, counts in zip((False, True), self.counts):
-            labels = batch.labels_of(shuffled)[rows]
-            counts.view(-1).scatter_add_(0, cell + labels, ones)
-        self._sparse.clear()
+        half = (~batch.is_fit).to(rows.device).long()[rows]
+        # The highest bin of a latent is first: see `Halves`.
+        row = (half * self.context.d_sae + latents + 1) * self.n_bins - 1
+        cell = (row - self.thresholds.bins(latents, values)) * self.n_classes
+        for shuffled, counts in zip((False, True), self._counts):
+            counts.add(cell + batch.labels_of(shuffled, rows.device)[rows])
+        self._halves.clear()
+        self._both.clear()
 
-    @property
-    def n_bins(self) -> int:
-        """Number of bins of activations."""
-        return self.counts.shape[3]
+    def halves(self, shuffled: bool = False) -> Halves:
+        """The counts of both halves, (m·T, C) each."""
+        if shuffled not in self._halves:
+            n_rows = self.context.d_sae * self.n_bins
+            cells, counts = self._counts[int(shuffled)].read()
+            ends = np.searchsorted(cells, [0, n_rows * self.n_classes])
+            parts = (slice(ends[0], ends[1]), slice(ends[1], None))
+            found = [
+                _csr(
+                    cells[part] - first * n_rows * self.n_classes,
+                    counts[part],
+                    n_rows,
+                    self.n_classes,
+                )
+                for first, part in enumerate(parts)
+            ]
+            self._halves[shuffled] = Halves(found[0], found[1], self.n_bins)
+        return self._halves[shuffled]
+
+    def both(self, shuffled: bool = False) -> sparse.csr_array:
+        """(m·T, C) counts of both halves together; rows as of `fit`."""
+        if shuffled not in self._both:
+            halves = self.halves(shuffled)
+            self._both[shuffled] = sparse.csr_array(halves.fit + halves.score)
+        return self._both[shuffled]
 
     def fired(self, shuffled: bool = False, latents: np.ndarray | None = None) -> np.ndarray:
         """(m, C) images of both halves on which each latent fires; (l, C) for `latents` (l,)."""
-        counts = self.counts[int(shuffled)]
-        if latents is not None:
-            counts = counts[:, torch.from_numpy(latents)]
-        _, m, n_bins, n_classes = counts.shape
-        fired = torch.zeros(m, n_classes, dtype=torch.int32)
-        for half in counts:
-            for t in range(n_bins):  # a sum() over both would copy all counts to a wider type
-                fired += half[:, t]
-        return fired.numpy()
+        counts = self.fired_sparse(shuffled)
+        chosen = counts if latents is None else counts[latents]
+        return chosen.astype(np.int32).toarray()
+
+    def fired_sparse(self, shuffled: bool = False) -> sparse.csr_array:
+        """(m, C) images of both halves on which each latent fires."""
+        return merge_rows(self.both(shuffled), self.n_bins)
 
     def fit(self, shuffled: bool = False) -> sparse.csr_array:
         """(m·T, C) counts of the fit half; row j·T + T − 1 − t is bin t of latent j.
@@ -165,40 +194,54 @@ class FiringHistogram(Accumulator):
         The highest bin of a latent is first, so that a cumulative sum over its rows counts the
         images at or above each threshold.
         """
-        if shuffled not in self._sparse:
-            self._sparse[shuffled] = _csr(self.counts[int(shuffled), 0])
-        return self._sparse[shuffled]
+        return self.halves(shuffled).fit
 
     def score(self, shuffled: bool = False) -> Tensor:
-        """(m, T, C) counts of the score half."""
-        return self.counts[int(shuffled), 1]
+        """(m, T, C) counts of the score half, dense."""
+        counts = self.halves(shuffled).score.astype(np.int32).toarray()
+        by_row = torch.from_numpy(counts).to(_narrowest(self.context))
+        return by_row.reshape(self.context.d_sae, self.n_bins, self.n_classes).flip(1)
 
 
 class NegativeCounts(Accumulator):
-    """`counts (labellings, m, C)`: images of each class on which each latent is below 0.
-
-    None until a latent is.
-    """
+    """Images of each class on which each latent is below 0."""
 
     def __init__(self, context: EvaluationContext) -> None:
         super().__init__(context)
-        self.counts: Tensor | None = None
+        self._n_classes = len(context.taxonomy.classes)
+        self._counts = _cells(context, context.d_sae * self._n_classes)
+        self._any = False
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = batch.active
         below = values < 0
         if not below.any():
             return
-        context = self.context
-        if self.counts is None:
-            n_classes = len(context.taxonomy.classes)
-            shape = (2 if context.shuffled else 1, context.d_sae, n_classes)
-            self.counts = torch.zeros(shape, dtype=_narrowest(context))
+        self._any = True
         rows, latents = rows[below], latents[below]
-        ones = torch.ones(len(rows), dtype=self.counts.dtype)
-        for shuffled, counts in zip((False, True), self.counts):
-            cell = latents * counts.shape[1] + batch.labels_of(shuffled)[rows]
-            counts.view(-1).scatter_add_(0, cell, ones)
+        for shuffled, counts in zip((False, True), self._counts):
+            labels = batch.labels_of(shuffled, rows.device)[rows]
+            counts.add(latents * self._n_classes + labels)
+
+    def of(self, shuffled: bool = False) -> sparse.csr_array | None:
+        """(m, C) the images; None where no latent is below 0."""
+        if not self._any:
+            return None
+        return _csr(*self._counts[int(shuffled)].read(), self.context.d_sae, self._n_classes)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """(labellings, m, C) the images, dense; None where no latent is below 0."""
+        if not self._any:
+            return None
+        found = [self.of(bool(shuffled)) for shuffled in range(len(self._counts))]
+        dense = np.stack([counts.toarray() for counts in found if counts is not None])
+        return torch.from_numpy(dense).to(_narrowest(self.context))
+
+
+def _cells(context: EvaluationContext, n_cells: int) -> list[CellCounts]:
+    """Counts of cells for each labelling."""
+    return [CellCounts(n_cells, _narrowest(context)) for _ in range(2 if context.shuffled else 1)]
 
 
 def _narrowest(context: EvaluationContext) -> torch.dtype:
@@ -206,21 +249,14 @@ def _narrowest(context: EvaluationContext) -> torch.dtype:
     return next(dtype for most, dtype in DTYPES if context.largest_class <= most)
 
 
-def _csr(counts: Tensor, block: int = 1024) -> sparse.csr_array:
-    """(m, T, C) -> (m·T, C) in 32-bit indices, the bins of each latent from the highest down."""
-    m, n_bins, n_classes = counts.shape
-    columns, values, ends = [], [], [np.zeros(1, dtype=np.int64)]
-    for rows in counts.split(block):
-        flat = rows.flip(1).reshape(-1).numpy()
-        at = np.flatnonzero(flat)
-        per_row = np.bincount(at // n_classes, minlength=len(rows) * n_bins)
-        ends.append(ends[-1][-1] + np.cumsum(per_row))
-        columns.append((at % n_classes).astype(np.int32))
-        values.append(flat[at].astype(np.float32))
-    pointers = np.concatenate(ends).astype(np.int32)
-    return sparse.csr_array(
-        (np.concatenate(values), np.concatenate(columns), pointers), shape=(m * n_bins, n_classes)
-    )
+def _csr(cells: np.ndarray, counts: np.ndarray, n_rows: int, n_columns: int) -> sparse.csr_array:
+    """The counts (u,) of ascending cells (u,) as float32 in 32-bit indices where these suffice."""
+    row = cells // n_columns
+    column = cells - row * n_columns
+    ends = np.append(0, np.cumsum(np.bincount(row, minlength=n_rows)))
+    index = np.int32 if len(cells) < 2**31 else np.int64
+    entries = (counts.astype(np.float32), column.astype(index), ends.astype(index))
+    return sparse.csr_array(entries, shape=(n_rows, n_columns))
 
 
 class TopImages(Accumulator):
@@ -235,89 +271,120 @@ class TopImages(Accumulator):
         m = context.d_sae
         self.k = k
         self._columns = (
-            np.zeros((m, k), dtype=np.float32),
-            np.full((m, k), np.inf),
-            np.full((m, k), -1, dtype=np.int64),
-            np.full((m, k), -1, dtype=np.int32),
-            np.full((m, k), -1, dtype=np.int32),
+            torch.zeros(m, k),
+            torch.full((m, k), torch.inf, dtype=torch.float64),
+            torch.full((m, k), -1),
+            torch.full((m, k), -1, dtype=torch.int32),
+            torch.full((m, k), -1, dtype=torch.int32),
         )
-        self._waiting: list[tuple[np.ndarray, ...]] = []
+        self._waiting: list[tuple[Tensor, ...]] = []
+        self._pairs: dict[bool, ClassPairs] = {}
 
     @property
     def values(self) -> np.ndarray:
         """(m, k) activations, 0 where the latent fires on fewer images."""
-        self._merge()
-        return self._columns[0]
+        return self._column(0)
 
     @property
     def index(self) -> np.ndarray:
         """(m, k) positions in the evaluation set, −1 where there is none."""
-        self._merge()
-        return self._columns[2]
+        return self._column(2)
 
     def labels(self, shuffled: bool = False) -> np.ndarray:
         """(m, k) classes of the images, −1 where there is none."""
+        return self._column(4 if shuffled else 3)
+
+    def pairs(self, shuffled: bool = False) -> ClassPairs:
+        """The pairs of classes among the images of each latent."""
+        if shuffled not in self._pairs:
+            depth = self.context.taxonomy.leaf_lca_depth
+            self._pairs[shuffled] = ClassPairs(self.labels(shuffled), depth)
+        return self._pairs[shuffled]
+
+    def _column(self, i: int) -> np.ndarray:
         self._merge()
-        return self._columns[4 if shuffled else 3]
+        return self._columns[i].cpu().numpy()
 
     def update(self, batch: EvaluationBatch) -> None:
-        rows, latents, values = (t.numpy() for t in batch.firings)
+        rows, latents, values = batch.firings
+        device = rows.device
+        self._columns = tuple(column.to(device) for column in self._columns)
         last, last_priority = self._columns[0][:, -1], self._columns[1][:, -1]
-        near = np.flatnonzero(values >= last[latents])
+        near = values >= last[latents]
         rows, latents, values = rows[near], latents[near], values[near]
-        priority = batch.priority[rows]
+        priority = torch.from_numpy(batch.priority).to(device)[rows]
         enters = (values > last[latents]) | (priority < last_priority[latents])
         rows = rows[enters]
         image = (
-            batch.index.cpu().numpy()[rows],
-            batch.labels_of(False).numpy()[rows],
-            batch.labels_of(True).numpy()[rows],
+            batch.index.to(device)[rows],
+            batch.labels_of(False, device)[rows].int(),
+            batch.labels_of(True, device)[rows].int(),
         )
         self._waiting.append((latents[enters], values[enters], priority[enters], *image))
-        if sum(len(entry[0]) for entry in self._waiting) > self._columns[0].size:
+        self._pairs.clear()
+        if sum(len(entry[0]) for entry in self._waiting) > self._columns[0].numel():
             self._merge()
 
     def _merge(self) -> None:
         if not self._waiting:
             return
-        latents, *columns = (np.concatenate(parts) for parts in zip(*self._waiting))
+        latents, *columns = (torch.cat(parts) for parts in zip(*self._waiting))
         self._waiting = []
-        touched = np.unique(latents)
+        touched = latents.unique()
         kept = self._columns[2][touched] >= 0
-        latents = np.concatenate([np.repeat(touched, kept.sum(1)), latents])
-        columns = [
-            np.concatenate([old[touched][kept], new]) for old, new in zip(self._columns, columns)
-        ]
-        order = np.lexsort((columns[1], -columns[0], latents))
+        latents = torch.cat([touched.repeat_interleave(kept.sum(1)), latents])
+        columns = [torch.cat([old[touched][kept], new]) for old, new in zip(self._columns, columns)]
+        order = torch.arange(len(latents), device=latents.device)
+        for key in (columns[1], -columns[0], latents):  # the last key orders first
+            order = order[key[order].argsort(stable=True)]
         latents = latents[order]
-        rank = np.arange(len(order)) - np.searchsorted(latents, latents)
+        start = torch.searchsorted(latents, latents)
+        rank = torch.arange(len(order), device=latents.device) - start
         best = rank < self.k
         for old, new in zip(self._columns, columns):
             old[latents[best], rank[best]] = new[order][best]
 
 
 class FiringRate(Accumulator):
-    """Firing rate and activation of each latent.
+    """Firing rate and activation of each latent; `n` images in all.
 
-    `fired (m,)` images, `total (m,)` sum and `largest (m,)` activation; `active`, the number of
-    latents that are not 0, summed over the images; `n` images in all.
+    `active` is the number of latents that are not 0, summed over the images.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
         super().__init__(context)
         self.n = self.active = 0
-        self.fired = np.zeros(context.d_sae, dtype=np.int64)
-        self.total = np.zeros(context.d_sae)
-        self.largest = np.zeros(context.d_sae, dtype=np.float32)
+        m = context.d_sae
+        self._columns = (
+            torch.zeros(m, dtype=torch.int64),
+            torch.zeros(m, dtype=torch.float64),
+            torch.zeros(m),
+        )
 
     def update(self, batch: EvaluationBatch) -> None:
         _, latents, values = batch.firings
-        m = len(self.fired)
+        self._columns = tuple(column.to(latents.device) for column in self._columns)
+        fired, total, largest = self._columns
         self.n += len(batch)
         self.active += len(batch.active.rows)
-        self.fired += torch.bincount(latents, minlength=m).numpy()
-        self.total += torch.bincount(latents, weights=values.double(), minlength=m).numpy()
-        torch.from_numpy(self.largest).scatter_reduce_(0, latents, values, "amax")
+        fired += torch.bincount(latents, minlength=len(fired))
+        total += torch.bincount(latents, weights=values.double(), minlength=len(fired))
+        largest.scatter_reduce_(0, latents, values, "amax")
+
+    @property
+    def fired(self) -> np.ndarray:
+        """(m,) images on which each latent fires."""
+        return self._columns[0].cpu().numpy()
+
+    @property
+    def total(self) -> np.ndarray:
+        """(m,) sum of the activations above 0."""
+        return self._columns[1].cpu().numpy()
+
+    @property
+    def largest(self) -> np.ndarray:
+        """(m,) largest activation, 0 where there is none above 0."""
+        return self._columns[2].cpu().numpy()
 
     @property
     def rate(self) -> np.ndarray:

@@ -5,18 +5,27 @@ Both are chosen on the fit half of the images and scored on the other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy import sparse
 
+from ...taxonomies.taxonomy import first_columns
 from . import summary
 from .samples import shape
 
 BLOCK = 2**22
-"""Approximate number of nonzeros of (latents × thresholds × nodes), or cells of (latents × nodes),
-in memory at a time."""
+"""Approximate number of nonzeros, or cells, of (latents × thresholds × nodes) in memory at a time."""
+LARGE = 1 / 64
+"""Share of the classes from which on a node is large: its hits are computed by dense products."""
+STEP = 1.2
+"""Least ratio of the numbers of positives for which bounds are computed."""
+UNBOUNDED = 2
+"""First searches in the same counts that are made without bounds, which cost about three."""
+TOLERANCE = 1e-5
+"""Relative rounding of bounds in single precision."""
 
 
 class Outcome(NamedTuple):
@@ -27,16 +36,16 @@ class Outcome(NamedTuple):
     positives: np.ndarray  # images of its node
 
     @classmethod
-    def of(cls, fired: np.ndarray, members: np.ndarray, images: np.ndarray) -> Outcome:
+    def of(cls, fired: sparse.csr_array, own: sparse.csr_array, positives: np.ndarray) -> Outcome:
         """Count the images of each detector.
 
         Args:
             fired: (k, C) images of each class on which a detector fires.
-            members: (k, C) bool, whether a class lies below its node.
-            images: (C,) images of each class.
+            own: (k, C) of zeros and ones, whether a class lies below its node.
+            positives: (k,) images of its node.
         """
-        hits = (fired * members).sum(1, dtype=np.float64)
-        return cls(hits, fired.sum(1, dtype=np.float64), members @ images)
+        hits = sparse.csr_array(fired.multiply(own)).sum(1, dtype=np.float64)
+        return cls(hits, fired.sum(1, dtype=np.float64), np.asarray(positives, dtype=np.float64))
 
     @property
     def precision(self) -> np.ndarray:
@@ -55,7 +64,9 @@ class Outcome(NamedTuple):
 
 
 def best_nodes(
-    fired: np.ndarray | sparse.csr_array, images: np.ndarray, members: np.ndarray
+    fired: np.ndarray | sparse.csr_array,
+    images: np.ndarray,
+    members: np.ndarray | sparse.csr_array,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(L,) the first node of best F1 with a latent's firing, and (L,) that F1.
 
@@ -67,22 +78,29 @@ def best_nodes(
         members: (C, N) bool, whether a class lies below a node.
     """
     counts = sparse.csr_array(fired, dtype=np.float32)
-    n_latents, n_nodes = shape(counts)[0], members.shape[1]
-    belongs = sparse.csr_array(members.astype(np.float32))
+    belongs = sparse.csr_array(members).astype(np.float32, copy=False)
+    n_latents, n_nodes = shape(counts)[0], shape(belongs)[1]
+    node = np.zeros(n_latents, dtype=np.int64)
+    if not n_nodes:
+        return node, np.full(n_latents, np.nan)
+    best, total = np.zeros(n_latents), counts.sum(1)
     positives = images @ belongs
-    node, best = np.zeros(n_latents, dtype=np.int64), np.full(n_latents, np.nan)
-    size = max(1, BLOCK // max(n_nodes, 1))
-    for start in range(0, n_latents if n_nodes else 0, size):
-        block = counts[start : start + size]
-        hits = sparse.csr_array(block @ belongs).toarray()
-        f1 = 2 * hits / np.maximum(block.sum(1)[:, None] + positives, 1)
-        node[start : start + size], best[start : start + size] = f1.argmax(1), f1.max(1)
+    for start, stop in _blocks(counts, 1, belongs):
+        hits = sparse.csr_array(counts[start:stop] @ belongs)
+        per_latent = np.diff(hits.indptr)
+        filled = np.flatnonzero(per_latent)
+        if not len(filled):
+            continue
+        f1 = 2 * hits.data.astype(np.float64)
+        f1 /= np.maximum(np.repeat(total[start:stop], per_latent) + positives[hits.indices], 1)
+        best[start + filled] = np.maximum.reduceat(f1, hits.indptr[filled])
+        reached = f1 == np.repeat(best[start:stop], per_latent)
+        node[start:stop] = np.maximum(first_columns(hits, reached), 0)
     return node, best
 
 
 def explain(
-    fit: sparse.csr_array,
-    score: np.ndarray,
+    halves: Halves,
     members: np.ndarray,
     fit_images: np.ndarray,
     score_images: np.ndarray,
@@ -91,13 +109,16 @@ def explain(
     on the score half. Without nodes 0, NaN and an outcome without positives.
 
     Args:
-        fit, score: (m, C) images of each class on which a latent fires, in the halves.
+        halves: images of each class on which a latent fires, one bin.
         members: (C, N) bool, whether a class lies below a node.
         fit_images, score_images: (C,) images of each class in the halves.
     """
-    node, fit_f1 = best_nodes(fit, fit_images, members)
-    own = members.T[node] if members.shape[1] else np.zeros(score.shape, dtype=bool)
-    return node, fit_f1, Outcome.of(score, own, score_images)
+    node, fit_f1 = best_nodes(halves.fit, fit_images, members)
+    if not members.shape[1]:
+        members = np.zeros((len(members), 1), dtype=bool)
+    belongs = sparse.csr_array(members).astype(np.float32)
+    own = sparse.csr_array(belongs.T)[node]
+    return node, fit_f1, Outcome.of(halves.score, own, (score_images @ belongs)[node])
 
 
 class Detectors(NamedTuple):
@@ -112,10 +133,120 @@ class Detectors(NamedTuple):
     fires_on: np.ndarray  # share of the images on which the latent reaches the threshold
 
 
+@dataclass(eq=False)
+class Halves:
+    """Counts of both halves, and what follows from them whatever the nodes are.
+
+    Args:
+        fit, score: (m·T, C) images of each class; row j·T + T − 1 − t is bin t of latent j.
+        n_bins: T.
+
+    Attributes:
+        searches: number of searches for detectors of small nodes so far.
+        unbounded: whether bounds left few latents out in the last one.
+    """
+
+    fit: sparse.csr_array
+    score: sparse.csr_array
+    n_bins: int
+
+    def __post_init__(self) -> None:
+        self._shares = np.zeros(0), 1.0, sparse.csr_array((0, 0))
+        self.searches = 0
+        self.unbounded = False
+
+    @cached_property
+    def reached(self) -> np.ndarray:
+        """(m·T,) images of the fit half at or above each threshold."""
+        return self.fit.sum(1, dtype=np.float64).reshape(-1, self.n_bins).cumsum(1).ravel()
+
+    @cached_property
+    def fired(self) -> sparse.csr_array:
+        """(m, C) images of the fit half on which each latent fires."""
+        return merge_rows(self.fit, self.n_bins)
+
+    def rows_of(self, latents: np.ndarray) -> np.ndarray:
+        """(l·T,) the rows of `latents` (l,)."""
+        return (latents[:, None] * self.n_bins + np.arange(self.n_bins)).ravel()
+
+    def shares(self, positives: np.ndarray) -> tuple[sparse.csr_array, np.ndarray]:
+        """The best of 2·hits / (fired + p) over the thresholds of each latent, with hits on one
+        class only, at some numbers of positives p.
+
+        Returns:
+            (L·C, m) of L numbers p in ascending order, by p and class; and for each of `positives`
+            (N,) the last p that does not exceed it, (N,).
+        """
+        wanted = np.maximum(positives, 1)
+        levels, step, shares = self._shares
+        level = np.searchsorted(levels, wanted, side="right") - 1
+        if level.min() < 0 or (wanted > step * levels[level]).any():
+            rows, hits, starts, latents, pointers = self._of_classes
+            levels, step = _thin(np.union1d(levels, wanted), BLOCK * 4 // max(len(starts), 1))
+            best = [2 * hits / (self.reached[rows] + p) for p in levels]
+            best = [np.maximum.reduceat(b, starts) if len(starts) else b for b in best]
+            ends = [i * len(starts) + pointers[1:] for i in range(len(levels))]
+            entries = (
+                np.concatenate(best).astype(np.float32),
+                np.tile(latents, len(levels)),
+                np.concatenate([[0], *ends]),
+            )
+            n_rows, n_classes = shape(self.fit)
+            size = (len(levels) * n_classes, n_rows // self.n_bins)
+            shares = sparse.csr_array(entries, shape=size)
+            self._shares = levels, step, shares
+            level = np.searchsorted(levels, wanted, side="right") - 1
+        return shares, level
+
+    @cached_property
+    def _of_classes(self) -> tuple[np.ndarray, ...]:
+        """Rows and hits at or above the threshold of each entry, by class; where each latent begins
+        in these, which latent it is, and (C + 1,) where each class begins in those."""
+        columns = sparse.csc_array(self.fit)
+        first = _first_of_latent(columns, self.n_bins)
+        starts = np.flatnonzero(first)
+        hits = _running_sum(columns.data, first)
+        latents = columns.indices[starts] // self.n_bins
+        pointers = np.append(0, np.cumsum(first))[columns.indptr]
+        return columns.indices, hits, starts, latents, pointers
+
+    def score_of(self, latent: np.ndarray, bin_: np.ndarray) -> sparse.csr_array:
+        """(k, C) images of the score half on which latents (k,) reach thresholds (k,); none for −1."""
+        size = np.where(latent >= 0, self.n_bins - bin_, 0)
+        ends = np.append(0, np.cumsum(size))
+        rows = np.arange(ends[-1]) + np.repeat(latent * self.n_bins - ends[:-1], size)
+        chosen = self.score[rows]
+        pointers = chosen.indptr[ends]
+        return sparse.csr_array(
+            (chosen.data, chosen.indices, pointers), shape=(len(latent), shape(chosen)[1])
+        )
+
+
+def _thin(values: np.ndarray, most: int) -> tuple[np.ndarray, float]:
+    """Of ascending `values` the first, and each that exceeds the last one kept by a ratio; and this
+    ratio, at least `STEP`, such that about `most` are kept."""
+    step = max(STEP, (values[-1] / values[0]) ** (1 / max(most, 1)))
+    kept = [values[0]]
+    for value in values:
+        if value > step * kept[-1]:
+            kept.append(value)
+    return np.array(kept, dtype=float), step
+
+
+def merge_rows(counts: sparse.csr_array, n: int) -> sparse.csr_array:
+    """(m·n, C) -> (m, C), the sums of n rows each."""
+    m, n_classes = shape(counts)[0] // n, shape(counts)[1]
+    if n == 1:
+        return counts
+    entries = (counts.data, counts.indices, counts.indptr[::n])
+    merged = sparse.csr_array(entries, shape=(m, n_classes), copy=True)
+    merged.sum_duplicates()
+    return merged
+
+
 def find_detectors(
-    fit: sparse.csr_array,
-    score: torch.Tensor,
-    members: np.ndarray,
+    halves: Halves,
+    members: np.ndarray | sparse.csr_array,
     fit_images: np.ndarray,
     score_images: np.ndarray,
     covered: float = 0.5,
@@ -123,16 +254,16 @@ def find_detectors(
     """Choose a latent and a threshold for each node on the fit half; score them on the other.
 
     Args:
-        fit: (m·T, C) and
-        score: (m, T, C) counts of the halves, from `FiringHistogram`.
+        halves: the counts, from `FiringHistogram`.
         members: (C, N) whether a class lies below a node.
         fit_images, score_images: (C,) images of each class in the halves.
         covered: nodes where always predicting "yes" reaches this F1 are left out.
     """
-    belongs = sparse.csr_array(members.astype(np.float32))
+    belongs = sparse.csr_array(members).astype(np.float32, copy=False)
     fit_positives = fit_images @ belongs
-    latent, bin_, fit_f1 = _choose(fit, score.shape[1], belongs, fit_positives)
-    found = Outcome.of(_fired_from(score, latent, bin_), members.T, score_images)
+    latent, bin_, fit_f1 = _choose(halves, belongs, fit_positives)
+    own = sparse.csr_array(belongs.T)
+    found = Outcome.of(halves.score_of(latent, bin_), own, score_images @ belongs)
     positives = found.positives
     always_yes = summary.ratio(2 * positives, positives + score_images.sum())
     scored = (fit_positives > 0) & (positives > 0) & (always_yes < covered)
@@ -143,38 +274,143 @@ def find_detectors(
 
 
 def _choose(
-    counts: sparse.csr_array, n_bins: int, belongs: sparse.csr_array, positives: np.ndarray
+    halves: Halves, belongs: sparse.csr_array, positives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The latent and threshold of best F1 for each node, and that F1, each (N,).
 
-    F1 = 2·hits / (fired + positives) of all pairs: hits = counts @ belongs, summed from the highest
-    bin down. Only nonzeros are read: where a bin adds no hit, the threshold above it
-    has the same hits and fewer firings.
+    F1 = 2·hits / (fired + positives) of all pairs; of equal ones the first latent, and its highest
+    threshold, is chosen.
     """
     best = np.zeros(len(positives))
     row = np.full(len(positives), -1, dtype=np.int64)
-    of_latent = np.repeat(np.arange(shape(counts)[0] // n_bins, dtype=np.int32), n_bins)
-    for start, stop in _blocks(counts, n_bins, belongs):
-        block = counts[start:stop]
-        fired = block.sum(1).reshape(-1, n_bins).cumsum(1).ravel()
-        hits = sparse.csc_array(block @ belongs)  # the conversion sorts rows in linear time
+    n_classes, n_nodes = shape(belongs)
+    large = np.bincount(belongs.indices, minlength=n_nodes) >= LARGE * n_classes
+    for nodes, choose in ((large, _choose_large), (~large, _choose_small)):
+        if nodes.any() and shape(halves.fit)[0]:
+            best[nodes], row[nodes] = choose(halves, belongs[:, nodes], positives[nodes])
+    n_bins = halves.n_bins
+    return row // n_bins, n_bins - 1 - row % n_bins, best  # −1 and 0 where none is chosen
+
+
+def _choose_large(
+    halves: Halves, belongs: sparse.csr_array, positives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best F1 and its row for each of the nodes of many classes.
+
+    The F1 of a latent is at least 2H / (fired + positives), H the hits at the lowest threshold, and
+    at most 2H / (H + positives). All thresholds are compared only for latents that can be the best
+    of a node by these bounds.
+    """
+    m = shape(halves.fired)[0]
+    fired = halves.reached[halves.n_bins - 1 :: halves.n_bins].astype(np.float32)[:, None]
+    found = []
+    size = max(1, BLOCK // max(m, 1))
+    for start in range(0, len(positives), size):
+        of = positives[start : start + size]
+        members = belongs[:, start : start + size].toarray()
+        hits = halves.fired @ members
+        promising = np.unique((hits / np.maximum(fired + of.astype(np.float32), 1)).argmax(0))
+        f1, _ = _best_rows_dense(halves, promising, members, of)
+        least = f1 * of / (2 - f1)  # 2H / (H + positives) ≥ f1
+        # A tolerance for the rounding of the bounds; no hit is no detector.
+        able = hits >= np.maximum(least * (1 - TOLERANCE), 0.5).astype(np.float32)
+        found.append(_best_rows_dense(halves, np.flatnonzero(able.any(1)), members, of))
+    best, row = zip(*found)
+    return np.concatenate(best), np.concatenate(row)
+
+
+def _choose_small(
+    halves: Halves, belongs: sparse.csr_array, positives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best F1 and its row for each of the nodes of few classes.
+
+    The F1 of a latent is a sum over the classes of the node, at one threshold; so it is at most the
+    sum of `Halves.shares` of these classes. All thresholds are compared only for latents that can
+    be the best of a node by this bound, once several searches repay its cost, and while it leaves
+    latents out.
+    """
+    halves.searches += 1
+    every = np.arange(shape(halves.fired)[0])
+    if halves.searches <= UNBOUNDED or halves.unbounded:
+        return _best_rows_sparse(halves, every, belongs, positives)
+    shares, level = halves.shares(positives)
+    chosen = sparse.csr_array(belongs.T)
+    n_nodes, n_classes = shape(chosen)
+    at_level = chosen.indices + np.repeat(level * n_classes, np.diff(chosen.indptr))
+    at_level = sparse.csr_array(
+        (chosen.data, at_level, chosen.indptr), shape=(n_nodes, shape(shares)[0])
+    )
+    bound = sparse.csr_array(at_level @ shares)  # (N, m)
+    per_node = np.diff(bound.indptr)
+    filled = per_node > 0
+    most = np.zeros(n_nodes, dtype=np.float32)
+    if filled.any():
+        most[filled] = np.maximum.reduceat(bound.data, bound.indptr[:-1][filled])
+    likely = np.unique(bound.indices[bound.data == np.repeat(most, per_node)])
+    best, _ = _best_rows_sparse(halves, likely, belongs, positives)
+    able = bound.data >= np.repeat((best * (1 - TOLERANCE)).astype(np.float32), per_node)
+    latents = np.unique(bound.indices[able])
+    halves.unbounded = len(latents) > len(every) / 2
+    return _best_rows_sparse(halves, latents, belongs, positives)
+
+
+def _best_rows_dense(
+    halves: Halves, latents: np.ndarray, belongs: np.ndarray, positives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best F1 among `latents` (l,), ascending, and its row, for each node of `belongs` (C, N)."""
+    n_bins, every = halves.n_bins, np.arange(len(positives))
+    best, row = np.zeros(len(positives)), np.full(len(positives), -1, dtype=np.int64)
+    size = max(1, BLOCK // max(n_bins * len(positives), 1))
+    for start in range(0, len(latents), size):
+        some = latents[start : start + size]
+        rows = halves.rows_of(some)
+        hits = (halves.fit[rows] @ belongs).reshape(len(some), n_bins, -1)
+        f1 = hits.cumsum(1, dtype=np.float64).reshape(len(rows), -1)
+        f1 /= np.maximum(halves.reached[rows][:, None] + positives, 1)
+        at = f1.argmax(0)
+        most = 2 * f1[at, every]
+        row = np.where(most > best, rows[at], row)
+        best = np.maximum(best, most)
+    return best, row
+
+
+def _best_rows_sparse(
+    halves: Halves, latents: np.ndarray, belongs: sparse.csr_array, positives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_best_rows_dense`, from the nonzeros of a product.
+
+    Where a bin adds no hit, the threshold above it has the same hits and no more firings.
+    """
+    best = np.zeros(len(positives))
+    row = np.full(len(positives), -1, dtype=np.int64)
+    rows, counts, reached = halves.rows_of(latents), halves.fit, halves.reached
+    if len(rows) < len(reached):
+        counts, reached = counts[rows], reached[rows]
+    for start, stop in _blocks(counts, halves.n_bins, belongs):
+        hits = sparse.csc_array(counts[start:stop] @ belongs)  # sorts rows in linear time
         filled = np.flatnonzero(np.diff(hits.indptr))
         if not len(filled):
             continue
         per_node = np.diff(hits.indptr)
-        latent = of_latent[hits.indices]
-        first = np.append(True, latent[1:] != latent[:-1])  # of a latent at a node
-        first[hits.indptr[filled]] = True
-        f1 = _running_sum(hits.data, first)
-        f1 /= fired[hits.indices] + np.repeat(positives, per_node)
+        f1 = _running_sum(hits.data, _first_of_latent(hits, halves.n_bins))
+        f1 /= reached[start:stop][hits.indices] + np.repeat(positives, per_node)
         most = np.zeros(len(positives))
         most[filled] = 2 * np.maximum.reduceat(f1, hits.indptr[filled])
         better = np.flatnonzero(most > best)
         at = np.flatnonzero(2 * f1 == np.repeat(np.where(most > best, most, np.nan), per_node))
         # The first of equal ones.
-        row[better] = start + hits.indices[at[np.searchsorted(at, hits.indptr[better])]]
+        row[better] = rows[start + hits.indices[at[np.searchsorted(at, hits.indptr[better])]]]
         best = np.maximum(best, most)
-    return row // n_bins, n_bins - 1 - row % n_bins, best  # −1 and 0 where none is chosen
+    return best, row
+
+
+def _first_of_latent(columns: sparse.csc_array, n_bins: int) -> np.ndarray:
+    """(nnz,) whether an entry is the first of its latent in its column; n_bins rows a latent."""
+    latent = columns.indices // n_bins
+    first = np.append(True, latent[1:] != latent[:-1])
+    starts = columns.indptr[:-1]
+    first[starts[starts < len(latent)]] = True
+    return first[: len(latent)]
 
 
 def _blocks(
@@ -194,13 +430,3 @@ def _running_sum(values: np.ndarray, first: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(first)
     total -= np.repeat(total[starts] - values[starts], np.diff(starts, append=len(values)))
     return total
-
-
-def _fired_from(counts: torch.Tensor, latent: np.ndarray, bin_: np.ndarray) -> np.ndarray:
-    """(N, C) images on which each chosen latent reaches its threshold; counts (m, T, C)."""
-    fired = np.zeros((len(latent), counts.shape[2]), dtype=np.float32)
-    chosen = np.flatnonzero(latent >= 0)
-    rows = counts[torch.from_numpy(latent[chosen])]
-    reaches = torch.arange(counts.shape[1]) >= torch.from_numpy(bin_[chosen])[:, None]
-    fired[chosen] = (rows * reaches[:, :, None]).sum(1, dtype=torch.int32).numpy()
-    return fired

@@ -6,6 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from . import summary
+from .samples import shape
 
 
 class ClassPairs:
@@ -23,14 +24,20 @@ class ClassPairs:
         first, second = np.triu_indices(labels.shape[1], 1)
         codes = kept[:, first].astype(np.int64) * len(lca_depth) + kept[:, second]
         found, place = np.unique(codes, return_inverse=True)
-        self.first, self.second = np.divmod(found, len(lca_depth))  # (U,) classes of each pair
-        self.differ = self.first != self.second
+        first, second = np.divmod(found, len(lca_depth))
+        order = np.argsort(first == second, kind="stable")  # pairs of different classes first
+        self.first, self.second = first[order], second[order]  # (U,) classes of each pair
         ends = np.arange(len(codes) + 1) * codes.shape[1]
-        ones = np.ones(codes.size)
-        self.counts = sparse.csr_array((ones, place.ravel(), ends), shape=(len(codes), len(found)))
-        self.counts.sum_duplicates()
+        place = np.argsort(order)[place.ravel()]
+        counts = sparse.csr_array(
+            (np.ones(codes.size), place, ends), shape=(len(codes), len(found))
+        )
+        counts.sum_duplicates()
+        n = int((first != second).sum())
+        self._differ, self._same = sparse.csr_array(counts[:, :n]), sparse.csr_array(counts[:, n:])
         self.n_pairs = codes.shape[1]
-        self.n_differ = np.asarray(self.counts @ self.differ.astype(float))
+        self.n_differ = self._differ.sum(1)
+        self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def depth(self, permutation: np.ndarray | None = None) -> np.ndarray:
         """(m,) mean depth over all pairs; NaN where undefined.
@@ -38,23 +45,32 @@ class ClassPairs:
         Args:
             permutation: (C,) the position that each class takes in the tree.
         """
-        return self._by_latent(self.counts @ self._depths(permutation) / self.n_pairs)
+        return self._depths(permutation)[0]
 
     def different_depth(self, permutation: np.ndarray | None = None) -> np.ndarray:
         """(m,) the same over the pairs of different classes; NaN where there are none."""
-        total = np.asarray(self.counts @ np.where(self.differ, self._depths(permutation), 0.0))
-        return self._by_latent(summary.ratio(total, self.n_differ))
+        return self._depths(permutation)[1]
 
     @property
     def same_class(self) -> np.ndarray:
         """(m,) share of pairs of one class; NaN where undefined."""
         return self._by_latent(1 - self.n_differ / self.n_pairs)
 
-    def _depths(self, permutation: np.ndarray | None) -> np.ndarray:
-        """(U,) depth of the LCH of each pair."""
-        if permutation is None:
-            return self.lca_depth[self.first, self.second].astype(float)
-        return self.lca_depth[permutation[self.first], permutation[self.second]].astype(float)
+    def _depths(self, permutation: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Depths over all pairs, and over those of different classes; kept for each permutation."""
+        place = np.arange(len(self.lca_depth)) if permutation is None else permutation
+        key = place.tobytes()
+        if key not in self._found:
+            above = place[self.first] * len(place)
+            above += place[self.second]
+            depths = self.lca_depth.ravel().take(above).astype(float)
+            n = shape(self._differ)[1]
+            different, same = self._differ @ depths[:n], self._same @ depths[n:]
+            self._found[key] = (
+                self._by_latent((different + same) / self.n_pairs),
+                self._by_latent(summary.ratio(different, self.n_differ)),
+            )
+        return self._found[key]
 
     def _by_latent(self, values: np.ndarray) -> np.ndarray:
         every = np.full(len(self.full), np.nan)

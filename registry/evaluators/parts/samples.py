@@ -34,7 +34,8 @@ class FiringSample(Accumulator):
         super().__init__(context)
         self.max_images = max_images
         self._columns: list[tuple[np.ndarray, ...]] = []
-        self._parts: list[sparse.csr_array] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # values, latents; entries a row
+        self._z = sparse.csr_array((0, context.d_sae), dtype=np.float32)
 
     def odds(self, labels: np.ndarray) -> np.ndarray | float:
         """(n,) or scalar: the probability that images of these classes (n,) are kept."""
@@ -49,19 +50,23 @@ class FiringSample(Accumulator):
         self._columns.append(tuple(column[kept] for column in columns))
 
     def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
-        rows, latents, values = (t.numpy() for t in batch.active)
-        of_kept = kept[rows]
-        pointers = np.append(0, np.cumsum(np.bincount(rows, minlength=len(kept))[kept]))
-        entries = (values[of_kept], latents[of_kept].astype(np.int32), pointers.astype(np.int32))
-        self._parts.append(sparse.csr_array(entries, shape=(int(kept.sum()), batch.z.shape[1])))
+        rows, latents, values = batch.active
+        chosen = torch.from_numpy(kept).to(rows.device)
+        of_kept = chosen[rows]
+        sizes = torch.bincount(rows, minlength=len(kept))[chosen]
+        self._parts.append((values[of_kept], latents[of_kept].int(), sizes))
 
     @property
     def z(self) -> sparse.csr_array:
         """(n, m) the latents of the images kept."""
-        if len(self._parts) != 1:
-            empty = sparse.csr_array((0, self.context.d_sae), dtype=np.float32)
-            self._parts = [sparse.csr_array(sparse.vstack([*self._parts, empty], format="csr"))]
-        return self._parts[0]
+        if self._parts:
+            values, latents, sizes = (torch.cat(c).cpu().numpy() for c in zip(*self._parts))
+            self._parts = []
+            pointers = np.append(0, np.cumsum(sizes)).astype(np.int32)
+            size = (len(sizes), self.context.d_sae)
+            new = sparse.csr_array((values, latents, pointers), shape=size)
+            self._z = sparse.csr_array(sparse.vstack([self._z, new], format="csr"))
+        return self._z
 
     def labels(self, shuffled: bool = False) -> np.ndarray:
         """(n,) classes."""
@@ -119,14 +124,15 @@ class ImageSample(FiringSample):
 
     def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
         super()._keep(batch, kept)
-        self._x.append(batch.x[torch.from_numpy(kept).to(batch.x.device)].float().cpu())
+        self._x.append(batch.x[torch.from_numpy(kept).to(batch.x.device)].float())
 
     @property
     def x(self) -> Tensor:
         """(n, d) the activations of the images kept."""
         if len(self._x) != 1:
-            self._x = [torch.cat([*self._x, torch.zeros(0, self.context.d_in)])]
-        return self._x[0]
+            empty = torch.zeros(0, self.context.d_in)
+            self._x = [torch.cat([*(x.cpu() for x in self._x), empty])]
+        return self._x[0].cpu()
 
 
 class Together(NamedTuple):

@@ -22,13 +22,14 @@ class LatentSums(Accumulator):
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = batch.active
+        self.sums = self.sums.to(rows.device)
         for shuffled, sums in zip((False, True), self.sums):
-            cell = latents * sums.shape[1] + batch.labels_of(shuffled)[rows]
+            cell = latents * sums.shape[1] + batch.labels_of(shuffled, rows.device)[rows]
             sums.view(-1).scatter_add_(0, cell, values)
 
     def means(self, shuffled: bool = False) -> np.ndarray:
         """(m, C), NaN for a class without images."""
-        return summary.ratio(self.sums[int(shuffled)].numpy(), self._classes.all(shuffled))
+        return summary.ratio(self.sums[int(shuffled)].cpu().numpy(), self._classes.all(shuffled))
 
 
 class ActivationSums(Accumulator):
