@@ -52,7 +52,8 @@ what comes out:
   --evaluators NAME ...          which evaluators run
   --no_evaluate                  stop after training
   --log_to_wandb BOOL  --wandb_project NAME  --run_name NAME
-  --dry_run                      check everything, print the plan, train nothing
+  --dry_run                      check everything, print the plan and the time that it will take,
+                                 train nothing; --ranks N: on N processes
   --json                         the plan or the results as JSON on stdout
 
   --help_all                     every flag, with SAELens's own description of each
@@ -100,7 +101,9 @@ def run(args: list[str]) -> None:
         plan = job.plan()
         shown: dict[str, Any] = {"plan": plan}
         evaluated = None
-        if not command.dry_run:
+        if command.dry_run:
+            plan["cost"] = job.cost(command.ranks)
+        else:
             shell.print_notes(described(plan))
             job.train()
             if command.evaluate:
@@ -150,7 +153,37 @@ def described(plan: dict[str, Any]) -> list[str]:
             f"{evaluation['images']:,} images ({evaluation['split']}{held_out}), {shown} "
             f"classes in a tree of {evaluation['nodes']} nodes; {', '.join(evaluation['evaluators'])}"
         )
-    return [f"{name + ':':<14}{text}" for name, text in lines.items() if text]
+    if "cost" in plan:
+        lines |= _of_cost(plan["cost"])
+    return [f"{name + ':':<15}{text}" for name, text in lines.items() if text]
+
+
+def _of_cost(cost: dict[str, Any]) -> dict[str, str]:
+    """The lines of the cost, as `calibration.cost_of` gives it."""
+    rates, seconds, flops, memory = (cost[k] for k in ("rates", "seconds", "flops", "memory"))
+    stages = ", ".join(
+        f"{name} {_time(seconds[name])}" for name in ("decode", "forward", "sae", "disk")
+    )
+    return {
+        "arithmetic": f"forward {flops['forward']:.2g} FLOP, SAEs {flops['sae']:.2g} FLOP",
+        "traffic": f"{_bytes(cost['bytes_written'])} written, {_bytes(cost['bytes_read'])} read",
+        "memory": f"model {_bytes(memory['model'])}, SAEs with optimizer {_bytes(memory['saes'])} a "
+        "process, without activations",
+        "measured here": f"decode {rates['decode']:,.0f} images/s a core, forward "
+        f"{rates['forward']:,.1f} images/s, SAEs together {rates['sae']:,.0f} tokens/s, disk write "
+        f"{_bytes(rates['write'])}/s, read {_bytes(rates['read'])}/s ({cost['device']}, "
+        f"{cost['threads']} threads, in {_time(cost['calibration_seconds'])})",
+        "time": f"{_time(seconds['training'])} for the training on {cost['ranks']} process(es) with "
+        f"{cost['cores']} core(s), {cost['num_workers']} worker(s) and such a device each: {stages}",
+        "bottleneck": cost["bottleneck"],
+    }
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
 
 
 def _bytes(size: int) -> str:
