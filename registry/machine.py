@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OF_THIS_PROCESS = Path("/proc/self/cgroup")
+# How long a thread of OpenMP that waits for others keeps its core busy: turns of libgomp (torch's own on
+# Linux; 300,000 by default), milliseconds of LLVM's and Intel's (200 by default). A short wait between two
+# operations is within it; a thread that waits for one whose core another program has gives up its own.
+WAITING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 
 
 def usable_cores() -> int:
@@ -24,6 +29,21 @@ def usable_cores() -> int:
     if sharing.isdecimal() and int(sharing) > 1 and bound == present:
         cores /= int(sharing)
     return max(1, int(cores))
+
+
+def share_cores() -> None:
+    """Set, where the user has not, the variables by which OpenMP shares cores with other programs.
+
+    They are read when torch is imported: afterwards this does nothing. The number of threads is set only
+    where a quota leaves fewer cores than the affinity, which OpenMP follows by itself.
+    """
+    if "torch" in sys.modules:
+        return
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in WAITING.items():
+            os.environ.setdefault(name, value)
+    if any(quotas()):
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
 def quotas(root: Path = CGROUPS, of_process: Path = OF_THIS_PROCESS) -> Iterator[float]:

@@ -8,6 +8,8 @@ from typing import Any
 from ...hooks.images.workers import worker_context
 from . import outcome, quick_check, shell
 
+NO_WORKERS = (None, 0, "0", "none")  # or none that are known before the images are
+
 HELP = """\
 usage: taxolens train [--preset NAME] [--config study.yaml] [FLAG VALUE ...]
 
@@ -35,7 +37,7 @@ on which images:
   --eval_dataset_path, --eval_split
                                  other held-out images; validation or test by default
   --max_images N                 use the first N images only
-  --num_workers N                processes that decode images
+  --num_workers N                processes that decode images; by default the cores but one
 
 how it trains:
   --training_tokens N            or --epochs X: passes over the images
@@ -90,7 +92,7 @@ def run(args: list[str]) -> None:
             text = full_help(args)
         print(text, end="")
         return
-    if quick_check.check(args).get("num_workers", 0) not in (0, "0") and "--dry_run" not in args:
+    if quick_check.check(args).get("num_workers") not in NO_WORKERS and "--dry_run" not in args:
         worker_context()  # its imports run in parallel with ours
     with shell.working() as print_json:
         from ..study.job import Job

@@ -27,6 +27,7 @@ from ...hooks.activations.extract import TokenExtractor
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.loader import ImageBatch, ImageLoader
 from ...hooks.images.preprocess import preprocess_for
+from ...hooks.images.workers import workers_for
 from ...hooks.models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ...hooks.models.tapped import TappedModel
 from ...registry.machine import usable_cores
@@ -201,7 +202,7 @@ def cost_of(
         size_of(cfg, images, per_image, n_bytes),
         n_ranks=n_ranks,
         cores=usable_cores(),
-        num_workers=cfg.num_workers,
+        num_workers=workers_for(cfg.num_workers, None if images.is_streaming else len(images)),
         on_cpu=device.type == "cpu",
     )
     weights = sum(t.numel() * t.element_size() for t in model.original_model.state_dict().values())

@@ -1,11 +1,13 @@
 """Cores by affinity, by the quotas of both versions of cgroups, and shared by the ranks of a machine."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from taxolens.registry import machine
-from taxolens.registry.machine import quotas, usable_cores
+from taxolens.registry.machine import quotas, share_cores, usable_cores
 
 
 def write(path: Path, text: str) -> None:
@@ -58,3 +60,60 @@ def test_usable_cores(monkeypatch, bound, quota, ranks, cores) -> None:
     monkeypatch.setattr(machine, "quotas", lambda: iter(quota))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     assert usable_cores() == cores
+
+
+OF_OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+
+
+@pytest.fixture
+def environment(monkeypatch) -> dict[str, str]:
+    """The environment without the variables of OpenMP, of a program that has not imported torch."""
+    found = {name: value for name, value in os.environ.items() if name not in OF_OPENMP}
+    monkeypatch.setattr(os, "environ", found)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(machine, "quotas", lambda: iter(()))
+    return found
+
+
+def set_in(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name in OF_OPENMP}
+
+
+def test_threads_that_wait_give_up_their_core(environment) -> None:
+    share_cores()
+    assert set_in(environment) == {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+
+
+def test_what_the_user_has_set_stays(environment) -> None:
+    environment |= {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "3"}
+    share_cores()
+    kept = {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "3"}
+    assert set_in(environment) == {**kept, "KMP_BLOCKTIME": "1"}
+    environment["OMP_WAIT_POLICY"] = "active"
+    del environment["KMP_BLOCKTIME"]
+    share_cores()
+    assert "KMP_BLOCKTIME" not in environment
+
+
+def test_threads_follow_a_quota(environment, monkeypatch) -> None:
+    monkeypatch.setattr(machine, "quotas", lambda: iter([1.5]))
+    share_cores()
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_nothing_is_set_once_torch_is_there(environment, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", object())
+    share_cores()
+    assert set_in(environment) == {}
+
+
+def test_the_command_line_sets_it_before_torch() -> None:
+    program = (
+        "import os, sys; from taxolens.plugin.cli import main; main(['--help']); "
+        "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in OF_OPENMP}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "10000 False"
