@@ -30,6 +30,7 @@ from ...hooks.images.preprocess import preprocess_for
 from ...hooks.images.workers import workers_for
 from ...hooks.models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ...hooks.models.tapped import TappedModel
+from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.machine import usable_cores
 from ...registry.ranks import Ranks
 from .rng import set_apart
@@ -37,6 +38,7 @@ from .rng import set_apart
 BUDGET = 2.0  # seconds for each part, beyond the first call, which is not counted
 FEWEST, MOST = 2, 8  # repetitions
 FIRST_IMAGES = 2
+FEW_TOKENS = 4
 FILE_BYTES = 1 << 26
 TRAINED = 4  # weights, gradients and Adam's two moments
 # torch counts the attention of GPUs only.
@@ -58,7 +60,7 @@ class Costs:
         steps: SAE name -> seconds of one training step.
         write, read: bytes a second, to and from the disk of the activations.
         forward_flops: of one image.
-        sae_flops: SAE name -> of one token in a training step.
+        sae_flops: SAE name -> of one token in a training step; a sparse step needs fewer.
     """
 
     decode: float
@@ -265,7 +267,7 @@ def _time_images(cfg: Any, model: TappedModel, images: ImageDataset) -> tuple[fl
 
 
 def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig) -> tuple[float, float]:
-    """Seconds of a training step of SAELens's trainer, and FLOPs of one token in it."""
+    """Seconds of a training step of SAELens's trainer, and FLOPs of one token in the dense step."""
     settings = cfg.to_sae_trainer_config()
     settings = replace(
         settings, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
@@ -275,6 +277,10 @@ def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig) -> tuple[float, float]:
     with set_apart():
         own = replace(copy.deepcopy(sae_cfg), device=cfg.device, metadata=SAEMetadata())
         sae = TrainingSAE.from_dict(own.to_dict()).to(cfg.device)
+        few = torch.randn(FEW_TOKENS, own.d_in, dtype=sae.dtype, device=cfg.device)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            SAETrainer(settings, sae, iter(())).step(few)
+        sae = with_sparse_step(sae, cfg.sparse_step)
         trainer = SAETrainer(settings, sae, iter(()))
         tokens = torch.randn(size, own.d_in, dtype=sae.dtype, device=cfg.act_store_device)
 
@@ -283,15 +289,13 @@ def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig) -> tuple[float, float]:
             trainer.n_training_steps += 1
             _wait(sae.device)
 
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            step()
-        flops = counter.get_total_flops() / size
+        step()
         seconds: list[float] = []
         while len(seconds) < MOST and (len(seconds) < FEWEST or sum(seconds) < BUDGET):
             seconds.append(_seconds(step))
             if seconds[0] > BUDGET:
                 break
-    return statistics.median(seconds), flops
+    return statistics.median(seconds), counter.get_total_flops() / FEW_TOKENS
 
 
 def time_disk(place: Path) -> tuple[float, float]:
