@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..registry.errors import ConfigError, TaxolensError
+from ..registry.machine import share_cores
 from .commands import COMMANDS, shell
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = shell.underscored(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
+    share_cores()
     try:
         with _signals():
             return _dispatch(args)

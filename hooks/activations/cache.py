@@ -114,6 +114,8 @@ class ActivationCache(CacheReader):
             "dtype": str(stored).removeprefix("torch."),
             "autocast": wanted.autocast,
         }
+        if images.limits.jpeg_edge is not None:
+            facts["jpeg_edge"] = images.limits.jpeg_edge
         extractor = _extractor(model, facts, stored)
         folder = Path(path)
         with ranks.joined(), ExitStack() as held:

@@ -103,7 +103,7 @@ class TokenExtractor:
         context: Any = contextlib.nullcontext()
         if self.autocast:
             context = torch.autocast(self.device.type, dtype=torch.bfloat16)
-        pixels = batch.pixel_values.to(self.device, non_blocking=True)
+        pixels = batch.on(self.device)
         with context:
             points = list(dict.fromkeys(name for name, _ in self._columns.values()))
             found = run_to_hooks(self.model, pixels, points, reduce=self._select)

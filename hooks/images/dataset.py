@@ -69,6 +69,9 @@ class ImageDataset:
         if limits.max_image_pixels < 1:
             given, allowed = limits.max_image_pixels, "1 or more"
             raise ConfigError("max_image_pixels", "too small", given=given, allowed=allowed)
+        if limits.jpeg_edge is not None and limits.jpeg_edge < 1:
+            given, allowed = limits.jpeg_edge, "1 or more, or None"
+            raise ConfigError("jpeg_edge", "too small", given=given, allowed=allowed)
         self.name = name
         self.limits = limits
         self.part = part
@@ -96,7 +99,7 @@ class ImageDataset:
     @classmethod
     def of(cls, source: ImageSource) -> ImageDataset:
         """The images of a source. Raises what `load_images` raises."""
-        if source.num_workers:
+        if source.num_workers:  # None: only once the number of images is known
             worker_context()  # they are ready when the model is
         options: dict[str, Any] = {
             "image_column": source.image_column,
@@ -330,7 +333,7 @@ class ImageDataset:
         """16 hex digits that identify the images, the same wherever the files lie.
 
         Made of the number of images, all labels, the class names, and names and bytes of 256
-        images spread evenly (streaming: of the first 16).
+        images spread evenly (streaming: of the first 16); and of `jpeg_edge`, where it is given.
         """
         sample: Iterator[RawImage]
         if self.is_streaming:
@@ -341,6 +344,8 @@ class ImageDataset:
             parts.append(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
             spread = np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).astype(int))
             sample = (self.reader(int(index)) for index in spread)
+        if self.limits.jpeg_edge is not None:
+            parts.append(f"jpeg_edge {self.limits.jpeg_edge}")
         for raw in sample:
             parts.append(os.path.basename(raw.path or ""))
             try:
@@ -367,6 +372,7 @@ def load_images(
     max_images: int | None = None,
     remote_images: bool = False,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    jpeg_edge: int | None = None,
 ) -> ImageDataset:
     """Images from anything that the `datasets` library can read.
 
@@ -385,6 +391,8 @@ def load_images(
         max_images: see `ImageDataset`.
         remote_images: fetch images that rows name by an address (http://, hf://, zip://).
         max_image_pixels: a larger picture counts as corrupt.
+        jpeg_edge: decode JPEGs at 1/2, 1/4 or 1/8 of their size, as long as both edges keep so many
+            pixels. It is faster and changes pixel values.
 
     Raises:
         ConfigError: no such path, split, configuration or column; the message lists what there is.
@@ -401,6 +409,7 @@ def load_images(
         max_images=max_images,
         remote_images=remote_images,
         max_image_pixels=max_image_pixels,
+        jpeg_edge=jpeg_edge,
     )
     return ImageDataset.of(source)
 

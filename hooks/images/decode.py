@@ -32,8 +32,16 @@ Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def decode_rgb(
+    data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, jpeg_edge: int | None = None
+) -> Image.Image:
     """The image encoded in `data`, upright and of mode RGB.
+
+    Args:
+        data: the content of a file.
+        max_pixels: a larger image is refused.
+        jpeg_edge: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, whichever is the smallest that
+            leaves both edges this long; None: at its own size.
 
     Raises:
         ValueError: the bytes are no image, are truncated or damaged, or the image is too large or
@@ -48,6 +56,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
                 raise ValueError(f"{width} x {height} pixels exceed max_image_pixels={max_pixels}")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{width} x {height}: sides of more than {MAX_ASPECT}:1")
+            if jpeg_edge is not None:
+                image.draft(None, (jpeg_edge, jpeg_edge))  # Pillow has it for JPEG alone
             image.load()
             return _to_rgb(_upright(image))
     except Exception as error:  # decoders raise nearly anything on damaged bytes

@@ -26,6 +26,7 @@ from .workers import (
     prepare_worker,
     stopped_are_killed,
     worker_context,
+    workers_for,
 )
 
 if TYPE_CHECKING:  # not needed by the worker processes
@@ -46,11 +47,12 @@ class ImageBatch:
     """Decoded images in the requested order, and the failures of the others.
 
     Attributes:
-        pixel_values: float32 (b, 3, H, W).
+        pixel_values: float32 (b, 3, H, W); uint8 where there are `tables`.
         indices: int64 (b,), place of each image in the dataset.
         labels: int64 (b,), -1 where there is none.
         sources: what each image is called (its path or row).
         failures: (index, source, reason) of each image that is missing here.
+        tables: float32 (3, 256), the final value of each 8-bit value in each channel; or None.
     """
 
     pixel_values: Tensor
@@ -58,6 +60,7 @@ class ImageBatch:
     labels: Tensor
     sources: list[str] = field(default_factory=list)
     failures: list[tuple[int, str, str]] = field(default_factory=list)
+    tables: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -65,6 +68,15 @@ class ImageBatch:
     def pin_memory(self) -> ImageBatch:
         """The same batch in page-locked memory; called by torch's DataLoader."""
         return replace(self, pixel_values=self.pixel_values.pin_memory())
+
+    def on(self, device: torch.device) -> Tensor:
+        """float32 (b, 3, H, W) on a device; values are looked up there, so that they are equal to the bit."""
+        pixels = self.pixel_values.to(device, non_blocking=True)
+        if self.tables is None:
+            return pixels
+        tables = self.tables.to(device, non_blocking=True)
+        channels = [table[values.long()] for table, values in zip(tables, pixels.unbind(1))]
+        return torch.stack(channels, dim=1)
 
 
 class ImageLoader:
@@ -74,10 +86,12 @@ class ImageLoader:
         images: the dataset.
         preprocess: PIL image -> float32 (3, H, W); picklable (see `preprocess.py`).
         batch_size: images per batch.
-        num_workers: processes that decode ahead; 0 decodes in the calling thread. So does a script
-            that defines `preprocess` itself and has no ``if __name__ == "__main__":``.
+        num_workers: processes that decode ahead; 0 decodes in the calling thread; None: see
+            `workers_for`. A script that defines `preprocess` itself and has no
+            ``if __name__ == "__main__":`` decodes in the calling thread too.
         max_corrupt_share: the largest share of images, between 0 and 1, that may be corrupt.
-        pin_memory: hand out page-locked batches, which copy to a GPU while it computes.
+        pin_memory: for a GPU: hand out page-locked batches, which copy to it while it computes, and
+            8-bit pixels where the preprocessing ends with a table (see `ImageBatch.on`).
         n_ranks: processes that each read as many of the images at the same time. Those that the others have
             read count as readable until it is known which are not.
 
@@ -92,7 +106,7 @@ class ImageLoader:
         preprocess: Preprocess,
         *,
         batch_size: int,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         max_corrupt_share: float = 0.01,
         pin_memory: bool = False,
         n_ranks: int = 1,
@@ -100,6 +114,7 @@ class ImageLoader:
     ) -> None:
         if batch_size < 1:
             raise ConfigError("batch_size", "too small", given=batch_size, allowed="1 or more")
+        num_workers = workers_for(num_workers, None if images.is_streaming else len(images))
         if num_workers < 0:
             raise ConfigError("num_workers", "too small", given=num_workers, allowed="0 or more")
         if not 0.0 <= max_corrupt_share <= 1.0:
@@ -136,7 +151,8 @@ class ImageLoader:
         They end soon after `is_stopped` returns True, which another thread or a signal decides.
         """
         reader = None if self.images.is_streaming else self.images.reader
-        task = _DecodeTask(reader, self.preprocess, self.images.root, self.images.limits)
+        in_bytes = self.pin_memory and getattr(self.preprocess, "ends_with_table", False)
+        task = _DecodeTask(reader, self.preprocess, self.images.root, self.images.limits, in_bytes)
         if self.num_workers and not may_start_workers(task):
             logger.warning(
                 "num_workers: images are decoded in this process, since each worker would run the "
@@ -270,15 +286,20 @@ class _DecodeTask:
     preprocess: Preprocess
     root: str | None
     limits: Limits
+    in_bytes: bool = False
 
     def __getitems__(self, jobs: Sequence[Job]) -> ImageBatch | str:
         pixels: list[np.ndarray] = []
         done: list[RawImage] = []
         failures: list[tuple[int, str, str]] = []
+        of: Any = self.preprocess
+        preprocess, tables = of, None
+        if self.in_bytes:
+            preprocess, tables = of.eight_bit, torch.from_numpy(of.tables)
         for job in jobs:
             raw = self._raw(job)
             try:
-                pixels.append(self.preprocess(decode_raw(raw, self.root, self.limits)))
+                pixels.append(preprocess(decode_raw(raw, self.root, self.limits)))
                 done.append(raw)
             except CorruptImageError as error:
                 failures.append((error.index, error.source, error.reason))
@@ -290,6 +311,7 @@ class _DecodeTask:
             torch.tensor([raw.label for raw in done], dtype=torch.int64),
             [source_of(raw, self.root) for raw in done],
             failures,
+            tables,
         )
 
     def _raw(self, job: Job) -> RawImage:

@@ -147,6 +147,16 @@ class PilPreprocess:
         """float32 (3, H, W) of an RGB image."""
         if self.resize_rescaled:
             return self._in_floating_point(image)
+        pixels = self.eight_bit(image)
+        return np.stack([table[channel] for table, channel in zip(self.tables, pixels)])
+
+    @property
+    def ends_with_table(self) -> bool:
+        """Whether `tables[c][eight_bit(image)[c]]` is the result for each channel c, to the bit."""
+        return not self.resize_rescaled
+
+    def eight_bit(self, image: Image.Image) -> np.ndarray:
+        """uint8 (3, H, W): resized and cropped, neither rescaled nor normalised."""
         if self.size is not None:
             height, width = self._target(image.height, image.width)
             image = image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
@@ -154,10 +164,10 @@ class PilPreprocess:
         if self.crop is not None:
             crop = center_crop if self.timm is None else rounded_center_crop
             pixels = crop(pixels, self.crop, self.fill)
-        return np.stack([table[channel] for table, channel in zip(self._tables, pixels)])
+        return pixels
 
     @cached_property
-    def _tables(self) -> np.ndarray:
+    def tables(self) -> np.ndarray:
         """(3, 256) float32: the final value of each 8-bit value in each channel.
 
         The arithmetic is that of transformers (rescaled in float64, normalised in float32).

@@ -31,10 +31,14 @@ class RawImage(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What reading one image may cost: fetching it from a remote address, and its pixels."""
+    """What reading one image may cost: fetching it from a remote address, and its pixels.
+
+    With `jpeg_edge`, JPEGs are decoded at a reduced size (see `decode_rgb`).
+    """
 
     remote_images: bool = False
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    jpeg_edge: int | None = None
 
 
 DEFAULT_LIMITS = Limits()
@@ -89,7 +93,7 @@ def decode_raw(
         CorruptImageError: it cannot be opened or decoded, or exceeds the limits.
     """
     try:
-        return decode_rgb(read_bytes(raw, limits), limits.max_image_pixels)
+        return decode_rgb(read_bytes(raw, limits), limits.max_image_pixels, limits.jpeg_edge)
     except ValueError as error:
         raise CorruptImageError(raw.index, source_of(raw, root), str(error)) from error
 

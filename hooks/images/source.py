@@ -18,6 +18,7 @@ Setting = Callable[[str], Any]  # name of a run's setting -> its value, None whe
 RECORDED_SETTINGS = (
     *("dataset_name", "split", "image_column", "label_column"),
     *("eval_dataset_path", "eval_dataset_name", "eval_split", "holdout", "holdout_seed"),
+    "jpeg_edge",
 )
 
 DECODING = ("batch_size", "num_workers", "max_corrupt_share")  # the arguments of `ImageLoader`
@@ -45,8 +46,10 @@ class ImageSource:
         trust_remote_code: passed on to `datasets`; never from the settings of a file.
         remote_images: fetch images that rows name by an address (http://, hf://, zip://).
         max_image_pixels: a larger picture counts as corrupt.
+        jpeg_edge: decode JPEGs at a reduced size whose edges are at least so long, which changes
+            pixel values; None: at their own.
         batch_size: images decoded together, for one forward pass.
-        num_workers: processes that decode; 0 decodes in the main process.
+        num_workers: processes that decode; 0 decodes in the main process; None: see `workers_for`.
         max_corrupt_share: share of corrupt images, from 0 to 1, above which the work stops.
         holdout: share of every class that is held out from the split; None: none is.
         holdout_seed: of the choice of these images.
@@ -63,8 +66,9 @@ class ImageSource:
     trust_remote_code: bool = _setting("dataset_trust_remote_code", False)
     remote_images: bool = False
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    jpeg_edge: int | None = None
     batch_size: int = _setting("store_batch_size_prompts", 32)
-    num_workers: int = 0
+    num_workers: int | None = None
     max_corrupt_share: float = 0.01
     holdout: float | None = None
     holdout_seed: int = 0
@@ -123,7 +127,7 @@ class ImageSource:
     @property
     def limits(self) -> Limits:
         """What reading one image may cost."""
-        return Limits(self.remote_images, self.max_image_pixels)
+        return Limits(self.remote_images, self.max_image_pixels, self.jpeg_edge)
 
     @property
     def decoding(self) -> dict[str, Any]:

@@ -19,11 +19,30 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...registry.machine import usable_cores
+
 ROOM = __name__.rpartition(".")[0]
 PRELOADED = [f"{ROOM}.worker_server"]
 
+# With fewer images, starting workers takes longer than decoding in the calling process.
+FEWEST_IMAGES = 1024
+MOST_WORKERS = 32  # each holds some batches in shared memory
+
 _starting = threading.Lock()
 T = TypeVar("T")
+
+
+def workers_for(num_workers: int | None, n_images: int | None) -> int:
+    """The number of processes that decode: `num_workers`, or, where it is None, what the machine has.
+
+    That is one for each core that the process may use but one, which runs the model; none on a single
+    core, or for few images. None as `n_images` stands for a stream.
+    """
+    if num_workers is not None:
+        return num_workers
+    if n_images is not None and n_images < FEWEST_IMAGES:
+        return 0
+    return min(usable_cores() - 1, MOST_WORKERS)
 
 
 def worker_context() -> BaseContext:

@@ -8,6 +8,8 @@ from typing import Any
 from ...hooks.images.workers import worker_context
 from . import outcome, quick_check, shell
 
+NO_WORKERS = (None, 0, "0", "none")  # or none that are known before the images are
+
 HELP = """\
 usage: taxolens train [--preset NAME] [--config study.yaml] [FLAG VALUE ...]
 
@@ -35,7 +37,7 @@ on which images:
   --eval_dataset_path, --eval_split
                                  other held-out images; validation or test by default
   --max_images N                 use the first N images only
-  --num_workers N                processes that decode images
+  --num_workers N                processes that decode images; by default the cores but one
 
 how it trains:
   --training_tokens N            or --epochs X: passes over the images
@@ -52,7 +54,8 @@ what comes out:
   --evaluators NAME ...          which evaluators run
   --no_evaluate                  stop after training
   --log_to_wandb BOOL  --wandb_project NAME  --run_name NAME
-  --dry_run                      check everything, print the plan, train nothing
+  --dry_run                      check everything, print the plan and the time that it will take,
+                                 train nothing; --ranks N: on N processes
   --json                         the plan or the results as JSON on stdout
 
   --help_all                     every flag, with SAELens's own description of each
@@ -89,7 +92,7 @@ def run(args: list[str]) -> None:
             text = full_help(args)
         print(text, end="")
         return
-    if quick_check.check(args).get("num_workers", 0) not in (0, "0") and "--dry_run" not in args:
+    if quick_check.check(args).get("num_workers") not in NO_WORKERS and "--dry_run" not in args:
         worker_context()  # its imports run in parallel with ours
     with shell.working() as print_json:
         from ..study.job import Job
@@ -100,7 +103,9 @@ def run(args: list[str]) -> None:
         plan = job.plan()
         shown: dict[str, Any] = {"plan": plan}
         evaluated = None
-        if not command.dry_run:
+        if command.dry_run:
+            plan["cost"] = job.cost(command.ranks)
+        else:
             shell.print_notes(described(plan))
             job.train()
             if command.evaluate:
@@ -150,7 +155,37 @@ def described(plan: dict[str, Any]) -> list[str]:
             f"{evaluation['images']:,} images ({evaluation['split']}{held_out}), {shown} "
             f"classes in a tree of {evaluation['nodes']} nodes; {', '.join(evaluation['evaluators'])}"
         )
-    return [f"{name + ':':<14}{text}" for name, text in lines.items() if text]
+    if "cost" in plan:
+        lines |= _of_cost(plan["cost"])
+    return [f"{name + ':':<15}{text}" for name, text in lines.items() if text]
+
+
+def _of_cost(cost: dict[str, Any]) -> dict[str, str]:
+    """The lines of the cost, as `calibration.cost_of` gives it."""
+    rates, seconds, flops, memory = (cost[k] for k in ("rates", "seconds", "flops", "memory"))
+    stages = ", ".join(
+        f"{name} {_time(seconds[name])}" for name in ("decode", "forward", "sae", "disk")
+    )
+    return {
+        "arithmetic": f"forward {flops['forward']:.2g} FLOP, SAEs {flops['sae']:.2g} FLOP",
+        "traffic": f"{_bytes(cost['bytes_written'])} written, {_bytes(cost['bytes_read'])} read",
+        "memory": f"model {_bytes(memory['model'])}, SAEs with optimizer {_bytes(memory['saes'])} a "
+        "process, without activations",
+        "measured here": f"decode {rates['decode']:,.0f} images/s a core, forward "
+        f"{rates['forward']:,.1f} images/s, SAEs together {rates['sae']:,.0f} tokens/s, disk write "
+        f"{_bytes(rates['write'])}/s, read {_bytes(rates['read'])}/s ({cost['device']}, "
+        f"{cost['threads']} threads, in {_time(cost['calibration_seconds'])})",
+        "time": f"{_time(seconds['training'])} for the training on {cost['ranks']} process(es) with "
+        f"{cost['cores']} core(s), {cost['num_workers']} worker(s) and such a device each: {stages}",
+        "bottleneck": cost["bottleneck"],
+    }
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
 
 
 def _bytes(size: int) -> str:

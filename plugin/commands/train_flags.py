@@ -47,7 +47,8 @@ class StudyFlags:
         expansion_factor (float, optional): d_sae as a multiple of d_in.
         epochs (float, optional): training_tokens as passes over the images.
         no_evaluate (bool): Stop after training: no evaluation, no report.
-        dry_run (bool): Check everything and print the plan; train nothing.
+        dry_run (bool): Check everything, print the plan and the time that a calibration of some seconds predicts; train nothing.
+        ranks (int, optional): Processes for which --dry_run predicts the time. Defaults to those that torchrun has started.
         json (bool): Print the plan or the results as JSON on stdout.
     """
 
@@ -60,6 +61,7 @@ class StudyFlags:
     epochs: float | None = None
     no_evaluate: bool = False
     dry_run: bool = False
+    ranks: int | None = None
     json: bool = False
 
 
@@ -71,6 +73,7 @@ class TrainCommand:
     evaluate: bool
     dry_run: bool
     json: bool
+    ranks: int | None = None
 
 
 def parse(args: Sequence[str]) -> TrainCommand:
@@ -87,11 +90,17 @@ def parse(args: Sequence[str]) -> TrainCommand:
     given = _parser(architecture, only_given=True).parse(args)
     own = given.pop("study", {})
     command = {name: own.pop(name, False) for name in ("no_evaluate", "dry_run", "json")}
+    ranks = own.pop("ranks", None)
+    if ranks is not None and not command["dry_run"]:
+        allowed = "with --dry_run; torchrun --nproc-per-node N starts N processes"
+        raise ConfigError("ranks", "of the prediction alone", given=ranks, allowed=allowed)
     for name in ("preset", "config", "architecture"):
         own.pop(name, None)
     flags: Settings = {**named, **own, **given.get("run", {})}
     study = study_from([*settings, ("the command line", flags)] if flags else settings)
-    return TrainCommand(study, not command["no_evaluate"], command["dry_run"], command["json"])
+    return TrainCommand(
+        study, not command["no_evaluate"], command["dry_run"], command["json"], ranks
+    )
 
 
 def full_help(args: Sequence[str]) -> str:

@@ -55,6 +55,7 @@ class EvaluationSettings:
         num_workers: processes that decode images
         max_corrupt_share: share of corrupt images above which the work stops
         max_image_pixels: a larger picture counts as corrupt
+        jpeg_edge: decode JPEGs at a reduced size whose edges are at least so long; by default as the run did
         remote_images: fetch images that rows of the dataset name by an address
         trust_remote_code: run code that comes with models and datasets
         keep_activations: keep the activations of the images too
@@ -92,9 +93,10 @@ class EvaluationSettings:
     replace: bool = False
     device: str | None = None
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = None
     max_corrupt_share: float = 0.01
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    jpeg_edge: int | None = None
     remote_images: bool = False
     trust_remote_code: bool = False
     keep_activations: bool = False
@@ -117,6 +119,7 @@ class EvaluationSettings:
             ("batch_size", 1, 2**31),
             ("num_workers", 0, 1024),
             ("max_image_pixels", 1, 2**63 - 1),
+            ("jpeg_edge", 1, 2**31),
         ):
             given = getattr(self, field)
             if given is not None and not least <= given <= most:

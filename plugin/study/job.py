@@ -10,6 +10,7 @@ from ...hooks.models.load import expand_hook_names, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.heads import head_name
+from ...registry.ranks import Ranks
 from ...registry.taxonomies.load import TREES
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
 from ..evaluation.held_out import HeldOut
@@ -17,6 +18,7 @@ from ..evaluation.settings import EvaluationSettings
 from ..reporting.report import write_report
 from ..reporting.results import Results
 from ..training import preflight
+from ..training.calibration import cost_of
 from ..training.config import VisionSAERunnerConfig
 from ..training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner, load_model
 from .settings import Study
@@ -70,7 +72,7 @@ class Job:
         )
 
     def plan(self) -> Facts:
-        """The numbers of images, tokens, steps and bytes of the training. Time is not estimated."""
+        """The numbers of images, tokens, steps and bytes of the training; `cost` adds the time."""
         cfg, images = self.runner.cfg, self.runner.images
         saes = cfg.sae_configs
         cache_bytes = preflight.cache_size(cfg, self.runner.model, images)
@@ -102,6 +104,31 @@ class Job:
             "evaluation": None if self.held_out is None else self._evaluation(self.held_out),
         }
         return plan
+
+    def cost(self, n_ranks: int | None = None) -> Facts:
+        """FLOPs, bytes and seconds of the training on `n_ranks` processes, from a calibration of some seconds.
+
+        Neither the start of the program nor the evaluation is part of it. See `calibration.predict`.
+
+        Args:
+            n_ranks: processes that share the training; None: those that torchrun has started.
+
+        Raises:
+            ConfigError: `n_ranks` is not positive.
+            DataError: none of the images can be read.
+        """
+        n_ranks = Ranks.here().size if n_ranks is None else n_ranks
+        if n_ranks < 1:
+            raise ConfigError("ranks", "too small", given=n_ranks, allowed="1 or more")
+        runner = self.runner
+        return cost_of(
+            runner.cfg,
+            runner.model,
+            runner.images,
+            self.per_image,
+            n_ranks=n_ranks,
+            n_bytes=self.plan()["bytes"],
+        )
 
     def train(self) -> None:
         """Train, and save the SAEs under output_path."""

@@ -128,9 +128,10 @@ class VisionFields:
         label_column (str, optional): The column that holds the labels. Defaults to the only label column.
         max_images (int, optional): Use only this many images of the split: a fixed random choice, or the first that come when streaming.
         image_size (int, optional): Height and width in pixels of what the model sees. Defaults to the model's own.
-        num_workers (int): Worker processes that decode images. 0 decodes in the main process.
+        num_workers (int, optional): Worker processes that decode images. 0 decodes in the main process. Defaults to the cores that the process may use but one; 0 for fewer than 1,024 images.
         max_corrupt_share (float): Corrupt images are skipped and counted; a larger share than this stops the run.
         max_image_pixels (int): A picture of more pixels counts as corrupt; decoding one takes up to 24 bytes a pixel.
+        jpeg_edge (int, optional): Decode JPEGs at 1/2, 1/4 or 1/8 of their size, as long as both edges keep so many pixels. Faster, and it changes pixel values. Defaults to their own size.
         remote_images (bool): Fetch images that rows of the dataset name by an address (http://, hf://, zip://).
         dataset_trust_remote_code (bool): Passed on to `datasets`. SAELens's default is True.
         attn_implementation (str): "sdpa" (fast) or "eager" (needed by attention hooks).
@@ -173,9 +174,10 @@ class VisionFields:
     label_column: str | None = None
     max_images: int | None = None
     image_size: int | None = None
-    num_workers: int = 0
+    num_workers: int | None = None
     max_corrupt_share: float = 0.01
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    jpeg_edge: int | None = None
     remote_images: bool = False
     dataset_trust_remote_code: bool = False
     attn_implementation: str = "sdpa"

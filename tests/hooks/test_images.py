@@ -1,3 +1,4 @@
+import io
 import logging
 import multiprocessing
 import threading
@@ -12,7 +13,7 @@ from PIL import Image
 from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.decode import decode_rgb
 from taxolens.hooks.images.loader import ImageLoader, worker_context
-from taxolens.hooks.images.preprocess import PilPreprocess
+from taxolens.hooks.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, PilPreprocess
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from tiny_images import class_folders, encoded, hf_dataset, plain
 
@@ -531,3 +532,79 @@ def test_loader_options_are_checked(options):
 
 def test_repr_says_what_it_is():
     assert repr(ImageDataset(hf_dataset(3), name="x")) == "ImageDataset('x', 3 images, 3 classes)"
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # there is no GPU
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        PilPreprocess(24, (20, 20), mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        PilPreprocess((20, 28), None, resample=3, mean=(0.5,) * 3, std=(0.5,) * 3),
+        PilPreprocess(None, (40, 40), rescale=None),
+        PilPreprocess(None, None, rescale=1 / 127.5),
+    ],
+    ids=str,
+)
+def test_pixels_that_go_to_a_gpu_in_8_bits_are_equal_to_the_bit(preprocess):
+    images = load_images(hf_dataset(6, corrupt=[2]))
+    settings = {"batch_size": 4, "max_corrupt_share": 1.0}
+    here = list(ImageLoader(images, preprocess, **settings).batches(range(6)))
+    there = list(ImageLoader(images, preprocess, pin_memory=True, **settings).batches(range(6)))
+    for one, other in zip(here, there, strict=True):
+        assert (one.pixel_values.dtype, other.pixel_values.dtype) == (torch.float32, torch.uint8)
+        assert one.tables is None
+        assert torch.equal(one.on(torch.device("cpu")), other.on(torch.device("cpu")))
+        assert torch.equal(one.indices, other.indices)
+
+
+def black(image: Image.Image) -> np.ndarray:
+    return np.zeros((3, 2, 2), dtype=np.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.parametrize("preprocess", [black, PilPreprocess(20, (20, 20), resize_rescaled=True)])
+def test_preprocessing_without_a_table_stays_in_floating_point(preprocess):
+    loader = ImageLoader(load_images(hf_dataset(3)), preprocess, batch_size=3, pin_memory=True)
+    (batch,) = loader.batches(range(3))
+    assert batch.tables is None and batch.on(torch.device("cpu")).dtype == torch.float32
+
+
+def jpeg(width: int, height: int, kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("edge", "size"),
+    [
+        (None, (500, 376)),
+        (377, (500, 376)),  # neither edge may be shorter
+        (188, (250, 188)),
+        (189, (500, 376)),
+        (94, (125, 94)),
+        (1, (63, 47)),  # an eighth, rounded up
+    ],
+)
+def test_jpegs_are_decoded_at_a_reduced_size_where_asked(edge, size):
+    assert decode_rgb(jpeg(500, 376), jpeg_edge=edge).size == size
+    assert decode_rgb(jpeg(500, 376, "PNG"), jpeg_edge=edge).size == (500, 376)
+
+
+def test_a_reduced_size_is_part_of_what_the_images_are():
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": jpeg(64, 64), "path": None}]},
+        features=datasets.Features({"image": datasets.Image()}),
+    )
+    plain, reduced = load_images(rows), load_images(rows, jpeg_edge=16)
+    assert plain.fingerprint == load_images(rows, jpeg_edge=None).fingerprint
+    assert len({plain.fingerprint, reduced.fingerprint, load_images(rows, jpeg_edge=8).fingerprint}) == 3  # fmt: skip
+    settings = {"batch_size": 1, "num_workers": 0}
+    shapes = [
+        next(ImageLoader(images, PilPreprocess(None, None), **settings).batches([0])).pixel_values.shape
+        for images in (plain, reduced, reduced.limited(1))
+    ]  # fmt: skip
+    assert shapes == [(1, 3, 64, 64), (1, 3, 16, 16), (1, 3, 16, 16)]
+    with pytest.raises(ConfigError, match="jpeg_edge: too small; given 0; allowed: 1 or more"):
+        load_images(rows, jpeg_edge=0)

@@ -229,3 +229,21 @@ def test_a_stopped_worker_ends_the_work(monkeypatch):
         list(batches)
     worker.join(10)
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("given", "n_images", "cores", "expected"),
+    [
+        (None, 5000, 16, 15),
+        (None, 5000, 2, 1),
+        (None, 5000, 1, 0),  # a single core
+        (None, 1023, 16, 0),  # few images
+        (None, None, 4, 3),  # a stream
+        (None, 5000, 200, 32),
+        (0, 5000, 16, 0),
+        (3, 10, 1, 3),  # what is asked for is done
+    ],
+)
+def test_workers_by_default(monkeypatch, given, n_images, cores, expected):
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    assert workers.workers_for(given, n_images) == expected

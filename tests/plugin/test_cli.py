@@ -526,9 +526,16 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
     assert plan["bytes"]["output_path"] == 2 * 4 * (2 * 16 * 32 + 16 + 32)
     assert plan["evaluation"]["images"] == 16
     assert plan["evaluation"]["classes"] == 4
+    cost = plan["cost"]
+    assert (cost["ranks"], cost["bytes_read"]) == (1, 0)
+    # 48 images; the trainer's matrix products in both SAEs, 12 x d_in x d_sae a token.
+    assert cost["flops"]["sae"] == 48 * 2 * 12 * 16 * 32
+    assert {*cost["seconds"]} == {"decode", "forward", "sae", "disk", "training"}
+    assert cost["bottleneck"] in cost["seconds"]
     assert not list((tmp_path / "output").glob("*"))
-    code, out, _ = taxolens("train", "--config", study, "--dry-run")
+    code, out, _ = taxolens("train", "--config", study, "--dry-run", "--ranks", "2")
     assert code == 0
+    assert "for the training on 2 process(es)" in out and "bottleneck:" in out
     assert "48 tokens = 6 steps of 8" in out
     assert "16 images (validation), 4 classes in a tree of 7 nodes" in out
 
@@ -537,6 +544,8 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
     ("args", "message"),
     [
         (["--hook_names", "blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
+        (["--ranks", "2"], "ranks: of the prediction alone; given 2; allowed: with --dry_run"),
+        (["--ranks", "0", "--dry_run"], "ranks: too small; given 0; allowed: 1 or more"),
         (["--tokens", "register"], "no register tokens; given 'register'"),
         (
             ["--d_in", "48"],

@@ -46,6 +46,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "num_workers": (["2"], 2),
     "max_corrupt_share": (["0.5"], 0.5),
     "max_image_pixels": (["1000"], 1000),
+    "jpeg_edge": (["256"], 256),
     "remote_images": ([], True),
     "trust_remote_code": ([], True),
     "keep_activations": ([], True),

@@ -222,7 +222,7 @@ def test_decoding_settings_reach_the_evaluation_of_the_same_job(
         raise InterruptedError(given["held_out"].source.decoding)
 
     monkeypatch.setattr(module, "evaluate_run", evaluate)
-    expected = "'batch_size': 5, 'num_workers': 0, 'max_corrupt_share': 0.25"
+    expected = "'batch_size': 5, 'num_workers': None, 'max_corrupt_share': 0.25"
     with pytest.raises(InterruptedError, match=expected):
         train(max_corrupt_share=0.25, store_batch_size_prompts=5).evaluate()
 

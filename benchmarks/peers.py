@@ -1,0 +1,208 @@
+"""The race: images to saved SAEs with ours, by hand with SAELens's trainer, with overcomplete, with saev.
+
+    python benchmarks/peers.py [--small] [--device cuda] [--rounds 3] [--venvs FOLDER] [--store]
+    python benchmarks/peers.py --write
+
+Two jobs: SAEs on the class tokens of every block, several epochs; and one SAE on all patch tokens of one
+block, one epoch. Same JPEGs, model (a DINOv2 with random weights), widths, steps, batch and threads; every
+way is a process of its own, timed whole, imports included, and the ways take turns. What is not ours is in
+`peer_loops.py`. overcomplete and saev come from the package index, each into a virtual environment that
+this script makes (under `--venvs`, which keeps them), with a torch of its own, since both need torchvision;
+where that fails, the way is left out with a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import timing
+
+LOOPS = Path(__file__).with_name("peer_loops.py")
+PACKAGES = {"overcomplete": "overcomplete==0.3.0", "saev": "saev==0.1.0"}
+NEEDED = ("torch", "torchvision", "transformers", "wandb")
+WAYS = ("ours", "by_hand", "overcomplete", "saev")
+NAMES = {"ours": "taxolens", "by_hand": "by hand, SAELens's trainer"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a minute instead of half an hour")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="Ti", choices=timing.MODELS)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=20, help="of the class tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-workers", type=int, help="by default each its own best")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--venvs", type=Path)
+    parser.add_argument("--store", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    if args.write:
+        timing.show("peers", shown(timing.stored("peers")))
+        return
+    if args.small:
+        args.model, args.images, args.epochs, args.rounds = "tiny", 64, 4, 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pictures = timing.draw(args.images, folder / "pictures")
+        model = timing.save_vit(args.model, folder / "model")
+        pythons, left_out = environments(args.ways, args.venvs or folder / "venvs")
+        found: dict[str, Any] = {
+            "machine": timing.machine(),
+            "settings": {key: getattr(args, key) for key in ("model", "images", "device", "num_workers")},
+            "left_out": left_out,
+            "jobs": {},
+        }  # fmt: skip
+        for name, job in jobs(args, str(pictures), str(model)).items():
+            seconds: dict[str, list[float]] = {way: [] for way in pythons}
+            for number in range(args.rounds):
+                for way in [*pythons][number % len(pythons) :] + [*pythons][
+                    : number % len(pythons)
+                ]:
+                    output = folder / "output"
+                    took, error = run(way, pythons[way], {**job, "output": str(output)})
+                    shutil.rmtree(output, ignore_errors=True)
+                    if error:
+                        left_out[way] = error
+                        print(f"{way}: {error}")
+                    else:
+                        seconds[way].append(took)
+            done = {way: times for way, times in seconds.items() if len(times) == args.rounds}
+            found["jobs"][name] = {
+                **{key: job[key] for key in ("steps", "batch", "d_sae", "k")},
+                "saes": len(job["blocks"]),
+                "seconds": {way: list(map(timing.rounded, times)) for way, times in done.items()},
+                "ratios": {way: timing.ratios(done, way, "ours") for way in done},
+            }
+            print(name, found["jobs"][name]["seconds"])
+    print(shown(found))
+    if args.store:
+        timing.store("peers", found)
+        timing.show("peers", shown(found))
+
+
+def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[str, Any]]:
+    """Name -> what is to be done."""
+    width, blocks, *_ = timing.MODELS[args.model]
+    common = {
+        "pictures": pictures, "model": model, "device": args.device, "images_per_batch": 32,
+        "num_workers": args.num_workers, "k": 32, "d_sae": 16 * width,
+    }  # fmt: skip
+    of_class, of_patches = (min(256, args.images // 2), min(4096, args.images * 8))
+    return {
+        "class tokens, every block": {
+            **common, "tokens": "class", "blocks": list(range(blocks)), "batch": of_class,
+            "steps": args.images * args.epochs // of_class,
+        },
+        "patch tokens, one block": {
+            **common, "tokens": "patch", "blocks": [blocks * 3 // 4], "batch": of_patches,
+            "steps": args.images * 256 // of_patches,
+        },
+    }  # fmt: skip
+
+
+def environments(ways: list[str], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Way -> its Python; way -> why it is left out."""
+    pythons, left_out = {}, {}
+    for way in ways:
+        if way not in PACKAGES:
+            pythons[way] = sys.executable
+            continue
+        place = folder / way
+        python = str(place / "bin" / "python")
+        if not (place / "done").exists():
+            print(f"{way}: making its environment in {place}")
+            commands = [
+                [sys.executable, "-m", "venv", "--clear", str(place)],
+                [python, "-m", "pip", "install", "--quiet", PACKAGES[way], *NEEDED],
+            ]
+            try:
+                for command in commands:
+                    subprocess.run(command, check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                left_out[way] = f"cannot be installed here: {last_line(error)}"
+                print(f"{way}: {left_out[way]}")
+                continue
+            (place / "done").touch()
+        pythons[way] = python
+    return pythons, left_out
+
+
+def run(way: str, python: str, job: dict[str, Any]) -> tuple[float, str | None]:
+    """Seconds of a process from its start to its end, and why it failed."""
+    others = {**job, "num_workers": job["num_workers"] or max(1, timing.usable_cores() - 1)}
+    command = [python, str(LOOPS), way, json.dumps(others)]
+    if way == "ours":
+        command = [python, "-m", "taxolens", "train", *flags(job)]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    took = time.perf_counter() - start
+    return (
+        took,
+        None if done.returncode == 0 else f"failed: {(done.stderr.splitlines() or ['?'])[-1]}",
+    )
+
+
+def flags(job: dict[str, Any]) -> list[str]:
+    """The job as flags of `taxolens train`."""
+    tokens = job["steps"] * job["batch"]
+    given = {
+        "model_name": job["model"], "dataset_path": job["pictures"], "tokens": job["tokens"],
+        "architecture": "topk", "k": job["k"], "d_sae": job["d_sae"], "lr": 1e-3,
+        "training_tokens": tokens, "train_batch_size_tokens": job["batch"],
+        "store_batch_size_prompts": job["images_per_batch"],
+        "device": job["device"], "output_path": job["output"], "n_checkpoints": 0,
+        "log_to_wandb": "false",
+    }  # fmt: skip
+    if job["num_workers"] is not None:
+        given["num_workers"] = job["num_workers"]
+    if job["tokens"] == "class":
+        given |= {
+            "use_cached_activations": "true",
+            "cached_activations_path": job["output"] + "/cache",
+        }
+    made = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    return [*made, "--no_evaluate", "--hook_names", *(f"blocks.{i}.hook_resid_post" for i in job["blocks"])]  # fmt: skip
+
+
+def last_line(error: Exception) -> str:
+    text = getattr(error, "stderr", None) or str(error)
+    return text.strip().splitlines()[-1]
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The table of stored results."""
+    rows = []
+    for name, job in found["jobs"].items():
+        for way, times in job["seconds"].items():
+            ratio = job["ratios"][way]
+            spread = f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+            rows.append(
+                (name, NAMES.get(way, way), f"{sorted(times)[len(times) // 2]:.1f} s", spread)
+            )
+    of = found["settings"]
+    sizes = "; ".join(
+        f"{name}: {job['saes']} SAE(s), d_sae {job['d_sae']:,}, k {job['k']}, {job['steps']:,} steps of {job['batch']:,}"
+        for name, job in found["jobs"].items()
+    )
+    text = (
+        f"ViT-{of['model']} at 224 pixels on {of['device']}, {of['images']:,} JPEGs, workers: {of['num_workers'] or 'by default'}. "
+        f"{sizes}. {timing.on_what(found)}."
+    )
+    left_out = "".join(f" Left out: {way}, {why}." for way, why in found["left_out"].items())
+    head = ("job", "way", "whole process", "time over taxolens's")
+    return f"{timing.table(head, rows)}\n\n{text}{left_out}"
+
+
+if __name__ == "__main__":
+    main()
