@@ -25,6 +25,8 @@ from .parts.samples import shape
 
 FEW_IMAGES = 5
 """Images of a class below which the rule `frequency` takes false alarms for classes of a latent."""
+PREFIX = 64
+"""Classes by which random sets are extended at a time."""
 RULES = ("frequency", "topk", "topk_strict", "any")
 
 
@@ -381,14 +383,19 @@ def random_class_sets(
     """Random sets of the P classes at `places`: the prefixes of each of `repeats` random orders, and
     all pairs for s = 2."""
     generator = np.random.default_rng(seed)
-    best_first = taxonomy.by_preference[::-1]
-    membership = taxonomy.membership[:, best_first]
-    nodes = np.zeros((repeats, len(places)), dtype=np.int64)
+    preference = np.argsort(taxonomy.by_preference)  # rank of each node as LCH
+    nodes = np.full((repeats, len(places)), taxonomy.root, dtype=np.int32)
     for row in nodes if places else ():
         order = generator.permutation(places)
-        above_first = np.flatnonzero(membership[order[0]])  # only these can contain a prefix
-        common = np.logical_and.accumulate(membership[np.ix_(order, above_first)])
-        row[:] = best_first[above_first[common.argmax(1)]]
+        common = np.flatnonzero(taxonomy.membership[order[0]])  # only these can contain a prefix
+        common = common[np.argsort(-preference[common])]
+        for start in range(0, len(order), PREFIX):
+            if len(common) == 1:  # the root
+                break
+            some = order[start : start + PREFIX]
+            holds = np.logical_and.accumulate(taxonomy.membership[np.ix_(some, common)])
+            row[start : start + PREFIX] = common[holds.argmax(1)]
+            common = common[holds[-1]]
     pairs = np.zeros(len(taxonomy.nodes))  # with this LCH
     at = np.array(places, dtype=np.int64)
     for i, place in enumerate(places):
