@@ -326,7 +326,7 @@ def main_latents(
     rising = np.arange(len(ordered))
     columns, place = np.unique(ordered, return_inverse=True)
     place = place.reshape(ordered.shape)
-    dense = [sparse.csc_array(part)[:, columns].toarray() for part in (train, choose)]
+    dense = [sparse.csr_array(part[:, columns]).toarray() for part in (train, choose)]
     for size in range(1, k + 1):
         if not len(rising):
             break
@@ -334,7 +334,8 @@ def main_latents(
             np.ascontiguousarray(part[:, place[rising, :size]].swapaxes(0, 1)) for part in dense
         ]
         truth = torch.from_numpy(train_truth[:, rising].T)
-        scores = sparse_logistic(*map(torch.from_numpy, both), truth).numpy()
+        features, held_out = map(torch.from_numpy, both)
+        scores = sparse_logistic(features, held_out, truth).numpy()
         reached = np.array(
             [best_threshold(s, choose_truth[:, g])[1] for s, g in zip(scores, rising)]
         )

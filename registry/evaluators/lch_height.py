@@ -338,7 +338,7 @@ def smallest_holding(taxonomy: Taxonomy, labels: np.ndarray, keep: float) -> Ass
 
 def class_sets(labels: np.ndarray, n_classes: int) -> sparse.csr_array:
     """(m, C) of bool, the distinct labels of each row (m, k); none where they are −1."""
-    return _count_labels(labels, n_classes).astype(bool)
+    return sparse.csr_array(_count_labels(labels, n_classes), dtype=bool)
 
 
 def _count_labels(labels: np.ndarray, n_classes: int) -> sparse.csr_array:

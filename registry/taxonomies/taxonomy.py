@@ -226,7 +226,7 @@ class Taxonomy:
     @cached_property
     def sparse_membership(self) -> sparse.csr_array:
         """(C, V) `membership` as sparse float32, for fast products."""
-        return sparse.csr_array(self.membership).astype(np.float32)
+        return sparse.csr_array(self.membership, dtype=np.float32)
 
     def leaves(self, v: int) -> IntArray:
         """(n,) the classes at or below node v."""

@@ -53,18 +53,19 @@ class CellCounts:
         new = torch.cat(self._waiting)
         self._waiting = []
         if self._cells is None or self._counts is None:
-            self._cells, counts = _unique(new)
-            self._counts = counts.int()
+            cells, counts = _unique(new)
+            counts = counts.int()
         else:
-            both, place = torch.cat([self._cells, new]).unique(return_inverse=True)
-            counts = torch.zeros(len(both), dtype=torch.int32, device=both.device)
-            ones = torch.ones(len(new), dtype=torch.int32, device=both.device)
-            self._counts = counts.index_add_(0, place, torch.cat([self._counts, ones]))
-            self._cells = both
-        if len(self._cells) > DENSE * self.n_cells:
-            array = torch.zeros(self.n_cells, dtype=self.dtype, device=self._cells.device)
-            array[self._cells] = self._counts.to(self.dtype)
-            self._array, self._cells, self._counts = array, None, None
+            cells, place = torch.cat([self._cells, new]).unique(return_inverse=True)
+            ones = torch.ones(len(new), dtype=torch.int32, device=new.device)
+            counts = torch.zeros(len(cells), dtype=torch.int32, device=new.device)
+            counts.index_add_(0, place, torch.cat([self._counts, ones]))
+        if len(cells) <= DENSE * self.n_cells:
+            self._cells, self._counts = cells, counts
+            return
+        self._array = torch.zeros(self.n_cells, dtype=self.dtype, device=new.device)
+        self._array[cells] = counts.to(self.dtype)
+        self._cells = self._counts = None
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The cells with a count in ascending order (u,) int64, and their counts (u,)."""

@@ -78,7 +78,7 @@ def best_nodes(
         members: (C, N) bool, whether a class lies below a node.
     """
     counts = sparse.csr_array(fired, dtype=np.float32)
-    belongs = sparse.csr_array(members).astype(np.float32, copy=False)
+    belongs = sparse.csr_array(members, dtype=np.float32)
     n_latents, n_nodes = shape(counts)[0], shape(belongs)[1]
     node = np.zeros(n_latents, dtype=np.int64)
     if not n_nodes:
@@ -116,7 +116,7 @@ def explain(
     node, fit_f1 = best_nodes(halves.fit, fit_images, members)
     if not members.shape[1]:
         members = np.zeros((len(members), 1), dtype=bool)
-    belongs = sparse.csr_array(members).astype(np.float32)
+    belongs = sparse.csr_array(members, dtype=np.float32)
     own = sparse.csr_array(belongs.T)[node]
     return node, fit_f1, Outcome.of(halves.score, own, (score_images @ belongs)[node])
 
@@ -259,7 +259,7 @@ def find_detectors(
         fit_images, score_images: (C,) images of each class in the halves.
         covered: nodes where always predicting "yes" reaches this F1 are left out.
     """
-    belongs = sparse.csr_array(members).astype(np.float32, copy=False)
+    belongs = sparse.csr_array(members, dtype=np.float32)
     fit_positives = fit_images @ belongs
     latent, bin_, fit_f1 = _choose(halves, belongs, fit_positives)
     own = sparse.csr_array(belongs.T)
