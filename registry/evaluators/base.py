@@ -505,7 +505,7 @@ class Evaluator(ABC, Generic[O]):
     def sparse_members(
         self, nodes: np.ndarray, permutation: np.ndarray | None = None
     ) -> sparse.csr_array:
-        """As `members`, of float32."""
+        """(C, N) sparse float32, as `members`."""
         members = self.taxonomy.sparse_membership[:, nodes]
         return members if permutation is None else members[permutation]
 
