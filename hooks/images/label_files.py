@@ -22,8 +22,9 @@ Row: TypeAlias = tuple[str, str]  # the name or path of an image, and its class
 
 KINDS = (".txt", ".tsv", ".csv", ".json")
 MAX_TABLE_BYTES = 1 << 28
+MAX_COLUMNS = 1000
 MAX_JSON_BYTES = 1 << 32  # of which one value at a time is in memory
-MAX_IMAGES = 8_000_000  # of annotations
+MAX_IMAGES = 4_000_000  # of which a file gives the classes
 # Folders of annotations beside folders of images, and where ImageNet's development kit has them.
 BESIDE = re.compile(r"annotations?|labels|ILSVRC2012_devkit_t12(/data)?", re.IGNORECASE)
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -147,35 +148,50 @@ def _rows_in(file: Path, stems: Sequence[str]) -> list[Row]:
         if file.suffix.lower() == ".csv":
             head = next(lines, "")
             comma = ";" if ";" in head and "," not in head else ","
-            return _table(csv.reader(chain([head], lines), delimiter=comma), wanted)
-        rows = (line.split(None if "\t" not in line else "\t") for line in lines)
-        return [
-            (_posix(row[0]), row[1]) for row in rows if len(row) > 1 and _stem(row[0]) in wanted
-        ]
+            return _distinct(_table(_cells(chain([head], lines), comma), wanted))
+        rows = (line.split(None if "\t" not in line else "\t", 2) for line in lines)
+        named = (row for row in rows if len(row) > 1 and _stem(row[0]) in wanted)
+        return _distinct((_posix(row[0]), row[1]) for row in named)
     except (UnreadableError, OSError, csv.Error) as error:
         logger.warning("%s is not taken as a file of labels: %s.", file, reason(error))
         return []
 
 
-def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> list[Row]:
+def _cells(lines: Iterator[str], comma: str) -> Iterator[list[str]]:
+    for row in csv.reader(lines, delimiter=comma):
+        if len(row) > MAX_COLUMNS:
+            raise UnreadableError(f"more than {MAX_COLUMNS:,} columns")
+        yield row
+
+
+def _distinct(rows: Iterator[Row]) -> list[Row]:
+    """Each row once, of a bounded number."""
+    found: dict[Row, None] = {}
+    for row in rows:
+        found[row] = None
+        if len(found) > MAX_IMAGES:
+            raise UnreadableError(f"classes of more than {MAX_IMAGES:,} images")
+    return list(found)
+
+
+def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> Iterator[Row]:
     """The labels in a table: of two columns the other one, of more the one with a usual name."""
     first = next(rows, [])
-    named = [row for row in chain([first], rows) if any(_stem(cell) in wanted for cell in row)]
-    if not named:
-        return []
-    key = next(i for i, cell in enumerate(named[0]) if _stem(cell) in wanted)
-    header = [cell.strip().lower() for cell in first] if first != named[0] else []
+    rows = chain([first], rows)
+    named = next((row for row in rows if any(_stem(cell) in wanted for cell in row)), None)
+    if named is None:
+        return
+    key = next(i for i, cell in enumerate(named) if _stem(cell) in wanted)
+    header = [cell.strip().lower() for cell in first] if first != named else []
     usual = [header.index(name) for name in LABEL_COLUMNS if name in header]
-    others = [i for i in range(len(named[0])) if i != key]
+    others = [i for i in range(len(named)) if i != key]
     column = usual[0] if usual else others[0] if len(others) == 1 else None
     if column is None:
-        return []
-    cells = [(row[key], row[column].strip()) for row in named if len(row) > max(key, column)]
-    return [
-        (_posix(name), box[1] if (box := BOXES.fullmatch(label)) else label)
-        for name, label in cells
-        if _stem(name) in wanted
-    ]
+        return
+    for row in chain([named], rows):
+        if len(row) > max(key, column) and _stem(row[key]) in wanted:
+            label = row[column].strip()
+            yield _posix(row[key]), box[1] if (box := BOXES.fullmatch(label)) else label
 
 
 def _annotated(file: Path, wanted: set[str]) -> list[Row]:
@@ -206,7 +222,7 @@ def _annotated(file: Path, wanted: set[str]) -> list[Row]:
                 texts.append((_posix(key), str(value)))
         except (KeyError, TypeError) as error:
             not_coco = not_coco or f"not annotations of images: {error!r}"
-        if len(category_of) > MAX_IMAGES:
+        if max(len(category_of), len(texts)) > MAX_IMAGES:
             raise DataError(file, f"annotations of more than {MAX_IMAGES:,} images")
     if not {"images", "annotations", "categories"} <= keys:
         return texts

@@ -107,6 +107,7 @@ def test_annotations_of_another_form_are_refused(wrong, tmp_path):
         ("labels.json", '{"1": "cat"', "not JSON"),
         ("labels.json", "[1, 2]", "not a JSON object"),
         ("labels.csv", f"1,{'x' * 200_000}", "field larger than field limit"),
+        ("labels.csv", "1" + "," * 1000, "more than 1,000 columns"),
         ("labels.txt", b"1 \xff", "not UTF-8"),
     ],
 )
