@@ -27,7 +27,10 @@ from typing import Any
 import timing
 
 LOOPS = Path(__file__).with_name("peer_loops.py")
-PACKAGES = {"overcomplete": "overcomplete==0.3.0", "saev": "saev==0.1.0"}
+PACKAGES = {
+    "overcomplete": ("overcomplete==0.3.0", "matplotlib<3.9"),  # it calls what 3.9 removed
+    "saev": ("saev==0.1.0",),
+}
 NEEDED = ("torch", "torchvision", "transformers", "wandb")
 WAYS = ("ours", "by_hand", "overcomplete", "saev")
 NAMES = {"ours": "taxolens", "by_hand": "by hand, SAELens's trainer"}
@@ -56,7 +59,10 @@ def main() -> None:
         folder = Path(temporary)
         pictures = timing.draw(args.images, folder / "pictures")
         model = timing.save_vit(args.model, folder / "model")
-        pythons, left_out = environments(args.ways, args.venvs or folder / "venvs")
+        ways = list(
+            dict.fromkeys(("ours", *args.ways))
+        )  # ours is what the others are compared with
+        pythons, left_out = environments(ways, args.venvs or folder / "venvs")
         found: dict[str, Any] = {
             "machine": timing.machine(),
             "settings": {key: getattr(args, key) for key in ("model", "images", "device", "num_workers")},
@@ -72,6 +78,8 @@ def main() -> None:
                     output = folder / "output"
                     took, error = run(way, pythons[way], {**job, "output": str(output)})
                     shutil.rmtree(output, ignore_errors=True)
+                    if error and way == "ours":
+                        raise RuntimeError(error)
                     if error:
                         left_out[way] = error
                         print(f"{way}: {error}")
@@ -124,7 +132,7 @@ def environments(ways: list[str], folder: Path) -> tuple[dict[str, str], dict[st
             print(f"{way}: making its environment in {place}")
             commands = [
                 [sys.executable, "-m", "venv", "--clear", str(place)],
-                [python, "-m", "pip", "install", "--quiet", PACKAGES[way], *NEEDED],
+                [python, "-m", "pip", "install", "--quiet", *PACKAGES[way], *NEEDED],
             ]
             try:
                 for command in commands:
