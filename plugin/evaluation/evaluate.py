@@ -53,6 +53,7 @@ def evaluate_run(
     override_dataset: ImageDataset | None = None,
     override_model: Any = None,
     held_out: HeldOut | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Results:
     """Measure every SAE of one or many runs on held-out images.
@@ -71,6 +72,8 @@ def evaluate_run(
         override_dataset: images in place of those of dataset_path.
         override_model: a model in place of the runs' own.
         held_out: loaded images and tree; the settings of their source are then not used.
+        ranks: the processes that share the work; None: those of torchrun's job; `Ranks()`: this one
+            alone.
         **options: fields of `EvaluationSettings`, in place of those of `settings`.
 
     Raises:
@@ -78,7 +81,7 @@ def evaluate_run(
         DataError: the images or labels cannot be used.
         CheckpointError: an SAE's files are incomplete or damaged.
     """
-    ranks = Ranks.here()
+    ranks = Ranks.here() if ranks is None else ranks
     with ranks.joined():
         settings = (settings or EvaluationSettings()).override(**options)
         if not ranks.is_first:
@@ -120,7 +123,7 @@ def _evaluate(
         lacking = results.missing(saes)
         names = {name for each in lacking.values() for name in each.chosen}
         bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
-        forwards = forwards_of(saes, held_out, bench, activations, override_model)
+        forwards = forwards_of(saes, held_out, bench, activations, override_model, ranks)
         for forward in forwards.values():
             missing = [sae for sae in forward.saes if sae.id in lacking]
             if missing:

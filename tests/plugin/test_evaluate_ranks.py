@@ -190,6 +190,16 @@ def test_an_evaluator_that_fails_on_one_rank_costs_its_own_numbers(
     }
 
 
+def test_one_process_of_a_job_can_evaluate_alone(evaluate: Any, tmp_path: Path) -> None:
+    def act() -> list[str]:
+        if Ranks.here().is_first:
+            return []
+        found = evaluate(tmp_path / "out", ranks=Ranks(), evaluators="ontological_coverage")
+        return [sae.id for sae in found.saes]
+
+    assert run_ranks(2, act, tmp_path / "job") == [[], [*HOOKS]]
+
+
 # Dealing ------------------------------------------------------------------------------------------
 
 
