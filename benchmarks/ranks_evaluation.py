@@ -1,8 +1,8 @@
-"""Speed of two processes of one thread over one, in jobs that torchrun starts.
+"""Speed of evaluation by two processes of one thread over one, in jobs that torchrun starts.
 
-    python benchmarks/ranks.py [evaluation] [--images 2000] [--d_sae 3072] [--rounds 3]
+    python benchmarks/ranks_evaluation.py [--images 2000] [--d_sae 3072] [--rounds 3]
 
-`evaluation`: 12 SAEs of random weights at the 12 blocks of a ViT with random weights, width 192, on pictures of
+12 SAEs of random weights at the 12 blocks of a ViT with random weights, width 192, on pictures of
 noise in 20 classes, by the evaluators of `taxolens evaluate` and all of their nulls. The activations
 are there before. In every round one process measures the SAEs anew, then two; printed is the median
 over rounds of the ratio of their `seconds` in results.json, which leave imports out, and whether all
@@ -33,14 +33,13 @@ WIDTH, BLOCKS, PARENTS, CHILDREN = 192, 12, 5, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", default="evaluation", choices=["evaluation"])
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--d_sae", type=int, default=3072)
     parser.add_argument("--evaluators", nargs="+", default=[])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        {"evaluation": evaluation}[args.part](Path(folder), args)
+        evaluation(Path(folder), args)
 
 
 def evaluation(folder: Path, args: argparse.Namespace) -> None:
