@@ -12,6 +12,7 @@ import docstring_parser
 from ...hooks.images.workers import worker_context
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, parse_json
+from ...registry.ranks import Ranks
 from ..evaluation.settings import EvaluationSettings
 from . import outcome, shell
 
@@ -19,7 +20,8 @@ HELP = """\
 Measures every SAE of one or many runs, or SAEs of other libraries, on held-out images, each number
 beside its null controls, and writes results.json and report.html. What is not given is taken from the
 SAE's metadata and the run's own settings; all that is missing is listed.
-What an earlier call with the same settings has finished is not done again."""
+What an earlier call with the same settings has finished is not done again.
+Under torchrun the SAEs are dealt to its processes."""
 
 EXAMPLES = """\
 examples:
@@ -51,6 +53,8 @@ def run(args: list[str]) -> None:
         from ..reporting.report import write_report
 
         results = evaluate_run(settings.pop("runs"), **settings)
+        if not Ranks.here().is_first:
+            return
         report = write_report(results, interactive=not static)
         if wandb["log_to_wandb"]:
             from ..reporting.wandb_log import log_results

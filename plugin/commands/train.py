@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ...hooks.images.workers import worker_context
+from ...registry.ranks import Ranks
 from . import outcome, quick_check, shell
 
 NO_WORKERS = (None, 0, "0", "none")  # or none that are known before the images are
@@ -111,6 +112,8 @@ def run(args: list[str]) -> None:
             if command.evaluate:
                 evaluated = job.evaluate()
                 shown |= outcome.as_dict(*evaluated)
+        if not Ranks.here().is_first:
+            return
         if command.json:
             print_json(shown)
     if not command.json:

@@ -231,25 +231,21 @@ class Bench:
         self,
         source: LatentSource,
         held_out: HeldOutActivations,
+        group: int,
         *,
         progress: Progress | None = None,
-    ) -> list[dict[str, Numbers | str]]:
-        """The result of `numbers` without each of `n_groups` groups of images, for the intervals.
+    ) -> dict[str, Numbers | str]:
+        """The result of `numbers` without one of `n_groups` groups of images, for the intervals.
 
         The model is not run and peers are not compared: metrics that need them are undefined.
         """
-        groups = self.settings.n_groups
-        reason = "not repeated for the intervals"
-        held_out = replace(held_out, intervene=None, no_intervention=reason)
-        return [
-            self.numbers(
-                source,
-                replace(held_out, split=held_out.split.without(group, groups)),
-                self.chosen,
-                progress=progress,
-            )
-            for group in range(groups)
-        ]
+        rest = replace(
+            held_out,
+            split=held_out.split.without(group, self.settings.n_groups),
+            intervene=None,
+            no_intervention="not repeated for the intervals",
+        )
+        return self.numbers(source, rest, self.chosen, progress=progress)
 
     def controls(self, held_out: HeldOutActivations) -> dict[str, dict[str, Numbers | str]]:
         """Control -> evaluator -> its numbers, or why it has none.
@@ -278,7 +274,7 @@ class Bench:
             nulls: "random" and "neurons" -> the result of `numbers` over each of their draws, or why
                 there are none.
             controls: the same for controls that are not nulls.
-            left_out: the result of `left_out` over the SAE's latents.
+            left_out: the result of `left_out` over the SAE's latents, of every group.
             progress: called before each evaluator.
         """
         found = {}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import ImageSource
@@ -20,17 +23,19 @@ from ...registry.files import only_writer
 from ...registry.heads import head_name
 from ...registry.loaders.parts.read import Source
 from ...registry.names import unknown_name_message
+from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS
-from ..reporting.results import Results
+from ..reporting.results import Results, SAEResult
 from .bench import Bench
 from .forward import Forward, ModelSetting, forwards_of
 from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, tree_name
 from .measure_sae import measure_sae
-from .peers import peers_of
+from .peers import find_peers, peers_of
 from .results_folder import ResultsFolder
 from .sae_folders import SAEFolder
 from .sae_sources import Sources, check_complete, find_sources, is_other, override
 from .settings import EvaluationSettings
+from .team import Team
 from .training_evaluator import TrainingEvaluator, make_training_evaluator
 
 __all__ = ["EvaluationSettings", "TrainingEvaluator", "evaluate_run", "make_training_evaluator"]
@@ -48,6 +53,7 @@ def evaluate_run(
     override_dataset: ImageDataset | None = None,
     override_model: Any = None,
     held_out: HeldOut | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Results:
     """Measure every SAE of one or many runs on held-out images.
@@ -56,6 +62,9 @@ def evaluate_run(
     images, tree and settings, whichever evaluators it names. An evaluator that raises has no
     numbers, and `Results.errors` names it; the others are not affected.
 
+    In a job of torchrun every rank calls this with the same arguments. SAEs are dealt to ranks, of
+    fewer SAEs than ranks their passes; rank 0 writes the results, which equal those of one process.
+
     Args:
         runs: run folders, checkpoints, SAE folders, files of other libraries, and published SAEs
             (see `find_sources`).
@@ -63,6 +72,8 @@ def evaluate_run(
         override_dataset: images in place of those of dataset_path.
         override_model: a model in place of the runs' own.
         held_out: loaded images and tree; the settings of their source are then not used.
+        ranks: the processes that share the work; None: those of torchrun's job; `Ranks()`: this one
+            alone.
         **options: fields of `EvaluationSettings`, in place of those of `settings`.
 
     Raises:
@@ -70,8 +81,25 @@ def evaluate_run(
         DataError: the images or labels cannot be used.
         CheckpointError: an SAE's files are incomplete or damaged.
     """
-    settings = (settings or EvaluationSettings()).override(**options)
+    ranks = Ranks.here() if ranks is None else ranks
+    with ranks.joined():
+        settings = (settings or EvaluationSettings()).override(**options)
+        if not ranks.is_first:
+            settings = settings.override(progress=False)
+        return _evaluate(runs, settings, override_dataset, override_model, held_out, ranks)
+
+
+def _evaluate(
+    runs: Sources,
+    settings: EvaluationSettings,
+    override_dataset: ImageDataset | None,
+    override_model: Any,
+    held_out: HeldOut | None,
+    ranks: Ranks,
+) -> Results:
+    """The evaluation of `evaluate_run` on one of the ranks."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device(device)
     saes = override(find_sources(runs), **{name: getattr(settings, name) for name in OVERRIDES})
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)
@@ -86,24 +114,27 @@ def evaluate_run(
         held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
     seen = check_held_out(saes, held_out, allow=settings.allow_train_split)
     bench = Bench(held_out.taxonomy, chosen, replace(settings, device=device))
-    results = ResultsFolder(folder, saes, bench, held_out, seen_in_training=seen)
+    results = ResultsFolder(folder, saes, bench, held_out, ranks, seen_in_training=seen)
     activations = folder / ACTIVATIONS_FOLDER
-    with only_writer(folder, "output_path"):
+    with only_writer(folder, "output_path") if ranks.is_first else nullcontext():
+        ranks.wait()
         results.take_over()
+        ranks.wait()
         lacking = results.missing(saes)
         names = {name for each in lacking.values() for name in each.chosen}
         bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
-        forwards = forwards_of(saes, held_out, bench, activations, override_model)
+        forwards = forwards_of(saes, held_out, bench, activations, override_model, ranks)
         for forward in forwards.values():
             missing = [sae for sae in forward.saes if sae.id in lacking]
             if missing:
                 check_saes(missing, forward.model)
-                _measure(missing, forward, forwards, bench, lacking, results)
+                _measure(missing, forward, forwards, bench, lacking, results, ranks)
             forward.release()
-        found = results.finish()
-        if not settings.keep_activations:
+        found = results.finish() if ranks.is_first else None
+        if ranks.is_first and not settings.keep_activations:
             shutil.rmtree(activations, ignore_errors=True)
-    return found
+        ranks.wait()
+    return found or Results.load(folder)
 
 
 def _measure(
@@ -113,12 +144,22 @@ def _measure(
     bench: Bench,
     lacking: Mapping[str, Bench],
     results: ResultsFolder,
+    ranks: Ranks,
 ) -> None:
     """Measure SAEs of one model, each by the evaluators that it lacks, and add them to the results."""
+    if ranks.size > 1 and bench.wants("peers"):  # all ranks make a cache together, so not at need
+        for sae in saes:
+            for peer, _ in find_peers(sae, results.saes):
+                _ = forwards[ModelSetting.of(peer)].cache
     results.dataset_is(forward.cache, forward.split)
-    controls = bench.controls(forward.at(forward.saes[0].key))
-    for sae in saes:
-        own = lacking[sae.id]
+    results.begin()
+    by_id = {sae.id: sae for sae in saes}
+    costs = {sae.id: _cost(sae, forward, lacking[sae.id]) for sae in saes}
+    mine, team = Team.deal(ranks, costs, ranks.from_first(f"measured {uuid4().hex}"))
+    controls = bench.controls(forward.at(forward.saes[0].key)) if team.leads else {}
+    done: dict[str, SAEResult] = {}
+    for name in mine:
+        sae, own = by_id[name], lacking[name]
         measured = measure_sae(
             own,
             sae,
@@ -130,8 +171,25 @@ def _measure(
             dataset=forward.held_out.images,
             rows=np.asarray(forward.cache.indices),
             output=results.folder,
+            team=team,
         )
-        results.add(sae, measured)
+        if measured is not None:
+            results.add(sae, measured)
+            done[name] = measured
+    bar = tqdm(desc="all ranks", unit=" steps", delay=2, disable=not bench.settings.progress)
+    with bar:
+        for count in ranks.waiting(team.counter):
+            bar.update(count - bar.n)
+    parts = ranks.gather(done)
+    for part in parts[1:] if ranks.is_first else []:
+        for name, measured in part.items():
+            results.add(by_id[name], measured)
+
+
+def _cost(sae: SAEFolder, forward: Forward, bench: Bench) -> float:
+    """Latents × tokens of an image × evaluators (own definition)."""
+    n_tokens = forward.cache.activations(sae.hook_name).shape[1]
+    return float(sae.cfg.get("d_sae", 1)) * n_tokens * len(bench.chosen)
 
 
 def choose_evaluators(

@@ -17,6 +17,7 @@ from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
 from ...registry.hashing import fingerprint
+from ...registry.ranks import ALONE, Ranks
 from .bench import Bench, HeldOutActivations
 from .held_out import HeldOut
 from .sae_folders import SAEFolder
@@ -111,6 +112,7 @@ def activations_of(
     model: Any,
     autocast: bool = False,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> ActivationCache:
     """Activations at all hook points from one forward pass, with mean patch tokens where possible.
 
@@ -123,6 +125,7 @@ def activations_of(
         model: the tapped model.
         autocast: see `Extraction`.
         progress: show a progress bar.
+        ranks: see `ActivationCache.build`.
     """
     n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
     facts = [model_fingerprint(model), held_out.images.fingerprint, setting, sorted(hook_names)]
@@ -141,6 +144,7 @@ def activations_of(
         source=held_out.source,
         path=None if folder is None else folder / name,
         progress=progress,
+        ranks=ranks,
     )
 
 
@@ -165,6 +169,7 @@ class Forward:
             run with its activations edited, and on which device.
         folder: folder of the activations.
         override_model: in place of the one that the setting names.
+        ranks: the processes that make the activations together.
     """
 
     def __init__(
@@ -175,9 +180,11 @@ class Forward:
         bench: Bench,
         folder: Path,
         override_model: Any = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.setting, self.saes, self.held_out = setting, saes, held_out
         self._bench, self._folder, self._override = bench, folder, override_model
+        self._ranks = ranks
 
     @cached_property
     def model(self) -> Any:
@@ -203,6 +210,7 @@ class Forward:
             folder=self._folder,
             model=self.model,
             progress=self._bench.settings.progress,
+            ranks=self._ranks,
         )
 
     @cached_property
@@ -261,11 +269,13 @@ def forwards_of(
     bench: Bench,
     folder: Path,
     override_model: Any = None,
+    ranks: Ranks = ALONE,
 ) -> dict[ModelSetting, Forward]:
     """One `Forward` for every model of the SAEs."""
     groups: dict[ModelSetting, list[SAEFolder]] = {}
     for sae in saes:
         groups.setdefault(ModelSetting.of(sae), []).append(sae)
     return {
-        s: Forward(s, group, held_out, bench, folder, override_model) for s, group in groups.items()
+        s: Forward(s, group, held_out, bench, folder, override_model, ranks)
+        for s, group in groups.items()
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
 from .bench import Bench, HeldOutActivations, Numbers, SAELatents
 from .sae_folders import SAEFolder
+from .team import ALONE, Team
 from .undefined import undefined_notes
 
 CARDS = "latent cards"  # name of the cards in `failures`; no evaluator's name has a space
@@ -38,8 +40,12 @@ def measure_sae(
     dataset: Any,
     rows: np.ndarray,
     output: Path,
-) -> SAEResult:
+    team: Team = ALONE,
+) -> SAEResult | None:
     """Measure one SAE and write its tables, figures and thumbnails.
+
+    On the further ranks of a team: measure this rank's share of the nulls and of the passes for the
+    intervals, hand the numbers over, and return None.
 
     Args:
         bench: what is measured and how.
@@ -52,35 +58,47 @@ def measure_sae(
         dataset: the `ImageDataset`, for thumbnails.
         rows: (n,) position in the evaluation set -> row of the dataset.
         output: the results folder.
+        team: the ranks that measure this SAE.
     """
     started = time.perf_counter()
     sae = folder.load(bench.device)
     latents = SAELatents(sae)
     sources = bench.null_sources(latents, held_out)
-    passes = max(1, bench.settings.n_groups)
-    passes += sum(len(draws) for draws in sources.values() if not isinstance(draws, str))
+    groups = [f"without group {group}" for group in range(bench.settings.n_groups)]
+    passes: dict[str, Callable[..., dict[str, Numbers | str]]] = {
+        f"{null} {i}": partial(bench.numbers, source, held_out, bench.chosen_for(null), peers=peers)
+        for null, draws in sources.items()
+        if not isinstance(draws, str)
+        for i, source in enumerate(draws)
+    }
+    passes |= {
+        name: partial(bench.left_out, latents, held_out, group) for group, name in enumerate(groups)
+    }
+    mine = team.share({name: act.args[0].d_sae for name, act in passes.items()})
+    left = len(held_out) * sum(name in groups for name in mine) // max(1, len(groups))
     with tqdm(
-        total=len(held_out) * passes,
+        total=len(held_out) * (len(mine) + team.leads) - left,
         desc=folder.id,
         unit="img",
         disable=not bench.settings.progress,
     ) as bar:
+        progress = team.counting(bar.update)
         # The nulls come first, so that only the SAE's own pass stays in memory for its tables.
-        nulls = {
-            name: draws
-            if isinstance(draws, str)
-            else [
-                bench.numbers(
-                    source, held_out, bench.chosen_for(name), peers=peers, progress=bar.update
-                )
-                for source in draws
-            ]
-            for name, draws in sources.items()
-        }
-        left_out = bench.left_out(latents, held_out, progress=bar.update)
+        numbers = {name: passes[name](progress=progress) for name in mine}
+        if not team.leads:
+            team.gather(folder.id, numbers)
+            return None
         done = bench.run(
-            latents, held_out, peers=peers, prepare=share_card_facts, progress=bar.update
+            latents, held_out, peers=peers, prepare=share_card_facts, progress=progress
         )
+    numbers = team.gather(folder.id, numbers)
+    nulls = {
+        null: draws
+        if isinstance(draws, str)
+        else [numbers[f"{null} {i}"] for i in range(len(draws))]
+        for null, draws in sources.items()
+    }
+    left_out = [numbers[name] for name in groups]
     draws = tqdm(
         total=len(bench.chosen),
         desc=f"{folder.id}: permuted classes",
@@ -89,7 +107,8 @@ def measure_sae(
         disable=not bench.settings.progress,
     )
     with draws as bar:
-        metrics = bench.metrics(done, nulls, controls, left_out, progress=bar.update)
+        progress = team.counting(bar.update)
+        metrics = bench.metrics(done, nulls, controls, left_out, progress=progress)
     tables = {name: done.attempt(name, _tables) or {} for name in bench.chosen}
     figures = {name: done.attempt(name, _figures) or {} for name in bench.chosen}
     notes = {name: done.attempt(name, _notes) or [] for name in bench.chosen}

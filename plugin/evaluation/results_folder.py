@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from ...registry.evaluators.base import ALL_NULLS
 from ...registry.files import UnreadableError, inside
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
+from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.permuted_classes import permuted_classes
 from ..reporting.compare import write_comparison
@@ -59,6 +61,7 @@ PACKAGES = (
     "datasets",
     "numpy",
 )
+RANKS_FOLDER = "ranks"  # what further ranks have measured, until the evaluation ends
 
 
 class ResultsFolder:
@@ -69,6 +72,7 @@ class ResultsFolder:
         saes: all SAEs to measure.
         bench: what is measured and how.
         held_out: the images and their tree.
+        ranks: those that measure; each further one saves what it has in a folder of its own.
         seen_in_training: whether SAEs were trained on these images.
     """
 
@@ -78,10 +82,13 @@ class ResultsFolder:
         saes: Sequence[SAEFolder],
         bench: Bench,
         held_out: HeldOut,
+        ranks: Ranks,
         *,
         seen_in_training: bool,
     ) -> None:
         self.folder, self.saes = folder, saes
+        self._ranks = ranks
+        self._place = folder if ranks.is_first else folder / RANKS_FOLDER / str(ranks.rank)
         self._bench, self._tree = bench, held_out.tree
         self._started = time.perf_counter()
         images = held_out.images
@@ -110,6 +117,7 @@ class ResultsFolder:
             sae.id: _digest([*self._conditions.values(), *self._facts[sae.id]]) for sae in saes
         }
         self._found: dict[str, SAEResult] = {}
+        self._own: set[str] = set()  # measured by this process
         self._earlier: Results | None = None
         self._permuted: PermutedClassesInfo | None = None
 
@@ -172,7 +180,23 @@ class ResultsFolder:
         self._found[sae.id] = replace(
             measured, evaluators={name: evaluators[name] for name in _in_order(evaluators)}
         )
-        self._results(complete=False).save(self.folder)
+        self._own.add(sae.id)
+        self._save()
+
+    def begin(self) -> None:
+        """Save what other ranks' numbers belong to before they have any; nothing for one process."""
+        if self._ranks.size == 1:
+            return
+        if self._ranks.is_first:
+            self._save()
+            self._forget_ranks()
+        self._ranks.wait()
+
+    def _forget_ranks(self) -> None:
+        shutil.rmtree(self.folder / RANKS_FOLDER, ignore_errors=True)
+
+    def _save(self) -> None:
+        self._results(complete=False).save(self._place)
 
     def finish(self) -> Results:
         """Write everything, and return the results as read back from the file."""
@@ -183,6 +207,7 @@ class ResultsFolder:
             for file in _files(self._earlier) - _files(results):
                 with suppress(UnreadableError):  # outside of the folder: not written by us
                     inside(self.folder, file).unlink(missing_ok=True)
+        self._forget_ranks()
         return results
 
     def take_over(self) -> None:
@@ -195,8 +220,13 @@ class ResultsFolder:
             earlier = Results.load(self.folder)
         except TaxolensError:
             return
+        for place in sorted(self.folder.glob(f"{RANKS_FOLDER}/*")):
+            with suppress(TaxolensError):
+                earlier = replace(earlier, saes=[*earlier.saes, *Results.load(place).saes])
         self._earlier = earlier
         if self._bench.settings.replace:
+            if self._ranks.is_first:
+                self._forget_ranks()
             return
         by_fingerprint = {sae.fingerprint: sae for sae in earlier.saes}
         there = _conditions(
@@ -302,7 +332,11 @@ class ResultsFolder:
                 tree=json.loads(taxonomy.to_json()),
             ),
             evaluators=self._infos(),
-            saes=[self._found[sae.id] for sae in self.saes if sae.id in self._found],
+            saes=[
+                self._found[sae.id]
+                for sae in self.saes
+                if sae.id in (self._found if self._ranks.is_first else self._own)
+            ],
             complete=complete,
             permuted_classes=self._permuted,
         )

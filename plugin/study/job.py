@@ -15,7 +15,7 @@ from ...registry.taxonomies.load import TREES
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
 from ..evaluation.held_out import HeldOut
 from ..evaluation.settings import EvaluationSettings
-from ..reporting.report import write_report
+from ..reporting.report import REPORT_FILENAME, write_report
 from ..reporting.results import Results
 from ..training import preflight
 from ..training.calibration import cost_of
@@ -137,6 +137,8 @@ class Job:
     def evaluate(self, *, progress: bool = True) -> tuple[Results, Path]:
         """Measure the SAEs that `train` has saved, write the report, log to W&B: results and report.
 
+        Every rank of a job takes part; the first one writes the report and logs.
+
         The evaluation is a separate W&B run in the group of the training's run, which is closed
         when the training ends.
         """
@@ -145,6 +147,8 @@ class Job:
         results = evaluate_run(
             cfg.output_path, settings, override_model=self.runner.model, held_out=self.held_out
         )
+        if not Ranks.here().is_first:
+            return results, (results.folder or Path()) / REPORT_FILENAME
         report = write_report(results)
         if cfg.logger.log_to_wandb:
             from ..reporting.wandb_log import log_results

@@ -35,6 +35,7 @@ from typing import (
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import hashing
 from ..coerce import MisfitError, coerce
@@ -221,6 +222,67 @@ class Accumulator(ABC):
     def update(self, batch: EvaluationBatch) -> None:
         """Add one batch to the statistics."""
 
+    def merge(self, other: Self) -> None:
+        """Add the images of `other`: the next part of the images, in the same context and calibration.
+
+        `other` is not used afterwards, and may share memory with this one.
+
+        Raises:
+            ConfigError: there is no `merge` for what `update` adds to, or the calibrations differ.
+        """
+        require_merge(self)
+
+    def fit_state(self) -> Any:
+        """What `update` reads of the fit half when it gets the score half; None if it reads nothing."""
+        return None
+
+    def join_fit(self, states: Sequence[Any]) -> None:  # noqa: B027 (optional)
+        """Replace it by that of the whole fit half, from the `fit_state` of every part in order.
+
+        Called before the first image of the score half. The states are not changed.
+        """
+
+
+def require_merge(each: Accumulator | Evaluator[Any]) -> None:
+    """Check that the class that defines `update`, or one derived from it, defines `merge`.
+
+    Raises:
+        ConfigError: the images would be lost that `update` has added.
+    """
+    place = {name: i for i, cls in reversed([*enumerate(type(each).__mro__)]) for name in vars(cls)}
+    if place["merge"] > place["update"]:
+        who = getattr(each, "name", type(each).__name__)
+        problem = "parts of the images cannot be merged"
+        allowed = "a method merge, or all images in one pass"
+        raise ConfigError(who, problem, given="an update without a merge", allowed=allowed)
+
+
+def _merge(one: Any, other: Any) -> None:
+    if other is None:
+        problem = "another part of the images was measured without it"
+        raise ConfigError(type(one).__name__, problem, allowed="the same evaluators for all parts")
+    require_merge(one)
+    one.merge(other)
+
+
+def require_same(who: str, one: Any, other: Any) -> None:
+    """Check that what two parts of the images were measured with is the same.
+
+    Args:
+        who: what is merged, for the message.
+        one, other: arrays, tensors, numbers or None.
+
+    Raises:
+        ConfigError: it differs.
+    """
+    same = (one is None) == (other is None)
+    if same and one is not None:
+        one, other = (v.cpu() if isinstance(v, Tensor) else v for v in (one, other))
+        same = np.array_equal(np.asarray(one), np.asarray(other))
+    if not same:
+        problem = "parts of the images with different calibrations cannot be merged"
+        raise ConfigError(who, problem, allowed="one calibration sample for all parts")
+
 
 A = TypeVar("A", bound=Accumulator)
 T = TypeVar("T")
@@ -293,6 +355,29 @@ class EvaluationContext:
         self.batches += 1
         for key, accumulator in list(self._shared.items()):
             self.attempt(key, partial(accumulator.update, batch))
+
+    def fit_states(self) -> dict[Any, Any]:
+        """Key of a shared accumulator -> its `fit_state`, of those that have one."""
+        states = {key: self.attempt(key, each.fit_state) for key, each in self._shared.items()}
+        return {key: state for key, state in states.items() if state is not None}
+
+    def join_fit(self, states: Sequence[Mapping[Any, Any]]) -> None:
+        """Give every shared accumulator the `fit_states` of all parts of the images, in order."""
+        for key in self.fit_states():
+            parts = [part[key] for part in states if key in part]
+            self.attempt(key, partial(self._shared[key].join_fit, parts))
+
+    def merge(self, other: EvaluationContext) -> None:
+        """Merge the shared accumulators with those of the next part of the images.
+
+        What has failed in one part has failed.
+        """
+        self.batches += other.batches
+        for who, why in other.failures.items():
+            self.failures.setdefault(who, why)
+            self._shared.pop(who, None)
+        for key, accumulator in list(self._shared.items()):
+            self.attempt(key, partial(_merge, accumulator, other._shared.get(key)))
 
     def attempt(self, who: Any, act: Callable[[], T]) -> T | None:
         """Run `act` for an evaluator (`who` its name) or a shared accumulator (`who` its key).
@@ -474,6 +559,16 @@ class Evaluator(ABC, Generic[O]):
     def update(self, batch: EvaluationBatch) -> None:
         """Add one batch. Statistics of several evaluators belong in a shared `Accumulator`."""
 
+    def merge(self, other: Self) -> None:
+        """Add the images of `other`: the next part of the images, in the same context and calibration.
+
+        Shared accumulators have been merged. An evaluator that has no `update` needs no `merge`.
+
+        Raises:
+            ConfigError: there is no `merge` for what `update` adds to, or the calibrations differ.
+        """
+        require_merge(self)
+
     @abstractmethod
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -559,6 +654,22 @@ class Pass:
         self._each(lambda _: batch.require_finite())
         self.context.update(batch)
         self._each(lambda evaluator: evaluator.update(batch))
+
+    def merge(self, other: Pass) -> None:
+        """Add another part of the images, so that the numbers are those of one pass over both.
+
+        Each part gets its share of the fit half and then its share of the score half, and the same
+        calibration sample. Between the halves, `context.join_fit` gives every part the `fit_states`
+        of all. Parts are merged in the order of their images. Counts are then equal to the bit, sums
+        up to the order of addition. `other` is not used afterwards.
+        """
+        self.context.merge(other.context)
+        for name in self.errors:
+            self.evaluators.pop(name, None)
+        for name in list(self.evaluators):
+            self.attempt(name, partial(_merge, other=other.evaluators.get(name)))
+        for name, seconds in other.seconds.items():
+            self.seconds[name] += seconds
 
     def compute(self, name: str, **kwargs: Any) -> dict[str, float] | None:
         """The numbers of one evaluator; None where it fails, or has failed before."""

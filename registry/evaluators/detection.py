@@ -18,7 +18,14 @@ from torch import Tensor
 from .. import hashing
 from ..errors import ConfigError
 from ..presentation import Support
-from .base import EvaluationBatch, Evaluator, Intervention, remembered, require_at_least
+from .base import (
+    EvaluationBatch,
+    Evaluator,
+    Intervention,
+    remembered,
+    require_at_least,
+    require_same,
+)
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram
 from .parts.image_positions import ImagePositions
@@ -142,19 +149,26 @@ class Detection(Evaluator[DetectionOptions]):
         self._firings = context.share(FiringHistogram, survival=(1.0,))
         self._images = context.share(ImagePositions, max_images=options.max_images)
         self._probed = context.share(ImagePositions, max_images=options.probe_images)
-        self._length = [0.0, 0]  # Σ‖x − mean of the first batch‖, images: first strength tried
+        self._length = [0.0, 0]  # Σ‖x − mean of the sample‖, images: first strength tried
         self._mean: Tensor | None = None
         nodes = taxonomy.distinct_nodes[taxonomy.distinct_nodes != taxonomy.root]
         # smallest first: among equally good nodes the smallest is chosen
         self.nodes = nodes[np.argsort(taxonomy.n_leaves[nodes], kind="stable")]
         self.groups = self.nodes[taxonomy.n_leaves[self.nodes] > 1]
 
+    def calibrate(self, batch: EvaluationBatch) -> None:
+        self._mean = batch.x.float().mean(0)
+
     def update(self, batch: EvaluationBatch) -> None:
-        x = batch.x.float()
         if self._mean is None:
-            self._mean = x.mean(0)
-        self._length[0] += float((x - self._mean).norm(dim=1).sum())
-        self._length[1] += len(x)
+            self.calibrate(batch)
+        assert self._mean is not None
+        self._length[0] += float((batch.x.float() - self._mean).norm(dim=1).sum())
+        self._length[1] += len(batch)
+
+    def merge(self, other: Detection) -> None:
+        require_same("mean of x", self._mean, other._mean)
+        self._length = [a + b for a, b in zip(self._length, other._length)]
 
     # Explaining --------------------------------------------------------------------------------
 

@@ -113,6 +113,22 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         self._least.scatter_reduce_(0, latents, values, "amin")
         self._most.scatter_reduce_(0, latents, values, "amax")
 
+    def merge(self, other: Monosemanticity) -> None:
+        self._merge()
+        other._merge()
+        self._own_layer |= other._own_layer
+        self._images += other._images
+        self._active += other._active
+        self._sum += other._sum
+        self._squares += other._squares
+        self._least = torch.minimum(self._least, other._least)
+        self._most = torch.maximum(self._most, other._most)
+        if self._weighted is None or self._embedded is None:
+            self._weighted, self._embedded = other._weighted, other._embedded
+        elif other._weighted is not None and other._embedded is not None:
+            self._weighted += other._weighted
+            self._embedded += other._embedded
+
     def _add(self, batch: EvaluationBatch, embedding: Tensor) -> None:
         """Add Σ z Ê of a batch. A sparse product writes all of (m, e), so the firings of a sparse z
         are collected first, of at most as many images as there are latents."""

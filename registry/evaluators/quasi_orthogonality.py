@@ -92,11 +92,20 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         kept = hashing.uniform(batch.index.cpu().numpy(), SALT) < odds
         self._points.append(np.stack([x[kept], f[kept]], axis=1))
 
+    def merge(self, other: QuasiOrthogonality) -> None:
+        for metric, (total, images) in other._sums.items():
+            self._add_sum(metric, total, images)
+        self._moments += other._moments
+        self._points += other._points
+
     def _add(self, metric: str, values: np.ndarray) -> None:
         finite = values[np.isfinite(values)]
+        self._add_sum(metric, float(finite.sum()), len(finite))
+
+    def _add_sum(self, metric: str, of_values: float, images: float) -> None:
         total = self._sums.setdefault(metric, [0.0, 0])
-        total[0] += float(finite.sum())
-        total[1] += len(finite)
+        total[0] += of_values
+        total[1] += images
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False

@@ -22,6 +22,7 @@ from .base import (
     InterventionResult,
     remembered,
     require_at_least,
+    require_same,
 )
 from .parts import summary
 from .parts.accumulators import FiringRate
@@ -136,12 +137,17 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         self._seen_images = self._of_images = 0  # images, and Σ of their latents that are not 0
         self._active = np.zeros(self.context.d_sae, dtype=np.int64)  # tokens where z is not 0
         self._sums: dict[str, float] = {}
-        self._offset: Tensor | None = None  # mean of the first batch, for precision of squares
+        self._offset: Tensor | None = None  # mean of the sample, for precision of squares
         self._moved = torch.zeros(self.context.d_in, dtype=torch.float64)  # Σ (x − offset)
         self._fit_sum = torch.zeros(self.context.d_in, dtype=torch.float64)
         self._fit_tokens = 0
 
+    def calibrate(self, batch: EvaluationBatch) -> None:
+        self._offset = batch.x.double().mean(0).cpu()
+
     def update(self, batch: EvaluationBatch) -> None:
+        if self._offset is None:
+            self.calibrate(batch)
         reconstruct = self.context.reconstruct
         if reconstruct is None:
             return
@@ -160,9 +166,20 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         self._fit_sum += fit.sum(0, dtype=torch.float64).cpu()
         self._fit_tokens += len(fit)
 
+    def merge(self, other: Reconstruction) -> None:
+        require_same("mean of x", self._offset, other._offset)
+        self._tokens += other._tokens
+        self._seen_images += other._seen_images
+        self._of_images += other._of_images
+        self._active += other._active
+        for name, total in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+        self._moved += other._moved
+        self._fit_sum += other._fit_sum
+        self._fit_tokens += other._fit_tokens
+
     def _add(self, x: Tensor, decoded: Tensor) -> None:
-        if self._offset is None:
-            self._offset = x.mean(0)
+        assert self._offset is not None
         self._tokens += len(x)
         self._moved += (x - self._offset).sum(0)
         length, product = x.norm(dim=1), (x * decoded).sum(1)

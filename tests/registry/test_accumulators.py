@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError, TaxolensError
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
+from taxolens.registry.evaluators.parts import cells as cells_module
 from taxolens.registry.evaluators.parts.accumulators import (
     ClassCounts,
     FiringHistogram,
@@ -16,6 +17,7 @@ from taxolens.registry.evaluators.parts.accumulators import (
     Thresholds,
     TopImages,
 )
+from taxolens.registry.evaluators.parts.cells import CellCounts
 
 seeds = st.integers(0, 10**6)
 few = settings(max_examples=10, deadline=None)
@@ -235,3 +237,25 @@ def test_nan_never_fires():
     z = torch.tensor([[float("nan"), 2.0, -1.0]])
     firings = EvaluationBatch(torch.zeros(1, 5), z, one, one, one, one == 0).firings
     assert [t.tolist() for t in firings] == [[0], [1], [2.0]]
+
+
+@pytest.mark.parametrize("sizes", [(0, 9), (9, 0), (9, 12), (9, 400), (400, 9), (400, 500)])
+@pytest.mark.parametrize("small", [0, cells_module.SMALL])
+def test_merged_cells_are_the_sum(
+    sizes: tuple[int, int], small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few cells of a large array are kept as they are, and many as the array."""
+    monkeypatch.setattr(cells_module, "SMALL", small)
+    rng = np.random.default_rng(0)
+    added = [torch.from_numpy(rng.integers(0, 1000, size)) for size in sizes]
+    counts = [CellCounts(1000, torch.int16) for _ in added]
+    for each, cells in zip(counts, added, strict=True):
+        for part in cells.split(7):
+            each.add(part)
+    counts[0].merge(counts[1])
+    counts[0].add(torch.tensor([3, 3, 999]))
+    every = torch.cat([*added, torch.tensor([3, 3, 999])])
+    cells, found = counts[0].read()
+    expected = torch.bincount(every, minlength=1000).numpy()
+    assert cells.tolist() == np.flatnonzero(expected).tolist()
+    assert found.tolist() == expected[cells].tolist()

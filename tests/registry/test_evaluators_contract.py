@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,13 @@ import torch
 from documented_plugin import documented_plugin
 from taxolens.plugin.evaluation.latent_cards import NodeTables
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.base import NULLS, EvaluationContext, Evaluator
+from taxolens.registry.evaluators.base import (
+    NULLS,
+    Accumulator,
+    EvaluationContext,
+    Evaluator,
+    Pass,
+)
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens_example_plugin import ExampleFiringRate, ExampleSiblings
 
@@ -136,6 +144,206 @@ def test_small_batches_equal_one(evaluator_class, animals, planted_batch, measur
     (parts,) = measured(animals, planted_batch, [evaluator_class], size=size)
     assert same(whole.compute(), parts.compute(), rel_tol=1e-4, abs_tol=1e-4)
     assert same(whole.compute(shuffled=True), parts.compute(shuffled=True), abs_tol=1e-4)
+
+
+# Parts of the images ------------------------------------------------------------------------------
+
+
+COUNTED = {
+    "absorption",
+    "feature_geometry",
+    "infomec",
+    "latent_dendrogram",
+    "latent_graph",
+    "lch_height",
+    "matryoshka_depth",
+    "meta_sae",
+    "ontological_coverage",
+    "pair_depth",
+    "parent_child",
+    "stability",
+    "supervised_dictionary",
+    "siblings",
+}
+"""Evaluators on counts and samples of images, equal to the bit; the others add floats in another order."""
+
+
+@pytest.fixture(scope="module")
+def facts(planted_batch, toy_model) -> dict[str, Any]:
+    """A decoder, and a model with a head that can be run again."""
+    generator = torch.Generator().manual_seed(1)
+    n, width = planted_batch.x.shape
+    W_dec = torch.randn(planted_batch.z.shape[1], width, generator=generator)
+    x = torch.zeros(n, 1, width)
+    x[planted_batch.index, 0] = planted_batch.x
+    to_embedding = torch.randn(width, 6, generator=generator)
+    to_logits = torch.randn(6, 12, generator=generator)
+
+    def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = (x @ W_dec.T / width - 0.5).relu()
+        return z, z @ W_dec
+
+    return {
+        "W_dec": W_dec,
+        "b_dec": W_dec[0] / 2,
+        "reconstruct": reconstruct,
+        "intervene": toy_model(x, to_embedding, to_logits, np.arange(12)),
+        "class_counts": np.bincount(planted_batch.labels, minlength=12),
+    }
+
+
+def in_parts(
+    taxonomy: Any, batch: Any, cls: type[Evaluator], cuts: Sequence[float], join: bool, **facts: Any
+) -> Pass:
+    """An evaluator over the parts of both halves between these shares of their images, merged in order."""
+    shape = (len(batch), batch.x.shape[1], batch.z.shape[1])
+    n_fit = int(batch.is_fit.sum())
+    edges = [0.0, *cuts, 1.0]
+    passes = []
+    for _ in edges[1:]:
+        context = EvaluationContext(taxonomy, *shape, n_permutations=3, **facts)
+        passes.append(Pass(context, {"it": (cls, None)}))
+        passes[-1].calibrate(rows(batch, 0, n_fit))
+    for start, end in ((0, n_fit), (n_fit, len(batch))):
+        for done, low, high in zip(passes, edges, edges[1:], strict=False):
+            first, last = (start + round(share * (end - start)) for share in (low, high))
+            for at in range(first, last, 16):
+                done.update(rows(batch, at, min(at + 16, last)))
+        if join and not start:
+            states = [done.context.fit_states() for done in passes]
+            for done in passes:
+                done.context.join_fit(states)
+    merged, *others = passes
+    for other in others:
+        merged.merge(other)
+    return merged
+
+
+def rows(batch: Any, start: int, end: int) -> Any:
+    fields = {k: v[start:end] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    return replace(batch, **fields)
+
+
+@pytest.mark.parametrize("cuts", [(0.5,), (0.3, 0.35), (0.0,)], ids=["halves", "thirds", "none"])
+def test_merged_parts_equal_one_pass(evaluator_class, animals, planted_batch, facts, cuts):
+    """The third case has a first part without images."""
+    batch = replace(planted_batch, embedding=planted_batch.x[:, :7].exp())
+    whole, merged = (
+        in_parts(animals, batch, evaluator_class, given, True, **facts) for given in ((), cuts)
+    )
+    assert whole.errors == merged.errors == {}
+    loose = 0.0 if evaluator_class.name in COUNTED else 1e-6
+    for given in ({}, {"shuffled": True}, {"permutation": animals.permutation(2)}):
+        one, parts = whole.compute("it", **given), merged.compute("it", **given)
+        assert whole.errors == merged.errors == {}
+        assert same(one, parts, rel_tol=loose, abs_tol=loose), {
+            k: (one[k], parts[k]) for k in one if one[k] != parts[k] and one[k] == one[k]
+        }
+    tables = [done.evaluators["it"].tables() for done in (whole, merged)]
+    for name, table in tables[0].items():
+        pd.testing.assert_frame_equal(table, tables[1][name], rtol=1e-5, atol=1e-5)
+
+
+class Counts(Evaluator):
+    """Images, counted by an evaluator that has no merge."""
+
+    name = "counts"
+    description = "images"
+    higher_is_better = {"images": None}
+
+    def prepare(self) -> None:
+        self.images = 0
+
+    def update(self, batch: Any) -> None:
+        self.images += len(batch)
+
+    def compute(self, *, permutation: Any = None, shuffled: bool = False) -> dict[str, float]:
+        return {"images": float(self.images)}
+
+
+class Merged(Counts):
+    """The same, with a merge."""
+
+    def merge(self, other: Merged) -> None:
+        self.images += other.images
+
+
+class Further(Merged):
+    """Its update adds more than the inherited merge knows of."""
+
+    def update(self, batch: Any) -> None:
+        super().update(batch)
+        self.more = len(batch)
+
+
+@pytest.mark.parametrize(("cls", "merges"), [(Counts, False), (Merged, True), (Further, False)])
+def test_an_update_without_a_merge_is_refused_by_name(animals, planted_batch, cls, merges):
+    merged = in_parts(animals, planted_batch, cls, (0.5,), True)
+    if merges:
+        assert merged.compute("it") == {"images": len(planted_batch)}
+    else:
+        assert merged.compute("it") is None
+        assert merged.errors["it"] == (
+            "ConfigError: counts: parts of the images cannot be merged; given 'an update without a "
+            "merge'; allowed: a method merge, or all images in one pass."
+        )
+        assert in_parts(animals, planted_batch, cls, (), True).errors == {}
+
+
+class Sum(Accumulator):
+    """A shared accumulator without a merge."""
+
+    def update(self, batch: Any) -> None:
+        pass
+
+
+class OverSum(Merged):
+    """Shares it."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.context.share(Sum)
+
+
+def test_a_shared_accumulator_without_a_merge_costs_those_that_share_it(animals, planted_batch):
+    merged = in_parts(animals, planted_batch, OverSum, (0.5,), True)
+    assert merged.compute("it") is None
+    assert "shared Sum: ConfigError: Sum: parts of the images cannot" in merged.errors["it"]
+
+
+def test_probes_of_a_part_of_the_fit_half_are_not_merged(animals, one_batch):
+    labels = np.repeat(np.arange(12), 10)
+    batch = one_batch(torch.randn(120, 5, generator=torch.Generator().manual_seed(0)), labels)
+    merged = in_parts(animals, batch, EVALUATORS["level_information"], (0.5,), False)
+    assert merged.compute("it") is None
+    assert "probes of the fit half: parts of the images with different" in merged.errors["it"]
+
+
+@pytest.mark.parametrize("name", ["ontological_coverage", "cpcc", "detection", "reconstruction"])
+def test_parts_of_different_calibration_are_not_merged(animals, planted_batch, name):
+    shape = (len(planted_batch), planted_batch.x.shape[1], planted_batch.z.shape[1])
+    passes = []
+    for sample in (rows(planted_batch, 0, 60), rows(planted_batch, 60, 100)):
+        passes.append(Pass(EvaluationContext(animals, *shape), {"it": (EVALUATORS[name], None)}))
+        passes[-1].calibrate(sample)
+        passes[-1].update(sample)
+    passes[0].merge(passes[1])
+    assert "different calibrations cannot be merged" in passes[0].errors["it"]
+
+
+def test_what_failed_in_one_part_has_failed(animals, planted_batch):
+    class Fails(Merged):
+        """Fails in the second part."""
+
+        def update(self, batch: Any) -> None:
+            if int(batch.index[0]) == int(planted_batch.index[60]):
+                raise ValueError("no such image")
+            super().update(batch)
+
+        merge = Merged.merge
+
+    for cuts in ((0.5,), (0.25, 0.5)):
+        assert "no such image" in in_parts(animals, planted_batch, Fails, cuts, True).errors["it"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -14,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from ..base import Accumulator, EvaluationBatch, EvaluationContext, require_same
 from .cells import CellCounts
 from .node_f1 import Halves, merge_rows
 from .pair_depths import ClassPairs
@@ -41,6 +41,9 @@ class ClassCounts(Accumulator):
             flat = half * n_classes + batch.labels_of(shuffled)
             counts = torch.bincount(flat, minlength=2 * n_classes).numpy()
             self.counts[int(shuffled)] += counts.reshape(2, n_classes)
+
+    def merge(self, other: ClassCounts) -> None:
+        self.counts += other.counts
 
     def fit(self, shuffled: bool = False) -> np.ndarray:
         """(C,) images of the fit half."""
@@ -108,6 +111,9 @@ class Thresholds(Accumulator):
         if self.values is None:
             self.calibrate(batch)
 
+    def merge(self, other: Thresholds) -> None:
+        require_same("thresholds", self.values, other.values)
+
     def bins(self, latents: Tensor, values: Tensor) -> Tensor:
         """(nnz,) the last threshold that each firing reaches."""
         assert self.values is not None, "Thresholds.bins is called before the first batch"
@@ -149,6 +155,12 @@ class FiringHistogram(Accumulator):
         cell = (row - self.thresholds.bins(latents, values)) * self.n_classes
         for shuffled, counts in zip((False, True), self._counts):
             counts.add(cell + batch.labels_of(shuffled, rows.device)[rows])
+        self._halves.clear()
+        self._both.clear()
+
+    def merge(self, other: FiringHistogram) -> None:
+        for counts, more in zip(self._counts, other._counts):
+            counts.merge(more)
         self._halves.clear()
         self._both.clear()
 
@@ -222,6 +234,11 @@ class NegativeCounts(Accumulator):
         for shuffled, counts in zip((False, True), self._counts):
             labels = batch.labels_of(shuffled, rows.device)[rows]
             counts.add(latents * self._n_classes + labels)
+
+    def merge(self, other: NegativeCounts) -> None:
+        self._any |= other._any
+        for counts, more in zip(self._counts, other._counts):
+            counts.merge(more)
 
     def of(self, shuffled: bool = False) -> sparse.csr_array | None:
         """(m, C) the images; None where no latent is below 0."""
@@ -325,6 +342,15 @@ class TopImages(Accumulator):
         if sum(len(entry[0]) for entry in self._waiting) > self._columns[0].numel():
             self._merge()
 
+    def merge(self, other: TopImages) -> None:
+        other._merge()
+        device = self._columns[0].device
+        columns = [column.to(device) for column in other._columns]
+        latents, rank = (columns[2] >= 0).nonzero(as_tuple=True)
+        self._waiting.append((latents, *(column[latents, rank] for column in columns)))
+        self._pairs.clear()
+        self._merge()
+
     def _merge(self) -> None:
         if not self._waiting:
             return
@@ -370,6 +396,16 @@ class FiringRate(Accumulator):
         fired += torch.bincount(latents, minlength=len(fired))
         total += torch.bincount(latents, weights=values.double(), minlength=len(fired))
         largest.scatter_reduce_(0, latents, values, "amax")
+
+    def merge(self, other: FiringRate) -> None:
+        self.n += other.n
+        self.active += other.active
+        fired, total, largest = (column.to(self._columns[0].device) for column in other._columns)
+        self._columns = (
+            self._columns[0] + fired,
+            self._columns[1] + total,
+            self._columns[2].maximum(largest),
+        )
 
     @property
     def fired(self) -> np.ndarray:

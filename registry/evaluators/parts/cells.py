@@ -53,19 +53,42 @@ class CellCounts:
         new = torch.cat(self._waiting)
         self._waiting = []
         if self._cells is None or self._counts is None:
-            cells, counts = _unique(new)
-            counts = counts.int()
+            self._cells, counts = _unique(new)
+            self._counts = counts.int()
         else:
-            cells, place = torch.cat([self._cells, new]).unique(return_inverse=True)
-            ones = torch.ones(len(new), dtype=torch.int32, device=new.device)
-            counts = torch.zeros(len(cells), dtype=torch.int32, device=new.device)
-            counts.index_add_(0, place, torch.cat([self._counts, ones]))
-        if len(cells) <= DENSE * self.n_cells:
-            self._cells, self._counts = cells, counts
+            self._include(new, torch.ones(len(new), dtype=torch.int32, device=new.device))
+        self._fill()
+
+    def _include(self, cells: Tensor, counts: Tensor) -> None:
+        """Add counts (k,) int32 of cells (k,) to those that are known."""
+        assert self._cells is not None and self._counts is not None
+        both, place = torch.cat([self._cells, cells]).unique(return_inverse=True)
+        total = torch.zeros(len(both), dtype=torch.int32, device=both.device)
+        self._counts = total.index_add_(0, place, torch.cat([self._counts, counts]))
+        self._cells = both
+
+    def _fill(self) -> None:
+        """Keep the array itself, where many cells have a count."""
+        if self._cells is None or self._counts is None:
             return
-        self._array = torch.zeros(self.n_cells, dtype=self.dtype, device=new.device)
-        self._array[cells] = counts.to(self.dtype)
-        self._cells = self._counts = None
+        if len(self._cells) > DENSE * self.n_cells:
+            array = torch.zeros(self.n_cells, dtype=self.dtype, device=self._cells.device)
+            array[self._cells] = self._counts.to(self.dtype)
+            self._array, self._cells, self._counts = array, None, None
+
+    def merge(self, other: CellCounts) -> None:
+        """Add the counts of `other`, which is not used afterwards."""
+        self._merge()
+        other._merge()
+        if self._array is None and (self._cells is None or other._array is not None):
+            self.__dict__, other.__dict__ = other.__dict__, self.__dict__
+        if self._array is not None:
+            cells, counts = (torch.from_numpy(v).to(self._array.device) for v in other.read())
+            self._array[cells] += counts.to(self.dtype)
+        elif self._cells is not None and other._cells is not None and other._counts is not None:
+            device = self._cells.device
+            self._include(other._cells.to(device), other._counts.to(device))
+            self._fill()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The cells with a count in ascending order (u,) int64, and their counts (u,)."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..base import Accumulator, EvaluationBatch, EvaluationContext, require_at_least
+from ..base import (
+    Accumulator,
+    EvaluationBatch,
+    EvaluationContext,
+    require_at_least,
+    require_same,
+)
 from .moments import ClassMoments
 from .probes import NeighbourProbe, RidgeProbe
 
@@ -69,18 +77,37 @@ class ClassProbes(Accumulator):
         spread = (z - z.mean(0)).square().mean(0)
         most = min(self.probe_latents, batch.z.shape[1])
         self.latents = spread.topk(most).indices.sort().values
+        for name, feature, probed in self._values(batch):
+            self._feature(name).calibrate(feature, probed)
 
     def update(self, batch: EvaluationBatch) -> None:
         if self.latents is None:
             self.calibrate(batch)
+        for name, feature, probed in self._values(batch):
+            self._feature(name).update(batch, feature, probed)
+
+    def fit_state(self) -> dict[str, tuple[RidgeProbe, NeighbourProbe]]:
+        return {name: (each.ridge, each.knn) for name, each in self.features.items()}
+
+    def join_fit(self, states: Sequence[dict[str, tuple[RidgeProbe, NeighbourProbe]]]) -> None:
+        for name in dict.fromkeys(name for state in states for name in state):
+            self._feature(name).join_fit([state[name] for state in states if name in state])
+
+    def merge(self, other: ClassProbes) -> None:
+        require_same("probed latents", self.latents, other.latents)
+        for name, feature in other.features.items():
+            self._feature(name).merge(feature)
+
+    def _values(self, batch: EvaluationBatch) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name of a feature, the feature (n, d), and what the probes get of it (n, e)."""
         z = batch.z.float()
-        self._feature("z").update(batch, z, z[:, self.latents])
+        yield "z", z, z[:, self.latents]
         if self.context.source == "sae":
             x = batch.x.float()
-            self._feature("x").update(batch, x, x)
+            yield "x", x, x
             if batch.mean_patch is not None:
                 patch = batch.mean_patch.float()
-                self._feature("mean_patch").update(batch, patch, patch)
+                yield "mean_patch", patch, patch
 
     def _feature(self, name: str) -> FeatureProbes:
         if name not in self.features:
@@ -110,12 +137,19 @@ class FeatureProbes:
     ) -> None:
         self.n_labellings = n_labellings
         self._n_classes = n_classes
+        self._predicted = 0  # images of the score half
         self.moments: ClassMoments | None = None
         self.ridge = RidgeProbe(n_classes, n_labellings, ridge)
         self.knn = NeighbourProbe(n_classes, n_labellings, neighbours, neighbours_per_class)
         size = (n_labellings, n_classes, n_classes)
         self.confusion = np.zeros((len(PROBES), *size), dtype=np.int32)
         self.near = {k: np.zeros(size, dtype=np.int32) for k in TOPS if k <= n_classes}
+
+    def calibrate(self, feature: Tensor, probed: Tensor) -> None:
+        """Centre on a sample of the feature (n, d), of which `probed` (n, e) is given to the probes."""
+        if probed.shape[1]:
+            self.moments = ClassMoments(self._n_classes, self.n_labellings, feature)
+            self.ridge.centre(probed)
 
     def update(self, batch: EvaluationBatch, feature: Tensor, probed: Tensor) -> None:
         """Add a batch of the feature (n, d), of which `probed` (n, e) is given to the probes."""
@@ -133,6 +167,7 @@ class FeatureProbes:
             self.knn.fit(probed[on], chosen, batch.index.cpu()[fit])
         if not fit.all():
             held_out = probed[~fit.to(probed.device)]
+            self._predicted += len(held_out)
             truth = [labels[~fit] for labels in labellings]
             for i, (labels, scores) in enumerate(zip(truth, self.ridge.scores(held_out))):
                 _count(self.confusion[0, i], labels, scores.topk(1, dim=1).indices)
@@ -141,6 +176,33 @@ class FeatureProbes:
                     _count(counts[i], labels, best.indices.where(best.values > -np.inf, -1))
             for counts, labels, guess in zip(self.confusion[1], truth, self.knn.predict(held_out)):
                 _count(counts, labels, guess[:, None])
+
+    def join_fit(self, parts: Sequence[tuple[RidgeProbe, NeighbourProbe]]) -> None:
+        """Use the probes of the whole fit half, from those of its parts."""
+        self.ridge, self.knn = copy.deepcopy(parts[0])
+        for ridge, knn in parts[1:]:
+            self.ridge.merge(ridge)
+            self.knn.merge(knn)
+
+    def merge(self, other: FeatureProbes) -> None:
+        """Add another part of the images.
+
+        Raises:
+            ConfigError: score-half images were predicted by probes of different images.
+        """
+        if self._predicted or other._predicted:
+            require_same("probes of the fit half", self.ridge.fitted_on, other.ridge.fitted_on)
+        else:
+            self.ridge.merge(other.ridge)
+            self.knn.merge(other.knn)
+        if self.moments is None:
+            self.moments = other.moments
+        elif other.moments is not None:
+            self.moments.merge(other.moments)
+        self._predicted += other._predicted
+        self.confusion += other.confusion
+        for k, counts in self.near.items():
+            counts += other.near[k]
 
 
 def _count(counts: np.ndarray, truth: Tensor, guess: Tensor) -> None:

@@ -34,6 +34,11 @@ class EmbeddedImages(Accumulator):
         self._index.append(index[kept])
         self._unit.append(torch.nn.functional.normalize(rows, dim=1).cpu().numpy())
 
+    def merge(self, other: EmbeddedImages) -> None:
+        self.own_layer |= other.own_layer
+        self._index += other._index
+        self._unit += other._unit
+
     @property
     def index(self) -> np.ndarray:
         """(n,) positions in the evaluation set."""

@@ -29,9 +29,16 @@ class ImagePositions(Accumulator):
         )
         is_fit = batch.is_fit.cpu().numpy()
         for half in (False, True):
-            found = np.concatenate([self._columns[half], columns[is_fit == half]])
-            order = np.argsort(hashing.uniform(found[:, 0], SALT), kind="stable")
-            self._columns[half] = found[order[: self.max_images]]
+            self._add(half, columns[is_fit == half])
+
+    def merge(self, other: ImagePositions) -> None:
+        for half in (False, True):
+            self._add(half, other._columns[half])
+
+    def _add(self, half: bool, images: np.ndarray) -> None:
+        found = np.concatenate([self._columns[half], images])
+        order = np.argsort(hashing.uniform(found[:, 0], SALT), kind="stable")
+        self._columns[half] = found[order[: self.max_images]]
 
     def index(self, fit: bool) -> np.ndarray:
         """(n,) positions in the evaluation set, of the fit half or of the score half."""

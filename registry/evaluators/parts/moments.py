@@ -6,14 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base import require_same
 from . import summary
 
 
 class ClassMoments:
-    """Per-class sums of a feature about a fixed offset, and the total sum of squares."""
+    """Per-class sums of a feature about a fixed offset, and the total sum of squares.
+
+    Args:
+        n_classes: C.
+        n_labellings: how many labellings there are.
+        feature: (n, d) a sample, which decides the offset.
+    """
 
     def __init__(self, n_classes: int, n_labellings: int, feature: Tensor) -> None:
-        # Sparse latents keep their zeros; dense features are centred on the first batch's mean,
+        # Sparse latents keep their zeros; dense features are centred on their mean in this sample,
         # since a large offset would cancel the precision of the variance.
         self.offset = None if float((feature == 0).float().mean()) > 0.5 else feature.mean(0)
         shape = (n_labellings, n_classes, feature.shape[1])
@@ -30,6 +37,14 @@ class ClassMoments:
             sums.index_add_(0, labels.to(feature.device), feature)
             counts += torch.bincount(labels, minlength=len(counts)).numpy()
         self.squares += float(feature.square().sum(1).cpu().double().sum())
+        self._gram.clear()
+
+    def merge(self, other: ClassMoments) -> None:
+        """Add the sums of another part of the images, about the same offset."""
+        require_same("mean of a feature", self.offset, other.offset)
+        self.sums += other.sums
+        self.counts += other.counts
+        self.squares += other.squares
         self._gram.clear()
 
     def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:

@@ -6,6 +6,7 @@ permuted tree needs no second fit.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import hashing
+from ..base import require_same
 
 
 class RidgeProbe:
@@ -33,15 +35,19 @@ class RidgeProbe:
         self._gram: Tensor | None = None  # (d, d)
         self._weights: list[Tensor] | None = None
 
+    def centre(self, x: Tensor) -> None:
+        """Begin, with features about the mean of a sample x (n, d): a large one would cancel precision."""
+        d = x.shape[1]
+        self._offset = x.mean(0)
+        self._gram = torch.zeros(d, d, dtype=torch.float64)
+        self._sums = torch.zeros(self.n_labellings, self.n_classes, d, dtype=torch.float64)
+        self._counts = torch.zeros(self.n_labellings, self.n_classes, dtype=torch.float64)
+
     def fit(self, x: Tensor, labellings: Sequence[Tensor]) -> None:
         """Add x (n, d) and its labels (n,) of the fit half."""
         if self._gram is None:
-            d = x.shape[1]
-            # Centred on the first batch's mean: a large offset would cancel precision.
-            self._offset = x.mean(0)
-            self._gram = torch.zeros(d, d, dtype=torch.float64)
-            self._sums = torch.zeros(self.n_labellings, self.n_classes, d, dtype=torch.float64)
-            self._counts = torch.zeros(self.n_labellings, self.n_classes, dtype=torch.float64)
+            self.centre(x)
+        assert self._gram is not None
         x = x - self._offset
         self.n += len(x)
         self._gram += (x.T @ x).cpu()
@@ -51,10 +57,29 @@ class RidgeProbe:
             counts += torch.bincount(labels.cpu(), minlength=self.n_classes)
         self._weights = None
 
+    def merge(self, other: RidgeProbe) -> None:
+        """Add another part of the fit half, about the same mean."""
+        if self._gram is None:
+            vars(self).update(copy.deepcopy(vars(other)))
+            return
+        if other._gram is None:
+            return
+        require_same("mean of a feature", self._offset, other._offset)
+        self.n += other.n
+        self._gram += other._gram
+        self._sums += other._sums
+        self._counts += other._counts
+        self._weights = None
+
+    @property
+    def fitted_on(self) -> Tensor | None:
+        """(d, d) second moments of what it is fitted on, by which two fits are told apart."""
+        return self._gram
+
     def scores(self, x: Tensor) -> list[Tensor]:
         """(n, C) scores of the classes for x (n, d) under every labelling; none if nothing was
         fitted."""
-        if self._gram is None:
+        if self._gram is None or not self.n:
             return []
         if self._weights is None:
             self._solve(self._gram)
@@ -67,7 +92,7 @@ class RidgeProbe:
 
     def predict(self, x: Tensor) -> list[Tensor]:
         """(n,) classes of x (n, d) under every labelling; −1 if nothing was fitted."""
-        if self._gram is None:
+        if self._gram is None or not self.n:
             return [torch.full((len(x),), -1, dtype=torch.int64)] * self.n_labellings
         return [scores.argmax(1) for scores in self.scores(x)]
 
@@ -125,6 +150,21 @@ class NeighbourProbe:
             shape = (*self._priority.shape, x.shape[1])
             self._features = torch.zeros(shape, dtype=torch.float32, device=x.device)
         priority = hashing.uniform(index.cpu().numpy(), salt=1)
+        self._offer(x, labellings, priority)
+
+    def merge(self, other: NeighbourProbe) -> None:
+        """Add the database of another part of the fit half."""
+        if other._features is None:
+            return
+        if self._features is None:
+            self._features = torch.zeros_like(other._features)
+        kept = np.isfinite(other._priority)
+        on = torch.from_numpy(kept)
+        x = other._features[on.to(other._features.device)].to(self._features.device)
+        self._offer(x, [labels[on] for labels in other._labels], other._priority[kept])
+
+    def _offer(self, x: Tensor, labellings: Sequence[Tensor], priority: np.ndarray) -> None:
+        assert self._features is not None
         classes = labellings[0].cpu().numpy()
         for i in np.flatnonzero(priority < self._priority[classes].max(1)):
             c = classes[i]

@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ... import hashing
-from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from ..base import Accumulator, EvaluationBatch, EvaluationContext, require_same
 
 SALT = 101
 DENSE = 0.02
@@ -48,6 +48,14 @@ class FiringSample(Accumulator):
         self._keep(batch, kept)
         columns = (labels, batch.labels_of(True).numpy(), batch.is_fit.cpu().numpy(), index)
         self._columns.append(tuple(column[kept] for column in columns))
+
+    def merge(self, other: FiringSample) -> None:
+        require_same("max_images", self.max_images, other.max_images)
+        both = sparse.vstack([self.z, other.z], format="csr")
+        self._columns += other._columns
+        order = np.argsort(~self.is_fit, kind="stable")  # the fit half first, as in one pass
+        self._z = sparse.csr_array(both[order])
+        self._columns = [tuple(self._column(i)[order] for i in range(4))]
 
     def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
         rows, latents, values = batch.active
@@ -125,6 +133,11 @@ class ImageSample(FiringSample):
     def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
         super()._keep(batch, kept)
         self._x.append(batch.x[torch.from_numpy(kept).to(batch.x.device)].float())
+
+    def merge(self, other: ImageSample) -> None:
+        order = np.argsort(~np.concatenate([self.is_fit, other.is_fit]), kind="stable")
+        self._x = [torch.cat([self.x, other.x])[torch.from_numpy(order)]]
+        super().merge(other)
 
     @property
     def x(self) -> Tensor:

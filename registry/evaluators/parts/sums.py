@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Accumulator, EvaluationBatch, EvaluationContext
+from ..base import Accumulator, EvaluationBatch, EvaluationContext, require_same
 from . import summary
 from .accumulators import ClassCounts
 
@@ -27,6 +27,9 @@ class LatentSums(Accumulator):
             cell = latents * sums.shape[1] + batch.labels_of(shuffled, rows.device)[rows]
             sums.view(-1).scatter_add_(0, cell, values)
 
+    def merge(self, other: LatentSums) -> None:
+        self.sums = self.sums + other.sums.to(self.sums.device)
+
     def means(self, shuffled: bool = False) -> np.ndarray:
         """(m, C), NaN for a class without images."""
         return summary.ratio(self.sums[int(shuffled)].cpu().numpy(), self._classes.all(shuffled))
@@ -35,7 +38,7 @@ class LatentSums(Accumulator):
 class ActivationSums(Accumulator):
     """`sums (labellings, C, d)`: x − `offset`, summed over the images of each class.
 
-    The offset is the mean of the first batch, for the precision of differences between classes.
+    The offset is the mean of the calibration sample, for the precision of differences between classes.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
@@ -45,13 +48,20 @@ class ActivationSums(Accumulator):
         self.sums = torch.zeros(labellings, n_classes, context.d_in, dtype=torch.float64)
         self.offset: Tensor | None = None
 
+    def calibrate(self, batch: EvaluationBatch) -> None:
+        self.offset = batch.x.double().mean(0)
+
     def update(self, batch: EvaluationBatch) -> None:
-        x = batch.x.double()
         if self.offset is None:
-            self.offset = x.mean(0)
-        x = (x - self.offset).cpu()
+            self.calibrate(batch)
+        assert self.offset is not None
+        x = (batch.x.double() - self.offset).cpu()
         for shuffled, sums in zip((False, True), self.sums):
             sums.index_add_(0, batch.labels_of(shuffled), x)
+
+    def merge(self, other: ActivationSums) -> None:
+        require_same("mean of x", self.offset, other.offset)
+        self.sums += other.sums
 
     def means(self, shuffled: bool = False) -> np.ndarray:
         """(C, d) minus the offset, NaN for a class without images."""
