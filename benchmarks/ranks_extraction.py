@@ -1,6 +1,6 @@
 """Speed of several processes of one thread each over one process of one thread.
 
-    python benchmarks/ranks.py [--ranks 2] [--images 256] [--rounds 3]
+    python benchmarks/ranks_extraction.py [--ranks 2] [--images 256] [--rounds 3]
 
 Extraction: the class tokens and mean patches at every block of a DINOv2 ViT-S/14 with random weights, of drawn
 pictures of 224 px, into an activation cache, by `ActivationCache.build`. In every round one process does it,
