@@ -24,6 +24,8 @@ from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.activations.joined_rows import JoinedRows
 from taxolens.hooks.activations.stream import ActivationStream
 from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.loader import ImageLoader
+from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, LostRankError
 from taxolens.registry.files import only_writer
@@ -225,6 +227,18 @@ def test_corrupt_images_are_judged_over_all_ranks(tmp_path):
         build_on(3, again, images=images, max_corrupt_share=0.09)
     assert not ActivationCache.open(again).complete
     assert len(build(again, images=images, max_corrupt_share=0.1)) == 54
+
+
+@pytest.mark.parametrize(("n_ranks", "stops"), [(1, True), (2, False)])
+def test_before_the_end_the_images_of_other_ranks_count_as_readable(n_ranks, stops):
+    images = images_of(n=60, corrupt=range(20))  # a third, and all of those that come first
+    preprocess = preprocess_for(MODELS[0])
+    loader = ImageLoader(images, preprocess, batch_size=5, max_corrupt_share=0.4, n_ranks=n_ranks)
+    if stops:
+        with pytest.raises(DataError, match="20 of the 20 images read so far"):
+            list(loader.batches(range(60)))
+    else:
+        assert sum(map(len, loader.batches(range(60)))) == 40
 
 
 def test_nothing_readable(tmp_path):
