@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
-from .errors import ConfigError, LostRankError
+from .errors import ConfigError, LostRankError, TaxolensError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -147,6 +147,77 @@ class Ranks:
         with _lost_ranks_named():
             dist.all_gather_object(found, value)
         return found
+
+    def meet(self, point: str | None, value: T = None) -> tuple[str, list[T]]:
+        """`gather` at a named point of the work: the name, and the values of all ranks.
+
+        Args:
+            point: the name; None for a rank that follows the others, to whatever point they come.
+            value: of this rank.
+
+        Raises:
+            TaxolensError: the ranks have come to different points, whose values do not belong together.
+        """
+        came = self.gather((point, value))
+        points = sorted({name for name, _ in came if name is not None})
+        if len(points) != 1:
+            problem = "the processes of the job have come to different points of it"
+            raise TaxolensError("ranks", problem, given=points, allowed="start the job again")
+        return points[0], [each for _, each in came]
+
+    def reduce(self, tensor: Any, how: str) -> Any:
+        """The "sum" or "min" of a tensor over all ranks, element by element, on its device; every rank calls this."""
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        reduced = tensor.detach().cpu().clone()
+        with _lost_ranks_named():
+            dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[how])
+        return reduced.to(tensor.device)
+
+    def deliver(
+        self,
+        parts: Mapping[str, Any],
+        shapes: Sequence[Mapping[str, Sequence[int]]],
+        takers: Mapping[str, Collection[int]],
+        dtype: Any,
+    ) -> dict[str, list[Any]]:
+        """Send each tensor to the ranks that take it; every rank calls this.
+
+        Args:
+            parts: name -> tensor of this rank, on the CPU.
+            shapes: for each rank, name -> shape of its tensor; a rank may have none of that name.
+            takers: name -> the ranks that get the tensors of that name.
+            dtype: of all tensors.
+
+        Returns:
+            for each name that this rank takes, the tensors of the ranks that have one, by rank.
+        """
+        import torch
+        import torch.distributed as dist
+
+        received: dict[str, list[Any]] = {}
+        requests: list[Any] = []
+        with _lost_ranks_named():
+            for tag, (name, ranks) in enumerate(takers.items()):
+                if name in parts:
+                    sent = parts[name].contiguous().view(torch.uint8)
+                    to = [rank for rank in ranks if rank != self.rank]
+                    requests += [dist.isend(sent, rank, tag=tag) for rank in to]
+                if self.rank not in ranks:
+                    continue
+                received[name] = []
+                for rank, shape in enumerate(shapes):
+                    if name in shape and rank == self.rank:
+                        received[name].append(parts[name])
+                    elif name in shape:
+                        tensor = torch.empty(tuple(shape[name]), dtype=dtype)
+                        received[name].append(tensor)
+                        requests.append(dist.irecv(tensor.view(torch.uint8), rank, tag=tag))
+            for request in requests:
+                request.wait()
+        return received
 
     def from_first(self, value: T) -> T:
         """The value of rank 0, on every rank."""

@@ -6,7 +6,7 @@ import atexit
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from ...registry.errors import CheckpointError, ConfigError
 from ...registry.heads import columns_of
+from ...registry.ranks import ALONE, Ranks
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
 from ..images.preprocess import preprocess_for
@@ -24,6 +25,7 @@ from ..models.tapped import TappedModel
 from ..models.tokens import tokens_per_image
 from .cache_reader import CacheReader
 from .extract import Extraction, TokenExtractor
+from .shared_source import OwnPass, SharedModelSource
 from .token_sources import Batch, CacheSource, Delivery, ModelSource, State, TokenSource
 
 STATES_KEPT = 4096  # positions of the last batches; a prefetching thread is never so far ahead
@@ -56,6 +58,9 @@ class ActivationStream(Iterator[Batch]):
         n_batches_in_buffer: forward passes per window. A window is kept on `device`.
         seed: decides the order, whole number from 0 on.
         device: of the batches given out.
+        ranks: share the forward passes among these processes, which all read the same batches.
+        takers: with `ranks`: hook point -> the ranks that get its tokens. A batch has only the hook
+            points that its rank takes.
         progress: show a bar while a window of images is read that takes more than some seconds.
         settings: fields of `Extraction` (tokens, image_size, dtype, autocast), and of `ImageSource`
             (store_batch_size_prompts for its batch_size, num_workers, max_corrupt_share), by name.
@@ -77,6 +82,8 @@ class ActivationStream(Iterator[Batch]):
         n_batches_in_buffer: int = 20,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        ranks: Ranks = ALONE,
+        takers: Mapping[str, Collection[int]] = {},
         progress: bool = False,
         **settings: Any,
     ) -> None:
@@ -116,9 +123,13 @@ class ActivationStream(Iterator[Batch]):
             first = columns_of(self.hook_names[0])[0]
             per_image = tokens_per_image(model, tokens, size, first)
             batches = 1 if per_image == 1 else n_batches_in_buffer
-            self._source = ModelSource(
-                loader, extractor, delivery, per_image, batches, progress=progress
-            )
+            parts: Any = (loader, extractor, delivery, per_image, batches)
+            if ranks.size == 1:
+                self._source = ModelSource(*parts, progress=progress)
+            else:
+                self._source = SharedModelSource(
+                    *parts, ranks=ranks, takers=takers, progress=progress
+                )
         self._ended = False
         self._lock = threading.RLock()
         self._batches: Iterator[tuple[Batch, Any]] | None = None
@@ -144,6 +155,18 @@ class ActivationStream(Iterator[Batch]):
             ConfigError: the stream reads a cache.
         """
         return self._from_model().image_tokens(batch_size)
+
+    @property
+    def shared(self) -> SharedModelSource | None:
+        """The source whose passes several ranks share; None where this one reads alone."""
+        return self._source if isinstance(self._source, SharedModelSource) else None
+
+    def own_passes(self) -> Iterator[OwnPass]:
+        """The passes of this rank from the present position on, where others read the batches."""
+        if self.shared is None:
+            return iter(())
+        epoch, first_window, _ = self._start["position"]
+        return self.shared.own_passes(epoch, first_window)
 
     def _from_model(self) -> ModelSource:
         if not isinstance(self._source, ModelSource):

@@ -39,7 +39,7 @@ class Delivery:
 
 
 @dataclass
-class _Place:
+class Place:
     """The position of the images of one forward pass in the epochs and windows."""
 
     epoch: int
@@ -52,7 +52,7 @@ class _Place:
 class _Window:
     """The tokens of one window, (n, d) for each hook point, and the order to give them out in."""
 
-    place: _Place
+    place: Place
     tokens: Batch
     order: Tensor | None
     counts: tuple[int, int]  # of images read, and of corrupt ones, before it
@@ -198,21 +198,15 @@ class ModelSource:
 
     def _windows(self, epoch: int, first_window: int) -> Iterator[_Window]:
         """The windows from there on, without end."""
-        places: deque[_Place] = deque()  # of the groups that are being decoded
         rows = self.batches_per_window * self.loader.batch_size * self.tokens_per_image
         buffers: Batch = {}
         filled = 0
         counts = (self.loader.n_processed, self.loader.n_failed)
         whole_epoch, any_tokens = first_window == 0, False
         bar = self._bar()
-        groups = self._groups(epoch, first_window, places)
-        for decoded in self.loader.grouped(groups, lambda: self.stopped):
-            if self.stopped:
-                break
-            place = places.popleft()
+        for place, tokens in self._passes(epoch, first_window):
             bar.update(self.loader.batch_size)
-            if len(decoded):
-                tokens = self._tokens(decoded)
+            if tokens:
                 n = len(next(iter(tokens.values())))
                 if self.batches_per_window == 1:
                     buffers, filled = tokens, n
@@ -235,6 +229,18 @@ class ModelSource:
                 whole_epoch, any_tokens = True, False
         bar.close()
 
+    def _passes(self, epoch: int, first_window: int) -> Iterator[tuple[Place, Batch]]:
+        """The tokens of each forward pass from there on; none where no image can be read.
+
+        Once `stopped` is True they end.
+        """
+        places: deque[Place] = deque()  # of the groups that are being decoded
+        groups = self._groups(epoch, first_window, places)
+        for decoded in self.loader.grouped(groups, lambda: self.stopped):
+            if self.stopped:
+                return
+            yield places.popleft(), self._tokens(decoded) if len(decoded) else {}
+
     def _bar(self) -> tqdm[Any]:
         """The progress through one window; short windows show none."""
         images = self.loader.images
@@ -248,7 +254,7 @@ class ModelSource:
             disable=not self.progress,
         )
 
-    def _groups(self, epoch: int, first_window: int, places: deque[_Place]) -> Iterator[list[Job]]:
+    def _groups(self, epoch: int, first_window: int, places: deque[Place]) -> Iterator[list[Job]]:
         """The images of each forward pass in turn; their positions are appended to `places`."""
         while True:
             size = self.loader.batch_size
@@ -262,7 +268,7 @@ class ModelSource:
                 group += 1
                 ends_epoch = not following
                 places.append(
-                    _Place(
+                    Place(
                         epoch,
                         (group - 1) // self.batches_per_window,
                         ends_epoch or group % self.batches_per_window == 0,
@@ -296,7 +302,7 @@ class ModelSource:
             for name, tensor in activations.items()
         }
 
-    def _order(self, place: _Place, n_tokens: int) -> Tensor | None:
+    def _order(self, place: Place, n_tokens: int) -> Tensor | None:
         if self.tokens_per_image == 1:
             return None
         generator = np.random.default_rng([self.delivery.seed, place.epoch, place.window, 1])

@@ -144,11 +144,16 @@ class ImageLoader:
         return (batch for batch in self.grouped(chunks(indices, self.batch_size)) if len(batch))
 
     def grouped(
-        self, groups: Iterable[Sequence[Job]], is_stopped: Callable[[], bool] = lambda: False
+        self,
+        groups: Iterable[Sequence[Job]],
+        is_stopped: Callable[[], bool] = lambda: False,
+        *,
+        counted: bool = True,
     ) -> Iterator[ImageBatch]:
         """As `batches`, but exactly one batch, empty if need be, for each group of images.
 
-        They end soon after `is_stopped` returns True, which another thread or a signal decides.
+        They end soon after `is_stopped` returns True, which another thread or a signal decides. Without `counted`
+        the caller calls `count` for each batch.
         """
         reader = None if self.images.is_streaming else self.images.reader
         in_bytes = self.pin_memory and getattr(self.preprocess, "ends_with_table", False)
@@ -185,7 +190,10 @@ class ImageLoader:
         watching = stopped_are_killed(PATIENCE) if self.num_workers else nullcontext([])
         try:
             with watching as killed:
-                yield from self._read(iterator, killed, left_out, is_stopped)
+                for batch in self._read(iterator, killed, left_out, is_stopped):
+                    if counted:
+                        self.count(batch.failures, len(batch) + len(batch.failures))
+                    yield batch
         finally:
             del iterator  # ends the workers
 
@@ -196,7 +204,7 @@ class ImageLoader:
         left_out: bool,
         is_stopped: Callable[[], bool],
     ) -> Iterator[ImageBatch]:
-        """The batches of a loader's iterator, checked and counted."""
+        """The batches of a loader's iterator, checked."""
         waited = 0
         while not is_stopped():
             try:
@@ -221,21 +229,25 @@ class ImageLoader:
             if isinstance(batch, str):
                 problem = f"preprocessing leaves images of different shapes ({batch})"
                 raise ConfigError("image_size", problem, allowed="one size, in pixels")
-            self._account(batch)
             if not self.images.is_streaming:
                 batch.labels = torch.from_numpy(self.images.labels[batch.indices.numpy()])
             yield batch
 
-    def _account(self, batch: ImageBatch) -> None:
-        self.n_processed += len(batch) + len(batch.failures)
-        self.n_elsewhere += (self.n_ranks - 1) * (len(batch) + len(batch.failures))
-        self.n_failed += len(batch.failures)
-        for index, source, reason in batch.failures:
+    def count(self, failures: Sequence[tuple[int, str, str]], n_images: int) -> None:
+        """Count `n_images` images more, and those of them that could not be read.
+
+        Raises:
+            DataError: more than `max_corrupt_share` of the images are corrupt.
+        """
+        self.n_processed += n_images
+        self.n_elsewhere += (self.n_ranks - 1) * n_images
+        self.n_failed += len(failures)
+        for index, source, reason in failures:
             if index in self.failures:
                 continue
             self.failures[index] = f"{source}: {reason}"
             logger.warning("image %d (%s) is corrupt and left out: %s", index, source, reason)
-        if batch.failures:
+        if failures:
             self.check_share()
 
     def check_share(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from rich.markup import escape
 
 from ...registry.errors import ConfigError
 from ...registry.names import ON_COMMAND_LINE, did_you_mean, nearest
+from ...registry.ranks import Ranks
 
 # rich assumes 80 columns where stdout is not a terminal, which would wrap the tables.
 PIPE_WIDTH = 120
@@ -76,7 +78,9 @@ def print_error(message: str) -> None:
         for bar in list(getattr(bars, "_instances", ())):  # an error has left them open
             bar.close()
     _console(sys.stderr).print(
-        f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True
+        f"[bold red]error:[/] {_of_rank()}{escape(printable(message))}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -101,8 +105,10 @@ def working() -> Iterator[Callable[[Any], None]]:
     """Send prints and logs to stderr meanwhile; yields a function that prints JSON on stdout.
 
     Messages meanwhile name settings as flags.
+    Of the processes of a job the first alone prints, logs and shows progress. The others log errors.
     """
     real = sys.stdout
+    ranks = Ranks.here()
 
     def print_json(value: Any) -> None:
         json.dump(jsonable(value), real, indent=2)
@@ -110,7 +116,10 @@ def working() -> Iterator[Callable[[Any], None]]:
         real.flush()
 
     handler = _BesideBars(sys.stderr)
-    handler.setFormatter(_Printable("%(message)s"))
+    handler.setFormatter(
+        _Printable("%(message)s" if ranks.is_first else f"{_of_rank()}%(message)s")
+    )
+    handler.setLevel(logging.INFO if ranks.is_first else logging.ERROR)
     loggers = [logging.getLogger(name) for name in ("taxolens", "sae_lens")]
     levels = [logger.level for logger in loggers]
     outside = ON_COMMAND_LINE.set(True)
@@ -118,13 +127,26 @@ def working() -> Iterator[Callable[[Any], None]]:
         for logger in loggers:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.ExitStack() as stack:
+            prints: Any = sys.stderr
+            if not ranks.is_first:
+                prints = stack.enter_context(open(os.devnull, "w"))
+                os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
+            stack.enter_context(contextlib.redirect_stdout(prints))
             yield print_json
     finally:
         ON_COMMAND_LINE.reset(outside)
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+def _of_rank() -> str:
+    """What begins a line of one of several processes."""
+    with contextlib.suppress(ConfigError):  # which is the error that is printed
+        ranks = Ranks.here()
+        return f"rank {ranks.rank}: " if ranks.size > 1 else ""
+    return ""
 
 
 class _BesideBars(logging.StreamHandler):

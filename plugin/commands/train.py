@@ -100,19 +100,22 @@ def run(args: list[str]) -> None:
         from .train_flags import parse
 
         command = parse(args)
+        is_first = Ranks.here().is_first  # of the processes that torchrun has started
         job = Job(command.study, evaluate=command.evaluate)
         plan = job.plan()
         shown: dict[str, Any] = {"plan": plan}
         evaluated = None
         if command.dry_run:
-            plan["cost"] = job.cost(command.ranks)
+            if is_first:
+                plan["cost"] = job.cost(command.ranks)
         else:
-            shell.print_notes(described(plan))
+            if is_first:
+                shell.print_notes(described(plan))
             job.train()
             if command.evaluate:
                 evaluated = job.evaluate()
                 shown |= outcome.as_dict(*evaluated)
-        if not Ranks.here().is_first:
+        if not is_first:
             return
         if command.json:
             print_json(shown)

@@ -97,7 +97,7 @@ class Job:
             "steps": cfg.total_training_steps,
             "batch": cfg.train_batch_size_tokens,
             "bytes": preflight.bytes_needed(
-                cfg, self.runner.session.saes.values(), cache_bytes=cache_bytes
+                cfg, self.runner.all_saes.values(), cache_bytes=cache_bytes
             ),
             "output_path": cfg.output_path,
             "resumes_from": cfg.resume_from_checkpoint,

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,8 @@ from ...registry.files import (
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILENAME = "checkpoint.json"
-SCHEMA = "taxolens.checkpoint/1"
+SCHEMA = "taxolens.checkpoint/2"
+READABLE = (SCHEMA, "taxolens.checkpoint/1")
 FINAL_PREFIX = "final_"
 PARTIAL_FOLDER = ".partial"
 
@@ -77,18 +78,44 @@ class Manifest:
     files: dict[str, FileFacts]
 
 
-def write_manifest(
-    folder: Path, run: RunIdentity, *, n_training_samples: int, n_training_steps: int
-) -> None:
-    """Sync every file in `folder` to the disk and write the manifest, which completes the checkpoint."""
-    share(folder)
-    files = {
+def synced_files(
+    folder: Path, is_ours: Callable[[Path], bool] = lambda path: True
+) -> dict[str, dict[str, Any]]:
+    """Sync files of a checkpoint to the disk; return their entries in the manifest.
+
+    Args:
+        folder: the checkpoint.
+        is_ours: chooses files by their path relative to the folder; by default all.
+    """
+    return {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
             "sha256": file_digest(path, sync=True),
         }
         for path in _files(folder)
+        if is_ours(path.relative_to(folder))
     }
+
+
+def write_manifest(
+    folder: Path,
+    run: RunIdentity,
+    *,
+    n_training_samples: int,
+    n_training_steps: int,
+    files: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the manifest, which completes the checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        run: identifies the run.
+        n_training_samples: tokens trained on.
+        n_training_steps: steps done.
+        files: what `synced_files` has returned of all its files; by default it is called.
+    """
+    share(folder)
+    files = dict(sorted((synced_files(folder) if files is None else files).items()))
     content = {
         "schema": SCHEMA,
         "sae_lens_version": sae_lens_version,
@@ -111,12 +138,12 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILENAME
     try:
         content = read_json_object(path)
-        if content["schema"] != SCHEMA:
+        if content["schema"] not in READABLE:
             raise CheckpointError(
                 f"checkpoint {folder}",
                 "schema: not known",
                 given=content["schema"],
-                allowed=repr(SCHEMA),
+                allowed=" or ".join(map(repr, READABLE)),
             )
         content["run"] = {"fixed": content.pop("run"), "training": content.pop("training")}
         return coerce(content, Manifest, path.name)
@@ -273,7 +300,7 @@ def remove_unfinished(folder: str | Path) -> None:
 
 
 @contextmanager
-def written_whole(folder: str | Path) -> Iterator[Path]:
+def written_whole(folder: str | Path, rank: int = 0) -> Iterator[Path]:
     """Write outputs so that an SAE under its final name is always complete.
 
     Yields a folder inside `folder` to write into; at the end its files move to their places,
@@ -281,7 +308,8 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     no SAE to load. After an error while files are written `folder` is unchanged.
     """
     folder = Path(folder)
-    partial = folder / f"{PARTIAL_FOLDER}-{os.getpid()}"
+    # Processes of one job, on several machines, may have the same number.
+    partial = folder / f"{PARTIAL_FOLDER}-{os.getpid()}-{rank}"
     try:
         for left in folder.glob(f"{PARTIAL_FOLDER}*"):
             if left == partial or is_stale(left.stat()):

@@ -39,6 +39,7 @@ from ...registry.hashing import fingerprint
 from ...registry.heads import head_key
 from ...registry.names import did_you_mean, nearest
 from ...registry.presets import refuse_remote_code
+from ...registry.ranks import Ranks
 from ...registry.table import TAXONOMIES
 from .config_checks import check_fields, training_config_class
 
@@ -203,6 +204,7 @@ class VisionFields:
         for name in PATHS:
             if isinstance(value := getattr(cfg, name, None), str):
                 setattr(cfg, name, os.path.expanduser(value))
+        _take_own_gpu(cfg)
         _fit_to_the_run(cfg)
         check_fields(cfg)
         _round_up_training_tokens(cfg)
@@ -510,6 +512,13 @@ def default_batch(training_tokens: int) -> int:
     while batch > SMALLEST_BATCH and math.ceil(training_tokens / batch) < STEPS:
         batch //= 2
     return batch
+
+
+def _take_own_gpu(cfg: Any) -> None:
+    """Of several processes on one machine each computes on a GPU of its own where the device is "cuda"."""
+    for name in ("device", "llm_device", "act_store_device"):
+        if isinstance(device := getattr(cfg, name, None), str):
+            setattr(cfg, name, Ranks.here().device(device))
 
 
 def _fit_to_the_run(cfg: Any) -> None:

@@ -107,30 +107,24 @@ def within_cosine(rows: Tensor, first: Tensor, least: float = LEAST_COSINE) -> T
     return torch.where(along < least * norm, moved.to(rows.dtype), rows)
 
 
-def save_initial_rows(folder: Path, constraints: Mapping[str, Constraint]) -> None:
-    """Write the initial rows of soft constraints into a checkpoint; no file where there are none."""
-    kept = {
-        f"{name}/{parameter}": first.contiguous()
-        for name, constraint in constraints.items()
-        if constraint.is_soft
-        for parameter, first in constraint.first.items()
-    }
-    if kept:
-        save_file(kept, folder / INITIAL_ROWS_FILENAME)
+def save_initial_rows(folder: Path, constraint: Constraint) -> None:
+    """Write the initial rows of a soft constraint into its SAE's folder of a checkpoint."""
+    if constraint.is_soft:
+        rows = {name: first.contiguous() for name, first in constraint.first.items()}
+        save_file(rows, folder / INITIAL_ROWS_FILENAME)
 
 
-def load_initial_rows(folder: Path, constraints: Mapping[str, Constraint]) -> dict[str, Any]:
-    """SAE -> parameter -> initial rows, of soft constraints; a frozen one is in the weights.
+def load_initial_rows(folder: Path, constraint: Constraint) -> dict[str, Tensor]:
+    """Parameter -> its initial rows (d_sae, d_in), of a soft constraint; those of a frozen one are in the weights.
 
     Raises:
-        CheckpointError: the checkpoint does not have them.
+        CheckpointError: the SAE's folder of the checkpoint does not have them.
     """
-    soft = {name: c for name, c in constraints.items() if c.is_soft}
-    if not soft:
+    if not constraint.is_soft:
         return {}
     try:
         kept = load_file(folder / INITIAL_ROWS_FILENAME)
-        return {n: {p: kept[f"{n}/{p}"] for p in c.parameters} for n, c in soft.items()}
+        return {name: kept[name] for name in constraint.parameters}
     except Exception as error:  # safetensors has its own errors
         raise CheckpointError(
             f"checkpoint {folder}", f"{INITIAL_ROWS_FILENAME} has no initial rows: {error}"

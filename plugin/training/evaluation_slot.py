@@ -13,8 +13,10 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from ...hooks.activations.stream import ActivationStream
 from ...registry.heads import key_of
+from ...registry.ranks import ALONE, Ranks
 from .interrupts import StepGate
 from .rng import set_apart
+from .shared_logs import gathered_logs
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +31,23 @@ class EvaluationSlot:
 
     Args:
         open_stream: makes a stream of activations; called when an evaluator first reads one.
+        ranks: the processes of the job; the metrics of all their SAEs go to the first.
 
     Attributes:
         evaluators: SAELens's signature, `(sae, data_provider, activation_scaler) -> metrics`.
     """
 
-    def __init__(self, open_stream: Callable[[], ActivationStream]) -> None:
+    def __init__(self, open_stream: Callable[[], ActivationStream], ranks: Ranks = ALONE) -> None:
         self.evaluators: list[PerSAEEvaluator] = []
         self._open_stream = open_stream
+        self._ranks = ranks
 
     def one(
         self, sae: TrainingSAE[Any], data_provider: Any, activation_scaler: ActivationScaler
     ) -> dict[str, Any]:
-        """The evaluator of `SAETrainer`."""
+        """The evaluator of `SAETrainer`; of an SAE that several ranks train, the first evaluates."""
+        if not self._ranks.is_first:
+            return {}
         return self._set_apart(data_provider, lambda: self._evaluate(sae, activation_scaler))
 
     def many(
@@ -52,7 +58,7 @@ class EvaluationSlot:
         hook_names: Mapping[str, str],
     ) -> dict[str, Any]:
         """The evaluator of `MultiSAETrainer`: each SAE's metrics under its name."""
-        return self._set_apart(
+        metrics = self._set_apart(
             data_provider,
             lambda: {
                 f"{name}/{metric}": value
@@ -60,6 +66,7 @@ class EvaluationSlot:
                 for metric, value in self._evaluate(sae, activation_scalers[name]).items()
             },
         )
+        return gathered_logs(self._ranks, "evaluation", metrics, saes)
 
     def _evaluate(self, sae: TrainingSAE[Any], scaler: ActivationScaler) -> dict[str, Any]:
         metrics: dict[str, Any] = {}

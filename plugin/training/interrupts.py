@@ -45,6 +45,7 @@ class Interrupts:
     SIGNALS = tuple(
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
     )
+    AGAIN = " (Ctrl-C again stops at once, without)"
 
     def __init__(self, stop: Callable[[], object] = lambda: None) -> None:
         self.received: signal.Signals | None = None
@@ -73,8 +74,7 @@ class Interrupts:
         self.received = signal.Signals(number)
         self._stop()
         logger.warning(
-            f"{self.received.name}: stopping after this step and saving a checkpoint"
-            " (Ctrl-C again stops at once, without)."
+            f"{self.received.name}: stopping after this step and saving a checkpoint{self.AGAIN}."
         )
         if self._at_once:
             raise KeyboardInterrupt
@@ -87,6 +87,18 @@ class Interrupts:
         """
         if self.received is not None:
             raise InterruptedException(self.received.name)
+
+    def check_after(self, error: Exception) -> None:
+        """As `check`, when the data has raised `error`.
+
+        A signal to all processes of the job ends workers too, perhaps before it comes here.
+
+        Raises:
+            InterruptedException: `error` is no separate one.
+        """
+        time.sleep(SIGNAL_SECONDS)
+        if self.received is not None:
+            raise InterruptedException(self.received.name) from error
 
     def unless_stopped(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `evaluate` returns, which changes nothing of the training; {} once a signal comes."""
@@ -138,6 +150,7 @@ class StepGate(Iterator[T], Generic[T]):
         self._interrupts = interrupts
         self._watch = watch
         self.is_between_steps = True
+        self.error_of_source: Exception | None = None
 
     def __next__(self) -> T:
         self.is_between_steps = True
@@ -147,10 +160,8 @@ class StepGate(Iterator[T], Generic[T]):
         try:
             batch = next(self._source)
         except Exception as error:
-            # A signal to all processes of the job ends workers too, perhaps before it comes here.
-            time.sleep(SIGNAL_SECONDS)
-            if self._interrupts.received is not None:
-                raise InterruptedException(self._interrupts.received.name) from error
+            self.error_of_source = error
+            self._interrupts.check_after(error)
             raise
         self._interrupts.check()
         self._store.n_consumed += 1

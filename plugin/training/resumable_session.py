@@ -23,9 +23,11 @@ from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...registry.errors import CheckpointError, ConfigError, DivergedError
+from ...hooks.activations.shared_source import Follower
+from ...registry.errors import CheckpointError, ConfigError, DivergedError, LostRankError
 from ...registry.files import only_writer
 from ...registry.names import as_setting
+from ...registry.ranks import ALONE, Ranks
 from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
@@ -35,17 +37,22 @@ from .checkpoints import (
     prune_checkpoints,
     read_manifest,
     remove_unfinished,
+    synced_files,
     write_manifest,
     written_whole,
 )
 from .constraint import Constraint, load_initial_rows, save_initial_rows
+from .data_parallel import share_steps
 from .interrupts import Interrupts, StepGate, TrainingInterrupted
+from .lockstep import SharedInterrupts
 from .resampling import Resampling
-from .rng import load_rng_state, save_rng_state, seeded
+from .rng import draw_by_step, seeded
+from .shared_logs import share_logs
 
 logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)
+ESTIMATED = ("expected_average_only_in", "covariance_whitening")  # normalizations
 
 
 class TrainedSAE(NamedTuple):
@@ -60,10 +67,11 @@ class TrainingSession:
 
     Args:
         cfg: the runner's config.
-        saes: SAE name -> SAE, as trained.
+        saes: SAE name -> SAE, as trained; of several processes those of this one.
         store: the source of the trainer's batches.
         identity: identifies the checkpoints of this run.
-        constraints: SAE name -> its constraint, of the SAEs that have one.
+        constraints: SAE name -> its constraint, of those SAEs that have one.
+        ranks: the processes that train the SAEs of the run. Each writes its own SAEs, the first everything else.
     """
 
     def __init__(
@@ -73,20 +81,26 @@ class TrainingSession:
         store: VisionActivationsStore,
         identity: RunIdentity,
         constraints: Mapping[str, Constraint] = {},
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.cfg = cfg
         self.saes = saes
         self.store = store
         self.identity = identity
         self.constraints = constraints
         every = cfg.resample_every
-        if every and constraints:
+        if every and cfg.sae_constraints:
             problem = "a constraint holds the weights that it changes"
             raise ConfigError("resample_every", problem, given=every, allowed="one of the two")
         self.resampled = (
             {name: Resampling(sae, every, cfg.seed) for name, sae in saes.items()} if every else {}
         )
-        self.interrupts = Interrupts(lambda: store.stream.stop())  # it may be replaced
+        self.interrupts = (
+            SharedInterrupts(ranks, store)
+            if ranks.size > 1
+            else Interrupts(lambda: store.stream.stop())  # it may be replaced
+        )
         self._trainer: Any = None
 
     @contextmanager
@@ -98,12 +112,15 @@ class TrainingSession:
         Raises:
             ConfigError: one of them is writing there.
         """
+        cfg = self.cfg
         with ExitStack() as locks:
-            for field in ("output_path", "checkpoint_path"):
-                if (place := getattr(self.cfg, field)) is not None:
-                    locks.enter_context(only_writer(place, field))
-            if self.cfg.resume_from_checkpoint is not None and self.cfg.checkpoint_path is not None:
-                remove_unfinished(self.cfg.checkpoint_path)
+            if self.ranks.is_first:
+                for field in ("output_path", "checkpoint_path"):
+                    if (place := getattr(cfg, field)) is not None:
+                        locks.enter_context(only_writer(place, field))
+                if cfg.resume_from_checkpoint is not None and cfg.checkpoint_path is not None:
+                    remove_unfinished(cfg.checkpoint_path)
+            self.meet("locked")
             yield
 
     @property
@@ -129,20 +146,33 @@ class TrainingSession:
             trainer.data_provider, self.store, self.interrupts, self._check_finite, self._resample
         )
         trainer.data_provider = gate
-        first: dict[str, Any] = {}
+        checkpoint: Path | None = None
         with seeded(self.cfg.seed):
             if self.cfg.resume_from_checkpoint is not None:
                 checkpoint = Path(self.cfg.resume_from_checkpoint)
                 self._align(trainer, checkpoint)
-                load_rng_state(checkpoint)
                 self._check_finite(thorough=True)
-                first = load_initial_rows(checkpoint, self.constraints)
             for name, constraint in self.constraints.items():
-                own = getattr(trainer, "trainers", {}).get(name, trainer)
-                constraint.start(own.optimizer, first.get(name, {}))
+                first = (
+                    {}
+                    if checkpoint is None
+                    else load_initial_rows(self._place(checkpoint, name), constraint)
+                )
+                constraint.start(self._trainers[name].optimizer, first)
+            for own in self._trainers.values():
+                if own is trainer:
+                    share_steps(own, self.ranks)
+                draw_by_step(own, self.cfg.seed)
+                _leave_empty_windows(own)
+            many = hasattr(trainer, "trainers")
+            logs = share_logs(self.ranks, self.cfg, self._trainers) if many else None
             self.store.open()
             try:
-                return trainer.fit()
+                self._skip_estimates(gate)
+                trained = trainer.fit()
+                if logs is not None:
+                    logs.finish()
+                return trained
             except InterruptedException as stop:
                 raise TrainingInterrupted(self._stopped(f"{stop}", self._save())) from None
             except Exception as error:
@@ -151,33 +181,72 @@ class TrainingSession:
             finally:
                 gate.close()
 
+    @property
+    def _trainers(self) -> Mapping[str, Any]:
+        """SAE name -> its trainer."""
+        return getattr(self._trainer, "trainers", dict.fromkeys(self.saes, self._trainer))
+
+    def _place(self, checkpoint: Path, name: str) -> Path:
+        """The folder of an SAE in a checkpoint."""
+        return checkpoint / name if hasattr(self._trainer, "trainers") else checkpoint
+
+    def meet(self, point: str, value: Any = None) -> list[Any]:
+        """The values of the ranks that train, at a point to which all come."""
+        if self.ranks.size == 1:
+            return [value]
+        _, came = self.ranks.meet(point, value)
+        return [each for each in came if not isinstance(each, Follower)]
+
+    def _skip_estimates(self, gate: StepGate[Any]) -> None:
+        """Draw the batches from which SAEs of other ranks alone estimate norms: all train on the same ones."""
+        needed = any(
+            trainer.sae.cfg.normalize_activations in ESTIMATED
+            and trainer.activation_scaler.scaling_factor is None
+            and trainer.activation_scaler.whitening is None
+            for trainer in self._trainers.values()
+        )
+        if any(self.meet("estimates", needed)) and not needed:
+            for _ in range(self.cfg.n_batches_for_norm_estimate):
+                next(gate)
+
     def _resample(self, batch: Any) -> None:
         """Resample dead latents before the step that trains on `batch`."""
         for name, resampling in self.resampled.items():
-            own = getattr(self._trainer, "trainers", {}).get(name, self._trainer)
+            own = self._trainers[name]
             inputs = batch[self.cfg.sae_keys[name]] if isinstance(batch, dict) else batch
             found = resampling.before_step(own, inputs)
             if found:
                 logger.info(f"{name}: {found} dead latents start again.")
 
     def complete_checkpoint(self, folder: Path) -> None:
-        """Complete a checkpoint, whose other files SAELens has written into `folder`.
+        """Complete a checkpoint, whose other files SAELens has written into `folder`, on every rank its own.
 
         Raises:
             DivergedError: weights are not finite; no checkpoint is made.
         """
         self._check_finite(thorough=True)
-        save_rng_state(folder)
-        save_initial_rows(folder, self.constraints)
+        for name, constraint in self.constraints.items():
+            save_initial_rows(self._place(folder, name), constraint)
         n_samples = self._trainer.n_training_samples
-        write_manifest(
-            folder,
-            self.identity,
-            n_training_samples=n_samples,
-            n_training_steps=n_samples // self.cfg.train_batch_size_tokens,
-        )
-        if self.cfg.keep_checkpoints is not None:
-            prune_checkpoints(folder.parent, self.cfg.keep_checkpoints)
+        written = self.meet("checkpoint", synced_files(folder, self._is_ours))
+        if self.ranks.is_first:
+            write_manifest(
+                folder,
+                self.identity,
+                n_training_samples=n_samples,
+                n_training_steps=n_samples // self.cfg.train_batch_size_tokens,
+                files={name: facts for part in written for name, facts in part.items()},
+            )
+            if self.cfg.keep_checkpoints is not None:
+                prune_checkpoints(folder.parent, self.cfg.keep_checkpoints)
+        self.meet("checkpoint is complete")
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether this rank writes the file at `path` of a checkpoint: those of its SAEs, the first the others."""
+        name = path.parts[0]
+        if self.ranks.is_first:
+            return name in self.saes or name not in self.cfg.sae_configs
+        return name in self.saes
 
     def write_output(self, output_path: str | Path, trained: Mapping[str, TrainedSAE]) -> None:
         """Write SAEs for inference, atomically; then log them to W&B.
@@ -191,11 +260,14 @@ class TrainingSession:
             CheckpointError: writing failed; the message names the folder that was used instead.
         """
         self._check_finite(thorough=True)
-        try:
-            self._write(Path(output_path), trained)
-        except WRITE_ERRORS as error:
-            problem = f"{str(output_path)!r} could not be written: {error}. {self._rescue(trained)}"
-            raise CheckpointError("output_path", problem) from error
+        # The first rank is the last to write: runner_cfg.json lists the SAEs of all.
+        problem = None if self.ranks.is_first else self._try_to_write(output_path, trained)
+        problems = [found for found in self.meet("output", problem) if found]
+        if self.ranks.is_first and not problems:
+            problem = self._try_to_write(output_path, trained)
+        problems += [found for found in self.meet("output is complete", problem) if found]
+        if problems:
+            raise CheckpointError("output_path", " ".join(dict.fromkeys(problems)))
         if self.cfg.logger.log_to_wandb:
             for name, (sae, sparsity) in trained.items():
                 folder = Path(output_path) / name
@@ -207,13 +279,26 @@ class TrainingSession:
                     wandb_aliases=["final_model"],
                 )
 
+    def _try_to_write(
+        self, output_path: str | Path, trained: Mapping[str, TrainedSAE]
+    ) -> str | None:
+        """Why the output could not be written, and where it is instead; None where it was."""
+        try:
+            self._write(Path(output_path), trained)
+        except WRITE_ERRORS as error:
+            return f"{str(output_path)!r} could not be written: {error}. {self._rescue(trained)}"
+        return None
+
     def _write(self, output: Path, trained: Mapping[str, TrainedSAE]) -> None:
-        with written_whole(output) as partial:
+        with written_whole(output, self.ranks.rank) as partial:
             for name, (sae, sparsity) in trained.items():
-                sae.save_inference_model(partial / name)
+                _, config = sae.save_inference_model(partial / name)
+                # SAELens's order of the keys differs from process to process.
+                config.write_text(json.dumps(json.loads(config.read_text()), sort_keys=True))
                 if sparsity is not None:
                     save_file({"sparsity": sparsity}, partial / name / SPARSITY_FILENAME)
-            (partial / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()))
+            if self.ranks.is_first:
+                (partial / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()))
 
     def _rescue(self, trained: Mapping[str, TrainedSAE]) -> str:
         """Write the SAEs to a temporary folder, so that the training is not lost; return a message."""
@@ -259,7 +344,8 @@ class TrainingSession:
             return None
         if self._trainer.n_training_samples == 0 and not self._has_estimates():
             self.store.n_consumed = 0  # an unfinished estimate of norms starts again
-        if not (is_whole(folder) and read_manifest(folder).run == self.identity):
+        exists = is_whole(folder) and read_manifest(folder).run == self.identity
+        if not self.meet("saving", exists)[0]:
             try:
                 self._trainer.save_checkpoint(checkpoint_name=folder.name)
             except Exception as error:
@@ -268,14 +354,18 @@ class TrainingSession:
         return folder
 
     def _has_estimates(self) -> bool:
-        trainers = getattr(self._trainer, "trainers", {"": self._trainer}).values()
-        scalers = [trainer.activation_scaler for trainer in trainers]
-        return any(s.scaling_factor is not None or s.whitening is not None for s in scalers)
+        scalers = [trainer.activation_scaler for trainer in self._trainers.values()]
+        own = any(s.scaling_factor is not None or s.whitening is not None for s in scalers)
+        return any(self.meet("estimates", own))
 
     def _keep_what_is_whole(self, gate: StepGate[Any], error: Exception) -> None:
-        if isinstance(error, DivergedError):
-            self._remove_half_written()
-        elif gate.is_between_steps:
+        # A checkpoint needs all ranks; an error of the images comes to all of them at the same step.
+        shared = self.store.stream.shared is not None and error is gate.error_of_source
+        alike = self.ranks.size == 1 or shared
+        if isinstance(error, DivergedError | LostRankError):
+            if self.ranks.is_first:
+                self._remove_half_written()
+        elif gate.is_between_steps and alike:
             logger.error(self._stopped(type(error).__name__, self._save()))
         else:
             self._refuse_half_written(error)
@@ -327,6 +417,16 @@ class TrainingSession:
                         f"{key} is not finite after {self._trainer.n_training_samples:,} tokens: training diverged",
                         allowed="a lower lr, lr_warm_up_steps, or normalize_activations",
                     )
+
+
+def _leave_empty_windows(trainer: Any) -> None:
+    """Log no sparsity of a window without a step, which is not a number.
+
+    A run that was stopped before the first step of a window has logged and reset the window before it;
+    SAELens, resumed there, does so again. Wraps its public seam.
+    """
+    reset = trainer.maybe_reset_sparsity
+    trainer.maybe_reset_sparsity = lambda: reset() if trainer.n_frac_active_samples else {}
 
 
 def _check_state(checkpoint: Path, trainer: Any) -> None:

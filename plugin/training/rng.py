@@ -1,4 +1,4 @@
-"""The global random state of torch: isolated, seeded, saved and restored.
+"""The global random state of torch: isolated and seeded.
 
 Images, tokens and their order have separate generators. The global state determines the initial
 weights and what an architecture draws while it trains.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-
-from ...registry.errors import CheckpointError
-from ...registry.files import why
-
-RNG_STATE_FILENAME = "rng_state.pt"
 
 
 @contextmanager
@@ -33,23 +29,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def save_rng_state(folder: Path) -> None:
-    """Save the random state of the CPU and of every GPU."""
-    state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    torch.save(state, folder / RNG_STATE_FILENAME)
+def draw_by_step(trainer: Any, seed: int) -> None:
+    """Make what an architecture draws in a step of SAELens's trainer depend on the seed and the step alone.
 
-
-def load_rng_state(folder: Path) -> None:
-    """Restore what `save_rng_state` saved, of the GPUs that still exist.
-
-    Raises:
-        CheckpointError: the file is damaged.
+    It does then not depend on other SAEs that train beside it, on other processes, nor on whether the run was
+    stopped. Wraps `step`, SAELens's public seam.
     """
-    try:
-        state = torch.load(folder / RNG_STATE_FILENAME, map_location="cpu", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, index)
-    except Exception as error:  # torch raises nearly anything
-        problem = f"damaged: {RNG_STATE_FILENAME}: {why(error)}"
-        raise CheckpointError(f"checkpoint {folder}", problem) from error
+    step = trainer.step
+
+    def seeded_step(batch: torch.Tensor) -> Any:
+        numbers = np.random.SeedSequence([seed, trainer.n_training_steps])
+        torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
+        return step(batch)
+
+    trainer.step = seeded_step

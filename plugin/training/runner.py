@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.config import HfDataset
+from sae_lens.config import HfDataset, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
@@ -34,6 +35,7 @@ from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
 from ...registry.loaders.parts.read import load_source
 from ...registry.names import as_setting
+from ...registry.ranks import Ranks
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
 from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
@@ -48,8 +50,12 @@ from .checkpoints import (
 )
 from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from .constraint import Constraint
+from .data_parallel import OVER_THE_BATCH, check_divisible
+from .dealing import owners
 from .dry_run import rehearse
 from .evaluation_slot import EvaluationSlot
+from .interrupts import TrainingInterrupted
+from .lockstep import END, follow
 from .resumable_session import TrainedSAE, TrainingSession
 from .rng import seeded
 
@@ -73,6 +79,8 @@ class _VisionRun:
     session: TrainingSession
     slot: EvaluationSlot
     activations_store: Any
+    ranks: Ranks
+    all_saes: dict[str, TrainingSAE[Any]]
 
     def _load_inputs(self, override_dataset: Any, override_model: Any, held_out: Any) -> None:
         """Load the model and the images, each checked against the config once it is loaded."""
@@ -106,39 +114,70 @@ class _VisionRun:
         if held_out is None:
             preflight.check_taxonomy(cfg, self.images)
 
-    def _connect(self, saes: dict[str, TrainingSAE[Any]], key: str | None) -> None:
-        """Connect activations, SAEs and output folders; find the checkpoint to resume from."""
+    def _connect(
+        self,
+        saes: dict[str, TrainingSAE[Any]],
+        key: str | None,
+        all_saes: dict[str, TrainingSAE[Any]],
+    ) -> None:
+        """Connect activations, SAEs and output folders; find the checkpoint to resume from.
+
+        Args:
+            saes: the SAEs that this process trains.
+            key: the name of the activations of the single runner's SAE in a batch.
+            all_saes: those of all processes; of the others the weights are not needed.
+        """
         cfg = self.cfg
+        self.all_saes = all_saes
         for sae in saes.values():
             sae.to(cfg.device)
         constraints = {
-            name: Constraint(saes[name], kind) for name, kind in cfg.sae_constraints.items()
+            name: Constraint(saes[name], kind)
+            for name, kind in cfg.sae_constraints.items()
+            if name in saes
         }
         store = VisionActivationsStore(self._stream(), key)
-        identity = _identity(cfg, saes, store.stream)
+        identity = _identity(cfg, all_saes, store.stream)
         self.activations_store = store
-        self.session = TrainingSession(cfg, saes, store, identity, constraints)
-        self.slot = EvaluationSlot(lambda: self._stream(seed=cfg.seed + 1))
+        self.session = TrainingSession(cfg, saes, store, identity, constraints, self.ranks)
+        self.slot = EvaluationSlot(lambda: self._stream(seed=cfg.seed + 1), self.ranks)
         cache_bytes = preflight.cache_size(cfg, self.model, self.images)
-        preflight.check_places(cfg, saes.values(), cache_bytes=cache_bytes)
+        preflight.check_places(cfg, all_saes.values(), cache_bytes=cache_bytes)
         find_resume_point(cfg, identity)
         preflight.check_output(cfg)
-        if cfg.verbose:
+        if cfg.verbose and self.ranks.is_first:
             logger.info(self._account())
 
-    def _stream(self, **changes: Any) -> ActivationStream:
+    def _stream(self, hook_names: Sequence[str] | None = None, **changes: Any) -> ActivationStream:
         cfg = self.cfg
+        wanted = cfg.extraction
+        if hook_names is not None:
+            wanted = replace(wanted, hook_names=hook_names)
         order = {"seed": cfg.seed, "n_batches_in_buffer": cfg.n_batches_in_buffer, **changes}
         return ActivationStream(
             self.model,
             self.images,
-            cfg.extraction,
+            wanted,
             source=cfg.image_source,
             train_batch_size_tokens=cfg.train_batch_size_tokens,
             device=cfg.act_store_device,
-            progress=cfg.verbose,
+            progress=cfg.verbose and self.ranks.is_first,
             **order,
         )
+
+    def _own_stream(self) -> ActivationStream:
+        """The training activations for the SAEs of this process."""
+        cfg = self.cfg
+        owner: dict[str, set[int]] = {key: set() for key in cfg.sae_keys.values()}
+        for name, rank in owners(self.ranks, cfg.sae_configs).items():
+            owner[cfg.sae_keys[name]].add(rank)
+        if isinstance(cfg, VisionSAERunnerConfig):  # which all ranks train
+            owner = {cfg.sae_keys["sae"]: set(range(self.ranks.size))}
+        if not cfg.use_cached_activations:
+            return self._stream(ranks=self.ranks, takers=owner)
+        cache = self._cache()
+        own = [name for name, ranks in owner.items() if self.ranks.rank in ranks]
+        return self._stream(cache=cache, hook_names=own or list(owner))
 
     def _evaluators(self) -> list[Any]:
         """The evaluators during training, which SAELens calls only when it logs to W&B."""
@@ -166,7 +205,7 @@ class _VisionRun:
                 f"an epoch, {cfg.training_tokens / per_epoch:,.2f} epochs"
             )
         return (
-            f"{len(self.session.saes)} SAE(s) at {', '.join(cfg.unique_hook_names)} of "
+            f"{len(self.all_saes)} SAE(s) at {', '.join(cfg.unique_hook_names)} of "
             f"{cfg.model_name}; {images}; {cfg.training_tokens:,} tokens = "
             f"{cfg.total_training_steps:,} steps x {cfg.train_batch_size_tokens:,}."
         )
@@ -200,8 +239,10 @@ class _VisionRun:
     def run(self) -> Any:
         """Train and write the result, as SAELens's runner does.
 
+        In a job of several processes every one calls this, and trains its share of the SAEs.
+
         Returns:
-            the trained SAE, or SAE name -> trained SAE.
+            the trained SAE, or SAE name -> trained SAE, of this process.
 
         Raises:
             TrainingInterrupted: a signal stopped it; the message names the checkpoint to resume from.
@@ -209,22 +250,51 @@ class _VisionRun:
             DivergedError: weights are not finite.
             CheckpointError: a checkpoint or the result could not be written.
             ConfigError: another process writes into the same folders.
+            LostRankError: another process of the job has failed.
         """
+        cfg, ranks = self.cfg, self.ranks
+        with ranks.joined():
+            # Folders of random names, and the checkpoint that "auto" has found, are those of the first.
+            places = (cfg.checkpoint_path, cfg.resume_from_checkpoint)
+            cfg.checkpoint_path, cfg.resume_from_checkpoint = ranks.from_first(places)
+            if ranks.size > 1 or cfg.use_cached_activations:
+                self.activations_store.stream = self._own_stream()
+            if not self.session.saes:
+                return self._follow()
+            try:
+                trained = self._train()
+            except TrainingInterrupted as stop:
+                self.session.meet(END, str(stop))
+                raise
+            self.session.meet(END)
+        self.session.interrupts.deliver()
+        return trained
+
+    def _follow(self) -> dict[str, TrainingSAE[Any]]:
+        """Take part in a run whose SAEs other processes train."""
+        cfg, store = self.cfg, self.activations_store
+        if store.stream.shared is not None and cfg.resume_from_checkpoint is not None:
+            store.load_from_checkpoint(cfg.resume_from_checkpoint)
+        follow(self.ranks, store.stream)
+        return {}
+
+    def _train(self) -> Any:
+        """Run SAELens's runner."""
         cfg = self.cfg
         self.slot.evaluators = self._evaluators()
         if cfg.logger.log_to_wandb:
             self._start_wandb()
-        if cfg.use_cached_activations:
-            self.activations_store.stream = self._stream(cache=self._cache())
+        if self.ranks.size > 1:
+            self.cfg = _ConfigOfRank(
+                cfg, self.session.saes, self.activations_store.stream, self.ranks
+            )
         try:
             with (
                 self._one_wandb_run(),
                 self.session.only_writer(),
-                self.session.interrupts as interrupts,
+                self.session.interrupts,
             ):
-                trained = super().run()  # type: ignore[misc]  # SAELens's
-            interrupts.deliver()
-            return trained
+                return super().run()  # type: ignore[misc]  # SAELens's
         except TaxolensError:
             raise
         except Exception as error:
@@ -232,6 +302,8 @@ class _VisionRun:
                 raise
             where = f"checkpoint {cfg.resume_from_checkpoint}"
             raise CheckpointError(where, f"its content is damaged: {why(error)}") from error
+        finally:
+            self.cfg = cfg
 
     def _one_wandb_run(self) -> AbstractContextManager[None]:
         if not self.cfg.logger.log_to_wandb:
@@ -244,6 +316,9 @@ class _VisionRun:
         from ..reporting.wandb_log import ensure_wandb
 
         cfg = self.cfg
+        if not self.ranks.is_first:  # which sends what it logs to the first
+            ensure_wandb("disabled")
+            return
         ensure_wandb(
             project=cfg.logger.wandb_project,
             entity=cfg.logger.wandb_entity,
@@ -261,6 +336,7 @@ class _VisionRun:
             cfg.extraction,
             source=cfg.image_source,
             path=cfg.cached_activations_path,
+            ranks=self.ranks,
         )
 
 
@@ -291,6 +367,8 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
         held_out: HeldOut | None = None,
     ) -> None:
         self.cfg = cfg
+        self.ranks = Ranks.here()
+        check_divisible(cfg, self.ranks)
         self._load_inputs(override_dataset, override_model, held_out)
         if override_sae is not None:
             self.sae = override_sae
@@ -307,8 +385,12 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
             self.sae = new_sae(cfg.sae, cfg.seed)
         if override_sae is None:
             # A compiled SAE is traced by torch, which takes no sparse products.
-            self.sae = with_sparse_step(self.sae, cfg.sparse_step and not cfg.compile_sae)
-        self._connect({"sae": self.sae}, cfg.sae_keys["sae"])
+            # One that chooses over the batch does so over the batches of all processes.
+            alone = self.ranks.size == 1 or cfg.sae.architecture() not in OVER_THE_BATCH
+            is_sparse = cfg.sparse_step and not cfg.compile_sae and alone
+            self.sae = with_sparse_step(self.sae, is_sparse)
+        saes = {"sae": self.sae}
+        self._connect(saes, cfg.sae_keys["sae"], saes)
         self.evaluator: Any = self.slot.one
 
     def run_trainer_with_interruption_handling(
@@ -317,7 +399,10 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
         return self.session.fit(trainer)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        super().save_checkpoint(checkpoint_path)
+        if self.ranks.is_first:
+            super().save_checkpoint(checkpoint_path)
+        if self.ranks.size > 1:  # SAELens writes, and names the folder, on the first alone
+            checkpoint_path = self.ranks.meet("folder", checkpoint_path)[1][0]
         if checkpoint_path is not None:
             self.session.complete_checkpoint(checkpoint_path)
 
@@ -327,7 +412,8 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
-        self.session.write_output(output_path, {".": TrainedSAE(sae, log_feature_sparsity)})
+        trained = {".": TrainedSAE(sae, log_feature_sparsity)} if self.ranks.is_first else {}
+        self.session.write_output(output_path, trained)
 
 
 class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
@@ -358,6 +444,7 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         held_out: HeldOut | None = None,
     ) -> None:
         self.cfg = cfg
+        self.ranks = Ranks.here()
         self._load_inputs(override_dataset, override_model, held_out)
         if override_saes is not None and set(override_saes) != set(cfg.saes):
             raise ConfigError(
@@ -366,11 +453,14 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
                 given=sorted(override_saes),
                 allowed=", ".join(sorted(cfg.saes)),
             )
-        self.saes = override_saes or {
-            name: with_sparse_step(new_sae(sae_cfg, cfg.seed), cfg.sparse_step)
-            for name, sae_cfg in cfg.saes.items()
-        }
-        self._connect(self.saes, None)
+        dealt = owners(self.ranks, cfg.saes)
+        all_saes: dict[str, TrainingSAE[Any]] = dict(override_saes or {})
+        for name, sae_cfg in cfg.saes.items():
+            if override_saes is None:
+                sae = with_sparse_step(new_sae(sae_cfg, cfg.seed), cfg.sparse_step)
+                all_saes[name] = sae if dealt[name] == self.ranks.rank else sae.to("meta")
+        self.saes = {name: sae for name, sae in all_saes.items() if dealt[name] == self.ranks.rank}
+        self._connect(self.saes, None, all_saes)
         self.evaluator: Any = self.slot.many
 
     def _run_with_interruption_handling(
@@ -380,7 +470,8 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         return self.session.fit(trainer)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
-        super()._save_runner_checkpoint_files(checkpoint_path)
+        if self.ranks.is_first:
+            super()._save_runner_checkpoint_files(checkpoint_path)
         if checkpoint_path is not None:
             self.session.complete_checkpoint(checkpoint_path)
 
@@ -395,6 +486,29 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
                 for name, sae in saes.items()
             },
         )
+
+
+class _ConfigOfRank:
+    """A config as one of several processes gives it to SAELens: its own SAEs alone.
+
+    A thread that reads ahead would exchange activations at its own pace, so that there is none. One SAE
+    that all ranks train is saved by the first.
+    """
+
+    def __init__(
+        self, cfg: Any, own: Collection[str], stream: ActivationStream, ranks: Ranks
+    ) -> None:
+        self._cfg = cfg
+        self._saves = ranks.is_first or not isinstance(cfg, VisionSAERunnerConfig)
+        self.hook_names_per_sae = {name: cfg.sae_hook_names[name] for name in own}
+        self.prefetch_llm_batches = cfg.prefetch_llm_batches if stream.shared is None else False
+
+    def to_sae_trainer_config(self) -> SAETrainerConfig:
+        found = self._cfg.to_sae_trainer_config()
+        return found if self._saves else replace(found, checkpoint_path=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cfg, name)
 
 
 # What `load_vision_model` takes beside the fields of the config.

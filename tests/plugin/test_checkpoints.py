@@ -16,7 +16,7 @@ from taxolens.plugin.training.checkpoints import (
     write_manifest,
     written_whole,
 )
-from taxolens.plugin.training.rng import load_rng_state, save_rng_state, seeded
+from taxolens.plugin.training.rng import seeded
 from taxolens.registry.errors import CheckpointError
 
 RUN = RunIdentity(
@@ -193,16 +193,6 @@ def test_an_sae_moved_halfway_cannot_be_loaded(tmp_path, monkeypatch):
     assert not (tmp_path / "sae" / "cfg.json").exists()
 
 
-def test_random_state_is_restored_to_the_bit(tmp_path):
-    with seeded(3):
-        torch.rand(5)
-        save_rng_state(tmp_path)
-        expected = torch.rand(5)
-    with seeded(4):
-        load_rng_state(tmp_path)
-        assert torch.equal(torch.rand(5), expected)
-
-
 def test_seeding_leaves_the_callers_random_state_alone():
     before = torch.get_rng_state()
     with seeded(3):
@@ -214,5 +204,5 @@ def test_seeding_leaves_the_callers_random_state_alone():
 
 def test_a_manifest_is_plain_json(tmp_path):
     content = json.loads((checkpoint(tmp_path, 8) / MANIFEST_FILENAME).read_text())
-    assert content["schema"] == "taxolens.checkpoint/1"
+    assert content["schema"] == "taxolens.checkpoint/2"
     assert set(content["files"]["trainer_state.pt"]) == {"bytes", "sha256"}

@@ -507,7 +507,7 @@ def checkpoint_made(
     [
         *(
             text(content, name)
-            for name in ("trainer_state.pt", "rng_state.pt", "activation_scaler.json")
+            for name in ("trainer_state.pt", "activation_scaler.json")
             for content in ("[]", "", "x" * 50)
         ),
         text("[]", "activations_store_state.json"),

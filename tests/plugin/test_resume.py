@@ -249,6 +249,20 @@ def test_a_signal_in_a_step_stops_after_it_with_a_checkpoint(training, prefetch,
     assert_same(weights(training.output), expected)
 
 
+def test_a_run_stopped_between_two_windows_of_sparsity_resumes(training):
+    """SAELens has then reset the counts of the window that has ended, before the signal is heard."""
+    window = {"feature_sampling_window": 4}
+    training.runner(training.single(**window)).run()
+    expected = weights(training.output)
+    sae = training.meddling(training.sae(), lambda: signal.raise_signal(signal.SIGTERM), step=3)
+    with pytest.raises(TrainingInterrupted):
+        training.runner(training.single(checkpoint_id="stopped", **window), override_sae=sae).run()
+    cfg = training.single(resume_from_checkpoint=str(training.folder / "checkpoints/stopped"))
+    cfg.feature_sampling_window = 4
+    training.runner(cfg).run()
+    assert_same(weights(training.output), expected)
+
+
 def test_a_run_stopped_again_and_again_resumes_by_itself(training):
     expected = whole(training, "multi")
     for step in (2, 3, 7):

@@ -18,6 +18,7 @@ from sae_lens import (
     MultiSAETrainingRunner,
     TopKTrainingSAEConfig,
 )
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -62,6 +63,11 @@ def test_what_is_overridden_in_saelens_is_there():
         MultiSAETrainingRunner.run: [],
         SAETrainer.save_checkpoint: ["checkpoint_name", "base_path", "wandb_aliases"],
         MultiSAETrainer.save_checkpoint: ["checkpoint_name", "wandb_aliases"],
+        MultiSAETrainingRunnerConfig.to_sae_trainer_config: [],
+        SAETrainer.step: ["batch"],
+        SAETrainer.maybe_reset_sparsity: [],
+        SAETrainer.full_sparsity_window_log: [],
+        SAETrainer.build_train_step_log_dict: ["output", "n_training_samples"],
     }
     for method, names in expected.items():
         assert list(inspect.signature(method).parameters) == ["self", *names], method
