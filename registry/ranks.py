@@ -81,7 +81,7 @@ class Ranks:
             yield
             return
         # With names of its own in the store: of those of an earlier connection the processes are gone.
-        names = dist.PrefixStore(f"connection {next(_connections)}", _store())
+        names = _prefixed(f"connection {next(_connections)}", _store())
         dist.init_process_group(
             "gloo", store=names, rank=self.rank, world_size=self.size, timeout=TIMEOUT
         )
@@ -283,11 +283,18 @@ def _failure() -> LostRankError | None:
 @cache
 def _store() -> Any:
     """The key-value store that the ranks share; under torchrun it outlives each of them."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun starts failed jobs again
+    return _prefixed(f"taxolens {attempt}", store)
+
+
+def _prefixed(prefix: str, store: Any) -> Any:
+    """A store whose keys begin with `prefix` in another store."""
     import torch.distributed as dist
 
-    store, *_ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun starts failed jobs again
-    return dist.PrefixStore(f"taxolens {attempt}", store)
+    return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]  # public
 
 
 def _variable(name: str, default: int) -> int:

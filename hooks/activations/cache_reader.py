@@ -19,7 +19,7 @@ from ...registry.errors import ConfigError, DataError, UnknownNameError
 from ...registry.files import UnreadableError, open_regular, read_json, reason
 from ...registry.heads import columns_of
 from ...registry.names import unknown_name_message
-from .joined_rows import JoinedRows
+from .joined_rows import JoinedRows, Rows
 
 SCHEMA = "taxolens.activations/1"
 PARTS_SCHEMA = "taxolens.activation_parts/1"
@@ -110,7 +110,7 @@ class CacheReader:
         """The hook points that the cache holds."""
         return list(self.facts["hook_names"])
 
-    def activations(self, hook_name: str) -> np.ndarray | JoinedRows:
+    def activations(self, hook_name: str) -> Rows:
         """(n, k, d), memory-mapped, read-only; of a cache in parts `JoinedRows`.
 
         Raises:
@@ -119,7 +119,7 @@ class CacheReader:
         name, columns = self._known(hook_name)
         return self._array(name)[:, :, columns]
 
-    def mean_patch(self, hook_name: str) -> np.ndarray | JoinedRows | None:
+    def mean_patch(self, hook_name: str) -> Rows | None:
         """(n, d), as `activations`: the mean over the patches; None where it is not kept."""
         name, columns = self._known(hook_name)
         if self.facts["tokens"] == "mean_patch":
@@ -185,7 +185,7 @@ class CacheReader:
         columns = [_mapped(folder, name, n) for folder, n in self._rows.items()]
         return np.concatenate(columns) if columns else np.empty(0, dtype=np.int64)
 
-    def _array(self, name: str) -> np.ndarray | JoinedRows:
+    def _array(self, name: str) -> Rows:
         if self.is_parted:
             return self._joined(name)
         return _mapped(self.path, name, len(self))

@@ -98,11 +98,6 @@ class Plan:
         """Whether nothing is left to do."""
         return self.index is not None and self.index["complete"]
 
-    @property
-    def is_parted(self) -> bool:
-        """Whether the cache lies in parts."""
-        return self.index is not None and is_parted(self.index)
-
 
 def is_parted(index: dict[str, Any]) -> bool:
     """Whether an index is one of parts."""
@@ -131,9 +126,9 @@ class Filling:
         self.folder, self.plan, self.facts = folder, plan, facts
         self.loader, self.ranks = loader, ranks
         self.total = None if loader.images.is_streaming else len(loader.images)
-        self.division = (
-            Division(loader.images, plan.index["part_images"]) if plan.is_parted else None
-        )
+        self.division: Division | None = None
+        if plan.index is not None and is_parted(plan.index):
+            self.division = Division(loader.images, plan.index["part_images"])
         loader.failures = dict(plan.failures)
         loader.n_failed, loader.n_processed = len(plan.failures), plan.n_seen
 
@@ -211,7 +206,7 @@ class Filling:
             yield self.folder, lambda size, skip: batches_of(images, size, skip)
 
     def _dealt(self) -> Iterator[int]:
-        """The numbers of the parts that this rank is the first to ask for, of those that are not complete."""
+        """The numbers of the parts that are dealt to this rank, of those that are not complete."""
         missing = (number for number in count() if number not in self.plan.done)
         place = -1
         while True:

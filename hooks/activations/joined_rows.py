@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -100,3 +100,7 @@ class JoinedRows:
         if numbers.min() < -n or numbers.max() >= n:
             raise IndexError(f"a row outside of {n} rows")
         return np.where(numbers < 0, numbers + n, numbers)
+
+
+Rows: TypeAlias = np.ndarray | JoinedRows
+"""Rows in one array, memory-mapped or not, or in several."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...hooks.activations.joined_rows import Rows
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import (
     EvaluationBatch,
@@ -53,10 +54,10 @@ class HeldOutActivations:
         no_intervention: why `intervene` is None, where it is.
     """
 
-    tokens: np.ndarray
+    tokens: Rows
     split: Split
-    mean_patch: np.ndarray | None = None
-    embedding: np.ndarray | None = None
+    mean_patch: Rows | None = None
+    embedding: Rows | None = None
     intervene: Intervention | None = None
     no_intervention: str = "no evaluator asked for the model"
 
@@ -378,5 +379,5 @@ class Bench:
         )
 
 
-def _rows(array: np.ndarray, positions: np.ndarray) -> Tensor:
+def _rows(array: Rows, positions: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(array[positions], dtype=np.float32))

@@ -11,7 +11,7 @@ import torch
 
 from ...registry.errors import ConfigError
 from ...registry.heads import key_of
-from ...registry.ranks import ALONE
+from ...registry.ranks import ALONE, Ranks
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.wandb_log import metric_items
@@ -129,6 +129,7 @@ def make_training_evaluator(
         folder=None,
         model=model,
         autocast=cfg.autocast_lm,
+        progress=Ranks.here().is_first,
         ranks=ALONE,  # each rank measures its own SAEs
     )
     split = Split.halves(cache.labels, len(held_out.taxonomy.classes), cfg.seed)

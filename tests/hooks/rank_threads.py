@@ -39,7 +39,7 @@ class ThreadRanks(Ranks):
 
     def wait(self) -> None:
         try:
-            self.shared.barrier.wait(timeout=60)
+            self.shared.barrier.wait(timeout=300)
         except threading.BrokenBarrierError:
             raise self._failure() from None
 

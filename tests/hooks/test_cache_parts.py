@@ -6,9 +6,11 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from collections import Counter, namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,6 +355,48 @@ def test_training_reads_parts_as_one_cache(tmp_path, tokens, monkeypatch):
     one, parts = (list(cache.iter_batches(HOOKS[1], 2, order)) for cache in caches)
     assert all(torch.equal(a, b) for x, y in zip(one, parts) for a, b in zip(x, y))
     assert torch.equal(*(cache.tensor(HOOKS[0]) for cache in caches))
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_cache_parts as test
+from taxolens.hooks.activations.extract import TokenExtractor
+from taxolens.registry.ranks import Ranks
+
+ranks = Ranks.here()
+call, passes = TokenExtractor.__call__, []
+
+def counted(self, batch):
+    passes.append(ranks.add("passes"))
+    if passes[-1] == 11 + 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, batch)
+
+TokenExtractor.__call__ = counted
+with ranks.joined():
+    cache = test.build("whole", Ranks.here())
+    assert ranks.gather(len(cache)) == [19] * ranks.size
+    assert ranks.add("passes", 0) == 11 and sum(ranks.gather(len(passes))) == 11
+    test.build("killed", Ranks.here())
+"""
+
+
+def test_processes_of_torchrun_of_which_one_is_killed(whole, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
+    assert contents(ActivationCache.open(tmp_path / "whole")) == whole
+    assert not ActivationCache.open(tmp_path / "killed").complete
+    assert contents(build(tmp_path / "killed")) == whole
 
 
 # Division -----------------------------------------------------------------------------------------
