@@ -143,7 +143,7 @@ def hostile() -> dict[str, Hostile]:
         "labels: coco": Hostile("a.json", coco, read_labelled),
         **{
             f"png: {mode}": Hostile("a.png", lambda scale: (), decode(mode))
-            for mode in ("RGB", "RGBA", "I", "I;16", "P")
+            for mode in ("RGB", "RGBA", "I;16", "P")
         },
     }
 

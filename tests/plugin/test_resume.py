@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import wandb
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
@@ -359,9 +360,11 @@ def test_a_signal_in_an_evaluation_ends_it_and_then_the_training(training):
         patch.setenv("WANDB_MODE", "disabled")
         cfg = training.multi(logger=logger, evaluator=evaluator)
         training.runner(cfg).run()
+    wandb.finish()
+    wandb.teardown()
     assert ends == ["begun", "left"]
     checkpoint = latest_checkpoint(training.checkpoints)
-    assert f"resume with --resume_from_checkpoint {checkpoint}" in str(stopped.value)
+    assert str(checkpoint) in str(stopped.value)
     training.runner(training.multi(resume_from_checkpoint=str(checkpoint))).run()
     assert_same(weights(training.output), expected)
 
