@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.io
+
 import wandb
 
 from ...registry.errors import ConfigError

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 import wandb
 
 from ...registry.ranks import Ranks

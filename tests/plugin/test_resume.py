@@ -11,7 +11,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import wandb
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
@@ -29,6 +28,8 @@ from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingIn
 from taxolens.plugin.training.rng import seeded
 from taxolens.registry.errors import CheckpointError
 from taxolens.registry.nulls import CONSTRAINTS
+
+import wandb
 
 SIZE = {"d_in": 16, "d_sae": 32}
 
@@ -437,12 +438,12 @@ def test_a_run_can_be_started_outside_the_main_thread(training):
 
 KILLED = """
     import os, signal, sys
-    from sae_lens import TopKTrainingSAE
+    from taxolens.registry.architectures.parts.sparse_step import SparseTopK
     from taxolens.plugin.training.config import VisionSAERunnerConfig
     from taxolens.plugin.training.rng import seeded
     from taxolens.plugin.training.runner import VisionSAETrainingRunner
 
-    class KilledInItsSecondSave(TopKTrainingSAE):
+    class KilledInItsSecondSave(SparseTopK):
         saves = 0
 
         def save_model(self, path):

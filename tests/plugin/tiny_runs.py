@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import LoggingConfig, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from taxolens.hooks.images.dataset import ImageDataset
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.plugin.training.rng import seeded
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner, VisionSAETrainingRunner
+from taxolens.registry.architectures.parts.sparse_step import SparseTopK
 
 WIDTH = 16
 HOOK = "blocks.0.hook_resid_post"
@@ -36,7 +37,7 @@ def run_settings(vit_folder: Path, world: Path, **changes: Any) -> dict[str, Any
     }
 
 
-class MeddlingSAE(TopKTrainingSAE):
+class MeddlingSAE(SparseTopK):
     """A top-k SAE that calls `action` in the middle of one training step, or of one save.
 
     Its weights and config are those of any other top-k SAE: a run of it can be resumed without.
