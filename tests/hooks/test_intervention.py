@@ -67,7 +67,7 @@ def test_a_model_that_cannot_be_run_from_the_block_on_is_run_from_the_pixels() -
     seen: list[torch.Tensor] = []  # what goes around the blocks no stand-in can know
     backbone.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     backbone.layernorm.original_component.register_forward_hook(
-        lambda module, arguments, output: output + seen[-1].mean()
+        lambda module, arguments, output: output + seen[-1].mean((1, 2, 3))[:, None, None]
     )
     run = ModelIntervention(model, give, "blocks.0.hook_resid_post", "class")
     assert equal(run(INDEX), ModelIntervention(model, give, "ln_final.hook_out", "class")(INDEX))

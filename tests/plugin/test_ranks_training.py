@@ -314,7 +314,7 @@ with ranks.joined():
             found = sorted(runner.run())
         except TrainingInterrupted as stop:
             found = str(stop)
-        print(f"{ranks.rank} {name}: {found}", flush=True)
+        sys.stdout.write(f"{ranks.rank} {name}: {found}\\n")  # whole lines of two processes
 """
 
 

@@ -71,13 +71,14 @@ def test_dealing_leaves_ranks_without_work():
 
 
 SCRIPT = """
+import sys
 import time
 from taxolens.registry.ranks import Ranks
 ranks = Ranks.here()
 with ranks.joined():
     ranks.wait()
 with ranks.joined():
-    print(ranks.gather(ranks.rank * 10), ranks.from_first(f"of {ranks.rank}"))
+    sys.stdout.write(f"{ranks.gather(ranks.rank * 10)} {ranks.from_first(f'of {ranks.rank}')}\\n")
     for _ in range(3 * ranks.rank):
         ranks.add("done")
         time.sleep(0.5)
