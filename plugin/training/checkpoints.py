@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -312,8 +312,9 @@ def written_whole(folder: str | Path, rank: int = 0) -> Iterator[Path]:
     partial = folder / f"{PARTIAL_FOLDER}-{os.getpid()}-{rank}"
     try:
         for left in folder.glob(f"{PARTIAL_FOLDER}*"):
-            if left == partial or is_stale(left.stat()):
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another rank has finished
+                if left == partial or is_stale(left.stat()):
+                    shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         share(partial)

@@ -71,6 +71,15 @@ def digests(folder):
     return {f"{path.relative_to(folder)}": file_digest(path) for path in files}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As torchrun sets it: sums of several threads are taken in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def job(training, vit_folder, photos):
     """Runs a job of some ranks, and returns what each rank ended with."""
