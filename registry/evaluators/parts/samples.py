@@ -51,7 +51,7 @@ class FiringSample(Accumulator):
 
     def merge(self, other: FiringSample) -> None:
         require_same("max_images", self.max_images, other.max_images)
-        both = sparse.vstack([self.z, other.z], format="csr")
+        both = sparse.csr_array(sparse.vstack([self.z, other.z], format="csr"))
         self._columns += other._columns
         order = np.argsort(~self.is_fit, kind="stable")  # the fit half first, as in one pass
         self._z = sparse.csr_array(both[order])
