@@ -24,7 +24,7 @@ import argparse
 import itertools
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -232,9 +232,10 @@ def tables(found: Found, only: set[tuple[str, str]] | None = None) -> str:
                     cells = shares.setdefault((evaluator, metric), {})
                     cells.setdefault((tree, world, sizes), []).append(float(p <= LEVEL))
     trees = [tree for tree in TREES if any(job[0] == tree for job in found)]
-    runs = max((job[3] + 1 for job in found), default=0)
+    runs = sorted(Counter(job[:3] for job in found).values()) or [0]
     parts = [
-        f"{runs} runs a cell. Trees in each cell: {', '.join(trees)}; –: nothing could be judged."
+        f"{runs[0]} to {runs[-1]} runs of each tree in each world. Trees in each cell: {', '.join(trees)}; –: nothing "
+        "could be judged."
     ]
     for worlds in (("noise", "flat"), ("planted", "groups")):
         columns = [(w, s) for w in worlds for s in SIZES]
