@@ -19,7 +19,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.io
-
 import wandb
 
 from ...registry.errors import ConfigError

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import wandb
 import yaml
 from sae_lens.config import (
     T_TRAINING_SAE_CONFIG,
@@ -27,8 +28,6 @@ from sae_lens.config import (
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
-
-import wandb
 
 from ...hooks.activations.extract import Extraction
 from ...hooks.images.decode import MAX_IMAGE_PIXELS

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-
 import wandb
 
 from ...registry.ranks import Ranks

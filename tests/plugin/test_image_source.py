@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import wandb
 from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.source import ImageSource
 from taxolens.plugin.commands import evaluate as evaluate_command
@@ -25,8 +26,6 @@ from taxolens.plugin.training.runner import VisionSAETrainingRunner
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.taxonomies import load
 from tiny_images import hf_dataset, noise
-
-import wandb
 
 CLASSES = ("ant", "bee", "oak", "elm")
 SIZES = {"small": 10, "large": 20}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     GatedTrainingSAEConfig,
@@ -36,8 +37,6 @@ from taxolens.registry.files import file_digest
 from taxolens.registry.ranks import Ranks
 from thread_ranks import run_job
 from wandb_reader import OfflineRun
-
-import wandb
 
 SIZE = {"d_in": 16, "d_sae": 32}
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import wandb
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
@@ -28,8 +29,6 @@ from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingIn
 from taxolens.plugin.training.rng import seeded
 from taxolens.registry.errors import CheckpointError
 from taxolens.registry.nulls import CONSTRAINTS
-
-import wandb
 
 SIZE = {"d_in": 16, "d_sae": 32}
 

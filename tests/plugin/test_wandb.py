@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from results_factory import make_results
 from sae_lens import LoggingConfig
 from taxolens.plugin.reporting.results import Results
@@ -27,8 +28,6 @@ from taxolens.plugin.reporting.wandb_log import (
 from taxolens.plugin.training.config import VisionLoggingConfig
 from taxolens.registry.errors import ConfigError
 from wandb_reader import OfflineRun
-
-import wandb
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: connections are refused
 DOCS = Path(__file__).parents[2] / "docs" / "wandb.md"
