@@ -20,16 +20,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import taxolens
 import torch
+from evaluators import COUNT_BASED
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
 
-COUNT_BASED = (
-    "lch_height",
-    "ontological_coverage",
-    "pair_depth",
-    "matryoshka_depth",
-    "parent_child",
-)
 FEW = 10
 
 

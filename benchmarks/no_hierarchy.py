@@ -37,6 +37,7 @@ from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
+from taxolens.plugin.reporting.results import MetricResult
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.presentation import shown_metrics
 from torch import Tensor
@@ -52,6 +53,7 @@ LEFT_OUT = (
 """Evaluators that need a model, other SAEs, an embedding, a training, or that use no tree."""
 DRAWS = 19
 IMAGES = 10  # of a class, on average
+NOISE = 0.3  # beside the directions of the latents in x
 LEVEL, BAR = 0.05, 0.07
 DOCS = Path(__file__).parent.parent / "docs" / "evaluators.md"
 CLASSES = Path(__file__).with_name("tiny_imagenet.txt")
@@ -134,24 +136,38 @@ def run(
     labels = generator.permutation(labels)
     z = latents(tree, world, labels, 512 if len(tree.classes) > 100 else 96, generator)
     d = 64 if len(tree.classes) > 100 else 24
+    numbers = measured(tree, labels, z, d, generator, evaluators, n_permutations=DRAWS, seed=seed)
+    return {
+        key: None if number.undecided or math.isnan(p) else p
+        for key, number in numbers.items()
+        if not math.isnan(number.value)
+        for p in [number.nulls["permuted_classes"].p]
+    }
+
+
+def measured(
+    tree: Taxonomy,
+    labels: np.ndarray,
+    z: Tensor,
+    d: int,
+    generator: np.random.Generator,
+    evaluators: Sequence[str],
+    **settings: int,
+) -> dict[str, MetricResult]:
+    """`evaluator/metric` -> a metric with a direction, of latents z (n, m) of images with `labels` (n,),
+    beside its permuted classes; x (n, d) = z·W_dec + noise with random unit rows."""
     W_dec = torch.from_numpy(generator.normal(size=(z.shape[1], d))).float()
     W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-    x = z @ W_dec + 0.3 * torch.from_numpy(generator.normal(size=(len(z), d))).float()
-    held_out = HeldOutActivations(
-        x[:, None].numpy(), Split.halves(labels, len(tree.classes), seed), mean_patch=x.numpy()
-    )
-    settings = EvaluationSettings(
-        nulls=("permuted_classes",), n_permutations=DRAWS, n_groups=0, seed=seed
-    )
-    bench = Bench(tree, choose_evaluators(list(evaluators), None), settings)
-    done = bench.run(Given(z, W_dec), held_out)
+    x = z @ W_dec + NOISE * torch.from_numpy(generator.normal(size=(len(z), d))).float()
+    halves = Split.halves(labels, len(tree.classes), settings.get("seed", 0))
+    held_out = HeldOutActivations(x[:, None].numpy(), halves, mean_patch=x.numpy())
+    chosen = EvaluationSettings(nulls=("permuted_classes",), n_groups=0).override(**settings)
+    bench = Bench(tree, choose_evaluators(list(evaluators), None), chosen)
     return {
-        f"{evaluator}/{metric}": None if number.undecided or math.isnan(p) else p
-        for evaluator, numbers in bench.metrics(done).items()
+        f"{evaluator}/{metric}": number
+        for evaluator, numbers in bench.metrics(bench.run(Given(z, W_dec), held_out)).items()
         for metric, number in numbers.items()
         if bench.chosen[evaluator][0].higher_is_better[metric] is not None
-        and not math.isnan(number.value)
-        for p in [number.nulls["permuted_classes"].p]
     }
 
 

@@ -17,12 +17,8 @@ import json
 import numpy as np
 import taxolens
 import torch
-from no_hierarchy import LEFT_OUT, Given, headlines, tree_of
+from no_hierarchy import LEFT_OUT, headlines, measured, tree_of
 from study import STORED, number_of
-from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations
-from taxolens.plugin.evaluation.evaluate import choose_evaluators
-from taxolens.plugin.evaluation.settings import EvaluationSettings
-from taxolens.plugin.evaluation.split import Split
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 WORLDS = {
@@ -30,7 +26,7 @@ WORLDS = {
     "false alarms 1 %": {"false_alarm": 0.01},
     "shuffled nodes, 1 %": {"false_alarm": 0.01, "shuffle_nodes": True},
 }
-D_IN, NOISE = 64, 0.3
+D_IN = 64
 
 
 def main() -> None:
@@ -44,33 +40,25 @@ def main() -> None:
         "nodes": len(tree.nodes),
         "distinct_nodes": len(tree.distinct_nodes),
         "headlines": ["/".join(headline) for headline in sorted(headlines())],
-        "worlds": {name: measured(tree, args.images, **world) for name, world in WORLDS.items()},
+        "worlds": {name: numbers_of(tree, args.images, **world) for name, world in WORLDS.items()},
     }
     STORED["planted"].write_text(json.dumps(found, separators=(",", ":")) + "\n")
 
 
-def measured(tree: taxolens.Taxonomy, images: int, **world: object) -> dict[str, dict[str, object]]:
-    """`evaluator/metric` -> the number of a headline metric beside its permuted classes."""
+def numbers_of(
+    tree: taxolens.Taxonomy, images: int, **world: object
+) -> dict[str, dict[str, object]]:
+    """`evaluator/metric` -> the number beside its permuted classes, where it has any."""
     generator = np.random.default_rng(0)
     labels = generator.permutation(np.repeat(np.arange(len(tree.classes)), images))
     latents = PlantedLatents(tree, seed=0, **world)  # type: ignore[arg-type]
     z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
-    W_dec = torch.from_numpy(generator.normal(size=(latents.d_sae, D_IN))).float()
-    W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-    x = z @ W_dec + NOISE * torch.from_numpy(generator.normal(size=(len(z), D_IN))).float()
-    held_out = HeldOutActivations(
-        x[:, None].numpy(), Split.halves(labels, len(tree.classes), 0), mean_patch=x.numpy()
-    )
     names = [name for name in taxolens.EVALUATORS if name not in LEFT_OUT]
-    settings = EvaluationSettings(nulls=("permuted_classes",), n_groups=0)
-    bench = Bench(tree, choose_evaluators(names, None), settings)
-    metrics = bench.metrics(bench.run(Given(z, W_dec), held_out))
+    found = measured(tree, labels, z, D_IN, generator, names)
     return {
-        f"{evaluator}/{metric}": number_of(number)
-        for evaluator, numbers in metrics.items()
-        for metric, number in numbers.items()
-        if bench.chosen[evaluator][0].higher_is_better[metric] is not None
-        and number.nulls["permuted_classes"].n
+        key: number_of(number)
+        for key, number in found.items()
+        if number.nulls["permuted_classes"].n
     }
 
 

@@ -235,14 +235,12 @@ class Ranks:
 
         The same on every rank. Within a rank names keep the order of `costs`.
         """
-        order = list(costs)
         loads = [0.0] * self.size
-        dealt: list[list[str]] = [[] for _ in loads]
-        for name in sorted(order, key=lambda name: (-costs[name], order.index(name))):
-            rank = min(range(self.size), key=lambda r: (loads[r], r))
+        owner: dict[str, int] = {}
+        for name in sorted(costs, key=lambda name: -costs[name]):  # equal ones in their order
+            owner[name] = rank = loads.index(min(loads))
             loads[rank] += costs[name]
-            dealt[rank].append(name)
-        return [sorted(names, key=order.index) for names in dealt]
+        return [[name for name in costs if owner[name] == rank] for rank in range(self.size)]
 
 
 ALONE = Ranks()

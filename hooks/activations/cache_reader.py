@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,9 @@ class CacheReader:
         self.facts: dict[str, Any] = index["facts"]
         self.complete: bool = index["complete"]
         self.class_names: list[str] = index["class_names"]
-        self.is_parted = index["schema"] == PARTS_SCHEMA
+        self.is_parted = is_parted(index)
         parts = read_parts(self.path, index) if self.is_parted else {self.path: index}
-        self.failures = {
-            int(i): text for part in parts.values() for i, text in part["failures"].items()
-        }
+        self.failures = failures_of(parts)
         self._rows: dict[Path, int] = {folder: part["n_rows"] for folder, part in parts.items()}
         if self.is_parted:  # a part whose images are all corrupt has no arrays
             self._rows = {folder: n for folder, n in self._rows.items() if n}
@@ -253,6 +251,16 @@ def _check_rows(file: Path, found: int, n_rows: int) -> None:
         problem = f"{file.name} has {found} rows and should have {n_rows}"
         allowed = "delete the folder and build it again"
         raise DataError(f"cache {file.parent}", problem, allowed=allowed)
+
+
+def is_parted(index: dict[str, Any]) -> bool:
+    """Whether an index is one of parts."""
+    return index["schema"] == PARTS_SCHEMA
+
+
+def failures_of(parts: Mapping[Path, dict[str, Any]]) -> dict[int, str]:
+    """Image -> source and reason, of the corrupt images in the indexes of parts, or of one folder."""
+    return {int(i): text for part in parts.values() for i, text in part["failures"].items()}
 
 
 def part_folder(folder: Path, number: int) -> Path:

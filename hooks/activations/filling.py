@@ -22,6 +22,8 @@ from ..images.loader import ImageLoader
 from .cache_reader import (
     INDEX_FILE,
     PARTS_SCHEMA,
+    failures_of,
+    is_parted,
     part_folder,
     read_index,
     read_parts,
@@ -89,7 +91,7 @@ class Plan:
             index,
             frozenset(int(p.name[5:]) for p, part in parts.items() if part["complete"]),
             sum(part["n_seen"] for part in parts.values()),
-            {int(i): text for part in parts.values() for i, text in part["failures"].items()},
+            failures_of(parts),
             f"cache {uuid4().hex}",
         )
 
@@ -97,11 +99,6 @@ class Plan:
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
         return self.index is not None and self.index["complete"]
-
-
-def is_parted(index: dict[str, Any]) -> bool:
-    """Whether an index is one of parts."""
-    return index["schema"] == PARTS_SCHEMA
 
 
 class Filling:
@@ -233,7 +230,7 @@ class Filling:
         index = {**self.plan.index, "complete": True, "n_parts": self.division.n_parts}
         parts = read_parts(self.folder, index)
         known, loader = self.loader.failures, self.loader
-        failures = {int(i): text for part in parts.values() for i, text in part["failures"].items()}
+        failures = failures_of(parts)
         for image, text in failures.items():
             if image not in known:
                 logger.warning("image %d is corrupt and left out: %s", image, text)

@@ -33,6 +33,7 @@ from ...hooks.models.tapped import TappedModel
 from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.machine import usable_cores
 from ...registry.ranks import Ranks
+from .dry_run import of_each_kind
 from .rng import set_apart
 
 BUDGET = 2.0  # seconds for each part, beyond the first call, which is not counted
@@ -97,15 +98,7 @@ def calibrate(cfg: Any, model: TappedModel, images: ImageDataset) -> Costs:
         DataError: none of the images can be read.
     """
     decode, forward, forward_flops = _time_images(cfg, model, images)
-    measured: list[tuple[dict[str, Any], tuple[float, float]]] = []
-    found = {}
-    for name, sae_cfg in cfg.sae_configs.items():
-        settings = {k: v for k, v in sae_cfg.to_dict().items() if k != "metadata"}
-        known = next((costs for of, costs in measured if of == settings), None)
-        if known is None:
-            known = _time_steps(cfg, sae_cfg)
-            measured.append((settings, known))
-        found[name] = known
+    found = of_each_kind(cfg.sae_configs, lambda _, sae: _time_steps(cfg, sae))
     write, read = time_disk(Path(cfg.cached_activations_path or cfg.output_path or "."))
     return Costs(
         decode,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from sae_lens.saes.sae import (
@@ -30,6 +31,25 @@ N_SAMPLES = 4
 # Above this many weights the dry run reduces d_in, so that its cost stays small.
 MAX_WEIGHTS = 1 << 26
 NARROW = 64
+
+
+T = TypeVar("T")
+
+
+def of_each_kind(
+    saes: Mapping[str, TrainingSAEConfig], act: Callable[[str, TrainingSAEConfig], T]
+) -> dict[str, T]:
+    """What `act` returns for each SAE by name; SAEs that differ only in their hook point share one call."""
+    made: list[tuple[dict[str, Any], T]] = []
+    found: dict[str, T] = {}
+    for name, sae in saes.items():
+        settings = {key: value for key, value in sae.to_dict().items() if key != "metadata"}
+        shared = [result for of, result in made if of == settings]
+        if not shared:
+            shared = [act(name, sae)]
+            made.append((settings, shared[0]))
+        found[name] = shared[0]
+    return found
 
 
 def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:

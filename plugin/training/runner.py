@@ -52,7 +52,7 @@ from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from .constraint import Constraint
 from .data_parallel import OVER_THE_BATCH, check_divisible
 from .dealing import owners
-from .dry_run import rehearse
+from .dry_run import of_each_kind, rehearse
 from .evaluation_slot import EvaluationSlot
 from .interrupts import TrainingInterrupted
 from .lockstep import END, follow
@@ -98,7 +98,7 @@ class _VisionRun:
         preflight.check_settings(cfg, has_dataset=override_dataset is not None)
         self.model = override_model if override_model is not None else load_model(cfg)
         preflight.check_model(cfg, self.model)
-        _rehearse_each_once(cfg)
+        of_each_kind(cfg.sae_configs, lambda name, sae: rehearse(name, sae, cfg.device))
         if cfg.compile_llm:
             compile_model(self.model, cfg.llm_compilation_mode)
         cfg.context_size = max(preflight.token_counts(cfg, self.model, "all").values())
@@ -562,16 +562,6 @@ def new_sae(sae_cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
     """A new SAE with initial weights from `seed`, and a copy of the config, which training changes."""
     with seeded(seed):
         return TrainingSAE.from_dict(TrainingSAEConfig.from_dict(sae_cfg.to_dict()).to_dict())
-
-
-def _rehearse_each_once(cfg: Any) -> None:
-    """Make the dry runs; SAEs that differ only in their hook point share one."""
-    rehearsed = []
-    for name, sae_cfg in cfg.sae_configs.items():
-        settings = {k: v for k, v in sae_cfg.to_dict().items() if k != "metadata"}
-        if settings not in rehearsed:
-            rehearsed.append(settings)
-            rehearse(name, sae_cfg, cfg.device)
 
 
 def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:

@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 import taxolens
 import torch
+from evaluators import COUNT_BASED
 from far_device import DEVICE, FarDevice
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Pass
 from taxolens.registry.evaluators.parts import cells
 from taxolens.registry.evaluators.parts.cells import CellCounts
 
-COUNT_BASED = (
-    "lch_height",
-    "ontological_coverage",
-    "pair_depth",
-    "matryoshka_depth",
-    "parent_child",
-)
 N_IMAGES, N_LATENTS, BATCH = 240, 40, 60
 
 
