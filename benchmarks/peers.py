@@ -170,6 +170,7 @@ def flags(job: dict[str, Any]) -> list[str]:
         "training_tokens": tokens, "train_batch_size_tokens": job["batch"],
         "store_batch_size_prompts": job["images_per_batch"],
         "device": job["device"], "output_path": job["output"], "n_checkpoints": 0,
+        "dead_feature_window": 1000,  # as by hand
         "log_to_wandb": "false",
     }  # fmt: skip
     if job["num_workers"] is not None:

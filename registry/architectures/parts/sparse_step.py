@@ -3,9 +3,9 @@
 Of the five matrix products of a step over d_in and d_sae (encoding, decoding, and the gradients of the
 encoder, the decoder and the latents) only encoding needs every latent. The others are computed from
 the k rows of latents that fire: decoding is a weighted sum of k rows of `W_dec`, and the gradient of
-`W_enc` is a product with a sparse matrix. The function is SAELens's; sums are taken in another order,
-so that results differ by rounding. With dead latents their auxiliary loss needs the gradient of every
-pre-activation, and the encoder's gradient is SAELens's dense one.
+`W_enc` is a product with a sparse matrix. The auxiliary loss of dead latents is computed from those that
+it selects, or from the dead latents where these are few. The function is SAELens's; sums are taken in
+another order, so that results differ by rounding.
 
 The saved files, the config and the state of a checkpoint are those of the architecture.
 """
@@ -132,6 +132,33 @@ class SparseEncode(torch.autograd.Function):
         return _sparse_gradients(ctx, g, x, W_enc, norms, fired)
 
 
+class SparsePick(torch.autograd.Function):
+    """Given pre-activations of each input; the gradient of the encoder from those alone.
+
+    `apply(x, W_enc, b_enc, norms, pre, columns)`: the first four as for `SparseEncode`, pre (n, m) its
+    pre-activations, columns (n, k) latents. Returns the values (n, k).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        norms: Tensor | None,
+        pre: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        values = pre.gather(1, columns)
+        ctx.save_for_backward(x, W_enc, norms, *Firings.by_row(values, columns))
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, norms, *fired = ctx.saved_tensors
+        return _sparse_gradients(ctx, gradients[0].flatten(), x, W_enc, norms, Firings(*fired))
+
+
 def _dense_gradients(
     ctx: Any, g: Tensor, x: Tensor, W_enc: Tensor, norms: Tensor | None, pre: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -227,6 +254,7 @@ class SparseStep(TopKTrainingSAE):
     """False: everything is SAELens's."""
     firings: Firings | None = None
     """Of the step at hand, where it is sparse."""
+    _encoded: tuple[Tensor, Tensor] | None = None  # its inputs of the encoder and pre-activations
     over_batch = False
     _stepping = False
 
@@ -249,7 +277,7 @@ class SparseStep(TopKTrainingSAE):
         try:
             yield self._stepping
         finally:
-            self._stepping, self.firings = False, None
+            self._stepping, self.firings, self._encoded = False, None, None
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -260,10 +288,11 @@ class SparseStep(TopKTrainingSAE):
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self._stepping:
             return super().encode_with_hidden_pre(x)
+        sae_in = self.process_sae_in(x)
         *fired, pre = SparseEncode.apply(
-            self.process_sae_in(x), self.W_enc, self.b_enc, self.norms, self.cfg.k, self.over_batch
+            sae_in, self.W_enc, self.b_enc, self.norms, self.cfg.k, self.over_batch
         )
-        self.firings = Firings(*fired)
+        self.firings, self._encoded = Firings(*fired), (sae_in, pre)
         return self.firings.dense(self.cfg.d_sae), pre
 
     @override
@@ -272,6 +301,45 @@ class SparseStep(TopKTrainingSAE):
             return super().decode(feature_acts)
         out = self.hook_sae_recons(self.firings.decoded(self.W_dec, self.norms) + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """SAELens's loss (Gao et al. 2024, arXiv 2406.04093, appendix A.2), from the latents it selects."""
+        dead = None if dead_neuron_mask is None else dead_neuron_mask.nonzero().flatten()
+        if (
+            dead is None
+            or len(dead) == 0
+            or self._encoded is None
+            or hidden_pre is not self._encoded[1]
+            or self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")  # an error
+        ):
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        half = sae_in.shape[-1] // 2
+        recons = self._decoded_of_dead(dead, min(half, len(dead)), *self._encoded)
+        residual = (sae_in - sae_out).detach()
+        loss = (self.reshape_fn_out(recons, self.d_head) - residual).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * min(len(dead) / half, 1.0) * loss
+
+    def _decoded_of_dead(self, dead: Tensor, k: int, x: Tensor, pre: Tensor) -> Tensor:
+        """(n, d_in) the sum of the rows of the k strongest latents of `dead` for each input."""
+        norms = self.norms
+        if len(dead) >= LEAST_WIDTH * k:
+            chosen = pre.detach().index_select(1, dead).topk(k, sorted=False).indices
+            columns = dead[chosen]
+            values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre.detach(), columns)
+            return Firings.by_row(values, columns).decoded(self.W_dec, norms)
+        acts = x @ self.W_enc.index_select(1, dead) + self.b_enc.index_select(0, dead)
+        if len(dead) > k:
+            # By the scaled pre-activations, as all latents are selected.
+            chosen = pre.detach().index_select(1, dead).topk(k, sorted=False).indices
+            acts = acts * torch.zeros_like(acts).scatter_(1, chosen, 1)
+        return acts @ self.W_dec.index_select(0, dead)  # the norms cancel
 
     @property
     def norms(self) -> Tensor | None:
