@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...registry.ranks import Ranks
 from . import evaluate, outcome, shell
 
 HELP = """\
@@ -58,11 +59,15 @@ def run(args: list[str]) -> None:
         if only_list:
             left_out: dict[str, str] = {}
             names = published_saes(model, given.get("releases"), left_out=left_out)
+            if not Ranks.here().is_first:
+                return
             shell.print_notes(f"left out: {name}: {why}" for name, why in left_out.items())
             if as_json:
                 print_json({"saes": names, "left_out": left_out})
         else:
             results = atlas(model, **given)
+            if not Ranks.here().is_first:
+                return
             report = write_report(results, interactive=not static)
             if as_json:
                 print_json(outcome.as_dict(results, report))

@@ -15,6 +15,7 @@ from ...registry.errors import ConfigError, TaxolensError
 from ...registry.loaders.parts.hub import model_of, published_in
 from ...registry.loaders.parts.releases import releases
 from ...registry.names import unknown_name_message
+from ...registry.ranks import Ranks
 from ..reporting.atlas_table import write_atlas
 from ..reporting.results import Results
 from .evaluate import check_saes, evaluate_run
@@ -123,7 +124,8 @@ def atlas(
         replace(settings, model_name=None, hook_name=None, hook_head_index=None),
         override_model=model,
     )
-    write_atlas(results, left_out)
+    if Ranks.here().is_first:
+        write_atlas(results, left_out)
     return results
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import sae_files
+from forked_ranks import run_ranks
 from hub import Hub, serving
 from taxolens.plugin import cli
 from taxolens.plugin.evaluation import atlas as module
@@ -20,6 +21,7 @@ from taxolens.plugin.reporting.headlines import headlines
 from taxolens.plugin.reporting.results import Results
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.loaders.parts.releases import releases as find_releases
+from taxolens.registry.ranks import Ranks
 from test_evaluate import FAST, HOOKS, save_sae
 from tiny_runs import WIDTH
 
@@ -98,6 +100,23 @@ def test_one_pass_one_table_and_resumed(
     assert set(table["sae"][:2]) == {"prisma/sae-a", "prisma/sae-b"}
     assert table["left_out"][:2].isna().all() and table["left_out"][2:].notna().all()
     assert "saev:SAE_X/layer_1/run" in set(table["sae"])
+
+
+def test_of_many_processes_the_first_writes_the_table(
+    hub: Hub, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module.write_atlas
+
+    def written(*args: Any) -> None:
+        (tmp_path / f"by rank {Ranks.here().rank}").touch()
+        write(*args)
+
+    monkeypatch.setattr(module, "write_atlas", written)
+    frames = run_ranks(2, lambda: atlas(MODEL, **asked).frame(), tmp_path / "job")
+    assert [path.name for path in tmp_path.glob("by rank *")] == ["by rank 0"]
+    assert frames[0].equals(frames[1])
+    table = pd.read_csv(asked["output_path"] / "atlas.csv")
+    assert table.left_out.isna().sum() == 2
 
 
 def test_the_table_counts_what_is_past_the_nulls(hub: Hub, asked: dict[str, Any]) -> None:
