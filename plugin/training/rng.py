@@ -36,10 +36,13 @@ def draw_by_step(trainer: Any, seed: int) -> None:
     stopped. Wraps `step`, SAELens's public seam.
     """
     step = trainer.step
+    # `torch.manual_seed` formats the call stack for each kind of device that is absent: a millisecond.
+    on_cpu = trainer.sae.device.type == "cpu"
+    set_seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
 
     def seeded_step(batch: torch.Tensor) -> Any:
         numbers = np.random.SeedSequence([seed, trainer.n_training_steps])
-        torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
+        set_seed(int(numbers.generate_state(1, np.uint64)[0]))
         return step(batch)
 
     trainer.step = seeded_step
