@@ -23,7 +23,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..table import Architecture
 from .parts.plugin_config import refuse_input_normalisation
-from .parts.sparse_step import Firings, SparseTopK
+from .parts.sparse_step import FiredLatents, SparseTopK
 
 
 @dataclass
@@ -133,7 +133,7 @@ class NestedTopKTrainingSAE(SparseTopK):
             columns = self.firings.columns.unflatten(0, (len(acts), -1)).gather(1, ranked)
         outputs, total, start, norms = [], self.b_dec, 0, self.norms
         for k in levels[:-1]:
-            part = Firings.by_row(values[:, start:k], columns[:, start:k])
+            part = FiredLatents.by_row(values[:, start:k], columns[:, start:k])
             total = total + part.decoded(self.W_dec, norms)
             outputs.append(self.reshape_fn_out(total, self.d_head))
             start = k

@@ -35,7 +35,7 @@ SAMPLE_STRIDE = 101
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
-class Firings(NamedTuple):
+class FiredLatents(NamedTuple):
     """The firing latents of n inputs, by input.
 
     Args:
@@ -49,7 +49,7 @@ class Firings(NamedTuple):
     offsets: Tensor
 
     @classmethod
-    def by_row(cls, values: Tensor, columns: Tensor) -> Firings:
+    def by_row(cls, values: Tensor, columns: Tensor) -> FiredLatents:
         """Those of inputs with k firings each, from (n, k) values and latents."""
         n, k = columns.shape
         offsets = torch.arange(0, n * k + 1, k, device=columns.device)
@@ -63,11 +63,11 @@ class Firings(NamedTuple):
             counts, output_size=len(self.columns)
         )
 
-    def between(self, start: int, stop: int) -> Firings:
+    def between(self, start: int, stop: int) -> FiredLatents:
         """Those of the latents `start` to `stop`."""
         inside = (self.columns >= start) & (self.columns < stop)
         before = F.pad(inside.cumsum(0), (1, 0))
-        return Firings(self.values[inside], self.columns[inside], before[self.offsets])
+        return FiredLatents(self.values[inside], self.columns[inside], before[self.offsets])
 
     def dense(self, width: int) -> Tensor:
         """(n, width) activations of all latents, without a gradient."""
@@ -95,7 +95,7 @@ class SparseEncode(torch.autograd.Function):
 
     `apply(x, W_enc, b_enc, norms, k, over_batch)`: x (n, d_in), W_enc (d_in, m), b_enc (m,), norms (m,) that
     multiply the pre-activations, or None; k firings an input, or on average over the batch. Returns
-    values, columns and offsets of `Firings`, and the pre-activations (n, m).
+    values, columns and offsets of `FiredLatents`, and the pre-activations (n, m).
     """
 
     @staticmethod
@@ -121,7 +121,7 @@ class SparseEncode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         of_values, _, _, of_pre = gradients
         x, W_enc, norms, pre, *rest = ctx.saved_tensors
-        fired = Firings(*rest)
+        fired = FiredLatents(*rest)
         g = None if of_values is None else of_values * (fired.values > 0)
         if of_pre is not None:
             if g is not None:
@@ -150,13 +150,13 @@ class SparsePick(torch.autograd.Function):
         columns: Tensor,
     ) -> Tensor:
         values = pre.gather(1, columns)
-        ctx.save_for_backward(x, W_enc, norms, *Firings.by_row(values, columns))
+        ctx.save_for_backward(x, W_enc, norms, *FiredLatents.by_row(values, columns))
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, norms, *fired = ctx.saved_tensors
-        return _sparse_gradients(ctx, gradients[0].flatten(), x, W_enc, norms, Firings(*fired))
+        return _sparse_gradients(ctx, gradients[0].flatten(), x, W_enc, norms, FiredLatents(*fired))
 
 
 def _dense_gradients(
@@ -173,7 +173,7 @@ def _dense_gradients(
 
 
 def _sparse_gradients(
-    ctx: Any, g: Tensor, x: Tensor, W_enc: Tensor, norms: Tensor | None, fired: Firings
+    ctx: Any, g: Tensor, x: Tensor, W_enc: Tensor, norms: Tensor | None, fired: FiredLatents
 ) -> tuple[Tensor | None, ...]:
     m, columns = W_enc.shape[1], fired.columns
     g, values = g.float(), fired.values.float()  # sparse products have no bfloat16
@@ -211,13 +211,13 @@ def _above_zero(norms: Tensor) -> Tensor:
     return norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def largest_of_rows(pre: Tensor, k: int) -> Firings:
+def largest_of_rows(pre: Tensor, k: int) -> FiredLatents:
     """The k largest of each row of pre-activations (n, m), 0 where they are below 0."""
     values, columns = torch.topk(pre, k, dim=-1, sorted=False)
-    return Firings.by_row(values.relu(), columns)
+    return FiredLatents.by_row(values.relu(), columns)
 
 
-def largest_of_batch(pre: Tensor, k: float) -> Firings:
+def largest_of_batch(pre: Tensor, k: float) -> FiredLatents:
     """The k·n largest of pre-activations (n, m) above 0.
 
     They are searched among those above an estimate of the smallest of them, which is checked: the
@@ -240,7 +240,7 @@ def largest_of_batch(pre: Tensor, k: float) -> Firings:
         found = found[chosen]
     found, order = found.sort()
     counts = torch.bincount(found // m, minlength=n)
-    return Firings(values[order], found % m, F.pad(counts.cumsum(0), (1, 0)))
+    return FiredLatents(values[order], found % m, F.pad(counts.cumsum(0), (1, 0)))
 
 
 class SparseStep(TopKTrainingSAE):
@@ -252,7 +252,7 @@ class SparseStep(TopKTrainingSAE):
 
     sparse_step = True
     """False: everything is SAELens's."""
-    firings: Firings | None = None
+    firings: FiredLatents | None = None
     """Of the step at hand, where it is sparse."""
     _encoded: tuple[Tensor, Tensor] | None = None  # its inputs of the encoder and pre-activations
     over_batch = False
@@ -292,7 +292,7 @@ class SparseStep(TopKTrainingSAE):
         *fired, pre = SparseEncode.apply(
             sae_in, self.W_enc, self.b_enc, self.norms, self.cfg.k, self.over_batch
         )
-        self.firings, self._encoded = Firings(*fired), (sae_in, pre)
+        self.firings, self._encoded = FiredLatents(*fired), (sae_in, pre)
         return self.firings.dense(self.cfg.d_sae), pre
 
     @override
@@ -333,7 +333,7 @@ class SparseStep(TopKTrainingSAE):
             chosen = pre.detach().index_select(1, dead).topk(k, sorted=False).indices
             columns = dead[chosen]
             values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre.detach(), columns)
-            return Firings.by_row(values, columns).decoded(self.W_dec, norms)
+            return FiredLatents.by_row(values, columns).decoded(self.W_dec, norms)
         acts = x @ self.W_enc.index_select(1, dead) + self.b_enc.index_select(0, dead)
         if len(dead) > k:
             # By the scaled pre-activations, as all latents are selected.
