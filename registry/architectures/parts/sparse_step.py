@@ -133,7 +133,7 @@ class SparseEncode(torch.autograd.Function):
 
 
 class SparsePick(torch.autograd.Function):
-    """Given pre-activations of each input; the gradient of the encoder from those alone.
+    """Pre-activations at given latents of each input; the gradient of the encoder from those alone.
 
     `apply(x, W_enc, b_enc, norms, pre, columns)`: the first four as for `SparseEncode`, pre (n, m) its
     pre-activations, columns (n, k) latents. Returns the values (n, k).
@@ -310,7 +310,7 @@ class SparseStep(TopKTrainingSAE):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """SAELens's loss (Gao et al. 2024, arXiv 2406.04093, appendix A.2), from the latents it selects."""
+        """() SAELens's loss (Gao et al. 2024, arXiv 2406.04093, appendix A.2), from the latents that it selects."""
         dead = None if dead_neuron_mask is None else dead_neuron_mask.nonzero().flatten()
         if (
             dead is None
