@@ -310,7 +310,7 @@ class SparseStep(TopKTrainingSAE):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """() SAELens's loss (Gao et al. 2024, arXiv 2406.04093, appendix A.2), from the latents that it selects."""
+        """SAELens's scalar loss (Gao et al. 2024, arXiv 2406.04093, appendix A.2), from the latents that it selects."""
         dead = None if dead_neuron_mask is None else dead_neuron_mask.nonzero().flatten()
         if (
             dead is None
