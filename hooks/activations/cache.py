@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from ...registry.errors import ConfigError, DataError, TaxolensError
 from ...registry.files import only_writer
@@ -26,7 +24,7 @@ from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ..models.tapped import TappedModel
 from .cache_reader import INDEX_FILE, CacheReader
 from .extract import Extraction, TokenExtractor, model_fingerprint
-from .filling import Filling, Plan
+from .filling import Filling, Plan, Target
 
 T = TypeVar("T")
 SETTLE_SECONDS = 60.0  # a client of NFS keeps what it knows of a folder as long, by default
@@ -101,49 +99,87 @@ class ActivationCache(CacheReader):
             temporary = tempfile.TemporaryDirectory(prefix="taxolens-activations-")
             path = temporary.name
         wanted, source = Extraction.of(hook_names, source, settings)
-        preprocess = preprocess_for(model, wanted.image_size)
-        stored = torch_dtype(wanted.dtype, ACTIVATION_DTYPES)
-        facts = {
+        (cache,) = cls.build_together(
+            model, images, {path: wanted}, source=source, progress=progress, ranks=ranks
+        )
+        cache._temporary = temporary
+        return cache
+
+    @classmethod
+    def build_together(
+        cls,
+        model: TappedModel,
+        images: ImageDataset,
+        wanted: Mapping[str | Path, Extraction],
+        *,
+        source: ImageSource,
+        progress: bool = True,
+        ranks: Ranks | None = None,
+    ) -> list[ActivationCache]:
+        """As `build` of each folder, equal to the bit, with one run of all images through the model.
+
+        Folders of which one was finished, or committed, before a kill and the other was not are
+        filled one after the other.
+
+        Args:
+            model: a vision model.
+            images: the dataset.
+            wanted: folder -> what is stored in it; with one image size and one value of `autocast`.
+            source: as in `build`.
+            progress: as in `build`.
+            ranks: as in `build`.
+
+        Raises:
+            ConfigError, DataError, LostRankError: as `build`.
+        """
+        ranks = Ranks.here() if ranks is None else ranks
+        (image_size, _), *others = {(each.image_size, each.autocast) for each in wanted.values()}
+        assert not others
+        preprocess = preprocess_for(model, image_size)
+        common = {
             "model": model_fingerprint(model),
             "model_name": str(getattr(model.cfg, "model_name", "")),
             "images": images.fingerprint,
             "preprocessing": preprocess.describe(),
-            "hook_names": list(dict.fromkeys(columns_of(name)[0] for name in wanted.hook_names)),
-            "tokens": wanted.tokens,
-            "mean_patch": wanted.mean_patch and wanted.tokens != "mean_patch",
-            "dtype": str(stored).removeprefix("torch."),
-            "autocast": wanted.autocast,
         }
         if images.limits.jpeg_edge is not None:
-            facts["jpeg_edge"] = images.limits.jpeg_edge
-        extractor = _extractor(model, facts, stored)
-        folder = Path(path)
+            common["jpeg_edge"] = images.limits.jpeg_edge
+        facts = {Path(path): {**common, **_facts(each)} for path, each in wanted.items()}
+        extractors = {folder: _extractor(model, each) for folder, each in facts.items()}
+        targets: list[Target] = []
         with ranks.joined(), ExitStack() as held:
-            _check_alike(ranks, facts)
-            plan = None
-            if ranks.is_first:
-                held.enter_context(only_writer(folder, f"cache {folder}"))
-                size = source.batch_size
-                plan = Plan.of(folder, facts, images, batch_size=size, n_ranks=ranks.size)
-            plan = ranks.from_first(plan)
-            assert plan is not None
-            if plan.index is not None:
-                _settled(ranks, lambda: _shared_index(folder))
-            if not plan.is_complete:
+            for folder, each in facts.items():
+                _check_alike(ranks, each)
+                plan = None
+                if ranks.is_first:
+                    held.enter_context(only_writer(folder, f"cache {folder}"))
+                    size = source.batch_size
+                    plan = Plan.of(folder, each, images, batch_size=size, n_ranks=ranks.size)
+                plan = ranks.from_first(plan)
+                assert plan is not None
+                if plan.index is not None:
+                    _settled(ranks, lambda folder=folder: _shared_index(folder))
+                if plan.is_complete:
+                    continue
+                extractor = extractors[folder]
                 if plan.index is not None:  # unfinished, perhaps with more hook points
-                    facts = plan.index["facts"]
-                    extractor = _extractor(model, facts, stored)
+                    each = plan.index["facts"]
+                    extractor = _extractor(model, each)
+                targets.append(Target(folder, plan, each, extractor))
+            while targets:
+                together = [t for t in targets if t.plan.is_as_far(targets[0].plan)]
+                targets = [t for t in targets if t not in together]
                 loader = ImageLoader(
                     images,
                     preprocess,
-                    pin_memory=extractor.device.type == "cuda",
+                    pin_memory=together[0].extractor.device.type == "cuda",
                     n_ranks=ranks.size,
                     **source.decoding,
                 )
-                Filling(folder, plan, facts, loader, ranks).run(extractor, progress)
-            cache = _settled(ranks, lambda: cls._finished(folder))
-        cache._temporary = temporary
-        return cache
+                Filling(together, loader, ranks).run(progress)
+            return [
+                _settled(ranks, lambda folder=folder: cls._finished(folder)) for folder in facts
+            ]
 
     @classmethod
     def _finished(cls, folder: Path) -> ActivationCache:
@@ -185,8 +221,21 @@ def _shared_index(folder: Path) -> None:
         raise ConfigError(f"cache {folder}", problem, allowed="a folder that all ranks share")
 
 
-def _extractor(model: TappedModel, facts: dict[str, Any], dtype: torch.dtype) -> TokenExtractor:
+def _facts(wanted: Extraction) -> dict[str, Any]:
+    """What an extraction adds to the facts of a cache."""
+    stored = torch_dtype(wanted.dtype, ACTIVATION_DTYPES)
+    return {
+        "hook_names": list(dict.fromkeys(columns_of(name)[0] for name in wanted.hook_names)),
+        "tokens": wanted.tokens,
+        "mean_patch": wanted.mean_patch and wanted.tokens != "mean_patch",
+        "dtype": str(stored).removeprefix("torch."),
+        "autocast": wanted.autocast,
+    }
+
+
+def _extractor(model: TappedModel, facts: dict[str, Any]) -> TokenExtractor:
     tokens = [facts["tokens"], *(["mean_patch"] if facts["mean_patch"] else [])]
+    dtype = torch_dtype(facts["dtype"], ACTIVATION_DTYPES)
     return TokenExtractor(
         model, facts["hook_names"], tokens, dtype=dtype, autocast=facts["autocast"]
     )

@@ -15,7 +15,7 @@ from ...registry.hashing import fingerprint
 from ...registry.heads import columns_of
 from ..images.loader import ImageBatch
 from ..images.source import DECODING, ImageSource
-from ..models.forward import run_to_hooks
+from ..models.forward import captured
 from ..models.tapped import TappedModel
 from ..models.tokens import check_tokens, tokens_of
 
@@ -92,7 +92,6 @@ class TokenExtractor:
         self.device = torch.device(str(model.cfg.device))
         self.autocast = autocast
 
-    @torch.no_grad()  # not inference mode: the trainer saves what comes out for its backward pass
     def __call__(self, batch: ImageBatch) -> dict[str, Tensor]:
         """{hook name: (b, k, d) on the model's device}, k tokens per image, the same at each hook.
 
@@ -100,13 +99,10 @@ class TokenExtractor:
             DataError: an activation is NaN or infinite; hook point and image are named.
             ConfigError: the hook points differ in their number of tokens.
         """
-        context: Any = contextlib.nullcontext()
-        if self.autocast:
-            context = torch.autocast(self.device.type, dtype=torch.bfloat16)
-        pixels = batch.on(self.device)
-        with context:
-            points = list(dict.fromkeys(name for name, _ in self._columns.values()))
-            found = run_to_hooks(self.model, pixels, points, reduce=self._select)
+        return extract([self], batch)[0]
+
+    def _finished(self, found: dict[str, Tensor], batch: ImageBatch) -> dict[str, Tensor]:
+        """What `__call__` gives, of the tokens chosen at each hook point."""
         activations = {
             key: found[name][..., columns].to(self.dtype)
             for key, (name, columns) in self._columns.items()
@@ -145,6 +141,35 @@ class TokenExtractor:
                     f"{int(batch.indices[first])} ({batch.sources[first]}) and "
                     f"{int(bad.sum()) - 1} more of the {len(bad)} images of its batch",
                 )
+
+
+@torch.no_grad()  # not inference mode: the trainer saves what comes out for its backward pass
+def extract(extractors: Sequence[TokenExtractor], batch: ImageBatch) -> list[dict[str, Tensor]]:
+    """What each extractor gives for a batch, all from one forward pass.
+
+    Args:
+        extractors: of one model, with one value of `autocast`.
+        batch: the images.
+
+    Raises:
+        DataError, ConfigError: as `TokenExtractor.__call__`.
+    """
+    first = extractors[0]
+    context: Any = contextlib.nullcontext()
+    if first.autocast:
+        context = torch.autocast(first.device.type, dtype=torch.bfloat16)
+    wanted = {
+        (place, name): (name, extractor._select)
+        for place, extractor in enumerate(extractors)
+        for name, _ in extractor._columns.values()
+    }
+    pixels = batch.on(first.device)
+    with context:
+        found = captured(first.model, pixels, wanted)
+    return [
+        extractor._finished({name: found[at, name] for at, name in found if at == place}, batch)
+        for place, extractor in enumerate(extractors)
+    ]
 
 
 def model_fingerprint(model: TappedModel) -> str:

@@ -1,11 +1,11 @@
-"""The work of filling a cache: by one process into one folder, by the ranks of a job into parts."""
+"""The work of filling caches: by one process into one folder each, by the ranks of a job into parts."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, islice
@@ -30,7 +30,7 @@ from .cache_reader import (
 )
 from .cache_writer import CacheWriter, matching_index, write_index
 from .division import Batches, Division, batches_of, images_in_part
-from .extract import TokenExtractor
+from .extract import TokenExtractor, extract
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ class Plan:
     Attributes:
         index: of the folder; None: a new cache of one folder.
         done: the parts that are complete.
-        n_seen: images that are in.
+        seen: images that are in, of each part, or of the one folder.
         failures: image -> source and reason, of those of them that are corrupt.
         job: a name of this work, of which the shared counters have theirs.
     """
 
     index: dict[str, Any] | None
     done: frozenset[int]
-    n_seen: int
+    seen: dict[str, int]
     failures: dict[int, str]
     job: str
 
@@ -90,44 +90,66 @@ class Plan:
         return cls(
             index,
             frozenset(int(p.name[5:]) for p, part in parts.items() if part["complete"]),
-            sum(part["n_seen"] for part in parts.values()),
+            {"" if p == folder else p.name: part["n_seen"] for p, part in parts.items()},
             failures_of(parts),
             f"cache {uuid4().hex}",
         )
+
+    @property
+    def n_seen(self) -> int:
+        """Images that are in."""
+        return sum(self.seen.values())
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
         return self.index is not None and self.index["complete"]
 
+    def is_as_far(self, other: Plan) -> bool:
+        """Whether the same images are in, of the same division: both folders can be filled together."""
+        mine, others = (
+            None if plan.index is None else (is_parted(plan.index), plan.index.get("part_images"))
+            for plan in (self, other)
+        )
+        return mine == others and self.done == other.done and self.seen == other.seen
 
-class Filling:
-    """Fills a folder after a plan; every rank of the job makes one and calls `run`.
 
-    Args:
+@dataclass
+class Target:
+    """A folder that is filled.
+
+    Attributes:
         folder: of the cache.
         plan: what is still to be done.
         facts: what the activations are of.
+        extractor: of the activations.
+    """
+
+    folder: Path
+    plan: Plan
+    facts: dict[str, Any]
+    extractor: TokenExtractor
+
+
+class Filling:
+    """Fills folders after their plans; every rank of the job makes one and calls `run`.
+
+    Args:
+        targets: the folders, all as far as the first one; their activations come from one forward
+            pass of each batch.
         loader: of the images; its failures become those of this rank and of all before.
         ranks: that share the work.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        plan: Plan,
-        facts: dict[str, Any],
-        loader: ImageLoader,
-        ranks: Ranks,
-    ) -> None:
-        self.folder, self.plan, self.facts = folder, plan, facts
-        self.loader, self.ranks = loader, ranks
+    def __init__(self, targets: Sequence[Target], loader: ImageLoader, ranks: Ranks) -> None:
+        self.targets, self.loader, self.ranks = targets, loader, ranks
+        self.folder, self.plan = targets[0].folder, targets[0].plan
         self.total = None if loader.images.is_streaming else len(loader.images)
         self.division: Division | None = None
-        if plan.index is not None and is_parted(plan.index):
-            self.division = Division(loader.images, plan.index["part_images"])
-        loader.failures = dict(plan.failures)
-        loader.n_failed, loader.n_processed = len(plan.failures), plan.n_seen
+        if self.plan.index is not None and is_parted(self.plan.index):
+            self.division = Division(loader.images, self.plan.index["part_images"])
+        loader.failures = dict(self.plan.failures)
+        loader.n_failed, loader.n_processed = len(self.plan.failures), self.plan.n_seen
 
     def n_seen(self, more: int = 0) -> int:
         """Images that all ranks have done, after `more` of this one."""
@@ -137,7 +159,7 @@ class Filling:
         """Images that are still to be done by any rank; None where their number is not known."""
         return None if self.total is None else self.total - self.n_seen()
 
-    def run(self, extractor: TokenExtractor, progress: bool) -> None:
+    def run(self, progress: bool) -> None:
         """Compute and write the rows that are missing, until every rank has done its part of them.
 
         Raises:
@@ -155,52 +177,58 @@ class Filling:
             disable=not (progress and self.ranks.is_first),
         )
         with bar:
-            self._fill(extractor, lambda seen: bar.update(seen - bar.n))
+            self._fill(lambda seen: bar.update(seen - bar.n))
             for _ in self.ranks.waiting(self.plan.job):
                 bar.update(self.n_seen() - bar.n)
             bar.update(self.n_seen() - bar.n)
         if self.division is not None:
             if self.ranks.is_first:
-                self._join()
+                for target in self.targets:
+                    self._join(target)
             self.ranks.wait()
 
-    def _fill(self, extractor: TokenExtractor, show: Callable[[int], Any]) -> None:
-        opened: deque[tuple[ExitStack, CacheWriter, bool]] = deque()  # of the images being decoded
+    def _fill(self, show: Callable[[int], Any]) -> None:
+        opened: deque[tuple[ExitStack, list[CacheWriter], bool]] = (
+            deque()
+        )  # of the images being decoded
+        extractors = [target.extractor for target in self.targets]
         with ExitStack() as on_error:
 
             def groups() -> Batches:
-                for folder, batches in self._places():
+                for number, batches in self._places():
                     held = on_error.enter_context(ExitStack())
-                    writer = self._writer(folder, held)
-                    for jobs in batches(self.loader.batch_size, writer.n_seen):
-                        opened.append((held, writer, False))
+                    writers = [self._writer(target, number, held) for target in self.targets]
+                    for jobs in batches(self.loader.batch_size, writers[0].n_seen):
+                        opened.append((held, writers, False))
                         yield jobs
-                    opened.append((held, writer, True))
+                    opened.append((held, writers, True))
                     yield []
 
             committed = time.monotonic()
             for batch in self.loader.grouped(groups()):
-                held, writer, is_end = opened.popleft()
+                held, writers, is_end = opened.popleft()
                 if is_end:
-                    if self.division is None and not writer.n_rows:
+                    if self.division is None and not writers[0].n_rows:
                         raise self.loader.nothing_readable()
-                    writer.commit(complete=True)
+                    for writer in writers:
+                        writer.commit(complete=True)
                     held.close()
                     continue
-                activations = extractor(batch) if len(batch) else {}
-                show(self.n_seen(writer.append(activations, batch)))
+                found = extract(extractors, batch) if len(batch) else [{} for _ in writers]
+                counts = [w.append(each, batch) for w, each in zip(writers, found, strict=True)]
+                show(self.n_seen(counts[0]))
                 if time.monotonic() - committed > COMMIT_SECONDS:
-                    writer.commit()
+                    for writer in writers:
+                        writer.commit()
                     committed = time.monotonic()
 
-    def _places(self) -> Iterator[tuple[Path, Callable[[int, int], Batches]]]:
-        """The folders that this rank fills, each with its images."""
+    def _places(self) -> Iterator[tuple[int | None, Callable[[int, int], Batches]]]:
+        """The parts that this rank fills, each with its images; None for a cache of one folder."""
         images = self.loader.images
         if self.division is not None:
-            for number, batches in self.division.parts(self._dealt()):
-                yield part_folder(self.folder, number), batches
+            yield from self.division.parts(self._dealt())
         elif self.ranks.is_first:
-            yield self.folder, lambda size, skip: batches_of(images, size, skip)
+            yield None, lambda size, skip: batches_of(images, size, skip)
 
     def _dealt(self) -> Iterator[int]:
         """The numbers of the parts that are dealt to this rank, of those that are not complete."""
@@ -211,24 +239,25 @@ class Filling:
             yield next(islice(missing, mine - place - 1, None))
             place = mine
 
-    def _writer(self, folder: Path, held: ExitStack) -> CacheWriter:
-        """A writer of a folder, which `held` locks and closes."""
-        index = self.plan.index
-        if self.division is not None:
+    def _writer(self, target: Target, number: int | None, held: ExitStack) -> CacheWriter:
+        """A writer of a folder or of one of its parts, which `held` locks and closes."""
+        folder, index = target.folder, target.plan.index
+        if number is not None:
+            folder = part_folder(folder, number)
             held.enter_context(only_writer(folder, f"cache {folder}"))
             index = read_index(folder) if (folder / INDEX_FILE).exists() else None
         names = self.loader.images.class_names
-        return held.enter_context(CacheWriter(folder, self.facts, names, index, self))
+        return held.enter_context(CacheWriter(folder, target.facts, names, index, self))
 
-    def _join(self) -> None:
+    def _join(self, target: Target) -> None:
         """Record that all parts are complete.
 
         Raises:
             DataError: too many of all images are corrupt, or all.
         """
-        assert self.division is not None and self.plan.index is not None
-        index = {**self.plan.index, "complete": True, "n_parts": self.division.n_parts}
-        parts = read_parts(self.folder, index)
+        assert self.division is not None and target.plan.index is not None
+        index = {**target.plan.index, "complete": True, "n_parts": self.division.n_parts}
+        parts = read_parts(target.folder, index)
         known, loader = self.loader.failures, self.loader
         failures = failures_of(parts)
         for image, text in failures.items():
@@ -239,7 +268,7 @@ class Filling:
         loader.check_share()
         if not any(part["n_rows"] for part in parts.values()):
             raise loader.nothing_readable()
-        write_index(self.folder, index)
+        write_index(target.folder, index)
 
     def _described(self) -> str:
         """How the images are divided among the ranks."""

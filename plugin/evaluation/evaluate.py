@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import ImageSource
 from ...hooks.models.load import check_device, hook_d_in
+from ...hooks.models.tokens import check_tokens
 from ...registry.errors import ConfigError
 from ...registry.evaluators.base import Evaluator
 from ...registry.files import only_writer
@@ -123,7 +124,9 @@ def _evaluate(
         lacking = results.missing(saes)
         names = {name for each in lacking.values() for name in each.chosen}
         bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
-        forwards = forwards_of(saes, held_out, bench, activations, override_model, ranks)
+        forwards = forwards_of(
+            saes, held_out, bench, activations, override_model, ranks, due=lacking
+        )
         for forward in forwards.values():
             missing = [sae for sae in forward.saes if sae.id in lacking]
             if missing:
@@ -216,12 +219,12 @@ def choose_evaluators(
 
 
 def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
-    """Check before the forward pass that every SAE can be loaded and fits its hook point.
+    """Check before the forward pass that every SAE can be loaded and fits its hook point and its tokens.
 
     Raises:
         CheckpointError: files are incomplete or damaged.
-        ConfigError: another width, no such head, a transcoder, or an architecture that SAELens does
-            not have.
+        ConfigError: another width, no such head or tokens, a transcoder, or an architecture that
+            SAELens does not have.
         UnknownNameError: a hook point that the model does not have.
     """
     for sae in saes:
@@ -233,6 +236,7 @@ def check_saes(saes: Sequence[SAEFolder], model: Any) -> None:
                 given=sae.architecture,
                 allowed="an SAE",
             )
+        check_tokens(model, sae.tokens, sae.hook_name)
         d_in = sae.load().cfg.d_in
         width = hook_d_in(model, sae.hook_name, sae.setting("image_size"), head=sae.head)
         if d_in != width:

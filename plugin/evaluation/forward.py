@@ -1,9 +1,9 @@
-"""The activations of all SAEs of an evaluation: one forward pass per model, made at first use."""
+"""The activations of all SAEs of an evaluation: the images run once through each model, at first use."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,10 @@ FROM_METADATA = {"dtype": str, "family": str, "random_weights": bool, "seed": in
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """The settings that determine activations; SAEs with equal ones share a forward pass."""
+    """The settings that determine activations; SAEs with equal ones share a cache of them.
+
+    Those whose settings differ in `tokens` alone share the model and its forward passes.
+    """
 
     model_name: str
     tokens: str
@@ -127,16 +130,7 @@ def activations_of(
         progress: show a progress bar.
         ranks: see `ActivationCache.build`.
     """
-    n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
-    facts = [model_fingerprint(model), held_out.images.fingerprint, setting, sorted(hook_names)]
-    name = fingerprint([repr(facts)], digits=8)
-    extraction = Extraction(
-        hook_names,
-        tokens=setting.tokens,
-        mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens,
-        image_size=setting.image_size,
-        autocast=autocast,
-    )
+    name, extraction = _wanted(held_out, hook_names, setting, model, autocast)
     return ActivationCache.build(
         model,
         held_out.images,
@@ -145,6 +139,25 @@ def activations_of(
         path=None if folder is None else folder / name,
         progress=progress,
         ranks=ranks,
+    )
+
+
+def _wanted(
+    held_out: HeldOut,
+    hook_names: Sequence[str],
+    setting: ModelSetting,
+    model: Any,
+    autocast: bool = False,
+) -> tuple[str, Extraction]:
+    """Which activations are extracted, and the name of their folder."""
+    n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
+    facts = [model_fingerprint(model), held_out.images.fingerprint, setting, sorted(hook_names)]
+    return fingerprint([repr(facts)], digits=8), Extraction(
+        hook_names,
+        tokens=setting.tokens,
+        mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens,
+        image_size=setting.image_size,
+        autocast=autocast,
     )
 
 
@@ -158,60 +171,104 @@ def last_block(model: Any) -> str | None:
     return name
 
 
-class Forward:
-    """One model and its activations of the held-out images, each made at first use.
+class SharedModel:
+    """A model, and the forwards of the kinds of tokens that SAEs read from it.
 
     Args:
-        setting: of the model.
-        saes: the SAEs that read its activations.
         held_out: the evaluation set.
         bench: decides whether the images are embedded by the last block and whether the model is
             run with its activations edited, and on which device.
         folder: folder of the activations.
-        override_model: in place of the one that the setting names.
+        override_model: in place of the one that the settings name.
         ranks: the processes that make the activations together.
+
+    Attributes:
+        forwards: setting -> its forward; the settings differ in their tokens alone.
+        due: those of the settings whose activations will be needed.
     """
 
     def __init__(
         self,
-        setting: ModelSetting,
-        saes: Sequence[SAEFolder],
         held_out: HeldOut,
         bench: Bench,
         folder: Path,
         override_model: Any = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.setting, self.saes, self.held_out = setting, saes, held_out
-        self._bench, self._folder, self._override = bench, folder, override_model
-        self._ranks = ranks
+        self.held_out, self.bench = held_out, bench
+        self._folder, self._override, self._ranks = folder, override_model, ranks
+        self.forwards: dict[ModelSetting, Forward] = {}
+        self.due: set[ModelSetting] = set()
+        self._caches: dict[ModelSetting, ActivationCache] = {}
 
     @cached_property
     def model(self) -> Any:
         """The tapped model."""
-        hook_names = list(dict.fromkeys(sae.hook_name for sae in self.saes))
         if self._override is not None:
             return self._override
-        trust = self._bench.settings.trust_remote_code
-        return self.setting.load(hook_names, self._bench.device, trust_remote_code=trust)
+        hook_names = [name for forward in self.forwards.values() for name in forward.hook_names]
+        trust = self.bench.settings.trust_remote_code
+        return next(iter(self.forwards)).load(
+            list(dict.fromkeys(hook_names)), self.bench.device, trust_remote_code=trust
+        )
 
     @cached_property
-    def _embedder(self) -> str | None:
-        return last_block(self.model) if self._bench.wants("embedding") else None
+    def embedder(self) -> str | None:
+        """The hook point after the last block, where an evaluator wants an embedding."""
+        return last_block(self.model) if self.bench.wants("embedding") else None
+
+    def cache(self, setting: ModelSetting) -> ActivationCache:
+        """The activations of one setting; those of all settings that are due come from the same forward passes."""
+        if setting not in self._caches:
+            wanted = {}
+            for each, forward in self.forwards.items():
+                if each == setting or each in self.due - self._caches.keys():
+                    names = [*forward.hook_names, *([self.embedder] if self.embedder else [])]
+                    names = list(dict.fromkeys(names))
+                    wanted[each] = _wanted(self.held_out, names, each, self.model)
+            caches = ActivationCache.build_together(
+                self.model,
+                self.held_out.images,
+                {self._folder / name: extraction for name, extraction in wanted.values()},
+                source=self.held_out.source,
+                progress=self.bench.settings.progress,
+                ranks=self._ranks,
+            )
+            self._caches |= zip(wanted, caches, strict=True)
+        return self._caches[setting]
+
+    def release(self, setting: ModelSetting) -> None:
+        """Drop the model when no setting is due any more; the activations stay."""
+        self.due.discard(setting)
+        if not self.due and self._caches:
+            vars(self).pop("model", None)
+
+
+class Forward:
+    """The activations of the held-out images of one setting, made at first use.
+
+    Args:
+        setting: of the model, and its tokens.
+        saes: the SAEs that read them.
+        shared: the model, with the activations of other tokens.
+    """
+
+    def __init__(
+        self, setting: ModelSetting, saes: Sequence[SAEFolder], shared: SharedModel
+    ) -> None:
+        self.setting, self.saes, self._shared = setting, saes, shared
+        self._bench, self.held_out = shared.bench, shared.held_out
+        self.hook_names = list(dict.fromkeys(sae.hook_name for sae in saes))
+
+    @property
+    def model(self) -> Any:
+        """The tapped model."""
+        return self._shared.model
 
     @cached_property
     def cache(self) -> ActivationCache:
         """The activations at the hook points of the SAEs and after the last block."""
-        hook_names = [*(sae.hook_name for sae in self.saes), self._embedder]
-        return activations_of(
-            self.held_out,
-            list(dict.fromkeys(name for name in hook_names if name)),
-            self.setting,
-            folder=self._folder,
-            model=self.model,
-            progress=self._bench.settings.progress,
-            ranks=self._ranks,
-        )
+        return self._shared.cache(self.setting)
 
     @cached_property
     def split(self) -> Split:
@@ -230,7 +287,7 @@ class Forward:
         The embedding is the class token of the last block (the mean patch token where the cache has
         other tokens). At that block itself there is none: it would not be independent.
         """
-        cache, embedder, embedding = self.cache, self._embedder, None
+        cache, embedder, embedding = self.cache, self._shared.embedder, None
         if embedder is not None and embedder != key:
             tokens = cache.activations(embedder)
             embedding = tokens[:, 0] if tokens.shape[1] == 1 else cache.mean_patch(embedder)
@@ -257,10 +314,9 @@ class Forward:
         return HeldOutActivations(cache.activations(key), self.split, cache.mean_patch(key))
 
     def release(self) -> None:
-        """Drop the model; the activations stay."""
-        if "cache" in vars(self):
-            for kept in ("model", "_pictures"):
-                vars(self).pop(kept, None)
+        """Drop the images kept, and the model after the last of its forwards; the activations stay."""
+        vars(self).pop("_pictures", None)
+        self._shared.release(self.setting)
 
 
 def forwards_of(
@@ -270,12 +326,28 @@ def forwards_of(
     folder: Path,
     override_model: Any = None,
     ranks: Ranks = ALONE,
+    *,
+    due: Collection[str],
 ) -> dict[ModelSetting, Forward]:
-    """One `Forward` for every model of the SAEs."""
-    groups: dict[ModelSetting, list[SAEFolder]] = {}
+    """One `Forward` for every setting of the SAEs; those of one model follow each other.
+
+    Args:
+        saes: the SAEs.
+        held_out: see `SharedModel`.
+        bench: see `SharedModel`.
+        folder: see `SharedModel`.
+        override_model: see `SharedModel`.
+        ranks: see `SharedModel`.
+        due: the ids of those that will be measured. The others may be needed as peers.
+    """
+    groups: dict[ModelSetting, dict[ModelSetting, list[SAEFolder]]] = {}
     for sae in saes:
-        groups.setdefault(ModelSetting.of(sae), []).append(sae)
-    return {
-        s: Forward(s, group, held_out, bench, folder, override_model, ranks)
-        for s, group in groups.items()
-    }
+        setting = ModelSetting.of(sae)
+        groups.setdefault(replace(setting, tokens=""), {}).setdefault(setting, []).append(sae)
+    forwards: dict[ModelSetting, Forward] = {}
+    for group in groups.values():
+        shared = SharedModel(held_out, bench, folder, override_model, ranks)
+        shared.forwards |= {s: Forward(s, own, shared) for s, own in group.items()}
+        shared.due |= {s for s, own in group.items() if any(sae.id in due for sae in own)}
+        forwards |= shared.forwards
+    return forwards

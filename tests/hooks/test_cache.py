@@ -9,8 +9,9 @@ import taxolens  # noqa: F401  (registers the families)
 import torch
 from taxolens.hooks.activations import cache_reader, cache_writer, filling
 from taxolens.hooks.activations.cache import ActivationCache
-from taxolens.hooks.activations.extract import TokenExtractor
+from taxolens.hooks.activations.extract import Extraction
 from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.source import ImageSource
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, UnknownNameError
 from taxolens.registry.files import only_writer
@@ -67,13 +68,13 @@ def kill_in_batch(monkeypatch, number, *, commit=True):
 
 def test_one_forward_pass_for_all_hook_points(model, images, tmp_path, monkeypatch):
     passes = []
-    call = TokenExtractor.__call__
+    call = filling.extract
 
-    def counting(self, batch):
+    def counting(extractors, batch):
         passes.append(len(batch))
-        return call(self, batch)
+        return call(extractors, batch)
 
-    monkeypatch.setattr(TokenExtractor, "__call__", counting)
+    monkeypatch.setattr(filling, "extract", counting)
     cache = build(model, images, tmp_path, tokens="patch", mean_patch=True)
     assert sum(passes) == N - len(CORRUPT) and len(passes) == 6
     assert cache.complete and len(cache) == N - len(CORRUPT)
@@ -88,6 +89,72 @@ def test_one_forward_pass_for_all_hook_points(model, images, tmp_path, monkeypat
     assert cache.class_names == ["ant", "bee", "cat"]
     assert sorted(cache.failures) == list(CORRUPT)
     assert cache.failures[7].startswith("7.png: cannot identify")
+
+
+TOGETHER = {
+    "class": Extraction(HOOKS, mean_patch=True),
+    "patch": Extraction(HOOKS[1:], tokens="patch"),
+    "mean": Extraction(HOOKS[:1], tokens="mean_patch", dtype="float16"),
+}
+
+
+def build_together(model, images, folder, names=tuple(TOGETHER)):
+    source = ImageSource(batch_size=2, max_corrupt_share=0.5)
+    wanted = {folder / name: TOGETHER[name] for name in names}
+    return ActivationCache.build_together(model, images, wanted, source=source, progress=False)
+
+
+def all_contents(folder):
+    return {name: contents(folder / name) for name in TOGETHER}
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model, images, tmp_path_factory):
+    """What each of them has in a run of the images of its own."""
+    folder = tmp_path_factory.mktemp("one_by_one")
+    for name, extraction in TOGETHER.items():
+        build(model, images, folder / name, hooks=extraction)
+    return all_contents(folder)
+
+
+def test_several_caches_from_the_same_forward_passes(
+    model, images, one_by_one, tmp_path, monkeypatch
+):
+    passes = []
+    call = filling.extract
+
+    def counting(extractors, batch):
+        passes.append(len(extractors))
+        return call(extractors, batch)
+
+    monkeypatch.setattr(filling, "extract", counting)
+    caches = build_together(model, images, tmp_path)
+    assert passes == [3] * 6 and all_contents(tmp_path) == one_by_one
+    assert [cache.facts["tokens"] for cache in caches] == ["class", "patch", "mean_patch"]
+    assert [sorted(cache.failures) for cache in caches] == [list(CORRUPT)] * 3
+    build_together(model, images, tmp_path)  # finished ones are used as they are
+    assert len(passes) == 6
+
+
+@pytest.mark.parametrize("number", [0, 3, 7, 12])
+def test_caches_filled_together_can_be_killed_at_any_commit(
+    model, images, one_by_one, tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(filling, "COMMIT_SECONDS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        commit, calls = cache_writer.CacheWriter.commit, iter(range(1_000_000))
+
+        def dying(self, complete=False):
+            if next(calls) == number:
+                raise Killed
+            commit(self, complete)
+
+        patch.setattr(cache_writer.CacheWriter, "commit", dying)
+        patch.setattr(cache_writer.CacheWriter, "__exit__", lambda *_: None)
+        build_together(model, images, tmp_path)
+    build_together(model, images, tmp_path, names=("patch",))
+    build_together(model, images, tmp_path)
+    assert all_contents(tmp_path) == one_by_one
 
 
 def test_opened_again(model, images, tmp_path):
@@ -121,15 +188,15 @@ def test_resumed_after_a_kill_it_is_the_same_to_the_byte(
 
 
 def test_an_interrupt_keeps_what_is_done(model, images, tmp_path, monkeypatch):
-    call = TokenExtractor.__call__
+    call = filling.extract
 
-    def interrupted(self, batch):
+    def interrupted(extractors, batch):
         if 5 in batch.indices.tolist():
             raise KeyboardInterrupt
-        return call(self, batch)
+        return call(extractors, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TokenExtractor, "__call__", interrupted)
+        patch.setattr(filling, "extract", interrupted)
         build(model, images, tmp_path)
     assert ActivationCache.open(tmp_path).indices.tolist() == [1, 2, 3]
     assert build(model, images, tmp_path).indices.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10]
@@ -141,7 +208,7 @@ def test_a_finished_cache_is_used_as_it_is(model, images, tmp_path, monkeypatch)
     def fail(*_):
         raise AssertionError("a forward pass")
 
-    monkeypatch.setattr(TokenExtractor, "__call__", fail)
+    monkeypatch.setattr(filling, "extract", fail)
     build(model, images, tmp_path)
     assert build(model, images, tmp_path, hooks=HOOKS[1:]).hook_names == HOOKS
 

@@ -22,12 +22,13 @@ from hypothesis.extra import numpy as arrays
 from rank_threads import on_ranks
 from taxolens.hooks.activations import cache_writer, division, filling
 from taxolens.hooks.activations.cache import ActivationCache
-from taxolens.hooks.activations.extract import TokenExtractor
+from taxolens.hooks.activations.extract import Extraction
 from taxolens.hooks.activations.joined_rows import JoinedRows
 from taxolens.hooks.activations.stream import ActivationStream
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.loader import ImageLoader
 from taxolens.hooks.images.preprocess import preprocess_for
+from taxolens.hooks.images.source import ImageSource
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, LostRankError
 from taxolens.registry.files import only_writer
@@ -106,13 +107,13 @@ def test_ranks_make_the_cache_of_one_process(whole, tmp_path, monkeypatch, size,
 
 def test_each_image_runs_through_the_model_once(tmp_path, monkeypatch):
     passes = []
-    call = TokenExtractor.__call__
+    call = filling.extract
 
-    def counting(self, batch):
+    def counting(extractors, batch):
         passes.append((threading.current_thread().name, tuple(batch.indices.tolist())))
-        return call(self, batch)
+        return call(extractors, batch)
 
-    monkeypatch.setattr(TokenExtractor, "__call__", counting)
+    monkeypatch.setattr(filling, "extract", counting)
     build_on(2, tmp_path)
     assert sorted(images for _, images in passes) == sorted(
         tuple(i for i in pair if i not in CORRUPT and i < N)
@@ -243,21 +244,48 @@ def test_before_the_end_the_images_of_other_ranks_count_as_readable(n_ranks, sto
         assert sum(map(len, loader.batches(range(60)))) == 40
 
 
+def test_ranks_fill_several_caches_from_the_same_forward_passes(tmp_path, monkeypatch):
+    kinds = {"class": Extraction(HOOKS, mean_patch=True), "patch": Extraction(HOOKS, "patch")}
+    passes, call = [], filling.extract
+
+    def counting(extractors, batch):
+        passes.append(len(extractors))
+        return call(extractors, batch)
+
+    monkeypatch.setattr(filling, "extract", counting)
+
+    def together(ranks):
+        wanted = {tmp_path / name: kind for name, kind in kinds.items()}
+        source = ImageSource(batch_size=2, max_corrupt_share=0.5)
+        return ActivationCache.build_together(
+            MODELS[ranks.rank], images_of(), wanted, source=source, progress=False, ranks=ranks
+        )
+
+    found = on_ranks(2, together)
+    assert passes == [2] * 11
+    for caches in found:
+        for cache, (name, kind) in zip(caches, kinds.items(), strict=True):
+            alone = build(tmp_path / f"alone_{name}", hooks=kind, mean_patch=kind.mean_patch)
+            assert cache.is_parted and cache.facts == alone.facts
+            for hook in HOOKS:
+                assert np.array_equal(cache.activations(hook), alone.activations(hook))
+
+
 def test_nothing_readable(tmp_path):
     with pytest.raises(DataError, match="not one image can be read: image 0"):
         build_on(2, tmp_path, images=images_of(n=8, corrupt=range(8)))
 
 
 def test_the_error_of_a_rank_ends_the_others(tmp_path, monkeypatch):
-    call = TokenExtractor.__call__
+    call = filling.extract
 
-    def failing(self, batch):
+    def failing(extractors, batch):
         if 10 in batch.indices.tolist():
             raise DataError("hook point", "it is NaN")
-        return call(self, batch)
+        return call(extractors, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TokenExtractor, "__call__", failing)
+        patch.setattr(filling, "extract", failing)
         found = on_ranks(3, lambda ranks: build(tmp_path, ranks))
     assert sorted(type(each).__name__ for each in found) == [
         "DataError",
@@ -361,19 +389,18 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_cache_parts as test
-from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.registry.ranks import Ranks
 
 ranks = Ranks.here()
-call, passes = TokenExtractor.__call__, []
+call, passes = test.filling.extract, []
 
-def counted(self, batch):
+def counted(extractors, batch):
     passes.append(ranks.add("passes"))
     if passes[-1] == 11 + 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return call(self, batch)
+    return call(extractors, batch)
 
-TokenExtractor.__call__ = counted
+test.filling.extract = counted
 with ranks.joined():
     cache = test.build("whole", Ranks.here())
     assert ranks.gather(len(cache)) == [19] * ranks.size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,76 @@ def test_the_folder_of_a_run_is_recorded_not_that_of_one_of_its_saes(
     assert list(one.settings["runs"].values()) == [str(run / HOOKS[1])]
 
 
-def test_one_forward_pass_serves_all_hook_points(evaluate: Any, monkeypatch) -> None:
-    calls = []
-    build = forward.ActivationCache.build
+@pytest.fixture
+def passes(vit: Any) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the batches that the model is given."""
+    shapes: list[tuple[int, ...]] = []
+    handle = vit.original_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(
+            tuple(kwargs.get("pixel_values", args[0] if args else None).shape)
+        ),
+        with_kwargs=True,
+    )
+    yield shapes
+    handle.remove()
 
-    def counted(model: Any, images: Any, extraction: Any, **settings: Any) -> Any:
-        calls.append(list(extraction.hook_names))
-        return build(model, images, extraction, **settings)
 
-    monkeypatch.setattr(forward.ActivationCache, "build", counted)
-    evaluate()
-    assert calls == [list(HOOKS)]
+def test_one_run_of_the_images_serves_all_hook_points_and_tokens(
+    evaluate: Any, vit_folder: Path, world: Path, passes: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    """SAEs of one image size share it, those of another have one more; nothing differs by a bit."""
+    settings = run_settings(vit_folder, world)
+    folders: dict[tuple[str, int], list[Path]] = {}
+    for i, (hook, tokens, size) in enumerate(
+        [
+            (HOOKS[0], "class", 16),
+            (HOOKS[0], "patch", 16),
+            (HOOKS[1], "class", 16),
+            (HOOKS[1], "mean_patch", 16),
+            (HOOKS[0], "all", 16),
+            (HOOKS[1], "patch", 32),
+            (HOOKS[1], "class", 32),
+        ]
+    ):
+        folder = tmp_path / f"sae_{i}"
+        save_sae(folder, hook, {**settings, "tokens": tokens, "image_size": size}, seed=i)
+        folders.setdefault((tokens, size), []).append(folder)
+    options = {"keep_activations": True, "batch_size": 8}
+
+    def run_of(saes: list[Path], name: str) -> tuple[dict[str, str], dict[str, bytes]]:
+        passes.clear()
+        output = tmp_path / name
+        results = evaluate(saes, output_path=output, **options)
+        assert results.errors == {}
+        numbers = {
+            s.weights: repr([e.metrics for e in s.evaluators.values()]) for s in results.saes
+        }
+        files = (output / "activations").rglob("*.npy")
+        return numbers, {str(file.relative_to(output)): file.read_bytes() for file in files}
+
+    everything = [folder for group in folders.values() for folder in group]
+    run_of(everything, "first")  # in which hook points are probed
+    together = run_of(everything, "together")
+    assert passes == [(8, 3, 16, 16)] * 4 + [(8, 3, 32, 32)] * 4
+    alone: tuple[dict[str, str], dict[str, bytes]] = ({}, {})
+    for place, group in enumerate(folders.values()):
+        for all_of, found in zip(alone, run_of(group, f"alone_{place}"), strict=True):
+            all_of |= found
+        assert len(passes) == 4
+    assert len(together[0]) == 7 and together == alone
+
+
+def test_only_what_is_missing_is_run_through_the_model_again(
+    evaluate: Any, vit_folder: Path, world: Path, passes: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    settings = run_settings(vit_folder, world)
+    for i, tokens in enumerate(("class", "patch")):
+        save_sae(tmp_path / tokens, HOOKS[0], {**settings, "tokens": tokens}, seed=i)
+    options = {"keep_activations": True, "batch_size": 8, "image_size": 16}
+    evaluate(tmp_path / "class", **options)
+    passes.clear()
+    both = evaluate([tmp_path / "class", tmp_path / "patch"], **options)
+    assert len(passes) == 4 and len(both.saes) == 2
 
 
 def test_the_last_block_embeds_the_images_for_evaluators_that_want_it(
