@@ -145,7 +145,7 @@ class TokenExtractor:
 
 @torch.no_grad()  # not inference mode: the trainer saves what comes out for its backward pass
 def extract(extractors: Sequence[TokenExtractor], batch: ImageBatch) -> list[dict[str, Tensor]]:
-    """What each extractor gives for a batch, all from one forward pass.
+    """What each extractor gives for a batch, {hook name: (b, k, d)}, all from one forward pass.
 
     Args:
         extractors: of one model, with one value of `autocast`.

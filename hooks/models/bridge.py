@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from .evals import EvaluatesImages
 from .families.adapter import VisionEmbeddings
 from .named_hooks import NamedHooks
+from .rows import RowsConversion
 from .splicing import SplicesAtTokens
 
 NEVER_BYPASSED = (VisionEmbeddings,)  # they also see to the interpolation
@@ -43,6 +44,11 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
 
     def __init__(self, model: nn.Module, adapter: Any, tokenizer: Any = None) -> None:
         super().__init__(model, adapter, tokenizer)
+        rows_at = getattr(adapter, "rows_at", None)
+        if rows_at is not None:
+            points: dict[str, Any] = self.points()
+            for name, point in points.items():
+                point.hook_conversion = RowsConversion(rows_at(name), point.hook_conversion)
         self._learn_aliases()
 
     @classmethod

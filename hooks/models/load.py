@@ -38,7 +38,7 @@ from .points import (
     no_attention_pattern,
     resolve_hook_name,
 )
-from .towers import has_tiles, tower_of, without_tiles
+from .towers import cuts, tower_of, without_tiles
 
 __all__ = [
     "VisionModel",
@@ -68,6 +68,9 @@ BY_CLASS = ("wrapped", "open_clip")  # families whose loaded module may be one o
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 # Largest numbers in a config, by a part of their name.
 MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "stages": 1000, "labels": 10**6, "": 10**8}
+ALL_CONFIGS = (
+    " for this kind of AutoModel"  # before some hundred names in a message of transformers
+)
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -141,16 +144,13 @@ def load_vision_model(
         by_class = chosen.name in BY_CLASS and family != "wrapped"
         own = None if by_class else chosen.name
         model = from_module(module, family=own, model_name=name)
-        model.processor, model.preprocessor_config = _read_preprocessing(
-            place, config, revision, trust_remote_code
-        )
+        found = _read_preprocessing(place, config, revision, trust_remote_code)
+        _set_preprocessing(model, *found)
     except TaxolensError:
         raise
     except Exception as error:  # of an odd config transformers raises nearly anything
         problem = f"cannot be built from its config: {error or type(error).__name__}"
         raise ConfigError("model_name", problem, given=name, allowed=MODEL_NAMES) from error
-    if has_tiles(model.preprocessor_config):
-        model.processor, model.preprocessor_config = None, _untiled(model)
     model.to(device)
     if whole:
         _keep_whole(model, module.to(device))
@@ -197,11 +197,13 @@ def from_module(
     if chosen.adapter is None:
         model: VisionModel = wrap(hf_model, name, family=chosen.name)
     else:
+        if chosen.claims is not None and not chosen.claims(hf_model):
+            raise _not_built_like(hf_model, chosen.name)
         if chosen.prepare is not None:
-            chosen.prepare(hf_model)
+            hf_model = chosen.prepare(hf_model) or hf_model
         model = _bridge(hf_model, chosen, name)
-    model.processor = getattr(processor, "image_processor", processor)  # of one for text too
-    model.preprocessor_config = _settings(model.processor)
+    processor = getattr(processor, "image_processor", processor)  # of one for text too
+    _set_preprocessing(model, processor, _settings(processor))
     timms = getattr(hf_model, "pretrained_cfg", None)
     if processor is None and isinstance(timms, dict):
         model.preprocessor_config = timm_preprocessing(timms)
@@ -248,11 +250,15 @@ def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridg
                 f"{family.name!r} does not fit how transformers builds {kind} ({error}); given transformers {transformers.__version__}",
                 allowed=f"the {needed} that taxolens requires, or family='wrapped'",
             ) from error
-        problem = f"{kind} is not built like one ({error})"
-        allowed = "a family that fits, or 'wrapped' for any model"
-        raise ConfigError("family", problem, given=family.name, allowed=allowed) from error
+        raise _not_built_like(hf_model, family.name, f" ({error})") from error
     model.family = family.name
     return model
+
+
+def _not_built_like(hf_model: nn.Module, family: str, why: str = "") -> ConfigError:
+    problem = f"{type(hf_model).__name__} is not built like one{why}"
+    allowed = "a family that fits, or 'wrapped' for any model"
+    return ConfigError("family", problem, given=family, allowed=allowed)
 
 
 def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
@@ -274,15 +280,19 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
     return model
 
 
-def _untiled(model: VisionModel) -> dict[str, Any]:
-    height, width = model.cfg.image_size
-    warnings.warn(
-        f"the image processor of {model.cfg.model_name!r} cuts an image into several: here each image is "
-        f"one picture, resized to {height} x {width}.",
-        stacklevel=3,
-    )
-    assert model.preprocessor_config is not None
-    return without_tiles(model.preprocessor_config, (height, width))
+def _set_preprocessing(model: VisionModel, processor: Any, settings: dict[str, Any] | None) -> None:
+    """Set both; of a processor that makes no picture of an image, settings that make one in its place."""
+    if what := cuts(settings):
+        height, width = model.cfg.image_size
+        warnings.warn(
+            f"the image processor of {model.cfg.model_name!r} {what}: here each image is "
+            f"one picture, resized to {height} x {width}.",
+            stacklevel=3,
+        )
+        # a processor fills in what its file leaves out
+        settings = without_tiles(_settings(processor) or settings or {}, (height, width))
+        processor = None
+    model.processor, model.preprocessor_config = processor, settings
 
 
 def _keep_whole(model: VisionModel, module: nn.Module) -> None:
@@ -292,7 +302,7 @@ def _keep_whole(model: VisionModel, module: nn.Module) -> None:
         ConfigError: there is no larger model, or hooks of the tower would not act in it.
     """
     allowed = "whole=False"
-    if module is model.original_model:
+    if any(module is part for part in model.original_model.modules()):
         problem = f"{type(module).__name__} is no part of a larger model"
         raise ConfigError("whole", problem, given=True, allowed=allowed)
     if not isinstance(model, VisionBridge):
@@ -309,7 +319,8 @@ def _load(family: VisionFamily, source: VisionSource) -> nn.Module:
     except TaxolensError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError("model_name", f"cannot be loaded: {error}", given=source.name) from error
+        reason = str(error).partition(ALL_CONFIGS)[0]
+        raise ConfigError("model_name", f"cannot be loaded: {reason}", given=source.name) from error
     except (
         SafetensorError,
         RuntimeError,

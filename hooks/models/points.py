@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from ...registry.errors import ConfigError, UnknownNameError
 from ...registry.names import did_you_mean, nearest
+from .rows import rows_of
 from .tapped import TappedModel
 
 SAMPLED = 4096
@@ -165,7 +166,8 @@ def _observer(name: str, point: nn.Module, tap: Any) -> Any:
 
 def _module_observer(name: str, point: nn.Module, tap: Any) -> Any:
     def observe(module: Any, arguments: Any, activation: Tensor) -> None:
-        tap(name, as_tokens(activation, point))
+        rows = rows_of(point)
+        tap(name, as_tokens(activation if rows is None else rows.fold(activation), point))
 
     return observe
 

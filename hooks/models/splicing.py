@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...registry.errors import ConfigError
 from ...registry.heads import columns_of, key_of
 from .points import as_tokens, hook_d_in, resolve_hook_name
+from .rows import Rows, rows_of
 from .tapped import TappedModel
 from .tokens import ALL_COLUMNS, check_tokens, put_tokens, tokens_of
 
@@ -50,11 +51,15 @@ class SplicesAtTokens:
         for name in canonical:
             check_tokens(model, tokens, name)
         columns = self._columns(sae, canonical)
+        before: Any = model.points()[canonical[-1]]
         super().add_sae(sae, use_error_term=use_error_term, **options)  # type: ignore[misc]
         spliced: Any = model.points()[canonical[-1]]
         spliced.tokens = tokens
-        if tokens != "all" or columns != ALL_COLUMNS:
-            at_tokens = _AtTokens(model, tokens, columns)
+        rows = rows_of(before)
+        if rows is not None:
+            spliced.hook_conversion = before.hook_conversion
+        if tokens != "all" or columns != ALL_COLUMNS or rows is not None:
+            at_tokens = _AtTokens(model, tokens, columns, rows)
             spliced.register_forward_pre_hook(at_tokens.before)
             spliced.register_forward_hook(at_tokens.after)
             if len(set(canonical)) > 1:  # a transcoder: the input was kept at another hook point
@@ -131,8 +136,10 @@ class SplicesAtTokens:
 class _AtTokens:
     """Torch's hooks around a spliced SAE: it is given the chosen tokens and columns, and replaces these."""
 
-    def __init__(self, model: TappedModel, tokens: str, columns: slice) -> None:
-        self._model, self._tokens, self._columns = model, tokens, columns
+    def __init__(
+        self, model: TappedModel, tokens: str, columns: slice, rows: Rows | None = None
+    ) -> None:
+        self._model, self._tokens, self._columns, self._rows = model, tokens, columns, rows
         self._whole: Tensor | None = None
 
     def chosen(self, activation: Tensor) -> Tensor:
@@ -144,12 +151,12 @@ class _AtTokens:
 
     def before(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         """Torch's forward pre-hook."""
-        self._whole = arguments[0]
-        return (self.chosen(arguments[0]),)
+        self._whole = arguments[0] if self._rows is None else self._rows.fold(arguments[0])
+        return (self.chosen(self._whole),)
 
     def after(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Torch's forward hook."""
         whole, self._whole = self._whole, None
         assert whole is not None
         new = put_tokens(self._model, as_tokens(whole), self._tokens, output, self._columns)
-        return new.reshape(whole.shape)
+        return new.reshape(whole.shape) if self._rows is None else self._rows.unfold(new)

@@ -9,6 +9,7 @@ from torch import nn
 
 PLACES = ("vision_tower", "vision_model", "visual")
 # Settings by which a processor cuts an image into several, each of which the tower takes.
+ROWS = "merge_size"  # of Qwen-VL's processors, which make rows of patches
 TILES = ("do_image_splitting", "crop_to_patches", "image_grid_pinpoints", "do_pan_and_scan")
 
 
@@ -21,9 +22,12 @@ def tower_of(model: nn.Module) -> nn.Module | None:
     return next((tower for tower in found if isinstance(tower, nn.Module)), None)
 
 
-def has_tiles(settings: Mapping[str, Any] | None) -> bool:
-    """Whether an image processor of these settings makes several pictures of one image."""
-    return any(bool((settings or {}).get(name)) for name in TILES)
+def cuts(settings: Mapping[str, Any] | None) -> str | None:
+    """What an image processor of these settings makes of an image, where that is no picture; None where it is."""
+    settings = settings or {}
+    if any(settings.get(name) for name in TILES):
+        return "cuts an image into several"
+    return "makes patches of images of any size" if ROWS in settings else None
 
 
 def without_tiles(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def sae_at(model: Any, hook_name: str) -> StandardSAE:
     return sae
 
 
-# under contract in test_open_clip.py and, where timm is installed, in test_timm.py
-ELSEWHERE = {"open_clip", "timm"}
+# under contract in test_open_clip.py, test_qwen_vl.py and, where timm is installed, in test_timm.py
+ELSEWHERE = {"open_clip", "qwen_vl", "timm"}
 # whose last norm comes after pooling
 POOLED = ("clip", "clip_projection", "clip_classifier", "beit", "beit_classifier")
 MIDDLE = "blocks.0.hook_resid_post"

@@ -6,6 +6,7 @@ Hugging Face's own code, so activations are equal to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from transformer_lens.model_bridge.generalized_components.vision_classifier_head
 )
 
 from ..points import as_pair
+from ..rows import Rows
 
 
 class VisionEmbeddings(GeneralizedComponent):
@@ -142,6 +144,9 @@ class VisionAdapter(ArchitectureAdapter):
     """
 
     layout: ClassVar[Layout]
+    rows_at: Callable[[str], Rows] | None = (
+        None  # hook point -> its rows, in a model without an axis of images
+    )
     cfg: Any  # TransformerLens's config, which takes more fields than it declares
 
     applicable_phases: list[int] = [1]

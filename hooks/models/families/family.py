@@ -119,7 +119,8 @@ class VisionFamily:
             the model's named submodules instead (`HookedVisionModel`).
         load: `VisionSource` -> a `torch.nn.Module` in evaluation mode.
         claims: whether a built model is one of the family, where no config of Hugging Face tells.
-        prepare: what is done to such a model before it is tapped, in place; it gets a `config`.
+        prepare: what is done to such a model before it is tapped, in place; it gets a `config`. What it
+            returns, where that is a module, is tapped in its place.
         description: one line for people.
     """
 
@@ -129,5 +130,5 @@ class VisionFamily:
     adapter: type[ArchitectureAdapter] | None = None
     load: Callable[[VisionSource], nn.Module] = load_transformers
     claims: Callable[[nn.Module], bool] | None = None
-    prepare: Callable[[nn.Module], None] | None = None
+    prepare: Callable[[nn.Module], nn.Module | None] | None = None
     description: str = ""

@@ -23,7 +23,7 @@ REGISTERS = ("register_tokens", "reg_token", "distillation_token", "dist_token")
 POOLING = ("head", "pool", "attn_pool", "decoder")  # whose tokens are not in the blocks
 NO_IMAGES = re.compile("text|prompt|decoder")  # in the names of parts of a config
 NAFLEX = "spatial_shapes"  # SigLIP 2's argument for the grid of each image's patches
-GRIDS = "grid_thw"  # that of Qwen-VL's towers
+GRIDS = "grid_thw"  # that of towers such as Qwen-VL's
 
 
 def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> HookedVisionModel:
@@ -100,7 +100,7 @@ def _check_forward(module: nn.Module, model_name: str) -> None:
         allowed = "a SigLIP 2 of one image size, such as google/siglip2-base-patch16-224"
     elif GRIDS in parameters:
         problem = f"{type(module).__name__} takes rows of patches of images of any size, no images"
-        allowed = "a tower that takes images (B, C, H, W), such as CLIP's, SigLIP's or InternVL's"
+        allowed = "a tower that takes images (B, C, H, W), such as CLIP's, SigLIP's, InternVL's or Qwen-VL's"
     elif not needed:
         return
     raise ConfigError("model_name", problem, given=model_name, allowed=allowed)
