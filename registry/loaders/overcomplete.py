@@ -149,12 +149,16 @@ def _dictionary(
 ) -> Tensor:
     """The decoder (d_sae, d_in), as `get_dictionary` gives it in evaluation mode."""
     prefix = "dictionary."
-    gain = found.pop(prefix + "multiplier", torch.tensor(0.0)).to(torch.float64).exp()
+    if (
+        prefix + "W" not in found
+    ):  # before e1d80cb there was none, of archetypal ones there always was
+        found.setdefault(prefix + "multiplier", torch.tensor(0.0))
+    gain = _taken(checkpoint, found, prefix + "multiplier").exp()
     if prefix + "W" in found:
         facts.may("dictionary_normalization", "convex")
         delta = facts.ask("delta", as_number(layer.get("delta")), default=1.0)
         weights, points, relax = (
-            found.pop(prefix + name).to(torch.float64) for name in ("W", "C", "Relax")
+            _taken(checkpoint, found, prefix + name) for name in ("W", "C", "Relax")
         )
         weights = weights.relu()
         weights = weights / (weights.sum(dim=-1, keepdim=True) + NORM_EPS)
@@ -203,21 +207,16 @@ def _encoder(
     kind = activation.kind if isinstance(activation, Record) else "torch.nn.modules.activation.ReLU"
     if not kind.endswith(".ReLU"):
         raise ConfigError("encoder", "its last activation", given=kind[:80], allowed="ReLU")
-    try:
-        weight = found.pop(LINEAR + "weight").to(torch.float64)
-        bias = found.pop(LINEAR + "bias").to(torch.float64)
-    except KeyError as error:
-        raise CheckpointError(str(checkpoint), f"{error.args[0]} is not in it") from None
+    weight, bias = (_taken(checkpoint, found, LINEAR + name) for name in ("weight", "bias"))
     if BATCH_NORM + "running_var" in found:
         blocks = fields_of(_modules(module, "final_block").get("_modules"))
         eps = as_number(fields_of(blocks.get("1")).get("eps"))
-        mean, variance = (
-            found.pop(BATCH_NORM + f"running_{n}").to(torch.float64) for n in ("mean", "var")
+        mean, variance, gain, shift = (
+            _taken(checkpoint, found, BATCH_NORM + name)
+            for name in ("running_mean", "running_var", "weight", "bias")
         )
         found.pop(BATCH_NORM + "num_batches_tracked", None)
-        gain = found.pop(BATCH_NORM + "weight", torch.ones_like(mean)).to(torch.float64)
         gain = gain / (variance + (BN_EPS if eps is None else eps)).sqrt()
-        shift = found.pop(BATCH_NORM + "bias", torch.zeros_like(mean)).to(torch.float64)
         weight, bias = weight * gain[:, None], (bias - mean) * gain + shift
     elif BATCH_NORM + "weight" in found:
         raise ConfigError(
@@ -226,6 +225,13 @@ def _encoder(
             allowed="linear, mlp_bn_1, tied and untied encoders",
         )
     return weight.T, bias
+
+
+def _taken(checkpoint: Checkpoint, found: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor in its own shape, in float64, taken out of `found`. Raises CheckpointError where it is not there."""
+    if name not in found:
+        raise CheckpointError(str(checkpoint), f"{name} is not in it")
+    return found.pop(name).to(torch.float64)
 
 
 OVERCOMPLETE = make_loader(

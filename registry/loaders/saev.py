@@ -61,11 +61,13 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     notes = []
     if kind == "Relu":
         architecture = "standard"
-    elif kind == "TopK" or (kind == "BatchTopK" and threshold is None and schema in (2, 3, 4)):
+    elif kind == "TopK" or (
+        kind == "BatchTopK" and threshold is None and _is_per_row(schema, params)
+    ):
         architecture = "topk"
         settings["k"] = facts.ask("k", params.get("top_k"), default=1)
         notes.append(NEGATIVE)
-        if kind == "BatchTopK" and header.get("commit") in BATCH_COUPLED_COMMITS:
+        if kind == "BatchTopK" and str(header.get("commit")).startswith(BATCH_COUPLED_COMMITS):
             raise _coupled(checkpoint)
         if kind == "BatchTopK":
             notes.append("BatchTopK of its commit keeps k of each row at inference")
@@ -108,6 +110,11 @@ def _activation(
     activation = activation if isinstance(activation, dict) else {}
     params = activation.get("params")
     return activation.get("cls"), params if isinstance(params, dict) else {}
+
+
+def _is_per_row(schema: Any, params: dict[str, Any]) -> bool:
+    """Whether BatchTopK is of the time before its threshold, which came with a momentum."""
+    return schema in (2, 3, 4) and "momentum" not in params
 
 
 def _coupled(checkpoint: Checkpoint) -> ConfigError:

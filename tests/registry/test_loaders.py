@@ -668,6 +668,42 @@ def test_a_missing_tensor(tmp_path, name, tensor):
         read_sae(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("overcomplete mlp_bn_1", "encoder.final_block.1.weight"),
+        ("overcomplete mlp_bn_1", "encoder.final_block.1.bias"),
+        ("overcomplete mlp_bn_1", "encoder.final_block.1.running_mean"),
+        ("overcomplete RATopKSAE", "dictionary.multiplier"),
+        ("overcomplete RATopKSAE", "dictionary.Relax"),
+    ],
+)
+def test_a_missing_tensor_is_not_taken_for_its_default(tmp_path, name, tensor):
+    path = edited(name, tmp_path, lambda state: state.pop(tensor))
+    given = {"sae_class": "TopKSAE", "k": 5, "dictionary_normalization": "l2"}
+    if "RATopK" in name:
+        given = {"k": 5, "delta": 0.9}
+    with pytest.raises(CheckpointError, match=f"{re.escape(tensor)} is not in it"):
+        read_sae(path, **given)
+
+
+def test_a_batch_topk_that_has_lost_its_threshold(tmp_path):
+    """The momentum in its header is that of the threshold; without both it is older, and per row."""
+    header = saev_header(4, "BatchTopK")
+    header["cfg"]["activation"]["params"]["momentum"] = 0.1
+    path = sae_files.saev(tmp_path, header, subtract=False, act="topk").path
+    with pytest.raises(ConfigError, match="BatchTopK without its threshold"):
+        read_sae(path)
+
+
+@pytest.mark.parametrize("commit", ["2fe190b", "2fe190b4c", "2fe190b" + "0" * 33])
+def test_a_commit_may_be_written_longer(tmp_path, commit):
+    header = saev_header(2, "BatchTopK", commit)
+    path = sae_files.saev(tmp_path, header, subtract=False, act="topk").path
+    with pytest.raises(ConfigError, match="keeps the largest latents of a whole batch"):
+        read_sae(path)
+
+
 @pytest.mark.parametrize("name", ["clip_scope", "prisma relu", "dictionary_learning AutoEncoder"])
 def test_an_unknown_tensor_is_no_detail(tmp_path, name):
     path = edited(name, tmp_path, lambda state: state.update(W_more=torch.ones(2)))
