@@ -57,6 +57,8 @@ SIDES = re.compile(r"(image_size|pretrain_image_size|input_size)$")
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 SKIPPED = re.compile(r"Timm|TextModel$")  # timm's are rows of their own
 MOST_PARAMETERS = 100_000_000  # of timm's models, which have no tiny configs
+SMALLER = {"hieradet_sam2": 256, "nasnet": 192, "pnasnet": 192}
+# timm's module -> side of the images, where at their own all activations at once take more than 7 GB
 SMALL = re.compile(r"atto|femto|pico|nano|micro|mini|tiny|xx?s|_[smt]\d*(_|$)|small|18|_?0(_|$)")
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # config class -> fields, where the rules above do not give a model that can be run
@@ -467,10 +469,13 @@ def of_timm(only: str) -> Iterator[dict[str, Any]]:
             config = f"timm: {module}"
             yield {"model": name, "config": config, "verdict": "not built", "reason": reason}
             continue
+        options: dict[str, Any] = {}
+        if side := SMALLER.get(module):
+            options["pretrained_cfg_overlay"] = {"input_size": (3, side, side)}
         torch.manual_seed(0)
-        plain = timm.create_model(name).eval()
+        plain = timm.create_model(name, **options).eval()
         torch.manual_seed(0)
-        again = timm.create_model(name).eval()
+        again = timm.create_model(name, **options).eval()
         row = trial(name, plain, lambda again=again: from_module(again))
         yield {**row, "config": f"timm: {module}"}
 

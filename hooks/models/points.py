@@ -438,7 +438,7 @@ def unknown_hook(model: TappedModel, name: str) -> str:
 
 
 def _never_fires(model: TappedModel, name: str) -> ConfigError:
-    if name.endswith(EAGER_ONLY):
+    if name.endswith(EAGER_ONLY) and model.attn_implementation != "eager":
         return no_attention_pattern(name, model.attn_implementation)
     refused = getattr(model, "refused", {}).get(model.aliases.get(name, name))
     if refused is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -61,6 +61,19 @@ class Rows:
             return value
         order = self.order.to(value.device)
         return value.unflatten(0, (self._n_images, len(order)))[:, order.argsort()]
+
+    def fold_squares(self, blocks: Sequence[Tensor]) -> Tensor:
+        """(1, heads, n, n) of the rows that follow each other -> (B, heads, T, T), in order; zero between the blocks."""
+        n_tokens, first = len(self.order), blocks[0]
+        whole = first.new_zeros(self._n_images, first.shape[1], n_tokens, n_tokens)
+        start = 0
+        for block in blocks:
+            image, place = divmod(start, n_tokens)
+            there = slice(place, place + block.shape[-1])
+            whole[image, :, there, there] = block[0]
+            start += block.shape[-1]
+        places = self.order.to(first.device).argsort()
+        return whole[:, :, places][..., places]
 
     def unfold(self, value: Tensor) -> Tensor:
         """(B, T, d) -> (B * T, d)."""

@@ -208,8 +208,31 @@ def test_all_names_and_their_shapes(version: str) -> None:
         torch.testing.assert_close(got[f"blocks.1.attn.hook_{name}"], part)
     _, cache = model.run_with_cache(images, names_filter=["blocks.1.attn.hook_q"])
     assert cache["blocks.1.attn.hook_q"].shape == (3, n_tokens, 2, 8)
-    with pytest.raises(ConfigError, match="hook_pattern"):
-        run_to_hooks(model, images, ["blocks.1.attn.hook_pattern"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_patterns_weigh_the_values(version: str) -> None:
+    """Each block's pattern times its values gives z; between windows it is zero."""
+    model, images = from_module(build(version)), pictures()
+    for block in range(3):
+        names = [f"blocks.{block}.attn.hook_{name}" for name in ("pattern", "v", "z")]
+        with torch.no_grad():
+            clean, cached = model.run_with_cache(images, names_filter=names)
+        pattern, v, z = (cached[name] for name in names)
+        assert pattern.shape == (2, 2, HEIGHT * WIDTH, HEIGHT * WIDTH)
+        torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z)
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 2, HEIGHT * WIDTH))
+        assert torch.equal(clean, model(images))
+        windowed = version == "qwen2.5" and block != 1
+        assert bool((pattern == 0).any()) is windowed
+    name = "blocks.0.attn.hook_pattern"
+    with pytest.raises(ConfigError, match="hook_pattern: it cannot be edited in a tower"):
+        model.run_with_hooks(images, fwd_hooks=[(name, lambda pattern, hook: pattern * 0)])
+    assert torch.equal(model(images), clean)
+    with pytest.raises(ConfigError, match="only eager attention forms; given 'sdpa'"):
+        run_to_hooks(from_module(build(version, "sdpa")), images, [name])
+    with pytest.raises(ConfigError, match=r"hook_attn_scores.*never fires"):
+        run_to_hooks(model, images, ["blocks.0.attn.hook_attn_scores"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -3,25 +3,26 @@
 A tower takes rows of patches of images of any size, the four patches of a group of 2 x 2 after each other, and
 Qwen2.5-VL's blocks have the groups of a window after each other. Here it takes images (B, C, H, W) of one size,
 and activations at its hook points are (B, T, d) with the patches in raster order. The tower itself is run as
-transformers has it: activations are its own to the bit. Each image, or each window, is attended by itself, and
-transformers keeps no pattern: `hook_pattern` never fires.
+transformers has it: activations are its own to the bit. Each image, or each window, is attended by itself:
+`hook_pattern` is (B, heads, T, T), zero between windows, and can be read but not edited.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.vision_utils import get_vision_window_index
 
 from ....registry.errors import ConfigError
 from ..points import as_pair
 from ..rows import Rows
-from .adapter import Layout, VisionAdapter
+from .adapter import Layout, VisionAdapter, VisionAttention
 from .family import VisionFamily
 from .timm_vit import Split
 
@@ -30,6 +31,8 @@ TOWERS = (
     "Qwen2_5_VisionTransformerPretrainedModel",
     *("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3_5VisionModel", "Qwen3_5MoeVisionModel"),
 )
+KEEPING = "taxolens_eager"
+"""Under this name transformers knows eager attention that keeps its patterns."""
 PATCHES_A_SIDE = 16
 """Patches in the height and width of an image where no image size is given (own definition): the towers have none."""
 
@@ -68,6 +71,9 @@ class ImageTower(nn.Module):
         self.config._attn_implementation = own._attn_implementation
         for block in tower.blocks:
             block.attn.qkv = Split(block.attn.qkv, "qkv")
+            block.attn.rows, block.attn.patterns = self.rows, None
+        if own._attn_implementation == "eager":
+            own._attn_implementation = KEEPING
         tower.register_forward_pre_hook(self._note_grid, with_kwargs=True)
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
@@ -136,6 +142,45 @@ def _each(value: Any, change: Any) -> Any:
     return type(value)(change(each) for each in value)
 
 
+def _keeping_patterns(module: Any, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Eager attention as the tower's own file has it; (1, heads, n, n) patterns are kept where they are wanted."""
+    output, pattern = sys.modules[type(module).__module__].eager_attention_forward(
+        module, *arguments, **options
+    )
+    if module.patterns is not None:
+        module.patterns.append(pattern)
+    return output, pattern
+
+
+AttentionInterface.register(KEEPING, _keeping_patterns)
+
+
+class QwenVLAttention(VisionAttention):
+    """The attention of a tower; its eager patterns, an image or a window each, are given to `hook_pattern` together."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """As the tower's.
+
+        Raises:
+            ConfigError: a hook changes the pattern, which the tower has used already.
+        """
+        attention: Any = self.original_component
+        attention.patterns = [] if self.hook_pattern.has_hooks(dir="fwd") else None
+        try:
+            output = super().forward(*arguments, **options)
+            if attention.patterns:
+                pattern = attention.rows.fold_squares(attention.patterns)
+                if self.hook_pattern(pattern) is not pattern:
+                    raise ConfigError(
+                        "hook_pattern",
+                        "it cannot be edited in a tower that attends each image or window by itself",
+                        allowed="a hook that returns nothing, or one at hook_z",
+                    )
+        finally:
+            attention.patterns = None
+        return output
+
+
 class QwenVLAdapter(VisionAdapter):
     """The vision towers of Qwen-VL, in an `ImageTower`."""
 
@@ -151,6 +196,7 @@ class QwenVLAdapter(VisionAdapter):
         rotary=True,
         embed="patch_embed",
         embeddings=GeneralizedComponent,
+        attention_bridge=QwenVLAttention,
     )
     _qkv = ("qkv.q", "qkv.k", "qkv.v")
 
