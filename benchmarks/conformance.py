@@ -57,7 +57,7 @@ SIDES = re.compile(r"(image_size|pretrain_image_size|input_size)$")
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 SKIPPED = re.compile(r"Timm|TextModel$")  # timm's are rows of their own
 MOST_PARAMETERS = 100_000_000  # of timm's models, which have no tiny configs
-SMALLER = {"hieradet_sam2": 256, "nasnet": 192, "pnasnet": 192}
+SMALLER = {"hieradet_sam2": 256, "nasnet": 192, "qwen3_vit": 256}
 # timm's module -> side of the images, where at their own all activations at once take more than 7 GB
 SMALL = re.compile(r"atto|femto|pico|nano|micro|mini|tiny|xx?s|_[smt]\d*(_|$)|small|18|_?0(_|$)")
 EXCEPTIONS: dict[str, dict[str, Any]] = {

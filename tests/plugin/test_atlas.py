@@ -76,11 +76,11 @@ def test_one_pass_one_table_and_resumed(
     hub: Hub, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes, measured = [], []
-    build, measure = forward.ActivationCache.build, evaluate.measure_sae
+    build, measure = forward.ActivationCache.build_together, evaluate.measure_sae
 
-    def counted(model: Any, images: Any, extraction: Any, **settings: Any) -> Any:
-        passes.append(list(extraction.hook_names))
-        return build(model, images, extraction, **settings)
+    def counted(model: Any, images: Any, wanted: Any, **settings: Any) -> Any:
+        passes.extend(list(extraction.hook_names) for extraction in wanted.values())
+        return build(model, images, wanted, **settings)
 
     def stopping(bench: Any, sae: Any, *args: Any, **kwargs: Any) -> Any:
         measured.append(sae.id)
@@ -88,7 +88,7 @@ def test_one_pass_one_table_and_resumed(
             raise KeyboardInterrupt
         return measure(bench, sae, *args, **kwargs)
 
-    monkeypatch.setattr(forward.ActivationCache, "build", counted)
+    monkeypatch.setattr(forward.ActivationCache, "build_together", counted)
     monkeypatch.setattr(evaluate, "measure_sae", stopping)
     with pytest.raises(KeyboardInterrupt):
         atlas(MODEL, releases=["prisma", "saev"], **asked)

@@ -59,13 +59,13 @@ def test_files_releases_and_runs_share_one_table(
     hub = tmp_path / "hub"
     shutil.copytree(files("prisma gated", **there), hub / "Prisma-Multimodal" / "sae-gated")
     passes = []
-    build = forward.ActivationCache.build
+    build = forward.ActivationCache.build_together
 
-    def counted(model: Any, images: Any, extraction: Any, **settings: Any) -> Any:
-        passes.append(list(extraction.hook_names))
-        return build(model, images, extraction, **settings)
+    def counted(model: Any, images: Any, wanted: Any, **settings: Any) -> Any:
+        passes.extend(list(extraction.hook_names) for extraction in wanted.values())
+        return build(model, images, wanted, **settings)
 
-    monkeypatch.setattr(forward.ActivationCache, "build", counted)
+    monkeypatch.setattr(forward.ActivationCache, "build_together", counted)
     sources = [f"prisma:{prisma}", str(own_run), "prisma:sae-gated"]
     with serving(hub, tmp_path / "cache", monkeypatch) as server:
         results = evaluate_run(sources, output_path=tmp_path / "out", **FAST)
