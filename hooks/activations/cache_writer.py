@@ -76,9 +76,11 @@ class Work(Protocol):
 
     Attributes:
         total: number of images, those of all ranks; None where it is not known.
+        row_bytes: what the rows of an image take, of each cache that is filled, by its facts.
     """
 
     total: int | None
+    row_bytes: dict[str, int]
 
     def n_missing(self) -> int | None:
         """How many of them are still to come."""
@@ -121,7 +123,6 @@ class CacheWriter:
         self.n_seen, self.n_rows = self.index["n_seen"], self.index["n_rows"]
         self._failures = dict(self.index["failures"])
         self._columns: dict[str, _Column] = {}
-        self._row_bytes = 0
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -164,11 +165,12 @@ class CacheWriter:
         self.n_rows += len(batch)
 
     def _open_columns(self, rows: dict[str, np.ndarray]) -> None:
-        self._row_bytes = sum(array[0].nbytes for array in rows.values())
+        row_bytes = self._work.row_bytes
+        row_bytes[repr(self.index["facts"])] = sum(array[0].nbytes for array in rows.values())
         missing = self._work.n_missing()
         if missing is not None:
             free = shutil.disk_usage(self.folder).free
-            if missing * self._row_bytes > free:
+            if missing * sum(row_bytes.values()) > free:
                 raise OSError(errno.ENOSPC, "not enough space")
         for name, array in rows.items():
             file = file_of(self.folder, name)
@@ -179,7 +181,8 @@ class CacheWriter:
             return DataError(f"cache {self.folder}", f"cannot be written: {error}")
         needed = ""
         if (missing := self._work.n_missing()) is not None and self._work.total is not None:
-            all_bytes, missing = (n * self._row_bytes for n in (self._work.total, missing))
+            of_an_image = sum(self._work.row_bytes.values())
+            all_bytes, missing = (n * of_an_image for n in (self._work.total, missing))
             needed = (
                 f"; the activations need {all_bytes:,} bytes, {missing:,} of them still to come"
             )

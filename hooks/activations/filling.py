@@ -145,6 +145,7 @@ class Filling:
         self.targets, self.loader, self.ranks = targets, loader, ranks
         self.folder, self.plan = targets[0].folder, targets[0].plan
         self.total = None if loader.images.is_streaming else len(loader.images)
+        self.row_bytes: dict[str, int] = {}
         self.division: Division | None = None
         if self.plan.index is not None and is_parted(self.plan.index):
             self.division = Division(loader.images, self.plan.index["part_images"])

@@ -183,7 +183,7 @@ class SharedModel:
         ranks: the processes that make the activations together.
 
     Attributes:
-        forwards: setting -> its forward; the settings differ in their tokens alone.
+        forwards: setting -> its forward; of one model and one image size.
         due: those of the settings whose activations will be needed.
     """
 
@@ -340,10 +340,11 @@ def forwards_of(
         ranks: see `SharedModel`.
         due: the ids of those that will be measured. The others may be needed as peers.
     """
-    groups: dict[ModelSetting, dict[ModelSetting, list[SAEFolder]]] = {}
+    groups: dict[Any, dict[ModelSetting, list[SAEFolder]]] = {}
     for sae in saes:
         setting = ModelSetting.of(sae)
-        groups.setdefault(replace(setting, tokens=""), {}).setdefault(setting, []).append(sae)
+        model = replace(setting, tokens="") if override_model is None else setting.image_size
+        groups.setdefault(model, {}).setdefault(setting, []).append(sae)
     forwards: dict[ModelSetting, Forward] = {}
     for group in groups.values():
         shared = SharedModel(held_out, bench, folder, override_model, ranks)

@@ -316,6 +316,16 @@ def test_a_full_disk_is_seen_before_the_work(model, images, tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.npy"))
 
 
+def test_the_disk_must_hold_all_caches_that_are_filled_together(
+    model, images, tmp_path, monkeypatch
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(20000, 7000, 13000))
+    # an image: 2 x 2 x 16 x 4 + 16 bytes of the class, 16 x 16 x 4 + 16 of the patches
+    with pytest.raises(DataError, match=r"13,000 bytes are free.*need 14,432 bytes"):
+        build_together(model, images, tmp_path)
+
+
 def test_a_disk_that_fills_in_between_loses_nothing(model, images, tmp_path, monkeypatch):
     append, calls = cache_writer._Column.append, iter(range(1000))
 

@@ -159,7 +159,9 @@ def test_one_run_of_the_images_serves_all_hook_points_and_tokens(
         ]
     ):
         folder = tmp_path / f"sae_{i}"
-        save_sae(folder, hook, {**settings, "tokens": tokens, "image_size": size}, seed=i)
+        # a model that is given is one model, whatever the metadata say of its revision
+        more = {"tokens": tokens, "image_size": size, "revision": "main" if i == 2 else None}
+        save_sae(folder, hook, {**settings, **more}, seed=i)
         folders.setdefault((tokens, size), []).append(folder)
     options = {"keep_activations": True, "batch_size": 8}
 
