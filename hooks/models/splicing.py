@@ -151,8 +151,9 @@ class _AtTokens:
 
     def before(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         """Torch's forward pre-hook."""
-        self._whole = arguments[0] if self._rows is None else self._rows.fold(arguments[0])
-        return (self.chosen(self._whole),)
+        whole = arguments[0] if self._rows is None else self._rows.fold(arguments[0])
+        self._whole = whole
+        return (self.chosen(whole),)
 
     def after(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Torch's forward hook."""
