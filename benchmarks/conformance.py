@@ -118,6 +118,8 @@ def _shrink(fields: dict[str, Any], *, widths: bool, layers: bool) -> None:
     for name, value in fields.items():
         if isinstance(value, dict) and value.get("model_type") == "timm_backbone":
             fields[name] = resnet(value["out_indices"])
+        elif isinstance(value, dict) and "archirecture" in value:  # EdgeTAM's default, misspelt
+            value["architecture"] = value.pop("archirecture")
         elif isinstance(value, dict) and not name.startswith(("id2label", "label2id")):
             _shrink(value, widths=widths, layers=layers)
         elif SIDES.match(name) and value:
@@ -317,7 +319,7 @@ def own(plain: Any, images: Tensor) -> Any:
     if "interpolate_pos_encoding" in parameters and tuple(images.shape[-2:]) != size_of(plain):
         options["interpolate_pos_encoding"] = True
     if hasattr(plain, "config"):
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, ValueError):  # where it has no such option
             return plain(images, output_hidden_states=True, **options)
     return plain(images, **options)
 
