@@ -12,6 +12,7 @@ import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.models.load import from_module, load_vision_model, run_to_hooks
+from taxolens.hooks.models.tokens import tokens_per_image
 from tiny_models import pictures
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[bool, int]]] = {
     "siglip": ("vit_base_patch16_siglip_224", {**TINY, "num_classes": 0}, (False, 0)),
     "dinov2": ("vit_small_patch14_reg4_dinov2", TINY, (True, 4)),
     "swiglu": ("vit_giant_patch14_dinov2", {**TINY, "mlp_ratio": 2.0}, (True, 0)),
+    # 4 pixels of the CNN's stride, 2 of the patches
+    "hybrid": ("vit_tiny_r_s16_p8_224", {**TINY, "patch_size": 2}, (True, 0)),
     "qk_norm": ("vit_tiny_patch16_224", {**TINY, "qk_norm": True, "global_pool": "avg"}, (True, 0)),
     "eva02": ("eva02_tiny_patch14_336", {**EVA, "mlp_ratio": 2.0}, (True, 0)),
     "eva_fused": ("eva02_large_patch14_224", {**EVA, "qkv_fused": True}, (True, 0)),
@@ -73,6 +76,11 @@ def test_equal_to_timm_to_the_bit(variant: str, attention: str) -> None:
         assert torch.equal(stopped[name], expected), name
     has_class, n_registers = MODELS[variant][2]
     assert (model.cfg.has_class_token, model.cfg.n_register_tokens) == (has_class, n_registers)
+    assert (model.cfg.patch_size, model.cfg.n_channels) == (8, 3)
+    assert (
+        tokens_per_image(model, "patch", 32)
+        == stopped[POSTS[0]].shape[1] - model.cfg.n_prefix_tokens
+    )
     assert stopped[POSTS[0]].shape[1] == model.cfg.n_ctx == has_class + n_registers + 16
 
 

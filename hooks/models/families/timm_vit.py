@@ -158,7 +158,7 @@ def prepare(model: Any) -> None:
         if type(block.mlp).__name__ == "GluMlp":
             names = ("up", "gate") if block.mlp.gate_last else ("gate", "up")
             block.mlp.fc1 = Split(block.mlp.fc1, names)
-    first = model.blocks[0]
+    first, embed = model.blocks[0], model.patch_embed
     model.blocks = Chain(list(model.blocks))
     sizes: dict[str, Any] = {
         "hidden_size": model.embed_dim,
@@ -166,8 +166,8 @@ def prepare(model: Any) -> None:
         "num_attention_heads": first.attn.num_heads,
         "layer_norm_eps": first.norm1.eps,
         "hidden_act": "gelu",
-        "num_channels": model.patch_embed.proj.in_channels,
-        "patch_size": list(as_pair(model.patch_embed.patch_size)),
+        "num_channels": getattr(embed, "in_chans", None) or embed.proj.in_channels,
+        "patch_size": list(embed.feat_ratio(as_scalar=False)),  # of a hybrid, its CNN's stride too
         "image_size": list(as_pair(model.patch_embed.img_size)),
     }
     model.config = PreTrainedConfig(**sizes)
