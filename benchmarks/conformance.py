@@ -56,9 +56,17 @@ LAYERS = re.compile(r"((num|n)_.*layers|.*_layers|depth)$")
 SIDES = re.compile(r"(image_size|pretrain_image_size|input_size)$")
 MASKED = ("ForPreTraining", "ForMaskedImageModeling")
 SKIPPED = re.compile(r"Timm|TextModel$")  # timm's are rows of their own
-MOST_PARAMETERS = 100_000_000  # of timm's models, which have no tiny configs
-SMALLER = {"hieradet_sam2": 256, "nasnet": 192, "qwen3_vit": 256}
-# timm's module -> side of the images, where at their own all activations at once take more than 7 GB
+MOST_PARAMETERS = 150_000_000  # of timm's models, which have no tiny configs
+SMALLER: dict[str, dict[str, Any]] = {
+    # timm's module -> what its smallest model is created with: a few blocks, or images at which all its
+    # activations together take less than 7 GB
+    "deepseek_vit": {"depth": 2, "pretrained_cfg_overlay": {"input_size": (3, 224, 224)}},
+    "gemma4_vit": {"depth": 2, "pretrained_cfg_overlay": {"input_size": (3, 192, 192)}},
+    **{
+        module: {"pretrained_cfg_overlay": {"input_size": (3, side, side)}}
+        for module, side in (("hieradet_sam2", 256), ("nasnet", 192), ("qwen3_vit", 256))
+    },
+}
 SMALL = re.compile(r"atto|femto|pico|nano|micro|mini|tiny|xx?s|_[smt]\d*(_|$)|small|18|_?0(_|$)")
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # config class -> fields, where the rules above do not give a model that can be run
@@ -463,17 +471,16 @@ def of_timm(only: str) -> Iterator[dict[str, Any]]:
         if not names or not re.fullmatch(only, f"timm: {module}"):
             continue
         few = [name for name in names if SMALL.search(name)][:6] or names[:6]
+        options = SMALLER.get(module, {})
         with torch.device("meta"):
-            sizes = {n: sum(p.numel() for p in timm.create_model(n).parameters()) for n in few}
+            models = {name: timm.create_model(name, **options) for name in few}
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         name = min(sizes, key=sizes.__getitem__)
         if sizes[name] > MOST_PARAMETERS:
             reason = f"its smallest model has {sizes[name]:,} parameters"
             config = f"timm: {module}"
             yield {"model": name, "config": config, "verdict": "not built", "reason": reason}
             continue
-        options: dict[str, Any] = {}
-        if side := SMALLER.get(module):
-            options["pretrained_cfg_overlay"] = {"input_size": (3, side, side)}
         torch.manual_seed(0)
         plain = timm.create_model(name, **options).eval()
         torch.manual_seed(0)
