@@ -126,7 +126,6 @@ def euclidean(points: np.ndarray) -> np.ndarray:
         rows = rows - rows.mean(0)  # for the precision of the differences below
         gram = rows @ rows.T
         square = np.diag(gram)
-        between = np.sqrt(np.maximum(square[:, None] + square - 2 * gram, 0))
-        np.fill_diagonal(between, 0.0)
-        distance[np.ix_(known, known)] = between
+        between = np.maximum(square[:, None] + square - 2 * gram, 0)
+        distance[np.ix_(known, known)] = np.sqrt(between)
     return distance

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import pearsonr
+from scipy.spatial.distance import cdist
+from scipy.stats import ortho_group, pearsonr
 from taxolens.registry.evaluators.cpcc import CPCC, euclidean
 from taxolens.registry.evaluators.parts.ranks import pearson
 from taxolens.registry.taxonomies import Taxonomy
@@ -52,6 +53,17 @@ def test_against_loops_over_pairs(
             else:
                 assert np.isnan(numbers[f"{feature}_cpcc"])
         assert numbers["n_classes"] == len(set(labels.tolist()))
+
+
+def test_distances_far_from_the_origin_and_of_points_nearly_equal() -> None:
+    """Rounding of squares must not leave a root of a number below 0."""
+    points = np.random.default_rng(0).normal(size=(30, 8))
+    points[10:20] = points[:10] * (1 + 1e-9)
+    for offset in (0.0, 1e7):
+        with np.errstate(all="raise"):
+            found = euclidean(points + offset)
+        assert not np.diag(found).any()
+        np.testing.assert_allclose(found, cdist(points, points), atol=1e-5)
 
 
 def test_points_at_the_distances_of_the_tree_reach_one(
@@ -97,6 +109,24 @@ def test_equal_distances_are_undefined() -> None:
     np.testing.assert_allclose(distance, np.sqrt(2) * (1 - np.eye(4)))
     above = distance[np.triu_indices(4, 1)]
     assert np.isnan(pearson(above, np.arange(6.0)))
+    # However they are turned and moved: what rounding makes of equal numbers is no variation.
+    turned = ortho_group.rvs(4, random_state=0) + np.array([7.0, 0.1, -3.0, 20.0])
+    above = euclidean(turned)[np.triu_indices(4, 1)]
+    assert np.ptp(above) > 0 and np.isnan(pearson(above, np.arange(6.0)))
+    assert np.isnan(pearson(np.arange(6.0), above))
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_correlation_in_any_unit(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, 9)) * 10.0 ** rng.integers(-12, 13, (2, 1))
+    b += a * rng.normal()
+    offset = rng.normal() * 1e3 * np.ptp(a)
+    assert pearson(a + offset, b) == pytest.approx(pearsonr(a, b).statistic, abs=1e-9)
+    with np.errstate(all="raise"):
+        assert np.isnan(pearson(a[:0], b[:0])) and np.isnan(pearson(a[:1], b[:1]))
+        assert np.isnan(pearson(0 * a, b)) and np.isnan(pearson(a, 0 * b))
 
 
 def test_a_row_that_is_not_finite_has_no_distance() -> None:

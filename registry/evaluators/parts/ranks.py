@@ -7,11 +7,11 @@ from scipy.stats import false_discovery_control, rankdata
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two (n,); NaN if either is constant."""
-    a, b = (v - v.mean() if len(v) else v for v in (a, b))
-    scale = np.sqrt((a**2).sum() * (b**2).sum())
-    constant = any(np.ptp(v) <= 1e-9 * np.abs(v).max() for v in (a, b)) if len(a) else True
-    return float("nan") if constant else float((a * b).sum() / scale)
+    """Correlation of two (n,); NaN if either is constant but for rounding."""
+    if not len(a) or any(np.ptp(v) <= 1e-9 * np.abs(v).max() for v in (a, b)):
+        return float("nan")
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
