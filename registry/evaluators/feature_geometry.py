@@ -373,7 +373,7 @@ def node_vector(x: np.ndarray) -> np.ndarray:
     ridge = shrinkage * scale
     weight = (1 - shrinkage) / n
     if not ridge > 1e-9 * scale:  # no shrinkage: the pseudo-inverse
-        direction = np.linalg.pinv(centred.T @ centred / n + ridge * np.eye(d)) @ mean
+        direction = np.linalg.pinv(centred.T @ centred / n) @ mean
     elif weight > 0:
         inner = np.eye(n) * (ridge / weight) + centred @ centred.T
         direction = (mean - centred.T @ np.linalg.solve(inner, centred @ mean)) / ridge

@@ -147,9 +147,7 @@ def distances(points: np.ndarray) -> np.ndarray:
     centred = points - points.mean(0) if len(points) else points
     gram = centred @ centred.T
     square = np.diag(gram)
-    distance = np.sqrt((square[:, None] + square - 2 * gram).clip(min=0))
-    np.fill_diagonal(distance, 0)
-    return distance
+    return np.sqrt((square[:, None] + square - 2 * gram).clip(min=0))
 
 
 def gaussian_like(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -171,7 +169,7 @@ def gromov_delta(distance: np.ndarray, base: int) -> float:
         np.minimum(row[:, None], row, out=through)
         np.maximum(best, through, out=best)
     best -= product
-    return max(float(best.max()), 0.0)
+    return float(best.max())  # 0 or more: at the base point itself it is 0
 
 
 def relative_delta(distance: np.ndarray, bases: int = 4, seed: int = 0) -> float:

@@ -66,7 +66,7 @@ class Information(NamedTuple):
     @classmethod
     def of(cls, mutual: np.ndarray, entropy: np.ndarray) -> Information:
         """Normalise I (n_s, m) by H (n_s,) of nested factors, the coarsest first."""
-        more = np.diff(mutual, axis=0, prepend=0).clip(min=0)
+        more = np.diff(mutual, axis=0, prepend=0)
         more[more <= 1e-9] = 0.0
         grown = np.diff(entropy, prepend=0)
         grown[grown <= 1e-9] = 0.0

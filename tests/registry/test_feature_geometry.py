@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators import feature_geometry
 from taxolens.registry.evaluators.feature_geometry import (
     FeatureGeometry,
     added_cosines,
@@ -61,11 +62,28 @@ def test_babel_of_more_rows_than_there_are() -> None:
     gram = (rows @ rows.T).abs().fill_diagonal_(0)
     wanted = [float(gram.max()), float(gram.sum(1).max())]
     assert babel(rows, (1, 20)) == pytest.approx(wanted)
+    assert babel(rows[:0], (1, 20)) == [0.0, 0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_geometry, "BLOCK", 2)
+        assert babel(rows, (1, 20)) == pytest.approx(wanted)
 
 
 def test_points_that_do_not_spread() -> None:
     assert ledoit_wolf(np.zeros((4, 3))) == (1.0, 0.0)
     assert node_vector(np.zeros((4, 3))).tolist() == [0, 0, 0]
+
+
+def test_two_points_spread_along_one_line() -> None:
+    """Nothing is shrunk: ℓ is the part of the mean along that line."""
+    x = np.array([[4.0, 1, 0], [2, 1, 0]])
+    assert ledoit_wolf(x - x.mean(0)) == (0.0, pytest.approx(1 / 3))
+    np.testing.assert_allclose(node_vector(x), [3, 0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_a_node_vector_is_in_the_unit_of_the_points(unit: float) -> None:
+    x = np.random.default_rng(0).normal(size=(9, 5)) + 1
+    np.testing.assert_allclose(node_vector(unit * x), unit * node_vector(x))
 
 
 @given(seed=st.integers(0, 10**6))

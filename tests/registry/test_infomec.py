@@ -28,6 +28,15 @@ from taxolens.registry.taxonomies import Taxonomy
 Measured = Callable[..., Any]
 
 
+def test_latents_without_information_and_factors_without_a_value_count_for_nothing() -> None:
+    information = np.array([[3.0, 1.0, 0.5], [0.0, 2.0, 0.1]])
+    wider = np.insert(information, 1, 0.0, axis=1)
+    wider = np.insert(wider, 1, [np.nan, 1.0, 2.0, 9.0], axis=0)
+    for share in (modularity, compactness):
+        assert share(wider) == pytest.approx(share(information))
+    assert np.isnan(compactness(information * [0, 1, 0]))  # one active latent
+
+
 @given(seed=st.integers(0, 10**6), density=st.sampled_from([0.2, 1.0]))
 @settings(max_examples=30, deadline=None)
 def test_information_is_that_of_the_table_of_counts(seed: int, density: float) -> None:
@@ -93,6 +102,7 @@ def test_rounding_of_an_entropy_is_no_growth() -> None:
     # And what grows is information of rounding alone: none.
     found = Information.of(mutual, np.array([0.7, 0.9]))
     assert found.added[1].tolist() == [0, 0]
+    assert Information.of(-mutual, np.array([0.7, 0.9])).added.tolist() == [[0, 0], [0, 0]]
 
 
 def test_information_without_classes_or_images() -> None:
