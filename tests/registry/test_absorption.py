@@ -86,6 +86,29 @@ def test_latents_in_order_of_their_standardised_difference(seed: int) -> None:
         assert order.tolist() == np.argsort(-np.array(score), kind="stable").tolist()
 
 
+def test_latents_that_do_not_vary_come_last_and_divide_by_nothing() -> None:
+    """Of 40 equal values, mean² can exceed the mean of squares by rounding."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(40)[:, None] % 2 == 0
+    z = np.tile(rng.random(30), (40, 1)).astype(np.float32)
+    z[:, 7] = truth[:, 0]
+    with np.errstate(all="raise"):
+        order = order_latents(sparse.csr_array(z), truth)[0]
+        found = absorbed(z, np.ones(30), np.ones(30), np.arange(30) == 7, np.ones(40))
+    assert order[0] == 7
+    assert found.fraction[truth[:, 0]].tolist() == [0.0] * 20  # P is all by the main latent
+    assert found.fraction[~truth[:, 0]].tolist() == [1.0] * 20
+
+
+def test_equal_latents_are_all_taken_where_no_rise_is_asked_for() -> None:
+    """Eight latents, and fewer images than that."""
+    truth = np.array([[True], [False], [True], [False], [True], [False]])
+    z = sparse.csr_array(np.tile(truth, 8).astype(np.float32))
+    for most, taken in ((10, 8), (3, 3)):
+        mains, f1 = main_latents(z, z, truth, truth, rise=0.0, most=most)
+        assert mains[0].tolist() == list(range(taken)) and f1.tolist() == [1.0]
+
+
 def test_the_part_of_z_that_is_active() -> None:
     z = np.array([[0, 2, 0, 0], [0, 0, 0, 3]])
     columns, dense = active_part(sparse.csr_array(z), np.array([2, 3]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from taxolens.registry.evaluators.parts.accumulators import (
     ClassCounts,
     FiringHistogram,
     FiringRate,
+    NegativeCounts,
     Thresholds,
     TopImages,
 )
@@ -167,11 +170,62 @@ def test_memory_does_not_grow_with_images(gathered):
     assert size(60) == size(600)
 
 
-def test_equal_activations_are_drawn_at_random(gathered):
+@pytest.mark.parametrize("size", [3, 70, 600])
+def test_equal_activations_are_drawn_at_random(gathered, size):
     labels = np.repeat(np.arange(12), 50)
-    z = np.ones((600, 1), dtype=np.float32)
-    _, (_, _, top, _) = gathered(z, labels)
+    z = np.ones((600, 2), dtype=np.float32)
+    z[417, 1] = 2
+    batch, (_, _, top, _) = gathered(z, labels, size)
     assert len(set(top.labels()[0])) > 1  # the first images are all of class 0
+    order = batch.index.numpy()[np.argsort(batch.priority)]
+    assert top.index[0].tolist() == order[:4].tolist()
+    assert top.index[1].tolist() == [417, *order[order != 417][:3]]
+
+
+def test_what_is_read_on_the_way_is_not_what_comes_in_the_end(animals, one_batch, batches_of):
+    """Results are kept once they are computed, until more images come."""
+    rng = np.random.default_rng(0)
+    batch = one_batch(sparse_latents(rng, 80, 6), rng.integers(0, 12, 80))
+    parts = batches_of(batch, 20)
+    fit = batches_of(batch, int(batch.is_fit.sum()))[0]
+
+    def gather(batches, reads):
+        context = EvaluationContext(animals, 80, 5, 6)
+        shared = [
+            context.share(FiringHistogram, survival=SURVIVAL),
+            context.share(TopImages, k=4),
+            context.share(NegativeCounts),
+            context.share(ClassCounts),
+            context.share(FiringRate),
+        ]
+        context.calibrate(fit)
+        for part in batches:
+            context.update(part)
+            if reads:
+                results(shared)
+        return context, shared
+
+    def results(shared):
+        histogram, top, negative, classes, rate = shared
+        assert classes.counts.dtype == rate.fired.dtype == np.int64
+        found = [classes.counts, rate.fired, rate.total, rate.largest, rate.rate]
+        found.append(np.array([rate.mean_l0]))
+        for shuffled in (False, True):
+            pairs = top.pairs(shuffled)
+            found += [histogram.both(shuffled).toarray(), histogram.halves(shuffled).fit.toarray()]
+            found += [top.labels(shuffled), pairs.depth(), pairs.same_class]
+            found.append(negative.of(shuffled).toarray())
+        return found
+
+    wanted = results(gather(parts, False)[1])
+    assert float(wanted[5][0]) == pytest.approx(float((batch.z != 0).sum()) / 80)
+    assert wanted[11].sum() == float((batch.z < 0).sum()) > 0
+    (_, one), (_, other) = gather(parts[:2], True), gather(parts[2:], True)
+    for mine, more in zip(one, other):
+        mine.merge(more)
+    for found in (results(gather(parts, True)[1]), results(one)):
+        for array, expected in zip(found, wanted):
+            np.testing.assert_allclose(array, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -259,3 +313,38 @@ def test_merged_cells_are_the_sum(
     expected = torch.bincount(every, minlength=1000).numpy()
     assert cells.tolist() == np.flatnonzero(expected).tolist()
     assert found.tolist() == expected[cells].tolist()
+
+
+@pytest.mark.parametrize(
+    ("distinct", "size", "buffer", "held"),
+    [(50, 100, 1000, 20), (50, 100, 2**22, 20), (50, 2000, 1000, 20), (9000, 2000, 1000, 4)],
+)
+def test_cells_take_little_memory(
+    distinct: int, size: int, buffer: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 or 4 bytes a cell at most, of those that wait or are known; few of them, or nearly all."""
+    monkeypatch.setattr(cells_module, "SMALL", 0)
+    monkeypatch.setattr(cells_module, "BUFFER", buffer)
+    rng = np.random.default_rng(0)
+    counts = CellCounts(10_000, torch.int16)
+    total = np.zeros(10_000, dtype=int)
+    assert [v.dtype.kind for v in counts.read()] == ["i", "i"] and len(counts.read()[0]) == 0
+    for _ in range(104):
+        cells = rng.integers(0, distinct, size)
+        counts.add(torch.from_numpy(cells))
+        np.add.at(total, cells, 1)
+    most = 10_000 if distinct > 50 else min(buffer, 10_000 // 8) + distinct
+    assert len(pickle.dumps(counts)) < held * most + 4000
+    fresh = CellCounts(10_000, torch.int16)
+    counts.merge(CellCounts(10_000, torch.int16))  # to which nothing was added
+    fresh.merge(counts)
+    counts = fresh
+    cells, found = counts.read()
+    assert cells.tolist() == np.flatnonzero(total).tolist()
+    assert found.tolist() == total[cells].tolist()
+
+
+def test_a_small_array_is_kept_in_full() -> None:
+    counts = CellCounts(10_000, torch.int16)
+    counts.add(torch.tensor([3]))
+    assert len(pickle.dumps(counts)) > 2 * 10_000

@@ -22,6 +22,7 @@ from taxolens.registry.evaluators.parts.implication import (
     hamming,
     implied_pairs,
     measure_edges,
+    near_probe,
     nearest_parents,
 )
 from taxolens.registry.evaluators.parts.probes import NeighbourProbe, RidgeProbe
@@ -108,6 +109,8 @@ def test_the_votes_of_three_neighbours_can_outweigh_the_nearest() -> None:
     asked = torch.tensor([[7.0, 6.0]])
     assert neighbours(4, 5.0).predict(asked)[0].tolist() == [2]
     assert neighbours(2, 5.0).predict(asked)[0].tolist() == [0]
+    # At a low temperature all votes are near 0: cosines .743 and .669 give e^−25.7 and e^−33.1.
+    assert neighbours(4, 0.01).predict(torch.tensor([[4.0, 5.9]]))[0].tolist() == [1]
 
 
 def test_of_a_class_the_images_of_smallest_hash_are_kept() -> None:
@@ -168,6 +171,23 @@ def test_pairs_with_bounds_met_and_just_missed() -> None:
     every = {"implication": 0.01, "ratio": 0.01, "lift": 0.01}
     assert pairs(**every, min_fired=0) == pairs(**every, min_fired=0, block=1)
     assert {child for _, child in pairs(**every, min_fired=0)} == {0, 1, 2}  # 3 never fires
+    once = implied_pairs(firing([[1, 1], [1, 0], [1, 0]]))
+    assert (once.parent.tolist(), once.child.tolist()) == ([0], [1])
+
+
+def test_decoder_rows_nearest_to_a_probe_by_cosine() -> None:
+    rng = np.random.default_rng(0)
+    decoder, direction = rng.normal(size=(12, 4)) * [1, 5, 1, 9], rng.normal(size=(60, 4))
+    decoder *= rng.uniform(0.1, 9, (12, 1))
+    direction[::2] *= 100
+    latents = rng.integers(0, 12, (2, 60))
+    found = near_probe(torch.from_numpy(decoder), torch.from_numpy(direction), latents, 6)
+    for e, row in enumerate(direction):
+        cosine = [row @ d / np.linalg.norm(d) for d in decoder]
+        assert found[e] == (set(latents[:, e]) <= set(np.argsort(cosine)[-6:]))
+    assert 5 < found.sum() < 55
+    every = near_probe(torch.from_numpy(decoder), torch.from_numpy(direction), latents, 99)
+    assert every.all()
 
 
 def test_edges_and_hamming_of_a_small_forest() -> None:

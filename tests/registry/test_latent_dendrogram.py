@@ -53,6 +53,7 @@ def random_similarity(seed: int, size: int = 8) -> np.ndarray:
 def test_the_dendrogram_and_its_purity_against_loops(seed: int) -> None:
     similarity = random_similarity(seed)
     found, merges = grow(similarity), average_linkage(similarity)
+    assert found.leaves.shape == (7, 8)
     rng = np.random.default_rng(seed)
     groups, counted = rng.integers(-1, 3, (2, 8)), rng.random(28) < 0.7
     shares = []
@@ -218,6 +219,7 @@ def test_merges_of_equal_height_are_one() -> None:
         assert purity(found, group, np.ones(6, dtype=bool)) == pytest.approx((2 / 3 + 1 / 2) / 2)
     equal = grow(np.eye(5))
     assert set(equal.stage) == {3} and set(equal.height) == {1.0}
+    assert set(grow(np.full((3, 3), 1 + 2e-6)).height) == {0.0}  # a cosine is at most 1
 
 
 def test_the_most_frequent_latents_are_compared(

@@ -294,6 +294,8 @@ def test_random_sets_against_all_sets_of_the_present_classes(random_dag, seed):
     places = np.sort(rng.permutation(len(taxonomy.classes))[: rng.integers(2, 8)])
     found = random_class_sets(taxonomy, 1500, seed, tuple(places.tolist()))
     assert np.isnan(found.height[0]) and np.isnan(found.height[len(places) + 1 :]).all()
+    assert found.height.shape == found.generality.shape == (len(taxonomy.classes) + 1,)
+    assert found.pairs[-1] == len(places) * (len(places) - 1) / 2
     for size in range(2, len(places) + 1):
         nodes = [taxonomy.lch(chosen) for chosen in combinations(places, size)]
         heights = taxonomy.height[nodes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.level_information import (
     LevelInformation,
     informative_cuts,
+    read_levels,
     read_off,
     right_group_bounds,
 )
@@ -86,6 +89,13 @@ def test_the_neighbour_database_is_capped_and_does_not_depend_on_batches():
 def test_probes_without_a_fit_predict_no_class():
     assert RidgeProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
     assert NeighbourProbe(3).predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
+    none = torch.zeros(0, dtype=torch.int64)
+    for probe in (RidgeProbe(3), NeighbourProbe(3)):
+        if isinstance(probe, RidgeProbe):
+            probe.fit(torch.zeros(0, 4), [none])
+        else:
+            probe.fit(torch.zeros(0, 4), [none], none)
+        assert probe.predict(torch.randn(2, 4))[0].tolist() == [-1, -1]
 
 
 @few
@@ -149,6 +159,40 @@ def test_the_bounds_of_the_right_group_by_hand():
     confusion[0, 1] = confusion[1, 0] = 3
     assert right_group_bounds(confusion, groups)[0] == pytest.approx([1, 1, 0])
     assert right_group_bounds(np.eye(5, dtype=int), groups)[0].tolist() == [0, 0, 0]
+    # So there is nothing that could be gained over chance.
+    feature = SimpleNamespace(confusion=np.stack([confusion, confusion])[:, None], moments=None)
+    found = read_levels(feature, groups[1:], 0)  # pyright: ignore[reportArgumentType]
+    for probe in ("probe", "knn"):
+        assert found[f"{probe}_right_group_weight"].tolist() == [0, 0]
+        assert np.isnan(found[f"{probe}_right_group"]).all()
+
+
+def test_where_no_error_can_leave_the_group_nothing_can_be_gained():
+    """Chance and the most that is possible are 1, whatever rounding makes of them."""
+    rng = np.random.default_rng(0)
+    groups = np.array([[0] * 20, [0] * 10 + [1] * 10])
+    for _ in range(20):
+        confusion = rng.integers(0, 9, (1, 1, 20, 20)).repeat(2, axis=0)
+        feature = SimpleNamespace(confusion=confusion, moments=None)
+        found = read_levels(feature, groups, 0)  # pyright: ignore[reportArgumentType]
+        (chance, _), most = right_group_bounds(confusion[0, 0], groups)
+        assert [chance, *most] == pytest.approx([1, 1, 1])
+        assert np.isnan(found["knn_right_group"]).tolist() == [True, False]
+        assert found["knn_right_group_weight"][0] == 0 < found["knn_right_group_weight"][1]
+
+
+@pytest.mark.parametrize(
+    ("confusion", "reached"),
+    [
+        ([[0, 2, 2], [0, 0, 0], [0, 0, 4]], 1),  # b has no image, but is predicted
+        ([[2, 0, 2], [0, 0, 3], [0, 0, 4]], 1),  # b is never predicted, but has images
+        ([[2, 0, 2], [0, 0, 0], [0, 0, 4]], 0),  # b has neither
+        ([[2, 1, 0], [0, 2, 0], [0, 0, 4]], 1),  # one error
+    ],
+)
+def test_a_class_that_is_there_can_be_taken_for_its_sibling(confusion, reached):
+    """Classes a b | c: the share of the errors that could be in the right group."""
+    assert right_group_bounds(np.array(confusion), np.array([[0, 0, 1]]))[1] == reached
 
 
 @few

@@ -12,6 +12,7 @@ from scipy.linalg import fractional_matrix_power
 from scipy.special import log_expit
 from taxolens.registry.evaluators.parts.logistic import (
     LogisticProber,
+    _largest_curvature,
     best_threshold,
     class_log_odds,
     f1_score,
@@ -67,6 +68,15 @@ def test_probes_of_all_of_x_reach_the_optimum(seed: int) -> None:
     for found, true in zip(scores.T, truth.T):
         wanted = u @ least(u, true, np.array([penalty, penalty, penalty, 0]))
         assert found == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize("unit", [0.1, 1.0, 10.0])
+def test_the_curvature_that_steps_are_made_for_is_a_little_above_the_largest(unit: float) -> None:
+    rng = np.random.default_rng(0)
+    u, share = unit * rng.normal(size=(90, 6)) * [1, 2, 3, 1, 1, 9], rng.random((90, 4))
+    found = _largest_curvature(torch.from_numpy(u).float(), torch.from_numpy(share).float())
+    largest = [np.linalg.eigvalsh(u.T @ (s[:, None] * u))[-1] for s in share.T]
+    assert found.numpy() == pytest.approx(np.multiply(1.2, largest), rel=0.02)
 
 
 def test_few_steps_come_near_it() -> None:

@@ -128,6 +128,17 @@ def test_without_nodes_or_latents() -> None:
     assert len(best_nodes(np.zeros((0, 3)), images, np.ones((3, 2), dtype=bool))[0]) == 0
 
 
+@pytest.mark.parametrize("most", [0, 1, 3, 50])
+def test_of_numbers_of_positives_each_is_near_one_below_it(most: int) -> None:
+    values = np.unique(np.random.default_rng(0).integers(1, 5000, 200))
+    kept, step = node_f1._thin(values, most)
+    assert kept.dtype == float and set(kept) <= set(values.tolist())
+    assert step >= node_f1.STEP and len(kept) <= max(most, 1) + 1
+    below = kept[np.searchsorted(kept, values, side="right") - 1]
+    assert ((below <= values) & (values <= step * below)).all()
+    assert (kept[1:] > step * kept[:-1]).all()
+
+
 def best_by_counting(
     fit: np.ndarray, members: np.ndarray, images: np.ndarray
 ) -> list[tuple[int, int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import (
     NeuronLatents,
@@ -16,7 +18,7 @@ from taxolens.registry.evaluators.parts.null_latents import (
     shuffle_labels,
 )
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
-from taxolens.registry.evaluators.parts.sae_latents import SAELatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents, as_input
 from taxolens.registry.evaluators.parts.twin import untrained_twin
 from taxolens.registry.hashing import uniform
 
@@ -101,21 +103,22 @@ def test_twins_of_counted_latents_keep_the_count_of_each_input():
         assert bool((z < 0).any()) == (kind == "abstopk")
 
 
-def test_a_pursuit_of_a_twin_stops_at_the_l0_of_its_sae():
-    latents = sae_of("matching_pursuit", residual_threshold=6.0)
+@pytest.mark.parametrize("threshold", [3.0, 5.0, 6.0, 8.0, 11.0, 14.5])
+def test_a_pursuit_of_a_twin_stops_at_the_l0_of_its_sae(threshold):
+    latents = sae_of("matching_pursuit", residual_threshold=threshold)
     with torch.no_grad():
         latents.sae.W_dec.copy_(torch.nn.functional.normalize(latents.sae.W_dec, dim=1))
         latents.sae.b_dec.copy_(X.mean(0))
     twin = TwinLatents.fit(latents, X)
     wanted = l0_of(latents)
     steps = twin.sae.cfg.max_iterations
-    assert latents.sae.cfg.max_iterations is None and 1 <= steps < 12
+    assert latents.sae.cfg.max_iterations is None and steps >= 1
 
     def miss(n: int) -> float:
         twin.sae.cfg.max_iterations = n
         return abs(l0_of(twin) - wanted)
 
-    assert miss(steps) == min(miss(n) for n in range(1, 13))
+    assert miss(steps) == min(miss(n) for n in range(1, steps + 3))
 
 
 def test_a_twin_is_reproducible_and_another_draw_is_another_twin():
@@ -154,9 +157,59 @@ class Fixed(StandardSAE):
         return torch.cat([torch.ones_like(z[:, :3]), 0 * z[:, 3:]], dim=1)
 
 
+def test_a_twin_of_an_sae_in_training_takes_inputs_on_its_scale():
+    scaler = ActivationScaler()
+    scaler.scaling_factor = 0.5
+    latents = SAELatents(sae_of("standard").sae, scaler)
+    twin = TwinLatents.fit(latents, X)
+    assert twin.scaler is scaler and l0_of(twin) == pytest.approx(l0_of(latents), abs=0.01)
+    torch.testing.assert_close(twin.sae.b_dec, X.mean(0) / 2)
+
+
+class Sparse(StandardSAE):
+    """A third party's SAE with latents as a sparse tensor."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode(x).to_sparse()
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return super().decode(feature_acts.to_dense())
+
+
+def test_sparse_latents_are_as_dense_ones():
+    dense = StandardSAE(StandardSAEConfig(d_in=12, d_sae=100))
+    sparse = Sparse(dense.cfg)
+    sparse.load_state_dict(dense.state_dict())
+    one, other = (TwinLatents.fit(SAELatents(sae), X) for sae in (dense, sparse))
+    assert one.scale == other.scale != 1
+    for latents, twin in ((SAELatents(dense), SAELatents(sparse)), (one, other)):
+        for wanted, found in zip(latents.reconstruct(X), twin.reconstruct(X)):
+            assert found.layout == torch.strided and torch.equal(wanted, found)
+        assert torch.equal(latents.encode(X), twin.encode(X))
+
+
+def test_an_sae_may_lack_a_decoder_or_want_its_head_apart():
+    bare = SAELatents(SimpleNamespace(cfg=SimpleNamespace(d_sae=3)))
+    assert bare.d_sae == 3 and bare.W_dec is None and bare.b_dec is None
+    for apart, shape in ((True, (500, 1, 12)), (False, (500, 12))):
+        assert as_input(SimpleNamespace(hook_z_reshaping_mode=apart), X).shape == shape
+
+
+def test_a_twin_has_the_precision_of_its_sae():
+    latents = sae_of("standard", dtype="float64")
+    assert latents.encode(X).dtype == latents.reconstruct(X)[0].dtype == torch.float32
+    twin = TwinLatents.fit(latents, X)
+    z, decoded = twin.reconstruct(X)
+    assert twin.sae.W_dec.dtype == torch.float64 and twin.scale != 1
+    wanted = twin.sae.b_dec + twin.scale * z.double() @ twin.sae.W_dec
+    torch.testing.assert_close(decoded, wanted.float())
+
+
 def test_an_sae_without_a_twin_is_refused(monkeypatch):
     sae = Fixed(StandardSAEConfig(d_in=12, d_sae=100))
-    assert l0_of(TwinLatents.fit(SAELatents(sae), X)) == 3  # its own rule gives its L0
+    twin = TwinLatents.fit(SAELatents(sae), X)
+    assert l0_of(twin) == 3 and not twin.sae.b_enc.any()  # its own rule gives its L0
+    assert not any(weight.requires_grad for weight in twin.sae.parameters())
     with pytest.raises(ConfigError, match=r"another mean L0.*; given '3'; allowed: 5, that of the"):
         untrained_twin(sae, X, 5.0, 0)
     silent = {"encode": lambda self, x: torch.ones(len(x), 100)}  # no pre-activations are shown
@@ -184,6 +237,20 @@ def test_planted_detectors_do_not_depend_on_the_batches(animals):
     whole = latents.encode(labels=labels, index=index)
     parts = [latents.encode(labels=a, index=b) for a, b in zip(labels.split(7), index.split(7))]
     assert torch.equal(whole, torch.cat(parts))
+
+
+def test_planted_detectors_of_other_seeds_are_independent(animals):
+    labels, index = torch.arange(12).repeat_interleave(400), torch.arange(4800)
+    own = torch.from_numpy(animals.membership[labels][:, animals.distinct_nodes])
+    planted = [PlantedLatents(animals, recall=0.5, false_alarm=0.0, seed=seed) for seed in range(3)]
+    z = [latents.encode(labels=labels, index=index)[own] for latents in planted]
+    for one in range(3):
+        for other in range(3):
+            if one != other:
+                fires = z[one] > 0
+                assert (z[other][fires] > 0).float().mean() == pytest.approx(0.5, abs=0.02)
+                strength = [z[one][fires & ((z[other] > 0) == both)].mean() for both in (0, 1)]
+                assert strength == pytest.approx([1.5, 1.5], abs=0.02)
 
 
 def test_planted_nodes_can_be_shuffled_without_changing_their_size(animals):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,32 @@ from hypothesis import strategies as st
 from scipy import sparse
 from taxolens.registry import hashing
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.base import EvaluationContext, InterventionResult
+from taxolens.registry.evaluators.base import (
+    EvaluationBatch,
+    EvaluationContext,
+    InterventionResult,
+)
 from taxolens.registry.evaluators.parts import summary
+from taxolens.registry.evaluators.parts.class_probes import FeatureProbes
+from taxolens.registry.evaluators.parts.embedded import EmbeddedImages
 from taxolens.registry.evaluators.parts.image_positions import SALT, ImagePositions
+from taxolens.registry.evaluators.parts.latent_nodes import LatentNodes
 from taxolens.registry.evaluators.parts.moments import ClassMoments
 from taxolens.registry.evaluators.parts.null_latents import NeuronLatents
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.probes import RidgeProbe
 from taxolens.registry.evaluators.parts.readout import HeadReadout
-from taxolens.registry.evaluators.parts.samples import FiringSample, ImageSample, fires, together
+from taxolens.registry.evaluators.parts.samples import SALT as SAMPLES
+from taxolens.registry.evaluators.parts.samples import (
+    FiringSample,
+    FiringStore,
+    ImageSample,
+    fires,
+    together,
+)
 from taxolens.registry.evaluators.parts.steering import effects, find_strength, steer
 from taxolens.registry.evaluators.parts.sums import ActivationSums, LatentSums
+from taxolens.registry.taxonomies import Taxonomy
 
 SEEDS = st.integers(0, 10**6)
 
@@ -146,6 +162,18 @@ def test_pairs_that_fire_together_one_by_one(seed: int, density: float) -> None:
 def test_firings_are_ones() -> None:
     z = sparse.csr_array(np.array([[0.0, 2.5], [0.1, 0.0]]))
     assert fires(z).toarray().tolist() == [[0, 1], [1, 0]]
+    z = sparse.csr_array(np.array([[0.0, 2.5, -1.0], [0.1, -2.0, 0.0], [0.0, 0.0, -3.0]]))
+    assert fires(z).toarray().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(("most", "images"), [(1, 1), (8, 2), (9, 2), (40, 10), (400, 10)])
+def test_of_latents_that_fire_often_fewer_images_are_kept(
+    animals: Any, one_batch: Any, most: int, images: int
+) -> None:
+    """Four firings an image; ten images at most."""
+    store = FiringStore(EvaluationContext(animals, 30, 5, 4), max_images=10, max_firings=most)
+    store.calibrate(one_batch(np.ones((30, 4), dtype=np.float32), np.arange(30) % 12))
+    assert store.max_images == images
 
 
 def test_positions_are_those_of_the_smallest_hash(animals: Any, one_batch: Any) -> None:
@@ -160,7 +188,138 @@ def test_positions_are_those_of_the_smallest_hash(animals: Any, one_batch: Any) 
         )
 
 
+@pytest.mark.parametrize("own_layer", [True, False])
+def test_embeddings_of_a_sample_of_the_score_half(
+    animals: Any, one_batch: Any, batches_of: Any, own_layer: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    batch = one_batch(np.zeros((90, 2), dtype=np.float32), np.arange(90) % 12)
+    rows = batch.x if own_layer else torch.from_numpy(rng.normal(size=(90, 7)))
+    batch = replace(batch, embedding=None if own_layer else rows)
+    context = EvaluationContext(animals, 90, 5, 2)
+    empty, one, other = (EmbeddedImages(context, max_images=20) for _ in range(3))
+    for n, part in enumerate(batches_of(batch, 20)):
+        (one if n < 3 else other).update(part)
+    assert empty.unit.shape == (0, 0) and empty.unit.dtype == np.float32
+    assert empty.index.shape == (0,) and empty.index.dtype == np.int64
+    empty.merge(one)
+    empty.merge(other)
+    half = 90 / 2
+    kept = hashing.uniform(batch.index.numpy(), SAMPLES) < 20 / half
+    kept &= ~batch.is_fit.numpy()
+    assert 10 < kept.sum() < 30
+    assert empty.index.tolist() == batch.index.numpy()[kept].tolist()
+    wanted = rows.numpy()[kept] / np.linalg.norm(rows.numpy()[kept], axis=1, keepdims=True)
+    np.testing.assert_allclose(empty.unit, wanted, rtol=1e-5)
+    assert empty.own_layer == own_layer
+    nothing = EmbeddedImages(EvaluationContext(animals, 0, 5, 2))
+    nothing.update(
+        replace(batch, **{k: v[:0] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
+    )
+    assert nothing.index.tolist() == [] and nothing.unit.shape == (0, rows.shape[1])
+
+
 # moments and probes ------------------------------------------------------------------------------
+
+
+def some_images(x: torch.Tensor, labels: torch.Tensor, fit: bool) -> EvaluationBatch:
+    n = len(x)
+    return EvaluationBatch(x, x, labels, labels, torch.arange(n), torch.full((n,), fit))
+
+
+def fitted(x: torch.Tensor, *parts: EvaluationBatch) -> FeatureProbes:
+    probes = FeatureProbes(4, 1, 0.01, 3, 5)
+    probes.calibrate(x, x)
+    for part in parts:
+        probes.update(part, part.x, part.x)
+    return probes
+
+
+def test_probes_of_two_parts_of_the_fit_half_are_those_of_all() -> None:
+    rng = np.random.default_rng(0)
+    x, asked = (torch.from_numpy(rng.normal(size=(60, 3)).astype(np.float32)) for _ in range(2))
+    labels = torch.arange(60) % 4
+    first, second = some_images(x[:25], labels[:25], True), some_images(x[25:], labels[25:], True)
+    second = replace(second, index=torch.arange(25, 60))
+    whole, parts, rest = fitted(x, first, second), fitted(x, first), fitted(x, second)
+    assert parts.moments is not None and whole.moments is not None
+    groups = np.array([[0, 0, 1, 1]])
+    parts.moments.variance_share(groups, 0)  # asked on the way, it is not what comes in the end
+    parts.merge(rest)
+    torch.testing.assert_close(parts.ridge.scores(asked)[0], whole.ridge.scores(asked)[0])
+    assert parts.knn.predict(asked)[0].tolist() == whole.knn.predict(asked)[0].tolist()
+    found, wanted = (p.moments.variance_share(groups, 0) for p in (parts, whole))
+    assert found == pytest.approx(wanted)
+
+
+def test_sums_about_other_means_are_refused(animals: Any, one_batch: Any) -> None:
+    x, labels = torch.randn(40, 3) + 5, torch.arange(40) % 4
+
+    def moments(sample: torch.Tensor) -> ClassMoments:
+        found = ClassMoments(4, 1, sample)
+        found.update(x, [labels])
+        return found
+
+    def ridge(sample: torch.Tensor) -> RidgeProbe:
+        found = RidgeProbe(4)
+        found.centre(sample)
+        found.fit(x, [labels])
+        return found
+
+    groups = np.array([[0, 0, 1, 1]])
+    for about, name in ((moments, "mean of a feature"), (ridge, "mean of a feature")):
+        one, twice = about(x), about(x)
+        twice.merge(about(x))
+        with pytest.raises(ConfigError, match=name):
+            one.merge(about(x[:20]))
+        if isinstance(one, ClassMoments):  # the same images twice have the same shares
+            assert twice.variance_share(groups, 0) == pytest.approx(one.variance_share(groups, 0))
+        else:
+            torch.testing.assert_close(twice.scores(x), one.scores(x))
+    context = EvaluationContext(animals, 40, 5, 2)
+    with pytest.raises(ConfigError, match="max_images"):
+        FiringSample(context, max_images=3).merge(FiringSample(context, max_images=4))
+    sums = [ActivationSums(context) for _ in range(2)]
+    for each, classes in zip(sums, (4, 3)):
+        each.update(one_batch(np.zeros((40, 2)), np.arange(40) % classes, seed=classes))
+    with pytest.raises(ConfigError, match="mean of x"):
+        sums[0].merge(sums[1])
+
+
+def test_the_node_of_a_latent_and_none_without_nodes(animals: Any, one_batch: Any) -> None:
+    labels = np.arange(24) % 12
+    z = np.stack([labels < 6, labels == 7], axis=1).astype(np.float32)  # two images a class
+    for taxonomy, nodes in (
+        (animals, [animals.lch(np.arange(6)), animals.class_nodes[7]]),
+        (Taxonomy.from_edges([("root", "a")]), [0, 0]),
+    ):
+        own = labels * (len(taxonomy.classes) > 1)
+        context = EvaluationContext(taxonomy, 24, 5, 2)
+        found = LatentNodes(context)
+        batch = one_batch(z, own)
+        context.update(batch)
+        node, f1 = found.of(np.arange(2))
+        assert node.tolist() == nodes and node.dtype.kind == "i"
+        np.testing.assert_array_equal(f1, [1, 1] if len(taxonomy.classes) > 1 else [np.nan] * 2)
+        assert found.fired.tolist() == (batch.z[batch.is_fit] > 0).sum(0).tolist()
+        assert found.fired.dtype == np.int64
+
+
+def test_predictions_of_other_probes_are_refused() -> None:
+    x, labels = torch.randn(40, 3), torch.arange(40) % 4
+    fit, score = some_images(x[:30], labels[:30], True), some_images(x[30:], labels[30:], False)
+    one, other = fitted(x, fit, score), fitted(x, fit, score)
+    one.merge(other)
+    assert one.confusion.sum() == 2 * 2 * 10 and one.confusion.dtype == np.int32
+    with pytest.raises(ConfigError, match="probes of the fit half"):
+        one.merge(fitted(x, some_images(x[5:30], labels[5:30], True)))
+
+
+@pytest.mark.parametrize(("n_classes", "counted"), [(4, []), (5, [5]), (19, [5]), (20, [5, 20])])
+def test_the_most_probable_classes_are_counted_where_there_are_so_many(
+    n_classes: int, counted: list[int]
+) -> None:
+    assert list(FeatureProbes(n_classes, 1, 0.01, 3, 5).near) == counted
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -305,7 +464,7 @@ class TwoClasses:
 
 def test_steering_along_several_directions() -> None:
     model = TwoClasses()
-    directions = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    directions = torch.tensor([[3.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.02]])
     found = steer(
         model,
         HeadReadout(model.logit_classes),
@@ -316,13 +475,13 @@ def test_steering_along_several_directions() -> None:
         n_classes=2,
     )
     # No strength is looked for along 0; none is found where both outputs rise alike.
-    assert found.reached.tolist() == [True, False, True, False]
-    assert found.kl[[0, 2]] == pytest.approx(0.1, rel=0.05)
+    assert found.reached.tolist() == [True, False, False, True]
+    assert found.kl[[0, 3]] == pytest.approx(0.1, rel=0.05)
     # KL(½, ½ ‖ q, 1 − q) = .1 nats at q = .713: the same for both, whatever their length.
-    assert found.strength[0] == pytest.approx(found.strength[2], rel=0.05)
+    assert found.strength[0] == pytest.approx(found.strength[3], rel=0.05)
     assert found.change[0] == pytest.approx([0.213, -0.213], abs=0.01)
-    assert found.change[2] == pytest.approx([-0.213, 0.213], abs=0.01)
-    assert np.isnan(found.change[[1, 3]]).all() and np.isnan(found.kl[[1, 3]]).all()
+    assert found.change[3] == pytest.approx([-0.213, 0.213], abs=0.01)
+    assert np.isnan(found.change[[1, 2]]).all() and np.isnan(found.kl[[1, 2]]).all()
     assert model.runs <= 1 + 4 + 0 + 1 + 12  # the second search begins where the first ended
 
 
@@ -343,5 +502,11 @@ def test_effects_of_steering_by_hand() -> None:
 def test_a_strength_is_found_from_no_first_guess() -> None:
     clean = torch.zeros(1, 2).log_softmax(1)
     direction = torch.tensor([[1.0, -1.0]])
-    strength, steered = find_strength(lambda s: (s * direction).log_softmax(1), clean, 0.1, 0.0)
-    assert steered is not None and strength > 0
+    tried: list[float] = []
+
+    def outputs(strength: float) -> torch.Tensor:
+        tried.append(strength)
+        return (strength * direction).log_softmax(1)
+
+    strength, steered = find_strength(outputs, clean, 0.1, 0.0)
+    assert steered is not None and strength > 0 and tried[0] == 1.0

@@ -127,6 +127,13 @@ def test_a_split_latent_is_predicted_by_its_halves_jointly() -> None:
     assert r2[0] < 0.75 and r2[1] > 0.999 and r2[3] > 0.999
 
 
+def test_a_constant_source_predicts_nothing() -> None:
+    y = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    y[:, 1] = 2.0
+    r2 = regression_r2(y[:30, :1], y[:30, [1, 0]], y[30:, :1], y[30:, [1, 0]], 2)
+    assert r2[:, 0] == pytest.approx([1, 1], abs=1e-5)
+
+
 def test_as_many_regressors_as_there_are() -> None:
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     r2 = regression_r2(x, x[:, :1], x, x[:, :1], 4)
@@ -176,6 +183,14 @@ def test_the_rank_of_the_same_image_by_hand() -> None:
     assert cosine == pytest.approx(np.mean(expected))
     assert mrr == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
     assert relative_agreement(own, own) == pytest.approx((1, 1))
+
+
+def test_an_image_at_the_mean_has_no_cosine() -> None:
+    """The third of `own`; about their mean (0, 1) the others are (±1, −1) and (0, 2)."""
+    own = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    other = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])
+    for pair in ((own, other), (other, own)):
+        assert relative_agreement(*pair)[0] == pytest.approx(np.sqrt(0.5))
 
 
 def test_images_that_cannot_be_told_apart_share_a_rank() -> None:

@@ -23,6 +23,7 @@ from taxolens.registry.evaluators.supervised_dictionary import (
     held_out_f1,
     partners,
     run,
+    tokens,
 )
 
 Measured = Callable[..., Any]
@@ -96,6 +97,21 @@ def test_held_out_f1_tries_every_threshold(seed: int) -> None:
         assert any(found[v] == pytest.approx(value, nan_ok=True) for value in allowed)
 
 
+def test_a_score_at_the_threshold_is_not_above_it() -> None:
+    """Half-way between 3 and 1; a column that is not finite throughout has no value."""
+    scores = np.array([[3.0, 3.0], [1.0, np.nan]])
+    truth, held = np.array([[True, True], [False, False]]), np.array([[2.0, 2.0], [3.0, 3.0]])
+    found = held_out_f1(scores, truth, held, np.ones((2, 2), dtype=bool))
+    assert found == pytest.approx([2 / 3, np.nan], nan_ok=True)
+
+
+def test_tokens_are_split_into_parts_of_256() -> None:
+    x = torch.arange(2 * 300).reshape(2, 300, 1)
+    parts = tokens(x)
+    assert [len(part) for part in parts] == [256, 256, 88]
+    assert torch.cat(parts).flatten().tolist() == list(range(600))
+
+
 def test_partners_are_of_other_classes() -> None:
     partner, paired = partners(np.array([3, 3, 5, 3]))
     assert partner.tolist() == [2, 2, 3, 2] and paired.all()
@@ -117,6 +133,7 @@ def test_what_differs_and_what_answers_as_wanted() -> None:
     first, second = [[2.0, 1.0]], [[1.0, 2.0]]
     assert differs(result(up, first), result(up, second))[0]
     assert not differs(result(up, first), result(right, [[9.0, 0.0]]))[0]
+    assert differs(result(up, first), result(right))[0]  # logits of one of them are of no use
     assert answers(result(up, second), result(up, first), result(right, second))[0]
     assert not answers(result(up, first), result(up, second), result(up, second))[0]
 

@@ -32,6 +32,7 @@ def test_equals_the_double_sum(seed: int, scale: float, random_dag: Measured) ->
     n = len(taxonomy.classes)
     factor = weight_factor(taxonomy, scale)
     weights = np.exp(-taxonomy.tree_distance.astype(float) / scale)
+    assert factor.shape == (n, len(taxonomy.nodes))
     np.testing.assert_allclose((factor @ factor.T).toarray(), weights, atol=1e-12)
     if n < 2:
         return
