@@ -4,13 +4,18 @@
     python benchmarks/mutation.py --modules ranks stability --mutants 40
     python benchmarks/mutation.py --methods             # of the evaluators' methods in place of functions
     python benchmarks/mutation.py --write               # and the table in docs/testing.md
+    python benchmarks/mutation.py --store FOLDER        # a second call goes on where the first stopped
 
 A mutant is one function with one small fault (`mutants_of`). It runs in a fork of a process that has
 imported everything and collected the tests: the fault is put into the function's `__code__`, so that
-every module sees it, and the tests that call the function run until one fails. Which tests call which
+every module uses it, and the tests that call the function run until one fails. Which tests call which
 function is found by a run of all tests beforehand. mutmut and cosmic-ray were considered: the first
 needs the package in a folder of its name (`package-dir` is "." here), the second starts a process for
 each mutant, and importing sae_lens takes twelve seconds.
+
+With `--store` each outcome is written as it comes. A mutant is not run again where its module is the
+same and the test that failed still exists; or no test failed, and the tests of the function are the same
+or the mutant is listed as equivalent.
 
 Mutants that cannot change any result are listed in equivalent_mutants.yaml, each with its reason.
 """
@@ -21,7 +26,10 @@ import argparse
 import ast
 import copy
 import functools
+import gc
+import hashlib
 import json
+import mmap
 import os
 import random
 import resource
@@ -29,7 +37,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -49,8 +57,8 @@ MARKS = ("<!-- mutation score: begin -->", "<!-- mutation score: end -->")
 LEFT_OUT = {"figure", "histograms", "figures", "_draw_by_size", "_draw_tree", "notes"}
 LEFT_OUT |= {"read_embeddings", "__post_init__", "__repr__"}
 """Functions that draw, write sentences, read files or check options: not mutated."""
-MOST_SECONDS = 60.0
-"""Of the tests that call a function those run, the nearest first, that took so long together."""
+KILLED = ("failed", "timeout", "crash")
+"""Outcomes that a run of the tests shows: a test fails, takes too long, or ends the process."""
 MEMORY = 6 * 2**30
 """Bytes that a mutant may ask for beyond what the process has."""
 
@@ -92,8 +100,11 @@ class Mutant:
     function: str  # qualified name
     change: str  # "before -> after"
     line: int
+    digest: str  # of the module
     compiled: Callable[[], CodeType | None]
     """The code of the function with the fault in it; None where it does not compile."""
+    recorded: Callable[[], CodeType | None]
+    """The code of the function without it, which calls `sys.taxolens_called(module, function)`."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -181,11 +192,14 @@ def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Functi
 
 def mutants_of(source: str, module: str, methods: bool = False) -> list[Mutant]:
     """All mutants of a module's functions, or of the methods of its evaluators."""
-    found = []
+    found, digest = [], _digest(source)
     for top in ast.parse(source).body:
         for name, function, of_evaluator in functions(ast.Module([top], [])):
             if of_evaluator != methods:
                 continue
+            call = ast.parse(f"__import__('sys').taxolens_called({module!r}, {name!r})").body[0]
+            body = [call, *function.body]
+            record = functools.partial(_compiled, top, name, function, "body", None, body)
             seen: Counter[str] = Counter()
             for parent, field, place, node in places(function):
                 for fault in faults(node):
@@ -196,7 +210,7 @@ def mutants_of(source: str, module: str, methods: bool = False) -> list[Mutant]:
                     fault = ast.Pass() if fault is None else fault
                     build = functools.partial(_compiled, top, name, parent, field, place, fault)
                     line = getattr(node, "lineno", getattr(parent, "lineno", function.lineno))
-                    found.append(Mutant(module, name, change, line, build))
+                    found.append(Mutant(module, name, change, line, digest, build, record))
     return found
 
 
@@ -209,7 +223,12 @@ def _shown(node: ast.AST) -> str:
 
 
 def _compiled(
-    top: ast.stmt, name: str, parent: ast.AST, field: str, place: int | None, fault: ast.AST
+    top: ast.stmt,
+    name: str,
+    parent: ast.AST,
+    field: str,
+    place: int | None,
+    fault: ast.AST | list[ast.stmt],
 ) -> CodeType | None:
     before = getattr(parent, field)
     after = fault if place is None else [*before[:place], fault, *before[place + 1 :]]
@@ -245,15 +264,80 @@ def _dotted(module: str) -> str:
 # Running -----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Calls:
+    """What a run without a fault shows about one file of tests."""
+
+    digest: str  # of the file
+    tests: dict[str, list[tuple[str, str]]]  # test -> functions (module, name) that it calls
+    seconds: dict[str, float]
+    broken: list[str]  # tests that fail
+
+
+class Store:
+    """Outcomes and calls of earlier runs, in a folder; None: nothing is kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.calls: dict[str, Calls] = {}
+        self.outcomes: dict[tuple[str, str, str], dict[str, Any]] = {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "calls.json").exists():
+            found = json.loads((folder / "calls.json").read_text())
+            self.calls = {path: Calls(**calls) for path, calls in found.items()}
+        if (folder / "outcomes.jsonl").exists():
+            for line in (folder / "outcomes.jsonl").read_text().splitlines():
+                entry = json.loads(line)
+                self.outcomes[entry["module"], entry["function"], entry["change"]] = entry
+
+    def keep_calls(self) -> None:
+        if self.folder is not None:
+            text = json.dumps({path: vars(calls) for path, calls in self.calls.items()})
+            (self.folder / "calls.json").write_text(text)
+
+    def keep(self, mutant: Mutant, **entry: Any) -> None:
+        module, function, change = mutant.key
+        entry = {"module": module, "function": function, "change": change, **entry}
+        self.outcomes[mutant.key] = entry
+        if self.folder is not None:
+            with (self.folder / "outcomes.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+@dataclass
+class Child:
+    """A process that runs tests over one mutant."""
+
+    mutant: Mutant
+    items: Sequence[pytest.Item]
+    place: mmap.mmap  # the place in `items` of the test that runs
+    facts: dict[str, str]
+    started: float
+
+
 class Session:
     """A pytest plugin: in place of running the tests once it runs them for each mutant."""
 
-    def __init__(self, mutants: Sequence[Mutant], jobs: int) -> None:
-        self.mutants, self.jobs = mutants, jobs
+    def __init__(
+        self,
+        mutants: Sequence[Mutant],
+        every: Sequence[Mutant],
+        jobs: int,
+        most: float,
+        store: Store,
+        equivalent: Iterable[tuple[str, str, str]],
+    ) -> None:
+        """`every`: mutants of all functions, for the run without a fault; `most`: seconds of tests
+        over one mutant."""
+        self.mutants, self.every, self.jobs, self.most = mutants, every, jobs, most
+        self.store, self.equivalent = store, frozenset(equivalent)
         self.outcomes: dict[tuple[str, str, str], str] = {}
         self._failed = False
         self._called: set[tuple[str, str]] = set()
         self._by_fixture: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
+        self._killers: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._failed |= report.failed
@@ -271,102 +355,165 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if session.testsfailed:
             raise SystemExit("a test module cannot be imported")
+        gc.collect()
+        gc.freeze()  # a collection in a fork would copy every page
         items = session.items
         callers, seconds = self._callers(items)
-        running: dict[int, Mutant] = {}
+        names = {item.nodeid for item in items}
+        running: dict[int, Child] = {}
         for n, mutant in enumerate(self.mutants):
-            names = callers.get((mutant.module, mutant.function), set())
-            chosen = _nearest([i for i in items if i.nodeid in names], seconds, mutant)
+            calling = [i for i in items if i.nodeid in callers[mutant.module, mutant.function]]
+            chosen = _nearest(calling, seconds, mutant, self.most, self._killers)
+            facts = self._facts(mutant, chosen)
             if not chosen:
-                self.outcomes[mutant.key] = "no test"
+                self._ended(mutant, outcome="no test", **facts)
+                continue
+            if self._known(mutant, facts, names):
                 continue
             while len(running) >= self.jobs:
                 self._wait(running)
+            place = mmap.mmap(-1, 4)
             pid = os.fork()
             if not pid:
-                self._child(mutant, chosen, 10 + 5 * sum(seconds[i.nodeid] for i in chosen))
-            running[pid] = mutant
+                self._child(mutant, chosen, seconds, place)
+            running[pid] = Child(mutant, chosen, place, facts, time.monotonic())
             print(f"\r{n + 1} of {len(self.mutants)} mutants", end="", file=sys.stderr, flush=True)
         while running:
             self._wait(running)
         print(file=sys.stderr)
         return True
 
-    def _wait(self, running: dict[int, Mutant]) -> None:
-        pid, status = os.wait()
-        outcome = "failed" if status else "survived"
-        if os.WIFSIGNALED(status):
-            outcome = "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "crash"
-        self.outcomes[running.pop(pid).key] = outcome
+    def _facts(self, mutant: Mutant, chosen: Sequence[pytest.Item]) -> dict[str, str]:
+        """Digests of all that an outcome depends on: the module, and the tests that run."""
+        tests = [f"{i.nodeid} {self.store.calls[_file(i)].digest}" for i in chosen]
+        return {"source": mutant.digest, "tests": _digest("\n".join(sorted(tests)))}
 
-    def _child(self, mutant: Mutant, items: Sequence[pytest.Item], limit: float) -> None:
+    def _known(self, mutant: Mutant, facts: dict[str, str], names: set[str]) -> bool:
+        """Take the outcome of an earlier run where it holds."""
+        entry = self.store.outcomes.get(mutant.key)
+        if entry is None or entry["source"] != facts["source"]:
+            return False
+        killed = entry["outcome"] in KILLED and entry["test"] in names
+        same = entry["tests"] == facts["tests"] or mutant.key in self.equivalent
+        if not killed and not same:
+            return False
+        self._ended(mutant, **entry)
+        return True
+
+    def _ended(self, mutant: Mutant, outcome: str, **entry: Any) -> None:
+        self.outcomes[mutant.key] = outcome
+        if outcome in KILLED:
+            self._killers[mutant.module][entry["test"]] += 1
+            self._killers[f"{mutant.module}:{mutant.function}"][entry["test"]] += 1
+
+    def _wait(self, running: dict[int, Child]) -> None:
+        pid, status = os.wait()
+        child = running.pop(pid)
+        if os.WIFSIGNALED(status):
+            limits = (signal.SIGPROF, signal.SIGALRM)
+            outcome = "timeout" if os.WTERMSIG(status) in limits else "crash"
+        else:
+            outcome = {0: "survived", 1: "failed"}.get(os.WEXITSTATUS(status), "not built")
+        test = child.items[int.from_bytes(child.place[:], "little")].nodeid
+        child.place.close()
+        entry = {
+            "outcome": outcome,
+            "test": test if outcome in KILLED else "",
+            "seconds": round(time.monotonic() - child.started, 2),
+            **child.facts,
+        }
+        self.store.keep(child.mutant, line=child.mutant.line, **entry)
+        self._ended(child.mutant, **entry)
+
+    def _child(
+        self,
+        mutant: Mutant,
+        items: Sequence[pytest.Item],
+        seconds: dict[str, float],
+        place: mmap.mmap,
+    ) -> None:
         """Run tests over one mutant until one fails; ends the process."""
         try:
             _quiet()
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            most = pages * resource.getpagesize() + MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(int(limit))
             code = mutant.compiled()
             assert code is not None
             function_of(mutant.module, mutant.function).__code__ = code
-            self._run(items)
+        except BaseException:
+            os._exit(2)
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            for limit in (signal.SIGPROF, signal.SIGALRM):
+                signal.signal(limit, signal.SIG_DFL)
+            for n, (item, following) in enumerate(zip(items, [*items[1:], None])):
+                place[:] = n.to_bytes(4, "little")
+                usual = seconds[item.nodeid]
+                signal.setitimer(signal.ITIMER_PROF, 10 + 5 * usual)  # of processor time
+                signal.alarm(60 + int(20 * usual))  # for what waits
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if self._failed:
+                    os._exit(1)
         except BaseException:
             os._exit(1)
         os._exit(0)
-
-    def _run(self, items: Sequence[pytest.Item]) -> None:
-        for item, following in zip(items, [*items[1:], None]):
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            if self._failed:
-                os._exit(1)
 
     def _callers(
         self, items: Sequence[pytest.Item]
     ) -> tuple[dict[tuple[str, str], set[str]], dict[str, float]]:
         """Function -> the tests that call it, and test -> its seconds, from a run without a fault."""
-        codes = {
-            function_of(*name).__code__: name
-            for name in {(m.module, m.function) for m in self.mutants}
-        }
+        functions = {(m.module, m.function): m for m in self.every}
+        names = _digest("\n".join(" ".join(key) for key in sorted(functions)))
+        files: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+        for item in items:
+            files[_file(item)].append(item)
+        digests = {path: _digest(names + Path(path).read_text()) for path in files}
+        for path, digest in digests.items():
+            if path not in self.store.calls or self.store.calls[path].digest != digest:
+                self.store.calls[path] = Calls(digest, *self._recorded(files[path], functions))
+                self.store.keep_calls()
+        callers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        seconds: dict[str, float] = {}
+        for path in files:
+            calls = self.store.calls[path]
+            seconds |= calls.seconds
+            for test, called in calls.tests.items():
+                for module, name in called:
+                    callers[module, name].add(test)
+            if calls.broken:
+                print("left out, as they fail without a mutant:", *calls.broken, file=sys.stderr)
+        return callers, seconds
+
+    def _recorded(
+        self, items: Sequence[pytest.Item], functions: dict[tuple[str, str], Mutant]
+    ) -> tuple[dict[str, list[tuple[str, str]]], dict[str, float], list[str]]:
+        """Test -> functions called, test -> seconds, and the tests that fail; in a fork."""
         reader, writer = os.pipe()
         if not os.fork():
             os.close(reader)
             _quiet()
+            sys.taxolens_called = lambda *name: self._called.add(name)  # pyright: ignore
+            for name, mutant in functions.items():
+                function_of(*name).__code__ = mutant.recorded()  # pyright: ignore
             with os.fdopen(writer, "w") as pipe:
-                json.dump(self._recorded(items, codes), pipe)
+                json.dump(self._run(items), pipe)
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as pipe:
-            calls, seconds, broken = json.load(pipe)
+            found = json.load(pipe)
         os.wait()
-        if broken:
-            print("left out, as they fail without a mutant:", *broken, sep="\n  ", file=sys.stderr)
-        callers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-        for test, called in calls.items():
-            for module, name in called:
-                callers[module, name].add(test)
-        return callers, seconds
+        return found
 
-    def _recorded(
-        self, items: Sequence[pytest.Item], codes: dict[CodeType, tuple[str, str]]
+    def _run(
+        self, items: Sequence[pytest.Item]
     ) -> tuple[dict[str, list[tuple[str, str]]], dict[str, float], list[str]]:
-        """Test -> functions called, test -> seconds, and the tests that fail."""
-
-        def record(frame: Any, event: str, _: Any) -> None:
-            if event == "call" and frame.f_code in codes:
-                self._called.add(codes[frame.f_code])
-
         calls: dict[str, set[tuple[str, str]]] = {}
         seconds, broken = {}, []
         for item, following in zip(items, [*items[1:], None]):
             self._called = set()
             started = time.monotonic()
-            sys.setprofile(record)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            sys.setprofile(None)
-            seconds[item.nodeid] = time.monotonic() - started
+            seconds[item.nodeid] = round(time.monotonic() - started, 3)
             if self._failed:
                 broken.append(item.nodeid)
             else:
@@ -378,22 +525,42 @@ class Session:
         return {test: sorted(names) for test, names in calls.items()}, seconds, broken
 
 
+def _file(item: pytest.Item) -> str:
+    return str(item.path.relative_to(ROOT))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _nearest(
-    items: Sequence[pytest.Item], seconds: dict[str, float], mutant: Mutant
+    items: Sequence[pytest.Item],
+    seconds: dict[str, float],
+    mutant: Mutant,
+    most: float,
+    killers: dict[str, Counter[str]],
 ) -> list[pytest.Item]:
-    """The tests of the module's own file, then the files that take least, up to `MOST_SECONDS`."""
-    home = f"test_{Path(mutant.module).stem}.py"
+    """The tests of the files that import from the module, then those of the files that take least,
+    of each file the quick ones first, up to `most` seconds.
+
+    Those that failed for other mutants of the function or the module go first.
+    """
+    importing = f"{_dotted(mutant.module)} import "
+    home = {item.path: importing in item.path.read_text() for item in items}
     cost: Counter[Path] = Counter()
     for item in items:
         cost[item.path] += seconds[item.nodeid]  # pyright: ignore[reportArgumentType]
-    ordered = sorted(items, key=lambda i: (i.path.name != home, cost[i.path], str(i.path)))
+    order = {i.nodeid: (not home[i.path], cost[i.path], seconds[i.nodeid]) for i in items}
     total, chosen = 0.0, []
-    for item in ordered:
+    for item in sorted(items, key=lambda i: order[i.nodeid]):
         total += seconds[item.nodeid]
-        if chosen and total > MOST_SECONDS:
+        if chosen and total > most:
             break
         chosen.append(item)
-    return chosen
+    best = [test for test, _ in killers[f"{mutant.module}:{mutant.function}"].most_common(3)]
+    best += [test for test, _ in killers[mutant.module].most_common(2) if test not in best]
+    place = {test: n for n, test in enumerate(best)}
+    return sorted(chosen, key=lambda i: place.get(i.nodeid, len(place)))
 
 
 def _quiet() -> None:
@@ -411,8 +578,8 @@ def scores(
     """module -> how many mutants it has, were tried, died, cannot be noticed, and lived."""
     found = {}
     for module in sorted(counts):
-        own = {key: outcome for key, outcome in outcomes.items() if key[0] == module}
-        lived = [key for key, outcome in own.items() if outcome in ("survived", "no test")]
+        own = {key: o for key, o in outcomes.items() if key[0] == module and o != "not built"}
+        lived = [key for key, outcome in own.items() if outcome not in KILLED]
         same = [key for key in lived if key in equivalent]
         found[module] = {
             "mutants": counts[module],
@@ -445,30 +612,8 @@ def write_docs(text: str) -> None:
     DOCS.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modules", nargs="*", help="names such as ranks or stability")
-    parser.add_argument("--methods", action="store_true", help="of the evaluators, not functions")
-    parser.add_argument("--mutants", type=int, default=20, help="of each module, at random")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON of the scores and of what lived")
-    parser.add_argument("--write", action="store_true", help="the table into docs/testing.md")
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads may hang
-
-    counts, chosen = {}, []
-    for path in sorted(p for folder in FOLDERS for p in Path(folder).glob("*.py")):
-        module = str(path.relative_to(FOLDERS[0]))
-        if path.stem == "base" or (args.modules and path.stem not in args.modules):
-            continue  # base runs the evaluators: it is tested with plugin/
-        mutants = mutants_of(path.read_text(), module, args.methods)
-        random.Random(f"{args.seed} {module}").shuffle(mutants)
-        if mutants:
-            counts[module] = len(mutants)
-            chosen += [m for m in mutants if m.compiled() is not None][: args.mutants]
-
+def _run(session: Session) -> dict[tuple[str, str, str], str]:
+    """Outcome of each mutant of a session."""
     hypothesis.settings.register_profile(
         "mutation",
         derandomize=True,
@@ -478,23 +623,64 @@ def main() -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     hypothesis.settings.load_profile("mutation")
-    session = Session(chosen, args.jobs)
     files = [str(p) for p in sorted(Path(TESTS).glob("test_*.py")) if "evaluators" in p.read_text()]
     pytest.main(["-q", "-s", "-p", "no:cacheprovider", *files], plugins=[session])
+    return session.outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modules", nargs="*", help="names such as ranks or stability")
+    parser.add_argument("--methods", action="store_true", help="of the evaluators, not functions")
+    parser.add_argument("--mutants", type=int, default=20, help="of each module, at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60, help="of tests run over one mutant")
+    parser.add_argument("--store", type=Path, help="folder that keeps outcomes as they come")
+    parser.add_argument("--stored", action="store_true", help="run nothing: what the store holds")
+    parser.add_argument("--out", type=Path, help="JSON of the scores and of what lived")
+    parser.add_argument("--write", action="store_true", help="the table into docs/testing.md")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads may hang
+
+    counts, chosen, every = {}, [], []
+    for path in sorted(p for folder in FOLDERS for p in Path(folder).glob("*.py")):
+        module = str(path.relative_to(FOLDERS[0]))
+        if path.stem == "base":
+            continue  # it runs the evaluators: it is tested with plugin/
+        mutants = mutants_of(path.read_text(), module, args.methods)
+        every += mutants
+        if args.modules and path.stem not in args.modules:
+            continue
+        random.Random(f"{args.seed} {module}").shuffle(mutants)
+        if mutants:
+            counts[module] = len(mutants)
+            chosen += [m for m in mutants if m.compiled() is not None][: args.mutants]
 
     listed = yaml.safe_load(EQUIVALENT.read_text()) or []
     equivalent = {(e["module"], e["function"], e["change"]): e["reason"] for e in listed}
-    found = scores(counts, session.outcomes, equivalent)
+    store = Store(args.store)
+    if args.stored:
+        entries = {mutant.key: store.outcomes.get(mutant.key) for mutant in chosen}
+        same = {m.key for m in chosen if (entries[m.key] or {}).get("source") == m.digest}
+        outcomes = {
+            key: entry["outcome"] for key, entry in entries.items() if entry and key in same
+        }
+    else:
+        session = Session(chosen, every, args.jobs, args.seconds, store, equivalent)
+        outcomes = _run(session)
+    found = scores(counts, outcomes, equivalent)
     print(table(found))
-    lived = [k for k, o in session.outcomes.items() if o in ("survived", "no test")]
+    lived = [k for k, o in outcomes.items() if o not in (*KILLED, "not built")]
     lines = {mutant.key: mutant.line for mutant in chosen}
     for key in sorted(set(lived) - set(equivalent)):
-        print("lived:", f"{key[0]}:{lines[key]}", *key[1:], f"({session.outcomes[key]})", sep="  ")
+        print("lived:", f"{key[0]}:{lines[key]}", *key[1:], f"({outcomes[key]})", sep="  ")
     if args.out:
         result = {
             "seed": args.seed,
             "modules": found,
-            "outcomes": Counter(session.outcomes.values()),
+            "outcomes": Counter(outcomes.values()),
         }
         args.out.write_text(json.dumps({**result, "lived": sorted(map(list, lived))}, indent=1))
     if args.write:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mutation
 import pytest
-from mutation import Mutant, function_of, mutants_of, scores, table, write_docs
+from mutation import Mutant, Session, Store, function_of, mutants_of, scores, table, write_docs
 
 SOURCE = '''
 from functools import cached_property, wraps
@@ -110,13 +111,43 @@ def test_a_fault_is_put_below_every_decorator(monkeypatch: pytest.MonkeyPatch) -
     assert module.Part().value == 1.5
 
 
+def test_calls_are_recorded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, called = load(monkeypatch), set()
+    monkeypatch.setattr(sys, "taxolens_called", lambda *name: called.add(name), raising=False)
+    code = changes()["shared", "1 -> 2"].recorded()
+    assert code is not None
+    function_of("parts/example.py", "shared").__code__ = code
+    assert module.Part().value == 6 and not called
+    assert module.shared(5) == 9 and called == {("parts/example.py", "shared")}
+
+
+def test_an_outcome_is_kept_until_what_it_depends_on_changes(tmp_path: Path) -> None:
+    killed, lived = changes()["shared", "0 -> 1"], changes()["shared", "0 -> -1"]
+    facts = {"source": killed.digest, "tests": "some"}
+    Store(tmp_path).keep(killed, outcome="failed", test="t.py::a", **facts)
+    Store(tmp_path).keep(lived, outcome="survived", test="", **facts)
+
+    def known(mutant: Mutant, listed: tuple[Any, ...] = (), **changed: str) -> bool:
+        session = Session([], [], 1, 9.0, Store(tmp_path), listed)
+        found = session._known(mutant, {**facts, **changed}, {"t.py::a"})
+        assert session.outcomes.keys() == ({mutant.key} if found else set())
+        return found
+
+    assert known(killed) and known(lived)
+    assert known(killed, tests="more") and not known(lived, tests="more")
+    assert known(lived, (lived.key,), tests="more")  # what cannot be noticed
+    assert not known(killed, source="other") and not known(lived, (lived.key,), source="other")
+    Store(tmp_path).keep(killed, outcome="failed", test="t.py::b", **facts)
+    assert not known(killed, tests="more")  # the test is gone
+
+
 def test_scores_leave_out_what_cannot_be_noticed(tmp_path: Any, monkeypatch: Any) -> None:
-    keys = [("a.py", "f", str(i)) for i in range(4)] + [("b.py", "g", "x")]
-    outcomes = dict(zip(keys, ("failed", "timeout", "survived", "no test", "crash")))
+    keys = [("a.py", "f", str(i)) for i in range(4)] + [("b.py", "g", "x"), ("b.py", "g", "y")]
+    outcomes = dict(zip(keys, ("failed", "timeout", "survived", "no test", "crash", "not built")))
     equivalent = {keys[2]: "a reason", keys[0]: "listed, but noticed all the same"}
     found = scores({"a.py": 9, "b.py": 1}, outcomes, equivalent)
     assert found["a.py"] == {"mutants": 9, "tried": 4, "died": 2, "equivalent": 1, "lived": 1}
-    assert found["b.py"]["died"] == 1
+    assert found["b.py"]["died"] == found["b.py"]["tried"] == 1
     lines = table(found).splitlines()
     assert lines[2] == "| a.py | 9 | 4 | 2 | 1 | 1 | 67% |"
     assert lines[4] == "| **all** | 10 | 5 | 3 | 1 | 1 | 75% |"
