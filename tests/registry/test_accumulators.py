@@ -293,6 +293,17 @@ def test_nan_never_fires():
     assert [t.tolist() for t in firings] == [[0], [1], [2.0]]
 
 
+def test_latents_below_0_in_one_part_alone_are_counted(animals, one_batch):
+    parts = []
+    for sign in (1, -1):
+        context = EvaluationContext(animals, 24, 5, 2)
+        parts.append(context.share(NegativeCounts))
+        context.update(one_batch(np.full((12, 2), sign, dtype=np.float32), np.arange(12)))
+    assert parts[0].of() is None
+    parts[0].merge(parts[1])
+    assert parts[0].of().toarray().tolist() == [[1] * 12] * 2
+
+
 @pytest.mark.parametrize("sizes", [(0, 9), (9, 0), (9, 12), (9, 400), (400, 9), (400, 500)])
 @pytest.mark.parametrize("small", [0, cells_module.SMALL])
 def test_merged_cells_are_the_sum(

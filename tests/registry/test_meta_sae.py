@@ -61,7 +61,9 @@ def test_explained_variance_is_that_of_the_reconstruction() -> None:
     found = decompose(rows, MetaSAEOptions(width=1.0, k=4, steps=600, lr=5e-3), 0)
     assert found.explained > 0.95 and found.acts.shape == (32, 32)
     assert (found.acts > 0).sum() <= 32 * 4
-    # Of rows that hardly differ, one step reaches nothing of the little variance that they have.
+
+
+def test_of_rows_that_hardly_differ_one_step_explains_nothing() -> None:
     rows = 1 + 1e-3 * torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     assert decompose(rows, MetaSAEOptions(steps=1, k=1), 0).explained < -100
 
