@@ -1,10 +1,12 @@
-"""Peak memory of reading the largest hostile files: at most 2 GiB beyond that of the process?
+"""Memory and time of reading the largest hostile files: at most 2 GiB beyond the process, and 60 s?
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--store]
     python benchmarks/memory.py --files "png: RGBA" --scale 0.1
+    python benchmarks/memory.py --write
 
-Each file is as long as its reader allows, or longer, and made to cost as much memory as can be. It is
-read in a fork of its own. With --scale the files are shorter by this factor.
+Each file is as long as its reader allows, or longer, and made to cost as much memory or time as can be.
+It is read in a fork of its own, whose CPU seconds are counted. With --scale the files are shorter by this
+factor. --store writes the table into docs/security.md, and --write does so from the stored results.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timing
 import torch
 from PIL import Image
 from taxolens.hooks.images.dataset import load_images
@@ -27,6 +30,8 @@ from taxolens.registry import files
 from taxolens.registry.taxonomies.load import load_taxonomy
 
 BAR = 2048  # MiB
+SECONDS = 60.0
+PAGE = timing.ROOT / "docs" / "security.md"
 COCO = (118_287, 860_001)  # images and objects of instances_train2017.json
 OUTLINE = [239.97, 260.24, 222.04, 270.49, 199.84, 253.41, 213.5, 227.79, 259.62, 200.46] * 4
 
@@ -78,6 +83,25 @@ def distinct_pairs(scale: float) -> Iterable[str]:
         yield f"root,{i}\n"
 
 
+def rows_of_one_image(scale: float) -> Iterable[str]:
+    """Lines of as many folders and one name, which are all that may be compared with an image."""
+    for i in range(round(4_000_000 * scale)):
+        yield f"\U0001f600{i:043}/{0:012} cat\n"  # 4 bytes each, in the file 1
+
+
+def chains(scale: float) -> Iterable[str]:
+    """A CSV of chains below one root, as deep as levels may be."""
+    for i in range(max(1, round(2000 * scale))):
+        for j in range(990):
+            yield f"{f'{i}_{j}' if j else 'root'},{i}_{j + 1}\n"
+
+
+def star(scale: float) -> Iterable[str]:
+    """A CSV of the most classes below one root."""
+    for i in range(round(29_990 * scale)):
+        yield f"root,{i}\n"
+
+
 def read_json(path: Path) -> object:
     """The JSON of the largest kind of file."""
     return files.read_json(path, files.MAX_DATA_BYTES)
@@ -126,6 +150,14 @@ def hostile() -> dict[str, Hostile]:
             "t.csv", repeated("parent,child\n", "a,b\n", 31 << 20, ""), load_taxonomy
         ),
         "csv tree: distinct pairs": Hostile("t.csv", distinct_pairs, load_taxonomy),
+        "csv tree: chains": Hostile("t.csv", chains, load_taxonomy),
+        "csv tree: one cycle": Hostile(
+            "t.csv",
+            lambda scale: (f"{i},{(i + 1) % 1_990_000}\n" for i in range(round(1_990_000 * scale))),
+            load_taxonomy,
+        ),
+        "csv tree: classes": Hostile("t.csv", star, load_taxonomy),
+        "csv tree: empty lines": Hostile("t.csv", repeated("", "\n", 127 << 20, ""), load_taxonomy),
         "csv tree: columns": Hostile(
             "t.csv", repeated("parent,child\n", "," * 1000 + "\n", 127 << 10, ""), load_taxonomy
         ),
@@ -139,7 +171,28 @@ def hostile() -> dict[str, Hostile]:
         "labels: columns": Hostile(
             "a.csv", repeated("", "," * 999_999 + "\n", 256, ""), read_labelled
         ),
+        "labels: short rows": Hostile("a.csv", repeated("", ",\n", 127 << 20, ""), read_labelled),
+        "labels: cells": Hostile(
+            "a.csv", repeated("", "x," * 999 + "\n", 130_000, ""), read_labelled
+        ),
         "labels: txt": Hostile("a.txt", repeated("", "x y\n", 63 << 20, ""), read_labelled),
+        "labels: long lines": Hostile(
+            "a.txt", repeated("", "x " * 500_000 + "\n", 256, ""), read_labelled
+        ),
+        "labels: one image": Hostile("a.txt", rows_of_one_image, read_labelled),
+        "labels: json": Hostile(
+            "a.json", repeated("{", '"a":1,', 9 << 20, '"a":1}'), read_labelled
+        ),
+        "labels: lists in json": Hostile(
+            "a.json",
+            repeated("{", '"a":[[' + "[]," * 1000 + "1]],", 20_000, '"a":1}'),
+            read_labelled,
+        ),
+        "labels: numbers in json": Hostile(
+            "a.json",
+            repeated("{", '"a":[[' + "0.125," * 1000 + "1]],", 140_000, '"a":1}'),
+            read_labelled,
+        ),
         "labels: coco": Hostile("a.json", coco, read_labelled),
         **{
             f"png: {mode}": Hostile("a.png", lambda scale: (), decode(mode))
@@ -156,21 +209,21 @@ def memory(field: str) -> float:
 
 
 def measure(case: Hostile, scale: float) -> tuple[float, float, str]:
-    """Peak MiB beyond the process, seconds, and "read" or the error, of a file read in a fork."""
+    """Peak MiB beyond the process, CPU seconds, and "read" or the error, of a file read in a fork."""
     receiving, sending = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / case.name
         with path.open("w", encoding="utf-8") as file:
             file.writelines(case.parts(scale))
         if os.fork() == 0:
-            before, began = memory("VmRSS"), time.monotonic()
+            before, began = memory("VmRSS"), time.process_time()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
             try:
                 case.read(path)
                 outcome = "read"
             except Exception as error:
                 outcome = " ".join(f"{type(error).__name__}: {error}".split())
-            line = f"{memory('VmHWM') - before}\t{time.monotonic() - began}\t{outcome[:120]}"
+            line = f"{memory('VmHWM') - before}\t{time.process_time() - began}\t{outcome[:120]}"
             os.write(sending, line.encode())
             os._exit(0)
         os.wait()
@@ -180,23 +233,41 @@ def measure(case: Hostile, scale: float) -> tuple[float, float, str]:
     return float(peak), float(seconds), outcome.replace(folder, ".").replace("|", "\\|")
 
 
+def shown(found: dict[str, Any]) -> str:
+    """The table of stored results."""
+    rows = (
+        (name, f"{peak:,.0f}", f"{seconds:.1f}", outcome)
+        for name, (peak, seconds, outcome) in found["files"].items()
+    )
+    head = ("file", "MiB", "CPU seconds", "outcome")
+    return f"{timing.table(head, rows)}\n\n{timing.on_what(found)}."
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where a file costs more than `BAR`."""
+    """Print the table; 1 where a file costs more than `BAR` or `SECONDS`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     every = hostile()
     parser.add_argument("--files", nargs="+", choices=list(every), metavar="NAME")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--store", action="store_true")
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
+    if args.write:
+        timing.show("memory", shown(timing.stored("memory")), PAGE)
+        return 0
     torch.set_num_threads(1)
-    worst = 0.0
-    print("| file | MiB | seconds | |\n|---|---:|---:|---|")
+    files: dict[str, tuple[float, float, str]] = {}
     for name in args.files or every:
-        peak, seconds, outcome = measure(every[name], args.scale)
-        worst = max(worst, peak)
-        print(f"| {name} | {peak:,.0f} | {seconds:.1f} | {outcome} |", flush=True)
-    return int(worst > BAR)
+        files[name] = peak, seconds, _ = measure(every[name], args.scale)
+        print(f"{name}: {peak:,.0f} MiB, {seconds:.1f} s", file=sys.stderr, flush=True)
+    found = {"machine": timing.machine(), "scale": args.scale, "files": files}
+    print(shown(found))
+    if args.store:
+        timing.store("memory", found)
+        timing.show("memory", shown(found), PAGE)
+    return int(any(peak > BAR or seconds > SECONDS for peak, seconds, _ in files.values()))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ..registry.errors import ConfigError, TaxolensError
+from ..registry.errors import ConfigError, TaxolensError, shortened
 from ..registry.machine import share_cores
 from .commands import COMMANDS, shell
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 DEBUG_VARIABLE = "TAXOLENS_DEBUG"
+MAX_MESSAGE = 1500  # characters
 
 HELP = f"""\
 usage: taxolens [--version] [--debug] COMMAND ...
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        shell.print_error(_in_one_line(error, debug))
+        shell.print_error(shortened(_in_one_line(error, debug), MAX_MESSAGE))
         return WRONG_USAGE if isinstance(error, ConfigError) else FAILED
 
 

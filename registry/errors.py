@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 _OMITTED: Any = object()
+MAX_GIVEN = 300  # characters of an invalid value in a message
 
 
 class TaxolensError(Exception):
@@ -33,11 +34,19 @@ class TaxolensError(Exception):
     ) -> None:
         parts = [f"{field}" if problem is None else f"{field}: {str(problem).rstrip('.')}"]
         if given is not _OMITTED:
-            parts.append(f"given {given!r}")
+            parts.append(f"given {shortened(repr(given), MAX_GIVEN)}")
         if allowed is not None:
             parts.append(f"allowed: {str(allowed).rstrip('.')}")
         # One argument, so that an error is unchanged by pickling.
         super().__init__(parts[0] if problem is None else "; ".join(parts) + ".")
+
+
+def shortened(text: str, most: int) -> str:
+    """`text`, without its middle where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    kept = (most - 5) // 2
+    return f"{text[:kept]} ... {text[-kept:]}"
 
 
 class ConfigError(TaxolensError, ValueError):

@@ -31,6 +31,10 @@ MAX_DATA_BYTES = 1 << 27  # results, taxonomies, figures
 MAX_NESTING = 200
 MAX_CONTAINERS = 4_000_000  # lists and objects of JSON; an empty one is 3 bytes there, 64 in memory
 MAX_VALUES = 1 << 24  # of JSON, by its commas; a short text is 5 bytes there, 51 in memory
+MAX_LINES = 1 << 24  # of a text file; each takes about 1 µs
+MAX_STREAMED = 1 << 23  # values of JSON that is read in parts; each takes about 2 µs
+MAX_STREAMED_CONTAINERS = 1 << 24  # lists and objects in them, of 1 µs
+MAX_STREAMED_COMMAS = 1 << 27  # in them, of 50 ns
 MAX_YAML_NODES = 100_000  # after each alias is replaced by what it stands for
 MAX_IMAGE_PIXELS = 64_000_000  # decoding takes up to 24 bytes a pixel
 LOCK_FILENAME = ".lock"
@@ -102,17 +106,21 @@ def read_lines(path: str | Path, max_bytes: int) -> Iterator[str]:
 
     Raises:
         OSError: it does not exist or cannot be opened.
-        UnreadableError: not a regular file, longer than `max_bytes`, not UTF-8, or with a line of
-            more than `BLOCK_BYTES` characters.
+        UnreadableError: not a regular file, longer than `max_bytes`, of more than `MAX_LINES` lines,
+            not UTF-8, or with a line of more than `BLOCK_BYTES` characters.
     """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise UnreadableError(f"longer than {max_bytes:,} bytes")
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
+        n_lines = 0
         try:
             while line := text.readline(BLOCK_BYTES):
                 if len(line) == BLOCK_BYTES:
                     raise UnreadableError(f"a line of more than {BLOCK_BYTES:,} characters")
+                n_lines += 1
+                if n_lines > MAX_LINES:
+                    raise UnreadableError(f"more than {MAX_LINES:,} lines")
                 yield line.rstrip("\n")
         except UnicodeDecodeError as error:
             raise UnreadableError(f"not UTF-8 ({error.reason})") from None
@@ -161,7 +169,9 @@ def stream_json(path: str | Path, max_bytes: int) -> Iterator[tuple[str, Any]]:
     Raises:
         OSError: it does not exist or cannot be opened.
         UnreadableError: not a regular file, longer than `max_bytes`, not UTF-8, not a JSON object,
-            or with a value (an item of a list) of more than `MAX_SETTINGS_BYTES` characters.
+            with a value (an item of a list) of more than `MAX_SETTINGS_BYTES` characters, or of
+            more than `MAX_STREAMED` such values, `MAX_STREAMED_CONTAINERS` lists and objects in
+            them, or `MAX_STREAMED_COMMAS` commas.
     """
     with open_regular(path) as file:
         text = _Text(file, max_bytes)
@@ -197,6 +207,7 @@ class _Text:
         self._file, self._max_bytes, self._left = file, max_bytes, max_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._buffer, self._at, self._ended = "", 0, False
+        self._n_values = self._n_containers = self._n_commas = 0
 
     def peek(self) -> str:
         """The next character that is no white space; none at the end."""
@@ -214,6 +225,9 @@ class _Text:
 
     def value(self) -> Any:
         """The next value."""
+        self._n_values += 1
+        if self._n_values > MAX_STREAMED:
+            raise UnreadableError(f"more than {MAX_STREAMED:,} values")
         self.peek()
         while True:
             problem, found, end = "", None, 0
@@ -244,6 +258,12 @@ class _Text:
             text = self._decoder.decode(block, final=self._ended)
         except UnicodeDecodeError as error:
             raise UnreadableError(f"not UTF-8 ({error.reason})") from None
+        self._n_containers += text.count("[") + text.count("{")
+        self._n_commas += text.count(",")
+        if self._n_containers > MAX_STREAMED_CONTAINERS:
+            raise UnreadableError(f"more than {MAX_STREAMED_CONTAINERS:,} lists and objects")
+        if self._n_commas > MAX_STREAMED_COMMAS:
+            raise UnreadableError(f"more than {MAX_STREAMED_COMMAS:,} commas")
         self._buffer, self._at = self._buffer[self._at :] + text, 0
 
 

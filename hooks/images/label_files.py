@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import re
@@ -12,7 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import UnreadableError, read_lines, read_text, reason, stream_json
+from ...registry.files import (
+    UnreadableError,
+    read_bytes,
+    read_lines,
+    read_text,
+    reason,
+    stream_json,
+    why,
+)
 from .columns import LABEL_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -23,8 +32,11 @@ Row: TypeAlias = tuple[str, str]  # the name or path of an image, and its class
 KINDS = (".txt", ".tsv", ".csv", ".json")
 MAX_TABLE_BYTES = 1 << 28
 MAX_COLUMNS = 1000
+MAX_CELLS = 1 << 26  # of a CSV file; each takes about 0.4 µs
+MAX_META_BYTES = 1 << 20  # compressed, perhaps 1000:1
 MAX_JSON_BYTES = 1 << 32  # of which one value at a time is in memory
-MAX_IMAGES = 4_000_000  # of which a file gives the classes
+MAX_IMAGES = 4_000_000  # of which a file gives the classes, and rows that are compared with images
+MAX_CHARACTERS = 1 << 28  # of the names and ids in annotations that are kept; 4 bytes each at most
 # Folders of annotations beside folders of images, and where ImageNet's development kit has them.
 BESIDE = re.compile(r"annotations?|labels|ILSVRC2012_devkit_t12(/data)?", re.IGNORECASE)
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -53,7 +65,7 @@ def read_labels(
     stems = [_stem(path) for path in images]
     found: list[tuple[int, Path, _Read]] = []
     for file in _candidates(root, files, folder):
-        read = _of_images(file, _rows_in(file, stems), images)
+        read = _read_file(file, stems, images)
         covered = sum(label is not None for label in read.labels)
         if covered:
             found.append((covered, file, read))
@@ -104,36 +116,61 @@ class _Read(NamedTuple):
     problem: str | None
 
 
+def _read_file(file: Path, stems: Sequence[str], images: Sequence[str]) -> _Read:
+    try:
+        return _of_images(file, _rows_in(file, stems), images)
+    except (UnreadableError, OSError, csv.Error) as error:
+        logger.warning("%s is not taken as a file of labels: %s.", file, reason(error))
+        return _Read([None] * len(images), None)
+
+
 def _of_images(file: Path, rows: Sequence[Row], images: Sequence[str]) -> _Read:
     by_stem: dict[str, list[Row]] = {}
-    for name, label in rows:
-        by_stem.setdefault(_stem(name), []).append((name, label))
+    for row in rows:
+        by_stem.setdefault(_stem(row[0]), []).append(row)
     labels: list[str | None] = []
     problem = None
+    n_compared = 0
     for image in images:
-        own = [
-            (shared, label)
-            for name, label in by_stem.get(_stem(image), ())
-            if (shared := _shared_folders(name, image)) or not _is_another(file, name, image)
-        ]
-        nearest = max((shared for shared, _ in own), default=0)
-        found = sorted({label for shared, label in own if shared == nearest})
+        of_name = by_stem.get(_stem(image), ())
+        n_compared += len(of_name)
+        if n_compared > MAX_IMAGES:
+            raise UnreadableError(f"more than {MAX_IMAGES:,} rows of the names of images")
+        folders = _folders(image)
+        shared = [_n_shared(_folders(name), folders) for name, _ in of_name]
+        nearest = max(shared, default=0)
+        found: list[str] = []
+        for n_shared, (name, label) in zip(shared, of_name):
+            if n_shared < nearest or label in found:
+                continue
+            if nearest == 0 and _is_another(file, name, image):
+                continue
+            found.append(label)
+            if len(found) > 2:
+                break
         if len(found) > 1:
-            problem = f"{image} has several classes there: {', '.join(found[:3])}"
+            problem = f"{image} has several classes there: {', '.join(sorted(found))}"
         labels.append(found[0] if found else None)
     return _Read(labels, problem)
 
 
-def _shared_folders(name: str, image: str) -> int:
-    """How many folders above a name in a file are those above an image, from the nearest on."""
-    above = zip(PurePosixPath(name).parts[-2::-1], PurePosixPath(image).parts[-2::-1])
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], above))
+def _folders(path: str) -> list[str]:
+    """The folders above a file, from the nearest on."""
+    return [part for part in path.split("/")[-2::-1] if part not in ("", ".")]
+
+
+def _n_shared(some: list[str], others: list[str]) -> int:
+    """How many folders are equal, from the nearest on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(some, others)))
 
 
 def _is_another(file: Path, name: str, image: str) -> bool:
     """Whether a name in a file is the path of another image."""
-    places = [folder / name for folder in (file.parent, file.parent.parent)] if "/" in name else []
-    return any(place.is_file() and not place.samefile(image) for place in places)
+    if "/" not in name:
+        return False
+    above = os.path.dirname(file)
+    places = [os.path.join(folder, name) for folder in (above, os.path.dirname(above))]
+    return any(os.path.isfile(place) and not os.path.samefile(place, image) for place in places)
 
 
 def _rows_in(file: Path, stems: Sequence[str]) -> list[Row]:
@@ -141,26 +178,26 @@ def _rows_in(file: Path, stems: Sequence[str]) -> list[Row]:
     wanted = set(stems)
     if file.name == GROUND_TRUTH:
         return _ground_truth(file, stems)
-    try:
-        if file.suffix.lower() == ".json":
-            return _annotated(file, wanted)
-        lines = read_lines(file, MAX_TABLE_BYTES)
-        if file.suffix.lower() == ".csv":
-            head = next(lines, "")
-            comma = ";" if ";" in head and "," not in head else ","
-            return _distinct(_table(_cells(chain([head], lines), comma), wanted))
-        rows = (line.split(None if "\t" not in line else "\t", 2) for line in lines)
-        named = (row for row in rows if len(row) > 1 and _stem(row[0]) in wanted)
-        return _distinct((_posix(row[0]), row[1]) for row in named)
-    except (UnreadableError, OSError, csv.Error) as error:
-        logger.warning("%s is not taken as a file of labels: %s.", file, reason(error))
-        return []
+    if file.suffix.lower() == ".json":
+        return _annotated(file, wanted)
+    lines = read_lines(file, MAX_TABLE_BYTES)
+    if file.suffix.lower() == ".csv":
+        head = next(lines, "")
+        comma = ";" if ";" in head and "," not in head else ","
+        return _distinct(_table(_cells(chain([head], lines), comma), wanted))
+    rows = (line.split(None if "\t" not in line else "\t", 2) for line in lines)
+    named = (row for row in rows if len(row) > 1 and _stem(row[0]) in wanted)
+    return _distinct((_posix(row[0]), row[1]) for row in named)
 
 
 def _cells(lines: Iterator[str], comma: str) -> Iterator[list[str]]:
+    n_cells = 0
     for row in csv.reader(lines, delimiter=comma):
         if len(row) > MAX_COLUMNS:
             raise UnreadableError(f"more than {MAX_COLUMNS:,} columns")
+        n_cells += len(row)
+        if n_cells > MAX_CELLS:
+            raise UnreadableError(f"more than {MAX_CELLS:,} cells")
         yield row
 
 
@@ -203,27 +240,36 @@ def _annotated(file: Path, wanted: set[str]) -> list[Row]:
     category_of: dict[Any, Any] = {}  # of every image, by ids: images may come after annotations
     several: set[Any] = set()  # ids of the images of more than one category
     not_coco = ""
+    n_characters = 0
     for key, value in stream_json(file, MAX_JSON_BYTES):
         keys.add(key)
+        kept: tuple[Any, ...] = ()
         try:
             if value is None:
                 continue
             if key == "categories":
-                names[value["id"]] = str(value["name"])
+                kept = value["id"], str(value["name"])
+                names[kept[0]] = kept[1]
             elif key == "images":
                 if _stem(value["file_name"]) in wanted:
-                    paths[value["id"]] = _posix(value["file_name"])
+                    kept = value["id"], _posix(value["file_name"])
+                    paths[kept[0]] = kept[1]
             elif key == "annotations":
                 image, category = value["image_id"], value["category_id"]
                 hash(category)  # a list or an object is none
+                kept = image, category
                 if category_of.setdefault(image, category) != category:
                     several.add(image)
             elif isinstance(value, str | int) and _stem(key) in wanted:
-                texts.append((_posix(key), str(value)))
+                kept = _posix(key), str(value)
+                texts.append(kept)
         except (KeyError, TypeError) as error:
             not_coco = not_coco or f"not annotations of images: {error!r}"
-        if max(len(category_of), len(texts)) > MAX_IMAGES:
+        if max(map(len, (category_of, texts, names, paths))) > MAX_IMAGES:
             raise DataError(file, f"annotations of more than {MAX_IMAGES:,} images")
+        n_characters += sum(len(part) for part in kept if isinstance(part, str))
+        if n_characters > MAX_CHARACTERS:
+            raise DataError(file, f"names and ids of more than {MAX_CHARACTERS:,} characters")
     if not {"images", "annotations", "categories"} <= keys:
         return texts
     if not not_coco:
@@ -258,8 +304,15 @@ def _ground_truth(file: Path, stems: Sequence[str]) -> list[Row]:
         )
     from scipy.io import loadmat
 
-    synsets = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
-    names = {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    try:
+        data = io.BytesIO(read_bytes(meta, MAX_META_BYTES))
+        synsets = loadmat(data, squeeze_me=True, variable_names=["synsets"])["synsets"]
+        names = {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        unknown = next((number for number in numbers if number not in names), None)
+    except Exception as error:  # of a damaged file scipy raises nearly anything
+        raise DataError(meta, f"no synsets can be read from it: {why(error)}") from None
+    if unknown is not None:
+        raise DataError(file, f"{meta.name} has no synset of this number", given=unknown)
     return [(stem, names[number]) for stem, number in zip(sorted(stems), numbers, strict=True)]
 
 
@@ -269,4 +322,6 @@ def _posix(name: object) -> str:
 
 
 def _stem(name: object) -> str:
-    return os.path.splitext(os.path.basename(_posix(name)))[0]
+    """The name of a file without folders and extension; called for every cell of a table."""
+    base = str(name).strip().replace("\\", "/").rpartition("/")[2]
+    return base.rpartition(".")[0] or base

@@ -77,10 +77,10 @@ def _read_csv(path: Path) -> Read:
         parent, child, *name = cells
         if parent:
             edges.append((parent, child))
-            if len(edges) > MAX_EDGES:
-                raise _too_many(path)
         if name and name[0]:
             names[child] = name[0]
+        if max(len(edges), len(names)) > MAX_EDGES:
+            raise _too_many(path)
     return edges, None, names
 
 

@@ -21,6 +21,8 @@ def parents_of(edges: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def check_one_rooted(parents: Parents) -> None:
     """Raise a ConfigError with the nodes of a cycle, or the roots if there are several."""
     if cycle := find_cycle(parents):
+        if len(cycle) > 12:
+            cycle[6:-1] = [f"{len(cycle) - 7} more"]
         problem = f"cycle {' -> '.join(cycle)} (parent -> child)"
         raise ConfigError("taxonomy", problem, allowed="a graph without cycles")
     roots = sorted(node for node, above in parents.items() if not above)

@@ -21,7 +21,7 @@ from . import graph
 
 FORMAT = "taxolens.taxonomy/1"
 MAX_LEVELS = 1000
-MAX_CELLS = 1 << 30  # of `membership`, a byte each
+MAX_CELLS = 900_000_000  # of `membership`, of which two copies of a byte each are made
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -3,8 +3,10 @@ import logging
 import tarfile
 from collections import Counter
 
+import numpy as np
 import pytest
 from folder_layouts import LAYOUTS, annotated, draw, draw_splits, write
+from scipy.io import savemat
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.folders import IMAGE_EXTENSIONS, contents_of, image_splits
 from taxolens.registry.errors import ConfigError, DataError
@@ -86,9 +88,13 @@ def test_annotations_of_any_length_and_order_are_read_in_parts(tmp_path, monkeyp
     images = load_images(tmp_path, split="train2017")
     assert [images.class_names[label] for label in images.labels] == ["cat", "dog"] * 20
 
-    monkeypatch.setattr("taxolens.hooks.images.label_files.MAX_IMAGES", 39)
-    with pytest.raises(DataError, match="annotations of more than 39 images"):
-        load_images(tmp_path, split="train2017")
+    for bound, most, message in (
+        ("MAX_CHARACTERS", 100, "names and ids of more than 100 characters"),
+        ("MAX_IMAGES", 39, "annotations of more than 39 images"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(DataError, match=message):
+            patch.setattr(f"taxolens.hooks.images.label_files.{bound}", most)
+            load_images(tmp_path, split="train2017")
 
 
 @pytest.mark.parametrize("wrong", [{"image_id": 1, "category_id": []}, {"image_id": {}}, 7, {}])
@@ -98,6 +104,39 @@ def test_annotations_of_another_form_are_refused(wrong, tmp_path):
     content["images"] = [{"file_name": "1.jpg", "id": 1}]
     write(tmp_path, "a.json", json.dumps(content))
     with pytest.raises(DataError, match="not annotations of images"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "bounds", "problem"),
+    [
+        ("labels.csv", "a,b\n1,cat\n", {"MAX_CELLS": 3}, "more than 3 cells"),
+        ("labels.txt", "a/1 cat\nb/1 dog\n", {"MAX_IMAGES": 1}, "classes of more than 1 images"),
+        ("labels.txt", "a/1 x\na/2 x\n" * 2, {"MAX_IMAGES": 2}, "more than 2 rows of the names"),
+    ],
+)
+def test_work_on_a_file_of_labels_is_bounded(
+    name, content, bounds, problem, tmp_path, caplog, monkeypatch
+):
+    """Two images each of the names 1 and 2, so that each row is compared with two images."""
+    draw(tmp_path, "1.jpg", "1.png", "2.jpg", "2.png")
+    (tmp_path / name).write_text(content)
+    for bound, value in bounds.items():
+        monkeypatch.setattr(f"taxolens.hooks.images.label_files.{bound}", value)
+    with pytest.raises(ConfigError, match="no file names their classes"):
+        load_images(tmp_path).require_labels()
+    assert f"{name} is not taken as a file of labels: {problem}" in caplog.text
+
+
+def test_a_development_kit_that_cannot_be_read_is_named(tmp_path):
+    draw(tmp_path, "1.jpg")
+    write(tmp_path, "ILSVRC2012_validation_ground_truth.txt", "3\n")
+    (tmp_path / "meta.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(300))
+    with pytest.raises(DataError, match=r"meta\.mat: no synsets can be read from it: "):
+        load_images(tmp_path)
+    columns = [("ILSVRC2012_ID", "O"), ("WNID", "O")]
+    savemat(tmp_path / "meta.mat", {"synsets": np.array([(1, "a"), (2, "b")], columns)})
+    with pytest.raises(DataError, match="meta.mat has no synset of this number; given '3'"):
         load_images(tmp_path)
 
 

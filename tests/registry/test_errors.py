@@ -14,6 +14,7 @@ from taxolens.registry.errors import ConfigError, CorruptImageError, DataError, 
         (ConfigError("split", "is missing", given=None), "split: is missing; given None."),
         (DataError("a.npy", "is not complete.", allowed="build it again."),
          "a.npy: is not complete; allowed: build it again."),
+        (ConfigError("k", "is long", given="a" * 999), f"k: is long; given '{'a' * 146} ... {'a' * 146}'."),
         (UnknownNameError("a complete message"), "a complete message"),
     ],
 )  # fmt: skip

@@ -252,3 +252,25 @@ def test_lines_are_bounded(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(UnreadableError, match=message):
             list(files.read_lines(path, most))
+
+
+def test_the_number_of_lines_and_of_values_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last file of each kind that is read, and the first that is not."""
+    monkeypatch.setattr(files, "MAX_LINES", 3)
+    monkeypatch.setattr(files, "MAX_STREAMED", 4)
+    monkeypatch.setattr(files, "MAX_STREAMED_CONTAINERS", 3)
+    monkeypatch.setattr(files, "MAX_STREAMED_COMMAS", 5)
+    path = tmp_path / "f.json"
+    for read, most, more, message in (
+        (files.read_lines, "\n\na", "\n\n\na", "more than 3 lines"),
+        (files.stream_json, '{"a": 1, "b": 2}', '{"a": [1, 2, 3, 4]}', "more than 4 values"),
+        (files.stream_json, '{"a": [[]]}', '{"a": [[[]]]}', "more than 3 lists and objects"),
+        (files.stream_json, '{"a": [[1,2,3,4,5,6]]}', '{"a": [[1,2,3,4,5,6,7]]}', "5 commas"),
+    ):
+        path.write_text(most)
+        assert list(read(path, 100))
+        path.write_text(more)
+        with pytest.raises(UnreadableError, match=message):
+            list(read(path, 100))

@@ -38,6 +38,13 @@ def test_a_long_cycle_is_named_from_parent_to_child():
     assert all(edge in edges for edge in itertools.pairwise(named))
 
 
+def test_a_cycle_of_any_length_is_a_short_message():
+    edges = [(str(i), str((i + 1) % 1000)) for i in range(1000)]
+    with pytest.raises(ConfigError, match=r"cycle \d+ -> .* -> 994 more -> \d+ \(") as error:
+        Taxonomy.from_edges(edges)
+    assert len(str(error.value)) < 200
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
