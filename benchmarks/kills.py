@@ -1,7 +1,8 @@
 """Kills of every command at random moments: after the same command again, is every bit as it would be?
 
-    python benchmarks/kills.py                       # 100 kills, in two processes
+    python benchmarks/kills.py [--store]             # 100 kills, in two processes
     python benchmarks/kills.py --kills 20 --seed 1 --jobs train report
+    python benchmarks/kills.py --write               # the stored table into docs/security.md
 
 A case starts a command on a tiny model, ends it at a random moment, and starts the same command again,
 up to `CHAIN` times; the last start is left alone. What it has written then is compared with what an
@@ -29,14 +30,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timing
 import torch
 from PIL import Image
 
+PAGE = timing.ROOT / "docs" / "security.md"
 CHAIN = 3  # kills of one run at most
 GRACE = 10.0
 HANG = 600.0  # seconds after which a run is lost
@@ -436,23 +439,43 @@ def read_cases(output: Path, seed: int) -> dict[int, list[list[Run]]]:
     return found
 
 
-def table(runs: list[Run]) -> str:
-    """For every job and way of ending: kills, how many had a problem, seconds until the end."""
-    lines = ["| command | ended by | kills | faults | seconds to end: median, longest |"]
-    lines.append("|---|---|---:|---:|---:|")
+def summary(runs: list[Run]) -> list[dict[str, Any]]:
+    """For every job and way of ending: kills, how many had a fault, seconds until the end."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.hit:
             groups.setdefault((run.job, run.how), []).append(run)
-    for (job, how), group in sorted(groups.items()):
-        faults = sum(run.problem is not None for run in group)
-        seconds = [run.ended_in for run in group]
-        times = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}"
-        lines.append(f"| {job} | {how} | {len(group)} | {faults} | {times} |")
-    hits = [run for run in runs if run.hit]
-    faults = sum(run.problem is not None for run in runs)
-    lines.append(f"| all | | {len(hits)} | {faults} | |")
-    return "\n".join(lines)
+    return [
+        {
+            "command": job,
+            "ended_by": how,
+            "kills": len(group),
+            "faults": sum(run.problem is not None for run in group),
+            "median_seconds": timing.rounded(statistics.median(run.ended_in for run in group)),
+            "longest_seconds": timing.rounded(max(run.ended_in for run in group)),
+        }
+        for (job, how), group in sorted(groups.items())
+    ]
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The table of stored results."""
+    groups = found["groups"]
+    rows: list[Sequence[object]] = [
+        (
+            *(group[key] for key in ("command", "ended_by", "kills", "faults")),
+            f"{group['median_seconds']:.1f}, {group['longest_seconds']:.1f}",
+        )
+        for group in groups
+    ]
+    rows.append(("all", "", sum(group["kills"] for group in groups), found["faults"], ""))
+    disks = any(group["ended_by"] == FULL_DISK for group in groups)
+    head = ("command", "ended by", "kills", "faults", "seconds to end: median, longest")
+    return (
+        f"{timing.table(head, rows)}\n\nSeed {found['seed']}, {found['seconds']:.0f} s in "
+        f"{found['processes']} process(es){'' if disks else ', no disk was filled'}; "
+        f"{timing.on_what(found)}."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -465,7 +488,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", nargs="+", metavar="NAME", help="by default all")
     parser.add_argument("--processes", type=int, default=2, help="cases at a time")
     parser.add_argument("--output_path", type=Path, default=Path("kills"))
+    parser.add_argument("--store", action="store_true")
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
+    if args.write:
+        timing.show("kills", shown(timing.stored("kills")), PAGE)
+        return 0
     output: Path = args.output_path.resolve()
     inputs = output / "inputs"
     if not (inputs / "tree.csv").exists():  # written last
@@ -501,11 +529,19 @@ def main(argv: list[str] | None = None) -> int:
     runs = [
         run for cases in read_cases(output, args.seed).values() for case in cases for run in case
     ]
-    print(table(runs))
-    if not any(run.how == FULL_DISK for run in runs):
-        print("No disk was filled: mounting one needs the rights of root.")
-    print(f"{time.monotonic() - began:.0f} seconds.")
-    return int(any(codes) or any(run.problem is not None for run in runs))
+    found = {
+        "machine": timing.machine(),
+        "seed": args.seed,
+        "processes": args.processes,
+        "seconds": round(time.monotonic() - began),
+        "faults": sum(run.problem is not None for run in runs),
+        "groups": summary(runs),
+    }
+    print(shown(found))
+    if args.store:
+        timing.store("kills", found)
+        timing.show("kills", shown(found), PAGE)
+    return int(any(codes) or found["faults"] > 0)
 
 
 if __name__ == "__main__":

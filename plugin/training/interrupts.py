@@ -20,6 +20,7 @@ from .activations_store import VisionActivationsStore
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 WATCH_EVERY = 100
 SIGNAL_SECONDS = 0.5
@@ -100,21 +101,36 @@ class Interrupts:
         if self.received is not None:
             raise InterruptedException(self.received.name) from error
 
-    def unless_stopped(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `evaluate` returns, which changes nothing of the training; {} once a signal comes."""
-        if self.received is not None:
-            return {}
+    def at_once(self, work: Callable[[], W]) -> W:
+        """What `work` returns, which changes nothing of the training; a signal ends it at once.
+
+        Raises:
+            InterruptedException: a signal came.
+        """
         try:
             self._at_once = True
-            found = evaluate()
+            found = work()
             self._at_once = False
             return found
         except KeyboardInterrupt:
             if self.received is None:
                 raise
-            return {}
+            raise InterruptedException(self.received.name) from None
         finally:
             self._at_once = False
+
+    def waiting(self, wait: Callable[[], W]) -> W:
+        """As `at_once`, for what gives the next batch."""
+        return self.at_once(wait)
+
+    def unless_stopped(self, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """As `at_once`, but {} once a signal comes."""
+        if self.received is not None:
+            return {}
+        try:
+            return self.at_once(evaluate)
+        except InterruptedException:
+            return {}
 
     def deliver(self) -> None:
         """Send a recorded signal again, to the handlers of outside: it came in the last step."""
@@ -158,7 +174,9 @@ class StepGate(Iterator[T], Generic[T]):
             self._watch()
         self._interrupts.check()
         try:
-            batch = next(self._source)
+            batch = self._interrupts.waiting(lambda: next(self._source))
+        except InterruptedException:
+            raise
         except Exception as error:
             self.error_of_source = error
             self._interrupts.check_after(error)

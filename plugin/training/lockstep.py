@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sae_lens.training._interruption import InterruptedException
 
@@ -20,6 +20,8 @@ from ...registry.errors import LostRankError
 from ...registry.ranks import Ranks
 from .activations_store import VisionActivationsStore
 from .interrupts import SIGNAL_SECONDS, Interrupts, TrainingInterrupted
+
+W = TypeVar("W")
 
 SIGNALS = "signals"  # the names of the points where the ranks meet
 END = "end"
@@ -56,6 +58,9 @@ class SharedInterrupts(Interrupts):
         self._left -= 1
         if self._left == 0:
             self._exchange()
+
+    def waiting(self, wait: Callable[[], W]) -> W:
+        return wait()  # every rank takes part in what gives the batches of all
 
     def check_after(self, error: Exception) -> None:
         if self._store.stream.shared is not None and not isinstance(error, LostRankError):

@@ -67,3 +67,21 @@ def test_what_two_runs_have_to_have_in_common(tmp_path: Path) -> None:
     assert kills.differences(a, {}) == ["output/results.json", "output/w.safetensors"]
     reports = (kills.content(tmp_path / run, "report") for run in "ab")
     assert kills.differences(*reports) == ["output/report.html"]
+
+
+def test_the_table_counts_kills_and_faults() -> None:
+    runs = [
+        kills.Run("train", "SIGTERM", 1.0, True, 1, 2.0, None),
+        kills.Run("train", "SIGTERM", 1.0, True, 1, 4.0, "a traceback"),
+        kills.Run("train", "SIGTERM", 9.0, False, 0, 0.0, None),  # it was over before
+        kills.Run("report", kills.FULL_DISK, 1.0, True, 1, 0.5, None),
+    ]
+    found = {"seed": 3, "seconds": 60, "processes": 2, "faults": 1, "groups": kills.summary(runs)}
+    machine = {"cpu": "x", "cores": 2, "threads": 1, "gpu": None, "torch": "2"}
+    lines = kills.shown(found | {"machine": machine}).splitlines()
+    assert lines[2:5] == [
+        "| report | full disk | 1 | 0 | 0.5, 0.5 |",
+        "| train | SIGTERM | 2 | 1 | 3.0, 4.0 |",
+        "| all |  | 3 | 1 |  |",
+    ]
+    assert "no disk" not in lines[-1]

@@ -136,7 +136,7 @@ def test_a_development_kit_that_cannot_be_read_is_named(tmp_path):
         load_images(tmp_path)
     columns = [("ILSVRC2012_ID", "O"), ("WNID", "O")]
     savemat(tmp_path / "meta.mat", {"synsets": np.array([(1, "a"), (2, "b")], columns)})
-    with pytest.raises(DataError, match="meta.mat has no synset of this number; given '3'"):
+    with pytest.raises(DataError, match=r"meta\.mat has no synset of this number; given '3'"):
         load_images(tmp_path)
 
 

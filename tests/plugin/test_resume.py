@@ -315,7 +315,7 @@ def test_a_signal_in_a_window_of_activations_ends_its_gathering(training, monkey
     training.runner(training.single(checkpoint_id="whole", **settings)).run()
     expected = weights(training.output)
 
-    passes = []
+    passes, done = [], []
     extract = TokenExtractor.__call__
 
     def interrupted(self, batch):
@@ -323,20 +323,24 @@ def test_a_signal_in_a_window_of_activations_ends_its_gathering(training, monkey
         if len(passes) == 2:  # in the prefetching thread a signal is sent to the main one
             os.kill(os.getpid(), signal.SIGTERM)
             received.wait(30)
-        return extract(self, batch)
+        done.append(extract(self, batch))
+        return done[-1]
 
     received = threading.Event()
     note = Interrupts._note
 
     def noted(self, number, frame):
-        note(self, number, frame)
-        received.set()
+        try:
+            note(self, number, frame)
+        finally:
+            received.set()
 
     with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted, match="after 0 of 64"):
         patch.setattr(TokenExtractor, "__call__", interrupted)
         patch.setattr(Interrupts, "_note", noted)
         training.runner(training.single(prefetch_llm_batches=prefetch, **settings)).run()
     assert len(passes) == 2  # of the three in the window
+    assert len(done) == (2 if prefetch else 1)  # the other thread's forward pass ends
     training.runner(training.single(resume_from_checkpoint="auto", **settings)).run()
     assert_same(weights(training.output), expected)
 
