@@ -37,10 +37,30 @@ IMAGES = 8  # of a forward pass
 def jobs(folder: Path) -> dict[str, list[str]]:
     """What takes long -> the arguments of a command that does it for minutes."""
     common = ["train", "--model_name", folder / "model", "--dataset_path", folder / "images"]
-    common += ["--hook_names", "blocks.0.hook_resid_post", "--no_evaluate", "--log_to_wandb", "false"]
-    common += ["--architecture", "standard", "--lr_warm_up_steps", 0, "--normalize_activations", "none"]
+    common += [
+        "--hook_names",
+        "blocks.0.hook_resid_post",
+        "--no_evaluate",
+        "--log_to_wandb",
+        "false",
+    ]
+    common += [
+        "--architecture",
+        "standard",
+        "--lr_warm_up_steps",
+        0,
+        "--normalize_activations",
+        "none",
+    ]
     common += ["--store_batch_size_prompts", IMAGES, "--checkpoint_path", "checkpoints"]
-    common += ["--checkpoint_id", "run", "--resume_from_checkpoint", "auto", "--output_path", "output"]
+    common += [
+        "--checkpoint_id",
+        "run",
+        "--resume_from_checkpoint",
+        "auto",
+        "--output_path",
+        "output",
+    ]
     step = ["--d_sae", D_SAE, "--train_batch_size_tokens", BATCH, "--tokens", "patch"]
     step += ["--training_tokens", BATCH * 1000, "--n_batches_in_buffer", 1]
     gather = ["--d_sae", 64, "--train_batch_size_tokens", 64, "--tokens", "class"]
@@ -113,7 +133,9 @@ def measure(n: int, after: float, model: str) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     kills.warm_up()
     found: dict[str, list[float]] = {}
-    folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed by every fork that ends
+    folder = Path(
+        tempfile.mkdtemp()
+    )  # a TemporaryDirectory would be removed by every fork that ends
     try:
         if os.fork() == 0:  # apart, since it starts threads, which later forks would lose
             timing.save_vit(model, folder / "model")
@@ -138,7 +160,12 @@ def measure(n: int, after: float, model: str) -> dict[str, Any]:
 def shown(found: dict[str, Any]) -> str:
     """The table of stored results."""
     rows = [
-        (name, f"{found['seconds'][name]:.1f}", f"{statistics.median(ended):.1f}", f"{max(ended):.1f}")
+        (
+            name,
+            f"{found['seconds'][name]:.1f}",
+            f"{statistics.median(ended):.1f}",
+            f"{max(ended):.1f}",
+        )
         for name, ended in found["ended_in"].items()
     ]
     head = ("SIGTERM in a", "seconds of one", "ended in, median", "longest")

@@ -30,11 +30,11 @@ from ...hooks.images.preprocess import preprocess_for
 from ...hooks.images.workers import workers_for
 from ...hooks.models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ...hooks.models.tapped import TappedModel
-from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.machine import usable_cores
 from ...registry.ranks import Ranks
 from .dry_run import of_each_kind
 from .rng import set_apart
+from .step_choice import with_step_of
 
 BUDGET = 2.0  # seconds for each part, beyond the first call, which is not counted
 FEWEST, MOST = 2, 8  # repetitions
@@ -273,7 +273,7 @@ def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig) -> tuple[float, float]:
         few = torch.randn(FEW_TOKENS, own.d_in, dtype=sae.dtype, device=cfg.device)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             SAETrainer(settings, sae, iter(())).step(few)
-        sae = with_sparse_step(sae, cfg.sparse_step)
+        sae = with_step_of(cfg, sae)
         trainer = SAETrainer(settings, sae, iter(()))
         tokens = torch.randn(size, own.d_in, dtype=sae.dtype, device=cfg.act_store_device)
 

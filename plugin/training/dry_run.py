@@ -23,7 +23,6 @@ from sae_lens.saes.sae import (
     TrainStepInput,
 )
 
-from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.errors import ConfigError
 from .rng import set_apart
 
@@ -52,13 +51,19 @@ def of_each_kind(
     return found
 
 
-def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:
+def rehearse(
+    name: str,
+    sae_cfg: TrainingSAEConfig,
+    device: str,
+    prepared: Callable[[TrainingSAE[Any]], TrainingSAE[Any]] = lambda sae: sae,
+) -> None:
     """Build, train one step with every latent dead, fold, save, load.
 
     Args:
         name: name of the SAE in messages.
         sae_cfg: its config, which is not changed.
         device: where it is trained.
+        prepared: gives a new SAE the step that the run trains it by.
 
     Raises:
         ConfigError: a stage fails; the message names the stage and the reason.
@@ -69,7 +74,7 @@ def rehearse(name: str, sae_cfg: TrainingSAEConfig, device: str) -> None:
     stage = "be built"
     try:
         with set_apart():
-            sae = with_sparse_step(TrainingSAE.from_dict(cfg.to_dict())).to(device)
+            sae = prepared(TrainingSAE.from_dict(cfg.to_dict())).to(device)
             stage = "be trained"
             _train_one_step(sae)
             stage = f"fold normalize_activations={cfg.normalize_activations!r} into its weights"

@@ -30,7 +30,6 @@ from ...hooks.activations.stream import ActivationStream
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
-from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
 from ...registry.loaders.parts.read import load_source
@@ -50,7 +49,7 @@ from .checkpoints import (
 )
 from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from .constraint import Constraint
-from .data_parallel import OVER_THE_BATCH, check_divisible
+from .data_parallel import check_divisible
 from .dealing import owners
 from .dry_run import of_each_kind, rehearse
 from .evaluation_slot import EvaluationSlot
@@ -58,6 +57,7 @@ from .interrupts import TrainingInterrupted
 from .lockstep import END, follow
 from .resumable_session import TrainedSAE, TrainingSession
 from .rng import seeded
+from .step_choice import with_step_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,10 @@ class _VisionRun:
         preflight.check_settings(cfg, has_dataset=override_dataset is not None)
         self.model = override_model if override_model is not None else load_model(cfg)
         preflight.check_model(cfg, self.model)
-        of_each_kind(cfg.sae_configs, lambda name, sae: rehearse(name, sae, cfg.device))
+        of_each_kind(
+            cfg.sae_configs,
+            lambda name, sae: rehearse(name, sae, cfg.device, lambda sae: with_step_of(cfg, sae)),
+        )
         if cfg.compile_llm:
             compile_model(self.model, cfg.llm_compilation_mode)
         cfg.context_size = max(preflight.token_counts(cfg, self.model, "all").values())
@@ -383,12 +386,7 @@ class VisionSAETrainingRunner(_VisionRun, LanguageModelSAETrainingRunner):
                 )
         else:
             self.sae = new_sae(cfg.sae, cfg.seed)
-        if override_sae is None:
-            # A compiled SAE is traced by torch, which takes no sparse products.
-            # One that chooses over the batch does so over the batches of all processes.
-            alone = self.ranks.size == 1 or cfg.sae.architecture() not in OVER_THE_BATCH
-            is_sparse = cfg.sparse_step and not cfg.compile_sae and alone
-            self.sae = with_sparse_step(self.sae, is_sparse)
+        self.sae = with_step_of(cfg, self.sae)
         saes = {"sae": self.sae}
         self._connect(saes, cfg.sae_keys["sae"], saes)
         self.evaluator: Any = self.slot.one
@@ -457,8 +455,9 @@ class VisionMultiSAETrainingRunner(_VisionRun, MultiSAETrainingRunner):
         all_saes: dict[str, TrainingSAE[Any]] = dict(override_saes or {})
         for name, sae_cfg in cfg.saes.items():
             if override_saes is None:
-                sae = with_sparse_step(new_sae(sae_cfg, cfg.seed), cfg.sparse_step)
+                sae = new_sae(sae_cfg, cfg.seed)
                 all_saes[name] = sae if dealt[name] == self.ranks.rank else sae.to("meta")
+            with_step_of(cfg, all_saes[name])
         self.saes = {name: sae for name, sae in all_saes.items() if dealt[name] == self.ranks.rank}
         self._connect(self.saes, None, all_saes)
         self.evaluator: Any = self.slot.many

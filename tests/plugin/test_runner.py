@@ -20,14 +20,17 @@ from sae_lens import (
 )
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
+from taxolens.plugin.training import calibration
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.plugin.training.dry_run import rehearse
 from taxolens.plugin.training.runner import load_model, new_sae, required_plugin
 from taxolens.registry.errors import ConfigError
+from taxolens.registry.ranks import Ranks
 from taxolens.registry.table import ARCHITECTURES, Architecture
 
 HOOK = "blocks.0.hook_resid_post"
@@ -253,6 +256,40 @@ def test_saes_can_be_given(training):
         ConfigError, match=r"override_saes: not possible; given \['other'\]; allowed: first, last"
     ):
         training.runner(training.multi(), override_saes={"other": sae})
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "is_sparse"),
+    [
+        ({}, 1, True),
+        ({"sparse_step": False}, 1, False),
+        ({"compile_sae": True}, 1, False),
+        ({}, 2, False),
+    ],
+)
+def test_the_step_is_that_of_the_run_wherever_it_is_decided(
+    training, monkeypatch, settings, size, is_sparse
+):
+    """In a rehearsal, in a calibration, of a new SAE and of one that is given."""
+    seen = []
+
+    def looked(sae):
+        seen.append(getattr(sae, "sparse_step", False))
+
+    monkeypatch.setattr("taxolens.plugin.training.dry_run._train_one_step", looked)
+    monkeypatch.setattr(calibration.SAETrainer, "step", lambda self, batch: looked(self.sae))
+    monkeypatch.setattr("taxolens.registry.ranks.Ranks.here", lambda: Ranks(size=size))
+    cfg = training.single(sae=small_config("batchtopk"), **settings)
+    given = TrainingSAE.from_dict(cfg.sae.to_dict())
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    runner = training.runner(cfg, override_sae=given)
+    assert runner.sae is given
+    assert all(torch.equal(before[name], value) for name, value in given.state_dict().items())
+    looked(given)
+    looked(training.runner(cfg).sae)
+    calibration._time_steps(cfg, cfg.sae)
+    # Its first step is SAELens's, of which FLOPs are counted.
+    assert [*seen[:4], *set(seen[5:])] == [is_sparse] * 5 and seen[4] is False
 
 
 def test_arguments_of_the_model_are_checked(training):

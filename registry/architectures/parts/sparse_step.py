@@ -412,12 +412,9 @@ FORMS: dict[type[TrainingSAE[Any]], type[SparseStep]] = {
 
 
 def with_sparse_step(sae: TrainingSAE[Any], enabled: bool = True) -> TrainingSAE[Any]:
-    """The SAE with a sparse step, of the same weights; any other architecture as it is."""
+    """The SAE itself, with a sparse step, or without; any other architecture as it is."""
+    if enabled and (form := FORMS.get(type(sae))) is not None:
+        sae.__class__ = form  # which adds methods alone
     if isinstance(sae, SparseStep):
         sae.sparse_step = enabled
-    if not enabled or (form := FORMS.get(type(sae))) is None:
-        return sae
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        sparse = form(sae.cfg)
-    sparse.load_state_dict(sae.state_dict())
-    return sparse.to(sae.device)
+    return sae

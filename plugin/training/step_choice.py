@@ -1,0 +1,27 @@
+"""Which training step the SAEs of a run have: the sparse one, or SAELens's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_lens.saes.sae import TrainingSAE
+
+from ...registry.architectures.parts.sparse_step import with_sparse_step
+from ...registry.ranks import Ranks
+from .data_parallel import OVER_THE_BATCH
+
+
+def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
+    """The SAE itself, with the step that a run trains it by.
+
+    Args:
+        cfg: config of a runner.
+        sae: a new SAE, one that is given in its place, or one of the same config.
+    """
+    # A compiled SAE is traced by torch, which takes no sparse products.
+    compiled = getattr(cfg, "compile_sae", False)
+    # The one SAE of several processes chooses over the batches of all of them; many are dealt.
+    divided = (
+        hasattr(cfg, "sae") and Ranks.here().size > 1 and sae.cfg.architecture() in OVER_THE_BATCH
+    )
+    return with_sparse_step(sae, cfg.sparse_step and not compiled and not divided)
