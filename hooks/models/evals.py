@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...registry.errors import ConfigError
+from ...registry.files import why
 from .forward import run_to_hooks
 from .points import SPLIT_HEADS, as_tokens, check_images, resolve_hook_name
 from .tokens import put_tokens, tokens_of
@@ -111,6 +112,8 @@ class EvaluatesImages:
         for name, value in found.items():
             if _splits_heads(name):
                 found[name] = value.unflatten(-1, (model.cfg.n_heads, -1))
+            else:
+                found[name] = value.as_subclass(_Joined)
         return None, found
 
     def _pixels(self, images: ImageTokens) -> Tensor:
@@ -132,6 +135,23 @@ class _NoLoss:
         raise next(a.error for a in found if isinstance(a, cls))
 
 
+class _Joined(Tensor):
+    """Activations (B, k, d) that `run_evals` does not take apart by heads: it would take a column for a head."""
+
+    # operations give plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, tuple) and type(index[-1]) is int:
+            raise ConfigError(
+                "hook_head_index",
+                "run_evals knows heads by the name of the hook point",
+                given=index[-1],
+                allowed=f"none, or a hook point named {', '.join(SPLIT_HEADS)}",
+            )
+        return super().__getitem__(index)
+
+
 def _splits_heads(name: str) -> bool:
     """Whether `run_evals` takes the heads at a hook point of this name apart, or joins them."""
     return any(split in name for split in SPLIT_HEADS)
@@ -143,7 +163,17 @@ def _at_tokens(model: Any, tokens: str, name: str, hook: Callable[..., Any]) -> 
 
     def at_tokens(activation: Tensor, hook_point: Any = None, **options: Any) -> Tensor:
         whole = as_tokens(activation, joined)
-        new = hook(tokens_of(model, whole, tokens), hook=options.get("hook", hook_point))
+        own = tokens_of(model, whole, tokens)
+        try:
+            new = hook(own, hook=options.get("hook", hook_point))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ConfigError(
+                f"hook point {name}",
+                f"the SAE cannot act on activations of shape {tuple(own.shape)}: {why(error)}",
+                allowed=f"an SAE of that width, or of one head at a hook point named {', '.join(SPLIT_HEADS)}",
+            ) from error
         return put_tokens(model, whole, tokens, new).reshape(activation.shape)
 
     return at_tokens

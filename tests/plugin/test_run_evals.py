@@ -194,6 +194,29 @@ def test_an_sae_of_a_head_acts_on_it_alone(
     assert found["kl_div_with_sae"] == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.parametrize("hook", ["blocks.0.attn.o.hook_in", HOOK])
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        (("kl", "ce_loss"), "hook_head_index: run_evals knows heads by the name of the hook point"),
+        (
+            ("l2_norms", "sparsity_metrics", "variance_metrics"),
+            r"hook point blocks\..*: the SAE cannot act on activations of shape \(8, 16, 16\): ",
+        ),
+    ],
+)
+def test_an_sae_of_a_head_elsewhere_is_refused(
+    hook: str, left_out: tuple[str, ...], message: str, images: Any
+) -> None:
+    model, sae = model_of("vit_classifier"), sae_of(8, hook)
+    sae.cfg.metadata.hook_head_index = 1
+    store = store_of(model, images, "patch", hook)
+    with pytest.raises(
+        ConfigError, match=message + ".*a hook point named hook_q, hook_k, hook_v, hook_z"
+    ):
+        evaluate(sae, model, store, **{f"compute_{name}": False for name in left_out})
+
+
 def test_classes_are_matched_by_name(images: Any) -> None:
     model = model_of("vit_classifier", CLASSES[::-1])
     found = evaluate(sae_of(), model, store_of(model, images, "class"))
