@@ -198,6 +198,7 @@ def _undeclared(entry: Any) -> str:
         return f"higher_is_better: {wrong[0]!r} is not a metric with True, False or None"
     named = [(f"headline {h.metric!r}", h.metric) for h in entry.headlines]
     named += [(f"support of {metric!r}", metric) for metric in entry.support]
+    named += [(f"range of {metric!r}", metric) for metric in entry.ranges]
     named += [(f"label of {metric!r}", metric) for metric in entry.labels]
     unknown = [where for where, metric in named if metric not in directions]
     unknown += [f"null {null!r}" for null in entry.nulls if null not in NULLS]

@@ -299,6 +299,7 @@ class Bench:
                 cls.label_free,
                 cls.support,
                 [one for rest in left_out if isinstance(one := rest[name], dict)],
+                cls.ranges,
             )
         return found
 

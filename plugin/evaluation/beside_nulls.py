@@ -74,6 +74,7 @@ def with_nulls(
     label_free: Collection[str] = (),
     support: Mapping[str, Support] = {},
     left_out: Sequence[Numbers] = (),
+    ranges: Mapping[str, tuple[float, float]] = {},
 ) -> dict[str, MetricResult]:
     """Compare every metric of `values` with its nulls.
 
@@ -87,6 +88,7 @@ def with_nulls(
         label_free: metrics that use no label, for which shuffled labels carry no information.
         support: metric -> what it is computed from.
         left_out: the same metrics without each group of images, for the interval.
+        ranges: metric -> the least and the largest value that it can have, at which the interval is cut.
     """
 
     def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
@@ -103,6 +105,8 @@ def with_nulls(
         of = support.get(metric)
         count = math.nan if of is None else values[of.count]
         low, high = jackknife(value, [rest[metric] for rest in left_out if metric in rest])
+        least, most = ranges.get(metric, (-math.inf, math.inf))
+        low, high = max(low, min(least, value)), min(high, max(most, value))
         return MetricResult(
             value=float(value),
             low=low,

@@ -181,7 +181,7 @@ def _label(results: Results, sae: SAEResult) -> str:
 
 
 def _cells(number: MetricResult) -> list[str]:
-    half = (number.high - number.low) / 2
+    half = max(number.high - number.value, number.value - number.low)  # one may be cut
     certain = f" ±{_number(half)}" if math.isfinite(half) else ""
     few = "" if number.undecided in (None, NO_NULL) else " ?"
     cells = [_number(number.value) + certain + few]

@@ -107,6 +107,11 @@ class Absorption(Evaluator[AbsorptionOptions]):
         "main_f1": None,
         "main_latents": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            ("full_absorption", "fraction_absorption", "probe_f1", "main_f1"), summary.SHARE
+        ),
+    }
     support = dict.fromkeys(("full_absorption", "fraction_absorption"), Support("nodes", "nodes"))
     Options = AbsorptionOptions
 

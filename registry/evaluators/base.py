@@ -514,6 +514,8 @@ class Evaluator(ABC, Generic[O]):
     """metric -> name in reports and charts; by default its key with spaces."""
     support: ClassVar[Mapping[str, Support]] = {}
     """metric -> the number of nodes, latents, edges, ... that it is computed from."""
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """metric -> the least and the largest value by its definition, at which intervals are cut."""
     node_table: ClassVar[NodeTable | None] = None
     """The one of `tables()` that assigns latents to nodes, for latent cards and tree chart."""
     Options: ClassVar[type[Any]] = NoOptions

@@ -37,6 +37,7 @@ class CPCC(Evaluator):
     name = "cpcc"
     description = "correlation of the distances of class means with the distances in the tree"
     higher_is_better = {"x_cpcc": True, "z_cpcc": True, "n_classes": None, "n_pairs": None}
+    ranges = {f"{feature}_cpcc": summary.COSINE for feature in FEATURES}
     invariant = frozenset({"n_classes", "n_pairs"})
     support = {f"{feature}_cpcc": Support("n_pairs", "pairs of classes") for feature in FEATURES}
     headlines = (

@@ -122,6 +122,24 @@ class Detection(Evaluator[DetectionOptions]):
         "group_steering_rank": True,
         "steered": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "balanced_accuracy",
+                "f1",
+                "detected_share",
+                "group_balanced_accuracy",
+                "group_f1",
+                "group_share",
+                "steering_rank",
+                "group_steering_rank",
+            ),
+            summary.SHARE,
+        ),
+        **dict.fromkeys(
+            ("steering", "steering_other", "steering_direction", "group_steering"), summary.COSINE
+        ),
+    }
     support = {
         **dict.fromkeys(
             ("balanced_accuracy", "f1", "detected_share", "group_balanced_accuracy", "group_f1"),

@@ -111,6 +111,22 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         "coactive_babel": False,
         "effective_rank": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "hierarchy_cosine",
+                "random_parent_cosine",
+                "parent_cosine",
+                "sibling_cosine",
+                "random_cosine",
+                "coherence",
+            ),
+            summary.SHARE,
+        ),
+        **dict.fromkeys(
+            ("parent_length", "babel", "coactive_babel", "effective_rank"), summary.POSITIVE
+        ),
+    }
     support = {
         **dict.fromkeys(
             ("hierarchy_cosine", "parent_length"), Support("edges", "edges of the tree")

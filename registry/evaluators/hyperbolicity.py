@@ -57,6 +57,7 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
         **{f"{kind}_{what}": None for kind in SETS for what in ("delta", "gaussian_delta")},
         "tree_delta": None,
     }
+    ranges = dict.fromkeys(higher_is_better, summary.POSITIVE)
     nulls = {**ALL_NULLS, "permuted_classes": "points are compared with each other, with no tree"}
     invariant = frozenset(higher_is_better)
     label_free = invariant - {

@@ -109,6 +109,10 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         "factors": None,
         "active": None,
     }
+    ranges = {
+        **dict.fromkeys(("infom", "infoc", "nested_infom", "nested_infoc"), summary.SHARE),
+        "infoe": summary.SCORE,
+    }
     support = {
         "infom": Support("active", "latents"),
     }

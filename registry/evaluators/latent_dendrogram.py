@@ -84,6 +84,13 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
         },
         **dict.fromkeys(("n_latents", "n_nodes", "n_pairs"), None),
     }
+    ranges = {
+        **dict.fromkeys(
+            ("decoder_cophenetic", "decoder_gamma", "firing_cophenetic", "firing_gamma"),
+            summary.COSINE,
+        ),
+        **dict.fromkeys(("decoder_purity", "firing_purity"), summary.SHARE),
+    }
     invariant = label_free = frozenset({"n_latents"})
     support = {
         name: Support("n_latents", "latents")

@@ -137,6 +137,24 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
         **dict.fromkeys(("n_measured_edges", "n_measured_parents", "n_sibling_parents"), None),
         **dict.fromkeys((f"chance_{name}" for name in ("n_edges", *QUALITIES)), None),
     }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "implication",
+                "dominance",
+                "abstractness",
+                "refinement",
+                "chance_implication",
+                "chance_dominance",
+                "chance_abstractness",
+                "chance_refinement",
+            ),
+            summary.SHARE,
+        ),
+        **dict.fromkeys(
+            ("conditional_correlation", "chance_conditional_correlation"), summary.COSINE
+        ),
+    }
     nulls = {
         **ALL_NULLS,
         "permuted_classes": "latents are compared with latents, with no tree",

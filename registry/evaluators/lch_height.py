@@ -106,6 +106,13 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         "height_gap": True,
         "generality_gap": True,
     }
+    ranges = {
+        **dict.fromkeys(("lower_share", "single_class_share"), summary.SHARE),
+        **dict.fromkeys(
+            ("height", "generality", "multi_class_height", "multi_class_generality"),
+            summary.POSITIVE,
+        ),
+    }
     support = dict.fromkeys(
         ("lower_share", "height_gap", "generality_gap"),
         Support("n_latents", "latents of several classes"),

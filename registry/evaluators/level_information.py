@@ -57,6 +57,16 @@ class LevelInformation(Evaluator[ProbeOptions]):
             "variance_share",
         )
     } | {f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES}
+    ranges = {
+        **{
+            f"{f}_{p}_{m}": summary.SHARE
+            for f in FEATURES
+            for p in PROBES
+            for m in ("accuracy", "level_accuracy")
+        },
+        **{f"{f}_{p}_right_group": summary.SCORE for f in FEATURES for p in PROBES},
+        **{f"{f}_variance_share": summary.SHARE for f in FEATURES},
+    }
     invariant = frozenset(
         name
         for f in FEATURES

@@ -103,6 +103,12 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         "n_different_ends": None,
         "by_rate": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            ("depth", "first_depth", "last_depth", "different_depth"), summary.POSITIVE
+        ),
+        **dict.fromkeys(("trend", "different_trend"), summary.COSINE),
+    }
     support = {
         **dict.fromkeys(("depth", "trend"), Support("defined", "latents")),
         "gain": Support("n_ends", "latents of the first and last group"),

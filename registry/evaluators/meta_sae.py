@@ -86,6 +86,11 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
         "n_latents": None,
         "n_meta_latents": None,
     }
+    ranges = {
+        "explained_variance": summary.SCORE,
+        **dict.fromkeys(("common_depth", "mean_l0"), summary.POSITIVE),
+        "one_branch_share": summary.SHARE,
+    }
     nulls = {
         **ALL_NULLS,
         "neurons": "their decoder rows are the axes and their negatives, which share no direction",

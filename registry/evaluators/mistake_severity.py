@@ -82,6 +82,10 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
             **({f"distance_{k}": False for k in TOPS} if probe == "probe" else {}),
         }.items()
     } | {f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES}
+    ranges = {
+        metric: summary.SHARE if "hierarchical" in metric else summary.POSITIVE
+        for metric in higher_is_better
+    }
     invariant = frozenset(name for name in higher_is_better if name.startswith("n_"))
     support = {
         f"{feature}_{probe}_mistake_severity": Support(f"n_{feature}_{probe}_errors", "errors")

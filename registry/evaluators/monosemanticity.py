@@ -72,6 +72,9 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
         "defined": None,
         "own_layer": None,
     }
+    ranges = {
+        **dict.fromkeys(("monosemanticity", "baseline"), summary.COSINE),
+    }
     support = dict.fromkeys(("monosemanticity", "excess"), Support("defined", "latents"))
     nulls = {
         **ALL_NULLS,

@@ -60,6 +60,12 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         "leaf_covered_share": True,
         "leaf_nodes": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            ("internal_f1", "internal_covered_share", "leaf_f1", "leaf_covered_share"),
+            summary.SHARE,
+        ),
+    }
     support = {
         **dict.fromkeys(
             ("internal_f1", "internal_covered_share"),

@@ -48,6 +48,10 @@ class PairDepth(Evaluator[PairDepthOptions]):
         "defined": None,
         "same_class_share": None,
     }
+    ranges = {
+        "pair_depth": summary.POSITIVE,
+        **dict.fromkeys(("pair_depth_normalized", "same_class_share"), summary.SHARE),
+    }
     support = dict.fromkeys(("pair_depth", "pair_depth_normalized"), Support("defined", "latents"))
     invariant = frozenset({"defined", "same_class_share"})
     headlines = (Headline("pair_depth", "pair depth", priority=20),)

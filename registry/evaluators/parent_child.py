@@ -137,6 +137,31 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "rewired_reconstruction_share": None,
         "rewired_edge_precision": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "edge_precision",
+                "edge_recall",
+                "child_share",
+                "implication",
+                "holds_share",
+                "hamming",
+                "hamming_relative",
+                "reconstruction_share",
+                "recorded_found",
+                "recorded_implication",
+                "recorded_hamming_relative",
+                "recorded_reconstruction_share",
+                "recorded_edge_precision",
+                "recorded_edge_recall",
+                "rewired_implication",
+                "rewired_reconstruction_share",
+                "rewired_edge_precision",
+            ),
+            summary.SHARE,
+        ),
+        "lift": summary.POSITIVE,
+    }
     support = {
         "edge_precision": Support("n_edges", "edges"),
         "recorded_edge_precision": Support("recorded_edges", "recorded edges"),

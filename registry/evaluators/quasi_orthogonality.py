@@ -55,6 +55,13 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         "norm_spread": None,
         "images": None,
     }
+    ranges = {
+        **dict.fromkeys((f"within_{band}" for band in BANDS), summary.SHARE),
+        **dict.fromkeys(
+            ("epsilon_lbo", "epsilon_lbo_l0", "norm_ratio", "norm_spread"), summary.POSITIVE
+        ),
+        "norm_correlation": summary.COSINE,
+    }
     nulls = {
         **ALL_NULLS,
         "permuted_classes": "norms are compared with each other, with no tree",

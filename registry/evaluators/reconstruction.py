@@ -119,6 +119,50 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         "embedding_score_mean": True,
         "images": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            ("explained_variance", "kl_div_score", "embedding_score", "embedding_score_mean"),
+            summary.SCORE,
+        ),
+        **dict.fromkeys(
+            (
+                "fvu",
+                "mse",
+                "l2_ratio",
+                "l0",
+                "l0_image",
+                "ce_loss_without_sae",
+                "ce_loss_with_sae",
+                "ce_loss_with_ablation",
+                "ce_loss_with_mean_ablation",
+                "kl_div_with_sae",
+                "kl_div_with_ablation",
+                "embedding_change",
+            ),
+            summary.POSITIVE,
+        ),
+        **dict.fromkeys(
+            (
+                "cossim",
+                "embedding_cossim_with_sae",
+                "embedding_cossim_with_ablation",
+                "embedding_cossim_with_mean_ablation",
+            ),
+            summary.COSINE,
+        ),
+        **dict.fromkeys(
+            (
+                "dead_share",
+                "almost_dead_share",
+                "dense_share",
+                "accuracy_without_sae",
+                "accuracy_with_sae",
+                "accuracy_with_ablation",
+                "accuracy_with_mean_ablation",
+            ),
+            summary.SHARE,
+        ),
+    }
     nulls = {
         **ALL_NULLS,
         "permuted_classes": "no tree is used",

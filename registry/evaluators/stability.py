@@ -104,6 +104,22 @@ class Stability(Evaluator[StabilityOptions]):
         "latents": None,
         "peers": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            ("decoder_cosine", "activation_correlation", "relative_cosine"), summary.COSINE
+        ),
+        **dict.fromkeys(
+            (
+                "decoder_same_share",
+                "activation_same_share",
+                "agreement",
+                "one_to_one_r2",
+                "one_to_many_r2",
+                "relative_mrr",
+            ),
+            summary.SHARE,
+        ),
+    }
     support = dict.fromkeys(
         (
             "decoder_cosine",

@@ -126,6 +126,21 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         "spliced_images": None,
         "n_pairs": None,
     }
+    ranges = {
+        **dict.fromkeys(("sufficiency", "supervised_sufficiency"), summary.SCORE),
+        **dict.fromkeys(("necessity", "supervised_necessity"), summary.POSITIVE),
+        **dict.fromkeys(
+            (
+                "control",
+                "supervised_control",
+                "interpretability",
+                "supervised_interpretability",
+                "detected_share",
+                "occluded_share",
+            ),
+            summary.SHARE,
+        ),
+    }
     support = {
         "interpretability": Support("latents", "latents"),
         "supervised_interpretability": Support("n_nodes", "nodes"),

@@ -81,6 +81,9 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         "expected": None,
         "defined": None,
     }
+    ranges = {
+        "significant_share": summary.SHARE,
+    }
     support = dict.fromkeys(("moran_i", "significant_share"), Support("defined", "latents"))
     invariant = frozenset({"expected", "defined"})
     Options = AutocorrelationOptions

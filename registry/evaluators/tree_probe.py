@@ -111,6 +111,22 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         "ceiling": None,
         "n_classes": None,
     }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "z_spearman",
+                "z_euclidean",
+                "z_in_sample",
+                "x_spearman",
+                "x_euclidean",
+                "x_in_sample",
+            ),
+            summary.COSINE,
+        ),
+        **dict.fromkeys(
+            ("z_uuas", "z_euclidean_uuas", "x_uuas", "x_euclidean_uuas"), summary.SHARE
+        ),
+    }
     support = dict.fromkeys(
         ("z_spearman", "z_excess", "z_uuas", "x_spearman", "x_excess", "x_uuas"),
         Support("n_classes", "held-out classes", least=5),

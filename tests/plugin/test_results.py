@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from results_factory import make_results
 from taxolens.plugin.evaluation.beside_nulls import beats, jackknife, null_result, with_nulls
 from taxolens.plugin.reporting.headlines import headlines, with_q
+from taxolens.plugin.reporting.metric_table import _cells
 from taxolens.plugin.reporting.results import JSON_SCHEMA, SCHEMA, Results
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
@@ -229,6 +230,17 @@ def test_support_and_interval_stand_beside_the_number() -> None:
     assert found["f1"].support == 2 and found["f1"].undecided == "computed from 2, fewer than 3"
     assert (found["f1"].low, found["f1"].high) == pytest.approx(jackknife(0.75, [0.7, 0.8, 0.75]))
     assert found["n_nodes"].support is None
+
+
+def test_an_interval_is_cut_at_the_range_of_its_metric() -> None:
+    left_out = [{"share": v, "gain": v} for v in (0.85, 1.0, 0.95)]
+    values = {"share": 0.95, "gain": 0.95}
+    found = with_nulls(values, {}, {}, left_out=left_out, ranges={"share": (0.0, 1.0)})
+    low, high = jackknife(0.95, [0.85, 1.0, 0.95])
+    assert low < 0.95 < 1 < high
+    assert (found["gain"].low, found["gain"].high) == (low, high)
+    assert (found["share"].low, found["share"].high) == (low, 1.0)
+    assert _cells(found["share"])[0] == _cells(found["gain"])[0]  # ± is the part that is not cut
 
 
 def test_no_direction_no_verdict() -> None:

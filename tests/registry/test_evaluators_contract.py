@@ -97,6 +97,9 @@ def test_it_gives_the_metrics_it_names(evaluator_class, animals, planted_batch, 
         evaluator.compute(permutation=permutation, shuffled=True),
     ):
         assert set(numbers) == set(evaluator_class.higher_is_better)
+        for metric, (least, most) in evaluator_class.ranges.items():
+            value = numbers[metric]
+            assert math.isnan(value) or least - 1e-6 <= value <= most + 1e-6, (metric, value)
         assert all(type(value) is float for value in numbers.values())
     assert any(math.isfinite(value) for value in evaluator.compute().values())
 
