@@ -8,6 +8,7 @@ the limits.
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,6 +128,22 @@ def read_lines(path: str | Path, max_bytes: int) -> Iterator[str]:
             raise UnreadableError(f"not UTF-8 ({error.reason})") from None
 
 
+def read_rows(path: str | Path, max_bytes: int) -> Iterator[list[str]]:
+    """The rows of a CSV file in turn, with commas, or, where its first line has none, semicolons or tabs.
+
+    Raises:
+        OSError: it does not exist or cannot be opened.
+        UnreadableError: as `read_lines`, or not CSV: a field of more than 128 kB.
+    """
+    lines = read_lines(path, max_bytes)
+    head = next(lines, "")
+    comma = next((c for c in ";\t" if c in head and "," not in head), ",")
+    try:
+        yield from csv.reader(chain([head], lines), delimiter=comma)
+    except csv.Error as error:
+        raise UnreadableError(f"not CSV: {error}") from None
+
+
 def read_json(path: str | Path, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
     """The content of a JSON file.
 
@@ -145,20 +163,28 @@ def read_json_object(path: str | Path, max_bytes: int = MAX_SETTINGS_BYTES) -> d
     return found
 
 
-def parse_json(text: str) -> Any:
-    """JSON text; raises `UnreadableError` as `read_json`."""
+def parse_json(text: str, *, unique: bool = False) -> Any:
+    """JSON text; raises `UnreadableError` as `read_json`, and, if `unique`, of an object with a key twice."""
     if text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise UnreadableError(f"more than {MAX_CONTAINERS:,} lists and objects")
     if text.count(",") > MAX_VALUES:
         raise UnreadableError(f"more than {MAX_VALUES:,} values")
     try:
-        return _bounded(json.loads(text))
+        return _bounded(json.loads(text, object_pairs_hook=_unique if unique else None))
     except RecursionError:
         raise UnreadableError(f"nested more than {MAX_NESTING} deep") from None
     except UnreadableError:
         raise
     except ValueError as error:
         raise UnreadableError(f"not JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) is not value:
+            raise UnreadableError(f"ambiguous: an object has the key {key!r} twice")
+    return found
 
 
 def stream_json(path: str | Path, max_bytes: int) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import os
@@ -17,6 +16,7 @@ from ...registry.files import (
     UnreadableError,
     read_bytes,
     read_lines,
+    read_rows,
     read_text,
     reason,
     stream_json,
@@ -119,7 +119,7 @@ class _Read(NamedTuple):
 def _read_file(file: Path, stems: Sequence[str], images: Sequence[str]) -> _Read:
     try:
         return _of_images(file, _rows_in(file, stems), images)
-    except (UnreadableError, OSError, csv.Error) as error:
+    except (UnreadableError, OSError) as error:
         logger.warning("%s is not taken as a file of labels: %s.", file, reason(error))
         return _Read([None] * len(images), None)
 
@@ -180,19 +180,17 @@ def _rows_in(file: Path, stems: Sequence[str]) -> list[Row]:
         return _ground_truth(file, stems)
     if file.suffix.lower() == ".json":
         return _annotated(file, wanted)
-    lines = read_lines(file, MAX_TABLE_BYTES)
     if file.suffix.lower() == ".csv":
-        head = next(lines, "")
-        comma = ";" if ";" in head and "," not in head else ","
-        return _distinct(_table(_cells(chain([head], lines), comma), wanted))
+        return _distinct(_table(_bounded(read_rows(file, MAX_TABLE_BYTES)), wanted))
+    lines = read_lines(file, MAX_TABLE_BYTES)
     rows = (line.split(None if "\t" not in line else "\t", 2) for line in lines)
     named = (row for row in rows if len(row) > 1 and _stem(row[0]) in wanted)
     return _distinct((_posix(row[0]), row[1]) for row in named)
 
 
-def _cells(lines: Iterator[str], comma: str) -> Iterator[list[str]]:
+def _bounded(rows: Iterator[list[str]]) -> Iterator[list[str]]:
     n_cells = 0
-    for row in csv.reader(lines, delimiter=comma):
+    for row in rows:
         if len(row) > MAX_COLUMNS:
             raise UnreadableError(f"more than {MAX_COLUMNS:,} columns")
         n_cells += len(row)

@@ -14,6 +14,7 @@ from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
 
 AGGREGATES = ("max", "mean")
+MAX_GROUPS = 1000
 HOLDOUT = "a number above 0 and below 1"
 
 
@@ -126,9 +127,12 @@ class EvaluationSettings:
                 raise ConfigError(field, "not possible", given=given, allowed=f"{least} to {most}")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise ConfigError("holdout", "not possible", given=self.holdout, allowed=HOLDOUT)
-        if self.n_groups < 3 and self.n_groups != 0:
+        if self.n_groups != 0 and not 3 <= self.n_groups <= MAX_GROUPS:
             raise ConfigError(
-                "n_groups", "not possible", given=self.n_groups, allowed="0, or 3 or more"
+                "n_groups",
+                "not possible",
+                given=self.n_groups,
+                allowed=f"0, or 3 to {MAX_GROUPS:,}",
             )
         if self.output_path is not None and not is_path(str(self.output_path)):
             allowed = "a path without control characters"

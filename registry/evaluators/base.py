@@ -537,14 +537,15 @@ class Evaluator(ABC, Generic[O]):
     def _options(cls, options: Any) -> Any:
         if isinstance(options, cls.Options):
             return options
-        if not isinstance(options or {}, Mapping):
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
             raise ConfigError(
                 f"options of {cls.name}", "not options", given=options, allowed="names and values"
             )
         hints = get_type_hints(cls.Options)
         known = [f.name for f in fields(cls.Options)]
         typed = {}
-        for key, value in (options or {}).items():
+        for key, value in options.items():
             if key not in known:
                 raise ConfigError(unknown_name_message(f"option of {cls.name}", key, known))
             try:

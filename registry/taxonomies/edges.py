@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_lines, read_text, reason
+from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_rows, read_text, reason
 from .taxonomy import Taxonomy, document
 
 Edge = tuple[str, str]
@@ -19,7 +18,7 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
     """Read a `.csv` or a `.json`.
 
     CSV: columns `parent,child` and optionally `name` (the child's human name), with or without a
-    header line; a row without a parent is the root. JSON: `[["animal", "dog"], …]`,
+    header line, separated by commas, semicolons or tabs; a row without a parent is the root. JSON: `[["animal", "dog"], …]`,
     `{"animal": ["dog", "cat"]}`, nested `{"animal": {"dog": ["poodle", "pug"]}}`, or the
     output of `Taxonomy.to_json`.
 
@@ -61,7 +60,7 @@ def _too_many(path: Path) -> ConfigError:
 def _read_csv(path: Path) -> Read:
     edges: list[Edge] = []
     names: dict[str, str] = {}
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(read_rows(path, MAX_DATA_BYTES), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells) or (
             number == 1 and [c.lower() for c in cells[:2]] == ["parent", "child"]
@@ -84,17 +83,10 @@ def _read_csv(path: Path) -> Read:
     return edges, None, names
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
-    try:
-        yield from csv.reader(read_lines(path, MAX_DATA_BYTES))
-    except csv.Error as error:  # a field of more than 128 kB, NUL
-        raise ConfigError("taxonomy", f"{path.name} is not CSV: {error}", allowed="CSV") from None
-
-
 def _read_json(path: Path) -> Read:
     text = read_text(path, MAX_DATA_BYTES)
     try:
-        data = parse_json(text)
+        data = parse_json(text, unique=True)
     except UnreadableError as error:
         raise ConfigError("taxonomy", f"{path.name} is {error}", allowed="JSON") from None
     if isinstance(data, dict) and isinstance(data.get("format"), str):

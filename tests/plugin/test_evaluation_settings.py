@@ -130,7 +130,8 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
             {"holdout": 1.0},
             "holdout: not possible; given 1.0; allowed: a number above 0 and below 1",
         ),
-        ({"n_groups": 2}, "n_groups: not possible; given 2; allowed: 0, or 3 or more"),
+        ({"n_groups": 2}, "n_groups: not possible; given 2; allowed: 0, or 3 to 1,000"),
+        ({"n_groups": 10**6}, "n_groups: not possible; given 1000000; allowed: 0, or 3 to 1,000"),
     ):
         with pytest.raises(ConfigError, match=message):
             taxolens.EvaluationSettings(**options)

@@ -413,6 +413,12 @@ def test_a_pass_without_shuffled_labels_raises(evaluator_class, animals, planted
             evaluator.compute(shuffled=True)
 
 
+@pytest.mark.parametrize("options", [[], "", 0, False])
+def test_empty_options_of_another_form_are_refused(evaluator_class, options):
+    with pytest.raises(ConfigError, match=f"options of {evaluator_class.name}: not options"):
+        evaluator_class._options(options)
+
+
 def test_options_by_name(evaluator_class, animals):
     context = EvaluationContext(animals, 10, 5, 3)
     options = evaluator_class.Options()

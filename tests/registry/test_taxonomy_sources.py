@@ -97,6 +97,8 @@ def test_a_folder_without_folders_is_refused(tmp_path):
     ("name", "text"),
     [
         ("t.csv", "parent,child\nanimal,dog\nanimal,cat\ndog,pug\ndog,husky\n"),
+        ("t.csv", "parent;child\nanimal;dog\nanimal;cat\ndog;pug\ndog;husky\n"),
+        ("t.csv", "parent\tchild\nanimal\tdog\nanimal\tcat\ndog\tpug\ndog\thusky\n"),
         ("t.csv", "\ufeff,animal\nanimal, dog\nanimal,cat\n\ndog,pug\ndog,husky"),
         ("t.json", '[["animal","dog"],["animal","cat"],["dog","pug"],["dog","husky"]]'),
         ("t.json", '{"animal": ["dog", "cat"], "dog": ["pug", "husky"]}'),
@@ -130,6 +132,12 @@ def test_csv_may_name_children(tmp_path):
         ("t.csv", "parent,child\na\n", r"t\.csv, line 2"),
         ("t.csv", "parent,child\n", "no parent-child pair"),
         ("t.csv", "a,b\nb,a\n", "cycle"),
+        ("t.csv", f"a,{'x' * 200_000}\n", "not CSV: field larger than field limit"),
+        (
+            "t.json",
+            '{"a": ["b"], "a": ["c"]}',
+            "t.json is ambiguous: an object has the key 'a' twice",
+        ),
         ("t.csv", "a,b\nc,d\n", "2 roots: 'a', 'c'; allowed: one"),
         ("t.json", "{", r"t\.json is not JSON"),
         ("t.json", '["ab", "cd"]', r"not a pair; given 'ab'; allowed: \[parent, child\]"),
