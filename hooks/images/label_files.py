@@ -40,6 +40,7 @@ MAX_CHARACTERS = 1 << 28  # of the names and ids in annotations that are kept; 4
 # Folders of annotations beside folders of images, and where ImageNet's development kit has them.
 BESIDE = re.compile(r"annotations?|labels|ILSVRC2012_devkit_t12(/data)?", re.IGNORECASE)
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 BOXES = re.compile(r"(n\d{8})( \d+){4}( n\d{8}( \d+){4})*")  # of LOC_val_solution.csv
 
 
@@ -182,10 +183,25 @@ def _rows_in(file: Path, stems: Sequence[str]) -> list[Row]:
         return _annotated(file, wanted)
     if file.suffix.lower() == ".csv":
         return _distinct(_table(_bounded(read_rows(file, MAX_TABLE_BYTES)), wanted))
-    lines = read_lines(file, MAX_TABLE_BYTES)
-    rows = (line.split(None if "\t" not in line else "\t", 2) for line in lines)
-    named = (row for row in rows if len(row) > 1 and _stem(row[0]) in wanted)
-    return _distinct((_posix(row[0]), row[1]) for row in named)
+    return _distinct(_listed(read_lines(file, MAX_TABLE_BYTES), wanted))
+
+
+def _listed(lines: Iterator[str], wanted: set[str]) -> Iterator[Row]:
+    """The labels in lines that begin with a name, of columns between tabs or spaces."""
+    for line in lines:
+        tabs = "\t" in line
+        row = line.split("\t", 2) if tabs else line.split(None, 1)
+        if len(row) > 1 and _stem(row[0]) in wanted:
+            yield _posix(row[0]), row[1] if tabs else _class_in(row[1])
+
+
+def _class_in(text: str) -> str:
+    """The class in what follows a name: its first word before numbers, else all of its words."""
+    first, *others = text.split()
+    numbers = [NUMBER.fullmatch(word) is not None for word in others]
+    if any(numbers) and not all(numbers):
+        raise UnreadableError(f"{text[:80]!r} is a class of several words, or several columns")
+    return first if any(numbers) else " ".join([first, *others])
 
 
 def _bounded(rows: Iterator[list[str]]) -> Iterator[list[str]]:

@@ -148,6 +148,11 @@ def test_a_development_kit_that_cannot_be_read_is_named(tmp_path):
         ("labels.csv", f"1,{'x' * 200_000}", "field larger than field limit"),
         ("labels.csv", "1" + "," * 1000, "more than 1,000 columns"),
         ("labels.txt", b"1 \xff", "not UTF-8"),
+        (
+            "labels.txt",
+            "1 golden eagle 2",
+            "'golden eagle 2' is a class of several words, or several",
+        ),
     ],
 )
 def test_a_file_beside_images_that_cannot_be_read_is_named(
@@ -263,6 +268,25 @@ def test_two_classes_of_one_image_are_refused(tmp_path):
     write(tmp_path, "labels.csv", "file,label", "1.jpg,cat", "2.jpg,dog", "1.jpg,dog")
     with pytest.raises(DataError, match=r"1.jpg has several classes there: cat, dog; allowed: one"):
         load_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "classes"),
+    [
+        ("golden retriever", "golden eagle", ["golden retriever", "golden eagle"]),
+        ("n01440764 12 3.5 -4", "n15075141 1 2 3", ["n01440764", "n15075141"]),
+        ("\tgolden eagle 2\t7", "\tgolden eagle", ["golden eagle 2", "golden eagle"]),
+    ],
+)
+def test_classes_of_several_words_in_lines_of_text(tmp_path, first, second, classes):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(
+        tmp_path,
+        "labels.txt",
+        f"1.jpg {first}".replace(" \t", "\t"),
+        f"2.jpg {second}".replace(" \t", "\t"),
+    )
+    assert classes_by_image(tmp_path) == classes
 
 
 def test_images_without_a_row_are_counted(tmp_path, caplog):
