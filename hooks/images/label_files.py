@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, takewhile
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,7 @@ MAX_CHARACTERS = 1 << 28  # of the names and ids in annotations that are kept; 4
 # Folders of annotations beside folders of images, and where ImageNet's development kit has them.
 BESIDE = re.compile(r"annotations?|labels|ILSVRC2012_devkit_t12(/data)?", re.IGNORECASE)
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+INDEX = ([""], ["index"], ["unnamed: 0"])  # the names of a column of numbers of rows
 NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 BOXES = re.compile(r"(n\d{8})( \d+){4}( n\d{8}( \d+){4})*")  # of LOC_val_solution.csv
 
@@ -138,13 +140,17 @@ def _of_images(file: Path, rows: Sequence[Row], images: Sequence[str]) -> _Read:
         if n_compared > MAX_IMAGES:
             raise UnreadableError(f"more than {MAX_IMAGES:,} rows of the names of images")
         folders = _folders(image)
-        shared = [_n_shared(_folders(name), folders) for name, _ in of_name]
-        nearest = max(shared, default=0)
+        own = image.rpartition("/")[2]
+        shared = [
+            (_n_shared(_folders(name), folders), name.rpartition("/")[2] == own)
+            for name, _ in of_name
+        ]
+        nearest = max(shared, default=(0, False))
         found: list[str] = []
-        for n_shared, (name, label) in zip(shared, of_name):
-            if n_shared < nearest or label in found:
+        for likeness, (name, label) in zip(shared, of_name):
+            if likeness < nearest or label in found:
                 continue
-            if nearest == 0 and _is_another(file, name, image):
+            if nearest[0] == 0 and _is_another(file, name, image):
                 continue
             found.append(label)
             if len(found) > 2:
@@ -192,7 +198,7 @@ def _listed(lines: Iterator[str], wanted: set[str]) -> Iterator[Row]:
         tabs = "\t" in line
         row = line.split("\t", 2) if tabs else line.split(None, 1)
         if len(row) > 1 and _stem(row[0]) in wanted:
-            yield _posix(row[0]), row[1] if tabs else _class_in(row[1])
+            yield _posix(row[0]), row[1].strip() if tabs else _class_in(row[1])
 
 
 def _class_in(text: str) -> str:
@@ -219,6 +225,8 @@ def _distinct(rows: Iterator[Row]) -> list[Row]:
     """Each row once, of a bounded number."""
     found: dict[Row, None] = {}
     for row in rows:
+        if not row[1]:  # an image without a class
+            continue
         found[row] = None
         if len(found) > MAX_IMAGES:
             raise UnreadableError(f"classes of more than {MAX_IMAGES:,} images")
@@ -232,13 +240,19 @@ def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> Iterator[Row]:
     named = next((row for row in rows if any(_stem(cell) in wanted for cell in row)), None)
     if named is None:
         return
-    key = next(i for i, cell in enumerate(named) if _stem(cell) in wanted)
     header = [cell.strip().lower() for cell in first] if first != named else []
     usual = [header.index(name) for name in LABEL_COLUMNS if name in header]
-    others = [i for i in range(len(named)) if i != key]
+    keys = [i for i, cell in enumerate(named) if i not in usual and _stem(cell) in wanted]
+    if not keys:
+        return
+    # Numbers of rows, as pandas writes them, may be names of images too.
+    key = max(keys, key=lambda i: ("." in named[i], header[i : i + 1] not in INDEX, -i))
+    numbered = header[:1] in INDEX
+    others = [i for i in range(len(named)) if i != key and not (i == 0 and numbered)]
     column = usual[0] if usual else others[0] if len(others) == 1 else None
     if column is None:
-        return
+        shown = ", ".join(first[:9])
+        raise UnreadableError(f"none of the columns {shown} is named {', '.join(LABEL_COLUMNS)}")
     for row in chain([named], rows):
         if len(row) > max(key, column) and _stem(row[key]) in wanted:
             label = row[column].strip()
@@ -263,11 +277,13 @@ def _annotated(file: Path, wanted: set[str]) -> list[Row]:
                 continue
             if key == "categories":
                 kept = value["id"], str(value["name"])
-                names[kept[0]] = kept[1]
+                if names.setdefault(kept[0], kept[1]) != kept[1]:
+                    not_coco = not_coco or f"category {kept[0]!r} has two names"
             elif key == "images":
                 if _stem(value["file_name"]) in wanted:
                     kept = value["id"], _posix(value["file_name"])
-                    paths[kept[0]] = kept[1]
+                    if paths.setdefault(kept[0], kept[1]) != kept[1]:
+                        not_coco = not_coco or f"two images have the id {kept[0]!r}"
             elif key == "annotations":
                 image, category = value["image_id"], value["category_id"]
                 hash(category)  # a list or an object is none
@@ -301,7 +317,9 @@ def _annotated(file: Path, wanted: set[str]) -> list[Row]:
             "one class of each image",
             allowed="class folders, or annotations of one category an image",
         )
-    return [(paths[image], names[category_of[image]]) for image in annotated]
+    times = Counter(names.values())
+    named = {i: name if times[name] == 1 else f"{name} ({i})" for i, name in names.items()}
+    return [(paths[image], named[category_of[image]]) for image in annotated]
 
 
 def _ground_truth(file: Path, stems: Sequence[str]) -> list[Row]:

@@ -289,6 +289,75 @@ def test_classes_of_several_words_in_lines_of_text(tmp_path, first, second, clas
     assert classes_by_image(tmp_path) == classes
 
 
+@pytest.mark.parametrize("names", ["2.jpg 0.jpg 1.jpg", "2 0 1"])
+def test_numbers_of_rows_are_no_names_of_images(tmp_path, names):
+    """As pandas writes a table with its index."""
+    draw(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    classes = ("cat", "dog", "eel")
+    rows = (f"{i},{name},{c}" for i, (name, c) in enumerate(zip(names.split(), classes)))
+    write(tmp_path, "labels.csv", ",file,label", *rows)
+    assert classes_by_image(tmp_path) == ["dog", "eel", "cat"]
+
+
+def test_names_with_another_extension_are_those_of_other_images(tmp_path):
+    draw(tmp_path, "1.jpg", "1.png", "2.png")
+    write(tmp_path, "labels.csv", "file,label", "1.jpg,cat", "1.png,dog", "2.jpg,eel")
+    assert classes_by_image(tmp_path) == ["cat", "dog", "eel"]
+
+
+def test_an_empty_cell_is_no_class(tmp_path, caplog):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "labels.csv", "file,label", "1.jpg,", "2.jpg,dog")
+    assert classes_by_image(tmp_path) == [None, "dog"]
+    assert "labels.csv, which has none for 1 of 2." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "rows", [("file,", "1,cat", "2,dog"), (",file,breed", "0,1,cat", "1,2,dog"), ("1,cat", "2,dog")]
+)
+def test_the_only_other_column_holds_the_classes(tmp_path, rows):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "labels.csv", *rows)
+    assert classes_by_image(tmp_path) == ["cat", "dog"]
+
+
+def test_a_table_without_a_usual_column_of_labels_is_named(tmp_path, caplog):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "labels.csv", "file,breed,age", "1.jpg,cat,3", "2.jpg,dog,4")
+    assert classes_by_image(tmp_path) == [None, None]
+    assert "none of the columns file, breed, age is named label, labels, class" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("categories", {"id": 1, "name": "eel"}, "category 1 has two names"),
+        ("images", {"id": 1, "file_name": "2.jpg"}, "two images have the id 1"),
+    ],
+)
+def test_annotations_with_an_id_twice_are_refused(part, change, message, tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    content = annotations_of_two()
+    content[part].append(change)
+    write(tmp_path, "a.json", json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path)
+
+
+def annotations_of_two(names=("cat", "dog")):
+    return {
+        "images": [{"file_name": f"{i}.jpg", "id": i} for i in (1, 2)],
+        "annotations": [{"image_id": i, "category_id": i} for i in (1, 2)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+    }
+
+
+def test_categories_of_one_name_are_told_apart(tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "a.json", json.dumps(annotations_of_two(("crane", "crane"))))
+    assert classes_by_image(tmp_path) == ["crane (1)", "crane (2)"]
+
+
 def test_images_without_a_row_are_counted(tmp_path, caplog):
     draw(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     write(tmp_path, "labels.csv", "file,label", "1.jpg,cat", "2.jpg,dog")
