@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +270,7 @@ class _Sized:
 def test_what_is_drawn_in_a_step_depends_on_seed_and_step_alone():
     class Trainer:
         n_training_steps = 0
+        sae = SimpleNamespace(device=torch.device("cpu"))
 
         def step(self, batch):
             return torch.rand(3)

@@ -328,18 +328,16 @@ class SparseStep(TopKTrainingSAE):
 
     def _decoded_of_dead(self, dead: Tensor, k: int, x: Tensor, pre: Tensor) -> Tensor:
         """(n, d_in) the sum of the rows of the k strongest latents of `dead` for each input."""
-        norms = self.norms
+        norms, pre = self.norms, pre.detach()
+        chosen = pre.index_select(1, dead).topk(k, sorted=False).indices
         if len(dead) >= LEAST_WIDTH * k:
-            chosen = pre.detach().index_select(1, dead).topk(k, sorted=False).indices
             columns = dead[chosen]
-            values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre.detach(), columns)
+            values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre, columns)
             return FiredLatents.by_row(values, columns).decoded(self.W_dec, norms)
+        # Scaled by the norms they are selected; here the norms cancel.
         acts = x @ self.W_enc.index_select(1, dead) + self.b_enc.index_select(0, dead)
-        if len(dead) > k:
-            # By the scaled pre-activations, as all latents are selected.
-            chosen = pre.detach().index_select(1, dead).topk(k, sorted=False).indices
-            acts = acts * torch.zeros_like(acts).scatter_(1, chosen, 1)
-        return acts @ self.W_dec.index_select(0, dead)  # the norms cancel
+        kept = torch.zeros_like(acts).scatter_(1, chosen, 1)
+        return (acts * kept) @ self.W_dec.index_select(0, dead)
 
     @property
     def norms(self) -> Tensor | None:
