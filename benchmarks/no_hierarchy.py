@@ -247,11 +247,15 @@ def tables(found: Found, only: set[tuple[str, str]] | None = None) -> str:
                 if p is not None:
                     cells = shares.setdefault((evaluator, metric), {})
                     cells.setdefault((tree, world, sizes), []).append(float(p <= LEVEL))
+    counts = Counter(job[:3] for job in found)
+
+    def runs_of(tree: str) -> str:
+        of_tree = [n for (name, *_), n in counts.items() if name == tree]
+        return f"{tree} ({min(of_tree)} to {max(of_tree)})"
+
     trees = [tree for tree in TREES if any(job[0] == tree for job in found)]
-    runs = sorted(Counter(job[:3] for job in found).values()) or [0]
     parts = [
-        f"{runs[0]} to {runs[-1]} runs of each tree in each world. Trees in each cell: {', '.join(trees)}; –: nothing "
-        "could be judged."
+        f"Trees in each cell, with runs in each column: {', '.join(map(runs_of, trees))}; –: nothing could be judged."
     ]
     for worlds in (("noise", "flat"), ("planted", "groups")):
         columns = [(w, s) for w in worlds for s in SIZES]

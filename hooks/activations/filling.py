@@ -189,9 +189,8 @@ class Filling:
             self.ranks.wait()
 
     def _fill(self, show: Callable[[int], Any]) -> None:
-        opened: deque[tuple[ExitStack, list[CacheWriter], bool]] = (
-            deque()
-        )  # of the images being decoded
+        # of the images being decoded
+        opened: deque[tuple[ExitStack, list[CacheWriter], bool]] = deque()
         extractors = [target.extractor for target in self.targets]
         with ExitStack() as on_error:
 
