@@ -340,6 +340,13 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> An
         name = name.removeprefix(open_clip.HUB_PREFIX)
     folder = Path(name)
     if name and os.path.isdir(name):
+        if revision is not None:
+            raise ConfigError(
+                "revision",
+                f"the model is a folder, {name}",
+                given=revision,
+                allowed="a name on the hub",
+            )
         if _read_local(folder, "config.json") is None:
             if (found := _read_open_clip(name, revision)) is not None:
                 return found

@@ -203,6 +203,14 @@ def test_a_name_that_the_hub_does_not_have(offline: Path) -> None:
         load_vision_model("acme/nothing")
 
 
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    folder = save_tiny("dinov2", tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"revision: the model is a folder, {folder}; given 'v1'"
+    ):
+        load_vision_model(folder, revision="v1")
+
+
 def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         load_vision_model(tmp_path)
