@@ -13,7 +13,7 @@ import numpy as np
 
 from .taxonomy import IntArray, Taxonomy
 
-SIZE_FACTOR = 1.5
+SIZE_FACTOR = 1.25
 """The largest class of a stratum has fewer than this many times the images of its smallest."""
 
 
