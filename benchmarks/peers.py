@@ -180,8 +180,7 @@ def flags(job: dict[str, Any]) -> list[str]:
             "use_cached_activations": "true",
             "cached_activations_path": job["output"] + "/cache",
         }
-    made = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    return [*made, "--no_evaluate", "--hook_names", *(f"blocks.{i}.hook_resid_post" for i in job["blocks"])]  # fmt: skip
+    return [*timing.flags(given), "--no_evaluate", "--hook_names", *(f"blocks.{i}.hook_resid_post" for i in job["blocks"])]  # fmt: skip
 
 
 def last_line(error: Exception) -> str:

@@ -72,11 +72,10 @@ def main() -> None:
 
 def watched(settings: dict[str, Any]) -> list[float]:
     """MiB of the process and its children, twice a second from its start to its end."""
-    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     readings: list[float] = []
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "taxolens", "train", *flags, "--no_evaluate"],
+            [sys.executable, "-m", "taxolens", "train", *timing.flags(settings), "--no_evaluate"],
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )

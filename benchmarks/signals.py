@@ -36,43 +36,30 @@ IMAGES = 8  # of a forward pass
 
 def jobs(folder: Path) -> dict[str, list[str]]:
     """What takes long -> the arguments of a command that does it for minutes."""
-    common = ["train", "--model_name", folder / "model", "--dataset_path", folder / "images"]
-    common += [
-        "--hook_names",
-        "blocks.0.hook_resid_post",
-        "--no_evaluate",
-        "--log_to_wandb",
-        "false",
-    ]
-    common += [
-        "--architecture",
-        "standard",
-        "--lr_warm_up_steps",
-        0,
-        "--normalize_activations",
-        "none",
-    ]
-    common += ["--store_batch_size_prompts", IMAGES, "--checkpoint_path", "checkpoints"]
-    common += [
-        "--checkpoint_id",
-        "run",
-        "--resume_from_checkpoint",
-        "auto",
-        "--output_path",
-        "output",
-    ]
-    step = ["--d_sae", D_SAE, "--train_batch_size_tokens", BATCH, "--tokens", "patch"]
-    step += ["--training_tokens", BATCH * 1000, "--n_batches_in_buffer", 1]
-    gather = ["--d_sae", 64, "--train_batch_size_tokens", 64, "--tokens", "class"]
-    gather += ["--training_tokens", 64 * 1000, "--n_batches_in_buffer", 16]
-    cache = ["--use_cached_activations", "--cached_activations_path", "cache"]
-    deep = ["--hook_names", "blocks.11.hook_resid_post"]
+    common = {
+        "model_name": folder / "model", "dataset_path": folder / "images", "log_to_wandb": "false",
+        "architecture": "standard", "lr_warm_up_steps": 0, "normalize_activations": "none",
+        "store_batch_size_prompts": IMAGES, "checkpoint_path": "checkpoints", "checkpoint_id": "run",
+        "resume_from_checkpoint": "auto", "output_path": "output",
+    }  # fmt: skip
+    step = {
+        "hook_names": "blocks.0.hook_resid_post", "tokens": "patch", "d_sae": D_SAE,
+        "train_batch_size_tokens": BATCH, "training_tokens": BATCH * 1000, "n_batches_in_buffer": 1,
+    }  # fmt: skip
+    gather = {
+        "hook_names": "blocks.11.hook_resid_post", "tokens": "class", "d_sae": 64,
+        "train_batch_size_tokens": 64, "training_tokens": 64 * 1000, "n_batches_in_buffer": 16,
+    }  # fmt: skip
+    cache = {"use_cached_activations": "true", "cached_activations_path": "cache"}
     made = {
-        "training step": [*common, *step],
-        "batch of images, gathered in training": [*common, *gather, *deep],
-        "batch of images, into a cache": [*common, *gather, *deep, *cache],
+        "training step": step,
+        "batch of images, gathered in training": gather,
+        "batch of images, into a cache": {**gather, **cache},
     }
-    return {name: [str(arg) for arg in args] for name, args in made.items()}
+    return {
+        name: ["train", *timing.flags({**common, **own}), "--no_evaluate"]
+        for name, own in made.items()
+    }
 
 
 def seconds_of_a_step() -> float:
@@ -133,9 +120,7 @@ def measure(n: int, after: float, model: str) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     kills.warm_up()
     found: dict[str, list[float]] = {}
-    folder = Path(
-        tempfile.mkdtemp()
-    )  # a TemporaryDirectory would be removed by every fork that ends
+    folder = Path(tempfile.mkdtemp())  # every fork that ends would remove a TemporaryDirectory
     try:
         if os.fork() == 0:  # apart, since it starts threads, which later forks would lose
             timing.save_vit(model, folder / "model")

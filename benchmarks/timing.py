@@ -127,6 +127,11 @@ def on_what(found: Mapping[str, Any]) -> str:
     )
 
 
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """The settings as flags of a command of taxolens."""
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]

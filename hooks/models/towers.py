@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 PLACES = ("vision_tower", "vision_model", "visual")
+ROWS = "merge_size"  # a setting of Qwen-VL's processors, which make rows of patches
 # Settings by which a processor cuts an image into several, each of which the tower takes.
-ROWS = "merge_size"  # of Qwen-VL's processors, which make rows of patches
 TILES = ("do_image_splitting", "crop_to_patches", "image_grid_pinpoints", "do_pan_and_scan")
 
 

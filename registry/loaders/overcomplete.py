@@ -149,9 +149,8 @@ def _dictionary(
 ) -> Tensor:
     """The decoder (d_sae, d_in), as `get_dictionary` gives it in evaluation mode."""
     prefix = "dictionary."
-    if (
-        prefix + "W" not in found
-    ):  # before e1d80cb there was none, of archetypal ones there always was
+    # Before e1d80cb there was none; archetypal dictionaries have always had one.
+    if prefix + "W" not in found:
         found.setdefault(prefix + "multiplier", torch.tensor(0.0))
     gain = _taken(checkpoint, found, prefix + "multiplier").exp()
     if prefix + "W" in found:
