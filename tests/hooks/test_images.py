@@ -430,6 +430,12 @@ def test_streaming_without_declared_features():
 red_pixels = PilPreprocess(size=None, crop=(3, 3), rescale=None)
 
 
+@pytest.mark.parametrize("size", [(1, 6000), (6000, 1)])
+def test_a_picture_of_one_row_is_not_resized(size):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}: sides of more than 200:1"):
+        decode_rgb(encoded(Image.new("RGB", size)))
+
+
 def test_corrupt_images_are_named(tmp_path):
     images = load_images(hf_dataset(3, corrupt=[1]))
     with pytest.raises(CorruptImageError, match=r"image 1 .1\.png. cannot be read: cannot id") as e:
