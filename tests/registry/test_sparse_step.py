@@ -14,6 +14,7 @@ from taxolens.registry.architectures.parts.sparse_step import (
     SparseStep,
     largest_of_batch,
     largest_of_rows,
+    runs_on,
     with_sparse_step,
 )
 
@@ -184,6 +185,16 @@ def test_weights_in_bfloat16():
         forward(sae, inputs(torch.bfloat16)).loss.backward()
     assert sparse.W_enc.grad.dtype == torch.bfloat16
     torch.testing.assert_close(sparse.W_enc.grad, dense.W_enc.grad, rtol=0.05, atol=0.02)
+
+
+def test_deterministic_training_on_cuda_is_dense():
+    cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+    assert runs_on(cpu) and runs_on(cuda) and not runs_on(mps)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert runs_on(cpu) and not runs_on(cuda)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_wide_codes_and_other_architectures_are_left_alone():

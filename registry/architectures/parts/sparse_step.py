@@ -26,7 +26,6 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
-DEVICES = ("cpu", "cuda")
 LEAST_WIDTH = 8
 """Latents for each one that fires, from which on the sparse step is faster."""
 SAMPLE_STRIDE = 101
@@ -243,11 +242,22 @@ def largest_of_batch(pre: Tensor, k: float) -> FiredLatents:
     return FiredLatents(values[order], found % m, F.pad(counts.cumsum(0), (1, 0)))
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the device has sparse products, and deterministic ones where the user asks for these.
+
+    On CUDA some operations of the step are not deterministic (`kthvalue` is an error under
+    `torch.use_deterministic_algorithms`).
+    """
+    if device.type == "cuda":
+        return not torch.are_deterministic_algorithms_enabled()
+    return device.type == "cpu"
+
+
 class SparseStep(TopKTrainingSAE):
     """The sparse step, before a class of SAELens in the method order.
 
-    Outside `training_forward_pass`, with hooks on the latents, without gradients, on devices without
-    sparse products and where more than one latent in `LEAST_WIDTH` fires, everything is SAELens's.
+    Outside `training_forward_pass`, with hooks on the latents, without gradients, where more than one
+    latent in `LEAST_WIDTH` fires and on devices that `runs_on` excludes, everything is SAELens's.
     """
 
     sparse_step = True
@@ -271,7 +281,7 @@ class SparseStep(TopKTrainingSAE):
             and self.cfg.d_sae >= LEAST_WIDTH * self.cfg.k
             and torch.is_grad_enabled()
             and step_input.sae_in.ndim == 2
-            and step_input.sae_in.device.type in DEVICES
+            and runs_on(step_input.sae_in.device)
             and not any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
         )
         try:
