@@ -46,6 +46,28 @@ def test_equals_the_maximum_over_triples(seed: int) -> None:
     assert gromov_delta(distance, w) == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.parametrize("base", [0, 33])
+@pytest.mark.parametrize("world", ["cloud", "plane", "copies", "lengths", "simplex", "tree"])
+def test_pairs_left_out_by_their_bound_change_nothing(world: str, base: int) -> None:
+    rng = np.random.default_rng(1)
+    points = {
+        "cloud": rng.normal(size=(70, 64)),
+        "plane": rng.normal(size=(70, 2)),
+        "copies": np.repeat(rng.normal(size=(10, 5)), 7, axis=0),
+        "lengths": rng.normal(size=(70, 9)) * np.exp(2 * rng.normal(size=(70, 1))),
+        "simplex": np.eye(70),
+    }
+    if world == "tree":
+        classes = Taxonomy.from_edges([(f"n{rng.integers(v)}", f"n{v}") for v in range(1, 150)])
+        distance = classes.tree_distance.astype(float)
+    else:
+        distance = distances(points[world])
+    to_base = distance[base]
+    product = (0.5 * (to_base[:, None] + to_base - distance)).astype(np.float32)
+    through = np.minimum(product[:, :, None], product[None]).max(1)
+    assert gromov_delta(distance, base) == (through - product).max()
+
+
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None)
 def test_a_tree_has_none_and_a_square_has_the_most_of_four(seed: int, random_dag: Measured) -> None:
@@ -71,6 +93,7 @@ def test_distances_far_from_the_origin_and_of_equal_points() -> None:
 def test_too_few_points_or_all_in_one_place_is_undefined() -> None:
     assert np.isnan(relative_delta(np.ones((3, 3)) - np.eye(3)))
     assert np.isnan(relative_delta(np.zeros((5, 5))))
+    assert np.isnan(relative_delta((np.ones((5, 5)) - np.eye(5)) * 1e39))  # beyond float32
 
 
 def test_1500_points_need_little_memory() -> None:
