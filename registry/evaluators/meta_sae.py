@@ -72,8 +72,8 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
     - `one_branch_share`: meta-latents whose rows all lie at or below one child of the root.
 
     `n_latents` rows, `n_meta_latents` with rows of different nodes, `mean_l0` meta-latents of a
-    row. NaN without a decoder and with fewer than 4·k rows. Trained once, by SAELens's trainer, on
-    the device of the decoder. Memory O(l·w), w = l/4.
+    row. NaN without a decoder and with fewer than 4·k rows. Trained by SAELens's trainer with the
+    sparse step, on the device of the decoder. Memory O(l·w), w = l/4.
     """
 
     name = "meta_sae"
@@ -239,6 +239,8 @@ def decompose(rows: Tensor, options: MetaSAEOptions, seed: int) -> MetaLatents:
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
+    from ..architectures.parts.sparse_step import with_sparse_step
+
     device = str(rows.device)
     config = BatchTopKTrainingSAEConfig(
         d_in=rows.shape[1],
@@ -257,7 +259,7 @@ def decompose(rows: Tensor, options: MetaSAEOptions, seed: int) -> MetaLatents:
     devices = [rows.device] if rows.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(seed)
-        sae = BatchTopKTrainingSAE(config)
+        sae = with_sparse_step(BatchTopKTrainingSAE(config))
         trainer = SAETrainer(training, sae, iter(()))
         for _ in range(options.steps):
             trainer.step(rows[torch.randint(len(rows), (BATCH,), device=rows.device)])
