@@ -7,14 +7,15 @@
 `run` trains the SAEs of study.yaml on the training split (they share one forward pass and one cache),
 then TopK SAEs on the same model with random weights, measures all of them on the validation split
 against the ImageNet tree, and stores every number with its interval, support and nulls in
-docs/results/photographs.json. Each part is taken up again where it was stopped. `demo` runs the demo and
+docs/results/photographs.json. Each part is taken up again where it was stopped; `--evaluators NAME NAME`
+measures these alone, and their numbers join those of the other runs into the same folder. `demo` runs the demo and
 stores its numbers in docs/results/demo.json. `write`, which ends the others too, writes the tables of
 README.md and docs/evaluators.md from these files, between markers such as `<!-- photographs: glance -->`
 and `<!-- /photographs -->` (`demo@0,3: pair_depth` shows two blocks). The numbers of planted detectors are those
 of planted.py.
 
-The label names of the dataset are WordNet 3.0 synsets. Evaluators that run the model again for every
-edit or train for every null (`SLOW`) are measured with `--evaluators all`, which takes hours on a laptop.
+The label names of the dataset are WordNet 3.0 synsets. By default the evaluators that run the model again
+for every edit or train for every null (`SLOW`), which take minutes an SAE, are left out; "all" has them too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from taxolens.plugin.reporting.headlines import with_q
+from taxolens.plugin.reporting.results import Results
 from taxolens.registry.presentation import shown_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +44,8 @@ STORED = {
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluators.md")
 CONFIG = Path(__file__).with_name("study.yaml")
 BLOCK = re.compile(r"<!-- (\w+)(@[\d,]+)?: (.*?) -->\n.*?<!-- /\1 -->", re.DOTALL)
-SLOW = ("detection", "reconstruction", "supervised_dictionary", "meta_sae", "hyperbolicity")
+SLOW = ("detection", "reconstruction", "supervised_dictionary", "meta_sae")
+SETTINGS = ("n_permutations", "n_twins", "n_groups", "seed")
 UNTRAINED_IMAGES = 4000
 CONSTRAINTS = ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder")
 OF_X = {"topk": "activations", "untrained": "activations of the untrained model"}
@@ -83,19 +87,37 @@ def run(args: argparse.Namespace) -> None:
         train(*common, "--model_name", str(model), "--output_path", str(untrained),
               "--max_images", str(UNTRAINED_IMAGES), "--cached_activations_path",
               str(output / "untrained-cache"))  # fmt: skip
-    evaluators = [
-        name
-        for name, evaluator in taxolens.EVALUATORS.items()
-        if args.evaluators == "all" or name not in SLOW
-    ]
-    results = taxolens.evaluate_run(
+    some, by_default = args.evaluators, [n for n in taxolens.EVALUATORS if n not in SLOW]
+    taxolens.evaluate_run(
         [trained, untrained],
-        evaluators=evaluators,
+        evaluators=some or by_default if some != ["all"] else list(taxolens.EVALUATORS),
         split="validation",
-        output_path=output / "results",
+        output_path=output / "+".join(["results", *some]),
         keep_activations=True,
     )
-    store(results, "photographs")
+    store(joined(map(Results.load, sorted(output.glob("results*")))), "photographs")
+
+
+def joined(parts: Iterable[Results]) -> Results:
+    """The results of a study whose SAEs or evaluators were measured in parts.
+
+    Raises:
+        ValueError: two parts have other images, another tree or other settings of the nulls.
+    """
+    first, *others = parts
+    evaluators, saes = dict(first.evaluators), {(sae.run, sae.name): sae for sae in first.saes}
+    for part in others:
+        for what in ("dataset", "taxonomy", "permuted_classes"):
+            if getattr(part, what) != getattr(first, what):
+                raise ValueError(f"{part.folder} has another {what} than {first.folder}")
+        if any(part.settings[name] != first.settings[name] for name in SETTINGS):
+            raise ValueError(f"{part.folder} has other settings than {first.folder}")
+        evaluators |= part.evaluators
+        for sae in part.saes:
+            known = saes.get((sae.run, sae.name), sae)
+            both = {**known.evaluators, **sae.evaluators}
+            saes[sae.run, sae.name] = replace(known, evaluators=both)
+    return with_q(replace(first, evaluators=evaluators, saes=list(saes.values())))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -105,7 +127,7 @@ def demo(args: argparse.Namespace) -> None:
     store(run_demo(args.output_path).results, "demo")
 
 
-def store(results: Any, name: str) -> None:
+def store(results: Results, name: str) -> None:
     """Write the numbers of the tables to docs/results."""
     STORED[name].parent.mkdir(exist_ok=True)
     STORED[name].write_text(json.dumps(stored(results), separators=(",", ":")) + "\n")
@@ -141,18 +163,18 @@ def random_weights(model: Path, folder: Path) -> Path:
     return folder
 
 
-def stored(results: Any) -> dict[str, Any]:
-    """The numbers of the tables, without what they do not need."""
+def stored(results: Results) -> dict[str, Any]:
+    """The numbers of the tables, without what they do not need: those with a direction, and all of an
+    evaluator that has none."""
     infos = results.evaluators.items()
+    descriptive = {name for name, info in infos if set(info.directions.values()) == {None}}
     return {
         "images": results.dataset.n_images,
         "fit_images": results.dataset.n_fit,
         "classes": results.taxonomy.n_classes,
         "nodes": results.taxonomy.n_nodes,
         "permuted_classes": vars(results.permuted_classes),
-        "settings": {
-            k: results.settings[k] for k in ("n_permutations", "n_twins", "n_groups", "seed")
-        },
+        "settings": {name: results.settings[name] for name in SETTINGS},
         "versions": {k: v for k, v in results.provenance.items() if k not in ("device", "seconds")},
         "evaluators": {
             name: {
@@ -175,7 +197,7 @@ def stored(results: Any) -> dict[str, Any]:
                     f"{evaluator}/{metric}": number_of(number)
                     for evaluator, found in sae.evaluators.items()
                     for metric, number in found.metrics.items()
-                    if results.direction(evaluator, metric) is not None
+                    if results.direction(evaluator, metric) is not None or evaluator in descriptive
                 },
             }
             for sae in results.saes
@@ -317,10 +339,24 @@ def metric_table(found: Stored, *metrics: str) -> str:
         if info is None:
             return "Not measured here."
         headlines = shown_metrics(info["headlines"], info["directions"])
+        if not info["directions"]:
+            parts.append(descriptive_table(found, evaluator))
         for metric in [name] if "/" in name else [f"{evaluator}/{m}" for m in headlines]:
             head = [f"`{metric.partition('/')[2]}`", *(f"block {b}" for b in found.blocks)]
             parts.append(table(head, found.rows(metric)))
     return "\n\n".join(parts)
+
+
+def descriptive_table(found: Stored, evaluator: str) -> str:
+    """All metrics of an evaluator without directions: of TopK, and of the untrained model."""
+    rows = []
+    for kind in ("topk", "untrained"):
+        known = dict.fromkeys(key for block in found.blocks for key in found.at(block, kind))
+        for key in known:
+            if key.startswith(f"{evaluator}/"):
+                cells = [value_cell(found.at(block, kind).get(key)) for block in found.blocks]
+                rows.append((f"{NAMES[kind]}: `{key.partition('/')[2]}`", cells))
+    return table(["", *(f"block {b}" for b in found.blocks)], rows)
 
 
 def glance_table(found: Stored) -> str:
@@ -441,7 +477,7 @@ def main() -> None:
     for name in ("model_name", "dataset_path", "output_path"):
         running.add_argument(f"--{name}", required=True)
     running.add_argument("--cache", help="activations of the training split, from an earlier run")
-    running.add_argument("--evaluators", default="fast", choices=("fast", "all"))
+    running.add_argument("--evaluators", nargs="*", default=[], help="names, or all")
     commands.add_parser("demo").add_argument("--output_path", required=True)
     commands.add_parser("write")
     args = parser.parse_args()

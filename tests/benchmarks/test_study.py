@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import study
+from results_factory import make_results
 from study import Stored
 
 
@@ -62,6 +66,48 @@ def test_a_number_of_the_activations_has_one_row(found: Stored) -> None:
         "| **activations** | .400 ±.100 | .400 ±.100 |",
         "| **activations of the untrained model** | – | .650 ±.100 |",
     ]
+
+
+def test_an_evaluator_without_directions_is_described(found: Stored) -> None:
+    found.data["evaluators"]["d"] = {"directions": {}, "headlines": [], "units": {}}
+    found.at(8, "topk")["d/delta"] = number(0.2, 0.01)
+    found.at(2, "untrained")["d/delta"] = {"value": 3.0}
+    found.at(8, "untrained")["d/delta"] = {"value": None}
+    assert study.metric_table(found, "d").splitlines() == [
+        "|  | block 2 | block 8 |",
+        "|---|---|---|",
+        "| TopK: `delta` | – | .200 ±.010 |",
+        "| TopK on the untrained model: `delta` | – | – |",
+    ]
+
+
+def test_parts_of_a_study_are_joined(tmp_path: Path) -> None:
+    """Evaluators of the same SAEs, and other SAEs; q is adjusted over all of them."""
+    settings = dict.fromkeys(study.SETTINGS, 3)
+    whole = replace(make_results(tmp_path), settings=settings)
+    first, last = whole.saes[0], whole.saes[-1]
+    names = list(first.evaluators)
+
+    def part(sae, *evaluators: str):
+        infos = {name: whole.evaluators[name] for name in evaluators}
+        kept = replace(sae, evaluators={name: sae.evaluators[name] for name in evaluators})
+        return replace(whole, evaluators=infos, saes=[kept])
+
+    joined = study.joined([part(first, *names[1:]), part(first, names[0]), part(last, *names)])
+    assert set(joined.evaluators) == set(names) and len(joined.saes) == 2
+    of_both = replace(whole, saes=[first, last])
+
+    def numbers(results):
+        return {(sae.id, *name): number for sae, *name, number in results.rows()}
+
+    assert repr(sorted(numbers(joined).items())) == repr(
+        sorted(numbers(study.with_q(of_both)).items())
+    )
+
+    with pytest.raises(ValueError, match="another dataset"):
+        study.joined([whole, replace(whole, dataset=replace(whole.dataset, n_images=1))])
+    with pytest.raises(ValueError, match="other settings"):
+        study.joined([whole, replace(whole, settings={**settings, "seed": 99})])
 
 
 def test_planted_detectors_stand_beside_their_permuted_trees() -> None:
