@@ -598,6 +598,8 @@ def test_an_unfinished_checkpoint_is_removed_by_the_run_that_resumes(training: A
 
 SIGNALLED = """
 import os, signal, sys
+# Under nohup, or in the background of a script, a process starts with signals ignored.
+signal.signal(signal.{name}, signal.default_int_handler if "{name}" == "SIGINT" else signal.SIG_DFL)
 from taxolens.plugin import cli
 def run(args):
     os.kill(os.getpid(), signal.{name})
