@@ -5,14 +5,26 @@ PyTorch's name of the device is "meta", the one that no backend has to be instal
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from typing_extensions import Self
 
 DEVICE = torch.device("meta")
+aten = torch.ops.aten
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+"""Operations of a device whose indices may be on the CPU, as on CUDA."""
+
+
+def is_far(device: Any) -> bool:
+    """Whether a device, its name or None is the simulated one."""
+    return device is not None and torch.device(device).type == DEVICE.type
 
 
 class FarTensor(Tensor):
@@ -22,9 +34,10 @@ class FarTensor(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
-        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, near.shape, strides=near.stride(), dtype=near.dtype, device=DEVICE
-        )
+        of = {"dtype": near.dtype, "device": DEVICE, "layout": near.layout}
+        if near.layout is torch.strided:
+            of["strides"] = near.stride()
+        made = Tensor._make_wrapper_subclass(cls, near.shape, **of)  # pyright: ignore[reportAttributeAccessIssue]
         made.near = near
         return made
 
@@ -43,9 +56,50 @@ class FarDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved: list[int] = []
+        self._others = ExitStack()
+
+    def __enter__(self) -> Self:
+        autocast = torch.autocast
+
+        class Generator(torch.Generator):
+            def __new__(cls, device: Any = "cpu") -> Self:
+                return super().__new__(cls, "cpu" if is_far(device) else device)
+
+        def cast(kind: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+            return nullcontext() if is_far(kind) else autocast(kind, *args, **kwargs)
+
+        self._others.enter_context(mock.patch("torch.Generator", Generator))
+        self._others.enter_context(mock.patch("torch.autocast", cast))
+        self._others.enter_context(_WithoutOperations())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._others.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, self.moved)
+
+
+class _WithoutOperations(TorchFunctionMode):
+    """What makes, replaces or reads the values of a tensor on a device without an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and is_far(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if func is Tensor.new_tensor and is_far(kwargs.get("device", args[0].device)):
+            return torch.tensor(args[1], dtype=kwargs.get("dtype") or args[0].dtype).to(DEVICE)
+        if func is torch.sparse_csr_tensor and any(isinstance(v, FarTensor) for v in args):
+            assert all(isinstance(v, FarTensor) for v in args[:3]), "tensors on two devices"
+            return FarTensor(func(*(v.near for v in args[:3]), *args[3:], **kwargs))
+        if func is Tensor.tolist and isinstance(args[0], FarTensor):
+            return args[0].cpu().tolist()
+        if func == Tensor.is_meta.__get__ and isinstance(args[0], FarTensor):  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+        if func == Tensor.data.__set__ and isinstance(args[1], FarTensor):  # pyright: ignore[reportAttributeAccessIssue]
+            args[0].near = args[1].near
+        return func(*args, **kwargs)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], moved: list[int]) -> Any:
@@ -56,8 +110,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], moved: list[int]) -> Any:
         if isinstance(value, FarTensor):
             far.append(value)
             return value.near
-        if isinstance(value, Tensor) and value.dim():
-            near.append(value)
+        if isinstance(value, Tensor):
+            assert not is_far(value.device), f"{func}: a tensor of the device without values"
+            if value.dim():
+                near.append(value)
         return value
 
     def wrap(value: Any) -> Any:
@@ -67,17 +123,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], moved: list[int]) -> Any:
         return same[0] if same else FarTensor(value)
 
     device = kwargs.get("device")
+    first_is_far = bool(args) and isinstance(args[0], FarTensor)
     args = tree_map(unwrap, args)
     kwargs = tree_map(unwrap, kwargs)
     if device is not None:
         kwargs["device"] = "cpu"
     found = func(*args, **kwargs)
-    if func is torch.ops.aten._to_copy.default and device is not None:
-        if torch.device(device) == DEVICE:
-            return FarTensor(found)
-        moved.append(found.numel())
-        return found
-    if far and near:
+    if func is aten.copy_.default or (func is aten._to_copy.default and device is not None):
+        there = first_is_far if func is aten.copy_.default else is_far(device)
+        if far and not there:
+            moved.append(found.numel())
+        return wrap(found) if there else found
+    if far and near and not (func in INDEXED and first_is_far):
         raise RuntimeError(f"{func}: tensors on two devices")
-    there = bool(far) or (device is not None and torch.device(device) == DEVICE)
-    return tree_map(wrap, found) if there else found
+    return tree_map(wrap, found) if far or is_far(device) else found

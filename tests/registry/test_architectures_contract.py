@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from far_device import DEVICE, FarDevice
 from sae_lens import SAE, LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.llm_sae_training_runner import _run_cli
@@ -19,6 +20,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
 from taxolens.plugin.training.constraint import Constraint, within_cosine
+from taxolens.registry.architectures.parts import sparse_step
+from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import TwinLatents
 from taxolens.registry.evaluators.parts.sae_latents import SAELatents
@@ -90,6 +93,14 @@ CASES: dict[str, Case] = {
         **PURSUIT,
     ),
 }
+SPARSE: dict[str, dict[str, Any]] = {
+    **{
+        name: {"k": 3}
+        for name in ("topk", "batchtopk", "matryoshka_batchtopk", "random_matryoshka")
+    },
+    "nested_topk": {"k": 3, "ks": [1, 3]},
+}
+"""Few enough latents an input for the sparse step."""
 OURS = [name for name in CASES if name in ARCHITECTURES]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -148,6 +159,31 @@ def trained(name: str, steps: int = 5, **overrides: Any) -> TrainingSAE[Any]:
     for _ in range(steps):
         trainer.step(next(trainer.data_provider))
     return sae.eval()
+
+
+@every
+def test_on_a_device_beside_the_cpu_it_trains_to_the_same_weights(name, monkeypatch):
+    """On CUDA too, a tensor on the wrong device is an error: the simulated device finds it."""
+
+    def weights(device: str) -> dict[str, torch.Tensor]:
+        sae = with_sparse_step(build(name, device=device, **SPARSE.get(name, {})))
+        batches = [planted(BATCH, seed).to(device) for seed in range(7)]
+        trainer = trainer_for(sae, batches, device=device)
+        for x in batches:
+            trainer.step(x)
+            trainer.n_training_steps += 1
+        z = sae.eval().encode(batches[0])
+        found = {**sae.state_dict(), "z": z, "out": sae.decode(z)}
+        assert {v.device.type for v in found.values()} == {device}
+        return {key: value.detach().cpu() for key, value in found.items()}
+
+    near = weights("cpu")
+    monkeypatch.setattr(sparse_step, "runs_on", lambda device: True)
+    with FarDevice():
+        far = weights(DEVICE.type)
+    assert near.keys() == far.keys()
+    for key, value in near.items():
+        torch.testing.assert_close(far[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
 @every

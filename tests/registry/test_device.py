@@ -1,9 +1,10 @@
-"""Counting on a device other than the CPU: the same numbers, and no firing is moved in a pass."""
+"""Evaluators on a device other than the CPU: the same numbers; no firing is moved in a counting pass."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import taxolens
 import torch
 from evaluators import COUNT_BASED
 from far_device import DEVICE, FarDevice
+from taxolens.registry.architectures.parts import sparse_step
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Pass
 from taxolens.registry.evaluators.parts import cells
 from taxolens.registry.evaluators.parts.cells import CellCounts
+from torch import Tensor
 
 N_IMAGES, N_LATENTS, BATCH = 240, 40, 60
 
@@ -34,7 +37,13 @@ def batches(tree: taxolens.Taxonomy) -> Iterator[EvaluationBatch]:
         yield EvaluationBatch(x[index], z[index], labels[index], shuffled[index], index, is_fit)
 
 
-def start(tree: taxolens.Taxonomy) -> Pass:
+def start(tree: taxolens.Taxonomy, names: Iterable[str], device: Any = "cpu") -> Pass:
+    W_dec = torch.randn(N_LATENTS, 8, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = (x @ W_dec.T).relu()
+        return z, z @ W_dec
+
     context = EvaluationContext(
         tree,
         N_IMAGES,
@@ -42,16 +51,48 @@ def start(tree: taxolens.Taxonomy) -> Pass:
         N_LATENTS,
         n_permutations=2,
         class_counts=np.full(len(tree.classes), N_IMAGES // len(tree.classes)),
-        W_dec=torch.randn(N_LATENTS, 8, generator=torch.Generator().manual_seed(1)),
+        W_dec=W_dec,
+        b_dec=torch.zeros(8, device=device),
+        reconstruct=reconstruct,
     )
-    return Pass(context, {name: (taxolens.EVALUATORS[name], None) for name in COUNT_BASED})
+    shorter = {"meta_sae": {"steps": 20}}
+    return Pass(context, {n: (taxolens.EVALUATORS[n], shorter.get(n)) for n in names})
+
+
+def far_batch(batch: EvaluationBatch) -> EvaluationBatch:
+    embedding = None if batch.embedding is None else batch.embedding.to(DEVICE)
+    return dataclasses.replace(
+        batch, x=batch.x.to(DEVICE), z=batch.z.to(DEVICE), embedding=embedding
+    )
 
 
 def numbers(done: Pass) -> dict[str, list[dict[str, float] | None]]:
     draws = [{}, {"shuffled": True}, *({"permutation": p} for p in done.context.permutations)]
-    found = {name: [done.compute(name, **draw) for draw in draws] for name in COUNT_BASED}
+    names = list(done.evaluators)
+    found = {name: [done.compute(name, **draw) for draw in draws] for name in names}
     assert not done.errors
     return found
+
+
+@pytest.mark.parametrize("name", [name for name in taxolens.EVALUATORS if name not in COUNT_BASED])
+def test_numbers_equal_those_of_the_cpu(
+    animals: taxolens.Taxonomy, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A tensor on the wrong device is an error on CUDA, as on the simulated device."""
+    monkeypatch.setattr(sparse_step, "runs_on", lambda device: True)
+    of_images = [dataclasses.replace(b, embedding=b.x[:, :4]) for b in batches(animals)]
+    here = start(animals, [name])
+    here.calibrate(of_images[0])
+    for batch in of_images:
+        here.update(batch)
+    with FarDevice():
+        there = start(animals, [name], DEVICE)
+        there.calibrate(far_batch(of_images[0]))
+        for batch in of_images:
+            there.update(far_batch(batch))
+        found = numbers(there)[name]
+    for one, other in zip(found, numbers(here)[name], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("small", [0, cells.SMALL])
@@ -60,14 +101,14 @@ def test_numbers_equal_those_of_the_cpu_and_no_firing_is_moved(
 ) -> None:
     monkeypatch.setattr(cells, "BUFFER", 10)
     monkeypatch.setattr(cells, "SMALL", small)
-    here, there = start(animals), start(animals)
+    here, there = start(animals, COUNT_BASED), start(animals, COUNT_BASED)
     for batch in batches(animals):
         if not here.context.batches:
             here.calibrate(batch)
         here.update(batch)
     with FarDevice() as device:
         for batch in batches(animals):
-            far = dataclasses.replace(batch, x=batch.x.to(DEVICE), z=batch.z.to(DEVICE))
+            far = far_batch(batch)
             assert len(far.firings.rows) > 2 * len(batch)
             if not there.context.batches:
                 there.calibrate(far)
