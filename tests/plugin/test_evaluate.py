@@ -29,7 +29,7 @@ from taxolens.registry.errors import CheckpointError, ConfigError, DataError, Un
 from taxolens.registry.nulls import NULLS
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
 from tiny_models import tiny_model
-from tiny_runs import WORLD_CLASSES, run_settings
+from tiny_runs import WORLD_CLASSES, run_settings, save_sae
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 FAST = {
@@ -49,19 +49,6 @@ def run(vit_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory)
         save_sae(folder / hook, hook, settings, seed=i)
     (folder / "runner_cfg.json").write_text(json.dumps(settings))
     return folder
-
-
-def save_sae(
-    folder: Path, hook: str, settings: dict[str, Any], seed: int = 0, d_in: int = 16
-) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=24, k=4))
-        torch.nn.init.normal_(sae.W_enc)
-    for name, value in {"hook_name": hook, **settings}.items():
-        sae.cfg.metadata[name] = value
-    folder.mkdir(parents=True)
-    sae.save_inference_model(folder)
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELatents
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.sae_folders import SAEFolder
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
 from taxolens.registry.architectures.parts import sparse_step
+from tiny_runs import run_settings, save_sae
 from torch import Tensor
 
 D, M = 6, 40
@@ -110,3 +112,34 @@ def test_every_number_and_null_is_that_of_the_cpu() -> None:
             for null, draws in number.nulls.items():
                 wanted = pytest.approx(draws.mean, rel=1e-3, abs=1e-5, nan_ok=True)
                 assert other.nulls[null].mean == wanted, f"{where} {null}"
+
+
+def test_evaluators_that_run_the_model_have_the_numbers_of_the_cpu(
+    vit: Any, vit_folder: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = "blocks.0.hook_resid_post"
+    save_sae(tmp_path / "sae", hook, run_settings(vit_folder, world))
+
+    def evaluated(device: Any, model: Any) -> Any:
+        output = tmp_path / str(device)
+        names = [n for n, cls in taxolens.EVALUATORS.items() if cls.wants_intervention]
+        settings = {"n_permutations": 2, "n_groups": 0, "progress": False, "evaluators": names}
+        results = taxolens.evaluate_run(
+            tmp_path / "sae",
+            override_model=model,
+            device=str(device),
+            output_path=output,
+            **settings,
+        )
+        assert not results.errors
+        return results.frame()
+
+    near = evaluated("cpu", vit)
+    load = SAEFolder.load  # of a file; the simulated device reads none
+    monkeypatch.setattr(SAEFolder, "load", lambda folder, device="cpu": load(folder).to(device))
+    with FarDevice():
+        far = evaluated(DEVICE, load_vision_model(vit_folder, device=DEVICE))
+    assert len(near) and list(near) == list(far)
+    for column in ("value", "permuted_classes", "shuffled", "random", "neurons"):
+        wanted = near[column].astype(float)
+        np.testing.assert_allclose(far[column].astype(float), wanted, 1e-3, 1e-5, err_msg=column)

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+import torch
+from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from taxolens.hooks.images.dataset import ImageDataset
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
@@ -35,6 +36,20 @@ def run_settings(vit_folder: Path, world: Path, **changes: Any) -> dict[str, Any
         "taxonomy": str(world / "validation"),
         **changes,
     }
+
+
+def save_sae(
+    folder: Path, hook: str, settings: dict[str, Any], seed: int = 0, d_in: int = 16
+) -> None:
+    """An SAE with random weights, as a run of these settings saves it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=24, k=4))
+        torch.nn.init.normal_(sae.W_enc)
+    for name, value in {"hook_name": hook, **settings}.items():
+        sae.cfg.metadata[name] = value
+    folder.mkdir(parents=True)
+    sae.save_inference_model(folder)
 
 
 class MeddlingSAE(SparseTopK):

@@ -62,7 +62,7 @@ class NeuronLatents:
 
     def encode(self, x: Tensor, **_: Any) -> Tensor:
         """(n, d) -> (n, m) z."""
-        centred = x.float() - self.mean
+        centred = x.to(self.mean) - self.mean
         return torch.cat([centred, -centred], dim=-1).relu_()
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
