@@ -3,6 +3,9 @@
     python benchmarks/peers.py [--small] [--device cuda] [--rounds 3] [--venvs FOLDER] [--store]
     python benchmarks/peers.py --write
 
+"A run a block" is the loop by hand once for each block, each time from the images on, as runs of SAELens for
+one hook point each.
+
 Two jobs: SAEs on the class tokens of every block, several epochs; and one SAE on all patch tokens of one
 block, one epoch. Same JPEGs, model (a DINOv2 with random weights), widths, steps, batch and threads; every
 way is a process of its own, timed whole, imports included, and the ways take turns. What is not ours is in
@@ -32,8 +35,12 @@ PACKAGES = {
     "saev": ("saev==0.1.0",),
 }
 NEEDED = ("torch", "torchvision", "transformers", "wandb")
-WAYS = ("ours", "by_hand", "overcomplete", "saev")
-NAMES = {"ours": "taxolens", "by_hand": "by hand, SAELens's trainer"}
+WAYS = ("ours", "by_hand", "a_run_a_block", "overcomplete", "saev")
+NAMES = {
+    "ours": "taxolens",
+    "by_hand": "by hand, SAELens's trainer",
+    "a_run_a_block": "the same, a run a block",
+}
 
 
 def main() -> None:
@@ -70,11 +77,11 @@ def main() -> None:
             "jobs": {},
         }  # fmt: skip
         for name, job in jobs(args, str(pictures), str(model)).items():
-            seconds: dict[str, list[float]] = {way: [] for way in pythons}
+            here = [way for way in pythons if way != "a_run_a_block" or len(job["blocks"]) > 1]
+            seconds: dict[str, list[float]] = {way: [] for way in here}
             for number in range(args.rounds):
-                for way in [*pythons][number % len(pythons) :] + [*pythons][
-                    : number % len(pythons)
-                ]:
+                first = number % len(here)
+                for way in here[first:] + here[:first]:
                     output = folder / "output"
                     took, error = run(way, pythons[way], {**job, "output": str(output)})
                     shutil.rmtree(output, ignore_errors=True)
@@ -148,6 +155,9 @@ def environments(ways: list[str], folder: Path) -> tuple[dict[str, str], dict[st
 
 def run(way: str, python: str, job: dict[str, Any]) -> tuple[float, str | None]:
     """Seconds of a process from its start to its end, and why it failed."""
+    if way == "a_run_a_block":
+        each = [run("by_hand", python, {**job, "blocks": [block]}) for block in job["blocks"]]
+        return sum(took for took, _ in each), next((error for _, error in each if error), None)
     others = {**job, "num_workers": job["num_workers"] or max(1, timing.usable_cores() - 1)}
     command = [python, str(LOOPS), way, json.dumps(others)]
     if way == "ours":
