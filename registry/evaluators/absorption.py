@@ -77,9 +77,9 @@ class Absorbed(NamedTuple):
 class Absorption(Evaluator[AbsorptionOptions]):
     """Full and fractional absorption of the nodes with a linear probe.
 
-    For each node v with several classes below it (less than a third of all): a logistic probe w on
-    x, with a threshold chosen on fit images held out from its fit. v is kept if its F1 on the score
-    half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of their
+    For each node v with several classes below it, on less than a third of the images: a logistic
+    probe w on x, with a threshold chosen on fit images held out from its fit. v is kept if its F1
+    on the score half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of their
     standardised difference of means, added while F1 increases by `main_rise`.
 
     On the true positives of the probe in the score half, with ŵ = w/‖w‖, P = (x − b_dec)·ŵ > 0 and
@@ -117,10 +117,14 @@ class Absorption(Evaluator[AbsorptionOptions]):
 
     def prepare(self) -> None:
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
-        distinct = self.taxonomy.distinct_nodes
-        size = self.taxonomy.n_leaves[distinct]
+        present, counts = self.context.present, self.context.class_counts
+        nodes, size = self.taxonomy.distinct_among(present)
+        # Images of each class in the sample, up to a common factor.
+        most = self.options.max_images / max(present.sum(), 1)
+        images = present if counts is None else np.minimum(counts, most)
         # For a third of the images or more, always predicting "yes" has F1 ≥ .5.
-        able = distinct[(size > 1) & (3 * size < len(self.taxonomy.classes))]
+        rare = 3 * (images @ self.taxonomy.membership[:, nodes]) < images.sum()
+        able = nodes[(size > 1) & rare]
         chosen = np.random.default_rng(self.context.seed).permutation(able)
         self.nodes = np.sort(chosen[: self.options.max_nodes])
 

@@ -419,6 +419,12 @@ class EvaluationContext:
         return self.permuted_classes.draws
 
     @property
+    def present(self) -> np.ndarray:
+        """(C,) bool, the classes with images; all where `class_counts` are not known."""
+        every = np.ones(len(self.taxonomy.classes), dtype=bool)
+        return every if self.class_counts is None else self.class_counts > 0
+
+    @property
     def largest_class(self) -> int:
         """An upper bound on the images of one class (scalar)."""
         return self.n_images if self.class_counts is None else int(np.max(self.class_counts))

@@ -349,11 +349,20 @@ class Taxonomy:
     @cached_property
     def distinct_nodes(self) -> IntArray:
         """(n,) the deepest node of each distinct set of classes (ties: smallest id), ascending."""
-        keys = np.packbits(self.membership, axis=0).T
-        best: dict[bytes, int] = {}
-        for v in self.by_preference:
-            best[keys[v].tobytes()] = int(v)
-        return _frozen(np.sort(np.fromiter(best.values(), dtype=np.int64)))
+        return _frozen(self.distinct_among(np.ones(len(self.classes), dtype=bool))[0])
+
+    def distinct_among(self, present: BoolArray) -> tuple[IntArray, IntArray]:
+        """The deepest node of each distinct set of the classes `present` (C,), ascending.
+
+        Returns:
+            the nodes (n,), without those that have none of these classes, and how many each has (n,).
+        """
+        members = self.membership[present]
+        keys = np.packbits(members, axis=0).T
+        best = {keys[v].tobytes(): int(v) for v in self.by_preference}
+        nodes = np.sort(np.fromiter(best.values(), dtype=np.int64))
+        size = members[:, nodes].sum(0)
+        return nodes[size > 0], size[size > 0]
 
     def collapsed(self) -> Taxonomy:
         """One node per distinct set of classes: chains of single children are merged."""

@@ -387,6 +387,37 @@ def test_a_class_may_be_missing(evaluator_class, animals, one_batch, measured):
     evaluator.tables()
 
 
+@pytest.mark.parametrize(
+    "name", ["ontological_coverage", "detection", "latent_dendrogram", "absorption"]
+)
+def test_a_node_counts_by_its_classes_with_images(name, animals, one_batch, measured):
+    present = np.delete(np.arange(12), [1, 10])  # each alone with a sibling that is left
+    kept = animals.restrict([animals.classes[c] for c in present])
+    labels = np.repeat(np.arange(10), 20)
+    latents = PlantedLatents(kept, recall=0.9, false_alarm=0.01)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    x = z @ torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(0))
+    decoder = torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(1))
+    found = [
+        evaluator.compute()
+        for tree, images in ((animals, present[labels]), (kept, labels))
+        for evaluator in measured(
+            tree, one_batch(z, images, x=x), [EVALUATORS[name]], W_dec=decoder
+        )
+    ]
+    assert same(*found, rel_tol=1e-6), found
+
+
+def test_a_node_on_most_images_is_not_tried_for_absorption(animals, one_batch, measured):
+    many = np.where(np.arange(12) < 2, 200, 20)  # one genus of six has two thirds of the images
+    labels = np.repeat(np.arange(12), many)
+    batch = one_batch(np.ones((len(labels), 3), np.float32), labels)
+    (evaluator,) = measured(animals, batch, [EVALUATORS["absorption"]], W_dec=torch.ones(3, 5))
+    # Always answering "yes" has F1 .8 there, above the bound of a probe that counts.
+    tried = set(evaluator.tables()["nodes"]["node"])
+    assert tried == {"carnivore", "bird_1", "bird_2", *(f"carnivore_{g}" for g in range(3))}
+
+
 def test_no_image_seen(evaluator_class, animals):
     evaluator = evaluator_class(EvaluationContext(animals, 0, 5, 3))
     numbers = evaluator.compute()
