@@ -87,7 +87,8 @@ def with_nulls(
             permuted classes carry no information.
         label_free: metrics that use no label, for which shuffled labels carry no information.
         support: metric -> what it is computed from.
-        left_out: the same metrics without each group of images, for the interval.
+        left_out: the same metrics without each group of images, for the interval. Without the number of
+            a group there is none: the formula needs all groups.
         ranges: metric -> the least and the largest value that it can have, at which the interval is cut.
     """
 
@@ -104,7 +105,7 @@ def with_nulls(
     def result(metric: str, value: float) -> MetricResult:
         of = support.get(metric)
         count = math.nan if of is None else values[of.count]
-        low, high = jackknife(value, [rest[metric] for rest in left_out if metric in rest])
+        low, high = jackknife(value, [rest.get(metric, math.nan) for rest in left_out])
         least, most = ranges.get(metric, (-math.inf, math.inf))
         low, high = max(low, min(least, value)), min(high, max(most, value))
         return MetricResult(

@@ -243,6 +243,12 @@ def test_an_interval_is_cut_at_the_range_of_its_metric() -> None:
     assert _cells(found["share"])[0] == _cells(found["gain"])[0]  # ± is the part that is not cut
 
 
+def test_without_the_number_of_one_group_there_is_no_interval() -> None:
+    left_out = [{"share": 0.85}, {"share": 1.0}, {"share": 0.95}, {}]
+    found = with_nulls({"share": 0.95}, {}, {}, left_out=left_out)["share"]
+    assert math.isnan(found.low) and math.isnan(found.high)
+
+
 def test_no_direction_no_verdict() -> None:
     assert beats(1.0, 0.0, None) is None
     assert beats(math.nan, 0.0, True) is None
