@@ -300,6 +300,7 @@ class Bench:
                 cls.support,
                 [one if isinstance(one := rest[name], dict) else {} for rest in left_out],
                 cls.ranges,
+                cls.nulls,
             )
         return found
 

@@ -19,7 +19,7 @@ from results_factory import make_results
 from taxolens.plugin.evaluation.beside_nulls import beats, jackknife, null_result, with_nulls
 from taxolens.plugin.reporting.headlines import headlines, with_q
 from taxolens.plugin.reporting.metric_table import _cells
-from taxolens.plugin.reporting.results import JSON_SCHEMA, SCHEMA, Results
+from taxolens.plugin.reporting.results import JSON_SCHEMA, NO_NULL, SCHEMA, Results
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
 from taxolens.registry.presentation import Support, shown_metrics
@@ -284,6 +284,26 @@ def test_with_nulls_puts_reasons_where_there_are_no_numbers() -> None:
     assert found["c"].missed == []
     assert found["c"].nulls["shuffled"].reason == "no label is used"
     assert "does not depend" in str(found["b"].nulls["permuted_classes"].reason)
+
+
+def test_without_a_tree_to_compare_with_nothing_is_judged() -> None:
+    """No class can be exchanged, or the metric has no number under any permuted tree."""
+    values = {"a": 1.0, "b": 2.0, "c": math.nan, "d": 4.0}
+    shuffled = [dict.fromkeys(values, 0.0)]
+    directions = {"a": True, "b": True, "c": True, "d": None}
+    for permuted in ("no two classes are alike", [{"a": math.nan}] * 19):
+        draws = {"permuted_classes": permuted, "shuffled": shuffled}
+        found = with_nulls(values, draws, directions, invariant=["b"])
+        reason = permuted if isinstance(permuted, str) else "undefined under this null"
+        assert found["a"].undecided == f"no draw of permuted classes: {reason}"
+        assert found["a"].past_all is None and found["a"].missed == []
+        assert found["b"].past_all is True  # does not depend on the tree
+        assert found["c"].undecided == found["d"].undecided == NO_NULL
+
+    # A null without a meaning for the evaluator is none that is missing.
+    draws = {"permuted_classes": "no tree is used", "shuffled": shuffled}
+    declared = {"permuted_classes": "no tree is used", "shuffled": None}
+    assert with_nulls(values, draws, directions, declared=declared)["a"].past_all is True
 
 
 # Files ------------------------------------------------------------------------------------------
