@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from scipy.stats import t as student_t
 
-from ...registry.nulls import LEAST_DRAWS, LEVEL
+from ...registry.nulls import LEAST_DRAWS, significant
 from ...registry.presentation import Support
 from ..reporting.results import MetricResult, NullResult
 
@@ -42,7 +42,7 @@ def null_result(value: float, draws: Sequence[float], higher_is_better: bool | N
         best=min(defined) if higher_is_better is False else max(defined),
         n=n,
         p=p,
-        left_behind=(p <= LEVEL if n >= LEAST_DRAWS else all(beaten)) if judged else None,
+        left_behind=(significant(p) if n >= LEAST_DRAWS else all(beaten)) if judged else None,
     )
 
 

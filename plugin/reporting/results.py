@@ -27,7 +27,7 @@ from ...registry.files import (
     write_atomically,
 )
 from ...registry.heads import head_name
-from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL
+from ...registry.nulls import DECISIVE, LEAST_DRAWS, significant
 from ...registry.presentation import Headline, NodeTable, Support
 
 SCHEMA = "taxolens.results/1"
@@ -68,7 +68,7 @@ class NullResult:
     @property
     def past(self) -> bool | None:
         """Whether the value is past this null: q ≤ .05 where there is a `q`, else `left_behind`."""
-        return self.left_behind if math.isnan(self.q) else self.q <= LEVEL
+        return self.left_behind if math.isnan(self.q) else significant(self.q)
 
 
 @dataclass(frozen=True)

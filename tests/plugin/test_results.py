@@ -19,7 +19,7 @@ from results_factory import make_results
 from taxolens.plugin.evaluation.beside_nulls import beats, jackknife, null_result, with_nulls
 from taxolens.plugin.reporting.headlines import headlines, with_q
 from taxolens.plugin.reporting.metric_table import _cells
-from taxolens.plugin.reporting.results import JSON_SCHEMA, NO_NULL, SCHEMA, Results
+from taxolens.plugin.reporting.results import JSON_SCHEMA, NO_NULL, SCHEMA, NullResult, Results
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
 from taxolens.registry.presentation import Support, shown_metrics
@@ -217,6 +217,14 @@ def test_q_is_adjusted_over_the_headlines_of_all_saes(tmp_path: Path) -> None:
     assert [null.q for null in judged] == pytest.approx(list(expected))
     assert all(math.isnan(null.q) for null, is_shown in found if not is_shown)
     assert [null.past for null in judged] == [null.q <= 0.05 for null in judged]
+
+
+def test_a_q_of_05_is_past_the_null_whatever_its_last_digit() -> None:
+    """.017·50/17 is .05, and computed it is larger by its rounding."""
+    q = float(scipy.stats.false_discovery_control([0.017] * 17 + [1.0] * 33)[0])
+    assert q > 0.05 and q == pytest.approx(0.05)
+    assert NullResult(0.0, 0.0, 999, True, p=0.017, q=q).past is True
+    assert NullResult(0.0, 0.0, 999, True, p=0.017, q=0.0501).past is False
 
 
 def test_support_and_interval_stand_beside_the_number() -> None:
