@@ -117,16 +117,18 @@ class Absorption(Evaluator[AbsorptionOptions]):
 
     def prepare(self) -> None:
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
+        nodes, size = self.taxonomy.distinct_among(self.context.present)
+        self._nodes = np.random.default_rng(self.context.seed).permutation(nodes[size > 1])
+
+    def nodes(self, permutation: np.ndarray | None = None) -> np.ndarray:
+        """(N,) the nodes tried."""
         present, counts = self.context.present, self.context.class_counts
-        nodes, size = self.taxonomy.distinct_among(present)
         # Images of each class in the sample, up to a common factor.
         most = self.options.max_images / max(present.sum(), 1)
-        images = present if counts is None else np.minimum(counts, most)
+        images = present.astype(float) if counts is None else np.minimum(counts, most)
         # For a third of the images or more, always predicting "yes" has F1 ≥ .5.
-        rare = 3 * (images @ self.taxonomy.membership[:, nodes]) < images.sum()
-        able = nodes[(size > 1) & rare]
-        chosen = np.random.default_rng(self.context.seed).permutation(able)
-        self.nodes = np.sort(chosen[: self.options.max_nodes])
+        rare = 3 * (images @ self.members(self._nodes, permutation)) < images.sum()
+        return np.sort(self._nodes[rare][: self.options.max_nodes])
 
     @property
     @remembered
@@ -153,7 +155,8 @@ class Absorption(Evaluator[AbsorptionOptions]):
         labels = self._sample.labels(shuffled)
         if permutation is not None:
             labels = permutation[labels]
-        member = self.taxonomy.membership[labels][:, self.nodes]
+        nodes = self.nodes(permutation)
+        member = self.taxonomy.membership[labels][:, nodes]
         train, choose, score = self._halves
         least = self.options.min_images
         train_, choose_, score_ = (member[rows].sum(0) for rows in self._halves)
@@ -161,14 +164,14 @@ class Absorption(Evaluator[AbsorptionOptions]):
         member = member[:, kept]
         if not member.shape[1]:
             none = np.zeros(0)
-            return Probed(self.nodes[kept], member, member, torch.zeros(0, 1), none)
+            return Probed(nodes[kept], member, member, torch.zeros(0, 1), none)
         probes = self._prober.fit(torch.from_numpy(member[train]))
         scores = (self._sample.x @ probes.weight.T + probes.bias).numpy()
         threshold = [best_threshold(s[choose], y[choose])[0] for s, y in zip(scores.T, member.T)]
         predicted = scores > threshold
         f1 = np.array([f1_score(a[score], b[score]) for a, b in zip(predicted.T, member.T)])
         direction = torch.nn.functional.normalize(probes.weight, dim=1)
-        return Probed(self.nodes[kept], member, predicted, direction, f1)
+        return Probed(nodes[kept], member, predicted, direction, f1)
 
     @remembered
     def measure(

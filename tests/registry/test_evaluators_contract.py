@@ -141,6 +141,23 @@ def test_a_permutation_equals_relabelled_images(evaluator_class, animals, plante
         assert same(evaluator.compute(permutation=permutation), expected, abs_tol=1e-4)
 
 
+def test_so_does_a_draw_where_classes_differ_in_size(evaluator_class, animals, one_batch, measured):
+    images = np.where(np.arange(12) < 4, 60, 20)
+    images[[1, 10]] = 0
+    labels = np.repeat(np.arange(12), images)
+    latents = PlantedLatents(animals, recall=0.9, false_alarm=0.01)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    x = z @ torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(0))
+    batch, facts = one_batch(z, labels, x=x), {"W_dec": torch.randn(z.shape[1], 24)}
+    (evaluator,) = measured(animals, batch, [evaluator_class], **facts)
+    if evaluator_class.nulls["permuted_classes"] is None:
+        draw = evaluator.context.permutations[0]
+        relabelled = replace(batch, labels=torch.from_numpy(draw)[batch.labels])
+        (other,) = measured(animals, relabelled, [evaluator_class], **facts)
+        # The random class sets of `lch_height` are others.
+        assert same(evaluator.compute(permutation=draw), other.compute(), abs_tol=5e-3)
+
+
 @pytest.mark.parametrize("size", [7, 64])
 def test_small_batches_equal_one(evaluator_class, animals, planted_batch, measured, size):
     (whole,) = measured(animals, planted_batch, [evaluator_class])
