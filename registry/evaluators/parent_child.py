@@ -393,12 +393,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
     @cached_property
     def _tree_edges(self) -> np.ndarray:
         """(E, 2) parent and child of the tree as positions in `_nodes`, without the root."""
-        sets = np.packbits(self.taxonomy.membership[self.context.present], axis=0).T
-        position = {sets[v].tobytes(): i for i, v in enumerate(self._nodes)}
-        place = [position.get(row.tobytes(), 0) for row in sets]  # 0 without a class with images
-        edges = {(place[p], place[v]) for v, ps in enumerate(self.taxonomy.parents) for p in ps}
-        kept = sorted((p, c) for p, c in edges if 0 < p != c > 0)
-        return np.array(kept, dtype=np.int64).reshape(-1, 2)
+        edges = self.taxonomy.edges_among(self._nodes, self.context.present)
+        return edges[edges[:, 0] > 0]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`forest`: one row for each child; `parents`: one for each parent; `recorded`: as

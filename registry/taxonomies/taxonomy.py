@@ -364,6 +364,16 @@ class Taxonomy:
         size = members[:, nodes].sum(0)
         return nodes[size > 0], size[size > 0]
 
+    def edges_among(self, nodes: IntArray, present: BoolArray) -> IntArray:
+        """(E, 2) parent and child, as positions in `nodes` (N,), of the edges between nodes that differ
+        in the classes `present` (C,); each node stands for all with its set of these classes."""
+        sets = np.packbits(self.membership[present], axis=0).T
+        position = {sets[v].tobytes(): i for i, v in enumerate(nodes)}
+        place = [position.get(row.tobytes(), -1) for row in sets]
+        edges = {(place[p], place[v]) for v, above in enumerate(self.parents) for p in above}
+        kept = sorted((p, c) for p, c in edges if p != c and min(p, c) >= 0)
+        return np.array(kept, dtype=np.int64).reshape(-1, 2)
+
     def collapsed(self) -> Taxonomy:
         """One node per distinct set of classes: chains of single children are merged."""
         keys = [key.tobytes() for key in np.packbits(self.membership, axis=0).T]

@@ -406,7 +406,10 @@ def test_a_class_may_be_missing(evaluator_class, animals, one_batch, measured):
 
 @pytest.mark.parametrize(
     "name",
-    ["ontological_coverage", "detection", "latent_dendrogram", "absorption", "parent_child"],
+    [
+        *("ontological_coverage", "detection", "latent_dendrogram", "absorption", "parent_child"),
+        "supervised_dictionary",
+    ],
 )
 def test_a_node_counts_by_its_classes_with_images(name, animals, one_batch, measured):
     present = np.delete(np.arange(12), [1, 10])  # each alone with a sibling that is left
