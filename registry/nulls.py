@@ -10,3 +10,8 @@ LEVEL = 0.05
 """The p-value, and after Benjamini–Hochberg the q-value, up to which a number is past a null."""
 LEAST_DRAWS = 19
 """The smallest number of draws with which p = (1 + draws at least as good) / (1 + draws) can be .05."""
+
+
+def significant(p: float) -> bool:
+    """Whether a p- or q-value is at most `LEVEL`, up to rounding; false for NaN."""
+    return p <= LEVEL * (1 + 1e-9)

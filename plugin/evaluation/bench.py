@@ -298,8 +298,9 @@ class Bench:
                 cls.invariant,
                 cls.label_free,
                 cls.support,
-                [one for rest in left_out if isinstance(one := rest[name], dict)],
+                [one if isinstance(one := rest[name], dict) else {} for rest in left_out],
                 cls.ranges,
+                cls.nulls,
             )
         return found
 

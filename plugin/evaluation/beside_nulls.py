@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from scipy.stats import t as student_t
 
-from ...registry.nulls import LEAST_DRAWS, LEVEL
+from ...registry.nulls import LEAST_DRAWS, significant
 from ...registry.presentation import Support
 from ..reporting.results import MetricResult, NullResult
 
@@ -33,7 +33,7 @@ def null_result(value: float, draws: Sequence[float], higher_is_better: bool | N
     """
     defined = [float(draw) for draw in draws if math.isfinite(draw)]
     if not defined:
-        return NullResult(reason="undefined under this null")
+        return missing(value, "undefined under this null", higher_is_better)
     beaten = [beats(value, draw, higher_is_better) for draw in defined]
     n, judged = len(defined), None not in beaten
     p = (1 + beaten.count(False)) / (1 + n) if judged else math.nan
@@ -42,8 +42,14 @@ def null_result(value: float, draws: Sequence[float], higher_is_better: bool | N
         best=min(defined) if higher_is_better is False else max(defined),
         n=n,
         p=p,
-        left_behind=(p <= LEVEL if n >= LEAST_DRAWS else all(beaten)) if judged else None,
+        left_behind=(significant(p) if n >= LEAST_DRAWS else all(beaten)) if judged else None,
     )
+
+
+def missing(value: float, reason: str, higher_is_better: bool | None) -> NullResult:
+    """A null without a draw, which a value with a direction is not judged without."""
+    judged = higher_is_better is not None and math.isfinite(value)
+    return NullResult(reason=reason, missing=judged)
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> tuple[float, float]:
@@ -75,6 +81,7 @@ def with_nulls(
     support: Mapping[str, Support] = {},
     left_out: Sequence[Numbers] = (),
     ranges: Mapping[str, tuple[float, float]] = {},
+    declared: Mapping[str, str | None] = {},
 ) -> dict[str, MetricResult]:
     """Compare every metric of `values` with its nulls.
 
@@ -87,8 +94,10 @@ def with_nulls(
             permuted classes carry no information.
         label_free: metrics that use no label, for which shuffled labels carry no information.
         support: metric -> what it is computed from.
-        left_out: the same metrics without each group of images, for the interval.
+        left_out: the same metrics without each group of images, for the interval. Without the number of
+            a group there is none: the formula needs all groups.
         ranges: metric -> the least and the largest value that it can have, at which the interval is cut.
+        declared: null -> the reason in `draws` for which it has no meaning for any of the metrics.
     """
 
     def null(null_name: str, metric: str, found: Sequence[Numbers] | str) -> NullResult:
@@ -96,15 +105,17 @@ def with_nulls(
             return NullResult(reason="does not depend on the position of a class in the tree")
         if null_name == "shuffled" and metric in label_free:
             return NullResult(reason="no label is used")
-        if isinstance(found, str):
+        if isinstance(found, str) and found == declared.get(null_name):
             return NullResult(reason=found)
+        if isinstance(found, str):
+            return missing(values[metric], found, directions.get(metric))
         numbers = [draw[metric] for draw in found if metric in draw]
         return null_result(values[metric], numbers, directions.get(metric))
 
     def result(metric: str, value: float) -> MetricResult:
         of = support.get(metric)
         count = math.nan if of is None else values[of.count]
-        low, high = jackknife(value, [rest[metric] for rest in left_out if metric in rest])
+        low, high = jackknife(value, [rest.get(metric, math.nan) for rest in left_out])
         least, most = ranges.get(metric, (-math.inf, math.inf))
         low, high = max(low, min(least, value)), min(high, max(most, value))
         return MetricResult(

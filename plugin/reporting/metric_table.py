@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ...registry.nulls import DECISIVE, LEVEL, NULLS
+from ...registry.nulls import DECISIVE, LEVEL, NULLS, significant
 from .headlines import ShownMetric, headlines
 from .results import NO_NULL, MetricResult, NullResult, Results, SAEResult
 from .series import all_series
@@ -193,7 +193,7 @@ def _cells(number: MetricResult) -> list[str]:
             continue
         text = _number(null.mean)
         if name == DECISIVE and math.isfinite(null.p):
-            text += f" ({_p(null.p)}{'*' * (null.q <= LEVEL)})"
+            text += f" ({_p(null.p)}{'*' * significant(null.q)})"
         cells.append(f"[yellow]{text}![/]" if name in number.missed else text)
     return cells
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ...registry.nulls import LEVEL, NULLS
+from ...registry.nulls import LEVEL, NULLS, significant
 from .metric_table import COLUMNS, legend, summary_rows
 from .results import Results, SAEResult
 
@@ -127,7 +127,7 @@ def _numbers(row: Mapping[str, Any]) -> list[Any]:
         _number(row["value"]) + (f" ± {_number(half)}" if math.isfinite(half) else ""),
         *(_number(row.get(name, math.nan)) for name in NULLS),
         _number(row["p"]),
-        f"{_number(row['q'])}{'*' * bool(row['q'] <= LEVEL)}",
+        f"{_number(row['q'])}{'*' * significant(row['q'])}",
         _text(judged),
     ]
 

@@ -27,7 +27,7 @@ from ...registry.files import (
     write_atomically,
 )
 from ...registry.heads import head_name
-from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL
+from ...registry.nulls import DECISIVE, LEAST_DRAWS, significant
 from ...registry.presentation import Headline, NodeTable, Support
 
 SCHEMA = "taxolens.results/1"
@@ -52,6 +52,8 @@ class NullResult:
         p: (1 + number of draws at least as good as the value) / (1 + n); null where `left_behind` is.
         q: `p` of the permuted classes after Benjamini–Hochberg over the headline metrics of all SAEs
             in the file; null elsewhere.
+        missing: whether the value could be judged against this null, but there is no draw of it, for
+            the `reason`; false for a null that has no meaning for the evaluator or the metric.
     """
 
     mean: float = math.nan
@@ -61,11 +63,12 @@ class NullResult:
     reason: str | None = None
     p: float = math.nan
     q: float = math.nan
+    missing: bool = False
 
     @property
     def past(self) -> bool | None:
         """Whether the value is past this null: q ≤ .05 where there is a `q`, else `left_behind`."""
-        return self.left_behind if math.isnan(self.q) else self.q <= LEVEL
+        return self.left_behind if math.isnan(self.q) else significant(self.q)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class MetricResult:
         if self.support is not None and self.support < self.least:
             return f"computed from {self.support}, fewer than {self.least}"
         permuted = self.nulls.get(DECISIVE, NullResult())
+        if permuted.missing:
+            return f"no draw of permuted classes: {permuted.reason}"
         if 0 < permuted.n < LEAST_DRAWS:
             return f"{permuted.n} draws of permuted classes, fewer than {LEAST_DRAWS}"
         if all(null.past is None for null in self.nulls.values()):

@@ -77,9 +77,9 @@ class Absorbed(NamedTuple):
 class Absorption(Evaluator[AbsorptionOptions]):
     """Full and fractional absorption of the nodes with a linear probe.
 
-    For each node v with several classes below it (less than a third of all): a logistic probe w on
-    x, with a threshold chosen on fit images held out from its fit. v is kept if its F1 on the score
-    half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of their
+    For each node v with several classes below it, on less than a third of the images: a logistic
+    probe w on x, with a threshold chosen on fit images held out from its fit. v is kept if its F1
+    on the score half exceeds `probe_f1`. The *main latents* are those of k-sparse probing: in order of their
     standardised difference of means, added while F1 increases by `main_rise`.
 
     On the true positives of the probe in the score half, with ŵ = w/‖w‖, P = (x − b_dec)·ŵ > 0 and
@@ -117,12 +117,18 @@ class Absorption(Evaluator[AbsorptionOptions]):
 
     def prepare(self) -> None:
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
-        distinct = self.taxonomy.distinct_nodes
-        size = self.taxonomy.n_leaves[distinct]
+        nodes, size = self.taxonomy.distinct_among(self.context.present)
+        self._nodes = np.random.default_rng(self.context.seed).permutation(nodes[size > 1])
+
+    def nodes(self, permutation: np.ndarray | None = None) -> np.ndarray:
+        """(N,) the nodes tried."""
+        present, counts = self.context.present, self.context.class_counts
+        # Images of each class in the sample, up to a common factor.
+        most = self.options.max_images / max(present.sum(), 1)
+        images = present.astype(float) if counts is None else np.minimum(counts, most)
         # For a third of the images or more, always predicting "yes" has F1 ≥ .5.
-        able = distinct[(size > 1) & (3 * size < len(self.taxonomy.classes))]
-        chosen = np.random.default_rng(self.context.seed).permutation(able)
-        self.nodes = np.sort(chosen[: self.options.max_nodes])
+        rare = 3 * (images @ self.members(self._nodes, permutation)) < images.sum()
+        return np.sort(self._nodes[rare][: self.options.max_nodes])
 
     @property
     @remembered
@@ -149,7 +155,8 @@ class Absorption(Evaluator[AbsorptionOptions]):
         labels = self._sample.labels(shuffled)
         if permutation is not None:
             labels = permutation[labels]
-        member = self.taxonomy.membership[labels][:, self.nodes]
+        nodes = self.nodes(permutation)
+        member = self.taxonomy.membership[labels][:, nodes]
         train, choose, score = self._halves
         least = self.options.min_images
         train_, choose_, score_ = (member[rows].sum(0) for rows in self._halves)
@@ -157,14 +164,14 @@ class Absorption(Evaluator[AbsorptionOptions]):
         member = member[:, kept]
         if not member.shape[1]:
             none = np.zeros(0)
-            return Probed(self.nodes[kept], member, member, torch.zeros(0, 1), none)
+            return Probed(nodes[kept], member, member, torch.zeros(0, 1), none)
         probes = self._prober.fit(torch.from_numpy(member[train]))
         scores = (self._sample.x @ probes.weight.T + probes.bias).numpy()
         threshold = [best_threshold(s[choose], y[choose])[0] for s, y in zip(scores.T, member.T)]
         predicted = scores > threshold
         f1 = np.array([f1_score(a[score], b[score]) for a, b in zip(predicted.T, member.T)])
         direction = torch.nn.functional.normalize(probes.weight, dim=1)
-        return Probed(self.nodes[kept], member, predicted, direction, f1)
+        return Probed(nodes[kept], member, predicted, direction, f1)
 
     @remembered
     def measure(

@@ -60,6 +60,8 @@ ALL_NULLS: dict[str, str | None] = dict.fromkeys(NULLS)
 
 LARGEST = 1e12
 """Largest absolute value of x and z: sums of squares of larger ones overflow single precision."""
+SMALLEST = 1e-9
+"""Least size of the largest value of x, and of z unless all are 0: squares of smaller ones underflow."""
 
 
 class Firings(NamedTuple):
@@ -127,6 +129,22 @@ class EvaluationBatch:
         """
         if self._not_finite is not None:
             raise self._not_finite
+
+    def require_scale(self) -> None:
+        """Check that x, and z unless all of it is 0, are not too small for lengths and squares.
+
+        Raises:
+            ConfigError: they are; the field is named.
+        """
+        for name, values in (("x", self.x), ("z", self.z)):
+            largest = float(values.abs().max()) if values.numel() else 0.0
+            if 0 < largest < SMALLEST:
+                raise ConfigError(
+                    name,
+                    "too small to compute with; check the weights of the SAE and the scale of its input",
+                    given=f"{largest:g} at most, on {len(self)} images",
+                    allowed=f"numbers of which the largest is at least {SMALLEST:g} in absolute value",
+                )
 
     @cached_property
     def _not_finite(self) -> ConfigError | None:
@@ -419,6 +437,12 @@ class EvaluationContext:
         return self.permuted_classes.draws
 
     @property
+    def present(self) -> np.ndarray:
+        """(C,) bool, the classes with images; all where `class_counts` are not known."""
+        every = np.ones(len(self.taxonomy.classes), dtype=bool)
+        return every if self.class_counts is None else self.class_counts > 0
+
+    @property
     def largest_class(self) -> int:
         """An upper bound on the images of one class (scalar)."""
         return self.n_images if self.class_counts is None else int(np.max(self.class_counts))
@@ -649,6 +673,7 @@ class Pass:
     def calibrate(self, sample: EvaluationBatch) -> None:
         """Calibrate shared accumulators, then evaluators, on a sample of fit-half images."""
         self._each(lambda _: sample.require_finite())
+        self._each(lambda _: sample.require_scale())
         self.context.calibrate(sample)
         self._each(lambda evaluator: evaluator.calibrate(sample))
 

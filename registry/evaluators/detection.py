@@ -169,10 +169,12 @@ class Detection(Evaluator[DetectionOptions]):
         self._probed = context.share(ImagePositions, max_images=options.probe_images)
         self._length = [0.0, 0]  # Σ‖x − mean of the sample‖, images: first strength tried
         self._mean: Tensor | None = None
-        nodes = taxonomy.distinct_nodes[taxonomy.distinct_nodes != taxonomy.root]
+        nodes, size = taxonomy.distinct_among(context.present)
         # smallest first: among equally good nodes the smallest is chosen
-        self.nodes = nodes[np.argsort(taxonomy.n_leaves[nodes], kind="stable")]
-        self.groups = self.nodes[taxonomy.n_leaves[self.nodes] > 1]
+        order = np.argsort(size, kind="stable")
+        order = order[size[order] < context.present.sum()]  # without the root
+        self.nodes = nodes[order]
+        self.groups = self.nodes[size[order] > 1]
 
     def calibrate(self, batch: EvaluationBatch) -> None:
         self._mean = batch.x.float().mean(0)
@@ -210,7 +212,7 @@ class Detection(Evaluator[DetectionOptions]):
         best = self.explain(self.nodes, permutation, shuffled)
         group = self.explain(self.groups, permutation, shuffled)
         explained = best.node >= 0
-        several = self.taxonomy.n_leaves[best.node] > 1
+        several = np.isin(best.node, self.groups)
         found = best.balanced_accuracy
         # A tolerance for the rounding of sums like 2/3 + 1 − 1/6.
         reached = found >= self.options.detected - 1e-9

@@ -215,7 +215,10 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         return {
             "hierarchy_cosine": summary.mean(np.abs(cosines)),
             "random_parent_cosine": summary.mean(np.abs(random)),
-            "parent_length": summary.mean(summary.ratio(length[parent], length[child])),
+            # Nodes with the same images, as where classes are absent, are one node: no edge.
+            "parent_length": summary.mean(
+                summary.ratio(length[parent], length[child]), np.isfinite(cosines)
+            ),
             "projection_own": summary.mean(found.own),
             "projection_other": summary.mean(found.other),
             "edges": float(np.isfinite(cosines).sum()),

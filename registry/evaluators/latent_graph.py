@@ -14,6 +14,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 from scipy import sparse
 
+from .. import hashing
 from ..errors import ConfigError
 from ..presentation import Headline, Support
 from .base import ALL_NULLS, Evaluator, remembered, require_at_least
@@ -267,10 +268,16 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
         )
 
     def _with_embeddings(self, z: sparse.csr_array) -> tuple[sparse.csr_array, np.ndarray]:
-        """The rows of z (n, m), of the score half, whose embeddings are kept, and these of length 1."""
+        """The rows of z (n, m), of the score half, whose embeddings are kept, and these of length 1.
+
+        They are in random order, the same each time: data sets are often sorted by class, and of
+        equal activations the first would be images of one class.
+        """
         sample = self._sample
         index = sample.index[~sample.is_fit]
-        _, rows, kept = np.intersect1d(index, self._embedded.index, return_indices=True)
+        common, rows, kept = np.intersect1d(index, self._embedded.index, return_indices=True)
+        order = np.argsort(hashing.uniform(common), kind="stable")
+        rows, kept = rows[order], kept[order]
         return sparse.csr_array(z[rows]), self._embedded.unit[kept].astype(np.float64)
 
     def numbers(self, found: Measured) -> dict[str, float]:

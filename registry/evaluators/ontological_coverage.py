@@ -41,8 +41,8 @@ class CoverageOptions:
 class OntologicalCoverage(Evaluator[CoverageOptions]):
     """The best latent's F1 for "the image shows a class below v", over the nodes v.
 
-    Latent and threshold are chosen on the fit half and scored on the other. Nodes with the same
-    classes count once. Internal nodes (several classes) and leaves (one) are scored separately,
+    Latent and threshold are chosen on the fit half and scored on the other. Only classes with images
+    count: nodes with the same ones count once, and a node of one is a leaf. Internal nodes (several classes) and leaves (one) are scored separately,
     since a flat classifier detects all leaves. Left out: nodes without images in either half, and
     nodes so common that always predicting "yes" covers them. Without a firing latent: 0.
 
@@ -94,9 +94,9 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
     def prepare(self) -> None:
         self._classes = self.context.share(ClassCounts)
         self._histogram = self.context.share(FiringHistogram, survival=tuple(self.options.survival))
-        distinct = self.taxonomy.distinct_nodes
-        several = self.taxonomy.n_leaves[distinct] > 1
-        self.internal, self.leaves = distinct[several], distinct[~several]
+        # A node of one class with images is a leaf: a flat classifier detects it.
+        distinct, size = self.taxonomy.distinct_among(self.context.present)
+        self.internal, self.leaves = distinct[size > 1], distinct[size == 1]
 
     @remembered
     def detectors(

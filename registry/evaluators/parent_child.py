@@ -76,6 +76,8 @@ class ParentChildOptions:
             raise ConfigError(
                 "ratio", "out of range", given=self.ratio, allowed="above 1, or pairs form circles"
             )
+        if not self.lift >= 0:
+            raise ConfigError("lift", "out of range", given=self.lift, allowed="0 or more")
         require_at_least(1, self, "min_fired", "max_images", "probe_images", "nearest")
 
 
@@ -97,13 +99,15 @@ class ParentChild(Evaluator[ParentChildOptions]):
       so that nodes are not chosen on the images that the edge was; share of the edges whose parent's
       classes are a strict superset of the child's and whose parent is not the root, over the
       `n_edges` whose latents both fire there. `edge_recall`: share of the (parent, child) edges of
-      the collapsed tree below its root that some forest edge represents.
+      the collapsed tree below its root that some forest edge represents. Only classes with images
+      count: nodes with the same ones are one node.
 
     An SAE's own forest (`parents` in its config, as `tree` and `hsae` write it) is measured too,
     over the edges whose child fires `min_fired` times on the fit half; NaN for all other SAEs.
 
     - `recorded_edges`: these edges; `recorded_found`: the share of them that are edges of the
-      forest by implication too. The other `recorded_` numbers are those above, over these edges.
+      forest by implication too. The other `recorded_` numbers are those above, over these edges;
+      `n_recorded_edges` are those whose latents both fire on the score half.
     - `rewired_implication`, `rewired_reconstruction_share`, `rewired_edge_precision`: the same
       after parents are permuted among children of equal depth, mean over draws: the value by chance
       for a forest of this shape over these latents.
@@ -133,6 +137,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "recorded_reconstruction_share": True,
         "recorded_edge_precision": True,
         "recorded_edge_recall": True,
+        "n_recorded_edges": None,
         "rewired_implication": None,
         "rewired_reconstruction_share": None,
         "rewired_edge_precision": None,
@@ -164,7 +169,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
     }
     support = {
         "edge_precision": Support("n_edges", "edges"),
-        "recorded_edge_precision": Support("recorded_edges", "recorded edges"),
+        "recorded_edge_precision": Support("n_recorded_edges", "recorded edges"),
     }
     label_free = frozenset(n for n in higher_is_better if "edge_" not in n)
     invariant = label_free
@@ -178,8 +183,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._probing = options.probed > 0 and context.W_dec is not None
         if self._probing:
             self._images = context.share(ImageSample, max_images=options.probe_images)
-        distinct = self.taxonomy.distinct_nodes
-        self._nodes = distinct[np.argsort(-self.taxonomy.n_leaves[distinct], kind="stable")]
+        nodes, size = self.taxonomy.distinct_among(context.present)
+        order = np.argsort(-size, kind="stable")  # the root first
+        self._nodes, self._size = nodes[order], size[order]
 
     @property
     @remembered
@@ -325,14 +331,16 @@ class ParentChild(Evaluator[ParentChildOptions]):
 
     def _compute_recorded(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
         if not len(self.recorded.child):
-            names = [n for n in self.higher_is_better if n.startswith(("recorded_", "rewired_"))]
+            own = ("recorded_", "rewired_", "n_recorded_")
+            names = [n for n in self.higher_is_better if n.startswith(own)]
             return dict.fromkeys(names, float("nan"))
-        precision, recall, _ = self._agreement(self.recorded, permutation, shuffled)
+        precision, recall, n_edges = self._agreement(self.recorded, permutation, shuffled)
         rewired = [self._agreement(forest, permutation, shuffled)[0] for forest in self.rewired]
         return {
             **self._recorded_facts,
             "recorded_edge_precision": precision,
             "recorded_edge_recall": recall,
+            "n_recorded_edges": float(n_edges),
             "rewired_edge_precision": summary.mean(rewired),
         }
 
@@ -372,23 +380,21 @@ class ParentChild(Evaluator[ParentChildOptions]):
     def _above(self, parent: np.ndarray, child: np.ndarray) -> np.ndarray:
         """(E,) whether the classes of the node at `child` (E,) are a strict subset of those of the
         node at `parent` (E,), not the root; False where either is −1."""
-        members, size = self._classes_of, self.taxonomy.n_leaves[self._nodes]
+        members, size = self._classes_of, self._size
         shared = members[parent].multiply(members[child]).sum(1)
         known = (parent > 0) & (child >= 0)
         return known & (shared == size[child]) & (size[parent] > size[child])
 
     @cached_property
     def _classes_of(self) -> sparse.csr_array:
-        """(N, C) the classes of each node."""
-        return sparse.csr_array(self.sparse_members(self._nodes).T)
+        """(N, c) the classes with images of each node."""
+        return sparse.csr_array(self.sparse_members(self._nodes)[self.context.present].T)
 
     @cached_property
     def _tree_edges(self) -> np.ndarray:
-        """(E, 2) parent and child of the collapsed tree as positions in `_nodes`, without the
-        root."""
-        position = {self.taxonomy.nodes[v]: i for i, v in enumerate(self._nodes)}
-        edges = [(position[p], position[c]) for p, c in self.taxonomy.collapsed().edges()]
-        return np.array([edge for edge in edges if edge[0] != 0], dtype=np.int64).reshape(-1, 2)
+        """(E, 2) parent and child of the tree as positions in `_nodes`, without the root."""
+        edges = self.taxonomy.edges_among(self._nodes, self.context.present)
+        return edges[edges[:, 0] > 0]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`forest`: one row for each child; `parents`: one for each parent; `recorded`: as

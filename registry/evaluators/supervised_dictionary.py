@@ -165,7 +165,8 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         self._firings = context.share(FiringHistogram, survival=(1.0,))
         self._sample = context.share(ImageSample, max_images=options.max_images)
         self._images = context.share(ImagePositions, max_images=options.spliced_images)
-        self.nodes = self.taxonomy.distinct_nodes[self.taxonomy.distinct_nodes != 0]
+        nodes, size = self.taxonomy.distinct_among(context.present)
+        self.nodes = nodes[size < context.present.sum()]  # without the root
 
     # Detection of nodes -----------------------------------------------------------------------------
 
@@ -219,15 +220,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
     @property
     def _edges(self) -> np.ndarray:
         """(E, 2) edges of the collapsed tree, parent first, as positions in `nodes`."""
-        tree = self.taxonomy.collapsed()
-        place = {self.taxonomy.nodes[v]: i for i, v in enumerate(self.nodes)}
-        edges = [
-            (place[tree.nodes[p]], place[tree.nodes[v]])
-            for v, above in enumerate(tree.parents)
-            for p in above
-            if p != 0
-        ]
-        return np.array(edges, dtype=np.int64).reshape(-1, 2)
+        return self.taxonomy.edges_among(self.nodes, self.context.present)
 
     def _split_into(self, found: Found) -> np.ndarray:
         """(N,) the number of latents of precision ≥ .5 with each node as their best."""

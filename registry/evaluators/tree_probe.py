@@ -317,8 +317,8 @@ def spanned(points: np.ndarray, split: Split) -> float:
     members = split.members.astype(np.float64)
     nodes = members.T @ points / members.sum(0)[:, None]
     distance = pdist(nodes)
-    # A distance of 0 means "no edge" to scipy.
-    distance = squareform(distance + 1e-12 * distance.max())
+    # scipy takes what is below 1e-8 as "no edge"; the spanning tree depends on the order alone.
+    distance = squareform(1 + distance / distance.max())
     first, second = minimum_spanning_tree(np.triu(distance, 1)).nonzero()
     found = set(zip(first.tolist(), second.tolist()))
     return float(np.mean([(min(e), max(e)) in found for e in split.edges]))

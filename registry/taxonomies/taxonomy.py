@@ -349,11 +349,30 @@ class Taxonomy:
     @cached_property
     def distinct_nodes(self) -> IntArray:
         """(n,) the deepest node of each distinct set of classes (ties: smallest id), ascending."""
-        keys = np.packbits(self.membership, axis=0).T
-        best: dict[bytes, int] = {}
-        for v in self.by_preference:
-            best[keys[v].tobytes()] = int(v)
-        return _frozen(np.sort(np.fromiter(best.values(), dtype=np.int64)))
+        return _frozen(self.distinct_among(np.ones(len(self.classes), dtype=bool))[0])
+
+    def distinct_among(self, present: BoolArray) -> tuple[IntArray, IntArray]:
+        """The deepest node of each distinct set of the classes `present` (C,), ascending.
+
+        Returns:
+            the nodes (n,), without those that have none of these classes, and how many each has (n,).
+        """
+        members = self.membership[present]
+        keys = np.packbits(members, axis=0).T
+        best = {keys[v].tobytes(): int(v) for v in self.by_preference}
+        nodes = np.sort(np.fromiter(best.values(), dtype=np.int64))
+        size = members[:, nodes].sum(0)
+        return nodes[size > 0], size[size > 0]
+
+    def edges_among(self, nodes: IntArray, present: BoolArray) -> IntArray:
+        """(E, 2) parent and child, as positions in `nodes` (N,), of the edges between nodes that differ
+        in the classes `present` (C,); each node stands for all with its set of these classes."""
+        sets = np.packbits(self.membership[present], axis=0).T
+        position = {sets[v].tobytes(): i for i, v in enumerate(nodes)}
+        place = [position.get(row.tobytes(), -1) for row in sets]
+        edges = {(place[p], place[v]) for v, above in enumerate(self.parents) for p in above}
+        kept = sorted((p, c) for p, c in edges if p != c and min(p, c) >= 0)
+        return np.array(kept, dtype=np.int64).reshape(-1, 2)
 
     def collapsed(self) -> Taxonomy:
         """One node per distinct set of classes: chains of single children are merged."""

@@ -19,7 +19,7 @@ from results_factory import make_results
 from taxolens.plugin.evaluation.beside_nulls import beats, jackknife, null_result, with_nulls
 from taxolens.plugin.reporting.headlines import headlines, with_q
 from taxolens.plugin.reporting.metric_table import _cells
-from taxolens.plugin.reporting.results import JSON_SCHEMA, SCHEMA, Results
+from taxolens.plugin.reporting.results import JSON_SCHEMA, NO_NULL, SCHEMA, NullResult, Results
 from taxolens.registry.errors import DataError
 from taxolens.registry.files import write_atomically
 from taxolens.registry.presentation import Support, shown_metrics
@@ -219,6 +219,14 @@ def test_q_is_adjusted_over_the_headlines_of_all_saes(tmp_path: Path) -> None:
     assert [null.past for null in judged] == [null.q <= 0.05 for null in judged]
 
 
+def test_a_q_of_05_is_past_the_null_whatever_its_last_digit() -> None:
+    """.017·50/17 is .05, and computed it is larger by its rounding."""
+    q = float(scipy.stats.false_discovery_control([0.017] * 17 + [1.0] * 33)[0])
+    assert q > 0.05 and q == pytest.approx(0.05)
+    assert NullResult(0.0, 0.0, 999, True, p=0.017, q=q).past is True
+    assert NullResult(0.0, 0.0, 999, True, p=0.017, q=0.0501).past is False
+
+
 def test_support_and_interval_stand_beside_the_number() -> None:
     support = {"f1": Support("n_nodes", "nodes", least=3)}
     values = {"f1": 0.75, "n_nodes": 2.0}
@@ -241,6 +249,12 @@ def test_an_interval_is_cut_at_the_range_of_its_metric() -> None:
     assert (found["gain"].low, found["gain"].high) == (low, high)
     assert (found["share"].low, found["share"].high) == (low, 1.0)
     assert _cells(found["share"])[0] == _cells(found["gain"])[0]  # ± is the part that is not cut
+
+
+def test_without_the_number_of_one_group_there_is_no_interval() -> None:
+    left_out = [{"share": 0.85}, {"share": 1.0}, {"share": 0.95}, {}]
+    found = with_nulls({"share": 0.95}, {}, {}, left_out=left_out)["share"]
+    assert math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_no_direction_no_verdict() -> None:
@@ -278,6 +292,26 @@ def test_with_nulls_puts_reasons_where_there_are_no_numbers() -> None:
     assert found["c"].missed == []
     assert found["c"].nulls["shuffled"].reason == "no label is used"
     assert "does not depend" in str(found["b"].nulls["permuted_classes"].reason)
+
+
+def test_without_a_tree_to_compare_with_nothing_is_judged() -> None:
+    """No class can be exchanged, or the metric has no number under any permuted tree."""
+    values = {"a": 1.0, "b": 2.0, "c": math.nan, "d": 4.0}
+    shuffled = [dict.fromkeys(values, 0.0)]
+    directions = {"a": True, "b": True, "c": True, "d": None}
+    for permuted in ("no two classes are alike", [{"a": math.nan}] * 19):
+        draws = {"permuted_classes": permuted, "shuffled": shuffled}
+        found = with_nulls(values, draws, directions, invariant=["b"])
+        reason = permuted if isinstance(permuted, str) else "undefined under this null"
+        assert found["a"].undecided == f"no draw of permuted classes: {reason}"
+        assert found["a"].past_all is None and found["a"].missed == []
+        assert found["b"].past_all is True  # does not depend on the tree
+        assert found["c"].undecided == found["d"].undecided == NO_NULL
+
+    # A null without a meaning for the evaluator is none that is missing.
+    draws = {"permuted_classes": "no tree is used", "shuffled": shuffled}
+    declared = {"permuted_classes": "no tree is used", "shuffled": None}
+    assert with_nulls(values, draws, directions, declared=declared)["a"].past_all is True
 
 
 # Files ------------------------------------------------------------------------------------------

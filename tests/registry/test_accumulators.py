@@ -271,7 +271,9 @@ def test_shared_once_and_updated_in_order_of_need(animals):
     assert order.index(histogram.thresholds) < order.index(histogram)
 
 
-@pytest.mark.parametrize("survival", [(0.5,), (1.0, 0.2, 0.5), (1.0, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "survival", [(0.5,), (1.0, 0.2, 0.5), (1.0, 0.5, 0.5), (1.0, float("nan"))]
+)
 def test_the_grid_must_fall_from_one(animals, survival):
     with pytest.raises(
         TaxolensError,

@@ -141,6 +141,23 @@ def test_a_permutation_equals_relabelled_images(evaluator_class, animals, plante
         assert same(evaluator.compute(permutation=permutation), expected, abs_tol=1e-4)
 
 
+def test_so_does_a_draw_where_classes_differ_in_size(evaluator_class, animals, one_batch, measured):
+    images = np.where(np.arange(12) < 4, 60, 20)
+    images[[1, 10]] = 0
+    labels = np.repeat(np.arange(12), images)
+    latents = PlantedLatents(animals, recall=0.9, false_alarm=0.01)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    x = z @ torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(0))
+    batch, facts = one_batch(z, labels, x=x), {"W_dec": torch.randn(z.shape[1], 24)}
+    (evaluator,) = measured(animals, batch, [evaluator_class], **facts)
+    if evaluator_class.nulls["permuted_classes"] is None:
+        draw = evaluator.context.permutations[0]
+        relabelled = replace(batch, labels=torch.from_numpy(draw)[batch.labels])
+        (other,) = measured(animals, relabelled, [evaluator_class], **facts)
+        # The random class sets of `lch_height` are others.
+        assert same(evaluator.compute(permutation=draw), other.compute(), abs_tol=5e-3)
+
+
 @pytest.mark.parametrize("size", [7, 64])
 def test_small_batches_equal_one(evaluator_class, animals, planted_batch, measured, size):
     (whole,) = measured(animals, planted_batch, [evaluator_class])
@@ -385,6 +402,41 @@ def test_a_class_may_be_missing(evaluator_class, animals, one_batch, measured):
     (evaluator,) = measured(animals, one_batch(z, labels), [evaluator_class])
     assert any(math.isfinite(value) for value in evaluator.compute().values())
     evaluator.tables()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ontological_coverage", "detection", "latent_dendrogram", "absorption", "parent_child"),
+        "supervised_dictionary",
+    ],
+)
+def test_a_node_counts_by_its_classes_with_images(name, animals, one_batch, measured):
+    present = np.delete(np.arange(12), [1, 10])  # each alone with a sibling that is left
+    kept = animals.restrict([animals.classes[c] for c in present])
+    labels = np.repeat(np.arange(10), 20)
+    latents = PlantedLatents(kept, recall=0.9, false_alarm=0.01)
+    z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
+    x = z @ torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(0))
+    decoder = torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(1))
+    found = [
+        evaluator.compute()
+        for tree, images in ((animals, present[labels]), (kept, labels))
+        for evaluator in measured(
+            tree, one_batch(z, images, x=x), [EVALUATORS[name]], W_dec=decoder
+        )
+    ]
+    assert same(*found, rel_tol=1e-6), found
+
+
+def test_a_node_on_most_images_is_not_tried_for_absorption(animals, one_batch, measured):
+    many = np.where(np.arange(12) < 2, 200, 20)  # one genus of six has two thirds of the images
+    labels = np.repeat(np.arange(12), many)
+    batch = one_batch(np.ones((len(labels), 3), np.float32), labels)
+    (evaluator,) = measured(animals, batch, [EVALUATORS["absorption"]], W_dec=torch.ones(3, 5))
+    # Always answering "yes" has F1 .8 there, above the bound of a probe that counts.
+    tried = set(evaluator.tables()["nodes"]["node"])
+    assert tried == {"carnivore", "bird_1", "bird_2", *(f"carnivore_{g}" for g in range(3))}
 
 
 def test_no_image_seen(evaluator_class, animals):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -188,6 +189,23 @@ def test_a_child_that_repeats_its_parent_is_detected_in_the_decoder(
     assert numbers["parent_cosine"] == pytest.approx(24 / 36 * 0.5**0.5, abs=1e-4)
     assert numbers["coherence"] == pytest.approx(0.5**0.5, abs=1e-4)
     assert numbers["sibling_cosine"] == pytest.approx(24 / 36 * 0.5, abs=1e-4)
+
+
+def test_nodes_with_the_same_images_have_no_edge(one_batch: Measured, measured: Measured) -> None:
+    batch, _ = world(one_batch)
+    present = np.delete(np.arange(24), [1, 8])  # two families of one species each are left
+    rows = torch.isin(batch.labels, torch.from_numpy(present))
+    fields = {k: v[rows] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    batch = replace(batch, **fields)
+    (absent,) = measured(TREE, batch, [FeatureGeometry])
+    place = {int(c): i for i, c in enumerate(present)}
+    labels = torch.tensor([place[int(c)] for c in batch.labels])
+    kept = TREE.restrict([TREE.classes[c] for c in present])
+    (alone,) = measured(
+        kept, replace(batch, labels=labels, shuffled_labels=labels), [FeatureGeometry]
+    )
+    for metric in ("edges", "hierarchy_cosine", "parent_length"):
+        assert absent.compute()[metric] == pytest.approx(alone.compute()[metric]), metric
 
 
 def test_other_sources_share_x(one_batch: Measured, measured: Measured) -> None:

@@ -201,6 +201,23 @@ def test_of_equal_parents_the_one_that_fires_least_is_kept() -> None:
 
 @seeds
 @settings(max_examples=25, deadline=None)
+def test_parents_that_are_constant_on_a_child_are_equally_strong(seed: int) -> None:
+    # Their cosines are equal, but for rounding: that of a child's activations with a constant.
+    rng = np.random.default_rng(seed)
+    fires = rng.random((60, 5)) < 0.9
+    child = np.where(rng.random(60) < 0.5, rng.uniform(0.5, 1.5, 60), 0)
+    z = np.where(fires | (child[:, None] > 0), rng.uniform(0.1, 9, 5), 0)
+    z = np.column_stack([z, child]).astype(np.float32)
+    fired = (z > 0).sum(0)
+    edges = weigh_edges(csr(z), np.arange(6), "cosine", 0.8)
+    edges = edges.where(edges.child == 5)
+    least = min(edges.parent, key=lambda p: (fired[p], p), default=None)
+    kept = pairs_of(strongest_parents(edges, fired))
+    assert kept == ({(least, 5)} if least is not None else set())
+
+
+@seeds
+@settings(max_examples=25, deadline=None)
 def test_measures_against_loops(seed: int) -> None:
     z = random_z(seed).astype(np.float64)
     edges = random_dag_edges(seed, 9)
@@ -328,6 +345,23 @@ def test_node_indicators_give_the_tree_back(
     assert (numbers["n_edges"], numbers["n_roots"]) == (6 + 12, 2)
     if weighting != "cosine":
         assert numbers["chance_n_edges"] == 0
+
+
+def test_of_equal_activations_the_top_images_are_not_those_of_the_first_classes(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 60)  # sorted by class, as folders of images are
+    parent = rng.random(720) < 0.8
+    children = parent[:, None] & (rng.random((720, 6)) < 0.4)
+    batch = one_batch(np.column_stack([parent, children]).astype(np.float32), labels)
+    batch = replace(batch, embedding=torch.eye(12)[batch.labels])
+    (evaluator,) = measured(animals, batch, [LatentGraph])
+    numbers = evaluator.compute()
+    assert numbers["n_edges"] == 6
+    # Firings that are independent of the class: as random images.
+    assert abs(numbers["sibling_bound"]) < 0.06
+    assert abs(numbers["sibling_similarity"]) < 0.06
 
 
 def test_the_table_has_every_weighting_and_shape(

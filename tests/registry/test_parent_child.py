@@ -292,6 +292,20 @@ def test_the_forest_that_an_sae_records_is_measured_beside_the_one_by_implicatio
     assert table["agrees"].all()
 
 
+def test_recorded_edges_with_a_silent_latent_are_not_counted_as_support(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    true = np.array(true_parents(animals, latents))
+    family = true[np.flatnonzero(depths(true) == 1)[0]]
+    batch.z[~batch.is_fit, family] = 0  # the parent of three genera
+    (evaluator,) = measured(animals, batch, [ParentChild], sae=sae_with(true.tolist()))
+    numbers = evaluator.compute()
+    assert (numbers["recorded_edges"], numbers["n_recorded_edges"]) == (18, 15)
+    assert numbers["recorded_edge_precision"] == 1.0
+    assert ParentChild.support["recorded_edge_precision"].count == "n_recorded_edges"
+
+
 def test_a_wrong_recorded_forest_does_not_pass_for_the_right_one(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
@@ -441,6 +455,7 @@ def test_both_rows_must_be_near() -> None:
     [
         ({"implication": 0.0}, "implication: out of range; given 0.0; allowed: a number in"),
         ({"ratio": 1.0}, "ratio: out of range; given 1.0; allowed: above 1"),
+        ({"lift": float("nan")}, "lift: out of range; given nan; allowed: 0 or more"),
     ],
 )
 def test_options_out_of_range(options: dict[str, float], message: str) -> None:

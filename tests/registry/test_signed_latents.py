@@ -236,19 +236,42 @@ def test_one_bad_batch_is_enough(animals: Taxonomy, one_batch: Measured, batches
     assert done.compute("lch_height") is None
 
 
+@pytest.mark.parametrize("field", ["x", "z"])
+def test_what_is_too_small_is_refused_by_every_evaluator(
+    animals: Taxonomy, one_batch: Measured, field: str
+) -> None:
+    batch = one_batch(np.abs(signed(120, 6)), LABELS)
+    batch = replace(batch, **{field: getattr(batch, field) * 1e-13})
+    context = EvaluationContext(animals, 120, 5, 6, W_dec=torch.randn(6, 5))
+    chosen = {name: (cls, None) for name, cls in taxolens.EVALUATORS.items()}
+    done = stream(context, chosen, [batch])
+    assert not done.evaluators and set(done.errors) == set(chosen)
+    for error in done.errors.values():
+        assert error.startswith(f"ConfigError: {field}: too small to compute with;")
+        assert error.endswith("the largest is at least 1e-09 in absolute value.")
+
+
+def test_latents_that_never_fire_are_not_too_small(animals: Taxonomy, one_batch: Measured) -> None:
+    batch = one_batch(np.zeros((120, 6), np.float32), LABELS)
+    context = EvaluationContext(animals, 120, 5, 6)
+    done = stream(context, {"lch_height": (taxolens.EVALUATORS["lch_height"], None)}, [batch])
+    assert not done.errors
+
+
 def test_numbers_do_not_depend_on_the_unit(animals: Taxonomy, one_batch: Measured) -> None:
     z = np.abs(signed(120, 6))
     rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     names = ("level_information", "absorption", "feature_geometry", "tree_probe", "infomec")
     found = []
-    for unit in (1.0, 1e9):
+    for unit in (1.0, 1e9, 4e-9):
         batch = one_batch(z * unit, LABELS, x=(torch.from_numpy(z) @ rows + 0.1) * unit)
         context = EvaluationContext(animals, 120, 5, 6, W_dec=rows)
         done = stream(context, {n: (taxolens.EVALUATORS[n], None) for n in names}, [batch])
         assert not done.errors
         found.append({n: done.compute(n) for n in names})
     for name in names:
-        assert found[1][name] == pytest.approx(found[0][name], rel=1e-2, abs=1e-2, nan_ok=True)
+        for other in found[1:]:
+            assert other[name] == pytest.approx(found[0][name], rel=1e-2, abs=1e-2, nan_ok=True)
 
 
 def test_latents_of_a_peer_that_are_not_finite_are_refused(

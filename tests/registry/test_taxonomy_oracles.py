@@ -166,6 +166,30 @@ def test_collapsed_has_one_node_for_each_distinct_set(random_dag, seed):
 
 @few
 @given(seed=seeds)
+def test_nodes_and_edges_among_some_classes_by_their_sets(random_dag, seed):
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    present = rng.random(len(taxonomy.classes)) < 0.6
+    sets = [
+        frozenset(c for c in taxonomy.leaves(v) if present[c]) for v in range(len(taxonomy.nodes))
+    ]
+    nodes, size = taxonomy.distinct_among(present)
+    assert [sets[v] for v in nodes] == list(dict.fromkeys(sets[v] for v in nodes))
+    assert {sets[v] for v in nodes} == set(sets) - {frozenset()}
+    assert size.tolist() == [len(sets[v]) for v in nodes]
+    for v in nodes:
+        assert taxonomy.depth[v] == max(
+            taxonomy.depth[u] for u, own in enumerate(sets) if own == sets[v]
+        )
+    edges = {(sets[p], sets[v]) for v, above in enumerate(taxonomy.parents) for p in above}
+    expected = {(p, c) for p, c in edges if p != c and c}
+    found = taxonomy.edges_among(nodes, present)
+    assert {(sets[nodes[p]], sets[nodes[c]]) for p, c in found} == expected
+    assert len(found) == len(expected)
+
+
+@few
+@given(seed=seeds)
 @example(seed=105)  # its root is not that of the edges it was built from: depths are its own
 def test_restricting_equals_building_from_the_same_edges(random_dag, seed):
     dag = random_dag(seed)

@@ -127,6 +127,20 @@ def test_edges_of_the_spanning_tree_by_hand() -> None:
     assert np.isnan(spanned(points, split._replace(edges=frozenset())))
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-9, 1e9])
+def test_a_node_at_the_place_of_a_leaf_is_joined_with_it(unit: float) -> None:
+    """Two families of three leaves, the middle one at the mean of its family."""
+    members = np.zeros((6, 9), dtype=bool)
+    members[:, 0] = members[:3, 1] = members[3:, 2] = True
+    members[np.arange(6), np.arange(3, 9)] = True
+    edges = frozenset({(0, 1), (0, 2), *((1, v) for v in (3, 4, 5)), *((2, v) for v in (6, 7, 8))})
+    points = np.array([[0, -1], [0, 0], [0, 1], [9, -1], [9, 0], [9, 1]]) * unit
+    split = Split(np.arange(6), np.arange(6), members, edges)
+    # The other edges of a family are ties: its node and the leaf are equally far from them.
+    joined = sum(spanned(points, split._replace(edges=frozenset({e}))) for e in [(1, 4), (2, 7)])
+    assert joined == 2
+
+
 def test_the_ceiling_is_reached_by_the_same_order_without_ties() -> None:
     values = np.array([2, 2, 4, 4, 4, 6])
     assert tie_ceiling(values) == pytest.approx(spearman(values, np.arange(6)))

@@ -7,6 +7,7 @@ Results are numpy arrays, moved from the device when they are read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ def check_survival(survival: Sequence[float]) -> None:
     Raises:
         ConfigError: it does not decrease strictly from 1.
     """
-    if not survival or survival[0] != 1 or list(survival) != sorted(set(survival), reverse=True):
+    falls = all(a > b for a, b in pairwise(survival))  # false for NaN
+    if not survival or survival[0] != 1 or not falls:
         raise ConfigError(
             "survival",
             "not possible",

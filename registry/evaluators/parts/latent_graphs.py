@@ -24,6 +24,8 @@ BLOCK = 256
 """Latents whose joint sums with all others are in memory at a time."""
 ENTRIES = 2**22
 """Nonzeros in memory at a time while edges are measured."""
+ROUNDING = 1e-9
+"""Relative difference up to which two weights are equal."""
 
 
 class Graph(NamedTuple):
@@ -98,8 +100,15 @@ def without_cycles(graph: Graph, fired: np.ndarray) -> Graph:
 
 
 def strongest_parents(graph: Graph, fired: np.ndarray) -> Graph:
-    """Each child's parent of largest weight (ties: the one that fires least, then smallest index)."""
-    order = np.lexsort((graph.parent, fired[graph.parent], -graph.weight, graph.child))
+    """Each child's parent of largest weight (ties: the one that fires least, then smallest index).
+
+    Weights that are equal up to rounding are ties, as those of parents that are constant on the
+    child's images.
+    """
+    largest = np.zeros(len(fired))
+    np.maximum.at(largest, graph.child, graph.weight)
+    weaker = graph.weight < largest[graph.child] * (1 - ROUNDING)
+    order = np.lexsort((graph.parent, fired[graph.parent], weaker, graph.child))
     _, first = np.unique(graph.child[order], return_index=True)
     return graph.where(order[first])
 
@@ -266,8 +275,8 @@ class Similarity(NamedTuple):
 def similarities(z: sparse.csr_array, unit: np.ndarray, pairs: Pairs | Graph, k: int) -> Similarity:
     """Mean cosine of the embeddings of two children's top images, over pairs of different images.
 
-    The top images of a child are the `k` with the largest activations (ties: the first); a child
-    that fires on fewer has none.
+    The top images of a child are the `k` with the largest activations (ties: the first, so images
+    are given in random order); a child that fires on fewer has none.
 
     Args:
         z: (n, m) without entries below 0.

@@ -11,14 +11,18 @@ from .node_f1 import best_nodes
 
 
 class LatentNodes:
-    """The node of best F1 with a latent's firing on the fit half, the root left out."""
+    """The node of best F1 with a latent's firing on the fit half.
+
+    Nodes with the same classes that have images count once, and those with all of them not at all,
+    as the root.
+    """
 
     def __init__(self, context: EvaluationContext) -> None:
         self._taxonomy = context.taxonomy
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
-        nodes = context.taxonomy.distinct_nodes
-        self.nodes = nodes[nodes != context.taxonomy.root]
+        nodes, size = context.taxonomy.distinct_among(context.present)
+        self.nodes = nodes[size < context.present.sum()]
 
     @property
     def fired(self) -> np.ndarray:
