@@ -11,15 +11,16 @@ from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_rows, read
 from .taxonomy import Taxonomy, document
 
 Edge = tuple[str, str]
+COLUMNS = ("parent", "child", "name")
 MAX_EDGES = 2_000_000  # of which each takes some 600 bytes while the tree is built
 
 
 def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonomy:
     """Read a `.csv` or a `.json`.
 
-    CSV: columns `parent,child` and optionally `name` (the child's human name), with or without a
-    header line, separated by commas, semicolons or tabs; a row without a parent is the root. JSON: `[["animal", "dog"], …]`,
-    `{"animal": ["dog", "cat"]}`, nested `{"animal": {"dog": ["poodle", "pug"]}}`, or the
+    CSV: columns `parent,child` and optionally `name` (the child's human name), separated by commas,
+    semicolons or tabs; a header line may name them in another order; a row without a parent is the
+    root. JSON: `[["animal", "dog"], …]`, `{"animal": ["dog", "cat"]}`, nested `{"animal": {"dog": ["poodle", "pug"]}}`, or the
     output of `Taxonomy.to_json`.
 
     Args:
@@ -36,7 +37,7 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
             "taxonomy",
             "not a taxonomy file",
             given=path.name,
-            allowed="a file that ends in .csv or .json",
+            allowed="a file that ends in .csv or .json; docs/taxonomies.md converts Newick",
         )
     try:
         edges, own_classes, names = read(path)
@@ -57,27 +58,33 @@ def _too_many(path: Path) -> ConfigError:
     return ConfigError("taxonomy", problem, allowed="the pairs above the classes of the data")
 
 
+def _no_edge(path: Path, number: int, row: list[str]) -> ConfigError:
+    where, allowed = f"{path.name}, line {number}", "parent,child[,name]"
+    return ConfigError(where, "not an edge", given=row, allowed=allowed)
+
+
 def _read_csv(path: Path) -> Read:
     edges: list[Edge] = []
     names: dict[str, str] = {}
+    columns = list(COLUMNS)
     for number, row in enumerate(read_rows(path, MAX_DATA_BYTES), 1):
         cells = [cell.strip() for cell in row]
-        if not any(cells) or (
-            number == 1 and [c.lower() for c in cells[:2]] == ["parent", "child"]
-        ):
+        if not any(cells):
             continue
-        if not 2 <= len(cells) <= 3 or not cells[1]:
-            raise ConfigError(
-                f"{path.name}, line {number}",
-                "not an edge",
-                given=row,
-                allowed="parent,child[,name]",
-            )
-        parent, child, *name = cells
+        if number == 1 and {"parent", "child"} <= {cell.lower() for cell in cells}:
+            columns = [c if c in COLUMNS else "name" for c in map(str.lower, cells)]
+            columns += COLUMNS[len(columns) :]
+            if sorted(columns) != sorted(COLUMNS):
+                raise _no_edge(path, number, row)
+            continue
+        line = dict(zip(columns, cells))
+        if not 2 <= len(cells) <= 3 or not line.get("child"):
+            raise _no_edge(path, number, row)
+        parent, child, name = line.get("parent"), line["child"], line.get("name")
         if parent:
             edges.append((parent, child))
-        if name and name[0]:
-            names[child] = name[0]
+        if name:
+            names[child] = name
         if max(len(edges), len(names)) > MAX_EDGES:
             raise _too_many(path)
     return edges, None, names

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,9 @@ class Taxonomy:
         """Keep the nodes between the classes and their LCH."""
         if not classes:
             raise ConfigError("classes", "none given", allowed="at least one")
+        if not parents.keys() >= set(classes):  # macOS names folders in another form of Unicode
+            composed = {normalize("NFC", v): v for v in parents}
+            classes = [c if c in parents else composed.get(normalize("NFC", c), c) for c in classes]
         _check_classes(classes, parents)
         _check_size(len(parents), len(classes))
         depth = graph.depths(parents)
@@ -468,7 +472,8 @@ def _check_classes(classes: Sequence[str], nodes: Iterable[str]) -> None:
     unknown = [c for c in classes if c not in known]
     if unknown:
         first = unknown_name_message("class", unknown[0], sorted(known))
-        rest = f" Unknown in all: {graph.listed(unknown)}." if len(unknown) > 1 else ""
+        several = f" {len(unknown)} of {len(classes)} classes are unknown: {graph.listed(unknown)}."
+        rest = several if len(unknown) > 1 else ""
         raise ConfigError("taxonomy", f"{first}{rest}")
 
 

@@ -18,7 +18,7 @@ EDGES = [("animal", "dog"), ("animal", "cat"), ("dog", "pug")]
         ([("a", "a")], ["a"], "cycle a -> a"),
         ([*EDGES, ("plant", "tree")], None, r"2 roots: 'animal', 'plant'; allowed: one"),
         (EDGES, ["pug", "cta"], r"class: not known .did you mean 'cat'\?"),
-        (EDGES, ["x", "y"], r"Unknown in all: 'x', 'y'"),
+        (EDGES, ["x", "y"], r"2 of 2 classes are unknown: 'x', 'y'"),
         (EDGES, ["pug", "pug"], "classes: given twice: 'pug'"),
         (EDGES, [], "classes: none given; allowed: at least one"),
         ([], None, "classes: none given; allowed: at least one"),

@@ -99,6 +99,8 @@ def test_a_folder_without_folders_is_refused(tmp_path):
         ("t.csv", "parent,child\nanimal,dog\nanimal,cat\ndog,pug\ndog,husky\n"),
         ("t.csv", "parent;child\nanimal;dog\nanimal;cat\ndog;pug\ndog;husky\n"),
         ("t.csv", "parent\tchild\nanimal\tdog\nanimal\tcat\ndog\tpug\ndog\thusky\n"),
+        ("t.csv", "Child,Parent\ndog,animal\ncat,animal\npug,dog\nhusky,dog\nanimal,\n"),
+        ("t.csv", "parent,child,rank\nanimal,dog\nanimal,cat\ndog,pug,\ndog,husky\n"),
         ("t.csv", "\ufeff,animal\nanimal, dog\nanimal,cat\n\ndog,pug\ndog,husky"),
         ("t.json", '[["animal","dog"],["animal","cat"],["dog","pug"],["dog","husky"]]'),
         ("t.json", '{"animal": ["dog", "cat"], "dog": ["pug", "husky"]}'),
@@ -112,6 +114,14 @@ def test_files_of_edges(tmp_path, name, text):
     assert load_taxonomy(tmp_path / name, classes=classes) == TREE
     expected = TREE.classes if text == TREE.to_json() else ("cat", "husky", "pug")
     assert load_taxonomy(tmp_path / name).classes == expected
+
+
+def test_classes_in_another_form_of_unicode(tmp_path):
+    (tmp_path / "t.csv").write_text("tree,f\u00ec r\ntree,oak\n", "utf-8")
+    composed = load_taxonomy(tmp_path / "t.csv", classes=["oak", "fi\u0300 r"])
+    assert composed.classes == ("oak", "f\u00ec r")
+    with pytest.raises(ConfigError, match="given twice"):
+        load_taxonomy(tmp_path / "t.csv", classes=["f\u00ec r", "fi\u0300 r", "oak"])
 
 
 def test_csv_may_name_children(tmp_path):
@@ -130,6 +140,8 @@ def test_csv_may_name_children(tmp_path):
             r"t\.csv, line 2: not an edge; given .*allowed: parent,child",
         ),
         ("t.csv", "parent,child\na\n", r"t\.csv, line 2"),
+        ("t.csv", "parent,child,parent\na,b,c\n", r"t\.csv, line 1: not an edge"),
+        ("t.nwk", "(a,b)c;", r"given 't\.nwk'; allowed: .*docs/taxonomies\.md converts Newick"),
         ("t.csv", "parent,child\n", "no parent-child pair"),
         ("t.csv", "a,b\nb,a\n", "cycle"),
         ("t.csv", f"a,{'x' * 200_000}\n", "not CSV: field larger than field limit"),
