@@ -237,8 +237,11 @@ def mark(style: Style, x: float, y: float, title: str = "") -> str:
     return f"<g>{element('title', title)}{drawn}</g>" if title else drawn
 
 
-def number(value: float | None) -> str:
-    """A value with three significant digits, or a dash where it is undefined."""
+def number(value: float | None, beside: float = 0.0) -> str:
+    """A value with three significant digits, or a dash where it is undefined.
+
+    A value near 0 that is shown beside one that is not near 0 has three decimals.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -246,6 +249,8 @@ def number(value: float | None) -> str:
         return "0"
     if size >= 1000 or (value == round(value) and size >= 10):
         return f"{value:,.0f}"
+    if size < 0.0005 <= abs(beside):
+        return "0.000"
     if size < 0.0005:
         return f"{value:.0e}".replace("-", "−")
     text = f"{value:.3f}" if size < 1 else f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"

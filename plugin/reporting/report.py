@@ -69,7 +69,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=charts.number, short_count=_short_count, short_name=short_name
+        number=charts.number, percent=_percent, short_count=_short_count, short_name=short_name
     )
     view = Report(results, interactive)
     text = environment.get_template("report.html.j2").render(report=view, results=results)
@@ -416,6 +416,10 @@ def _faint(style: Style) -> Style:
 def _mean_f1(sae: SAEResult) -> float:
     scores: Sequence[float] = [value for value in sae.node_f1.values() if math.isfinite(value)]
     return sum(scores) / len(scores) if scores else -1.0
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %") if not 0 < share < 0.0005 else "< 0.1 %"
 
 
 def _short_count(n: int) -> str:

@@ -162,13 +162,14 @@ class LevelInformation(Evaluator[ProbeOptions]):
             drawing.update_xaxes(dtick=1)
             for feature, colour in zip(FEATURES, (summary.VALUE, summary.OTHER, "#4a7c3f")):
                 of = table[(table["measure"] == measure) & (table["feature"] == feature)]
+                name = {"x": "activations", "z": "latents"}.get(feature, "mean patch")
                 line = {"color": colour}
                 if len(of):
-                    drawing.add_scatter(x=of["depth"], y=of["value"], name=feature, line=line)
+                    drawing.add_scatter(x=of["depth"], y=of["value"], name=name, line=line)
                     drawing.add_scatter(
                         x=of["depth"],
                         y=of["permuted"],
-                        name=f"{feature}, permuted classes",
+                        name=f"{name}, permuted classes",
                         line={**line, "dash": "dot"},
                     )
             figures[measure] = drawing

@@ -5,6 +5,7 @@ The idea is that of Olson et al. 2025 (arXiv 2505.15970); the form is our own de
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -199,7 +200,7 @@ def _draw_by_size(table: pd.DataFrame) -> Figure:
     drawing = summary.figure(
         "F1 of each internal node's best latent", "classes below the node", "F1"
     )
-    drawing.update_xaxes(type="log")
+    drawing.update_xaxes(type="log", dtick=math.log10(2))
     drawing.update_yaxes(range=[0, 1])
     for column, name, colour in (
         ("permuted_f1", "permuted classes", summary.NULL),

@@ -106,7 +106,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         return {
             "pair_depth": summary.histograms(
                 "Pair depth of latents",
-                "mean depth of the LCH over pairs of different classes",
+                "mean LCH depth of pairs of different classes",
                 {
                     "latents": self.depth(),
                     "permuted classes": np.concatenate([*permuted, np.zeros(0)]),

@@ -84,6 +84,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
     ranges = {
         "significant_share": summary.SHARE,
     }
+    labels = {"moran_i": "Moran's I"}
     support = dict.fromkeys(("moran_i", "significant_share"), Support("defined", "latents"))
     invariant = frozenset({"expected", "defined"})
     Options = AutocorrelationOptions

@@ -107,14 +107,16 @@ def test_a_share_and_a_sparsity_say_what_they_are_of(results: Results, tmp_path:
 
     plain = page()
     assert "4.2" in plain and "a token" not in plain and "at a threshold" not in plain
-    assert f"above 0 on {charts.number(3)} % of images" in plain
+    assert "above 0 on 3.0 % of images" in plain
     assert "a token" not in page(l0_token=4.2)
     both = f"{charts.number(213.0)} an image, {charts.number(16.0)} a token"
     assert both in page(l0=213.0, l0_token=16.0)
-    card = replace(results.saes[0].most_specific[0], f1=0.6, above_threshold_on=0.031)
+    card = replace(
+        results.saes[0].most_specific[0], f1=0.6, above_threshold_on=0.031, fires_on=0.0001
+    )
     seen = page(most_specific=[card], least_specific=[])
-    share = f"{charts.number(3.1)} % of images"
-    assert f"F1 {charts.number(0.6)} at a threshold reached on {share}" in seen
+    assert "above 0 on < 0.1 % of images" in seen
+    assert f"F1 {charts.number(0.6)} at a threshold reached on 3.1 % of images" in seen
     assert "No latent of a node of several classes." in seen
 
 
@@ -432,6 +434,12 @@ def test_gaps_break_lines() -> None:
 )
 def test_numbers(value, text) -> None:
     assert charts.number(value) == text
+
+
+def test_a_number_near_zero_has_the_decimals_of_its_neighbour() -> None:
+    assert charts.number(-0.00012, 0.3) == "0.000"
+    assert charts.number(-0.00012, 0.0004) == "−1e−04"
+    assert charts.number(0.0012, 0.3) == "0.001"
 
 
 def test_ticks_are_round_and_few() -> None:

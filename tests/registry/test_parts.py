@@ -70,8 +70,8 @@ def test_histograms_show_shares_of_the_finite_values() -> None:
         "", "", {"a": np.array([0, 0, 1, np.nan]), "b": np.ones(2)}, bins=2
     )
     first, second = drawing.data
-    assert np.allclose(first.x, [0.25, 0.75]) and np.allclose(first.y, [2 / 3, 1 / 3])
-    assert np.allclose(second.y, [0, 1]) and (first.name, second.name) == ("a", "b")
+    assert np.allclose(first.x, [0, 0, 0.5, 1]) and np.allclose(first.y, [0, 2 / 3, 1 / 3, 0])
+    assert np.allclose(second.y, [0, 0, 1, 0]) and (first.name, second.name) == ("a", "b")
     assert not summary.histograms("", "", {"a": np.full(2, np.nan)}).data
 
 

@@ -39,7 +39,7 @@ def figure(title: str, x: str, y: str) -> go.Figure:
         layout=go.Layout(
             template="none",
             title={"text": title, "font": {"size": 15}, "x": 0, "xref": "paper", "xanchor": "left"},
-            xaxis={"title": x},
+            xaxis={"title": {"text": x, "standoff": 6}},
             yaxis={"title": y},
             margin={"l": 60, "r": 20, "t": 50, "b": 90},
             # Below the axis, since six entries above it would overlap the title.
@@ -60,6 +60,7 @@ def histograms(
         edges = np.linspace(joined.min(), max(joined.max(), joined.min() + 1e-9), bins + 1)
         for (name, v), colour in zip(finite.items(), (VALUE, NULL, OTHER)):
             share = np.histogram(v, edges)[0] / max(len(v), 1)
-            line: dict[str, Any] = {"color": colour, "shape": "hvh", "width": 2}
-            drawing.add_scatter(x=(edges[:-1] + edges[1:]) / 2, y=share, name=name, line=line)
+            line: dict[str, Any] = {"color": colour, "shape": "hv", "width": 2}
+            x, height = [edges[0], *edges], [0, *share, 0]
+            drawing.add_scatter(x=x, y=height, name=name, mode="lines", line=line)
     return drawing
