@@ -41,7 +41,7 @@ options:
 
 examples:
   taxolens demo
-  taxolens train --preset laptop --model_name facebook/dinov2-small --dataset_path photos/
+  taxolens train --preset laptop --dataset_path photos/ --taxonomy tree.csv --holdout 0.2
 
 Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage. With --json the result goes to stdout
 as JSON and everything else to stderr."""

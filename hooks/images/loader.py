@@ -255,7 +255,10 @@ class ImageLoader:
         if self._too_many():
             found = f"{self.n_failed} of the {self.n_processed} images read so far from"
             problem = f"{found} {self.images.name} are corrupt: {self.shown_failures(5)}"
-            raise DataError("max_corrupt_share", problem, given=self.max_corrupt_share)
+            allowed = "a dataset without them, or a larger share"
+            raise DataError(
+                "max_corrupt_share", problem, given=self.max_corrupt_share, allowed=allowed
+            )
 
     def _too_many(self) -> bool:
         """Whether the share of corrupt images is, or will almost surely be, above the allowed one.

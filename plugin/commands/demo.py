@@ -41,5 +41,5 @@ def run(args: list[str]) -> None:
             print_json({**found, "wandb": demo.wandb_folder, "seconds": round(demo.seconds, 1)})
     if not options.json:
         outcome.show(demo.results, demo.report)
-        print(f"W&B run, offline: {demo.wandb_folder}   ({demo.seconds:.0f} s in all)")
+        print(f"W&B run, offline: {demo.wandb_folder}\nthe demo ran for {demo.seconds:.0f} s")
     outcome.raise_errors(demo.results)

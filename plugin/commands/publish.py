@@ -48,4 +48,5 @@ def run(args: list[str]) -> None:
         if as_json:
             print_json({"published": place})
     if not as_json:
-        shell.console().print(f"published: {place}", highlight=False, soft_wrap=True, markup=False)
+        done = "written, not published" if given["dry_run"] else "published"
+        shell.console().print(f"{done}: {place}", highlight=False, soft_wrap=True, markup=False)

@@ -165,7 +165,7 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
         if message:
             if not allow:
                 raise ConfigError(
-                    "split", message, allowed="a held-out split, or allow_train_split=True"
+                    "split", message, allowed="a held-out split, or allow_train_split=True (--allow_train_split)"
                 )
             logger.warning("%s: no image is held out.", message)
             return True

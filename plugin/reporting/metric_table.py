@@ -114,9 +114,10 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
             counts.append(f"{metric.title} {past_permuted} and {past_all}")
     if not counts and not undecided:
         return "No number here has a null to be compared with."
+    n = len(results.saes)
     found = (
-        f"Of {len(results.saes)} SAEs, so many are past the permuted classes (q ≤ {LEVEL}), and "
-        f"past all nulls: {'; '.join(counts)}."
+        f"Of {n} SAE{'s' * (n != 1)}, past the permuted classes (q ≤ {LEVEL}), and past all nulls: "
+        f"{'; '.join(counts)}."
     )
     numbers = "1 number is" if undecided == 1 else f"{undecided} numbers are"
     few = f"{numbers} not judged: computed from too few nodes, latents or draws."

@@ -325,6 +325,14 @@ def test_nothing_recognises_a_file_of_something_else(tmp_path):
         read_sae(tmp_path / "linear.pt")
 
 
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "runner_cfg.json"])
+def test_a_file_of_an_sae_folder_is_refused_with_the_folder(tmp_path, name):
+    for file in ("cfg.json", "sae_weights.safetensors", "runner_cfg.json"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ConfigError, match=f"given '.*{name}'; allowed: {tmp_path}"):
+        read_sae(tmp_path / name)
+
+
 def test_several_recognise_a_file(tmp_path, monkeypatch):
     file = FILES["clip_scope"](tmp_path)
     twin = Loader(

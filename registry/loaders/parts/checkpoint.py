@@ -203,10 +203,13 @@ def as_number(value: Any) -> float | None:
 
 def _weights_file(path: Path) -> Path:
     if path.is_file():
+        if path.suffix == ".json" or (path.name in SAE_LENS_FILES and _is_sae_lens(path.parent)):
+            problem, allowed = "a file of a folder that is read as one", f"{path.parent}"
+            raise ConfigError("path", problem, given=str(path), allowed=allowed)
         return path
     if not path.is_dir():
         raise ConfigError("path", "not found", given=str(path), allowed="a file or a folder")
-    if all((path / name).is_file() for name in SAE_LENS_FILES):
+    if _is_sae_lens(path):
         return path
     found = [file for file in sorted(path.iterdir()) if _holds_weights(file)]
     found = found or [file for file in sorted(path.rglob("*")) if _holds_weights(file)]
@@ -223,6 +226,10 @@ def _weights_file(path: Path) -> Path:
         allowed=f"a file of weights ({' '.join(SUFFIXES)}), a folder with one, or with "
         f"{' and '.join(SAE_LENS_FILES)}",
     )
+
+
+def _is_sae_lens(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in SAE_LENS_FILES)
 
 
 def is_weights_name(name: str) -> bool:
