@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import shlex
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -35,6 +37,15 @@ def did_you_mean(names: Iterable[str]) -> str:
     """The hint "did you mean 'a' or 'b'?"; "" where there are no names."""
     shown = " or ".join(map(repr, names))
     return f"did you mean {shown}?" if shown else ""
+
+
+def near_paths(path: str | os.PathLike[str]) -> str:
+    """`did_you_mean` in brackets, of the entries beside a path that is not there; "" without any."""
+    folder, name = os.path.split(os.path.normpath(path))
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        names = [os.path.join(folder, near) for near in nearest(name, os.listdir(folder or "."))]
+    return f" ({did_you_mean(names)})" if names else ""
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:

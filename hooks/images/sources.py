@@ -16,6 +16,7 @@ from pyarrow.lib import ArrowException
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.files import check_regular
+from ...registry.names import near_paths
 from .archives import refuse_tar_of_tars, unpacked, with_zips
 from .downloaded import downloaded_splits
 from .folders import IMAGE_EXTENSIONS, SPLIT_OF_WORD, Contents, contents_of, image_splits
@@ -75,7 +76,8 @@ def open_dataset(
         raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
     if not local.exists():
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
-            problem, allowed = "there is no such file or folder", "an existing one, or a hub name"
+            problem = f"there is no such file or folder{near_paths(text)}"
+            allowed = "an existing one, or a hub name"
             raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
         return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
     if saved:
@@ -106,9 +108,10 @@ def _load(
             path, name, split=split, streaming=streaming, data_files=data_files, **options
         )
     except FileNotFoundError as error:  # includes DatasetNotFoundError and EmptyDatasetError
-        raise DataError("dataset_path", f"no images found: {error}", given=where or path) from error
+        problem = f"no images found{'' if data_files else near_paths(path)}: {error}"
+        raise DataError("dataset_path", problem, given=where or path) from error
     except ConnectionError as error:
-        problem = f"it is no local path, and the hub cannot be reached: {error}"
+        problem = f"it is no local path{near_paths(path)}, and the hub cannot be reached: {error}"
         raise DataError("dataset_path", problem, given=where or path) from error
     except ArrowException as error:  # some of them are ValueErrors too
         raise DataError("dataset_path", f"cannot be read: {error}", given=where or path) from error

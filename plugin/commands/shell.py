@@ -49,20 +49,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def underscored(args: Iterable[str]) -> list[str]:
-    """`args` with underscores in their flags, as SAELens spells them: `--no_evaluate`."""
+    """`args` with underscores in their flags, as SAELens spells them: `--no_evaluate`.
+
+    A value that begins with `~/` is expanded, which shells do not do in `--flag=~/path`.
+    """
     result = []
     for arg in args:
-        flag, equals, value = arg.partition("=")
-        if flag.startswith("--"):
-            flag = "--" + flag[2:].replace("-", "_")
-        result.append(flag + equals + value)
+        flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+        value = os.path.expanduser(value) if value.startswith("~/") else value
+        result.append("--" * bool(flag) + flag[2:].replace("-", "_") + equals + value)
     return result
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown name, with the nearest known names, or all where they are few."""
     names = sorted(known)
-    near = did_you_mean(nearest(name.partition("=")[0], names))
+    bare = {text.lstrip("-"): text for text in names}  # the dashes would count as similar
+    near = did_you_mean(bare[n] for n in nearest(name.partition("=")[0].lstrip("-"), bare))
     allowed = f"; allowed: {', '.join(names)}." if len(names) <= 12 and not near else ""
     return f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}{allowed or '.'}"
 
@@ -139,6 +142,21 @@ def working() -> Iterator[Callable[[Any], None]]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+def note_imports() -> None:
+    """Print, on a terminal, what the wait of some seconds is for, where it is still to come."""
+    if sys.stderr.isatty() and "sae_lens" not in sys.modules:
+        print_notes(["loading torch, SAELens and TransformerLens"])
+
+
+@contextlib.contextmanager
+def continued_by(how: str) -> Iterator[None]:
+    """Add to the message of an interruption meanwhile how the work goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{str(stop) or 'interrupted'}; {how}") from None
 
 
 def _of_rank() -> str:

@@ -95,6 +95,7 @@ def run(args: list[str]) -> None:
         return
     if quick_check.check(args).get("num_workers") not in NO_WORKERS and "--dry_run" not in args:
         worker_context()  # its imports run in parallel with ours
+    shell.note_imports()
     with shell.working() as print_json:
         from ..study.job import Job
         from .train_flags import parse
@@ -113,7 +114,9 @@ def run(args: list[str]) -> None:
                 shell.print_notes(described(plan))
             job.train()
             if command.evaluate:
-                evaluated = job.evaluate()
+                goes_on = f"`taxolens evaluate {plan['output_path']}` goes on: the SAEs are trained"
+                with shell.continued_by(goes_on):
+                    evaluated = job.evaluate()
                 shown |= outcome.as_dict(*evaluated)
         if not is_first:
             return

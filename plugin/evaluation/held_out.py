@@ -82,7 +82,12 @@ class HeldOut:
             source = replace(source, split=source.split or "given")
         labels = images.require_labels()
         found = cls(source, images, tree, load_taxonomy(tree, classes=images.class_names))
-        if found.n_present < len(images.class_names):
+        if len(images.class_names) == 1:
+            logger.warning(
+                "%s has one class, %s: numbers about the tree need several.",
+                *(source.title, images.class_names[0]),
+            )
+        elif found.n_present < len(images.class_names):
             logger.warning(
                 "%s: images of %d of its %d classes; the numbers are about these classes. %s",
                 *(source.title, found.n_present, len(images.class_names), HOLD_OUT),
@@ -165,7 +170,9 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
         if message:
             if not allow:
                 raise ConfigError(
-                    "split", message, allowed="a held-out split, or allow_train_split=True (--allow_train_split)"
+                    "split",
+                    message,
+                    allowed="a held-out split, or allow_train_split=True (--allow_train_split)",
                 )
             logger.warning("%s: no image is held out.", message)
             return True

@@ -36,6 +36,7 @@ from ...registry.files import (
     reason,
 )
 from ...registry.heads import head_key
+from ...registry.names import near_paths
 from ..reporting.series import layer_of, natural_key
 
 logger = logging.getLogger(__name__)
@@ -294,7 +295,7 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
 
 def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     if not path.is_dir():
-        raise ConfigError("runs", f"{path} is not a folder", allowed=RUNS)
+        raise ConfigError("runs", f"{path} is not a folder{near_paths(path)}", allowed=RUNS)
     settings = _read_json(path / RUNNER_CFG_FILENAME)
     folders = [
         file.parent

@@ -119,7 +119,10 @@ def _explained(sae: SAEResult) -> float:
 def _numbers(row: Mapping[str, Any]) -> list[Any]:
     """One number beside its nulls, as a row of the table."""
     half = max(row["high"] - row["value"], row["value"] - row["low"])  # one may be cut
-    past = {True: "yes", False: f"not {', '.join(map(COLUMNS.__getitem__, row['not_left_behind']))}"}
+    past = {
+        True: "yes",
+        False: f"not {', '.join(map(COLUMNS.__getitem__, row['not_left_behind']))}",
+    }
     judged = NOT_KNOWN if row["undecided"] else past[not row["not_left_behind"]]
     return [
         _text(row["title"]),

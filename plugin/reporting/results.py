@@ -516,7 +516,7 @@ class Results:
         Raises:
             DataError: the file is missing, not JSON, too long, or of another schema.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         file = path / RESULTS_FILENAME if path.is_dir() else path
         try:
             data = read_json(file, MAX_DATA_BYTES)

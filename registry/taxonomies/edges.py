@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_rows, read_text, reason
+from ..names import near_paths
 from .taxonomy import Taxonomy, document
 
 Edge = tuple[str, str]
@@ -39,6 +40,9 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
             given=path.name,
             allowed="a file that ends in .csv or .json; docs/taxonomies.md converts Newick",
         )
+    if not path.exists():
+        problem = f"no such file{near_paths(path)}"
+        raise ConfigError("taxonomy", problem, given=str(path), allowed="an existing one")
     try:
         edges, own_classes, names = read(path)
     except (OSError, UnreadableError) as error:

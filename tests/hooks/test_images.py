@@ -262,9 +262,11 @@ def test_streamed_datasets_by_split():
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="no such file or folder"):
-        load_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no such file or folder;"):
+        load_images(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=rf"\(did you mean '{tmp_path / 'empty'}'\?\); given"):
+        load_images(tmp_path / "emtpy")
     with pytest.raises(DataError, match="no images found"):
         load_images(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("hello")
@@ -493,7 +495,8 @@ def test_too_many_corrupt_images_stop_the_work():
     images = load_images(hf_dataset(50, corrupt=range(0, 50, 10)))
     loader = ImageLoader(images, red_pixels, batch_size=8, max_corrupt_share=0.05)
     with pytest.raises(
-        DataError, match=r"max_corrupt_share: .*image 0 \(0\.png: cannot.*given 0\.05; allowed: .* larger share"
+        DataError,
+        match=r"max_corrupt_share: .*image 0 \(0\.png: cannot.*given 0\.05; allowed: .* larger share",
     ):
         list(loader.batches(range(50)))
     assert loader.n_processed >= 20

@@ -221,6 +221,7 @@ def test_python_dash_m():
         (["evaluate", "run", "--n_permutations", "few"], "invalid int value: 'few'"),
         (["evaluate", "run", "--options", "{"], "is not JSON"),
         (["train", "--preset", "laptp"], "preset: not known (did you mean 'laptop'?"),
+        (["train", "--foo", "1"], "argument: not known; given '--foo'"),
         (["train", "--presets", "laptop"], "argument: not known (did you mean '--preset'"),
         (["train", "--architecture", "topkk"], "architecture: not known (did you mean 'topk'"),
         (
@@ -285,6 +286,23 @@ def test_dashes_are_underscores():
         "-k",
         "--n_x",
     ]
+
+
+def test_a_home_is_expanded_where_shells_do_not(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/run", "--output_path=~/a=b", "--name", "~", "a~/b", "--x=a~/b"]
+    expected = ["/home/me/run", "--output_path=/home/me/a=b", "--name", "~", "a~/b", "--x=a~/b"]
+    assert shell.underscored(given) == expected
+
+
+def test_an_interruption_is_continued_by():
+    for stop, message in (
+        (KeyboardInterrupt(), "interrupted"),
+        (KeyboardInterrupt("SIGTERM"), "SIGTERM"),
+    ):
+        match = f"^{message}; again$"
+        with pytest.raises(KeyboardInterrupt, match=match), shell.continued_by("again"):
+            raise stop
 
 
 def test_while_it_works_only_json_reaches_stdout(capsys):

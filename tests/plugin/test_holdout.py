@@ -153,6 +153,17 @@ def test_a_folder_without_held_out_split_names_the_flag(settings: dict[str, Any]
         Job(gather(flags=settings))
 
 
+def test_a_single_class_says_so(
+    settings: dict[str, Any], flat: Path, tmp_path: Path, caplog: Any
+) -> None:
+    shutil.copytree(next(flat.iterdir()), tmp_path / "photos" / "fir")
+    (tmp_path / "tree.csv").write_text("plant,fir\nplant,oak\n")
+    given = {"dataset_path": f"{tmp_path}/photos", "taxonomy": f"{tmp_path}/tree.csv"}
+    with caplog.at_level(logging.WARNING):
+        Job(gather(flags={**settings, **given, "holdout": 0.2}))
+    assert "has one class, fir: numbers about the tree need several." in caplog.text
+
+
 def test_a_slice_without_most_classes_says_so(
     settings: dict[str, Any], flat: Path, caplog: Any
 ) -> None:

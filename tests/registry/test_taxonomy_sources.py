@@ -124,6 +124,12 @@ def test_classes_in_another_form_of_unicode(tmp_path):
         load_taxonomy(tmp_path / "t.csv", classes=["f\u00ec r", "fi\u0300 r", "oak"])
 
 
+def test_a_file_that_is_not_there(tmp_path):
+    (tmp_path / "tree.csv").touch()
+    with pytest.raises(ConfigError, match=rf"no such file \(did you mean '{tmp_path}/tree\.csv'"):
+        load_taxonomy(tmp_path / "tre.csv")
+
+
 def test_csv_may_name_children(tmp_path):
     (tmp_path / "t.csv").write_text("parent,child,name\nn1,n2,pug dog\nn1,n3,\n")
     taxonomy = load_taxonomy(tmp_path / "t.csv")
@@ -172,7 +178,7 @@ def test_what_is_neither_a_name_nor_a_path(tmp_path):
         load_taxonomy("imagenett")
     with pytest.raises(UnknownNameError, match="Also allowed: a folder"):
         load_taxonomy(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="taxonomy: no such file; given"):
         load_taxonomy(tmp_path / "nowhere.csv")
     (tmp_path / "t.txt").write_text(json.dumps([]))
     with pytest.raises(

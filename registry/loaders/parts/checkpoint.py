@@ -36,7 +36,7 @@ class Checkpoint(os.PathLike[str]):
     def __init__(self, path: str | Path) -> None:
         if not files.is_path(str(path)):
             raise ConfigError("path", "not a path", given=str(path), allowed="a file or a folder")
-        self.given = Path(path)
+        self.given = Path(path).expanduser()
         self.path = _weights_file(self.given)
 
     @classmethod
