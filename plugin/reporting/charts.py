@@ -300,7 +300,7 @@ def _grid(frame: Frame, x_ticks: Mapping[float, str], x_title: str) -> None:
     every = max(1, math.ceil((longest * 6 + 8) / room))
     for i, (value, text) in enumerate(x_ticks.items()):
         if i % every == 0:
-            _text(frame, text, frame.at_x(value), bottom + 14, anchor="middle")
+            _text(frame, text, frame.at_x(value), bottom + 16, anchor="middle")
     _text(frame, x_title, frame.width - frame.right, frame.height - 2, anchor="end")
 
 

@@ -256,6 +256,9 @@ class SAEResult:
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_as", self.trained_as or self.architecture)
 
+    def __repr__(self) -> str:
+        return f"SAEResult({self.id!r}, {self.trained_as}, d_sae={self.d_sae}, l0={self.l0:.3g})"
+
     @property
     def place(self) -> str:
         """The hook point, or the head there, for readers."""
@@ -415,6 +418,12 @@ class Results:
     schema: str = SCHEMA
     permuted_classes: PermutedClassesInfo | None = None
     folder: Path | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"Results(saes={len(self.saes)}, evaluators={list(self.evaluators)}, "
+            f"images={self.dataset.n_images}, folder={str(self.folder)!r})"
+        )
 
     @property
     def errors(self) -> dict[str, str]:

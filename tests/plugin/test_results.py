@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import stat
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_read_back_equal(results: Results, tmp_path: Path) -> None:
     file = results.save(tmp_path)
     again = Results.load(tmp_path)
-    assert repr(again).replace(str(tmp_path), "") == repr(results).replace(str(results.folder), "")
+    written, read = (repr(asdict(r)) for r in (results, again))  # of NaN too
+    assert read.replace(str(tmp_path), "") == written.replace(str(results.folder), "")
+    assert max(map(len, map(repr, [again, *again.saes]))) < 300
     assert again.folder == tmp_path
     assert Results.load(file).saes[0].id == results.saes[0].id
 
