@@ -248,7 +248,7 @@ class ModelSource:
         return tqdm(
             total=total if images.is_streaming else min(total, len(images)),
             desc="activations",
-            unit="img",
+            unit=" images",
             leave=False,
             delay=BAR_DELAY,
             disable=not self.progress,

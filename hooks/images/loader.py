@@ -263,18 +263,18 @@ class ImageLoader:
     def _too_many(self) -> bool:
         """Whether the share of corrupt images is, or will almost surely be, above the allowed one.
 
-        Certain when those found exceed it for the whole dataset; before, and where the size is
-        not known, by the Chernoff bound on a binomial tail, so that a single corrupt image among
-        the first ones does not end a long run.
+        Certain when those found exceed it for the whole dataset, of which one alone is allowed
+        unless the share is 0; before, and where the size is not known, by the Chernoff bound on a
+        binomial tail, so that a single corrupt image among the first ones does not end a long run.
         """
         share = self.max_corrupt_share
         n_images = None if self.images.is_streaming else len(self.images)
         if n_images is not None and n_images < MIN_IMAGES:
             return False
+        if n_images is not None and len(self.failures) > max(share * n_images, share > 0):
+            return True
         if self.n_processed < MIN_IMAGES:
             return False
-        if n_images is not None and len(self.failures) > share * n_images:
-            return True
         n_processed = self.n_processed + self.n_elsewhere
         found = self.n_failed / n_processed
         if found <= share or (n_images is not None and self.n_processed > n_images):

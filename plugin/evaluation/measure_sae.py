@@ -79,7 +79,7 @@ def measure_sae(
     with tqdm(
         total=len(held_out) * (len(mine) + team.leads) - left,
         desc=folder.id,
-        unit="img",
+        unit=" image passes",
         disable=not bench.settings.progress,
     ) as bar:
         progress = team.counting(bar.update)

@@ -504,6 +504,18 @@ def test_too_many_corrupt_images_stop_the_work():
     assert sum(len(b) for b in allowed.batches(range(50))) == 45
 
 
+def test_a_single_corrupt_image_of_few_is_left_out_unless_none_is_allowed():
+    def read(corrupt, share=0.01):
+        images = load_images(hf_dataset(40, corrupt=corrupt))
+        loader = ImageLoader(images, red_pixels, batch_size=8, max_corrupt_share=share)
+        return sum(len(batch) for batch in loader.batches(range(40)))
+
+    assert read([3]) == 39
+    for corrupt, share in (([3, 30], 0.01), ([3], 0.0)):
+        with pytest.raises(DataError, match="larger share"):
+            read(corrupt, share)
+
+
 def test_one_early_corrupt_image_does_not_stop_a_long_run():
     images = load_images(hf_dataset(150, corrupt=[0]))
     loader = ImageLoader(images, red_pixels, batch_size=10, max_corrupt_share=0.01)

@@ -201,6 +201,7 @@ def test_too_many_corrupt_images_stop_every_rank_with_a_checkpoint(
     settings = {"photos": folder, "dataset_path": str(folder), "checkpoint_id": "run"}
     settings |= {
         "n_checkpoints": 0,
+        "max_corrupt_share": 0.0,
         "n_batches_for_norm_estimate": 1,
         "saes": {"topk": SAES["topk"]},
     }
