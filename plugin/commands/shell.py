@@ -66,8 +66,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     bare = {text.lstrip("-"): text for text in names}  # the dashes would count as similar
     near = did_you_mean(bare[n] for n in nearest(name.partition("=")[0].lstrip("-"), bare))
-    allowed = f"; allowed: {', '.join(names)}." if len(names) <= 12 and not near else ""
-    return f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}{allowed or '.'}"
+    allowed = f"; allowed: {', '.join(names) if len(names) <= 12 else 'see --help'}"
+    return (
+        f"{kind}: not known{f' ({near})' if near else ''}; given {name!r}{'' if near else allowed}."
+    )
 
 
 def console() -> Console:

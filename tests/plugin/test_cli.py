@@ -221,7 +221,7 @@ def test_python_dash_m():
         (["evaluate", "run", "--n_permutations", "few"], "invalid int value: 'few'"),
         (["evaluate", "run", "--options", "{"], "is not JSON"),
         (["train", "--preset", "laptp"], "preset: not known (did you mean 'laptop'?"),
-        (["train", "--foo", "1"], "argument: not known; given '--foo'"),
+        (["train", "--foo", "1"], "argument: not known; given '--foo'; allowed: see --help."),
         (["train", "--presets", "laptop"], "argument: not known (did you mean '--preset'"),
         (["train", "--architecture", "topkk"], "architecture: not known (did you mean 'topk'"),
         (
