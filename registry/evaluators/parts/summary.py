@@ -61,6 +61,6 @@ def histograms(
         for (name, v), colour in zip(finite.items(), (VALUE, NULL, OTHER)):
             share = np.histogram(v, edges)[0] / max(len(v), 1)
             line: dict[str, Any] = {"color": colour, "shape": "hv", "width": 2}
-            x, height = [edges[0], *edges], [0, *share, 0]
-            drawing.add_scatter(x=x, y=height, name=name, mode="lines", line=line)
+            ends, height = [edges[0], *edges], [0, *share, 0]
+            drawing.add_scatter(x=ends, y=height, name=name, mode="lines", line=line)
     return drawing
