@@ -313,6 +313,7 @@ def null_cell(number: dict[str, Any] | None, null: str) -> str:
 
 def short(value: float) -> str:
     """Three decimals below 10, without a leading zero."""
+    value = round(value, 3) + 0.0  # no −0
     text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return (
         text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 1 else text.replace("-", "−")

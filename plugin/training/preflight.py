@@ -77,13 +77,13 @@ def check_model(cfg: Any, model: Any) -> None:
 
 
 def check_taxonomy(cfg: Any, images: ImageDataset) -> None:
-    """Check that the class tree can be read, and has the classes of the evaluation images.
+    """Check that the class tree can be read, and with evaluators that it has the classes of their images.
 
     Raises:
         ConfigError: it cannot be read, or classes of the images are not in it.
     """
-    if cfg.taxonomy is not None and cfg.evaluators:
-        has_same_classes = cfg.held_out_source.same_dataset(cfg.image_source)
+    if cfg.taxonomy is not None:
+        has_same_classes = cfg.evaluators and cfg.held_out_source.same_dataset(cfg.image_source)
         load_taxonomy(cfg.taxonomy, classes=(has_same_classes and images.class_names) or None)
 
 

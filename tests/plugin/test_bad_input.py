@@ -63,6 +63,10 @@ def test_names_of_evaluators_and_a_tree_for_them_are_checked(training):
     )
 
 
+def test_a_tree_that_is_saved_for_a_later_evaluation_can_be_read(training):
+    refused(training, ConfigError, "did you mean 'cifar100'", taxonomy="cifar10")
+
+
 def test_labels_outside_the_class_tree_are_named(training, tmp_path):
     tree = tmp_path / "tree.csv"
     tree.write_text("parent,child\nanimal,cat\nanimal,wolf\n")

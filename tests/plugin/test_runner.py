@@ -90,7 +90,7 @@ def test_every_architecture_trains_by_name(training, architecture):
 
 
 def test_one_sae_is_written_with_what_is_needed_to_use_it(training):
-    training.runner(training.single(tokens="patch", taxonomy="tree.csv")).run()
+    training.runner(training.single(tokens="patch", taxonomy="cifar100")).run()
     assert sorted(path.name for path in training.output.iterdir()) == [
         *("cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
     ]
@@ -103,7 +103,7 @@ def test_one_sae_is_written_with_what_is_needed_to_use_it(training):
     assert metadata.model_family == "dinov2"
     assert metadata.n_images == 10
     assert metadata.split == "train"
-    assert metadata.taxonomy == "tree.csv"
+    assert metadata.taxonomy == "cifar100"
     assert metadata.taxolens_version
     assert "requires_plugin" not in metadata
     cfg = VisionSAERunnerConfig.load(training.output / "runner_cfg.json")
