@@ -206,4 +206,5 @@ def _p(p: float) -> str:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return "undefined"
+    value = round(value, 3) + 0.0  # no −0
     return f"{value:.3f}".replace("0.", ".", abs(value) < 1) if abs(value) < 10 else f"{value:.1f}"

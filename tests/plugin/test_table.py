@@ -95,6 +95,14 @@ def test_undefined_numbers_are_called_so(results):
     assert "undefined" in text_of(dataclasses.replace(results, saes=saes))
 
 
+def test_what_rounds_to_zero_has_no_sign(results):
+    near_zero = number(-0.0004, -0.0501, 0.45, p=0.02)
+    of = EvaluatorResult({"pair_depth": near_zero})
+    saes = [dataclasses.replace(sae, evaluators={"pair_depth": of}) for sae in results.saes]
+    row = rows_of(dataclasses.replace(results, saes=saes))["0"]
+    assert [c.strip() for c in row if c.strip()][1:3] == [".000", "-.050 (.02*)"]
+
+
 def test_rows_for_programs(results):
     rows = summary_rows(results, [HEADLINE])
     assert [row["hook_name"] for row in rows] == [f"blocks.{b}.hook_resid_post" for b in range(3)]
