@@ -121,11 +121,21 @@ def size_of(cfg: Any, images: ImageDataset, per_image: int, n_bytes: dict[str, i
         n_bytes: those of `preflight.bytes_needed`.
     """
     cached = n_bytes["cached_activations_path"]
-    needed = math.ceil(cfg.training_tokens / per_image)
-    n_images = len(images) if cached else needed
+    n_images = len(images) if cached else images_forwarded(cfg, images, per_image)
     read = round(cached * cfg.training_tokens / (n_images * per_image)) if cached else 0
     batch = cfg.train_batch_size_tokens
     return Size(n_images, cfg.total_training_steps, batch, sum(n_bytes.values()), read)
+
+
+def images_forwarded(cfg: Any, images: ImageDataset, per_image: int) -> int:
+    """Forward passes of one image in a run without a cache, which ends after the window that it is in."""
+    passes = 1 if per_image == 1 else cfg.n_batches_in_buffer
+    window = cfg.store_batch_size_prompts * passes
+    needed = math.ceil(cfg.training_tokens / per_image)
+    if images.is_streaming:
+        return math.ceil(needed / window) * window
+    epochs, rest = divmod(needed, len(images))
+    return epochs * len(images) + min(math.ceil(rest / window) * window, len(images))
 
 
 def predict(

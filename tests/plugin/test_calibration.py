@@ -8,7 +8,14 @@ import torch
 from sae_lens import TopKTrainingSAEConfig
 from taxolens.hooks.images.dataset import load_images
 from taxolens.plugin.training import calibration
-from taxolens.plugin.training.calibration import Costs, Size, predict, size_of, time_disk
+from taxolens.plugin.training.calibration import (
+    Costs,
+    Size,
+    images_forwarded,
+    predict,
+    size_of,
+    time_disk,
+)
 from taxolens.registry.errors import DataError
 
 COSTS = Costs(
@@ -56,14 +63,42 @@ def test_the_slowest_stage_is_the_bottleneck() -> None:
         assert plan["bottleneck"] == stage
 
 
+class Pictures(list[None]):
+    is_streaming = False
+
+
 def test_a_cache_is_written_once_and_read_for_every_token() -> None:
-    cfg = SimpleNamespace(training_tokens=300, train_batch_size_tokens=30, total_training_steps=10)
+    cfg = SimpleNamespace(
+        training_tokens=300,
+        train_batch_size_tokens=30,
+        total_training_steps=10,
+        store_batch_size_prompts=5,
+        n_batches_in_buffer=1,
+    )
+    images = Pictures([None] * 50)
     n_bytes = {"output_path": 7, "checkpoint_path": 0, "cached_activations_path": 0}
     # 4 tokens an image: 75 passes; nothing is cached.
-    assert size_of(cfg, [None] * 50, 4, n_bytes) == Size(75, 10, 30, 7, 0)
+    assert size_of(cfg, images, 4, n_bytes) == Size(75, 10, 30, 7, 0)
     # 50 images cached in 800 bytes, 4 bytes a token; 300 tokens are read.
     n_bytes["cached_activations_path"] = 800
-    assert size_of(cfg, [None] * 50, 4, n_bytes) == Size(50, 10, 30, 807, 1200)
+    assert size_of(cfg, images, 4, n_bytes) == Size(50, 10, 30, 807, 1200)
+
+
+@pytest.mark.parametrize("tokens", ["patch", "class"])
+@pytest.mark.parametrize("n_tokens", [8, 40, 48, 80, 88])
+def test_a_run_ends_after_the_window_that_it_is_in(training, vit, tokens, n_tokens) -> None:
+    """Passes of a real run: ten images of four patches, in windows of two passes of four images."""
+    cfg = training.single(tokens=tokens, training_tokens=n_tokens)
+    runner = training.runner(cfg)
+    seen: list[int] = []
+    model = vit.original_model
+    handle = model.embeddings.register_forward_hook(lambda *of: seen.append(len(of[-1])))
+    try:
+        runner.run()
+    finally:
+        handle.remove()
+    per_image = 4 if tokens == "patch" else 1
+    assert sum(seen) == images_forwarded(cfg, runner.images, per_image)
 
 
 def test_the_disk_is_timed_beside_a_path_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
