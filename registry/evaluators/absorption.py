@@ -117,7 +117,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
 
     def prepare(self) -> None:
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
-        nodes, size = self.taxonomy.distinct_among(self.context.present)
+        nodes, size = self.context.distinct_nodes()
         self._nodes = np.random.default_rng(self.context.seed).permutation(nodes[size > 1])
 
     def nodes(self, permutation: np.ndarray | None = None) -> np.ndarray:

@@ -136,15 +136,21 @@ class EvaluationBatch:
         Raises:
             ConfigError: they are; the field is named.
         """
+        if self._too_small is not None:
+            raise self._too_small
+
+    @cached_property
+    def _too_small(self) -> ConfigError | None:
         for name, values in (("x", self.x), ("z", self.z)):
             largest = float(values.abs().max()) if values.numel() else 0.0
             if 0 < largest < SMALLEST:
-                raise ConfigError(
+                return ConfigError(
                     name,
                     "too small to compute with; check the weights of the SAE and the scale of its input",
                     given=f"{largest:g} at most, on {len(self)} images",
                     allowed=f"numbers of which the largest is at least {SMALLEST:g} in absolute value",
                 )
+        return None
 
     @cached_property
     def _not_finite(self) -> ConfigError | None:
@@ -441,6 +447,16 @@ class EvaluationContext:
         """(C,) bool, the classes with images; all where `class_counts` are not known."""
         every = np.ones(len(self.taxonomy.classes), dtype=bool)
         return every if self.class_counts is None else self.class_counts > 0
+
+    def distinct_nodes(self, *, root: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """The nodes (n,) that differ in their classes with images, ascending, and how many of these each has (n,).
+
+        Args:
+            root: whether with the node that has all of them.
+        """
+        nodes, size = self.taxonomy.distinct_among(self.present)
+        kept = size < self.present.sum()
+        return (nodes, size) if root else (nodes[kept], size[kept])
 
     @property
     def largest_class(self) -> int:

@@ -162,17 +162,16 @@ class Detection(Evaluator[DetectionOptions]):
     Options = DetectionOptions
 
     def prepare(self) -> None:
-        context, options, taxonomy = self.context, self.options, self.taxonomy
+        context, options = self.context, self.options
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
         self._images = context.share(ImagePositions, max_images=options.max_images)
         self._probed = context.share(ImagePositions, max_images=options.probe_images)
         self._length = [0.0, 0]  # Σ‖x − mean of the sample‖, images: first strength tried
         self._mean: Tensor | None = None
-        nodes, size = taxonomy.distinct_among(context.present)
+        nodes, size = context.distinct_nodes(root=False)
         # smallest first: among equally good nodes the smallest is chosen
         order = np.argsort(size, kind="stable")
-        order = order[size[order] < context.present.sum()]  # without the root
         self.nodes = nodes[order]
         self.groups = self.nodes[size[order] > 1]
 

@@ -96,7 +96,7 @@ class OntologicalCoverage(Evaluator[CoverageOptions]):
         self._classes = self.context.share(ClassCounts)
         self._histogram = self.context.share(FiringHistogram, survival=tuple(self.options.survival))
         # A node of one class with images is a leaf: a flat classifier detects it.
-        distinct, size = self.taxonomy.distinct_among(self.context.present)
+        distinct, size = self.context.distinct_nodes()
         self.internal, self.leaves = distinct[size > 1], distinct[size == 1]
 
     @remembered

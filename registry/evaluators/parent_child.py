@@ -183,7 +183,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         self._probing = options.probed > 0 and context.W_dec is not None
         if self._probing:
             self._images = context.share(ImageSample, max_images=options.probe_images)
-        nodes, size = self.taxonomy.distinct_among(context.present)
+        nodes, size = context.distinct_nodes()
         order = np.argsort(-size, kind="stable")  # the root first
         self._nodes, self._size = nodes[order], size[order]
 

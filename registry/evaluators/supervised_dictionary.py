@@ -165,8 +165,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         self._firings = context.share(FiringHistogram, survival=(1.0,))
         self._sample = context.share(ImageSample, max_images=options.max_images)
         self._images = context.share(ImagePositions, max_images=options.spliced_images)
-        nodes, size = self.taxonomy.distinct_among(context.present)
-        self.nodes = nodes[size < context.present.sum()]  # without the root
+        self.nodes, _ = context.distinct_nodes(root=False)
 
     # Detection of nodes -----------------------------------------------------------------------------
 

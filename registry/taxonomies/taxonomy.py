@@ -350,10 +350,10 @@ class Taxonomy:
 
     # Other taxonomies ---------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def distinct_nodes(self) -> IntArray:
         """(n,) the deepest node of each distinct set of classes (ties: smallest id), ascending."""
-        return _frozen(self.distinct_among(np.ones(len(self.classes), dtype=bool))[0])
+        return self.distinct_among(np.ones(len(self.classes), dtype=bool))[0]
 
     def distinct_among(self, present: BoolArray) -> tuple[IntArray, IntArray]:
         """The deepest node of each distinct set of the classes `present` (C,), ascending.
@@ -361,26 +361,38 @@ class Taxonomy:
         Returns:
             the nodes (n,), without those that have none of these classes, and how many each has (n,).
         """
-        members = self.membership[present]
-        keys = np.packbits(members, axis=0).T
-        best = {keys[v].tobytes(): int(v) for v in self.by_preference}
-        nodes = np.sort(np.fromiter(best.values(), dtype=np.int64))
-        size = members[:, nodes].sum(0)
-        return nodes[size > 0], size[size > 0]
+        key = present.tobytes()
+        if key not in self._distinct:
+            sets = self._sets(present)
+            best = {sets[v]: int(v) for v in self.by_preference}
+            nodes = np.sort(np.fromiter(best.values(), dtype=np.int64))
+            size = (present.astype(np.float32) @ self.sparse_membership)[nodes].astype(np.int64)
+            self._distinct[key] = _frozen(nodes[size > 0]), _frozen(size[size > 0])
+        return self._distinct[key]
+
+    @cached_property
+    def _distinct(self) -> dict[bytes, tuple[IntArray, IntArray]]:
+        """Classes -> `distinct_among` of them: every evaluator of every pass needs the same."""
+        return {}
+
+    def _sets(self, present: BoolArray) -> list[bytes]:
+        """(V,) the set of the classes `present` (C,) at or below each node."""
+        members = self.membership if present.all() else self.membership[present]
+        return [row.tobytes() for row in np.packbits(members, axis=0).T]
 
     def edges_among(self, nodes: IntArray, present: BoolArray) -> IntArray:
         """(E, 2) parent and child, as positions in `nodes` (N,), of the edges between nodes that differ
         in the classes `present` (C,); each node stands for all with its set of these classes."""
-        sets = np.packbits(self.membership[present], axis=0).T
-        position = {sets[v].tobytes(): i for i, v in enumerate(nodes)}
-        place = [position.get(row.tobytes(), -1) for row in sets]
+        sets = self._sets(present)
+        position = {sets[v]: i for i, v in enumerate(nodes)}
+        place = [position.get(key, -1) for key in sets]
         edges = {(place[p], place[v]) for v, above in enumerate(self.parents) for p in above}
         kept = sorted((p, c) for p, c in edges if p != c and min(p, c) >= 0)
         return np.array(kept, dtype=np.int64).reshape(-1, 2)
 
     def collapsed(self) -> Taxonomy:
         """One node per distinct set of classes: chains of single children are merged."""
-        keys = [key.tobytes() for key in np.packbits(self.membership, axis=0).T]
+        keys = self._sets(np.ones(len(self.classes), dtype=bool))
         kept = {keys[v]: self.nodes[v] for v in self.distinct_nodes}
         merged = [kept[key] for key in keys]
         edges = [(merged[p], merged[v]) for v, ps in enumerate(self.parents) for p in ps]

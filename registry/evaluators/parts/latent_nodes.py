@@ -21,8 +21,7 @@ class LatentNodes:
         self._taxonomy = context.taxonomy
         self._classes = context.share(ClassCounts)
         self._firings = context.share(FiringHistogram, survival=(1.0,))
-        nodes, size = context.taxonomy.distinct_among(context.present)
-        self.nodes = nodes[size < context.present.sum()]
+        self.nodes, _ = context.distinct_nodes(root=False)
 
     @property
     def fired(self) -> np.ndarray:
