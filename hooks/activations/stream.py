@@ -26,7 +26,15 @@ from ..models.tokens import tokens_per_image
 from .cache_reader import CacheReader
 from .extract import Extraction, TokenExtractor
 from .shared_source import OwnPass, SharedModelSource
-from .token_sources import Batch, CacheSource, Delivery, ModelSource, State, TokenSource
+from .token_sources import (
+    Batch,
+    CacheSource,
+    Delivery,
+    ModelSource,
+    State,
+    TokenSource,
+    passes_of_window,
+)
 
 STATES_KEPT = 4096  # positions of the last batches; a prefetching thread is never so far ahead
 
@@ -122,7 +130,7 @@ class ActivationStream(Iterator[Batch]):
             loader = ImageLoader(images, preprocess, pin_memory=on_gpu, **source.decoding)
             first = columns_of(self.hook_names[0])[0]
             per_image = tokens_per_image(model, tokens, size, first)
-            batches = 1 if per_image == 1 else n_batches_in_buffer
+            batches = passes_of_window(per_image, n_batches_in_buffer)
             parts: Any = (loader, extractor, delivery, per_image, batches)
             if ranks.size == 1:
                 self._source = ModelSource(*parts, progress=progress)

@@ -28,6 +28,11 @@ BAR_DELAY = 5  # seconds after which the progress through a window is shown
 GATHERED_BYTES = 1 << 28  # read from a cache at once, in the order of the file
 
 
+def passes_of_window(tokens_per_image: int, n_batches_in_buffer: int) -> int:
+    """Forward passes whose tokens are shuffled together; one token an image is shuffled with its image."""
+    return 1 if tokens_per_image == 1 else n_batches_in_buffer
+
+
 @dataclass(frozen=True)
 class Delivery:
     """How tokens are given out."""

@@ -55,9 +55,11 @@ def underscored(args: Iterable[str]) -> list[str]:
     """
     result = []
     for arg in args:
-        flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
-        value = os.path.expanduser(value) if value.startswith("~/") else value
-        result.append("--" * bool(flag) + flag[2:].replace("-", "_") + equals + value)
+        head, value = "", arg
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            head = "--" + flag[2:].replace("-", "_") + equals
+        result.append(head + (os.path.expanduser(value) if value.startswith("~/") else value))
     return result
 
 

@@ -24,6 +24,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ...hooks.activations.extract import TokenExtractor
+from ...hooks.activations.token_sources import passes_of_window
 from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.loader import ImageBatch, ImageLoader
 from ...hooks.images.preprocess import preprocess_for
@@ -129,7 +130,7 @@ def size_of(cfg: Any, images: ImageDataset, per_image: int, n_bytes: dict[str, i
 
 def images_forwarded(cfg: Any, images: ImageDataset, per_image: int) -> int:
     """Forward passes of one image in a run without a cache, which ends after the window that it is in."""
-    passes = 1 if per_image == 1 else cfg.n_batches_in_buffer
+    passes = passes_of_window(per_image, cfg.n_batches_in_buffer)
     window = cfg.store_batch_size_prompts * passes
     needed = math.ceil(cfg.training_tokens / per_image)
     if images.is_streaming:

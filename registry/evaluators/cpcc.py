@@ -111,7 +111,7 @@ class CPCC(Evaluator):
                 drawing.add_box(
                     x=tree[drawn],
                     y=summary.ratio(distance, summary.mean(distance))[drawn],
-                    name={"x": "activations", "z": "latents"}[feature],
+                    name=summary.FEATURE_NAMES[feature],
                     marker={"color": colour},
                 )
         drawing.update_layout(boxmode="group")

@@ -162,7 +162,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
             drawing.update_xaxes(dtick=1)
             for feature, colour in zip(FEATURES, (summary.VALUE, summary.OTHER, "#4a7c3f")):
                 of = table[(table["measure"] == measure) & (table["feature"] == feature)]
-                name = {"x": "activations", "z": "latents"}.get(feature, "mean patch")
+                name = summary.FEATURE_NAMES[feature]
                 line = {"color": colour}
                 if len(of):
                     drawing.add_scatter(x=of["depth"], y=of["value"], name=name, line=line)

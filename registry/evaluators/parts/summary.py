@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike
 
 VALUE, NULL, OTHER = "#1f5f8b", "#9a9a9a", "#c8742c"
 """Colours of the measured value, its null, and a third series."""
+FEATURE_NAMES = {"x": "activations", "mean_patch": "mean patch", "z": "latents"}
+"""Names of features in figures."""
 SHARE, COSINE, POSITIVE, SCORE = (0.0, 1.0), (-1.0, 1.0), (0.0, np.inf), (-np.inf, 1.0)
 """Ranges of metrics: shares, means of them and F1; cosines, correlations and differences of shares;
 distances and errors; scores of which 1 is the best and a negative one possible."""
