@@ -130,10 +130,10 @@ class NestedTopKTrainingSAE(SparseTopK):
             values, columns = acts.topk(levels[-2], dim=-1)
         else:
             values, ranked = self.firings.values.unflatten(0, (len(acts), -1)).sort(descending=True)
-            columns = self.firings.columns.unflatten(0, (len(acts), -1)).gather(1, ranked)
+            columns = self.firings.where.columns.unflatten(0, (len(acts), -1)).gather(1, ranked)
         outputs, total, start, norms = [], self.b_dec, 0, self.norms
         for k in levels[:-1]:
-            part = FiredLatents.by_row(values[:, start:k], columns[:, start:k])
+            part = FiredLatents.by_row(values[:, start:k], columns[:, start:k], self.cfg.d_sae)
             total = total + part.decoded(self.W_dec, norms)
             outputs.append(self.reshape_fn_out(total, self.d_head))
             start = k

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,22 +11,9 @@ import torch
 import torch.nn.functional as F
 from taxolens.registry.architectures.parts import pursuit
 from taxolens.registry.architectures.parts.pursuit import Path, _Stop, gram_matrix, pursuit_path
+from taxolens.registry.architectures.parts.triton_kernels import TritonKernels
+from triton_runs import assert_compiles, run
 
-COMPILE = """
-import json, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from taxolens.registry.architectures.parts.pursuit_triton import _pursue
-
-arch, stop = int(sys.argv[1]), sys.argv[2] == "True"
-names = ("correlations_ptr", "gram_ptr", "indices_ptr", "values_ptr", "m")
-signature = dict(zip(names, ("*fp32", "*fp32", "*i64", "*fp32", "i32")))
-constants = {"k": 32, "BLOCK": 16384, "STEPS": 32, "STOP": stop}
-source = ASTSource(_pursue, signature | dict.fromkeys(constants, "constexpr"), constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 16})
-print(json.dumps({"binary": len(compiled.asm["cubin"]), "ptx": compiled.asm["ptx"][:400]}))
-"""
 INTERPRET = """
 import sys
 import torch
@@ -49,22 +32,12 @@ torch.save(found, path)
 """
 
 
-def run(code: str, *arguments: str, **environment: str) -> str:
-    """The output of a process of its own: Triton reads TRITON_INTERPRET at its import."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_kernel_compiles_for_a_device_that_is_not_there(arch: int, stop: bool) -> None:
-    found = json.loads(run(COMPILE, str(arch), str(stop)))
-    assert found["binary"] > 1000 and f".target sm_{arch}" in found["ptx"]
+    constants = {"k": 32, "BLOCK": 16384, "STEPS": 32, "STOP": stop}
+    types = "*fp32 *fp32 *i64 *fp32 i32"
+    assert_compiles("pursuit_triton", "_pursue", arch, types, constants, num_warps=16)
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -127,17 +100,18 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(
         values.fill_(7.0)  # as one that stops half way
         raise RuntimeError("no compiler for this device")
 
-    module = SimpleNamespace(fits=lambda gram: True, pursue=pursue)
-    monkeypatch.setattr(pursuit, "_triton_module", lambda: module)
-    kernel = pursuit._Kernel()
+    kernels = TritonKernels("pursuit_triton", "matching pursuit")
+    kernels._imported = SimpleNamespace(fits=lambda gram: True, pursue=pursue)
+    monkeypatch.setattr(pursuit, "_kernels", kernels)
     path = Path(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert kernel(torch.zeros(2, 4), torch.eye(4), path, _Stop(0.0, False)) is False
+            stop = _Stop(0.0, False)
+            assert not pursuit._by_kernel(torch.zeros(2, 4), torch.eye(4), path, stop)
     assert len(tries) == 1 and not path.values.any()
     assert [r.getMessage() for r in caplog.records] == [
-        "the Triton kernel of matching pursuit fails, the torch loop is used: RuntimeError: no "
-        "compiler for this device"
+        "the Triton kernels of matching pursuit fail, torch's operations are used: RuntimeError: "
+        "no compiler for this device"
     ]
 
 
@@ -146,7 +120,7 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(
 def test_on_a_gpu_the_kernel_is_used_and_right(stop: bool) -> None:
     x, atoms, k = problem()
     expected = pursuit_path(x, atoms, k, stop_on_duplicate=stop, method="textbook")
-    pursuit._kernel.impossible = False
+    pursuit._kernels.impossible = False
     found = pursuit_path(x.cuda(), atoms.cuda(), k, stop_on_duplicate=stop, method="gram")
-    assert pursuit._triton_module() is not None and not pursuit._kernel.impossible
+    assert pursuit._kernels.module is not None
     torch.testing.assert_close(found.dense(150).cpu(), expected.dense(150), atol=1e-4, rtol=1e-4)

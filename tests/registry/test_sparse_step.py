@@ -214,7 +214,7 @@ def test_the_largest_of_a_batch_are_those_of_torch(seed, n, m, k):
     fired = largest_of_batch(pre, k)
     wanted = pre.relu().flatten().topk(int(k * n)).values
     assert torch.equal(fired.values.sort(descending=True).values, wanted[wanted > 0])
-    dense = fired.dense(m)
+    dense = fired.dense()
     assert torch.equal(dense[dense > 0].sort().values, fired.values.sort().values)
     assert torch.equal(dense[dense > 0], pre[dense > 0])
 
@@ -236,7 +236,7 @@ def test_firings_of_rows_split_by_width(seed, n, m, k):
     W_dec = torch.randn(m, 3, generator=torch.Generator().manual_seed(seed + 1))
     cut = m // 2
     dense = torch.zeros(n, m).scatter(1, pre.topk(k).indices, pre.topk(k).values.relu())
-    assert torch.equal(fired.dense(m), dense)
+    assert torch.equal(fired.dense(), dense)
     torch.testing.assert_close(fired.decoded(W_dec), dense @ W_dec)
     for start, stop in ((0, cut), (cut, m)):
         part = fired.between(start, stop).decoded(W_dec)

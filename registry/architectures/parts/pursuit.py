@@ -27,6 +27,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .triton_kernels import TritonKernels
+
 logger = logging.getLogger(__name__)
 
 Method = Literal["auto", "gram", "textbook"]
@@ -256,7 +258,7 @@ def _gram_path(
     compiled: bool,
 ) -> Path:
     path = _empty_path(x, k)
-    if x.is_cuda and stop.residual_threshold == 0 and _kernel(correlations, gram, path, stop):
+    if x.is_cuda and stop.residual_threshold == 0 and _by_kernel(correlations, gram, path, stop):
         return path
     for rows, update in _row_blocks(x, compiled):
         part = Path(path.indices[rows], path.values[rows])
@@ -346,41 +348,19 @@ class _FusedUpdate:
 _fused_update = _FusedUpdate()
 
 
-class _Kernel:
-    """The CUDA kernel where Triton is installed and compiles it."""
-
-    impossible = False
-
-    def __call__(self, correlations: Tensor, gram: Tensor, path: Path, stop: _Stop) -> bool:
-        """Fill `path`; False where the torch loop has to do it."""
-        module = None if self.impossible else _triton_module()
-        if module is None or not module.fits(gram):
-            return False
-        try:
-            module.pursue(correlations, gram, path.indices, path.values, stop.on_duplicate)
-        except Exception as error:  # of the compiler, or of the launch: not tried again
-            logger.warning(
-                "the Triton kernel of matching pursuit fails, the torch loop is used: %s: %s",
-                type(error).__name__,
-                error,
-            )
-            self.impossible = True
-            path.indices.zero_()
-            path.values.zero_()
-        return not self.impossible
+_kernels = TritonKernels("pursuit_triton", "matching pursuit")
 
 
-_kernel = _Kernel()
-
-
-@functools.cache
-def _triton_module() -> Any:
-    """The module with the CUDA kernel, or None where Triton is not installed."""
-    try:
-        from . import pursuit_triton
-    except ImportError:
-        return None
-    return pursuit_triton
+def _by_kernel(correlations: Tensor, gram: Tensor, path: Path, stop: _Stop) -> bool:
+    """Fill `path`; False where the torch loop has to do it."""
+    module = _kernels.module
+    if module is None or not module.fits(gram):
+        return False
+    if _kernels.run("pursue", correlations, gram, *path, stop.on_duplicate) is None:
+        path.indices.zero_()
+        path.values.zero_()
+        return False
+    return True
 
 
 def _empty_path(x: Tensor, k: int) -> Path:

@@ -23,11 +23,11 @@ def fits(gram: Tensor) -> bool:
 
 def pursue(
     correlations: Tensor, gram: Tensor, indices: Tensor, values: Tensor, stop_on_duplicate: bool
-) -> None:
-    """Fill `indices` and `values` (n, k) from `correlations` (n, m) and `gram` (m, m)."""
+) -> Tensor:
+    """Fill `indices` and `values` (n, k) from `correlations` (n, m) and `gram` (m, m); returns `values`."""
     n, k = indices.shape
     if n == 0:
-        return
+        return values
     correlations = correlations.contiguous()
     block = triton.next_power_of_2(gram.shape[0])
     launch: Any = _pursue[(n,)]  # pyright: ignore[reportIndexIssue]
@@ -43,6 +43,7 @@ def pursue(
         STOP=stop_on_duplicate,
         num_warps=min(16, max(1, block // 512)),
     )
+    return values
 
 
 @triton.jit

@@ -5,7 +5,8 @@ encoder, the decoder and the latents) only encoding needs every latent. The othe
 the k rows of latents that fire: decoding is a weighted sum of k rows of `W_dec`, and the gradient of
 `W_enc` is a product with a sparse matrix. The auxiliary loss of dead latents is computed from those that
 it selects, or from the dead latents where these are few. The function is SAELens's; sums are taken in
-another order, so that results differ by rounding.
+another order, so that results differ by rounding. On CUDA, Triton kernels select and sum, in an order of their
+own that is the same at every run.
 
 The saved files, the config and the state of a checkpoint are those of the architecture.
 """
@@ -13,8 +14,9 @@ The saved files, the config and the state of a checkpoint are those of the archi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,34 +28,37 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
+from .triton_kernels import TritonKernels
+
 LEAST_WIDTH = 8
 """Latents for each one that fires, from which on the sparse step is faster."""
 SAMPLE_STRIDE = 101
 """Of the pre-activations of a batch every one at this distance estimates the batch's threshold."""
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+kernels = TritonKernels("sparse_step_triton", "the sparse step")
 
 
-class FiredLatents(NamedTuple):
-    """The firing latents of n inputs, by input.
+class Firings:
+    """Which of m latents fire for n inputs, by input.
 
     Args:
-        values: (f,) activations.
-        columns: (f,) their latents.
+        columns: (f,) the latent of each firing.
         offsets: (n + 1,) where the firings of each input start, and f.
+        m: number of latents.
     """
 
-    values: Tensor
-    columns: Tensor
-    offsets: Tensor
+    def __init__(self, columns: Tensor, offsets: Tensor, m: int) -> None:
+        self.columns, self.offsets, self.m = columns, offsets, m
 
     @classmethod
-    def by_row(cls, values: Tensor, columns: Tensor) -> FiredLatents:
-        """Those of inputs with k firings each, from (n, k) values and latents."""
+    def by_row(cls, columns: Tensor, m: int) -> Firings:
+        """Those of inputs with k firings each, from their latents (n, k)."""
         n, k = columns.shape
         offsets = torch.arange(0, n * k + 1, k, device=columns.device)
-        return cls(values.flatten(), columns.flatten(), offsets)
+        return cls(columns.flatten(), offsets, m)
 
+    @cached_property
     def rows(self) -> Tensor:
         """(f,) the input of each firing."""
         n = len(self.offsets) - 1
@@ -62,39 +67,131 @@ class FiredLatents(NamedTuple):
             counts, output_size=len(self.columns)
         )
 
-    def between(self, start: int, stop: int) -> FiredLatents:
-        """Those of the latents `start` to `stop`."""
-        inside = (self.columns >= start) & (self.columns < stop)
-        before = F.pad(inside.cumsum(0), (1, 0))
-        return FiredLatents(self.values[inside], self.columns[inside], before[self.offsets])
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """(f,) the order of the firings by latent, and (m + 1,) where those of each latent start, and f."""
+        latents, order = self.columns.sort(stable=True)
+        every = torch.arange(self.m + 1, device=latents.device)
+        return order, torch.searchsorted(latents, every)
 
-    def dense(self, width: int) -> Tensor:
-        """(n, width) activations of all latents, without a gradient."""
-        acts = self.values.new_zeros(len(self.offsets) - 1, width)
-        acts[self.rows(), self.columns] = self.values.detach()
+    def sums(self, g: Tensor) -> Tensor:
+        """(m,) the sum of g (f,) over the firings of each latent."""
+        if g.is_cuda and kernels.module is not None:  # index_add_ has no fixed order there
+            order, ends = self.by_latent
+            zeros, one = torch.zeros_like(order), g.new_ones(1, 1)
+            return weighted_rows(g[order], zeros, ends, one, g.dtype).flatten()
+        return g.new_zeros(self.m).index_add_(0, self.columns, g)
+
+    def summed_rows(self, g: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """(m, d) for each latent the sum of the rows of its inputs in `table` (n, d), weighted by g (f,)."""
+        order, ends = self.by_latent
+        return weighted_rows(g[order], self.rows[order], ends, table, dtype)
+
+
+class FiredLatents(NamedTuple):
+    """Values (f,) of firings, by input."""
+
+    values: Tensor
+    where: Firings
+
+    @classmethod
+    def by_row(cls, values: Tensor, columns: Tensor, m: int) -> FiredLatents:
+        """Those of inputs with k firings each, from (n, k) values and columns."""
+        return cls(values.flatten(), Firings.by_row(columns, m))
+
+    def between(self, start: int, stop: int) -> FiredLatents:
+        """Those of the latents `start` to `stop`; on CUDA the others too, with values of 0."""
+        columns, offsets, m = self.where.columns, self.where.offsets, self.where.m
+        inside = (columns >= start) & (columns < stop)
+        if columns.is_cuda:  # their number is not waited for, their order by latent is kept
+            return self._replace(values=self.values * inside)
+        before = F.pad(inside.cumsum(0), (1, 0))
+        return FiredLatents(self.values[inside], Firings(columns[inside], before[offsets], m))
+
+    def dense(self) -> Tensor:
+        """(n, m) activations of all latents, without a gradient."""
+        acts = self.values.new_zeros(len(self.where.offsets) - 1, self.where.m)
+        acts[self.where.rows, self.where.columns] = self.values.detach()
         return acts
 
     def decoded(self, W_dec: Tensor, norms: Tensor | None = None) -> Tensor:
         """(n, d_in) the sum of the rows of `W_dec` (m, d_in), weighted by value, and over `norms` (m,)."""
         values = self.values
         if norms is not None:
-            values = values / norms.index_select(0, self.columns)
+            values = values / OfLatents.apply(norms, self.where)
+        if W_dec.is_cuda and kernels.module is not None:
+            return WeightedRows.apply(values, W_dec, self.where)
         return F.embedding_bag(
-            self.columns,
+            self.where.columns,
             W_dec,
-            self.offsets,
+            self.where.offsets,
             mode="sum",
             per_sample_weights=values.to(W_dec.dtype),
             include_last_offset=True,
         )
 
 
+class OfLatents(torch.autograd.Function):
+    """`apply(vector, where)`: the entries (f,) of a vector (m,) at the latents of `Firings`."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, where: Firings) -> Tensor:
+        ctx.where = where
+        return vector.index_select(0, where.columns)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.where.sums(gradients[0]), None
+
+
+class WeightedRows(torch.autograd.Function):
+    """`apply(values, table, where)`: sums (n, d) of the rows of a table (m, d) at `Firings`, weighted by values (f,)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, table: Tensor, where: Firings) -> Tensor:
+        ctx.save_for_backward(values, table)
+        ctx.where = where
+        return weighted_rows(values, where.columns, where.offsets, table, table.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        g, where = gradients[0], ctx.where
+        values, table = ctx.saved_tensors
+        of_values = of_table = None
+        if ctx.needs_input_grad[0]:
+            of_values = kernels.run("products_of_rows", g, where.offsets, where.columns, table)
+            if of_values is None:
+                of_values = (g[where.rows] * table[where.columns]).sum(1)
+            of_values = of_values.to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            of_table = where.summed_rows(values, g, table.dtype)
+        return of_values, of_table, None
+
+
+def weighted_rows(
+    values: Tensor, columns: Tensor, offsets: Tensor, table: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(n, d) row i adds values[j] · table[columns[j]] for j from offsets[i] to offsets[i + 1].
+
+    `values` and `columns` are (f,), `offsets` (n + 1,), `table` (m, d); the sum is of type `dtype`.
+    """
+    if table.is_cuda:
+        found = kernels.run("weighted_rows", values, columns, offsets, table, dtype)
+        if found is not None:
+            return found
+    shape = (len(offsets) - 1, len(table))
+    weights = torch.sparse_csr_tensor(  # of which there are none in bfloat16
+        offsets, columns, values.float(), shape, check_invariants=False
+    )
+    return (weights @ table.float()).to(dtype)
+
+
 class SparseEncode(torch.autograd.Function):
     """Pre-activations, and the latents that fire; the gradient of the encoder from those alone.
 
-    `apply(x, W_enc, b_enc, norms, k, over_batch)`: x (n, d_in), W_enc (d_in, m), b_enc (m,), norms (m,) that
-    multiply the pre-activations, or None; k firings an input, or on average over the batch. Returns
-    values, columns and offsets of `FiredLatents`, and the pre-activations (n, m).
+    `apply(x, W_enc, b_enc, norms, select)`: x (n, d_in), W_enc (d_in, m), b_enc (m,), norms (m,) that
+    multiply the pre-activations, or None. `select` gives the `FiredLatents` of pre-activations (n, m).
+    Returns the values of these, the pre-activations and the `Firings`.
     """
 
     @staticmethod
@@ -104,38 +201,37 @@ class SparseEncode(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         norms: Tensor | None,
-        k: float,
-        over_batch: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        select: Callable[[Tensor], FiredLatents],
+    ) -> tuple[Tensor, Tensor, Firings]:
         pre = x @ W_enc + b_enc
         if norms is not None:
             pre = pre * norms
-        fired = largest_of_batch(pre, k) if over_batch else largest_of_rows(pre, int(k))
-        ctx.save_for_backward(x, W_enc, norms, pre, *fired)
-        ctx.mark_non_differentiable(fired.columns, fired.offsets)
+        values, ctx.where = select(pre)
+        ctx.save_for_backward(x, W_enc, norms, pre, values)
         ctx.set_materialize_grads(False)
-        return fired.values, fired.columns, fired.offsets, pre
+        return values, pre, ctx.where
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_values, _, _, of_pre = gradients
-        x, W_enc, norms, pre, *rest = ctx.saved_tensors
-        fired = FiredLatents(*rest)
-        g = None if of_values is None else of_values * (fired.values > 0)
+        of_values, of_pre, _ = gradients
+        x, W_enc, norms, pre, values = ctx.saved_tensors
+        g = None if of_values is None else of_values * (values > 0)
         if of_pre is not None:
             if g is not None:
-                of_pre = of_pre.index_put((fired.rows(), fired.columns), g, accumulate=True)
-            return _dense_gradients(ctx, of_pre, x, W_enc, norms, pre)
+                at = (ctx.where.rows, ctx.where.columns)
+                of_pre = of_pre.index_put(at, g, accumulate=True)
+            return *_dense_gradients(ctx, of_pre, x, W_enc, norms, pre), None
         if g is None:
-            return (None,) * 6
-        return _sparse_gradients(ctx, g, x, W_enc, norms, fired)
+            return (None,) * 5
+        fired = FiredLatents(values, ctx.where)
+        return *_sparse_gradients(ctx, g, x, W_enc, norms, fired), None
 
 
 class SparsePick(torch.autograd.Function):
     """Pre-activations at given latents of each input; the gradient of the encoder from those alone.
 
-    `apply(x, W_enc, b_enc, norms, pre, columns)`: the first four as for `SparseEncode`, pre (n, m) its
-    pre-activations, columns (n, k) latents. Returns the values (n, k).
+    `apply(x, W_enc, b_enc, norms, pre, where)`: the first four as for `SparseEncode`, pre (n, m) its
+    pre-activations, where the `Firings`. Returns the values (f,).
     """
 
     @staticmethod
@@ -146,16 +242,18 @@ class SparsePick(torch.autograd.Function):
         b_enc: Tensor,
         norms: Tensor | None,
         pre: Tensor,
-        columns: Tensor,
+        where: Firings,
     ) -> Tensor:
-        values = pre.gather(1, columns)
-        ctx.save_for_backward(x, W_enc, norms, *FiredLatents.by_row(values, columns))
+        values = pre[where.rows, where.columns]
+        ctx.save_for_backward(x, W_enc, norms, values)
+        ctx.where = where
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, norms, *fired = ctx.saved_tensors
-        return _sparse_gradients(ctx, gradients[0].flatten(), x, W_enc, norms, FiredLatents(*fired))
+        x, W_enc, norms, values = ctx.saved_tensors
+        fired = FiredLatents(values, ctx.where)
+        return *_sparse_gradients(ctx, gradients[0], x, W_enc, norms, fired), None, None
 
 
 def _dense_gradients(
@@ -168,41 +266,25 @@ def _dense_gradients(
     g = g.to(W_enc.dtype)
     of_x = g @ W_enc.T if ctx.needs_input_grad[0] else None
     of_W = x.to(W_enc.dtype).T @ g if ctx.needs_input_grad[1] else None
-    return of_x, of_W, g.sum(0), of_norms, None, None
+    return of_x, of_W, g.sum(0), of_norms
 
 
 def _sparse_gradients(
     ctx: Any, g: Tensor, x: Tensor, W_enc: Tensor, norms: Tensor | None, fired: FiredLatents
 ) -> tuple[Tensor | None, ...]:
-    m, columns = W_enc.shape[1], fired.columns
-    g, values = g.float(), fired.values.float()  # sparse products have no bfloat16
+    where = fired.where
+    g, values = g.float(), fired.values.float()
     of_norms = None
     if norms is not None:
-        of_norms = _summed(g * values, columns, m) / _above_zero(norms.float())
+        of_norms = where.sums(g * values) / _above_zero(norms.float())
         of_norms = of_norms.to(norms.dtype)
-        g = g * norms.float().index_select(0, columns)
+        g = g * norms.float().index_select(0, where.columns)
     of_x = of_W = None
     if ctx.needs_input_grad[0]:
-        by_input = torch.sparse_csr_tensor(
-            fired.offsets, columns, g, (len(x), m), check_invariants=False
-        )
-        of_x = (by_input @ W_enc.float().T).to(x.dtype)
+        of_x = weighted_rows(g, where.columns, where.offsets, W_enc.T, x.dtype)
     if ctx.needs_input_grad[1]:
-        order = columns.argsort(stable=True)
-        ends = torch.bincount(columns, minlength=m).cumsum(0)
-        by_latent = torch.sparse_csr_tensor(
-            F.pad(ends, (1, 0)),
-            fired.rows()[order],
-            g[order],
-            (m, len(x)),
-            check_invariants=False,
-        )
-        of_W = (by_latent @ x.float()).T.to(W_enc.dtype)
-    return of_x, of_W, _summed(g, columns, m).to(W_enc.dtype), of_norms, None, None
-
-
-def _summed(values: Tensor, columns: Tensor, m: int) -> Tensor:
-    return values.new_zeros(m).index_add_(0, columns, values)
+        of_W = where.summed_rows(g, x, W_enc.dtype).T
+    return of_x, of_W, where.sums(g).to(W_enc.dtype), of_norms
 
 
 def _above_zero(norms: Tensor) -> Tensor:
@@ -212,12 +294,17 @@ def _above_zero(norms: Tensor) -> Tensor:
 
 def largest_of_rows(pre: Tensor, k: int) -> FiredLatents:
     """The k largest of each row of pre-activations (n, m), 0 where they are below 0."""
-    values, columns = torch.topk(pre, k, dim=-1, sorted=False)
-    return FiredLatents.by_row(values.relu(), columns)
+    found = None
+    if pre.is_cuda and kernels.module is not None and kernels.module.selects(pre, k):
+        found = kernels.run("largest_of_rows", pre, k)
+    if found is None:
+        values, columns = torch.topk(pre, k, dim=-1, sorted=False)
+        found = values.relu(), columns
+    return FiredLatents.by_row(*found, pre.shape[1])
 
 
 def largest_of_batch(pre: Tensor, k: float) -> FiredLatents:
-    """The k·n largest of pre-activations (n, m) above 0.
+    """The k·n largest of pre-activations (n, m) above 0; of equal ones the first.
 
     They are searched among those above an estimate of the smallest of them, which is checked: the
     selection is exact.
@@ -229,17 +316,18 @@ def largest_of_batch(pre: Tensor, k: float) -> FiredLatents:
     rank = int(len(sample) * k / m * 1.3)
     found = None
     if rank >= 100:
-        estimate = sample.kthvalue(len(sample) - rank + 1).values.clamp_min(0)
+        estimate = sample.topk(rank, sorted=False).values.min().clamp_min(0)
         found = (flat > estimate).nonzero().flatten()
     if found is None or len(found) < wanted:
         found = (flat > 0).nonzero().flatten()
     values = flat[found]
     if len(found) > wanted:
-        values, chosen = values.topk(wanted, sorted=False)
-        found = found[chosen]
-    found, order = found.sort()
-    counts = torch.bincount(found // m, minlength=n)
-    return FiredLatents(values[order], found % m, F.pad(counts.cumsum(0), (1, 0)))
+        least = values.topk(max(wanted, 1), sorted=False).values.min()
+        above, equal = values > least, values == least
+        chosen = above | (equal & (equal.cumsum(0) <= wanted - above.sum()))
+        values, found = values[chosen], found[chosen]
+    offsets = torch.searchsorted(found, torch.arange(0, n * m + 1, m, device=found.device))
+    return FiredLatents(values, Firings(found % m, offsets, m))
 
 
 def runs_on(device: torch.device) -> bool:
@@ -299,11 +387,16 @@ class SparseStep(TopKTrainingSAE):
         if not self._stepping:
             return super().encode_with_hidden_pre(x)
         sae_in = self.process_sae_in(x)
-        *fired, pre = SparseEncode.apply(
-            sae_in, self.W_enc, self.b_enc, self.norms, self.cfg.k, self.over_batch
+        values, pre, where = SparseEncode.apply(
+            sae_in, self.W_enc, self.b_enc, self.norms, self._select
         )
-        self.firings, self._encoded = FiredLatents(*fired), (sae_in, pre)
-        return self.firings.dense(self.cfg.d_sae), pre
+        self.firings, self._encoded = FiredLatents(values, where), (sae_in, pre)
+        return self.firings.dense(), pre
+
+    def _select(self, pre: Tensor) -> FiredLatents:
+        if self.over_batch:
+            return largest_of_batch(pre, self.cfg.k)
+        return largest_of_rows(pre, int(self.cfg.k))
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -341,9 +434,9 @@ class SparseStep(TopKTrainingSAE):
         norms, pre = self.norms, pre.detach()
         chosen = pre.index_select(1, dead).topk(k, sorted=False).indices
         if len(dead) >= LEAST_WIDTH * k:
-            columns = dead[chosen]
-            values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre, columns)
-            return FiredLatents.by_row(values, columns).decoded(self.W_dec, norms)
+            where = Firings.by_row(dead[chosen], pre.shape[1])
+            values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre, where)
+            return FiredLatents(values, where).decoded(self.W_dec, norms)
         # Scaled by the norms they are selected; here the norms cancel.
         acts = x @ self.W_enc.index_select(1, dead) + self.b_enc.index_select(0, dead)
         kept = torch.zeros_like(acts).scatter_(1, chosen, 1)

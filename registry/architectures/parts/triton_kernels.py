@@ -1,0 +1,51 @@
+"""CUDA kernels where Triton is installed and compiles them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class TritonKernels:
+    """The functions of a module that imports Triton, until one of them fails.
+
+    Args:
+        module: name of the module, beside this one.
+        use: what the kernels are for, in the warning.
+    """
+
+    def __init__(self, module: str, use: str) -> None:
+        self.name, self.use = module, use
+        self.impossible = False
+
+    @functools.cached_property
+    def _imported(self) -> Any:
+        try:
+            return importlib.import_module(f".{self.name}", __package__)
+        except ImportError:
+            return None
+
+    @property
+    def module(self) -> Any:
+        """The module, or None without Triton and after a failure."""
+        return None if self.impossible else self._imported
+
+    def run(self, function: str, *args: Any) -> Any:
+        """What a function of the module returns; None where torch's operations have to do it."""
+        if self.module is None:
+            return None
+        try:
+            return getattr(self.module, function)(*args)
+        except Exception as error:  # of the compiler, or of the launch: not tried again
+            self.impossible = True
+            logger.warning(
+                "the Triton kernels of %s fail, torch's operations are used: %s: %s",
+                self.use,
+                type(error).__name__,
+                error,
+            )
+            return None

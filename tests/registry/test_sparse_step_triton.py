@@ -1,0 +1,126 @@
+"""The CUDA kernels of the sparse step: compiled for two devices, and interpreted; on a GPU where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from taxolens.registry.architectures.parts import sparse_step
+from torch import Tensor
+from triton_runs import assert_compiles, run
+
+INTERPRET = """
+import sys
+import torch
+from taxolens.registry.architectures.parts import sparse_step_triton
+
+calls, path = torch.load(sys.argv[1]), sys.argv[1]
+torch.save([getattr(sparse_step_triton, name)(*args) for name, *args in calls], path)
+"""
+KERNELS = {
+    "_largest_of_rows": (
+        "*{of} *{of} *i64 *i32 *i32 i32",
+        {"K": 32, "KEPT": 256, "GROUPS": 1024},
+    ),
+    "_weighted_rows": ("*fp32 *i64 *i64 *{of} *fp32 i32", {"BLOCK": 256, "FIRINGS": 16}),
+    "_products_of_rows": ("*{of} *i64 *i64 *{of} *fp32 i32", {"BLOCK": 256, "FIRINGS": 16}),
+}
+ON_A_GPU = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+)
+DEVICES = pytest.mark.parametrize("device", ["interpreter", ON_A_GPU])
+
+
+@pytest.mark.parametrize("of", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernels_compile_for_a_device_that_is_not_there(
+    kernel: str, arch: int, of: str
+) -> None:
+    types, constants = KERNELS[kernel]
+    assert_compiles("sparse_step_triton", kernel, arch, types.format(of=of), constants, num_warps=4)
+
+
+def results(calls: list[tuple[Any, ...]], device: str, folder: Path) -> list[Any]:
+    """What the functions of the module return for their arguments."""
+    if device == "interpreter":
+        torch.save(calls, folder / "calls.pt")
+        run(INTERPRET, str(folder / "calls.pt"), TRITON_INTERPRET="1")
+        return torch.load(folder / "calls.pt")
+    there = [[a.cuda() if isinstance(a, Tensor) else a for a in call] for call in calls]
+    found = [sparse_step.kernels.run(*call) for call in there]
+    assert sparse_step.kernels.module is not None
+    return [tuple(x.cpu() for x in f) if isinstance(f, tuple) else f.cpu() for f in found]
+
+
+def rows() -> dict[str, tuple[Tensor, int]]:
+    """Pre-activations and k: usual ones, and rows that the bound of the groups does not serve."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    in_one_group = drawn(2, 5000)
+    in_one_group[:, ::1024] += 9
+    return {
+        "usual": (drawn(3, 2500), 32),
+        "half precision": (drawn(3, 2500).bfloat16(), 32),
+        "narrow": (drawn(3, 50), 5),
+        "every latent": (drawn(2, 40), 40),
+        "few above 0": (drawn(3, 2500) - 2.9, 32),
+        "none above 0": (-drawn(2, 2500).abs(), 7),
+        "all equal": (torch.ones(2, 2500), 7),
+        "many ties": (drawn(3, 2500).mul(2).round(), 20),
+        "in one group": (in_one_group, 5),
+        "infinite": (torch.where(drawn(2, 2500) > 2, torch.inf, drawn(2, 2500)), 80),
+    }
+
+
+@DEVICES
+def test_the_largest_of_each_row_are_selected(device: str, tmp_path: Path) -> None:
+    """Exactly, and of equal ones the first."""
+    problems = rows()
+    calls = [("largest_of_rows", pre, k) for pre, k in problems.values()]
+    for (name, (pre, k)), (values, columns) in zip(
+        problems.items(), results(calls, device, tmp_path), strict=True
+    ):
+        wanted = pre.relu().float().sort(dim=1, descending=True, stable=True)
+        assert torch.equal(columns.sort().values, wanted.indices[:, :k].sort().values), name
+        assert torch.equal(pre.relu().gather(1, columns), values), name
+
+
+@DEVICES
+def test_not_a_number_is_selected(device: str, tmp_path: Path) -> None:
+    pre = torch.rand(2, 3000)
+    pre[0, 2100], pre[1, 7] = torch.nan, -torch.nan
+    ((values, columns),) = results([("largest_of_rows", pre, 3)], device, tmp_path)
+    assert [2100 in columns[0], 7 in columns[1]] == [True, True]
+    assert values.isnan().sum(1).tolist() == [1, 1]
+
+
+@DEVICES
+@pytest.mark.parametrize("d", [1, 70, 600])
+def test_rows_are_weighed_and_multiplied(device: str, d: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(d)
+    n, m, counts = 6, 30, torch.tensor([3, 0, 40, 16, 1, 20])
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    columns = torch.randint(0, m, (int(counts.sum()),), generator=generator)
+    values = torch.randn(len(columns), generator=generator) * (columns != 4)
+    table = torch.randn(m, d, generator=generator)
+    left = torch.randn(n, d, generator=generator)
+    calls = [
+        ("weighted_rows", values, columns, offsets, table, torch.float32),
+        ("weighted_rows", values, columns, offsets, table.bfloat16(), torch.bfloat16),
+        ("products_of_rows", left, offsets, columns, table),
+    ]
+    sums, halves, products = results(calls, device, tmp_path)
+    of = torch.arange(n).repeat_interleave(counts)
+    wanted = torch.zeros(n, d, dtype=torch.float64)
+    wanted.index_add_(0, of, values[:, None].double() * table[columns])
+    torch.testing.assert_close(sums.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves.double(), wanted, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(products, (left[of] * table[columns]).sum(1), rtol=1e-4, atol=1e-4)
