@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
+from far_device import DEVICES, on
 from taxolens.hooks.activations import cache_reader, cache_writer, filling
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import Extraction
@@ -24,9 +25,9 @@ CORRUPT = (0, 7)
 N = 11
 
 
-def vision_model(seed=0):
+def vision_model(seed=0, device="cpu"):
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-    return from_module(tiny_model("dinov2", seed=seed), processor=processor)
+    return from_module(tiny_model("dinov2", seed=seed).to(device), processor=processor)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,21 @@ def test_caches_filled_together_can_be_killed_at_any_commit(
     build_together(model, images, tmp_path, names=("patch",))
     build_together(model, images, tmp_path)
     assert all_contents(tmp_path) == one_by_one
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_caches_are_equal_to_the_bit_and_close_to_that_of_the_cpu(
+    model, images, tmp_path, device
+):
+    how = {"tokens": "patch", "mean_patch": True}
+    expected = build(model, images, tmp_path / "expected", **how)
+    there = vision_model(device=device)
+    with on(device):
+        one, _ = (build(there, images, tmp_path / name, **how) for name in ("one", "other"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    for hook in HOOKS:
+        found, wanted = one.activations(hook), expected.activations(hook)
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_opened_again(model, images, tmp_path):

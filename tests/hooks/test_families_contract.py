@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
+from far_device import FAR_DEVICES, on
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.models.families import FAMILIES
 from taxolens.hooks.models.hooked_module import find_blocks
-from taxolens.hooks.models.load import expand_hook_names, hook_d_in, run_to_hooks
+from taxolens.hooks.models.load import expand_hook_names, from_module, hook_d_in, run_to_hooks
 from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tapped, tiny_model
 
 SIZES = (IMAGE_SIZE, OTHER_SIZE)
@@ -81,6 +82,20 @@ def test_equal_to_hugging_face_to_the_bit(variant: str, attention: str) -> None:
         for field in ("pooler_output", "image_embeds"):
             if getattr(plain, field, None) is not None:
                 assert torch.equal(getattr(whole, field), getattr(plain, field))
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("device", FAR_DEVICES)
+def test_activations_on_another_device_are_those_of_the_cpu(variant: str, device: str) -> None:
+    model = tapped(variant)
+    names = [*expand_hook_names(model, ["blocks.*.hook_resid_post"])]
+    expected = run_to_hooks(model, pictures(), names)
+    with on(device):
+        there = from_module(tiny_model(variant).to(device))
+        got = run_to_hooks(there, pictures().to(device), names)
+        assert {got[name].device.type for name in names} == {device}
+        for name in names:
+            torch.testing.assert_close(got[name].cpu(), expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", BRIDGED)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import wandb
+from far_device import DEVICES, repeatable_on
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
@@ -24,9 +25,11 @@ from sae_lens import (
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 from taxolens.hooks.activations.extract import TokenExtractor
+from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, latest_checkpoint
 from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingInterrupted
 from taxolens.plugin.training.rng import seeded
+from taxolens.registry.architectures.mp import MPTrainingSAEConfig
 from taxolens.registry.errors import CheckpointError
 from taxolens.registry.nulls import CONSTRAINTS
 
@@ -46,6 +49,7 @@ SAES = {
     "matryoshka_batchtopk": lambda: MatryoshkaBatchTopKTrainingSAEConfig(
         **SIZE, k=4, matryoshka_widths=[8, 32], use_matryoshka_aux_loss=True
     ),
+    "mp": lambda: MPTrainingSAEConfig(**SIZE, k=4, atom_dropout=0.1),
 }
 SCHEDULE = {
     "n_checkpoints": 2,
@@ -106,6 +110,7 @@ def assert_every_checkpoint_leads_to(expected, training, make_config, runner=Non
         assert_same(weights(training.folder / "again"), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("architecture", "tokens", "prefetch"),
     [
@@ -115,20 +120,34 @@ def assert_every_checkpoint_leads_to(expected, training, make_config, runner=Non
         ("jumprelu", "all", 3),
         ("batchtopk", "class", 2),
         ("matryoshka_batchtopk", "patch", False),
+        ("mp", "class", 2),
     ],
 )
-def test_one_sae_resumes_from_any_checkpoint(training, architecture, tokens, prefetch):
+def test_one_sae_resumes_from_any_checkpoint(
+    training, vit_folder, device, architecture, tokens, prefetch
+):
+    model = load_vision_model(vit_folder, device=device)
+
     def config(**changes):
         return training.single(
             sae=SAES[architecture](),
             tokens=tokens,
             prefetch_llm_batches=prefetch,
+            device=device,
+            act_store_device=device,
             **SCHEDULE,
             **changes,
         )
 
-    training.runner(config()).run()
-    assert_every_checkpoint_leads_to(weights(training.output), training, config)
+    def runner(cfg):
+        return training.runner(cfg, override_model=model)
+
+    with repeatable_on(device):
+        runner(config()).run()
+        expected = weights(training.output)
+        assert_every_checkpoint_leads_to(expected, training, config, runner)
+        runner(config(checkpoint_id="repeated")).run()
+    assert_same(weights(training.output), expected)
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import sae_files
 import torch
+from far_device import DEVICES
 from sae_lens import (
     SAE,
     BatchTopKTrainingSAEConfig,
@@ -24,6 +25,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
+from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.training import calibration
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
@@ -191,13 +193,16 @@ def test_an_output_folder_keeps_what_else_is_in_it(training):
     assert SAE.load_from_disk(training.output)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "changes", [{"autocast": True}, {"autocast_lm": True}, {"dtype": "bfloat16"}], ids=str
 )
-def test_lower_precision_trains(training, changes):
+def test_lower_precision_trains(training, vit_folder, device, changes):
     sae_dtype = changes.get("dtype", "float32")
     sae = TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, dtype=sae_dtype)
-    trained = training.runner(training.single(sae=sae, **changes)).run()
+    cfg = training.single(sae=sae, device=device, act_store_device=device, **changes)
+    model = load_vision_model(vit_folder, device=device)
+    trained = training.runner(cfg, override_model=model).run()
     assert str(trained.W_enc.dtype) == f"torch.{sae_dtype}"
     assert torch.isfinite(trained.W_enc).all()
 

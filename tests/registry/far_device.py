@@ -1,25 +1,56 @@
-"""A device beside the CPU, simulated: its tensors hold values, but mix with the CPU's only by copies.
+"""Devices beside the CPU: CUDA, where there is one, and a simulated one.
 
-PyTorch's name of the device is "meta", the one that no backend has to be installed for.
+Tensors of the simulated device hold values, but mix with the CPU's only by copies. PyTorch's name of the
+device is "meta", the one that no backend has to be installed for.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from taxolens.registry.architectures.parts import sparse_step
 from torch import Tensor
+from torch.backends import cudnn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from typing_extensions import Self
 
 DEVICE = torch.device("meta")
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+)
+FAR_DEVICES = [pytest.param(DEVICE.type, id="simulated"), CUDA]
+DEVICES = ["cpu", CUDA]
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations of a device whose indices may be on the CPU, as on CUDA."""
+DRAWS = (
+    *(aten.rand, aten.randn, aten.randint, aten.randperm, aten.rand_like, aten.randn_like),
+    *(aten.uniform_, aten.normal_, aten.bernoulli, aten.bernoulli_, aten.multinomial),
+)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; see `repeatable_on`
+
+
+def on(device: str) -> FarDevice | AsOnCPU:
+    """The context in which a computation on one of `FAR_DEVICES` has the numbers of the CPU."""
+    return FarDevice() if is_far(device) else AsOnCPU()
+
+
+@contextmanager
+def repeatable_on(device: str) -> Iterator[None]:
+    """The context in which a computation on one of `DEVICES` repeats to the bit."""
+    torch.use_deterministic_algorithms(device == "cuda")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def is_far(device: Any) -> bool:
@@ -47,7 +78,7 @@ class FarTensor(Tensor):
 
 
 class FarDevice(TorchDispatchMode):
-    """Inside this context, operations run on the simulated device.
+    """Inside this context, operations run on the simulated device, the sparse step among them.
 
     Attributes:
         moved: number of elements of each copy to the CPU, in order.
@@ -61,15 +92,12 @@ class FarDevice(TorchDispatchMode):
     def __enter__(self) -> Self:
         autocast = torch.autocast
 
-        class Generator(torch.Generator):
-            def __new__(cls, device: Any = "cpu") -> Self:
-                return super().__new__(cls, "cpu" if is_far(device) else device)
-
         def cast(kind: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
             return nullcontext() if is_far(kind) else autocast(kind, *args, **kwargs)
 
-        self._others.enter_context(mock.patch("torch.Generator", Generator))
+        self._others.enter_context(mock.patch("torch.Generator", _CPUGenerator))
         self._others.enter_context(mock.patch("torch.autocast", cast))
+        self._others.enter_context(mock.patch.object(sparse_step, "runs_on", lambda device: True))
         self._others.enter_context(_WithoutOperations())
         return super().__enter__()
 
@@ -79,6 +107,42 @@ class FarDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, self.moved)
+
+
+class AsOnCPU(TorchDispatchMode):
+    """Inside this context, CUDA differs from the CPU by rounding alone.
+
+    Random numbers are drawn on the CPU, and convolutions do not round their inputs to TF32, PyTorch's default.
+    """
+
+    def __enter__(self) -> Self:
+        self._generators = mock.patch("torch.Generator", _CPUGenerator)
+        self._generators.start()
+        self._tf32, cudnn.allow_tf32 = cudnn.allow_tf32, False
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        cudnn.allow_tf32 = self._tf32
+        self._generators.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        there = kwargs.get("device") or getattr(args[0], "device", "cpu")
+        if func.overloadpacket not in DRAWS or there == DEVICE:
+            return func(*args, **kwargs)
+        near = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, args)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "cpu", "pin_memory": False}
+        found = func(*near, **kwargs)
+        if func.overloadpacket.__name__.endswith("_"):
+            return args[0].copy_(found)
+        return found.to(there)
+
+
+class _CPUGenerator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> Self:
+        return super().__new__(cls, "cpu")
 
 
 class _WithoutOperations(TorchFunctionMode):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from far_device import DEVICE, FarDevice
+from far_device import CUDA, DEVICES, FAR_DEVICES, on, repeatable_on
 from sae_lens import SAE, LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.llm_sae_training_runner import _run_cli
@@ -20,7 +20,6 @@ from sae_lens.training.sae_trainer import SAETrainer
 from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
 from taxolens.plugin.training.constraint import Constraint, within_cosine
-from taxolens.registry.architectures.parts import sparse_step
 from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import TwinLatents
@@ -162,8 +161,9 @@ def trained(name: str, steps: int = 5, **overrides: Any) -> TrainingSAE[Any]:
 
 
 @every
-def test_on_a_device_beside_the_cpu_it_trains_to_the_same_weights(name, monkeypatch):
-    """On CUDA too, a tensor on the wrong device is an error: the simulated device finds it."""
+@pytest.mark.parametrize("far", FAR_DEVICES)
+def test_on_a_device_beside_the_cpu_it_trains_to_the_same_weights(name, far):
+    """A tensor on the wrong device is an error on CUDA, as on the simulated device."""
 
     def weights(device: str) -> dict[str, torch.Tensor]:
         sae = with_sparse_step(build(name, device=device, **SPARSE.get(name, {})))
@@ -178,12 +178,12 @@ def test_on_a_device_beside_the_cpu_it_trains_to_the_same_weights(name, monkeypa
         return {key: value.detach().cpu() for key, value in found.items()}
 
     near = weights("cpu")
-    monkeypatch.setattr(sparse_step, "runs_on", lambda device: True)
-    with FarDevice():
-        far = weights(DEVICE.type)
-    assert near.keys() == far.keys()
+    with on(far):
+        found = weights(far)
+    assert near.keys() == found.keys()
+    atol = 2e-3 if name == "top_afa" else 1e-4  # two numbers of latents may match almost equally
     for key, value in near.items():
-        torch.testing.assert_close(far[key], value, rtol=1e-3, atol=1e-4, msg=key)
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=atol, msg=key)
 
 
 @every
@@ -395,28 +395,34 @@ def test_a_training_checkpoint_loads_as_a_training_sae(name, tmp_path):
 
 
 @every
-def test_resumed_training_is_the_same_to_the_bit(name, tmp_path):
-    batches = [planted(BATCH, seed) for seed in range(8)]
-    lr = CASES[name].lr
+@pytest.mark.parametrize("device", DEVICES)
+def test_resumed_and_repeated_training_are_the_same_to_the_bit(name, device, tmp_path):
+    if name == "top_afa" and device == "cuda":
+        pytest.skip("torch.cumsum of floats has no deterministic form on CUDA")
+    batches = [planted(BATCH, seed).to(device) for seed in range(8)]
 
-    straight = build(name)
-    torch.manual_seed(1)
-    trainer_for(straight, batches, tmp_path, lr, n_checkpoints=1).fit()
-    (checkpoint,) = tmp_path.iterdir()
-    done = int(checkpoint.name) // BATCH
+    def trainer(seed, checkpoint_path=None, n_checkpoints=0):
+        sae = build(name, seed, device=device)
+        torch.manual_seed(seed + 1)  # nothing may hang on the global generator
+        settings = {"n_checkpoints": n_checkpoints, "device": device}
+        return trainer_for(sae, batches, checkpoint_path, CASES[name].lr, **settings)
 
-    resumed = build(name, seed=7)
-    torch.manual_seed(2)  # nothing may hang on the global generator
-    trainer = trainer_for(resumed, batches, None, lr)
-    trainer.data_provider = iter(batches[done:])
-    trainer.load_trainer_state(checkpoint)
-    resumed.load_weights_from_checkpoint(checkpoint)
-    trainer.fit()
+    with repeatable_on(device):
+        straight = trainer(0, tmp_path, n_checkpoints=1).fit()
+        (checkpoint,) = tmp_path.iterdir()
+        done = int(checkpoint.name) // BATCH
+        rest = trainer(7)
+        rest.data_provider = iter(batches[done:])
+        rest.load_trainer_state(checkpoint)
+        rest.sae.load_weights_from_checkpoint(checkpoint)
+        others = {"resumed": rest.fit(), "repeated": trainer(0).fit()}
 
-    expected, got = straight.state_dict(), resumed.state_dict()
-    assert expected.keys() == got.keys()
-    for key, value in expected.items():
-        assert torch.equal(value, got[key]), key
+    expected = straight.state_dict()
+    for kind, other in others.items():
+        got = other.state_dict()
+        assert expected.keys() == got.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, got[key]), f"{kind} {key}"
 
 
 @every
@@ -483,15 +489,17 @@ def test_folding_decoder_norms_keeps_the_function_or_is_refused(name):
 
 
 @every
-def test_loss_falls_on_a_planted_dictionary(name):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_loss_falls_on_a_planted_dictionary(name, device, autocast):
     case = CASES[name]
-    sae = build(name)
+    sae = with_sparse_step(build(name, device=device, **(SPARSE.get(name, {}) if autocast else {})))
     steps = case.needs_samples_for_loss
-    trainer = trainer_for(sae, [planted(BATCH, seed) for seed in range(steps)], lr=case.lr)
-    losses = [
-        float(trainer.step(next(trainer.data_provider)).losses["mse_loss"]) for _ in range(steps)
-    ]
+    batches = [planted(BATCH, seed).to(device) for seed in range(steps)]
+    trainer = trainer_for(sae, batches, lr=case.lr, device=device, autocast=autocast)
+    losses = [float(trainer.step(x).losses["mse_loss"]) for x in batches]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert all(torch.isfinite(value).all() for value in sae.state_dict().values())
 
 
 @every
@@ -589,13 +597,13 @@ def test_the_meta_device(name):
 
 
 @every
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_agrees_with_the_cpu(name):
+@pytest.mark.parametrize("device", [CUDA])
+def test_cuda_agrees_with_the_cpu(name, device):
     sae = trained(name)
     x = planted(BATCH, seed=50)
     with torch.no_grad():
         expected = sae(x)
-        got = sae.to("cuda")(x.cuda()).cpu()
+        got = sae.to(device)(x.to(device)).cpu()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
 
 

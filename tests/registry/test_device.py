@@ -11,8 +11,7 @@ import pytest
 import taxolens
 import torch
 from evaluators import COUNT_BASED
-from far_device import DEVICE, FarDevice
-from taxolens.registry.architectures.parts import sparse_step
+from far_device import DEVICE, FAR_DEVICES, FarDevice, is_far, on
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Pass
 from taxolens.registry.evaluators.parts import cells
 from taxolens.registry.evaluators.parts.cells import CellCounts
@@ -59,10 +58,10 @@ def start(tree: taxolens.Taxonomy, names: Iterable[str], device: Any = "cpu") ->
     return Pass(context, {n: (taxolens.EVALUATORS[n], shorter.get(n)) for n in names})
 
 
-def far_batch(batch: EvaluationBatch) -> EvaluationBatch:
-    embedding = None if batch.embedding is None else batch.embedding.to(DEVICE)
+def far_batch(batch: EvaluationBatch, device: str) -> EvaluationBatch:
+    embedding = None if batch.embedding is None else batch.embedding.to(device)
     return dataclasses.replace(
-        batch, x=batch.x.to(DEVICE), z=batch.z.to(DEVICE), embedding=embedding
+        batch, x=batch.x.to(device), z=batch.z.to(device), embedding=embedding
     )
 
 
@@ -74,30 +73,31 @@ def numbers(done: Pass) -> dict[str, list[dict[str, float] | None]]:
     return found
 
 
+@pytest.mark.parametrize("device", FAR_DEVICES)
 @pytest.mark.parametrize("name", [name for name in taxolens.EVALUATORS if name not in COUNT_BASED])
-def test_numbers_equal_those_of_the_cpu(
-    animals: taxolens.Taxonomy, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_numbers_equal_those_of_the_cpu(animals: taxolens.Taxonomy, name: str, device: str) -> None:
     """A tensor on the wrong device is an error on CUDA, as on the simulated device."""
-    monkeypatch.setattr(sparse_step, "runs_on", lambda device: True)
     of_images = [dataclasses.replace(b, embedding=b.x[:, :4]) for b in batches(animals)]
     here = start(animals, [name])
     here.calibrate(of_images[0])
     for batch in of_images:
         here.update(batch)
-    with FarDevice():
-        there = start(animals, [name], DEVICE)
-        there.calibrate(far_batch(of_images[0]))
+    with on(device):
+        there = start(animals, [name], device)
+        there.calibrate(far_batch(of_images[0], device))
         for batch in of_images:
-            there.update(far_batch(batch))
+            there.update(far_batch(batch, device))
         found = numbers(there)[name]
+    # By rounding a vote among neighbours may change, of one of 120 images.
+    rel, within = (1e-4, 1e-6) if is_far(device) else (0.01, 0.01)
     for one, other in zip(found, numbers(here)[name], strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert one == pytest.approx(other, rel=rel, abs=within, nan_ok=True)
 
 
+@pytest.mark.parametrize("device", FAR_DEVICES)
 @pytest.mark.parametrize("small", [0, cells.SMALL])
 def test_numbers_equal_those_of_the_cpu_and_no_firing_is_moved(
-    animals: taxolens.Taxonomy, monkeypatch: pytest.MonkeyPatch, small: int
+    animals: taxolens.Taxonomy, monkeypatch: pytest.MonkeyPatch, small: int, device: str
 ) -> None:
     monkeypatch.setattr(cells, "BUFFER", 10)
     monkeypatch.setattr(cells, "SMALL", small)
@@ -106,25 +106,27 @@ def test_numbers_equal_those_of_the_cpu_and_no_firing_is_moved(
         if not here.context.batches:
             here.calibrate(batch)
         here.update(batch)
-    with FarDevice() as device:
+    with on(device) as context:
+        moved = context.moved if isinstance(context, FarDevice) else []
         for batch in batches(animals):
-            far = far_batch(batch)
+            far = far_batch(batch, device)
             assert len(far.firings.rows) > 2 * len(batch)
             if not there.context.batches:
                 there.calibrate(far)
-            device.moved.clear()
+            moved.clear()
             there.update(far)
-            assert max(device.moved, default=0) <= len(batch)
+            assert max(moved, default=0) <= len(batch)
         found = numbers(there)
+    rel = None if is_far(device) else 1e-3
     for name, expected in numbers(here).items():
         for one, other in zip(found[name], expected):
-            assert one == pytest.approx(other, nan_ok=True), name
+            assert one == pytest.approx(other, rel=rel, nan_ok=True), name
 
 
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("device", ["cpu", *FAR_DEVICES])
 @pytest.mark.parametrize(("share", "small"), [(0.02, 0), (2.0, 0), (2.0, 10**6)])
 def test_cells_are_counted(
-    monkeypatch: pytest.MonkeyPatch, share: float, small: int, far: bool
+    monkeypatch: pytest.MonkeyPatch, share: float, small: int, device: str
 ) -> None:
     """Whether few cells or most have a count, in one part or in many; or in an array at once."""
     monkeypatch.setattr(cells, "BUFFER", 50)
@@ -132,13 +134,12 @@ def test_cells_are_counted(
     rng = np.random.default_rng(0)
     n_cells, total = 500, np.zeros(500, dtype=int)
     counts = CellCounts(n_cells, torch.uint8)
-    with FarDevice():
+    with on(device):
         assert [len(column) for column in counts.read()] == [0, 0]
         for part in range(10):
             added = rng.integers(0, max(1, int(share * n_cells / 2)), 30) % n_cells
             total += np.bincount(added, minlength=n_cells)
-            new = torch.from_numpy(added)
-            counts.add(new.to(DEVICE) if far else new)
+            counts.add(torch.from_numpy(added).to(device))
             if part % 4 == 3:
                 found, often = counts.read()
                 assert found.tolist() == np.flatnonzero(total).tolist()

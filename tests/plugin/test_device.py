@@ -1,6 +1,6 @@
-"""Runs and evaluations on a device beside the CPU, simulated: the same weights and numbers.
+"""Runs and evaluations on a device beside the CPU, CUDA and simulated: the same weights and numbers.
 
-A tensor on the wrong device is an error there, as it is on CUDA.
+A tensor on the wrong device is an error on both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import taxolens
 import torch
-from far_device import DEVICE, FarDevice
+from far_device import FAR_DEVICES, is_far, on
 from results_factory import tree
 from sae_lens import TopKSAE, TopKSAEConfig
 from taxolens.hooks.models.load import load_vision_model
@@ -21,16 +21,13 @@ from taxolens.plugin.evaluation.evaluate import choose_evaluators
 from taxolens.plugin.evaluation.sae_folders import SAEFolder
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
-from taxolens.registry.architectures.parts import sparse_step
 from tiny_runs import run_settings, save_sae
 from torch import Tensor
 
 D, M = 6, 40
 
 
-@pytest.fixture(autouse=True)
-def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_step, "runs_on", lambda device: True)
+far_devices = pytest.mark.parametrize("device", FAR_DEVICES)
 
 
 def weights(trained: Any) -> dict[str, Tensor]:
@@ -43,27 +40,29 @@ def weights(trained: Any) -> dict[str, Tensor]:
     }
 
 
+@far_devices
 @pytest.mark.parametrize("kind", ["single", "multi"])
 @pytest.mark.parametrize("what", ["the SAE", "all"])
 def test_a_run_trains_the_same_weights(
-    training: Any, vit_folder: Path, kind: str, what: str
+    training: Any, vit_folder: Path, device: str, kind: str, what: str
 ) -> None:
     make = getattr(training, kind)
     near = weights(training.runner(make()).run())
-    with FarDevice():
+    with on(device):
         if what == "all":
-            settings = {"device": DEVICE.type, "act_store_device": DEVICE.type}
-            model = {"override_model": load_vision_model(vit_folder, device=DEVICE)}
+            settings = {"device": device, "act_store_device": device}
+            model = {"override_model": load_vision_model(vit_folder, device=device)}
         else:
-            settings, model = {"device": DEVICE.type}, {}
+            settings, model = {"device": device}, {}
         trained = training.runner(make(**settings), **model).run()
         some = trained["first"] if kind == "multi" else trained
-        assert some.W_dec.device == DEVICE
+        assert some.W_dec.device.type == device
         far = weights(trained)
     torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-4)
 
 
-def test_every_number_and_null_is_that_of_the_cpu() -> None:
+@far_devices
+def test_every_number_and_null_is_that_of_the_cpu(device: str) -> None:
     taxonomy = tree((2, 2, 3))
     n_classes = len(taxonomy.classes)
     labels = np.repeat(np.arange(n_classes), 8)
@@ -98,47 +97,58 @@ def test_every_number_and_null_is_that_of_the_cpu() -> None:
 
     near, errors = measured("cpu")
     assert not errors
-    with FarDevice():
-        far, errors = measured(DEVICE.type)
+    with on(device):
+        far, errors = measured(device)
     assert not errors
+    within = {"rel": 1e-3, "abs": 1e-5 if is_far(device) else 1e-4, "nan_ok": True}
     for evaluator, numbers in near.items():
         for metric, number in numbers.items():
             other = far[evaluator][metric]
             where = f"{evaluator} {metric}"
-            assert other.value == pytest.approx(number.value, rel=1e-3, abs=1e-5, nan_ok=True), (
-                where
-            )
+            assert other.value == pytest.approx(number.value, **within), where
             for null, draws in number.nulls.items():
-                wanted = pytest.approx(draws.mean, rel=1e-3, abs=1e-5, nan_ok=True)
+                wanted = pytest.approx(draws.mean, **within)
                 assert other.nulls[null].mean == wanted, f"{where} {null}"
 
 
-def test_evaluators_that_run_the_model_have_the_numbers_of_the_cpu(
-    vit: Any, vit_folder: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@far_devices
+@pytest.mark.parametrize("which", ["default", "that run the model"])
+def test_an_evaluation_has_the_numbers_of_the_cpu(
+    vit: Any,
+    vit_folder: Path,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    which: str,
 ) -> None:
     hook = "blocks.0.hook_resid_post"
     save_sae(tmp_path / "sae", hook, run_settings(vit_folder, world))
 
-    def evaluated(device: Any, model: Any) -> Any:
-        output = tmp_path / str(device)
-        names = [n for n, cls in taxolens.EVALUATORS.items() if cls.wants_intervention]
-        settings = {"n_permutations": 2, "n_groups": 0, "progress": False, "evaluators": names}
+    names = [n for n, cls in taxolens.EVALUATORS.items() if cls.wants_intervention]
+    settings = {"n_permutations": 2, "n_groups": 0, "progress": False}
+    settings["evaluators"] = None if which == "default" else names
+
+    def evaluated(device: str, model: Any) -> Any:
         results = taxolens.evaluate_run(
             tmp_path / "sae",
             override_model=model,
-            device=str(device),
-            output_path=output,
+            device=device,
+            output_path=tmp_path / device,
             **settings,
         )
         assert not results.errors
         return results.frame()
 
     near = evaluated("cpu", vit)
-    load = SAEFolder.load  # of a file; the simulated device reads none
-    monkeypatch.setattr(SAEFolder, "load", lambda folder, device="cpu": load(folder).to(device))
-    with FarDevice():
-        far = evaluated(DEVICE, load_vision_model(vit_folder, device=DEVICE))
+    if is_far(device):
+        load = SAEFolder.load  # of a file; the simulated device reads none
+        monkeypatch.setattr(SAEFolder, "load", lambda folder, device="cpu": load(folder).to(device))
+    with on(device):
+        far = evaluated(device, load_vision_model(vit_folder, device=device))
     assert len(near) and list(near) == list(far)
     for column in ("value", "permuted_classes", "shuffled", "random", "neurons"):
         wanted = near[column].astype(float)
-        np.testing.assert_allclose(far[column].astype(float), wanted, 1e-3, 1e-5, err_msg=column)
+        found = far[column].astype(float)
+        atol = 1e-5 if is_far(device) else 1e-4
+        np.testing.assert_allclose(found, wanted, 1e-3, atol, err_msg=column)
