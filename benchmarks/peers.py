@@ -1,6 +1,7 @@
 """The race: images to saved SAEs with ours, by hand with SAELens's trainer, with overcomplete, with saev.
 
     python benchmarks/peers.py [--small] [--device cuda] [--rounds 3] [--venvs FOLDER] [--store]
+                               [--python overcomplete=PATH saev=PATH]
     python benchmarks/peers.py --write
 
 "A run a block" is the loop by hand once for each block, each time from the images on, as runs of SAELens for
@@ -11,7 +12,8 @@ block, one epoch. Same JPEGs, model (a DINOv2 with random weights), widths, step
 way is a process of its own, timed whole, imports included, and the ways take turns. What is not ours is in
 `peer_loops.py`. overcomplete and saev come from the package index, each into a virtual environment that
 this script makes (under `--venvs`, which keeps them), with a torch of its own, since both need torchvision;
-where that fails, the way is left out with a word.
+where that fails, the way is left out with a word. `--python` names an interpreter that has the package
+already, for a machine without a network; nothing is installed for that way, and the table names it.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, help="by default each its own best")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--venvs", type=Path)
+    parser.add_argument("--python", nargs="+", default=[], type=interpreter, metavar="WAY=PATH")
     parser.add_argument("--store", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
@@ -69,10 +72,11 @@ def main() -> None:
         ways = list(
             dict.fromkeys(("ours", *args.ways))
         )  # ours is what the others are compared with
-        pythons, left_out = environments(ways, args.venvs or folder / "venvs")
+        pythons, left_out = environments(ways, args.venvs or folder / "venvs", dict(args.python))
         found: dict[str, Any] = {
             "machine": timing.machine(),
             "settings": {key: getattr(args, key) for key in ("model", "images", "device", "num_workers")},
+            "given_python": [way for way, _ in args.python],
             "left_out": left_out,
             "jobs": {},
         }  # fmt: skip
@@ -126,12 +130,24 @@ def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[
     }  # fmt: skip
 
 
-def environments(ways: list[str], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def interpreter(text: str) -> tuple[str, str]:
+    """A way of another package and the interpreter that has it, of WAY=PATH."""
+    way, _, path = text.partition("=")
+    if way not in PACKAGES or not shutil.which(path):
+        raise argparse.ArgumentTypeError(
+            f"given {text}; allowed: WAY=PATH, WAY one of {', '.join(PACKAGES)}, PATH an executable"
+        )
+    return way, path
+
+
+def environments(
+    ways: list[str], folder: Path, given: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Way -> its Python; way -> why it is left out."""
     pythons, left_out = {}, {}
     for way in ways:
-        if way not in PACKAGES:
-            pythons[way] = sys.executable
+        if way not in PACKAGES or way in given:
+            pythons[way] = given.get(way, sys.executable)
             continue
         place = folder / way
         python = str(place / "bin" / "python")
@@ -218,6 +234,8 @@ def shown(found: dict[str, Any]) -> str:
         f"{sizes}. {timing.on_what(found)}."
     )
     left_out = "".join(f" Left out: {way}, {why}." for way, why in found["left_out"].items())
+    if given := found.get("given_python"):
+        left_out += f" Installed before, beside the packages of the machine: {', '.join(given)}."
     head = ("job", "way", "whole process", "time over taxolens's")
     return f"{timing.table(head, rows)}\n\n{text}{left_out}"
 
