@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_the_dense_step(
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(2)) < n_dead
     x, dead = inputs().to(device), dead.to(device)
     outputs = [forward(sae, x, dead) for sae in (dense, sparse)]
-    assert torch.equal(outputs[0].feature_acts, outputs[1].feature_acts)
+    assert torch.equal(outputs[0].feature_acts, outputs[1].feature_acts.to_dense())
     assert torch.equal(outputs[0].hidden_pre, outputs[1].hidden_pre)
     torch.testing.assert_close(outputs[0].sae_out, outputs[1].sae_out)
     assert outputs[0].losses.keys() == outputs[1].losses.keys()

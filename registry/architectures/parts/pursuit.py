@@ -258,7 +258,7 @@ def _gram_path(
     compiled: bool,
 ) -> Path:
     path = _empty_path(x, k)
-    if x.is_cuda and stop.residual_threshold == 0 and _by_kernel(correlations, gram, path, stop):
+    if _by_kernel(correlations, gram, path, stop):
         return path
     for rows, update in _row_blocks(x, compiled):
         part = Path(path.indices[rows], path.values[rows])
@@ -353,8 +353,7 @@ _kernels = TritonKernels("pursuit_triton", "matching pursuit")
 
 def _by_kernel(correlations: Tensor, gram: Tensor, path: Path, stop: _Stop) -> bool:
     """Fill `path`; False where the torch loop has to do it."""
-    module = _kernels.module
-    if module is None or not module.fits(gram):
+    if stop.residual_threshold > 0 or not (_kernels.serve(gram) and _kernels.module.fits(gram)):
         return False
     if _kernels.run("pursue", correlations, gram, *path, stop.on_duplicate) is None:
         path.indices.zero_()

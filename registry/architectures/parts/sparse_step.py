@@ -76,7 +76,7 @@ class Firings:
 
     def sums(self, g: Tensor) -> Tensor:
         """(m,) the sum of g (f,) over the firings of each latent."""
-        if g.is_cuda and kernels.module is not None:  # index_add_ has no fixed order there
+        if kernels.serve(g):  # index_add_ has no fixed order there
             order, ends = self.by_latent
             zeros, one = torch.zeros_like(order), g.new_ones(1, 1)
             return weighted_rows(g[order], zeros, ends, one, g.dtype).flatten()
@@ -100,10 +100,10 @@ class FiredLatents(NamedTuple):
         return cls(values.flatten(), Firings.by_row(columns, m))
 
     def between(self, start: int, stop: int) -> FiredLatents:
-        """Those of the latents `start` to `stop`; on CUDA the others too, with values of 0."""
+        """Those of the latents `start` to `stop`; with kernels the others too, with values of 0."""
         columns, offsets, m = self.where.columns, self.where.offsets, self.where.m
         inside = (columns >= start) & (columns < stop)
-        if columns.is_cuda:  # their number is not waited for, their order by latent is kept
+        if kernels.serve(columns):  # their number is not waited for, their order by latent is kept
             return self._replace(values=self.values * inside)
         before = F.pad(inside.cumsum(0), (1, 0))
         return FiredLatents(self.values[inside], Firings(columns[inside], before[offsets], m))
@@ -119,7 +119,7 @@ class FiredLatents(NamedTuple):
         values = self.values
         if norms is not None:
             values = values / OfLatents.apply(norms, self.where)
-        if W_dec.is_cuda and kernels.module is not None:
+        if kernels.serve(W_dec):
             return WeightedRows.apply(values, W_dec, self.where)
         return F.embedding_bag(
             self.where.columns,
@@ -175,7 +175,7 @@ def weighted_rows(
 
     `values` and `columns` are (f,), `offsets` (n + 1,), `table` (m, d); the sum is of type `dtype`.
     """
-    if table.is_cuda:
+    if kernels.serve(table):
         found = kernels.run("weighted_rows", values, columns, offsets, table, dtype)
         if found is not None:
             return found
@@ -295,7 +295,7 @@ def _above_zero(norms: Tensor) -> Tensor:
 def largest_of_rows(pre: Tensor, k: int) -> FiredLatents:
     """The k largest of each row of pre-activations (n, m), 0 where they are below 0."""
     found = None
-    if pre.is_cuda and kernels.module is not None and kernels.module.selects(pre, k):
+    if kernels.serve(pre) and kernels.module.selects(pre, k):
         found = kernels.run("largest_of_rows", pre, k)
     if found is None:
         values, columns = torch.topk(pre, k, dim=-1, sorted=False)

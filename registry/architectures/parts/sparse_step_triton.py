@@ -49,12 +49,12 @@ def weighted_rows(
     `values` and `columns` are (f,); j runs from offsets[i] to offsets[i + 1], offsets (n + 1,).
     """
     n, d = len(offsets) - 1, table.shape[1]
-    table = table.contiguous()
+    given = [tensor.contiguous() for tensor in (values, columns, offsets, table)]
     out = torch.empty(n, d, dtype=dtype, device=table.device)
     block = min(256, max(16, triton.next_power_of_2(d)))
     if n:
         _launch(_weighted_rows, (n, triton.cdiv(d, block)), 4)(
-            values.contiguous(), columns, offsets, table, out, d, BLOCK=block, FIRINGS=16
+            *given, out, d, BLOCK=block, FIRINGS=16
         )
     return out
 
@@ -65,13 +65,11 @@ def products_of_rows(left: Tensor, offsets: Tensor, columns: Tensor, table: Tens
     j runs from offsets[i] to offsets[i + 1], offsets (n + 1,), columns (f,).
     """
     n, d = left.shape
-    left, table = left.contiguous(), table.contiguous()
+    given = [tensor.contiguous() for tensor in (left, offsets, columns, table)]
     out = torch.empty(len(columns), dtype=torch.float32, device=left.device)
     block = min(256, max(16, triton.next_power_of_2(d)))
     if n:
-        _launch(_products_of_rows, (n,), 4)(
-            left, offsets, columns, table, out, d, BLOCK=block, FIRINGS=16
-        )
+        _launch(_products_of_rows, (n,), 4)(*given, out, d, BLOCK=block, FIRINGS=16)
     return out
 
 

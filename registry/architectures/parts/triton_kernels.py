@@ -7,6 +7,8 @@ import importlib
 import logging
 from typing import Any
 
+from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,10 @@ class TritonKernels:
     def module(self) -> Any:
         """The module, or None without Triton and after a failure."""
         return None if self.impossible else self._imported
+
+    def serve(self, tensor: Tensor) -> bool:
+        """Whether the kernels can be run where the tensor lies."""
+        return tensor.is_cuda and self.module is not None
 
     def run(self, function: str, *args: Any) -> Any:
         """What a function of the module returns; None where torch's operations have to do it."""
