@@ -35,7 +35,7 @@ from ...registry.machine import usable_cores
 from ...registry.ranks import Ranks
 from .dry_run import of_each_kind
 from .rng import set_apart
-from .step_choice import with_step_of
+from .step_choice import fuse_optimizer, with_step_of
 
 BUDGET = 2.0  # seconds for each part, beyond the first call, which is not counted
 FEWEST, MOST = 2, 8  # repetitions
@@ -286,6 +286,7 @@ def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig) -> tuple[float, float]:
             SAETrainer(settings, sae, iter(())).step(few)
         sae = with_step_of(cfg, sae)
         trainer = SAETrainer(settings, sae, iter(()))
+        fuse_optimizer(trainer.optimizer)
         tokens = torch.randn(size, own.d_in, dtype=sae.dtype, device=cfg.act_store_device)
 
         def step() -> None:

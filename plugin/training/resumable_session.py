@@ -48,6 +48,7 @@ from .lockstep import SharedInterrupts
 from .resampling import Resampling
 from .rng import draw_by_step, seeded
 from .shared_logs import share_logs
+from .step_choice import fuse_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class TrainingSession:
                 if own is trainer:
                     share_steps(own, self.ranks)
                 draw_by_step(own, self.cfg.seed)
+                fuse_optimizer(own.optimizer)
                 _leave_empty_windows(own)
             many = hasattr(trainer, "trainers")
             logs = share_logs(self.ranks, self.cfg, self._trainers) if many else None

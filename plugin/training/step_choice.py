@@ -1,9 +1,10 @@
-"""Which training step the SAEs of a run have: the sparse one, or SAELens's."""
+"""Which training step the SAEs of a run have: the sparse one or SAELens's, and Adam in one kernel on CUDA."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sae_lens.saes.sae import TrainingSAE
 
 from ...registry.architectures.parts.sparse_step import with_sparse_step
@@ -25,3 +26,18 @@ def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
         hasattr(cfg, "sae") and Ranks.here().size > 1 and sae.cfg.architecture() in OVER_THE_BATCH
     )
     return with_sparse_step(sae, cfg.sparse_step and not compiled and not divided)
+
+
+def fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam update weights on CUDA in one kernel (torch's `fused`), those elsewhere as by default.
+
+    Both follow from where the weights lie, also after a checkpoint of the other kind was loaded. The fused
+    form differs by rounding.
+    """
+    for group in optimizer.param_groups:
+        weights = group["params"]
+        fused = all(weight.is_cuda and weight.is_floating_point() for weight in weights)
+        group["fused"] = fused or None
+        for weight in weights:
+            if state := optimizer.state.get(weight):
+                state["step"] = state["step"].to(weight.device if fused else "cpu")

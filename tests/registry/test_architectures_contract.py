@@ -181,8 +181,10 @@ def test_on_a_device_beside_the_cpu_it_trains_to_the_same_weights(name, far):
     with on(far):
         found = weights(far)
     assert near.keys() == found.keys()
-    atol = 2e-3 if name == "top_afa" else 1e-4  # two numbers of latents may match almost equally
     for key, value in near.items():
+        # top_afa: two numbers of latents may match almost equally. mixture: Adam moves by
+        # lr (7 steps of .003) where the gradient is all rounding.
+        atol = {"top_afa": 2e-3}.get(name, 2e-2 if key == "mixture" else 1e-4)
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=atol, msg=key)
 
 

@@ -135,6 +135,29 @@ def test_training_and_saved_files_are_those_of_the_architecture(architecture, tm
             torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
+@ON
+@BY_NAME
+def test_training_repeats_to_the_bit(architecture, device):
+    """On CUDA by the kernels, which sum in a fixed order; torch's deterministic mode is off."""
+    if device == "cuda":
+        pytest.importorskip("triton")
+
+    def trained() -> dict[str, torch.Tensor]:
+        _, sae = pair(architecture, on=device)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(512, D_IN, generator=generator).to(device)
+            dead = torch.rand(D_SAE, generator=generator).to(device) < (0.9 if step % 2 else 0.1)
+            forward(sae, x, dead).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return sae.state_dict()
+
+    first, second = trained(), trained()
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
 def test_a_hook_on_the_latents_acts_as_in_saelens():
     dense, sparse = pair("topk")
     for sae in (dense, sparse):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from taxolens.registry.architectures.parts import sparse_step
 from torch import Tensor
-from triton_runs import assert_compiles, run
+from triton_runs import assert_compiles, run, started
 
 INTERPRET = """
 import sys
@@ -124,3 +124,12 @@ def test_rows_are_weighed_and_multiplied(device: str, d: int, tmp_path: Path) ->
     assert halves.dtype == torch.bfloat16
     torch.testing.assert_close(halves.double(), wanted, rtol=0.05, atol=0.1)
     torch.testing.assert_close(products, (left[of] * table[columns]).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_by_interpreted_kernels_has_the_loss_and_gradients_of_the_dense_one() -> None:
+    """The tests of the sparse step, with rescaling and many dead latents, and with neither."""
+    file = Path(__file__).with_name("test_sparse_step.py")
+    which = "loss_and_gradients and cpu and (True-60-True or False-0-False)"
+    options = ("-p", "no:cacheprovider", "-p", "interpreted_kernels", "-k", which)
+    out = started("-m", "pytest", str(file), *options, TRITON_INTERPRET="1")
+    assert "10 passed" in out

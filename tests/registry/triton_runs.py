@@ -28,13 +28,21 @@ print(json.dumps({"binary": len(compiled.asm["cubin"]), "ptx": compiled.asm["ptx
 
 
 def run(code: str, *arguments: str, **environment: str) -> str:
-    """The output of a process of its own: Triton reads TRITON_INTERPRET at its import."""
+    """The output of code in a process of its own: Triton reads TRITON_INTERPRET at its import."""
+    return started("-c", code, *arguments, **environment)
+
+
+def started(*arguments: str, **environment: str) -> str:
+    """The output of Python in a process of its own."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=600,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 

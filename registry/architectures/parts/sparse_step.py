@@ -189,7 +189,8 @@ def weighted_rows(
 class SparseEncode(torch.autograd.Function):
     """Pre-activations, and the latents that fire; the gradient of the encoder from those alone.
 
-    `apply(x, W_enc, b_enc, norms, select)`: x (n, d_in), W_enc (d_in, m), b_enc (m,), norms (m,) that
+    `apply(x, centre, W_enc, b_enc, norms, select)`: x (n, d_in); centre (d_in,), which has been subtracted
+    from x and gets the gradient of that, or None; W_enc (d_in, m), b_enc (m,), norms (m,) that
     multiply the pre-activations, or None. `select` gives the `FiredLatents` of pre-activations (n, m).
     Returns the values of these, the pre-activations and the `Firings`.
     """
@@ -198,6 +199,7 @@ class SparseEncode(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        centre: Tensor | None,
         W_enc: Tensor,
         b_enc: Tensor,
         norms: Tensor | None,
@@ -222,7 +224,7 @@ class SparseEncode(torch.autograd.Function):
                 of_pre = of_pre.index_put(at, g, accumulate=True)
             return *_dense_gradients(ctx, of_pre, x, W_enc, norms, pre), None
         if g is None:
-            return (None,) * 5
+            return (None,) * 6
         fired = FiredLatents(values, ctx.where)
         return *_sparse_gradients(ctx, g, x, W_enc, norms, fired), None
 
@@ -230,14 +232,15 @@ class SparseEncode(torch.autograd.Function):
 class SparsePick(torch.autograd.Function):
     """Pre-activations at given latents of each input; the gradient of the encoder from those alone.
 
-    `apply(x, W_enc, b_enc, norms, pre, where)`: the first four as for `SparseEncode`, pre (n, m) its
-    pre-activations, where the `Firings`. Returns the values (f,).
+    `apply(x, centre, W_enc, b_enc, norms, pre, where)`: the first five as for `SparseEncode`, pre (n, m)
+    its pre-activations, where the `Firings`. Returns the values (f,).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        centre: Tensor | None,
         W_enc: Tensor,
         b_enc: Tensor,
         norms: Tensor | None,
@@ -265,8 +268,10 @@ def _dense_gradients(
         g = g * norms
     g = g.to(W_enc.dtype)
     of_x = g @ W_enc.T if ctx.needs_input_grad[0] else None
-    of_W = x.to(W_enc.dtype).T @ g if ctx.needs_input_grad[1] else None
-    return of_x, of_W, g.sum(0), of_norms
+    of_b = g.sum(0)
+    of_centre = -(W_enc @ of_b) if ctx.needs_input_grad[1] else None
+    of_W = x.to(W_enc.dtype).T @ g if ctx.needs_input_grad[2] else None
+    return of_x, of_centre, of_W, of_b, of_norms
 
 
 def _sparse_gradients(
@@ -279,12 +284,15 @@ def _sparse_gradients(
         of_norms = where.sums(g * values) / _above_zero(norms.float())
         of_norms = of_norms.to(norms.dtype)
         g = g * norms.float().index_select(0, where.columns)
-    of_x = of_W = None
+    of_x = of_centre = of_W = None
+    of_b = where.sums(g).to(W_enc.dtype)
     if ctx.needs_input_grad[0]:
         of_x = weighted_rows(g, where.columns, where.offsets, W_enc.T, x.dtype)
     if ctx.needs_input_grad[1]:
+        of_centre = -(W_enc @ of_b)
+    if ctx.needs_input_grad[2]:
         of_W = where.summed_rows(g, x, W_enc.dtype).T
-    return of_x, of_W, where.sums(g).to(W_enc.dtype), of_norms
+    return of_x, of_centre, of_W, of_b, of_norms
 
 
 def _above_zero(norms: Tensor) -> Tensor:
@@ -330,6 +338,21 @@ def largest_of_batch(pre: Tensor, k: float) -> FiredLatents:
     return FiredLatents(values, Firings(found % m, offsets, m))
 
 
+def counted(mask: Tensor) -> Callable[[], int]:
+    """The number of true entries, for which a GPU is not waited for before it is read."""
+    count = mask.count_nonzero().to("cpu", non_blocking=True)
+    if not mask.is_cuda:
+        return lambda: int(count)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> int:
+        done.synchronize()
+        return int(count)
+
+    return read
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the device has sparse products, and deterministic ones where the user asks for these.
 
@@ -352,7 +375,9 @@ class SparseStep(TopKTrainingSAE):
     """False: everything is SAELens's."""
     firings: FiredLatents | None = None
     """Of the step at hand, where it is sparse."""
-    _encoded: tuple[Tensor, Tensor] | None = None  # its inputs of the encoder and pre-activations
+    _encoded: tuple[Tensor, Tensor | None, Tensor] | None = None  # x, centre and pre-activations
+    _norms: Tensor | None = None
+    _n_dead: Callable[[], int] | None = None
     over_batch = False
     _stepping = False
 
@@ -373,9 +398,12 @@ class SparseStep(TopKTrainingSAE):
             and not any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
         )
         try:
+            if self._stepping and step_input.dead_neuron_mask is not None:
+                self._n_dead = counted(step_input.dead_neuron_mask)
             yield self._stepping
         finally:
             self._stepping, self.firings, self._encoded = False, None, None
+            self._norms = self._n_dead = None
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -386,11 +414,14 @@ class SparseStep(TopKTrainingSAE):
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self._stepping:
             return super().encode_with_hidden_pre(x)
-        sae_in = self.process_sae_in(x)
+        sae_in, centre = self.process_sae_in(x), None
+        if not x.requires_grad:  # nothing but the bias of the decoder has a gradient by it
+            sae_in = sae_in.detach()
+            centre = self.b_dec if self.cfg.apply_b_dec_to_input else None
         values, pre, where = SparseEncode.apply(
-            sae_in, self.W_enc, self.b_enc, self.norms, self._select
+            sae_in, centre, self.W_enc, self.b_enc, self.norms, self._select
         )
-        self.firings, self._encoded = FiredLatents(values, where), (sae_in, pre)
+        self.firings, self._encoded = FiredLatents(values, where), (sae_in, centre, pre)
         return self.firings.dense(), pre
 
     def _select(self, pre: Tensor) -> FiredLatents:
@@ -414,29 +445,35 @@ class SparseStep(TopKTrainingSAE):
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
         """SAELens's scalar loss (Gao et al. 2024, arXiv 2406.04093, appendix A.2), from the latents that it selects."""
-        dead = None if dead_neuron_mask is None else dead_neuron_mask.nonzero().flatten()
         if (
-            dead is None
-            or len(dead) == 0
+            dead_neuron_mask is None
+            or self._n_dead is None
             or self._encoded is None
-            or hidden_pre is not self._encoded[1]
+            or hidden_pre is not self._encoded[-1]
             or self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")  # an error
         ):
             return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        if self._n_dead() == 0:
+            return sae_out.new_zeros(())
+        dead = dead_neuron_mask.nonzero().flatten()
         half = sae_in.shape[-1] // 2
         recons = self._decoded_of_dead(dead, min(half, len(dead)), *self._encoded)
         residual = (sae_in - sae_out).detach()
         loss = (self.reshape_fn_out(recons, self.d_head) - residual).pow(2).sum(dim=-1).mean()
         return self.cfg.aux_loss_coefficient * min(len(dead) / half, 1.0) * loss
 
-    def _decoded_of_dead(self, dead: Tensor, k: int, x: Tensor, pre: Tensor) -> Tensor:
+    def _decoded_of_dead(
+        self, dead: Tensor, k: int, x: Tensor, centre: Tensor | None, pre: Tensor
+    ) -> Tensor:
         """(n, d_in) the sum of the rows of the k strongest latents of `dead` for each input."""
         norms, pre = self.norms, pre.detach()
         chosen = pre.index_select(1, dead).topk(k, sorted=False).indices
         if len(dead) >= LEAST_WIDTH * k:
             where = Firings.by_row(dead[chosen], pre.shape[1])
-            values = SparsePick.apply(x, self.W_enc, self.b_enc, norms, pre, where)
+            values = SparsePick.apply(x, centre, self.W_enc, self.b_enc, norms, pre, where)
             return FiredLatents(values, where).decoded(self.W_dec, norms)
+        if centre is not None:
+            x = x + (centre.detach() - centre)  # 0 with the gradient
         # Scaled by the norms they are selected; here the norms cancel.
         acts = x @ self.W_enc.index_select(1, dead) + self.b_enc.index_select(0, dead)
         kept = torch.zeros_like(acts).scatter_(1, chosen, 1)
@@ -444,8 +481,13 @@ class SparseStep(TopKTrainingSAE):
 
     @property
     def norms(self) -> Tensor | None:
-        """(m,) norms of the decoder rows, where pre-activations are multiplied by them."""
-        return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        """(m,) norms of the decoder rows, where pre-activations are multiplied by them; once a step."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return None
+        norms = self.W_dec.norm(dim=-1) if self._norms is None else self._norms
+        if self._stepping:
+            self._norms = norms
+        return norms
 
     def partial_outputs(self, feature_acts: Tensor, widths: Sequence[int]) -> list[Tensor]:
         """Reconstructions (n, d_in) from the first latents, as many as each of the increasing `widths`.
