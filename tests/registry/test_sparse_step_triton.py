@@ -20,6 +20,7 @@ calls, path = torch.load(sys.argv[1]), sys.argv[1]
 torch.save([getattr(sparse_step_triton, name)(*args) for name, *args in calls], path)
 """
 KERNELS = {
+    "_pre_activations": ("*{of} *fp32 *fp32 *fp32 i32", {"BLOCK": 4096, "SCALE": True}),
     "_largest_of_rows": (
         "*{of} *{of} *i64 *i32 *i32 i32",
         {"K": 32, "KEPT": 256, "GROUPS": 1024},
@@ -41,7 +42,7 @@ def test_the_kernels_compile_for_a_device_that_is_not_there(
     kernel: str, arch: int, of: str
 ) -> None:
     types, constants = KERNELS[kernel]
-    assert_compiles("sparse_step_triton", kernel, arch, types.format(of=of), constants, num_warps=4)
+    assert_compiles("sparse_step_triton", kernel, arch, types.format(of=of), constants, num_warps=8)
 
 
 def results(calls: list[tuple[Any, ...]], device: str, folder: Path) -> list[Any]:
@@ -90,6 +91,28 @@ def test_the_largest_of_each_row_are_selected(device: str, tmp_path: Path) -> No
         wanted = pre.relu().float().sort(dim=1, descending=True, stable=True)
         assert torch.equal(columns.sort().values, wanted.indices[:, :k].sort().values), name
         assert torch.equal(pre.relu().gather(1, columns), values), name
+
+
+@DEVICES
+def test_pre_activations_are_rounded_as_by_torch(device: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    product, bias = (torch.randn(shape, generator=generator) for shape in ((3, 5000), (5000,)))
+    norms = torch.rand(5000, generator=generator)
+    half = torch.bfloat16
+    cases = [
+        (product, bias, norms),
+        (product, bias, None),
+        (product.to(half), bias, norms),
+        (product.to(half), bias.to(half), norms.to(half)),
+    ]
+    calls = [("pre_activations", *case) for case in cases]
+    for (x, b, n), found in zip(cases, results(calls, device, tmp_path), strict=True):
+        wanted = x + b if n is None else (x + b) * n
+        assert found.dtype == wanted.dtype
+        if device == "interpreter" and found.dtype == half:  # which cuts bits off
+            torch.testing.assert_close(found, wanted, rtol=0.02, atol=0)
+        else:
+            assert torch.equal(found, wanted)
 
 
 @DEVICES

@@ -205,9 +205,7 @@ class SparseEncode(torch.autograd.Function):
         norms: Tensor | None,
         select: Callable[[Tensor], FiredLatents],
     ) -> tuple[Tensor, Tensor, Firings]:
-        pre = x @ W_enc + b_enc
-        if norms is not None:
-            pre = pre * norms
+        pre = _pre_activations(x @ W_enc, b_enc, norms)
         values, ctx.where = select(pre)
         ctx.save_for_backward(x, W_enc, norms, pre, values)
         ctx.set_materialize_grads(False)
@@ -257,6 +255,15 @@ class SparsePick(torch.autograd.Function):
         x, W_enc, norms, values = ctx.saved_tensors
         fired = FiredLatents(values, ctx.where)
         return *_sparse_gradients(ctx, gradients[0], x, W_enc, norms, fired), None, None
+
+
+def _pre_activations(product: Tensor, b_enc: Tensor, norms: Tensor | None) -> Tensor:
+    if kernels.serve(product):
+        found = kernels.run("pre_activations", product, b_enc, norms)
+        if found is not None:
+            return found
+    pre = product + b_enc
+    return pre if norms is None else pre * norms
 
 
 def _dense_gradients(

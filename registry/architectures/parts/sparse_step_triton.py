@@ -1,4 +1,4 @@
-"""The sparse step's selection, weighted sums of rows and products of rows, as CUDA kernels.
+"""The sparse step's pre-activations, selection, weighted sums of rows and products of rows, as CUDA kernels.
 
 All sums are taken in a fixed order, so that equal inputs give equal bits. Importing this module requires
 Triton.
@@ -16,6 +16,24 @@ GROUPS = 1024
 MAX_K = 256
 """A quarter of `GROUPS`, so that few other pre-activations lie above the bound."""
 LARGEST = tl.constexpr(0x7FFFFFFF)  # the sign bit of a float is left out: keys order floats above 0
+
+
+def pre_activations(product: Tensor, bias: Tensor, norms: Tensor | None) -> Tensor:
+    """(n, m) `(product + bias) * norms` in one pass; product (n, m), bias (m,), norms (m,) or None.
+
+    Of the same type and rounded as by torch's operations one after the other.
+    """
+    n, m = product.shape
+    dtype = torch.promote_types(product.dtype, bias.dtype)
+    if norms is not None:
+        dtype = torch.promote_types(dtype, norms.dtype)
+    out = torch.empty(n, m, dtype=dtype, device=product.device)
+    given = [product.contiguous(), bias, bias if norms is None else norms.contiguous()]
+    if n:
+        _launch(_pre_activations, (n, triton.cdiv(m, 4096)), 8)(
+            *given, out, m, BLOCK=4096, SCALE=norms is not None
+        )
+    return out
 
 
 def selects(pre: Tensor, k: int) -> bool:
@@ -81,7 +99,22 @@ def _launch(kernel: Any, grid: tuple[int, ...], num_warps: int) -> Any:
 
 
 @triton.jit
-def _keys(ptr, places, inside):  # pragma: no cover - as all below, runs on the device
+def _pre_activations(  # pragma: no cover - as all below, runs on the device
+    product_ptr, bias_ptr, norms_ptr, out_ptr, m, BLOCK: tl.constexpr, SCALE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < m
+    product = tl.load(product_ptr + row * m + places, mask=inside).to(tl.float32)
+    total = product + tl.load(bias_ptr + places, mask=inside).to(tl.float32)
+    if SCALE:
+        norms = tl.load(norms_ptr + places, mask=inside).to(tl.float32)
+        total = total.to(out_ptr.dtype.element_ty).to(tl.float32) * norms
+    tl.store(out_ptr + row * m + places, total, mask=inside)
+
+
+@triton.jit
+def _keys(ptr, places, inside):
     """Integers in the order of the values above 0; 0 for the others."""
     x = tl.load(ptr + places, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(x <= 0.0, 0.0, x)  # NaN stays
