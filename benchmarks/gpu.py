@@ -1,42 +1,59 @@
-"""The table of `gpu.sh`: forward, SAE steps, matching pursuit, evaluation and extraction on one GPU.
+"""The table of `gpu.sh`: SAE steps, evaluators, pursuit, forward, extraction and evaluation on one GPU.
 
-    python benchmarks/gpu.py [--small] [--store]
+    python benchmarks/gpu.py [--small] [--store] [--parts NAME ...]
     python benchmarks/gpu.py --write
 
-Parts run one after the other and are stored as they finish. The share of the peak counts 10 d m FLOPs a
-token (encoding and decoding, and three products backwards) over the card's dense bf16 peak (`PEAKS`, from
-NVIDIA's data sheets). Without a GPU, or with `--small`, sizes are small and the numbers are no result.
+Parts run one after the other, the most important first; each row is stored as it comes. Of a part that
+fails the error is printed, the others go on, and the exit status is 1. The share of the peak counts
+10 d m FLOPs a token (encoding and decoding, and three products backwards) over the card's dense bf16 peak
+(`PEAKS`, from NVIDIA's data sheets). Without a GPU, or with `--small`, sizes are small and the numbers are
+no result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import forward as forward_script
+import matching_pursuit
+import numpy as np
 import timing
 import torch
-from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import LoggingConfig, TopKSAE, TopKSAEConfig
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from taxolens import evaluate_run
+from taxolens import evaluate_run, load_taxonomy
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import load_vision_model
+from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELatents
+from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.measure_sae import share_card_facts
+from taxolens.plugin.evaluation.settings import EvaluationSettings
+from taxolens.plugin.evaluation.split import Split
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
 from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 
-HERE = Path(__file__).parent
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, SXM
+STEPS = (  # architecture, d, m
+    ("topk", 1536, 12_288),
+    ("topk", 1536, 24_576),
+    ("topk", 768, 12_288),
+    ("batchtopk", 1536, 24_576),
+    ("matryoshka_batchtopk", 1536, 24_576),
+)
 Row = tuple[str, str]
 
 
@@ -45,6 +62,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--store", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     args = parser.parse_args()
     if args.write:
         timing.show("gpu", shown(timing.stored("gpu")))
@@ -53,112 +71,209 @@ def main() -> None:
     small = args.small or not torch.cuda.is_available()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"machine": timing.machine(), "small": small, "rows": []}
-    for part in (forward, sae_steps, pursuit, extraction, evaluation):
-        start = time.perf_counter()
-        for row in part(device, small):
-            found["rows"].append(row)
-            print(f"{row[0]:<70} {row[1]}", flush=True)
-        print(f"    {part.__name__}: {time.perf_counter() - start:.0f} s", flush=True)
-        if args.store:
-            timing.store("gpu", found)
-            timing.show("gpu", shown(found))
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [name for name in PARTS if name in args.parts]:
+            start = time.perf_counter()
+            try:
+                for row in PARTS[name](device, small, Path(folder)):
+                    found["rows"].append(row)
+                    print(f"{row[0]:<78} {row[1]}", flush=True)
+                    if args.store:
+                        timing.store("gpu", found)
+                        timing.show("gpu", shown(found))
+            except Exception:
+                failed.append(name)
+                traceback.print_exc()
+            print(f"    {name}: {time.perf_counter() - start:.0f} s", flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def forward(device: str, small: bool) -> Iterator[Row]:
-    """Time of hook points over a plain forward (`forward.py`)."""
-    for dtype in ("float32", "bfloat16"):
-        sizes = ["--images", "2" if small else "64", "--rounds", "1" if small else "9"]
-        for name, row in script("forward.py", device, "--dtype", dtype, *sizes).items():
-            yield f"forward of ViT-S, {dtype}: {name}, over Hugging Face's", f"{row['median']:.3f}×"
-
-
-def sae_steps(device: str, small: bool) -> Iterator[Row]:
-    """Tokens a second of SAELens's trainer with its step and ours, in bf16 autocast, topk."""
-    d_in, batch = (64, 128) if small else (1536, 4096)
-    for d_sae in (d_in * 8, d_in * 16):
+def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:
+    """Tokens a second of SAELens's trainer with its step and ours, in bf16 autocast."""
+    peak = next((p for card, p in PEAKS.items() if card in str(timing.machine()["gpu"])), None)
+    for architecture, d_in, d_sae in STEPS:
+        d_in, d_sae, batch = (d_in // 24, d_sae // 24, 128) if small else (d_in, d_sae, 4096)
+        settings = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "k": 32}
+        if architecture.startswith("matryoshka"):
+            settings["matryoshka_widths"] = [d_sae // 32, d_sae // 8, d_sae // 2, d_sae]
+        tokens = torch.randn(batch, d_in, device=device)
         for name, is_sparse in (("SAELens's step", False), ("ours", True)):
-            cfg = TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=32, device=device)
-            sae = with_sparse_step(TopKTrainingSAE(cfg), is_sparse).to(device)
-            settings = SAETrainerConfig(
-                n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
-                total_training_samples=1 << 40, device=device, autocast=True, lr=1e-4, lr_end=1e-4,
-                lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9, adam_beta2=0.999,
-                lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=batch,
-                dead_feature_window=1000, feature_sampling_window=2000,
-                logger=LoggingConfig(log_to_wandb=False),
-            )  # fmt: skip
-            trainer = SAETrainer(settings, sae, iter(()))
-            tokens = torch.randn(batch, d_in, device=device)
+            cfg = TrainingSAEConfig.from_dict({**settings, "device": device})
+            sae = with_sparse_step(TrainingSAE.from_dict(cfg.to_dict()), is_sparse).to(device)
+            trainer = trainer_of(sae, batch, device)
             rate = batch / per_call(lambda t=trainer, x=tokens: t.step(x), device, small)
-            share = next(
-                (p for card, p in PEAKS.items() if card in str(timing.machine()["gpu"])), None
-            )
-            of_peak = f", {10 * d_in * d_sae * rate / share:.1%} of the bf16 peak" if share else ""
-            yield f"topk, d {d_in:,}, m {d_sae:,}, batch {batch:,}: {name}", f"{rate:,.0f} tokens/s{of_peak}"  # fmt: skip
+            of_peak = f", {10 * d_in * d_sae * rate / peak:.1%} of the bf16 peak" if peak else ""
+            yield f"{architecture}, d {d_in:,}, m {d_sae:,}, batch {batch:,}: {name}", f"{rate:,.0f} tokens/s{of_peak}"  # fmt: skip
             del trainer, sae
 
 
-def pursuit(device: str, small: bool) -> Iterator[Row]:
+def trainer_of(sae: TrainingSAE[Any], batch: int, device: str) -> SAETrainer[Any, Any]:
+    """SAELens's trainer of an SAE, which logs and stores nothing."""
+    settings = SAETrainerConfig(
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
+        total_training_samples=1 << 40, device=device, autocast=True, lr=1e-4, lr_end=1e-4,
+        lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9, adam_beta2=0.999,
+        lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=batch,
+        dead_feature_window=1000, feature_sampling_window=2000,
+        logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    return SAETrainer(settings, sae, iter(()))
+
+
+def evaluators(device: str, small: bool, folder: Path) -> Iterator[Row]:
+    """Seconds of the default evaluators, on few images with every null and interval too."""
+    bench, latents = bench_of(device, small)
+    few, many = (64, 128) if small else (3200, 50_000)
+    bench.run(latents, held_out(bench, latents, few))  # the first use of the GPU is not counted
+    for n_images in (few, many):
+        yield from evaluator_rows(bench, latents, n_images, nulls=n_images == few)
+        held = held_out(bench, latents, n_images)
+        batches = torch.from_numpy(held.tokens[:, 0]).to(device).split(bench.images_at_once)
+        with torch.no_grad():
+            encoding = per_call(
+                lambda of=batches: [latents.encode(batch) for batch in of], device, small
+            )
+        yield f"encoding of the same {n_images:,} images", f"{encoding:.3g} s"
+
+
+def evaluators_and_nulls(device: str, small: bool, folder: Path) -> Iterator[Row]:
+    """The default evaluators with every null and interval, on many images."""
+    *_, row = evaluator_rows(*bench_of(device, small), 128 if small else 50_000, nulls=True)
+    yield row
+
+
+def bench_of(device: str, small: bool) -> tuple[Bench, SAELatents]:
+    """The default evaluators on ImageNet's tree, and the latents of an SAE with random weights."""
+    d_in, d_sae = (32, 512) if small else (768, 12_288)
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=32)).eval()
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.W_dec.normal_()
+    settings = EvaluationSettings(device=device)
+    bench = Bench(load_taxonomy("imagenet"), choose_evaluators(None, None), settings)
+    return bench, SAELatents(sae.to(device))
+
+
+def held_out(bench: Bench, latents: SAELatents, n_images: int) -> HeldOutActivations:
+    """Activations that are a mean of each class and noise."""
+    generator = np.random.default_rng(0)
+    n_classes, width = len(bench.taxonomy.classes), latents.sae.cfg.d_in
+    labels = np.arange(n_images) % n_classes
+    of_class = generator.standard_normal((n_classes, 1, width), dtype=np.float32)
+    noise = generator.standard_normal((n_images, 1, width), dtype=np.float32)
+    return HeldOutActivations(of_class[labels] + noise, Split.halves(labels, n_classes, 1))
+
+
+def evaluator_rows(
+    bench: Bench, latents: SAELatents, n_images: int, *, nulls: bool
+) -> Iterator[Row]:
+    """Seconds of one pass and its values, and, with `nulls`, of all that is measured of an SAE."""
+    held = held_out(bench, latents, n_images)
+    what = f"default evaluators of an SAE, m {latents.d_sae:,}, {n_images:,} images"
+    start = time.perf_counter()
+    done = bench.run(latents, held, prepare=share_card_facts)
+    for name in bench.chosen:
+        done.compute(name)
+    yield f"{what}: one pass and values", f"{time.perf_counter() - start:.2f} s"
+    if done.errors:
+        raise RuntimeError(f"evaluators that failed: {done.errors}")
+    if not nulls:
+        return
+    start = time.perf_counter()
+    done = bench.run(latents, held, prepare=share_card_facts)
+    draws = {
+        null: sources
+        if isinstance(sources, str)
+        else [bench.numbers(source, held, bench.chosen_for(null)) for source in sources]
+        for null, sources in bench.null_sources(latents, held).items()
+    }
+    left_out = [bench.left_out(latents, held, i) for i in range(bench.settings.n_groups)]
+    bench.metrics(done, draws, {}, left_out)
+    yield f"{what}: with all nulls and intervals", f"{time.perf_counter() - start:.2f} s"
+
+
+def pursuit(device: str, small: bool, folder: Path) -> Iterator[Row]:
     """Speed of `mp` over SAELens's matching pursuit (`matching_pursuit.py`)."""
-    sizes = ["--scale", "0.02" if small else "1", "--rounds", "1" if small else "3"]
-    for name, row in script("matching_pursuit.py", device, *sizes)["ratios"].items():
+    args = argparse.Namespace(
+        device=device, scale=0.02 if small else 1.0, rounds=1 if small else 3, compiled=False,
+        cpu_time=False,
+    )  # fmt: skip
+    for name, row in chain(matching_pursuit.encoding(args), matching_pursuit.training(args)):
         yield f"mp over SAELens's matching_pursuit: {name}", f"{row['median']:.1f}×"
 
 
-def extraction(device: str, small: bool) -> Iterator[Row]:
+def forward(device: str, small: bool, folder: Path) -> Iterator[Row]:
+    """Time of hook points over a plain forward (`forward.py`)."""
+    for dtype in ("float32", "bfloat16"):
+        rows, _ = forward_script.measured(device, dtype, 2 if small else 64, 1 if small else 9)
+        for name, row in rows.items():
+            yield f"forward of ViT-S, {dtype}: {name}, over Hugging Face's", f"{row['median']:.3f}×"
+
+
+def extraction(device: str, small: bool, folder: Path) -> Iterator[Row]:
     """Images a second from JPEGs to a cache of all blocks' class tokens, in bf16 autocast."""
-    n_images = 24 if small else 3200
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = timing.draw(n_images, Path(folder) / "pictures")
-        for size in ("tiny", "tiny") if small else ("B", "g"):
-            if size == "g":
-                pictures = timing.draw(n_images // 2, Path(folder) / "fewer")
-            model = load_vision_model(
-                str(timing.save_vit(size, Path(folder) / f"model-{size}")), device=device
+    images = load_images(pictures(small, folder))
+    few = load_images(pictures(small, folder), max_images=24 if small else 1024)
+    for size in ("tiny",) if small else ("B", "g"):
+        path = str(timing.save_vit(size, folder / f"model-{size}"))
+        model = load_vision_model(path, device=device)
+        hooks = [f"blocks.{i}.hook_resid_post" for i in range(timing.MODELS[size][1])]
+        for counted in (few, images):  # the first starts the workers' server and the GPU
+            start = time.perf_counter()
+            ActivationCache.build(
+                model, counted, hooks, batch_size=64, autocast=True, progress=False
             )
-            images = load_images(pictures)
-            hooks = [f"blocks.{i}.hook_resid_post" for i in range(timing.MODELS[size][1])]
-            settings = {"batch_size": 64, "autocast": True, "progress": False}
-            for number in range(2):  # the first starts the workers' server and the GPU
-                start = time.perf_counter()
-                ActivationCache.build(model, images, hooks, **settings)
-                took = time.perf_counter() - start
-                if number or small:
-                    yield f"{len(images):,} JPEGs to the class tokens of all blocks, ViT-{size}", f"{len(images) / took:,.0f} images/s"  # fmt: skip
-                    break
+            took = time.perf_counter() - start
+        yield f"{len(images):,} JPEGs to the class tokens of all blocks, ViT-{size}", f"{len(images) / took:,.0f} images/s"  # fmt: skip
 
 
-def evaluation(device: str, small: bool) -> Iterator[Row]:
+def evaluation(device: str, small: bool, folder: Path) -> Iterator[Row]:
     """Default evaluators, by SAE, beside the encoding of the same images."""
-    n_images, size = (32, "tiny") if small else (3200, "S")
+    size = "tiny" if small else "S"
     width, blocks, *_ = timing.MODELS[size]
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = timing.draw(n_images, Path(folder) / "pictures")
-        tree = Path(folder) / "tree.csv"
-        names = [f"class_{i}" for i in range(timing.CLASSES)]
-        edges = [
-            f"{parent},{child}" for i, child in enumerate(names) for parent in [f"half_{i % 2}"]
-        ]
-        tree.write_text("\n".join(["parent,child", "root,half_0", "root,half_1", *edges]))
-        flags = {
-            "model_name": str(timing.save_vit(size, Path(folder) / "model")),
-            "dataset_path": str(pictures), "holdout": 0.5, "taxonomy": str(tree), "device": device,
-            "hook_names": [f"blocks.{i}.hook_resid_post" for i in range(blocks)[-2:]],
-            "architecture": "topk", "k": 32, "d_sae": 128 if small else 12_288, "epochs": 1.0,
-            "train_batch_size_tokens": 8, "output_path": f"{folder}/run", "log_to_wandb": False,
-            "n_checkpoints": 0,
-        }  # fmt: skip
-        job = Job(gather(flags=flags), evaluate=False)
-        job.train()
-        start = time.perf_counter()
-        evaluate_run(f"{folder}/run", device=device, progress=False)
-        took = (time.perf_counter() - start) / 2
-        sae = next(iter(job.runner.session.saes.values()))
-        tokens = torch.randn(n_images // 2, width, device=device)
-        with torch.no_grad():
-            encoding = per_call(lambda: sae.encode(tokens), device, small)
-        yield f"evaluation of {n_images // 2:,} images, m {flags['d_sae']:,}, all of it, an SAE", f"{took:.2f} s"  # fmt: skip
-        yield "encoding of the same images, an SAE", f"{encoding * 1000:.1f} ms"
+    tree = folder / "tree.csv"
+    edges = [f"half_{i % 2},class_{i}" for i in range(timing.CLASSES)]
+    tree.write_text("\n".join(["parent,child", "root,half_0", "root,half_1", *edges]))
+    flags = {
+        "model_name": str(timing.save_vit(size, folder / "model")),
+        "dataset_path": str(pictures(small, folder)), "holdout": 0.5, "taxonomy": str(tree),
+        "hook_names": [f"blocks.{i}.hook_resid_post" for i in range(blocks)[-2:]],
+        "architecture": "topk", "k": 32, "d_sae": 128 if small else 12_288, "epochs": 1.0,
+        "train_batch_size_tokens": 8, "output_path": f"{folder}/run", "log_to_wandb": False,
+        "n_checkpoints": 0, "device": device,
+    }  # fmt: skip
+    job = Job(gather(flags=flags), evaluate=False)
+    job.train()
+    start = time.perf_counter()
+    evaluate_run(f"{folder}/run", device=device, progress=False)
+    took = (time.perf_counter() - start) / 2
+    n_images = len(load_images(pictures(small, folder))) // 2
+    sae = next(iter(job.runner.session.saes.values()))
+    tokens = torch.randn(n_images, width, device=device)
+    with torch.no_grad():
+        encoding = per_call(lambda: sae.encode(tokens), device, small)
+    yield f"evaluation of {n_images:,} images, m {flags['d_sae']:,}, all of it, an SAE", f"{took:.2f} s"  # fmt: skip
+    yield "encoding of the same images, an SAE", f"{encoding * 1000:.1f} ms"
+
+
+PARTS: dict[str, Callable[[str, bool, Path], Iterator[Row]]] = {
+    part.__name__: part
+    for part in (
+        *(sae_steps, evaluators, pursuit, forward, extraction, evaluation),
+        evaluators_and_nulls,  # long
+    )
+}
+
+
+def pictures(small: bool, folder: Path) -> Path:
+    """The pictures of all parts, drawn by the first that reads them."""
+    place = folder / "pictures"
+    return place if place.exists() else timing.draw(32 if small else 3200, place)
 
 
 def per_call(run: Callable[[], object], device: str, small: bool) -> float:
@@ -172,13 +287,6 @@ def per_call(run: Callable[[], object], device: str, small: bool) -> float:
         if number >= 2:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def script(name: str, device: str, *args: str) -> dict[str, Any]:
-    """What another script prints with --json."""
-    command = [sys.executable, str(HERE / name), "--device", device, "--json", *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout[done.stdout.index("{") :])
 
 
 def shown(found: dict[str, Any]) -> str:

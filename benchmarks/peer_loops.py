@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 
 class Pictures(Dataset):  # type: ignore[type-arg]
@@ -38,7 +38,7 @@ class Pictures(Dataset):  # type: ignore[type-arg]
 
 
 def activations(job: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """Block -> (tokens, d) of all pictures, in memory."""
+    """Block -> (tokens, d) of all pictures, in the memory of the device."""
     from transformers import AutoModel
     from transformers.models.bit import BitImageProcessorPil
 
@@ -49,8 +49,8 @@ def activations(job: dict[str, Any]) -> dict[int, torch.Tensor]:
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
             tokens = output[0] if isinstance(output, tuple) else output
-            tokens = tokens[:, 0] if job["tokens"] == "class" else tokens[:, 1:].flatten(0, 1)
-            found[block].append(tokens.cpu())
+            is_class = job["tokens"] == "class"
+            found[block].append(tokens[:, 0].clone() if is_class else tokens[:, 1:].flatten(0, 1))
 
         return hook
 
@@ -68,12 +68,25 @@ def activations(job: dict[str, Any]) -> dict[int, torch.Tensor]:
     return {block: torch.cat(tokens) for block, tokens in found.items()}
 
 
+class Epoch:
+    """The whole batches of (tokens, d), in a new order each time."""
+
+    def __init__(self, tokens: torch.Tensor, size: int) -> None:
+        self.tokens, self.size = tokens, size
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.randperm(len(self.tokens), device=self.tokens.device)
+        for number in range(len(self)):
+            yield self.tokens[order[number * self.size :][: self.size]]
+
+
 def batches(tokens: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """Batches in a new order in every epoch, without end."""
+    """Batches of one epoch after the other, without end."""
     while True:
-        order = torch.randperm(len(tokens))
-        for start in range(0, len(tokens) - size + 1, size):
-            yield tokens[order[start : start + size]]
+        yield from Epoch(tokens, size)
 
 
 def by_hand(job: dict[str, Any]) -> None:
@@ -108,10 +121,8 @@ def overcomplete(job: dict[str, Any]) -> None:
 
     for block, tokens in activations(job).items():
         sae = TopKSAE(tokens.shape[1], job["d_sae"], top_k=job["k"], device=job["device"])
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
-        loader = DataLoader(
-            TensorDataset(tokens), batch_size=job["batch"], shuffle=True, drop_last=True
-        )
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=job["device"] == "cuda")
+        loader = Epoch(tokens, job["batch"])
         epochs = max(1, round(job["steps"] / len(loader)))
         train_sae(
             sae, loader, loss, optimizer, nb_epochs=epochs, monitoring=0, device=job["device"]
@@ -140,28 +151,31 @@ def saev(job: dict[str, Any]) -> None:
             return self.model.encoder.layer
 
         def get_patches(self, n_patches_per_img: int) -> slice:
-            return slice(None)
+            return slice(n_patches_per_img + 1)
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return self.model(pixels).last_hidden_state
 
+    is_class = job["tokens"] == "class"  # then no patch is written
     dumping.make_vit = lambda *_: Model()
     width = AutoModel.from_pretrained(job["model"]).config.hidden_size
     dump = config.Activations(
         data=config.ImageFolderDataset(root=job["pictures"]), dump_to=job["output"],
         vit_family="dinov2", vit_ckpt="random", vit_batch_size=job["images_per_batch"],
-        n_workers=job["num_workers"], d_vit=width, vit_layers=job["blocks"], n_patches_per_img=256,
-        device=job["device"],
+        n_workers=job["num_workers"], d_vit=width, vit_layers=job["blocks"],
+        n_patches_per_img=0 if is_class else 256, device=job["device"],
     )  # fmt: skip
     dumping.worker_fn(dump)
     for block in job["blocks"]:
         data = config.DataLoad(
             shard_root=dumping.get_acts_dir(dump),
-            patches="cls" if job["tokens"] == "class" else "patches", layer=block,
+            patches="cls" if is_class else "patches", layer=block,
             scale_mean=False, scale_norm=False,
         )  # fmt: skip
         cfg = config.Train(
-            data=data, n_workers=job["num_workers"], n_patches=job["steps"] * job["batch"],
+            # It starts the workers anew in each epoch, and an epoch of class tokens is short.
+            data=data, n_workers=0 if is_class else job["num_workers"],
+            n_patches=job["steps"] * job["batch"],
             sae=config.SparseAutoencoder(d_vit=width, exp_factor=job["d_sae"] // width),
             sae_batch_size=job["batch"], track=False, device=job["device"],
         )  # fmt: skip

@@ -1,16 +1,17 @@
 """The race: images to saved SAEs with ours, by hand with SAELens's trainer, with overcomplete, with saev.
 
     python benchmarks/peers.py [--small] [--device cuda] [--rounds 3] [--venvs FOLDER] [--store]
-                               [--python overcomplete=PATH saev=PATH]
+                               [--jobs class] [--limit 60] [--python overcomplete=PATH saev=PATH]
     python benchmarks/peers.py --write
 
 "A run a block" is the loop by hand once for each block, each time from the images on, as runs of SAELens for
 one hook point each.
 
-Two jobs: SAEs on the class tokens of every block, several epochs; and one SAE on all patch tokens of one
-block, one epoch. Same JPEGs, model (a DINOv2 with random weights), widths, steps, batch and threads; every
-way is a process of its own, timed whole, imports included, and the ways take turns. What is not ours is in
-`peer_loops.py`. overcomplete and saev come from the package index, each into a virtual environment that
+Two jobs: SAEs on the class tokens of every block, several epochs (`--jobs class`); and one SAE on all patch
+tokens of one block, one epoch (`--jobs patch`). Same JPEGs, model (a DINOv2 with random weights), widths,
+steps, batch and threads; every way is a process of its own, timed whole, imports included, and the ways take
+turns. With `--store`, each time is stored as it comes. Of a process that takes longer than `--limit` seconds
+no time is kept. All compute in float32; saev turns TF32 on by itself. What is not ours is in `peer_loops.py`. overcomplete and saev come from the package index, each into a virtual environment that
 this script makes (under `--venvs`, which keeps them), with a torch of its own, since both need torchvision;
 where that fails, the way is left out with a word. `--python` names an interpreter that has the package
 already, for a machine without a network; nothing is installed for that way, and the table names it.
@@ -38,6 +39,7 @@ PACKAGES = {
 }
 NEEDED = ("torch", "torchvision", "transformers", "wandb")
 WAYS = ("ours", "by_hand", "a_run_a_block", "overcomplete", "saev")
+JOBS = ("class", "patch")
 NAMES = {
     "ours": "taxolens",
     "by_hand": "by hand, SAELens's trainer",
@@ -54,6 +56,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of the class tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-workers", type=int, help="by default each its own best")
+    parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
+    parser.add_argument("--limit", type=float, help="seconds of one process; without limit by default")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--venvs", type=Path)
     parser.add_argument("--python", nargs="+", default=[], type=interpreter, metavar="WAY=PATH")
@@ -86,28 +90,37 @@ def main() -> None:
             for number in range(args.rounds):
                 first = number % len(here)
                 for way in here[first:] + here[:first]:
+                    if way not in seconds:  # it failed before
+                        continue
                     output = folder / "output"
-                    took, error = run(way, pythons[way], {**job, "output": str(output)})
+                    took, error = run(way, pythons[way], {**job, "output": str(output)}, args.limit)
                     shutil.rmtree(output, ignore_errors=True)
+                    print(f"{name}, {way}: {error or f'{took:.1f} s'}", flush=True)
                     if error and way == "ours":
                         raise RuntimeError(error)
                     if error:
                         left_out[way] = error
-                        print(f"{way}: {error}")
+                        del seconds[way]
                     else:
                         seconds[way].append(took)
-            done = {way: times for way, times in seconds.items() if len(times) == args.rounds}
-            found["jobs"][name] = {
-                **{key: job[key] for key in ("steps", "batch", "d_sae", "k")},
-                "saes": len(job["blocks"]),
-                "seconds": {way: list(map(timing.rounded, times)) for way, times in done.items()},
-                "ratios": {way: timing.ratios(done, way, "ours") for way in done},
-            }
-            print(name, found["jobs"][name]["seconds"])
+                    found["jobs"][name] = summary(job, seconds)
+                    if args.store:
+                        timing.store("peers", found)
+                        timing.show("peers", shown(found))
     print(shown(found))
-    if args.store:
-        timing.store("peers", found)
-        timing.show("peers", shown(found))
+
+
+def summary(job: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """What is stored of a job: the times of the rounds that every way which has begun has finished."""
+    begun = {way: times for way, times in seconds.items() if times}
+    rounds = min(map(len, begun.values()), default=0)
+    done = {way: times[:rounds] for way, times in begun.items()}
+    return {
+        **{key: job[key] for key in ("steps", "batch", "d_sae", "k")},
+        "saes": len(job["blocks"]),
+        "seconds": {way: list(map(timing.rounded, times)) for way, times in done.items()},
+        "ratios": {way: timing.ratios(done, way, "ours") for way in done},
+    }
 
 
 def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[str, Any]]:
@@ -118,7 +131,7 @@ def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[
         "num_workers": args.num_workers, "k": 32, "d_sae": 16 * width,
     }  # fmt: skip
     of_class, of_patches = (min(256, args.images // 2), min(4096, args.images * 8))
-    return {
+    found = {
         "class tokens, every block": {
             **common, "tokens": "class", "blocks": list(range(blocks)), "batch": of_class,
             "steps": args.images * args.epochs // of_class,
@@ -128,6 +141,7 @@ def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[
             "steps": args.images * 256 // of_patches,
         },
     }  # fmt: skip
+    return {name: job for name, job in found.items() if job["tokens"] in args.jobs}
 
 
 def interpreter(text: str) -> tuple[str, str]:
@@ -169,22 +183,29 @@ def environments(
     return pythons, left_out
 
 
-def run(way: str, python: str, job: dict[str, Any]) -> tuple[float, str | None]:
+def run(
+    way: str, python: str, job: dict[str, Any], limit: float | None = None
+) -> tuple[float, str | None]:
     """Seconds of a process from its start to its end, and why it failed."""
     if way == "a_run_a_block":
-        each = [run("by_hand", python, {**job, "blocks": [block]}) for block in job["blocks"]]
+        each = [
+            run("by_hand", python, {**job, "blocks": [block]}, limit) for block in job["blocks"]
+        ]
         return sum(took for took, _ in each), next((error for _, error in each if error), None)
-    others = {**job, "num_workers": job["num_workers"] or max(1, timing.usable_cores() - 1)}
+    others = {**job, "num_workers": job["num_workers"] or max(1, timing.usable_cores() - 2)}
     command = [python, str(LOOPS), way, json.dumps(others)]
     if way == "ours":
         command = [python, "-m", "taxolens", "train", *flags(job)]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    took = time.perf_counter() - start
-    return (
-        took,
-        None if done.returncode == 0 else f"failed: {(done.stderr.splitlines() or ['?'])[-1]}",
-    )
+    try:
+        subprocess.run(
+            command, capture_output=True, text=True, env=os.environ, timeout=limit, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return limit or 0.0, f"not finished after {limit:g} s"
+    except subprocess.CalledProcessError as error:
+        return time.perf_counter() - start, f"failed: {(error.stderr.splitlines() or ['?'])[-1]}"
+    return time.perf_counter() - start, None
 
 
 def flags(job: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`benchmarks/peers.py`: interpreters that are given."""
+"""`benchmarks/peers.py`: interpreters that are given, a limit of time, what is stored between rounds."""
 
 from __future__ import annotations
 
@@ -31,3 +31,33 @@ def test_a_given_interpreter_is_used_and_nothing_is_installed(
 def test_what_is_no_way_or_no_interpreter_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"^given {text}; allowed: WAY=PATH"):
         peers.interpreter(text)
+
+
+def test_a_process_that_exceeds_the_limit_has_no_time(tmp_path: Path) -> None:
+    slow, job = tmp_path / "python", {"num_workers": None}
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    assert peers.run("by_hand", str(slow), job, 0.2) == (0.2, "not finished after 0.2 s")
+
+
+def test_a_process_that_fails_has_the_last_line_of_its_error(tmp_path: Path) -> None:
+    broken, job = tmp_path / "python", {"num_workers": None}
+    broken.write_text("#!/bin/sh\necho one >&2\necho two >&2\nexit 3\n")
+    broken.chmod(0o755)
+    assert peers.run("by_hand", str(broken), job)[1] == "failed: two"
+
+
+def test_between_rounds_the_finished_ones_are_stored() -> None:
+    job = {"steps": 1, "batch": 2, "d_sae": 3, "k": 4, "blocks": [0]}
+    first = peers.summary(job, {"ours": [2.0], "by_hand": [3.0], "saev": []})
+    assert first["seconds"] == {"ours": [2.0], "by_hand": [3.0]}
+    assert first["ratios"]["by_hand"] == {"median": 1.5, "lowest": 1.5, "highest": 1.5}
+    second = peers.summary(job, {"ours": [2.0], "by_hand": [3.0, 9.0], "saev": [4.0]})
+    assert second["seconds"] == {"ours": [2.0], "by_hand": [3.0], "saev": [4.0]}
+
+
+def test_jobs_are_selected_by_their_tokens() -> None:
+    args = argparse.Namespace(
+        model="Ti", device="cpu", num_workers=None, images=512, epochs=3, jobs=["patch"]
+    )
+    assert list(peers.jobs(args, "pictures", "model")) == ["patch tokens, one block"]

@@ -118,7 +118,7 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("stop", [False, True])
-def test_on_a_gpu_the_kernel_is_used_and_right(stop: bool) -> None:
+def test_on_cuda_the_kernel_is_used_and_right(stop: bool) -> None:
     x, atoms, k = problem()
     expected = pursuit_path(x, atoms, k, stop_on_duplicate=stop, method="textbook")
     pursuit._kernels.impossible = False

@@ -1,0 +1,30 @@
+"""A pytest plugin that prints each failure at once, so that a time limit loses none.
+
+    PYTHONPATH=benchmarks python -m pytest -p failures_as_they_come ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+class Failures:
+    """Writes the failures of a run to its terminal."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write what a test that failed has to say."""
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(f"FAILED {report.nodeid} ({report.when})\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take part, but not in a process of pytest-xdist, which reports to the first one."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(config))

@@ -1,0 +1,56 @@
+"""What `benchmarks/gpu.sh` uses: failures printed as they come, and pictures that depend on their number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timing
+
+BENCHMARKS = Path(timing.__file__).parent
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_a_failure_is_printed_before_the_tests_end(processes: str, tmp_path: Path) -> None:
+    """The other test waits until this one has read the failure."""
+    (tmp_path / "test_two.py").write_text(
+        "import pathlib, time\n"
+        "def test_that_fails():\n    assert 1 + 1 == 3, 'not three'\n"
+        f"def test_that_waits():\n    while not pathlib.Path({str(tmp_path / 'end')!r}).exists():\n"
+        "        time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "failures_as_they_come", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "-n", processes, "--rootdir", str(tmp_path)]
+    paths = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
+    running = subprocess.Popen(
+        [*command, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert running.stdout is not None
+    try:
+        for line in running.stdout:
+            if "not three" in line:
+                break
+        assert "not three" in line and running.poll() is None
+    finally:
+        (tmp_path / "end").touch()
+        rest = running.communicate(timeout=60)[0]
+    assert "1 failed, 1 passed" in rest
+    assert running.returncode == 1
+
+
+def test_a_picture_depends_on_its_number_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing.draw(3, tmp_path / "few")
+    monkeypatch.setattr(timing, "usable_cores", lambda: 4)
+    timing.draw(10, tmp_path / "more")
+    few, more = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.jpg")}
+        for folder in (tmp_path / "few", tmp_path / "more")
+    )
+    assert len(few) == 3 and len(set(more.values())) == 10
+    assert few == {file: more[file] for file in few}
