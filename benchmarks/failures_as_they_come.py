@@ -1,6 +1,6 @@
 """A pytest plugin that prints each failure at once, so that a time limit loses none.
 
-    PYTHONPATH=benchmarks python -m pytest -p failures_as_they_come ...
+It is loaded with `-p failures_as_they_come`, where this folder is on the path of imports.
 """
 
 from __future__ import annotations

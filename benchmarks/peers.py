@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-workers", type=int, help="by default each its own best")
     parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
-    parser.add_argument("--limit", type=float, help="seconds of one process; without limit by default")
+    parser.add_argument(
+        "--limit", type=float, help="seconds of one process; without limit by default"
+    )
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--venvs", type=Path)
     parser.add_argument("--python", nargs="+", default=[], type=interpreter, metavar="WAY=PATH")
