@@ -221,12 +221,12 @@ def forward(device: str, small: bool, folder: Path) -> Iterator[Row]:
 def extraction(device: str, small: bool, folder: Path) -> Iterator[Row]:
     """Images a second from JPEGs to a cache of all blocks' class tokens, in bf16 autocast."""
     images = load_images(pictures(small, folder))
-    few = load_images(pictures(small, folder), max_images=24 if small else 1024)
-    for size in ("tiny",) if small else ("B", "g"):
+    for size, n_first in (("tiny", 24),) if small else (("B", 1024), ("g", 64)):
+        first = load_images(pictures(small, folder), max_images=n_first)
         path = str(timing.save_vit(size, folder / f"model-{size}"))
         model = load_vision_model(path, device=device)
         hooks = [f"blocks.{i}.hook_resid_post" for i in range(timing.MODELS[size][1])]
-        for counted in (few, images):  # the first starts the workers' server and the GPU
+        for counted in (first, images):  # the first starts the workers' server and the GPU
             start = time.perf_counter()
             ActivationCache.build(
                 model, counted, hooks, batch_size=64, autocast=True, progress=False

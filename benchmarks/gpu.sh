@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of CUDA (at most 100 s), then the table of docs/performance.md (at most 200 s), on one H100.
+# The tests of CUDA (TEST_SECONDS, 100), then the table of docs/performance.md (TABLE_SECONDS, 200), on one H100.
 #
 #     benchmarks/gpu.sh [--small] [PARTS of gpu.py ...]
 #
@@ -24,7 +24,7 @@ if "$PYTHON" -c 'import xdist' 2> /dev/null; then
 fi
 status=0
 # -k: whatever has the parameter "cuda", or the word in its name.
-OMP_NUM_THREADS=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}" timeout --kill-after 5 100 \
+OMP_NUM_THREADS=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}" timeout --kill-after 5 "${TEST_SECONDS:-100}" \
     "$PYTHON" -m pytest -p no:cacheprovider -p failures_as_they_come --tb=short --no-summary \
     $parallel -k cuda \
     tests/hooks/test_cache.py tests/hooks/test_families_contract.py \
@@ -32,5 +32,5 @@ OMP_NUM_THREADS=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}" timeout --k
     tests/registry/test_architectures_contract.py tests/registry/test_device.py \
     tests/registry/test_pursuit_triton.py tests/registry/test_sparse_step.py \
     tests/registry/test_sparse_step_triton.py || status=$?
-timeout --kill-after 5 200 "$PYTHON" benchmarks/gpu.py $store ${@:+--parts "$@"} || status=$((status ? status : $?))
+timeout --kill-after 5 "${TABLE_SECONDS:-200}" "$PYTHON" benchmarks/gpu.py $store ${@:+--parts "$@"} || status=$((status ? status : $?))
 exit "$status"

@@ -54,6 +54,8 @@ def test_between_rounds_the_finished_ones_are_stored() -> None:
     assert first["ratios"]["by_hand"] == {"median": 1.5, "lowest": 1.5, "highest": 1.5}
     second = peers.summary(job, {"ours": [2.0], "by_hand": [3.0, 9.0], "saev": [4.0]})
     assert second["seconds"] == {"ours": [2.0], "by_hand": [3.0], "saev": [4.0]}
+    without = peers.summary(job, {"by_hand": [3.0]})
+    assert (without["seconds"], without["ratios"]) == ({"by_hand": [3.0]}, {})
 
 
 def test_jobs_are_selected_by_their_tokens() -> None:
