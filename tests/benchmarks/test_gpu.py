@@ -16,6 +16,7 @@ BENCHMARKS = Path(timing.__file__).parent
 @pytest.mark.parametrize("processes", ["0", "2"])
 def test_a_failure_is_printed_before_the_tests_end(processes: str, tmp_path: Path) -> None:
     """The other test waits until this one has read the failure."""
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
     (tmp_path / "test_two.py").write_text(
         "import pathlib, time\n"
         "def test_that_fails():\n    assert 1 + 1 == 3, 'not three'\n"
@@ -24,21 +25,25 @@ def test_a_failure_is_printed_before_the_tests_end(processes: str, tmp_path: Pat
     )
     command = [sys.executable, "-m", "pytest", "-p", "failures_as_they_come", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-n", processes, "--rootdir", str(tmp_path)]
+    command += ["--no-summary", "--continue-on-collection-errors"]
     paths = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
     running = subprocess.Popen(
         [*command, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     assert running.stdout is not None
+    before = ""
     try:
         for line in running.stdout:
+            before += line
             if "not three" in line:
                 break
-        assert "not three" in line and running.poll() is None
+        assert "not three" in before and running.poll() is None
+        assert "No module named 'no_such_module'" in before
     finally:
         (tmp_path / "end").touch()
         rest = running.communicate(timeout=60)[0]
-    assert "1 failed, 1 passed" in rest
+    assert "1 failed, 1 passed, 1 error" in rest
     assert running.returncode == 1
 
 
