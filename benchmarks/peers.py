@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default="Ti", choices=timing.MODELS)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=20, help="of the class tokens")
+    parser.add_argument("--batch", type=int, default=256, help="class tokens of a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-workers", type=int, help="by default each its own best")
     parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
@@ -133,7 +134,7 @@ def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[
         "pictures": pictures, "model": model, "device": args.device, "images_per_batch": 32,
         "num_workers": args.num_workers, "k": 32, "d_sae": 16 * width,
     }  # fmt: skip
-    of_class, of_patches = (min(256, args.images // 2), min(4096, args.images * 8))
+    of_class, of_patches = (min(args.batch, args.images // 2), min(4096, args.images * 8))
     found = {
         "class tokens, every block": {
             **common, "tokens": "class", "blocks": list(range(blocks)), "batch": of_class,

@@ -312,10 +312,12 @@ def largest_of_rows(pre: Tensor, k: int) -> FiredLatents:
     found = None
     if kernels.serve(pre) and kernels.module.selects(pre, k):
         found = kernels.run("largest_of_rows", pre, k)
-    if found is None:
+    if found is not None:
+        values, columns = found
+    else:
         values, columns = torch.topk(pre, k, dim=-1, sorted=False)
-        found = values.relu(), columns
-    return FiredLatents.by_row(*found, pre.shape[1])
+        values = values.relu()
+    return FiredLatents.by_row(values, columns, pre.shape[1])
 
 
 def largest_of_batch(pre: Tensor, k: float) -> FiredLatents:

@@ -3,6 +3,8 @@
 All sums are taken in a fixed order, so that equal inputs give equal bits. Importing this module requires
 Triton.
 """
+# pyright: reportOperatorIssue=false
+# In a kernel, what a reduction returns is a scalar.
 
 from typing import Any
 
