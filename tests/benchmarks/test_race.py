@@ -60,6 +60,6 @@ def test_between_rounds_the_finished_ones_are_stored() -> None:
 
 def test_jobs_are_selected_by_their_tokens() -> None:
     args = argparse.Namespace(
-        model="Ti", device="cpu", num_workers=None, images=512, epochs=3, jobs=["patch"]
+        batch=256, model="Ti", device="cpu", num_workers=None, images=512, epochs=3, jobs=["patch"]
     )
     assert list(peers.jobs(args, "pictures", "model")) == ["patch tokens, one block"]
