@@ -107,11 +107,7 @@ class EvaluationBatch:
     def active(self) -> Firings:
         """The entries of z that are not 0, computed once for all accumulators of the pass."""
         z = self.z.cpu() if self.z.device.type == "mps" else self.z  # which lacks float64
-        active = z != 0
-        if active.device.type == "cpu":  # numpy is about ten times as fast where few are nonzero
-            flat = torch.from_numpy(np.flatnonzero(active.numpy()))
-        else:
-            flat = active.flatten().nonzero().squeeze(1)
+        flat = nonzero(z)
         values = z.flatten()[flat].float()
         rows = flat // max(z.shape[1], 1)
         return _where(Firings(rows, flat - rows * z.shape[1], values), ~values.isnan())
@@ -178,6 +174,14 @@ def not_finite(field: str, values: Tensor) -> ConfigError | None:
         given=f"{low:g} to {high:g}",
         allowed=f"finite numbers up to {LARGEST:g} in absolute value",
     )
+
+
+def nonzero(values: Tensor) -> Tensor:
+    """(k,) the positions of the entries of the flattened `values` that are not 0, ascending."""
+    mask = values != 0
+    if mask.device.type == "cpu":  # numpy is about ten times as fast where few are
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def _where(entries: Firings, kept: Tensor) -> Firings:
@@ -441,6 +445,16 @@ class EvaluationContext:
     def permutations(self) -> tuple[np.ndarray, ...]:
         """The class permutations of these draws, each (C,)."""
         return self.permuted_classes.draws
+
+    def draw_of(self, permutation: np.ndarray | None) -> int | None:
+        """The position of one of `permutations` among them; None for any other array and for None.
+
+        An evaluator computes all of them at once where that saves time, when the first is asked for.
+        """
+        if permutation is None:
+            return None
+        draws = enumerate(self.permutations)
+        return next((i for i, draw in draws if draw is permutation), None)
 
     @property
     def present(self) -> np.ndarray:

@@ -92,11 +92,13 @@ class Thresholds(Accumulator):
 
     def calibrate(self, batch: EvaluationBatch) -> None:
         latents, values = (t.cpu().numpy() for t in batch.firings[1:])
-        order = np.lexsort((values, latents))
+        # Numbers above 0 have the order of their bits: one sort orders latents and values.
+        keys = np.sort((latents << 32) + values.view(np.int32))
+        ordered = keys.astype(np.int32).view(np.float32)  # the lower 32 bits
         counts = np.bincount(latents, minlength=self.context.d_sae)
-        quantiles = self._quantiles(values[order], np.cumsum(counts) - counts, counts)
-        if len(values):
-            pooled = self._quantiles(np.sort(values), np.zeros(1, int), np.array([len(values)]))
+        quantiles = self._quantiles(ordered, np.cumsum(counts) - counts, counts)
+        if len(ordered):
+            pooled = self._quantiles(np.sort(ordered), np.zeros(1, int), np.array([len(ordered)]))
             quantiles[counts == 0] = pooled
         self.values, self._on_device = quantiles, None
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base import nonzero
+
 BUFFER = 2**22
 """Most cells that are kept as they come, where fewer are known; else as many as are known."""
 SMALL = 2**26
@@ -94,9 +96,8 @@ class CellCounts:
         """The cells with a count in ascending order (u,) int64, and their counts (u,)."""
         self._merge()
         if self._array is not None:
-            array = self._array.cpu().numpy()
-            cells = np.flatnonzero(array)
-            return cells, array[cells]
+            cells = nonzero(self._array)
+            return cells.cpu().numpy(), self._array[cells].cpu().numpy()
         if self._cells is None or self._counts is None:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
         return self._cells.cpu().numpy(), self._counts.cpu().numpy()

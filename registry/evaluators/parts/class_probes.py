@@ -207,5 +207,7 @@ class FeatureProbes:
 
 def _count(counts: np.ndarray, truth: Tensor, guess: Tensor) -> None:
     """Add images with classes `truth` (n,) and guesses (n, k), below 0 where none, to counts (C, C)."""
-    row, column = np.nonzero(guess.numpy() >= 0)
-    np.add.at(counts, (truth.numpy()[row], guess.numpy()[row, column]), 1)
+    guesses = guess.cpu().numpy()
+    cells = truth.numpy()[:, None] * counts.shape[1] + guesses
+    one = counts.dtype.type(1)  # of this type and on one axis: more than 20 times as fast
+    np.add.at(counts.reshape(-1), cells[guesses >= 0], one)

@@ -39,9 +39,10 @@ class RidgeProbe:
         """Begin, with features about the mean of a sample x (n, d): a large one would cancel precision."""
         d = x.shape[1]
         self._offset = x.mean(0)
-        self._gram = torch.zeros(d, d, dtype=torch.float64)
-        self._sums = torch.zeros(self.n_labellings, self.n_classes, d, dtype=torch.float64)
-        self._counts = torch.zeros(self.n_labellings, self.n_classes, dtype=torch.float64)
+        zeros = _double(self._offset).new_zeros
+        self._gram = zeros(d, d)
+        self._sums = zeros(self.n_labellings, self.n_classes, d)
+        self._counts = zeros(self.n_labellings, self.n_classes)
 
     def fit(self, x: Tensor, labellings: Sequence[Tensor]) -> None:
         """Add x (n, d) and its labels (n,) of the fit half."""
@@ -50,11 +51,11 @@ class RidgeProbe:
         assert self._gram is not None
         x = x - self._offset
         self.n += len(x)
-        self._gram += (x.T @ x).cpu()
-        own = x.cpu().double()
+        self._gram += _double(x.T @ x)
+        own = _double(x)
         for sums, counts, labels in zip(self._sums, self._counts, labellings):
-            sums.index_add_(0, labels.cpu(), own)
-            counts += torch.bincount(labels.cpu(), minlength=self.n_classes)
+            sums.index_add_(0, labels.to(own.device), own)
+            counts += torch.bincount(labels.cpu(), minlength=self.n_classes).to(counts.device)
         self._weights = None
 
     def merge(self, other: RidgeProbe) -> None:
@@ -66,9 +67,10 @@ class RidgeProbe:
             return
         require_same("mean of a feature", self._offset, other._offset)
         self.n += other.n
-        self._gram += other._gram
-        self._sums += other._sums
-        self._counts += other._counts
+        device = self._gram.device
+        self._gram += other._gram.to(device)
+        self._sums += other._sums.to(device)
+        self._counts += other._counts.to(device)
         self._weights = None
 
     @property
@@ -77,8 +79,8 @@ class RidgeProbe:
         return self._gram
 
     def scores(self, x: Tensor) -> list[Tensor]:
-        """(n, C) scores of the classes for x (n, d) under every labelling; none if nothing was
-        fitted."""
+        """(n, C) scores of the classes for x (n, d) under every labelling, on the device of x; none
+        if nothing was fitted."""
         if self._gram is None or not self.n:
             return []
         if self._weights is None:
@@ -86,7 +88,7 @@ class RidgeProbe:
         assert self._weights is not None
         z = (x - self._offset - self._mean.to(x.device)) / self._scale.to(x.device)
         return [
-            torch.addmm(bias.to(x.device), z, weight.to(x.device)).cpu()
+            torch.addmm(bias.to(x.device), z, weight.to(x.device))
             for weight, bias in zip(self._weights, self._bias)
         ]
 
@@ -94,7 +96,7 @@ class RidgeProbe:
         """(n,) classes of x (n, d) under every labelling; −1 if nothing was fitted."""
         if self._gram is None or not self.n:
             return [torch.full((len(x),), -1, dtype=torch.int64)] * self.n_labellings
-        return [scores.argmax(1) for scores in self.scores(x)]
+        return [scores.argmax(1).cpu() for scores in self.scores(x)]
 
     def _solve(self, gram: Tensor) -> None:
         mean = self._sums[0].sum(0) / self.n
@@ -166,15 +168,21 @@ class NeighbourProbe:
     def _offer(self, x: Tensor, labellings: Sequence[Tensor], priority: np.ndarray) -> None:
         assert self._features is not None
         classes = labellings[0].cpu().numpy()
-        for i in np.flatnonzero(priority < self._priority[classes].max(1)):
-            c = classes[i]
+        entered: dict[tuple[int, int], int] = {}  # class and slot -> image
+        for i in np.flatnonzero(priority < self._priority[classes].max(1)).tolist():
+            c = int(classes[i])
             slot = int(self._priority[c].argmax())
             if priority[i] < self._priority[c, slot]:
                 self._priority[c, slot] = priority[i]
-                self._features[c, slot] = x[i]
-                for kept, labels in zip(self._labels, labellings):
-                    kept[c, slot] = labels[i]
-        self._ready = None
+                entered[c, slot] = i
+        if entered:
+            of, slots = torch.tensor(list(entered)).T
+            images = torch.tensor(list(entered.values()))
+            device = self._features.device
+            self._features[of.to(device), slots.to(device)] = x[images.to(x.device)]
+            for kept, labels in zip(self._labels, labellings):
+                kept[of, slots] = labels.cpu()[images]
+            self._ready = None
 
     def predict(self, x: Tensor) -> list[Tensor]:
         """(n,) classes of x (n, d) under every labelling; −1 if the database is empty."""
@@ -192,5 +200,11 @@ class NeighbourProbe:
         for labels in self._labels:
             votes = torch.zeros(len(x), self._n_classes)
             votes.scatter_add_(1, labels[kept][nearest.indices.cpu()], weight)
-            predicted.append(votes.argmax(1))
+            # The first of equal ones, as in torch, whose argmax is slower on the CPU.
+            predicted.append(torch.from_numpy(votes.numpy().argmax(1)))
         return predicted
+
+
+def _double(x: Tensor) -> Tensor:
+    """x in double precision, on the CPU where its device lacks it."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
