@@ -5,6 +5,7 @@ Own definition, after the layer-by-layer analysis of Olson et al. 2025 (arXiv 25
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -13,9 +14,10 @@ from plotly.graph_objects import Figure
 
 from ..presentation import Headline, Support
 from ..taxonomies.taxonomy import Taxonomy
-from .base import Evaluator
+from .base import Evaluator, remembered
 from .parts import summary
 from .parts.class_probes import FEATURES, PROBES, ClassProbes, FeatureProbes, ProbeOptions
+from .parts.moments import BLOCK
 
 FITTING_STEPS = 50
 
@@ -98,6 +100,10 @@ class LevelInformation(Evaluator[ProbeOptions]):
     def prepare(self) -> None:
         self._probes = self.context.share(ClassProbes, **asdict(self.options))
         self._cuts = informative_cuts(self.taxonomy)
+        n_classes = len(self.taxonomy.classes)
+        groups = [np.unique(self.taxonomy.cut(t), return_inverse=True)[1] for t in self._cuts]
+        narrow = np.min_scalar_type(n_classes)  # sorted many times as fast
+        self._groups = np.array(groups, dtype=narrow).reshape(len(groups), n_classes)
 
     def levels(
         self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -110,10 +116,34 @@ class LevelInformation(Evaluator[ProbeOptions]):
         self._check_shuffled(shuffled)
         if feature not in self._probes.features:
             return {}
+        draw = self.context.draw_of(permutation)
+        if draw is not None:
+            return dict(self._levels_of_draws(feature, shuffled)[draw])
         place = np.arange(len(self.taxonomy.classes)) if permutation is None else permutation
-        groups = np.array([self.taxonomy.cut(t)[place] for t in self._cuts])
-        groups = groups.reshape(len(self._cuts), len(place))
-        return read_levels(self._probes.features[feature], groups, int(shuffled))
+        return self._read([place], feature, shuffled)[0]
+
+    @remembered
+    def _levels_of_draws(self, feature: str, shuffled: bool) -> list[dict[str, np.ndarray]]:
+        """`levels` under each of the permuted classes, computed at once."""
+        draws = self.context.permutations
+        size = max(1, BLOCK // max(self._groups.size, 1))
+        parts = [draws[start : start + size] for start in range(0, len(draws), size)]
+        return [found for part in parts for found in self._read(part, feature, shuffled)]
+
+    def _read(
+        self, places: Sequence[np.ndarray], feature: str, shuffled: bool
+    ) -> list[dict[str, np.ndarray]]:
+        """`levels` with class c at position place[c], for each of `places` (C,)."""
+        groups = np.concatenate([self._groups[:, place] for place in places])
+        found = read_levels(self._probes.features[feature], groups, int(shuffled))
+        at_cut = {name for name, values in found.items() if len(values) == len(groups)}
+        return [
+            {
+                name: values.reshape(len(places), -1)[i] if name in at_cut else values
+                for name, values in found.items()
+            }
+            for i in range(len(places))
+        ]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -134,7 +164,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
     def tables(self) -> dict[str, pd.DataFrame]:
         """`levels`: each feature, measure and informative depth, with the permuted classes."""
         columns = ["feature", "measure", "depth", "groups", "value", "permuted", "permuted_most"]
-        groups = [len(np.unique(self.taxonomy.cut(t))) for t in self._cuts]
+        groups = [len(np.unique(group)) for group in self._groups]
         rows = []
         for feature in self._probes.features:
             nulls = [self.levels(feature, p) for p in self.context.permutations]
@@ -179,7 +209,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
 def read_levels(
     feature: FeatureProbes, groups: np.ndarray, labelling: int
 ) -> dict[str, np.ndarray]:
-    """Measures (L,) of a feature for groups (L, C), the group of each class at each cut."""
+    """Measures (L,) of a feature for groups (L, C), the group of each class at each cut, from 0."""
     found: dict[str, np.ndarray] = {}
     for probe, confusion in zip(PROBES, feature.confusion[:, labelling]):
         accuracy, at_level, right_group = read_off(confusion, groups)
@@ -205,14 +235,19 @@ def read_off(confusion: np.ndarray, groups: np.ndarray) -> tuple[float, np.ndarr
     Returns:
         a number, and two arrays (L,); NaN where no image counts.
     """
-    truth, guess = np.nonzero(confusion)
+    truth, guess = np.divmod(np.flatnonzero(confusion != 0), len(confusion))
     images = confusion[truth, guess].astype(float)
     wrong = truth != guess
-    same = groups[:, truth] == groups[:, guess]
-    accuracy = float(summary.ratio(images[~wrong].sum(), images.sum()))
-    at_level = summary.ratio(same @ images, images.sum())
-    right_group = summary.ratio(same[:, wrong] @ images[wrong], images[wrong].sum())
-    return accuracy, at_level, right_group
+    right, errors = images[~wrong].sum(), images[wrong].sum()
+    same = np.zeros(len(groups))  # errors in the right group
+    truth, guess, images = truth[wrong], guess[wrong], images[wrong]
+    of_class = np.ascontiguousarray(groups.T)
+    size = max(1, BLOCK // max(len(groups), 1))
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        same += images[part] @ (of_class[truth[part]] == of_class[guess[part]])
+    accuracy = float(summary.ratio(right, right + errors))
+    return accuracy, summary.ratio(right + same, right + errors), summary.ratio(same, errors)
 
 
 def right_group_bounds(confusion: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -225,23 +260,28 @@ def right_group_bounds(confusion: np.ndarray, groups: np.ndarray) -> tuple[np.nd
 
     Args:
         confusion: (C, C) images by true and by predicted class.
-        groups: (L, C) the group of each class at each cut.
+        groups: (L, C) the group of each class at each cut, integers from 0.
     """
     wrong = confusion - np.diag(np.diag(confusion))
     missed, given = wrong.sum(1).astype(float), wrong.sum(0).astype(float)
     rate = given
     for _ in range(FITTING_STEPS):
-        share = np.nan_to_num(summary.ratio(missed, rate.sum() - rate))
-        rate = np.nan_to_num(summary.ratio(given, share.sum() - share))
+        share = _over_others(missed, rate)
+        rate = _over_others(given, share)
     occurs = confusion.any(0) | confusion.any(1)
     chance, most = np.zeros((2, len(groups)))
     for i, group in enumerate(groups):
-        _, code = np.unique(group, return_inverse=True)
-        near = np.bincount(code, rate)[code] - rate  # of the other classes of the group
-        chance[i] = missed @ np.nan_to_num(summary.ratio(near, rate.sum() - rate))
-        most[i] = missed @ (np.bincount(code, occurs)[code] > occurs)
+        near = np.bincount(group, rate)[group] - rate  # of the other classes of the group
+        chance[i] = missed @ _over_others(near, rate)
+        most[i] = missed @ (np.bincount(group, occurs)[group] > occurs)
     total = max(missed.sum(), 1.0)
     return chance / total, most / total
+
+
+def _over_others(part: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    """(C,) each of `part` (C,) over the sum of `rate` (C,) of the other classes; 0 where that is 0."""
+    others = rate.sum() - rate
+    return np.divide(part, others, out=np.zeros(len(part)), where=others != 0)
 
 
 def informative_cuts(taxonomy: Taxonomy) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators import level_information
 from taxolens.registry.evaluators.level_information import (
     LevelInformation,
     informative_cuts,
@@ -304,6 +306,37 @@ def test_the_options_reach_the_probes(animals, one_batch, measured):
     assert found.ridge._gram.shape == (4, 4)  # the most variable latents alone
     spread = batch.z[batch.is_fit].var(0, correction=0)
     assert evaluator._probes.latents.tolist() == sorted(spread.topk(4).indices.tolist())
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_the_draws_at_once_are_those_one_by_one(random_dag, one_batch, measured, seed):
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(taxonomy.classes), 80)
+    batch = one_batch(rng.random((80, 6)).astype(np.float32), labels)
+    (evaluator,) = measured(taxonomy, batch, [LevelInformation])
+    reads = []
+    with mock.patch.object(
+        level_information, "read_levels", lambda *args: reads.append(1) or read_levels(*args)
+    ):
+        draws = evaluator.context.permutations
+        at_once = [evaluator.compute(permutation=p) for p in draws]
+        tables = evaluator.tables()["levels"]
+    # Two features: all draws at once, and the levels of the tree itself for the table.
+    assert len(reads) == (4 if draws else 2)
+    for p, found in zip(draws, at_once):
+        assert evaluator.context.draw_of(p) is not None
+        alone = evaluator.compute(permutation=p.copy())  # any other array is computed by itself
+        assert evaluator.context.draw_of(p.copy()) is None
+        assert found == pytest.approx(alone, rel=1e-12, abs=1e-12, nan_ok=True)
+    for feature, measure, depth, permuted in tables[
+        ["feature", "measure", "depth", "permuted"]
+    ].itertuples(index=False):
+        at = informative_cuts(taxonomy).index(depth)
+        each = np.array([evaluator.levels(feature, p.copy())[measure][at] for p in draws])
+        each = each[np.isfinite(each)]
+        assert permuted == pytest.approx(each.mean() if len(each) else np.nan, nan_ok=True)
 
 
 def test_a_hierarchical_embedding_errs_into_the_right_group(animals, one_batch, measured):

@@ -18,6 +18,7 @@ from taxolens.registry.evaluators.base import (
     EvaluationContext,
     InterventionResult,
 )
+from taxolens.registry.evaluators.parts import moments as moments_module
 from taxolens.registry.evaluators.parts import summary
 from taxolens.registry.evaluators.parts.class_probes import FeatureProbes
 from taxolens.registry.evaluators.parts.embedded import EmbeddedImages
@@ -345,6 +346,29 @@ def test_the_share_of_variance_between_groups(offset: float, size: int) -> None:
         between = np.square(means - values.mean(0)).sum()
         whole = np.square(values - values.mean(0)).sum()
         assert found == pytest.approx(between / whole, abs=1e-4)
+
+
+def test_the_share_of_variance_between_large_and_small_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large groups are summed by products, some at a time, and small ones by pairs."""
+    monkeypatch.setattr(moments_module, "BLOCK", 150)
+    rng = np.random.default_rng(2)
+    x = torch.from_numpy(rng.normal(size=(300, 4)).astype(np.float32))
+    labels = torch.from_numpy(rng.integers(0, 50, 300))  # 10 of 60 classes have no image
+    moments = ClassMoments(60, 1, x)
+    moments.update(x, [labels])
+    sizes = ([30, 30], [20, 1, 1, 8, 25, 5], [6] * 10, [7, 5, 6, 6, 6] * 2, [2] * 30, [1] * 60)
+    groups = [rng.permutation(np.repeat(np.arange(len(k)) * 2, k)) for k in sizes]
+    groups.append(np.repeat([0, 1], [50, 10]))  # a group without an image
+    sums = moments.sums[0].double().numpy()
+    for group, found in zip(groups, moments.variance_share(np.array(groups), 0)):
+        between = 0.0
+        for g in set(group[:50]):
+            images = moments.counts[0][group == g].sum()
+            between += np.square(sums[group == g].sum(0)).sum() / images
+        whole = np.square(sums.sum(0)).sum() / 300
+        assert found == pytest.approx((between - whole) / (moments.squares - whole), abs=1e-6)
 
 
 def test_moments_without_an_image() -> None:

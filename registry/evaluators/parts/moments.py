@@ -9,6 +9,11 @@ from torch import Tensor
 from ..base import require_same
 from . import summary
 
+BLOCK = 2**22
+"""Approximate number of cells, or pairs of classes, in memory at a time."""
+LARGE = 1 / 10
+"""Share of the classes from which on a group is large: its sum is computed by a dense product."""
+
 
 class ClassMoments:
     """Per-class sums of a feature about a fixed offset, and the total sum of squares.
@@ -48,23 +53,51 @@ class ClassMoments:
         self._gram.clear()
 
     def variance_share(self, groups: np.ndarray, labelling: int) -> np.ndarray:
-        """(L,) between-group over total variance, for groups (L, C).
+        """(L,) between-group over total variance, for groups (L, C) of integers from 0.
 
         Σ_g ‖s_g‖²/n_g − ‖s‖²/n with s the sums; ‖s_g‖² is a sum over the Gram matrix of the
         classes' sums, computed once for all cuts and permutations.
         """
         if labelling not in self._gram:
             sums = self.sums[labelling]
-            self._gram[labelling] = (sums @ sums.T).double().cpu().numpy()
+            self._gram[labelling] = (sums @ sums.T).cpu().double().numpy()
         gram, counts = self._gram[labelling], self.counts[labelling]
         n = counts.sum()
         whole = gram.sum() / n if n else np.nan
-        share = np.full(len(groups), np.nan)
-        for i, group in enumerate(groups):
-            _, code = np.unique(group, return_inverse=True)
-            size = np.bincount(code, counts)
-            own = (gram * (code[:, None] == code)).sum(1)  # ⟨s_c, s of c's group⟩
-            squares = np.bincount(code, own)
-            between = np.divide(squares, size, out=np.zeros_like(size), where=size > 0).sum()
-            share[i] = summary.ratio(between - whole, self.squares - whole)
-        return share
+        between = _between(gram, counts, groups)
+        return summary.ratio(between - whole, self.squares - whole)
+
+
+def _between(gram: np.ndarray, counts: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(L,) Σ_g ‖s_g‖²/n_g for groups (L, C) and images (C,) of each class."""
+    between = np.zeros(len(groups))
+    large: list[tuple[int, int]] = []  # row and group
+    for row, group in enumerate(groups):
+        size, images = np.bincount(group), np.bincount(group, counts)
+        size[images == 0] = 0
+        big = np.flatnonzero(size > LARGE * len(group))
+        large += [(row, g) for g in big.tolist()]
+        size[big] = 0
+        between[row] = (_sums_by_pair(gram, group, size) / images[size > 0]).sum()
+    step = max(1, BLOCK // max(len(gram), 1))
+    for start in range(0, len(large), step):
+        row, group = np.array(large[start : start + step]).T
+        members = (groups[row] == group[:, None]).astype(float)
+        squares = np.einsum("kc,kc->k", members @ gram, members)
+        np.add.at(between, row, squares / (members @ counts))
+    return between
+
+
+def _sums_by_pair(gram: np.ndarray, group: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The sum of `gram` (C, C) over the pairs of classes of each group of `group` (C,), for the
+    groups whose `size` (G,) in classes is not 0."""
+    classes = group.argsort(kind="stable")
+    partners = size[group[classes]]
+    classes, partners = classes[partners > 0], partners[partners > 0]
+    k = size[size > 0]
+    if not len(k):
+        return np.zeros(0)
+    first = np.repeat(classes * len(gram), partners)
+    shift = np.cumsum(partners) - partners - np.repeat(np.cumsum(k) - k, k)
+    second = classes[np.arange(len(first)) - np.repeat(shift, partners)]
+    return np.add.reduceat(gram.ravel()[first + second], np.cumsum(k**2) - k**2)
