@@ -135,7 +135,7 @@ def evaluators(device: str, small: bool, folder: Path) -> Iterator[Row]:
     for n_images in (few, many):
         yield from evaluator_rows(bench, latents, n_images, nulls=n_images == few)
         held = held_out(bench, latents, n_images)
-        batches = torch.from_numpy(held.tokens[:, 0]).to(device).split(bench.images_at_once)
+        batches = torch.from_numpy(held.tokens[:, 0]).to(device).split(bench.batch_size)
         with torch.no_grad():
             encoding = per_call(
                 lambda of=batches: [latents.encode(batch) for batch in of], device, small

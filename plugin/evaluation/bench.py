@@ -118,18 +118,23 @@ class Bench:
         taxonomy: the class tree.
         chosen: evaluator name -> (class, its options).
         settings: nulls, controls, permutations, seed, aggregate and device are read from it.
-        images_at_once: images in one batch.
+        images_at_once: images in one batch; by default 512, and 2,048 on CUDA, where each batch costs launches.
     """
 
     taxonomy: Taxonomy
     chosen: Chosen
     settings: EvaluationSettings = EvaluationSettings()
-    images_at_once: int = 512
+    images_at_once: int | None = None
 
     @property
     def device(self) -> str:
         """Device on which latents are computed."""
         return self.settings.device or "cpu"
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one batch."""
+        return self.images_at_once or (2048 if self.device.startswith("cuda") else 512)
 
     def wants(self, what: str) -> bool:
         """Whether an evaluator wants an "embedding", an "intervention" or "peers"."""
@@ -198,7 +203,7 @@ class Bench:
         batch = partial(self._batch, source, held_out)
 
         def batches() -> Iterator[EvaluationBatch]:
-            for positions, is_fit in split.batches(self.images_at_once):
+            for positions, is_fit in split.batches(self.batch_size):
                 yield batch(positions, is_fit)
                 if progress is not None:
                     progress(len(positions))
