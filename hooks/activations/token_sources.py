@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ State = dict[str, Any]
 
 BAR_DELAY = 5  # seconds after which the progress through a window is shown
 GATHERED_BYTES = 1 << 28  # read from a cache at once, in the order of the file
+SHARE_OF_DEVICE = 0.2  # of the free memory of a GPU, up to which a cache is kept there whole
 
 
 def passes_of_window(tokens_per_image: int, n_batches_in_buffer: int) -> int:
@@ -381,8 +383,21 @@ class CacheSource:
             rows[here] = order[places[here] % self.n_tokens]
         return torch.from_numpy(rows)
 
+    @cached_property
+    def _resident(self) -> Batch | None:
+        """The whole cache on the device, where a fifth of the device's free memory holds it."""
+        device, dtype = self.delivery.device, self.delivery.dtype
+        width = sum(column.shape[-1] for column in self._columns.values())
+        size = self.n_tokens * width * dtype.itemsize
+        if size > SHARE_OF_DEVICE * _free_bytes(device):
+            return None
+        return {name: column.tensor().to(device, dtype) for name, column in self._columns.items()}
+
     def _gather(self, rows: Tensor) -> Batch:
         """Read in the order of the file, give back in the order asked for."""
+        if self._resident is not None:
+            rows = rows.to(self.delivery.device)
+            return {name: kept.index_select(0, rows) for name, kept in self._resident.items()}
         in_file_order, order = rows.sort()
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
@@ -395,6 +410,11 @@ class CacheSource:
 
 
 TokenSource: TypeAlias = ModelSource | CacheSource
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; 0 for other devices."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _described(preprocess: Any) -> Any:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
+from far_device import FAR_DEVICES, on
+from taxolens.hooks.activations import token_sources
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import Extraction, TokenExtractor, model_fingerprint
 from taxolens.hooks.activations.stream import ActivationStream
@@ -433,6 +435,22 @@ def test_a_cache_is_gathered_in_large_pieces_of_any_size(cache, monkeypatch):
     batches = take(stream_of(None, None, cache=cache), 90)
     monkeypatch.setattr("taxolens.hooks.activations.token_sources.GATHERED_BYTES", 3000)
     assert equal(take(stream_of(None, None, cache=cache), 90), batches)
+
+
+@pytest.mark.parametrize("device", ["cpu", *FAR_DEVICES])
+@pytest.mark.parametrize("share", [0.999, 1.001])
+def test_a_cache_that_a_fifth_of_the_device_holds_is_kept_there(cache, monkeypatch, device, share):
+    """And is not copied for each batch; either way the batches are the same numbers."""
+    expected = take(stream_of(None, None, cache=cache), 30)
+    size = sum(cache.tensor(name).nbytes for name in HOOKS)
+    monkeypatch.setattr(token_sources, "_free_bytes", lambda device: size * share / 0.2)
+    with on(device):
+        stream = stream_of(None, None, cache=cache, device=device)
+        batches = take(stream, 30)
+        assert (stream._source._resident is None) == (share < 1)
+        assert {b.device.type for batch in batches for b in batch.values()} == {device}
+        batches = [{name: b.cpu() for name, b in batch.items()} for batch in batches]
+    assert equal(batches, expected)
 
 
 def test_a_cache_without_what_is_asked_for(cache):
