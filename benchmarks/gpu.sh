@@ -27,7 +27,7 @@ status=0
 OMP_NUM_THREADS=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}" timeout --kill-after 5 "${TEST_SECONDS:-100}" \
     "$PYTHON" -m pytest -p no:cacheprovider -p failures_as_they_come --tb=short --no-summary \
     $parallel -k cuda \
-    tests/hooks/test_cache.py tests/hooks/test_families_contract.py \
+    tests/hooks/test_activations.py tests/hooks/test_cache.py tests/hooks/test_families_contract.py \
     tests/plugin/test_device.py tests/plugin/test_resume.py tests/plugin/test_runner.py \
     tests/registry/test_architectures_contract.py tests/registry/test_device.py \
     tests/registry/test_pursuit_triton.py tests/registry/test_sparse_step.py \

@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--store]
 
 FLOPs of a forward pass are counted by torch on the model without weights (meta device). The rate of
-decoding is that of docs/results/feeding.json. Seconds of a GPU assume a share of its peak (`SHARE`), which
-is no measurement.
+decoding is that of docs/results/feeding.json; those of a GPU are two rows of docs/results/gpu.json. Several
+GPUs are taken to do as many times as much, which is no measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 DATASETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122, "a billion images": 10**9}
 MODEL, PATCHES, D_SAE, EPOCHS, THRESHOLDS = "g", 256, 12_288, 30, 14
-PEAK, SHARE = 989e12, 0.4  # dense bf16 FLOP/s of an H100 SXM (NVIDIA's data sheet); assumed share
+FORWARD = "to the class tokens of all blocks, ViT-g"
+STEP = "topk, d 1,536, m 12,288, batch 4,096: ours"
 GPUS = 8
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="store_true", help="write the table of docs/scale.md")
     args = parser.parse_args()
-    text = shown(forward_flops(MODEL), timing.stored("feeding"))
+    text = shown(forward_flops(MODEL), timing.stored("feeding"), timing.stored("gpu"))
     print(text)
     if args.store:
         timing.show("scale", text, timing.ROOT / "docs" / "scale.md")
@@ -48,13 +49,13 @@ def forward_flops(size: str) -> float:
     return float(counter.get_total_flops())
 
 
-def shown(flops: float, feeding: dict[str, Any]) -> str:
+def shown(flops: float, feeding: dict[str, Any], gpu: dict[str, Any]) -> str:
     """The table."""
     width, blocks, *_ = timing.MODELS[MODEL]
     rate = feeding["images_per_second"]["ours"]
     head = ["", *DATASETS]
     of = list(DATASETS.values())
-    sae = 12 * width * D_SAE
+    images, tokens = measured(gpu, FORWARD), measured(gpu, STEP)
     rows = [
         ["images", *(f"{n:,}" for n in of)],
         [
@@ -62,26 +63,32 @@ def shown(flops: float, feeding: dict[str, Any]) -> str:
             *(f"{hours(n / rate)} of a core" for n in of),
         ],
         [f"forward, {flops / 1e12:.2f} TFLOP an image", *(f"{n * flops:.1e} FLOP" for n in of)],
-        [f"the same on {GPUS} GPUs", *(hours(n * flops / PEAK / SHARE / GPUS) for n in of)],
+        [f"the same on {GPUS} GPUs", *(hours(n / images / GPUS) for n in of)],
         [f"class tokens of {blocks} blocks, fp16", *(size(2 * n * blocks * width) for n in of)],
         ["patch tokens of one block, fp16", *(size(2 * n * PATCHES * width) for n in of)],
         [
             f"{blocks} SAEs of {D_SAE:,} latents, {EPOCHS} epochs of class tokens, {GPUS} GPUs",
-            *(hours(n * blocks * EPOCHS * sae / PEAK / SHARE / GPUS) for n in of),
+            *(hours(n * blocks * EPOCHS / tokens / GPUS) for n in of),
         ],
         [
             f"{blocks} SAEs, 1 epoch of patch tokens, {GPUS} GPUs",
-            *(hours(n * blocks * PATCHES * sae / PEAK / SHARE / GPUS) for n in of),
+            *(hours(n * blocks * PATCHES / tokens / GPUS) for n in of),
         ],
     ]
     text = (
         f"ViT-{MODEL} at 224 pixels, width {width:,}. The rate of decoding is measured (docs/results/feeding.json; "
         f"{timing.on_what(feeding)}). FLOPs are counted, bytes computed. "
-        f"{PEAK * SHARE / flops / rate:.1f} such cores decode as fast as one such GPU computes. Times of GPUs are computed at {SHARE:.0%} "
-        f"of the bf16 peak of an H100 ({PEAK / 1e12:,.0f} TFLOP/s) and were **not measured**; the steps of an SAE count 12 d m "
-        "FLOPs a token."
+        f"{images / rate:.1f} such cores decode as fast as one GPU computes. Times of GPUs are {GPUS} times the rates of one H100 "
+        f"(docs/results/gpu.json: {images:,.0f} images/s from JPEGs in bf16 autocast, {tokens:,.0f} tokens/s of TopK in bf16 "
+        f"autocast; torch {gpu['machine']['torch']}); {GPUS} GPUs together were **not measured**."
     )
     return f"{timing.table(head, rows)}\n\n{text}"
+
+
+def measured(gpu: dict[str, Any], row: str) -> float:
+    """The rate of a row of `gpu.py`."""
+    (value,) = (value for name, value in gpu["rows"] if name.endswith(row))
+    return float(value.split()[0].replace(",", ""))
 
 
 def hours(seconds: float) -> str:
