@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +116,24 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(
         "the Triton kernels of matching pursuit fail, torch's operations are used: RuntimeError: "
         "no compiler for this device"
     ]
+
+
+def test_a_kernel_runs_on_the_device_of_its_first_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would take the current one, which is another for each further rank of a machine."""
+    calls: list[Any] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        calls.append(tensor)
+        yield
+        calls.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kernels = TritonKernels("pursuit_triton", "matching pursuit")
+    kernels._imported = SimpleNamespace(double=lambda x, y: calls.append("runs") or x + y)
+    one = torch.ones(2)
+    assert kernels.run("double", one, one).tolist() == [2, 2]
+    assert calls[0] is one and calls[1:] == ["runs", "left"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -353,7 +353,7 @@ def counted(mask: Tensor) -> Callable[[], int]:
     if not mask.is_cuda:
         return lambda: int(count)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(mask.device))
 
     def read() -> int:
         done.synchronize()

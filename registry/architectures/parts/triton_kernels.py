@@ -7,6 +7,7 @@ import importlib
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,16 @@ class TritonKernels:
         """Whether the kernels can be run where the tensor lies."""
         return tensor.is_cuda and self.module is not None
 
-    def run(self, function: str, *args: Any) -> Any:
-        """What a function of the module returns; None where torch's operations have to do it."""
+    def run(self, function: str, tensor: Tensor, *args: Any) -> Any:
+        """What a function of the module returns; None where torch's operations have to do it.
+
+        It runs on the device of `tensor`, its first argument: Triton would take the current one.
+        """
         if self.module is None:
             return None
         try:
-            return getattr(self.module, function)(*args)
+            with torch.cuda.device_of(tensor):
+                return getattr(self.module, function)(tensor, *args)
         except Exception as error:  # of the compiler, or of the launch: not tried again
             self.impossible = True
             logger.warning(
