@@ -32,7 +32,7 @@ def pre_activations(product: Tensor, bias: Tensor, norms: Tensor | None) -> Tens
     out = torch.empty(n, m, dtype=dtype, device=product.device)
     given = [product.contiguous(), bias, bias if norms is None else norms.contiguous()]
     if n:
-        _launch(_pre_activations, (n, triton.cdiv(m, 4096)), 8)(
+        _launch(_pre_activations, (n, -(-m // 4096)), 8)(
             *given, out, m, BLOCK=4096, SCALE=norms is not None
         )
     return out
@@ -52,7 +52,7 @@ def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     pre = pre.contiguous()
     values = torch.empty(n, k, dtype=pre.dtype, device=pre.device)
     columns = torch.empty(n, k, dtype=torch.int64, device=pre.device)
-    kept = max(256, triton.next_power_of_2(4 * k))
+    kept = max(256, _power_of_2(4 * k))
     candidates = torch.empty(2, n, kept, dtype=torch.int32, device=pre.device)
     if n:
         _launch(_largest_of_rows, (n,), 4)(
@@ -71,11 +71,9 @@ def weighted_rows(
     n, d = len(offsets) - 1, table.shape[1]
     given = [tensor.contiguous() for tensor in (values, columns, offsets, table)]
     out = torch.empty(n, d, dtype=dtype, device=table.device)
-    block = min(256, max(16, triton.next_power_of_2(d)))
+    block = min(256, max(16, _power_of_2(d)))
     if n:
-        _launch(_weighted_rows, (n, triton.cdiv(d, block)), 4)(
-            *given, out, d, BLOCK=block, FIRINGS=16
-        )
+        _launch(_weighted_rows, (n, -(-d // block)), 4)(*given, out, d, BLOCK=block, FIRINGS=16)
     return out
 
 
@@ -87,10 +85,15 @@ def products_of_rows(left: Tensor, offsets: Tensor, columns: Tensor, table: Tens
     n, d = left.shape
     given = [tensor.contiguous() for tensor in (left, offsets, columns, table)]
     out = torch.empty(len(columns), dtype=torch.float32, device=left.device)
-    block = min(256, max(16, triton.next_power_of_2(d)))
+    block = min(256, max(16, _power_of_2(d)))
     if n:
         _launch(_products_of_rows, (n,), 4)(*given, out, d, BLOCK=block, FIRINGS=16)
     return out
+
+
+def _power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], num_warps: int) -> Any:
