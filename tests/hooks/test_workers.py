@@ -219,9 +219,10 @@ def test_a_stopped_worker_ends_the_work(monkeypatch):
         num_workers=1,
         prefetch_factor=1,
     )
+    ending = set(multiprocessing.active_children())  # those of a test before this one
     batches = reading.batches(range(40))
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - ending
     os.kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(
         TaxolensError, match=r"num_workers: processes that decode images were stopped"
