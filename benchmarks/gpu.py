@@ -27,12 +27,11 @@ from typing import Any
 import forward as forward_script
 import matching_pursuit
 import numpy as np
+import sparse_step
 import timing
 import torch
-from sae_lens import LoggingConfig, TopKSAE, TopKSAEConfig
-from sae_lens.config import SAETrainerConfig
+from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from sae_lens.training.sae_trainer import SAETrainer
 from taxolens import evaluate_run, load_taxonomy
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.images.dataset import load_images
@@ -105,26 +104,13 @@ def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:
         for name, is_sparse in (("SAELens's step", False), ("ours", True)):
             cfg = TrainingSAEConfig.from_dict({**settings, "device": device})
             sae = with_sparse_step(TrainingSAE.from_dict(cfg.to_dict()), is_sparse).to(device)
-            trainer = trainer_of(sae, batch, device)
+            trainer = sparse_step.trainer_of(sae, batch, device, window=1000, autocast=True)
             if is_sparse:
                 fuse_optimizer(trainer.optimizer)
             rate = batch / per_call(lambda t=trainer, x=tokens: t.step(x), device, small)
             of_peak = f", {10 * d_in * d_sae * rate / peak:.1%} of the bf16 peak" if peak else ""
             yield f"{architecture}, d {d_in:,}, m {d_sae:,}, batch {batch:,}: {name}", f"{rate:,.0f} tokens/s{of_peak}"  # fmt: skip
             del trainer, sae
-
-
-def trainer_of(sae: TrainingSAE[Any], batch: int, device: str) -> SAETrainer[Any, Any]:
-    """SAELens's trainer of an SAE, which logs and stores nothing."""
-    settings = SAETrainerConfig(
-        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
-        total_training_samples=1 << 40, device=device, autocast=True, lr=1e-4, lr_end=1e-4,
-        lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9, adam_beta2=0.999,
-        lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=batch,
-        dead_feature_window=1000, feature_sampling_window=2000,
-        logger=LoggingConfig(log_to_wandb=False),
-    )  # fmt: skip
-    return SAETrainer(settings, sae, iter(()))
 
 
 def evaluators(device: str, small: bool, folder: Path) -> Iterator[Row]:

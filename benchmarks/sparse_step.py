@@ -129,11 +129,14 @@ def first_gradients(sae: TrainingSAE, x: torch.Tensor) -> dict[str, torch.Tensor
     return found
 
 
-def trainer_of(sae: TrainingSAE, batch: int, device: str, window: int) -> SAETrainer:
+def trainer_of(
+    sae: TrainingSAE, batch: int, device: str, window: int, autocast: bool = False
+) -> SAETrainer:
     """SAELens's trainer, with its defaults; a latent is dead after more steps than `window`."""
     cfg = SAETrainerConfig(
-        10**9, batch, lr=1e-4, lr_end=1e-5, dead_feature_window=window, device=device
-    )
+        10**9, batch, lr=1e-4, lr_end=1e-5, dead_feature_window=window, device=device,
+        autocast=autocast,
+    )  # fmt: skip
     return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
 

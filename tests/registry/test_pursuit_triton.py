@@ -118,6 +118,26 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning(
     ]
 
 
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "served"),
+    [
+        (True, torch.float32, True),
+        (True, torch.bfloat16, True),
+        (True, torch.int64, True),
+        (True, torch.float64, False),
+        (False, torch.float32, False),
+    ],
+)
+def test_kernels_take_what_they_compute_exactly(
+    is_cuda: bool, dtype: torch.dtype, served: bool
+) -> None:
+    kernels = TritonKernels("pursuit_triton", "matching pursuit")
+    kernels._imported = SimpleNamespace()
+    assert kernels.serve(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) == served
+    kernels.impossible = True
+    assert not kernels.serve(SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
+
+
 def test_a_kernel_runs_on_the_device_of_its_first_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton would take the current one, which is another for each further rank of a machine."""
     calls: list[Any] = []
@@ -131,6 +151,7 @@ def test_a_kernel_runs_on_the_device_of_its_first_argument(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     kernels = TritonKernels("pursuit_triton", "matching pursuit")
     kernels._imported = SimpleNamespace(double=lambda x, y: calls.append("runs") or x + y)
+    monkeypatch.setattr(kernels, "serve", lambda tensor: True)
     one = torch.ones(2)
     assert kernels.run("double", one, one).tolist() == [2, 2]
     assert calls[0] is one and calls[1:] == ["runs", "left"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from far_device import CUDA
 from taxolens.registry.architectures.parts import sparse_step
 from torch import Tensor
 from triton_runs import assert_compiles, run, started
@@ -28,11 +29,7 @@ KERNELS = {
     "_weighted_rows": ("*fp32 *i64 *i64 *{of} *fp32 i32", {"BLOCK": 256, "FIRINGS": 16}),
     "_products_of_rows": ("*{of} *i64 *i64 *{of} *fp32 i32", {"BLOCK": 256, "FIRINGS": 16}),
 }
-ON_A_GPU = pytest.param(
-    "cuda",
-    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-)
-DEVICES = pytest.mark.parametrize("device", ["interpreter", ON_A_GPU])
+DEVICES = pytest.mark.parametrize("device", ["interpreter", CUDA])
 
 
 @pytest.mark.parametrize("of", ["fp32", "bf16"])

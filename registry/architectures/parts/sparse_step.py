@@ -175,10 +175,9 @@ def weighted_rows(
 
     `values` and `columns` are (f,), `offsets` (n + 1,), `table` (m, d); the sum is of type `dtype`.
     """
-    if kernels.serve(table):
-        found = kernels.run("weighted_rows", values, columns, offsets, table, dtype)
-        if found is not None:
-            return found
+    found = kernels.run("weighted_rows", values, columns, offsets, table, dtype)
+    if found is not None:
+        return found
     shape = (len(offsets) - 1, len(table))
     weights = torch.sparse_csr_tensor(  # of which there are none in bfloat16
         offsets, columns, values.float(), shape, check_invariants=False
@@ -258,10 +257,9 @@ class SparsePick(torch.autograd.Function):
 
 
 def _pre_activations(product: Tensor, b_enc: Tensor, norms: Tensor | None) -> Tensor:
-    if kernels.serve(product):
-        found = kernels.run("pre_activations", product, b_enc, norms)
-        if found is not None:
-            return found
+    found = kernels.run("pre_activations", product, b_enc, norms)
+    if found is not None:
+        return found
     pre = product + b_enc
     return pre if norms is None else pre * norms
 
@@ -365,8 +363,7 @@ def counted(mask: Tensor) -> Callable[[], int]:
 def runs_on(device: torch.device) -> bool:
     """Whether the device has sparse products, and deterministic ones where the user asks for these.
 
-    On CUDA some operations of the step are not deterministic (`kthvalue` is an error under
-    `torch.use_deterministic_algorithms`).
+    On CUDA torch's operations, which stand in where a kernel cannot run, add in no fixed order.
     """
     if device.type == "cuda":
         return not torch.are_deterministic_algorithms_enabled()

@@ -30,11 +30,10 @@ def pre_activations(product: Tensor, bias: Tensor, norms: Tensor | None) -> Tens
     if norms is not None:
         dtype = torch.promote_types(dtype, norms.dtype)
     out = torch.empty(n, m, dtype=dtype, device=product.device)
-    given = [product.contiguous(), bias, bias if norms is None else norms.contiguous()]
+    given = [tensor.contiguous() for tensor in (product, bias, bias if norms is None else norms)]
     if n:
-        _launch(_pre_activations, (n, -(-m // 4096)), 8)(
-            *given, out, m, BLOCK=4096, SCALE=norms is not None
-        )
+        grid, scale = (n, -(-m // 4096)), norms is not None
+        _launch(_pre_activations, grid, *given, out, m, BLOCK=4096, SCALE=scale, num_warps=8)
     return out
 
 
@@ -55,9 +54,8 @@ def largest_of_rows(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     kept = max(256, _power_of_2(4 * k))
     candidates = torch.empty(2, n, kept, dtype=torch.int32, device=pre.device)
     if n:
-        _launch(_largest_of_rows, (n,), 4)(
-            pre, values, columns, *candidates, m, K=k, KEPT=kept, GROUPS=GROUPS
-        )
+        sizes = {"K": k, "KEPT": kept, "GROUPS": GROUPS}
+        _launch(_largest_of_rows, (n,), pre, values, columns, *candidates, m, **sizes)
     return values, columns
 
 
@@ -73,7 +71,7 @@ def weighted_rows(
     out = torch.empty(n, d, dtype=dtype, device=table.device)
     block = min(256, max(16, _power_of_2(d)))
     if n:
-        _launch(_weighted_rows, (n, -(-d // block)), 4)(*given, out, d, BLOCK=block, FIRINGS=16)
+        _launch(_weighted_rows, (n, -(-d // block)), *given, out, d, BLOCK=block, FIRINGS=16)
     return out
 
 
@@ -87,7 +85,7 @@ def products_of_rows(left: Tensor, offsets: Tensor, columns: Tensor, table: Tens
     out = torch.empty(len(columns), dtype=torch.float32, device=left.device)
     block = min(256, max(16, _power_of_2(d)))
     if n:
-        _launch(_products_of_rows, (n,), 4)(*given, out, d, BLOCK=block, FIRINGS=16)
+        _launch(_products_of_rows, (n,), *given, out, d, BLOCK=block, FIRINGS=16)
     return out
 
 
@@ -96,11 +94,10 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], num_warps: int) -> Any:
-    def launch(*args: Any, **constants: Any) -> None:
-        kernel[grid](*args, **constants, num_warps=num_warps)
-
-    return launch
+def _launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **sizes: Any
+) -> None:
+    kernel[grid](*args, **sizes, num_warps=num_warps)
 
 
 @triton.jit

@@ -38,15 +38,15 @@ class TritonKernels:
         return None if self.impossible else self._imported
 
     def serve(self, tensor: Tensor) -> bool:
-        """Whether the kernels can be run where the tensor lies."""
-        return tensor.is_cuda and self.module is not None
+        """Whether the kernels take the tensor: on CUDA, and not in float64, since they compute in float32."""
+        return tensor.is_cuda and tensor.dtype != torch.float64 and self.module is not None
 
     def run(self, function: str, tensor: Tensor, *args: Any) -> Any:
         """What a function of the module returns; None where torch's operations have to do it.
 
         It runs on the device of `tensor`, its first argument: Triton would take the current one.
         """
-        if self.module is None:
+        if not self.serve(tensor):
             return None
         try:
             with torch.cuda.device_of(tensor):
