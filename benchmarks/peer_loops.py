@@ -121,7 +121,7 @@ def overcomplete(job: dict[str, Any]) -> None:
 
     for block, tokens in activations(job).items():
         sae = TopKSAE(tokens.shape[1], job["d_sae"], top_k=job["k"], device=job["device"])
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=job["device"] == "cuda")
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
         loader = Epoch(tokens, job["batch"])
         epochs = max(1, round(job["steps"] / len(loader)))
         train_sae(

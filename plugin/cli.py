@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..registry.errors import ConfigError, TaxolensError, shortened
-from ..registry.machine import share_cores
+from ..registry.machine import keep_freed_memory, share_cores
 from .commands import COMMANDS, shell
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     share_cores()
+    keep_freed_memory()
     try:
         with _signals():
             return _dispatch(args)

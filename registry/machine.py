@@ -1,7 +1,8 @@
-"""The CPU cores that the process may use: by affinity, by cgroup quota, and shared by the ranks of a job."""
+"""What the process takes of the machine: its CPU cores, shared with other programs, and its memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ OF_THIS_PROCESS = Path("/proc/self/cgroup")
 # Linux; 300,000 by default), milliseconds of LLVM's and Intel's (200 by default). A short wait between two
 # operations is within it; a thread that waits for one whose core another program has gives up its own.
 WAITING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+
+# Parameters of mallopt (https://man7.org/linux/man-pages/man3/mallopt.3.html) and bytes: blocks up to this
+# size are kept when they are freed, and as much at the end of the heap.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_WHEN_FREED = 2**30
 
 
 def usable_cores() -> int:
@@ -44,6 +50,21 @@ def share_cores() -> None:
             os.environ.setdefault(name, value)
     if any(quotas()):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, unless the user has set how it allocates.
+
+    By default it gives blocks of more than 32 MiB back to the kernel, which clears each page of the next
+    block anew. Elsewhere than on glibc this does nothing.
+    """
+    tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or tuned or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(parameter, KEPT_WHEN_FREED)
 
 
 def quotas(root: Path = CGROUPS, of_process: Path = OF_THIS_PROCESS) -> Iterator[float]:

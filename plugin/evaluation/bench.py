@@ -25,9 +25,11 @@ from ...registry.evaluators.base import (
 from ...registry.evaluators.parts.null_latents import LatentSource, NeuronLatents, TwinLatents
 from ...registry.evaluators.parts.planted import PlantedLatents
 from ...registry.evaluators.parts.sae_latents import SAELatents
+from ...registry.evaluators.parts.twin import mean_l0
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import MetricResult
 from .beside_nulls import with_nulls
+from .kept_latents import KeptLatents
 from .settings import EvaluationSettings
 from .split import Split
 
@@ -90,6 +92,8 @@ def image_latents(
     (`aggregate="max"`; of two of one size the positive one), or the mean over the image's tokens (own
     definition); with one token per image the two are the same.
     """
+    if isinstance(source, KeptLatents):
+        return source.of_images(index)
     k = x.shape[1]
     if k == 1:
         return source.encode(x[:, 0], labels=labels, index=index)
@@ -216,6 +220,26 @@ class Bench:
                 calibration=lambda: batch(split.sample(SAMPLE_IMAGES), True),
             )
 
+    @torch.no_grad()
+    def encode_once(
+        self,
+        latents: SAELatents,
+        held_out: HeldOutActivations,
+        *,
+        progress: Progress | None = None,
+    ) -> SAELatents:
+        """The SAE with the latents of all images, for several passes; where they are too many, as it is.
+
+        They are computed in the batches of a pass over all images: that pass has the same latents to the bit.
+        """
+        kept = KeptLatents(latents, len(held_out))
+        for positions, is_fit in held_out.split.batches(self.batch_size):
+            if kept.fits:
+                kept.add(positions, self._batch(latents, held_out, positions, is_fit).z)
+            if progress is not None:
+                progress(len(positions))
+        return kept if kept.fits else latents
+
     def numbers(
         self,
         source: LatentSource,
@@ -326,8 +350,9 @@ class Bench:
 
     def _twins(self, sae: SAELatents, x: Tensor) -> list[LatentSource] | str:
         try:
+            l0 = mean_l0(sae, x)
             return [
-                TwinLatents.fit(sae, x, seed=self.settings.seed, draw=draw)
+                TwinLatents.fit(sae, x, seed=self.settings.seed, draw=draw, l0=l0)
                 for draw in range(self.settings.n_twins)
             ]
         except Exception as error:  # of a third party's architecture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...registry.evaluators.base import EvaluationContext, Evaluator, Peer
 from ...registry.evaluators.parts.accumulators import FiringRate, TopImages
+from ...registry.evaluators.parts.null_latents import LatentSource
 from ...registry.files import write_atomically
 from ..reporting.compare import as_csv
 from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
@@ -64,27 +64,35 @@ def measure_sae(
     sae = folder.load(bench.device)
     latents = SAELatents(sae)
     sources = bench.null_sources(latents, held_out)
-    groups = [f"without group {group}" for group in range(bench.settings.n_groups)]
-    passes: dict[str, Callable[..., dict[str, Numbers | str]]] = {
-        f"{null} {i}": partial(bench.numbers, source, held_out, bench.chosen_for(null), peers=peers)
+    nulls_of: dict[str, tuple[str, LatentSource]] = {
+        f"{null} {i}": (null, source)
         for null, draws in sources.items()
         if not isinstance(draws, str)
         for i, source in enumerate(draws)
     }
-    passes |= {
-        name: partial(bench.left_out, latents, held_out, group) for group, name in enumerate(groups)
-    }
-    mine = team.share({name: act.args[0].d_sae for name, act in passes.items()})
-    left = len(held_out) * sum(name in groups for name in mine) // max(1, len(groups))
+    groups = {f"without group {group}": group for group in range(bench.settings.n_groups)}
+    costs = {name: source.d_sae for name, (_, source) in nulls_of.items()}
+    mine = team.share({**costs, **dict.fromkeys(groups, latents.d_sae)})
+    n_left_out = sum(name in groups for name in mine)
+    n_images = len(held_out) * (len(mine) + team.leads + bool(n_left_out))
     with tqdm(
-        total=len(held_out) * (len(mine) + team.leads) - left,
+        total=n_images - len(held_out) * n_left_out // max(1, len(groups)),
         desc=folder.id,
         unit=" image passes",
         disable=not bench.settings.progress,
     ) as bar:
         progress = team.counting(bar.update)
+        numbers: dict[str, dict[str, Numbers | str]] = {}
         # The nulls come first, so that only the SAE's own pass stays in memory for its tables.
-        numbers = {name: passes[name](progress=progress) for name in mine}
+        for name in (name for name in mine if name in nulls_of):
+            null, source = nulls_of[name]
+            numbers[name] = bench.numbers(
+                source, held_out, bench.chosen_for(null), peers=peers, progress=progress
+            )
+        if n_left_out:
+            latents = bench.encode_once(latents, held_out, progress=progress)
+        for name in (name for name in mine if name in groups):
+            numbers[name] = bench.left_out(latents, held_out, groups[name], progress=progress)
         if not team.leads:
             team.gather(folder.id, numbers)
             return None

@@ -1,4 +1,4 @@
-"""Which training step the SAEs of a run have: the sparse one or SAELens's, and Adam in one kernel on CUDA."""
+"""Which training step the SAEs of a run have: the sparse one or SAELens's, and Adam in one kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from sae_lens.saes.sae import TrainingSAE
 from ...registry.architectures.parts.sparse_step import with_sparse_step
 from ...registry.ranks import Ranks
 from .data_parallel import OVER_THE_BATCH
+
+FUSED_ON = ("cpu", "cuda")
 
 
 def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
@@ -29,14 +31,14 @@ def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
 
 
 def fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Let Adam update weights on CUDA in one kernel (torch's `fused`), those elsewhere as by default.
+    """Let Adam update weights on CUDA and on the CPU in one kernel (torch's `fused`), others as by default.
 
-    Both follow from where the weights lie, also after a checkpoint of the other kind was loaded. The fused
-    form differs by rounding.
+    By default it passes over the weights once for each of its operations. The form follows from where the
+    weights lie, also after a checkpoint of the other form was loaded; the two differ by rounding.
     """
     for group in optimizer.param_groups:
         weights = group["params"]
-        fused = all(weight.is_cuda and weight.is_floating_point() for weight in weights)
+        fused = all(w.device.type in FUSED_ON and w.is_floating_point() for w in weights)
         group["fused"] = fused or None
         for weight in weights:
             if state := optimizer.state.get(weight):

@@ -13,15 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
+from scipy import sparse
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
+from scipy.stats import rankdata
 
 from ..errors import ConfigError
 from ..presentation import Support
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts
-from .parts.ranks import spearman
+from .parts.ranks import pearson
 from .parts.sums import ActivationSums, LatentSums
 
 FEATURES = ("z", "x")
@@ -166,12 +168,27 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         """The probe of one feature."""
         if feature not in self._sums:
             return UNDEFINED
-        means = self._sums[feature].means(shuffled)
-        means = (means.T if feature == "z" else means).astype(np.float64)
+        means = self._means(feature, shuffled)
         if permutation is not None:  # the class at each leaf
             means = means[np.argsort(permutation)]
         found = [self._ask(means, split) for split in self.splits] or [UNDEFINED]
         return Fitted(*(summary.mean(column) for column in zip(*found)))
+
+    @remembered
+    def _means(self, feature: str, shuffled: bool) -> np.ndarray:
+        """(C, w) class means, NaN for a class without images; the same for every permutation.
+
+        Where w would exceed C they are in coordinates of their span, which have the same distances and
+        products.
+        """
+        means = self._sums[feature].means(shuffled)
+        means = (means.T if feature == "z" else means).astype(np.float64)
+        known = np.all(np.isfinite(means), axis=1)
+        if means.shape[1] <= len(means) or not known.any():
+            return means
+        spanning = np.full((len(means), np.count_nonzero(known)), np.nan)
+        spanning[known] = np.asarray(np.linalg.qr(means[known].T, mode="r")).T
+        return spanning
 
     def _ask(self, means: np.ndarray, split: Split) -> Fitted:
         known = np.all(np.isfinite(means), axis=1)
@@ -180,25 +197,30 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
         asked = split.asked[seen]
         if min(len(fitted), len(asked)) < 4 or not means.shape[1]:
             return UNDEFINED
-        distance = self.taxonomy.tree_distance.astype(np.float64)
-        among = distance[np.ix_(fitted, fitted)]
         coordinates = self._coordinates(fitted)
         mapped = ridge_map(
             means[fitted], coordinates, np.concatenate([means[fitted], means[asked]])
         )
         own, new = mapped[: len(fitted)], mapped[len(fitted) :]
-        wanted = squareform(distance[np.ix_(asked, asked)], checks=False)
+        wanted, ceiling = self._pairs(asked)
         uuas, plain_uuas = float("nan"), float("nan")
         if seen.all():
             uuas, plain_uuas = spanned(new, split), spanned(means[asked], split)
         return Fitted(
-            spearman(pdist(new, "sqeuclidean"), wanted),
-            spearman(pdist(means[asked], "sqeuclidean"), wanted),
-            spearman(pdist(own, "sqeuclidean"), squareform(among, checks=False)),
+            pearson(rankdata(pdist(new, "sqeuclidean")), wanted),
+            pearson(rankdata(pdist(means[asked], "sqeuclidean")), wanted),
+            pearson(rankdata(pdist(own, "sqeuclidean")), self._pairs(fitted)[0]),
             uuas,
             plain_uuas,
-            tie_ceiling(wanted),
+            ceiling,
         )
+
+    @remembered
+    def _pairs(self, places: np.ndarray) -> tuple[np.ndarray, float]:
+        """Ranks of the tree distances of all pairs of these leaves, and their `tie_ceiling`."""
+        distance = self.taxonomy.tree_distance[np.ix_(places, places)].astype(np.float64)
+        pairs = squareform(distance, checks=False)
+        return rankdata(pairs), tie_ceiling(pairs)
 
     @remembered
     def _coordinates(self, places: np.ndarray) -> np.ndarray:
@@ -281,12 +303,12 @@ def ridge_map(fitted: np.ndarray, points: np.ndarray, held_out: np.ndarray) -> n
     scale = values.mean()
     if not scale > 1e-12 * np.square(fitted).sum(1).mean():  # constant, up to rounding
         return np.zeros((len(held_out), points.shape[1]))
-    turned = vectors.T @ points
+    turned, squares = vectors.T @ points, vectors**2
     best, least = None, np.inf
     for ridge in RIDGES:
         weight = 1 / (values + ridge * scale)
         # 1/n: the leverage of the estimated mean.
-        leverage = 1 / len(fitted) + (vectors**2 * (values * weight)).sum(1)
+        leverage = 1 / len(fitted) + squares @ (values * weight)
         rest = points - vectors @ ((values * weight)[:, None] * turned)
         error = np.square(rest / (1 - leverage).clip(min=1e-6)[:, None]).sum()
         if error < least:
@@ -317,8 +339,10 @@ def spanned(points: np.ndarray, split: Split) -> float:
     members = split.members.astype(np.float64)
     nodes = members.T @ points / members.sum(0)[:, None]
     distance = pdist(nodes)
-    # scipy takes what is below 1e-8 as "no edge"; the spanning tree depends on the order alone.
-    distance = squareform(1 + distance / distance.max())
-    first, second = minimum_spanning_tree(np.triu(distance, 1)).nonzero()
+    # A stored 0 is "no edge" to scipy; the spanning tree depends on the order alone.
+    _, second = np.triu_indices(len(nodes), 1)
+    ends = np.append(0, np.cumsum(np.arange(len(nodes))[::-1]))
+    pairs = sparse.csr_array((1 + distance / distance.max(), second, ends), shape=(len(nodes),) * 2)
+    first, second = minimum_spanning_tree(pairs).nonzero()
     found = set(zip(first.tolist(), second.tolist()))
     return float(np.mean([(min(e), max(e)) in found for e in split.edges]))

@@ -17,9 +17,11 @@ from results_factory import tree
 from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.plugin.evaluation import bench as bench_module
+from taxolens.plugin.evaluation import kept_latents
 from taxolens.plugin.evaluation import latent_cards as cards
 from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations, SAELatents, image_latents
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
+from taxolens.plugin.evaluation.kept_latents import KeptLatents
 from taxolens.plugin.evaluation.measure_sae import share_card_facts
 from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
@@ -277,6 +279,50 @@ def test_a_null_without_meaning_is_not_computed(sae: Any, held_out: HeldOutActiv
     tested = bench(chosen=chosen, settings=EvaluationSettings(nulls=("neurons", "shuffled")))
     assert tested.null_sources(SAELatents(sae), held_out) == {}
     assert tested.chosen_for("neurons") == {}
+
+
+# Latents that are encoded once -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_latents_encoded_once_are_those_of_every_pass(
+    sae: Any, labels: np.ndarray, aggregate: str, signed: bool
+) -> None:
+    class Signed(SAELatents):
+        def encode(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+            z = super().encode(x)
+            return torch.where(x[:, :1] > 0, z, -z) if signed else z
+
+    generator = np.random.default_rng(0)
+    tokens = generator.normal(size=(len(labels), 3, D)).astype(np.float32)
+    patches = HeldOutActivations(tokens, Split.halves(labels, N_CLASSES, 1))
+    tested = bench(settings=EvaluationSettings(aggregate=aggregate))
+    latents, seen = Signed(sae), []
+    kept = tested.encode_once(latents, patches, progress=seen.append)
+    assert isinstance(kept, KeptLatents) and sum(seen) == len(patches)
+    for source in (latents, kept):
+        tested.run(source, patches)
+        tested.left_out(source, patches, 2)
+    plain, plain_rest, once, once_rest = Recorder.made
+    for one, other, exactly in ((plain, once, True), (plain_rest, once_rest, False)):
+        for batch, wanted in zip(other.batches, one.batches, strict=True):
+            assert torch.equal(batch.index, wanted.index)
+            # A row of a product may depend on the other rows of its batch, by rounding.
+            tolerance = 0.0 if exactly else 1e-5
+            torch.testing.assert_close(batch.z, wanted.z, rtol=tolerance, atol=tolerance)
+
+
+def test_latents_that_are_too_many_are_encoded_again(
+    sae: Any, held_out: HeldOutActivations, monkeypatch
+) -> None:
+    latents, tested = SAELatents(sae), bench()
+    monkeypatch.setattr(kept_latents, "KEPT", 4 * len(held_out))  # k = 4
+    seen: list[int] = []
+    assert isinstance(tested.encode_once(latents, held_out), KeptLatents)
+    monkeypatch.setattr(kept_latents, "KEPT", 4 * len(held_out) - 1)
+    assert tested.encode_once(latents, held_out, progress=seen.append) is latents
+    assert sum(seen) == len(held_out)
 
 
 # The pass ---------------------------------------------------------------------------------------

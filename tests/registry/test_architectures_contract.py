@@ -322,7 +322,8 @@ def test_the_untrained_twin_differs_in_its_weights_only(name, kind, tmp_path):
         if kind != "b_dec kept" or "b_enc" in before or "b_gate" in before:
             assert error <= (x - x.mean(0)).square().sum() * 1.05
         for other_scale in (0.95, 1.05):
-            twin = TwinLatents(first.sae, scale=first.scale * other_scale)
+            twin = TwinLatents(first.sae, None, x)
+            twin.scale = first.scale * other_scale
             assert error <= (x - twin.reconstruct(x)[1]).square().sum()
     assert all(torch.equal(before[key], tensor) for key, tensor in sae.state_dict().items())
 

@@ -1,6 +1,7 @@
 """Cores by affinity, by the quotas of both versions of cgroups, and shared by the ranks of a machine."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,48 @@ def test_the_command_line_sets_it_before_torch() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "10000 False"
+
+
+FAULTS = """
+import os, resource, sys
+from taxolens.plugin.cli import main
+main(["--version"])
+counts = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(os.urandom(1)) * (64 << 20)
+    del block
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(counts[2:]) * resource.getpagesize() / (64 << 20))
+"""
+
+
+def share_of_pages_cleared_again(**variables: str) -> float:
+    """Of a block of 64 MiB that is made and freed over and over, once the command line has begun."""
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment | variables, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    return float(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
+def test_the_command_line_keeps_freed_memory() -> None:
+    assert share_of_pages_cleared_again() < 0.01
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"},
+    ],
+)
+def test_how_the_user_lets_memory_be_allocated_stays(variables: dict[str, str]) -> None:
+    assert share_of_pages_cleared_again(**variables) > 0.001  # by pages of 4 KiB, or of 2 MiB
+
+
+def test_another_c_library_is_left_alone(monkeypatch) -> None:
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
+    machine.keep_freed_memory()

@@ -229,6 +229,27 @@ def test_an_absent_class_is_no_held_out_class(one_batch: Measured, measured: Mea
     assert np.isfinite(evaluator.compute()["x_spearman"])
 
 
+def test_more_dimensions_than_classes_change_nothing(
+    one_batch: Measured, measured: Measured
+) -> None:
+    """Means in coordinates of their span have the same distances: zeros and turns add nothing."""
+    tree = wide_tree()
+    labels = np.repeat(np.arange(30), 4)  # six classes are absent
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 20, generator=generator)
+    z = np.random.default_rng(0).random((120, 20)).astype(np.float32)
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+    wide_x = (torch.nn.functional.pad(x, (0, 280)).double() @ turn).float()
+    wide_z = np.pad(z, ((0, 0), (0, 280)))
+    numbers, wide = (
+        measured(tree, one_batch(latents, labels, x=of), [TreeProbe])[0].compute()
+        for latents, of in ((z, x), (wide_z, wide_x))
+    )
+    assert np.isfinite(numbers["x_spearman"])
+    for metric, value in numbers.items():
+        assert wide[metric] == pytest.approx(value, abs=1e-5, nan_ok=True), metric
+
+
 def test_few_classes_are_undefined(one_batch: Measured, measured: Measured) -> None:
     tree = Taxonomy.from_edges([("r", c) for c in "abcdef"])
     labels = np.repeat(np.arange(6), 4)

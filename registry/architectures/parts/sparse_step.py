@@ -144,6 +144,21 @@ class OfLatents(torch.autograd.Function):
         return ctx.where.sums(gradients[0]), None
 
 
+class RowNorms(torch.autograd.Function):
+    """`apply(table)`: the norms (m,) of the rows of a table (m, d); their gradient in one pass over it."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        norms = table.norm(dim=-1)
+        ctx.save_for_backward(table, norms)
+        return norms
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        table, norms = ctx.saved_tensors
+        return table * (gradients[0] / _above_zero(norms)).unsqueeze(1)
+
+
 class WeightedRows(torch.autograd.Function):
     """`apply(values, table, where)`: sums (n, d) of the rows of a table (m, d) at `Firings`, weighted by values (f,)."""
 
@@ -490,7 +505,7 @@ class SparseStep(TopKTrainingSAE):
         """(m,) norms of the decoder rows, where pre-activations are multiplied by them; once a step."""
         if not self.cfg.rescale_acts_by_decoder_norm:
             return None
-        norms = self.W_dec.norm(dim=-1) if self._norms is None else self._norms
+        norms = RowNorms.apply(self.W_dec) if self._norms is None else self._norms
         if self._stepping:
             self._norms = norms
         return norms

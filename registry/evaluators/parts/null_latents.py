@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .sae_latents import SAELatents
-from .twin import untrained_twin
+from .twin import mean_l0, untrained_twin
 
 
 class LatentSource(Protocol):
@@ -80,18 +81,25 @@ class TwinLatents(SAELatents):
     Args:
         twin: the untrained SAE.
         activation_scaler: that of the SAE, where it is in training.
-        scale: factor of the latents in a reconstruction.
+        sample: (n, d) activations for the scale.
     """
 
     source = "random"
 
-    def __init__(self, twin: Any, activation_scaler: Any = None, scale: float = 1.0) -> None:
+    def __init__(self, twin: Any, activation_scaler: Any, sample: Tensor) -> None:
         super().__init__(twin, activation_scaler)
-        self.scale = scale
+        self._sample = sample
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, latents: SAELatents, x: Tensor, seed: int = 0, draw: int = 0) -> TwinLatents:
+    def fit(
+        cls,
+        latents: SAELatents,
+        x: Tensor,
+        seed: int = 0,
+        draw: int = 0,
+        l0: float | None = None,
+    ) -> TwinLatents:
         """The twin of an SAE, with mean of x, mean L0 and scale from a sample x (n, d).
 
         Args:
@@ -99,24 +107,28 @@ class TwinLatents(SAELatents):
             x: the sample.
             seed: with `draw`, the seed of the twin's weights.
             draw: number of the twin.
+            l0: the SAE's mean L0 on the sample, where it is known (see `mean_l0`).
 
         Raises:
             ConfigError: see `untrained_twin`.
         """
-        l0 = float((latents.encode(x) != 0).sum(1).float().mean())
+        l0 = mean_l0(latents, x) if l0 is None else l0
         scaled = latents.scaler.scale(x.to(latents.sae.device, latents.sae.dtype))
         weights_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
-        found = cls(untrained_twin(latents.sae, scaled, l0, weights_seed), latents.scaler)
-        found._fit_scale(x)
-        return found
+        return cls(untrained_twin(latents.sae, scaled, l0, weights_seed), latents.scaler, x)
 
-    def _fit_scale(self, x: Tensor) -> None:
-        """Least squares of x on the two parts of a reconstruction: from b_dec, and from z."""
+    @cached_property
+    @torch.no_grad()
+    def scale(self) -> float:
+        """The factor of the latents in a reconstruction.
+
+        Least squares of x on the two parts of a reconstruction: from b_dec, and from z.
+        """
+        x = self._sample
         constant = self._decode(self._encode(x)[0] * 0)
         from_z = self._decode(self._encode(x)[0]) - constant
         square = float(from_z.square().sum())
-        if square:
-            self.scale = float((from_z * (x.to(constant) - constant)).sum()) / square
+        return float((from_z * (x.to(constant) - constant)).sum()) / square if square else 1.0
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n, d) -> (n, m) z and (n, d) x̂."""

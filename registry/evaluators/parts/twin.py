@@ -79,8 +79,7 @@ def untrained_twin(sae: Any, x: Tensor, l0: float, seed: int) -> Any:
     _set_centre(twin, x)
     rule = _rule_of(twin)
     RULES[rule](twin, x, l0)
-    found = mean_l0(twin, x)
-    if rule in CHECKED and not abs(found - l0) <= TOLERANCE * l0:
+    if rule in CHECKED and not abs((found := mean_l0(SAELatents(twin), x)) - l0) <= TOLERANCE * l0:
         raise ConfigError(
             "random",
             "its untrained twin has another mean L0, and no threshold or bias that sets it",
@@ -90,9 +89,10 @@ def untrained_twin(sae: Any, x: Tensor, l0: float, seed: int) -> Any:
     return twin
 
 
-def mean_l0(sae: Any, x: Tensor) -> float:
+@torch.no_grad()
+def mean_l0(latents: SAELatents, x: Tensor) -> float:
     """Mean number of latents that are not 0, negative ones included, over the rows of x (n, d)."""
-    return float((SAELatents(sae).encode(x) != 0).sum(1).float().mean())
+    return float((latents.encode(x) != 0).sum(1).float().mean())
 
 
 def _rule_of(twin: Any) -> str:
@@ -123,7 +123,7 @@ def _stopped(twin: Any, x: Tensor, l0: float) -> None:
 
     def found(steps: int) -> float:
         setattr(cfg, name, steps)
-        return mean_l0(twin, rows)
+        return mean_l0(SAELatents(twin), rows)
 
     # L0 grows with the steps and is at most their number; many steps are slow.
     low, stride = max(math.ceil(l0) - 1, 0), 1
@@ -150,7 +150,7 @@ def _scaled(twin: Any, x: Tensor, l0: float) -> None:
         middle = (low + high) / 2
         for part, first in initial:
             part.copy_(first * 2**middle)
-        low, high = (middle, high) if mean_l0(twin, rows) > l0 else (low, middle)
+        low, high = (middle, high) if mean_l0(SAELatents(twin), rows) > l0 else (low, middle)
 
 
 def _shifted(twin: Any, x: Tensor, l0: float) -> None:
@@ -179,7 +179,7 @@ def _observe(twin: Any, x: Tensor) -> tuple[float, Tensor]:
     """Mean L0 of the twin, and what passes its `hook_sae_acts_pre`: (n, m), or (n, 0) if nothing does."""
     kept: list[Tensor] = [x[:, :0]]
     handle = twin.hook_sae_acts_pre.register_forward_hook(lambda *call: kept.append(call[2]))
-    found = mean_l0(twin, x)
+    found = mean_l0(SAELatents(twin), x)
     handle.remove()
     return found, kept[-1].float().reshape(len(x), -1)
 
