@@ -174,14 +174,15 @@ def evaluator_rows(
     if not nulls:
         return
     start = time.perf_counter()
-    done = bench.run(latents, held, prepare=share_card_facts)
     draws = {
         null: sources
         if isinstance(sources, str)
         else [bench.numbers(source, held, bench.chosen_for(null)) for source in sources]
         for null, sources in bench.null_sources(latents, held).items()
     }
+    latents = bench.encode_once(latents, held)
     left_out = [bench.left_out(latents, held, i) for i in range(bench.settings.n_groups)]
+    done = bench.run(latents, held, prepare=share_card_facts)
     bench.metrics(done, draws, {}, left_out)
     yield f"{what}: with all nulls and intervals", f"{time.perf_counter() - start:.2f} s"
 
