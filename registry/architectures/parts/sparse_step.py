@@ -71,8 +71,10 @@ class Firings:
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """(f,) the order of the firings by latent, and (m + 1,) where those of each latent start, and f."""
         latents, order = self.columns.sort(stable=True)
-        every = torch.arange(self.m + 1, device=latents.device)
-        return order, torch.searchsorted(latents, every)
+        if latents.is_cuda:  # where counting waits for the GPU
+            every = torch.arange(self.m + 1, device=latents.device)
+            return order, torch.searchsorted(latents, every)
+        return order, F.pad(torch.bincount(latents, minlength=self.m).cumsum(0), (1, 0))
 
     def sums(self, g: Tensor) -> Tensor:
         """(m,) the sum of g (f,) over the firings of each latent."""
