@@ -163,9 +163,12 @@ def measured(
     held_out = HeldOutActivations(x[:, None].numpy(), halves, mean_patch=x.numpy())
     chosen = EvaluationSettings(nulls=("permuted_classes",), n_groups=0).override(**settings)
     bench = Bench(tree, choose_evaluators(list(evaluators), None), chosen)
+    done = bench.run(Given(z, W_dec), held_out)
+    metrics = bench.metrics(done)
+    done.release()
     return {
         f"{evaluator}/{metric}": number
-        for evaluator, numbers in bench.metrics(bench.run(Given(z, W_dec), held_out)).items()
+        for evaluator, numbers in metrics.items()
         for metric, number in numbers.items()
         if bench.chosen[evaluator][0].higher_is_better[metric] is not None
     }

@@ -255,6 +255,7 @@ class Bench:
         for name in chosen:
             numbers = done.compute(name)
             found[name] = f"failed: {done.errors[name]}" if numbers is None else numbers
+        done.release()
         return found
 
     def left_out(

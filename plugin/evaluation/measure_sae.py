@@ -160,6 +160,7 @@ def measure_sae(
         )
         for name, (cls, _) in bench.chosen.items()
     }
+    done.release()
     return SAEResult(
         id=folder.id,
         run=folder.run,

@@ -84,6 +84,7 @@ class TrainingEvaluator:
                 latents = SAELatents(sae, activation_scaler)
                 done = self.bench.run(latents, self.held_out[hook_name])
                 metrics = self.bench.metrics(done)
+                done.release()
         finally:
             np.random.set_state(numpy_state)
         flat: dict[str, float] = {}

@@ -407,6 +407,10 @@ class EvaluationContext:
         for key, accumulator in list(self._shared.items()):
             self.attempt(key, partial(_merge, accumulator, other._shared.get(key)))
 
+    def release(self) -> None:
+        """Let go of the shared accumulators."""
+        self._shared.clear()
+
     def attempt(self, who: Any, act: Callable[[], T]) -> T | None:
         """Run `act` for an evaluator (`who` its name) or a shared accumulator (`who` its key).
 
@@ -740,6 +744,15 @@ class Pass:
         if name not in self.evaluators:
             return None
         return self._timed(name, partial(act, self.evaluators[name]))
+
+    def release(self) -> None:
+        """Let go of all that was counted; no number can be computed afterwards.
+
+        The context and its accumulators refer to each other: without this their arrays wait for Python to
+        look for cycles, which it seldom does where few objects hold much memory.
+        """
+        self.evaluators.clear()
+        self.context.release()
 
     def _each(self, act: Callable[[Evaluator[Any]], Any]) -> None:
         for name in list(self.evaluators):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,7 @@ from taxolens.registry.evaluators.parts.accumulators import FiringRate, TopImage
 from taxolens.registry.evaluators.parts.null_latents import NeuronLatents
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.presentation import NodeTable
+from taxolens.registry.table import EVALUATORS
 
 D, M = 6, 16
 TREE = tree((2, 2, 2))
@@ -279,6 +282,35 @@ def test_a_null_without_meaning_is_not_computed(sae: Any, held_out: HeldOutActiv
     tested = bench(chosen=chosen, settings=EvaluationSettings(nulls=("neurons", "shuffled")))
     assert tested.null_sources(SAELatents(sae), held_out) == {}
     assert tested.chosen_for("neurons") == {}
+
+
+# Memory of a pass -------------------------------------------------------------------------------
+
+
+def test_a_pass_leaves_no_arrays_to_the_garbage_collector(
+    sae: Any, held_out: HeldOutActivations
+) -> None:
+    every = [name for name, cls in EVALUATORS.items() if not cls.wants_intervention]
+    tested = bench(chosen=choose_evaluators(every, None))
+    made: list[weakref.ref[Any]] = []
+    stream = bench_module.stream
+
+    def watched(context: EvaluationContext, *args: Any, **kwargs: Any) -> Any:
+        done = stream(context, *args, **kwargs)
+        made.extend(map(weakref.ref, [*done.evaluators.values(), *context._shared.values()]))
+        return done
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bench_module, "stream", watched)
+            tested.left_out(SAELatents(sae), held_out, 0)
+            tested.numbers(NeuronLatents.fit(held_out.sample()), held_out, tested.chosen)
+        left = [type(one).__name__ for ref in made if (one := ref()) is not None]
+    finally:
+        gc.enable()
+    assert len(made) > 40 and not left
 
 
 # Latents that are encoded once -------------------------------------------------------------------
