@@ -260,6 +260,19 @@ def tables(found: Found, only: set[tuple[str, str]] | None = None) -> str:
     parts = [
         f"Trees in each cell, with runs in each column: {', '.join(map(runs_of, trees))}; –: nothing could be judged."
     ]
+    without = [
+        past
+        for cells in shares.values()
+        for (_, world, _), past in cells.items()
+        if world in ("noise", "flat")
+    ]
+    if without:
+        bold = sum(share(past, barred=True).startswith("**") for past in without)
+        every = np.concatenate(without).mean()
+        parts.append(
+            f"Without hierarchy {bold} of {len(without):,} cells are bold, those of metrics that are not shown "
+            f"included, and {every:.3f} of all p are at most {LEVEL}."
+        )
     for worlds in (("noise", "flat"), ("planted", "groups")):
         columns = [(w, s) for w in worlds for s in SIZES]
         lines = [
