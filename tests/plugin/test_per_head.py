@@ -29,6 +29,7 @@ from taxolens.plugin.training.config import (
 )
 from taxolens.plugin.training.rng import seeded
 from taxolens.plugin.training.runner import new_sae
+from taxolens.plugin.training.step_choice import fuse_optimizer
 from taxolens.registry.errors import CheckpointError, ConfigError
 from test_evaluate import FAST, save_sae
 from tiny_runs import run_settings
@@ -54,7 +55,9 @@ def by_hand(training: Any, vit: Any, images: ImageDataset, columns: slice, **set
     trainer_cfg = cfg.to_sae_trainer_config()
     trainer_cfg.n_checkpoints, trainer_cfg.checkpoint_path = 0, None
     with seeded(cfg.seed):
-        return SAETrainer(trainer_cfg, sae, batches, lambda *args: {}).fit().state_dict()
+        trainer = SAETrainer(trainer_cfg, sae, batches, lambda *args: {})
+        fuse_optimizer(trainer.optimizer)  # as in a run
+        return trainer.fit().state_dict()
 
 
 def same(found: Any, expected: dict[str, torch.Tensor]) -> bool:

@@ -132,5 +132,6 @@ class TwinLatents(SAELatents):
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n, d) -> (n, m) z and (n, d) x̂."""
+        scale = self.scale  # which encodes: an SAE keeps norms between encoding and decoding
         encoded, z = self._encode(x)
-        return z, self._decode(encoded * self.scale)
+        return z, self._decode(encoded * scale)
