@@ -24,7 +24,6 @@ import sparse_step
 import timing
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from taxolens.plugin.training.step_choice import fuse_optimizer
 from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 from taxolens.registry.machine import keep_freed_memory
 
@@ -98,7 +97,6 @@ def step(d_in: int, d_sae: int, batch: int) -> Callable[[], Any]:
     settings = {"architecture": "topk", "d_in": d_in, "d_sae": d_sae, "k": 32, "device": "cpu"}
     sae = with_sparse_step(TrainingSAE.from_dict(TrainingSAEConfig.from_dict(settings).to_dict()))
     trainer = sparse_step.trainer_of(sae, batch, "cpu", window=1000)
-    fuse_optimizer(trainer.optimizer)
     tokens = torch.randn(batch, d_in)
     return lambda: trainer.step(tokens)
 

@@ -43,7 +43,6 @@ from taxolens.plugin.evaluation.settings import EvaluationSettings
 from taxolens.plugin.evaluation.split import Split
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
-from taxolens.plugin.training.step_choice import fuse_optimizer
 from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, SXM
@@ -105,8 +104,6 @@ def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:
             cfg = TrainingSAEConfig.from_dict({**settings, "device": device})
             sae = with_sparse_step(TrainingSAE.from_dict(cfg.to_dict()), is_sparse).to(device)
             trainer = sparse_step.trainer_of(sae, batch, device, window=1000, autocast=True)
-            if is_sparse:
-                fuse_optimizer(trainer.optimizer)
             rate = batch / per_call(lambda t=trainer, x=tokens: t.step(x), device, small)
             of_peak = f", {10 * d_in * d_sae * rate / peak:.1%} of the bf16 peak" if peak else ""
             yield f"{architecture}, d {d_in:,}, m {d_sae:,}, batch {batch:,}: {name}", f"{rate:,.0f} tokens/s{of_peak}"  # fmt: skip

@@ -3,9 +3,9 @@
     python benchmarks/sparse_step.py [--device cuda] [--rounds 5] [--cpu_time] [--write]
 
 SAELens's `SAETrainer.step` (forward, backward, clipping, Adam) trains the same SAE on the same inputs with
-both, in turns in one process; Adam of the sparse one is fused, as in a run of taxolens. The output is the median over rounds of the time of the dense step over
-the sparse one in the same round, the lowest and the highest, and the largest difference of the first
-step's gradients, relative to the largest gradient. `--write` stores them in docs/results/sparse_step.json
+both, in turns in one process; Adam of the sparse one is fused, as in a run of taxolens. The output is the
+median over rounds of the time of the dense step over the sparse one in the same round, the lowest and the
+highest, and the largest difference of the first step's gradients, relative to the largest gradient. `--write` stores them in docs/results/sparse_step.json
 and writes the table in docs/architectures.md. Every latent counts as dead in the rows that name it: the
 auxiliary loss then costs most.
 """
@@ -102,8 +102,6 @@ def measured(
         sae = with_sparse_step(sae, sparse).to(args.device)
         gradients.append(first_gradients(sae, x))
         trainers.append(trainer_of(sae, batch, args.device, -1 if dead else 10**6))
-        if sparse:
-            fuse_optimizer(trainers[-1].optimizer)  # as a run of taxolens
     seconds: list[tuple[float, float]] = []
     for _ in range(args.rounds + 1):
         seconds.append((timed(trainers[0], x, args), timed(trainers[1], x, args)))
@@ -135,12 +133,18 @@ def first_gradients(sae: TrainingSAE, x: torch.Tensor) -> dict[str, torch.Tensor
 def trainer_of(
     sae: TrainingSAE, batch: int, device: str, window: int, autocast: bool = False
 ) -> SAETrainer:
-    """SAELens's trainer, with its defaults; a latent is dead after more steps than `window`."""
+    """SAELens's trainer, with its defaults; a latent is dead after more steps than `window`.
+
+    Adam of an SAE with the sparse step is fused, as in a run of taxolens.
+    """
     cfg = SAETrainerConfig(
         10**9, batch, lr=1e-4, lr_end=1e-5, dead_feature_window=window, device=device,
         autocast=autocast,
     )  # fmt: skip
-    return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+    if getattr(sae, "sparse_step", False):
+        fuse_optimizer(trainer.optimizer)
+    return trainer
 
 
 def timed(trainer: SAETrainer, x: torch.Tensor, args: argparse.Namespace) -> float:
