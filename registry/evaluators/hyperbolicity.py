@@ -81,8 +81,7 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
         if kind == "latent_means":
             points = self._latents.means(shuffled).T
         elif kind == "decoder":
-            rows = self.context.W_dec
-            points = np.zeros((0, 1)) if rows is None else rows.detach().double().cpu().numpy()
+            points = self._living_rows()
         elif not self._own_x:
             points = np.zeros((0, 1))
         elif kind == "class_means":
@@ -94,6 +93,14 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
             kept = np.random.default_rng(self.context.seed).permutation(len(points))
             points = points[np.sort(kept[: self.options.max_points])]
         return points
+
+    def _living_rows(self) -> np.ndarray:
+        """(l, d_in) decoder rows of the latents that are active on some image: the others are as initialised."""
+        rows = self.context.W_dec
+        if rows is None:
+            return np.zeros((0, 1))
+        living = (self._latents.sums[0] != 0).any(1)
+        return rows.detach()[living.to(rows.device)].double().cpu().numpy()
 
     def deltas(self, kind: str, shuffled: bool = False) -> tuple[float, float]:
         """δ_rel of a set, and of Gaussian samples of equal moments."""
