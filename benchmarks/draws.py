@@ -1,12 +1,13 @@
 """Cost of the draws of permuted classes, relative to encoding the same images with the SAE.
 
-    python benchmarks/draws.py [--images 50000] [--latents 12288] [--l0 32] [--draws 100] [--json]
+    python benchmarks/draws.py [--images 50000] [--latents 12288] [--l0 32] [--draws 100] [--json] [--store [NAME]]
 
-The taxonomy is ImageNet-1k's (a random tree for more than 1,000 classes); z is synthetic: on each image some latents of its class fire, and some
-at random. For each count-based evaluator the script prints the time of its value, of a draw (the
+The taxonomy is ImageNet-1k's (a random tree for more than 1,000 classes); z is synthetic: on each image some latents
+of its class fire, and some at random. For each count-based evaluator the script prints the time of its value, of a draw (the
 mean), of the first ten draws and of all, and the share that all have of encoding the images with a
 ReLU SAE. Times are the processor's, so that other work on the machine matters less. To compare with
-another version, run the script on both.
+another version, run the script on both. `--store` stores the numbers in docs/results/draws.json, or in NAME.json, and
+writes the table in docs/evaluators.md, which has those of 21,841 classes (`draws_21841`) too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import tables
 import taxolens
+import timing
 import torch
 from evaluators import COUNT_BASED
 from sae_lens import StandardSAE, StandardSAEConfig
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--evaluators", nargs="*", default=COUNT_BASED)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--store", nargs="?", const="draws", metavar="NAME")
     args = parser.parse_args()
 
     tree = tree_of(args.classes)
@@ -115,19 +119,23 @@ def main() -> None:
     rows["all"] = {column: sum(row[column] for row in rows.values()) for column in rows[name]}
     if done.errors:
         raise SystemExit(f"failed: {done.errors}")
+    facts = {
+        "machine": timing.machine(),
+        "images": args.images,
+        "latents": args.latents,
+        "classes": n_classes,
+        "draws": len(context.permutations),
+        "encoding": encoding,
+        "drawing": drawing,
+        "peak GiB of the pass": counting,
+        "peak GiB": peak_gib(),
+        "evaluators": rows,
+    }
+    if args.store:
+        timing.store(args.store, facts)
+        tables.write_pages()
     if args.json:
-        facts = {
-            "images": args.images,
-            "latents": args.latents,
-            "classes": n_classes,
-            "draws": len(context.permutations),
-            "encoding": encoding,
-            "drawing": drawing,
-            "peak GiB of the pass": counting,
-            "peak GiB": peak_gib(),
-            "threads": torch.get_num_threads(),
-        }
-        print(json.dumps(facts | {"evaluators": rows}, indent=2))
+        print(json.dumps(facts, indent=2))
         return
     n = len(context.permutations)
     print(

@@ -1,6 +1,6 @@
 """Cost of the count-based evaluators, relative to encoding the same activations with the SAE.
 
-    python benchmarks/evaluators.py [--images 50000] [--latents 12288] [--d_in 1536] [--l0 32]
+    python benchmarks/evaluators.py [--images 50000] [--latents 12288] [--d_in 1536] [--l0 32] [--store]
 
 *Count-based* evaluators read only which latents fire on which images, and how strongly: firings per
 class and threshold, the top images, joint firings. They fit nothing and use neither x nor the decoder.
@@ -11,7 +11,7 @@ The taxonomy is ImageNet-1k's. z is synthetic: on each image some latents of its
 random. Timed are the encoder of a ReLU SAE on activations of that shape (its cheapest form: no top-k),
 and everything the evaluators do: the search for the nonzeros of z, calibration, every update, and
 computing value, shuffled null and permuted-classes null. Bars: ratio 1.0 or less, peak memory 4 GiB or
-less.
+less. `--store` stores the numbers in docs/results/evaluators.json and writes the table in docs/evaluators.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import resource
 import time
 
 import numpy as np
+import tables
 import taxolens
+import timing
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=10, help="of the classes, as the null")
     parser.add_argument("--evaluators", nargs="*", default=COUNT_BASED)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--store", action="store_true")
     args = parser.parse_args()
 
     tree = taxolens.load_taxonomy("imagenet")
@@ -113,12 +116,19 @@ def main() -> None:
 
     spent = sum(seconds.values()) - seconds["encoding"]
     result = {
+        "machine": timing.machine(),
+        "images": args.images,
+        "classes": n_classes,
+        "latents": args.latents,
+        "permutations": len(context.permutations),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "spent": round(spent, 2),
         "ratio": round(spent / seconds["encoding"], 3),
         "peak GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "permutations": len(context.permutations),
-        "threads": torch.get_num_threads(),
     }
+    if args.store:
+        timing.store("evaluators", result)
+        tables.write_pages()
     if args.json:
         print(json.dumps(result, indent=2))
         return

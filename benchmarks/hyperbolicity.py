@@ -1,10 +1,11 @@
 """Time and memory of Gromov's δ, relative to the array of all triples.
 
-    python benchmarks/hyperbolicity.py [--points 1500] [--peer_points 200]
+    python benchmarks/hyperbolicity.py [--points 1500] [--peer_points 200] [--store]
 
 The peer takes the maximum over a dense (n, n, n) array: 27 GB at 1,500 points, so it is run with
 fewer, where both must agree. Memory is the rise of the process's peak while δ is computed, the
-matrix of distances included. Bar: 1 GiB at 1,500 points.
+matrix of distances included. Bar: 1 GiB at 1,500 points. `--store` stores the numbers in
+docs/results/hyperbolicity.json and writes the table in docs/evaluators.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import resource
 import time
 
 import numpy as np
+import tables
+import timing
 from taxolens.registry.evaluators.hyperbolicity import distances, gromov_delta, relative_delta
 
 BAR = 1.0
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument("--peer_points", type=int, default=200)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--store", action="store_true")
     args = parser.parse_args()
     points = np.random.default_rng(0).normal(size=(args.points, args.width))
 
@@ -46,10 +50,15 @@ def main() -> None:
     assert abs(ours - dense) < 1e-4, (ours, dense)
 
     result = {
+        "machine": timing.machine(),
+        "points": args.points,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "GiB": round(memory, 3),
         "GiB of all triples": round(args.points**3 * 8 / 2**30, 1),
     }
+    if args.store:
+        timing.store("hyperbolicity", result)
+        tables.write_pages()
     if args.json:
         print(json.dumps(result, indent=2))
         return

@@ -1,6 +1,6 @@
 """Time of MonoScore streamed in linear time, relative to sums over the pairs of images.
 
-    python benchmarks/monosemanticity.py [--images 10000] [--latents 12288] [--embedding 768] [--l0 32]
+    python benchmarks/monosemanticity.py [--images 10000] [--latents 12288] [--embedding 768] [--l0 32] [--store]
 
 Two peers. *Pairs in turn* is the form in which the score is published and computed
 (arXiv 2504.02821): for each image its cosines with all later ones and the products of activations,
@@ -9,6 +9,7 @@ scaled by the pairs they stand for. *Pairs as matrices* is the fastest pairwise 
 cosines, then for a block of latents Σ_ab ã_a ã_b cos(E_a, E_b) as two products of dense matrices.
 Timed is everything from z and E to the scores, the search for the nonzeros of z included. Scores
 must agree; those of the first peer are compared on a small set. Bar: 100 times as fast as the pairs in turn.
+`--store` stores the numbers in docs/results/monosemanticity.json and writes the table in docs/evaluators.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 import time
 
 import numpy as np
+import tables
+import timing
 import torch
 from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, stream
 from taxolens.registry.evaluators.monosemanticity import Monosemanticity
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=20, help="images whose pairs are timed")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--store", action="store_true")
     args = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +59,9 @@ def main() -> None:
     few = z[:200, :512], embedding[:200]
     np.testing.assert_allclose(in_turn(*few), linear(*few, 64), rtol=1e-4, atol=1e-5)
     result = {
+        "machine": timing.machine(),
+        "images": args.images,
+        "latents": args.latents,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "times as fast": {
             name: round(value / seconds["streamed"], 1)
@@ -63,8 +70,10 @@ def main() -> None:
         },
         "largest difference": float(np.nanmax(np.abs(streamed - summed))),
         "scored": int(np.isfinite(summed).sum()),
-        "threads": torch.get_num_threads(),
     }
+    if args.store:
+        timing.store("monosemanticity", result)
+        tables.write_pages()
     if args.json:
         print(json.dumps(result, indent=2))
         return

@@ -5,20 +5,20 @@
 One latent for each distinct node detects its classes with recall 80 % and false alarms of .1 % or 1 %;
 *shuffled nodes* detect random sets of as many classes: information about classes without hierarchy.
 Activations are x = z·W_dec + noise with random unit rows in 64 dimensions. The numbers, each beside its
-permuted classes, are stored in docs/results/planted.json; `python benchmarks/study.py write` makes the table
-in docs/evaluators.md of them.
+permuted classes, are stored in docs/results/planted.json, and the table in docs/evaluators.md is made of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 
 import numpy as np
+import tables
 import taxolens
+import timing
 import torch
 from no_hierarchy import LEFT_OUT, headlines, measured, tree_of
-from study import STORED, number_of
+from study import number_of
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 
 WORLDS = {
@@ -42,7 +42,8 @@ def main() -> None:
         "headlines": ["/".join(headline) for headline in sorted(headlines())],
         "worlds": {name: numbers_of(tree, args.images, **world) for name, world in WORLDS.items()},
     }
-    STORED["planted"].write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    timing.store("planted", found, indent=None)
+    tables.write_pages()
 
 
 def numbers_of(

@@ -150,9 +150,11 @@ def stored(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def store(name: str, found: Mapping[str, Any]) -> None:
-    """Write docs/results/NAME.json."""
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+def store(name: str, found: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write docs/results/NAME.json; without `indent` in one line."""
+    separators = None if indent else (",", ":")
+    text = json.dumps(found, indent=indent, separators=separators)
+    (RESULTS / f"{name}.json").write_text(f"{text}\n")
 
 
 def show(name: str, text: str, page: Path = PAGE) -> None:
