@@ -47,9 +47,10 @@ INDICATORS = {
     "latent_dendrogram": ("firing_cophenetic", "firing_gamma", "firing_purity"),
 }
 """Evaluator -> the metrics that are stored."""
-RUNS, DRAWS = 20, 19
-ROWS, WIDTH = 1000, 192
-LATENTS = 20
+PLANTED = "planted detectors (recall 80 %, false alarms .1 %)"
+RUNS, DRAWS = 20, 19  # of `mistake_severity`
+LATENTS = 20  # that fire independently
+ROWS, WIDTH = 1000, 192  # of a random decoder
 
 
 def main() -> None:
@@ -95,7 +96,7 @@ def planted(tree: taxolens.Taxonomy) -> Iterator[dict[str, Any]]:
     numbers = of_planted(tree, IMAGES, "parent_child")
     yield case(
         "parent_child/holds_share",
-        f"planted detectors (recall 80 %, false alarms .1 %), {len(tree.classes)} classes",
+        f"{PLANTED}, {len(tree.classes)} classes",
         numbers["holds_share"].value,
         edges=numbers["edges"].value,
     )
@@ -114,7 +115,7 @@ def severity() -> Iterator[dict[str, Any]]:
     of = past.pop("z_probe_distance_20")
     yield case(
         "mistake_severity/z_probe_distance_20, runs past the permuted classes",
-        f"planted detectors (recall 80 %, false alarms .1 %), {len(tree.classes)} classes, {RUNS} runs",
+        f"{PLANTED}, {len(tree.classes)} classes, {RUNS} runs",
         of,
         **{"every other score at least": min(past.values())},
     )
@@ -129,11 +130,8 @@ def dense(tree: taxolens.Taxonomy) -> Iterator[dict[str, Any]]:
         z = np.where(rng.random(size) < rng.uniform(low, high, LATENTS), rng.random(size) + 0.5, 0)
         z = torch.from_numpy(z).float()
         numbers = measured(tree, labels, z, z, torch.eye(LATENTS), "latent_graph")["latent_graph"]
-        of = (
-            f"{LATENTS} independent latents, each on {low:.0%} to {high:.0%} of the images".replace(
-                "%", " %"
-            )
-        )
+        share = f"{100 * low:.0f} % to {100 * high:.0f} %"
+        of = f"{LATENTS} independent latents, each on {share} of the images"
         for name in ("n_edges", "implication"):
             if np.isfinite(numbers[name].value):
                 chance = {f"chance_{name}": numbers[f"chance_{name}"].value}

@@ -242,8 +242,7 @@ def planted_table(data: Mapping[str, Any]) -> str:
     for key in data["headlines"]:
         numbers = [world.get(key) for world in data["worlds"].values()]
         if any(number and number["value"] is not None for number in numbers):
-            evaluator, metric = key.split("/")
-            rows.append([f"`{evaluator}` {metric}", *map(planted_cell, numbers)])
+            rows.append([metric_name(key), *map(planted_cell, numbers)])
     return f"{text}\n\n{table(['metric', *data['worlds']], rows)}"
 
 
