@@ -6,6 +6,8 @@ CONSTRAINTS = ("frozen_decoder", "soft_frozen_decoder", "frozen_encoder")
 """The controls that are trained, each as an SAE of its own."""
 DECISIVE = "permuted_classes"
 """The null of the hierarchy itself, whose p-values are adjusted over a report."""
+LABEL_NULLS = (DECISIVE, "shuffled")
+"""The nulls of labels: a verdict on what depends on labels needs both."""
 LEVEL = 0.05
 """The p-value, and after Benjamini–Hochberg the q-value, up to which a number is past a null."""
 LEAST_DRAWS = 19

@@ -20,7 +20,7 @@ from .results import NullResult, Results, SAEResult
 from .series import natural_key
 
 ATLAS_FILENAME = "atlas.csv"
-COLUMNS = ("hook_name", "tokens", "trained_as", "d_sae", "l0")
+COLUMNS = ("hook_name", "tokens", "trained_as", "d_sae", "l0", "l0_token")
 
 
 def atlas_table(results: Results) -> pd.DataFrame:
@@ -60,12 +60,12 @@ def write_atlas(results: Results, left_out: Mapping[str, str]) -> Path:
 def shown_atlas(results: Results) -> Table:
     """The same for a terminal: without p."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("SAE", "hook point", "tokens", "m", "L0", "past nulls"):
+    for name in ("SAE", "hook point", "tokens", "m", "L0 image", "L0 token", "past nulls"):
         table.add_column(
             name, justify="left" if name in ("SAE", "hook point", "tokens") else "right"
         )
     for row in atlas_table(results).to_dict("records"):
-        l0 = f"{row['l0']:.3g}" if math.isfinite(row["l0"]) else "–"
-        cells = (row["sae"], row["hook_name"], row["tokens"], f"{row['d_sae']:,}", l0)
+        l0s = (f"{v:.3g}" if math.isfinite(v) else "–" for v in (row["l0"], row["l0_token"]))
+        cells = (row["sae"], row["hook_name"], row["tokens"], f"{row['d_sae']:,}", *l0s)
         table.add_row(*map(escape, cells), f"{row['past']} of {row['judged']}")
     return table

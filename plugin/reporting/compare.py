@@ -9,6 +9,7 @@ import pandas as pd
 
 from ...registry.errors import DataError
 from ...registry.files import is_file_name, write_atomically
+from ...registry.nulls import DECISIVE
 from .headlines import ShownMetric
 from .report import Report
 from .results import Results
@@ -106,7 +107,10 @@ def control_table(report: Report) -> pd.DataFrame:
 
 
 def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:
-    """A row per place; columns ``<series>``, its interval, support, nulls, and of a null of several draws best, draws, p."""
+    """A row per place; columns ``<series>``, its interval, support, nulls, and of a null of several draws best, draws, p.
+
+    The main null has them with one draw too, and q. ``<series> not judged``: why, where too little is known.
+    """
     rows = []
     for place, numbers in report.side_by_side(headline):
         row: dict[str, object] = {"place": place}
@@ -120,9 +124,13 @@ def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:
                 row[f"{series.label} support"] = number.support
             for name, null in number.nulls.items():
                 row[f"{series.label} {name}"] = null.mean
-                if null.n > 1:
+                if null.n > 1 or (null.n and name == DECISIVE):
                     row[f"{series.label} {name} best"] = null.best
                     row[f"{series.label} {name} draws"] = null.n
                     row[f"{series.label} {name} p"] = null.p
+                if math.isfinite(null.q):
+                    row[f"{series.label} {name} q"] = null.q
+            if number.too_little:
+                row[f"{series.label} not judged"] = number.too_little
         rows.append(row)
     return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ...registry.nulls import DECISIVE, LEVEL, NULLS, significant
 from .headlines import ShownMetric, headlines
-from .results import NO_NULL, MetricResult, NullResult, Results, SAEResult
+from .results import MetricResult, NullResult, PermutedClassesInfo, Results, SAEResult
 from .series import all_series
 
 LABEL_COLUMN = 30
@@ -105,7 +105,7 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
     for metric in headlines(results) if shown is None else shown:
         numbers = [number for _, number in _rows(results, metric)]
         judged = [n for n in numbers if n.past_all is not None]
-        undecided += sum(bool(n.nulls) and n.undecided not in (None, NO_NULL) for n in numbers)
+        undecided += sum(bool(n.nulls and n.too_little) for n in numbers)
         if judged:
             permuted = [n.nulls.get(DECISIVE, NullResult()).past for n in judged]
             compared = [past for past in permuted if past is not None]
@@ -128,17 +128,32 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     """The meaning of the metrics and of the columns of the table."""
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
     metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}{_unit(results, m)}." for m in found)
-    draws = max((n.nulls[DECISIVE].n for *_, n in results.rows() if DECISIVE in n.nulls), default=0)
+    numbers = (
+        number.nulls.get(DECISIVE) for metric in found for _, number in _rows(results, metric)
+    )
+    draws = sorted({null.n for null in numbers if null and null.n}) or [0]
+    n_draws = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}"
     return "\n".join(
         [
             *metrics,
+            *([exchangeable(results.permuted_classes)] if results.permuted_classes else []),
             "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is "
             "computed from. Beside each value the same number under null controls: classes permuted "
-            f"over the tree (mean and p of {draws} draws; the main null; * q ≤ {LEVEL} after "
+            f"over the tree (mean and p of {n_draws} draws; the main null; * q ≤ {LEVEL} after "
             "Benjamini–Hochberg over the table), labels shuffled over images, untrained twins of "
             "the SAE, the neurons. ! the value is not past this null. ? it is computed from too few "
             "nodes, latents or draws to be judged. A dash: that null is not defined there.",
         ]
+    )
+
+
+def exchangeable(permuted: PermutedClassesInfo) -> str:
+    """The number of classes and of trees behind the nulls of permuted classes, in one sentence."""
+    trees = "distinct tree was" if permuted.draws == 1 else "distinct trees were"
+    return (
+        "Classes are permuted only among those with a like number of images: "
+        f"{permuted.movable:,} of the {permuted.present:,} classes present can move; "
+        f"{permuted.draws:,} {trees} drawn."
     )
 
 
@@ -184,7 +199,7 @@ def _label(results: Results, sae: SAEResult) -> str:
 def _cells(number: MetricResult) -> list[str]:
     half = max(number.high - number.value, number.value - number.low)  # one may be cut
     certain = f" ±{_number(half)}" if math.isfinite(half) else ""
-    few = "" if number.undecided in (None, NO_NULL) else " ?"
+    few = " ?" if number.too_little else ""
     cells = [_number(number.value) + certain + few]
     cells.append("" if number.support is None else f"{number.support:,}")
     for name in NULLS:

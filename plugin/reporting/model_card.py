@@ -16,7 +16,8 @@ TAGS = ["sparse-autoencoder", "sae", "taxolens", "vision", "interpretability"]
 EXPLAINED = ("reconstruction", "explained_variance")
 NOT_KNOWN = "–"
 NULLS_EXPLAINED = (
-    "±: half of the 95 % interval. Beside each value the same number under null controls: classes "
+    "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is computed from. "
+    "Beside each value the same number under null controls: classes "
     "permuted over the tree (mean and p of the draws; the main null), labels shuffled over images, an "
     f"untrained twin of the SAE, the neurons. *: q ≤ {LEVEL} after Benjamini–Hochberg over this table. "
     "A dash: not defined there, or computed from too few nodes, latents or draws to be judged."
@@ -78,7 +79,7 @@ def model_card(
         f"```\ntaxolens evaluate {repository}:{first} --dataset_path IMAGES --taxonomy TREE "
         "--output_path FOLDER\n```",
         _table(SAES, [_described(sae) for sae in results.saes]),
-        "L0: mean number of latents above 0 on an image. EV: explained variance"
+        "L0: mean number of latents that are not 0 on an image, and on a token. EV: explained variance"
         + ("." if any(math.isfinite(_explained(sae)) for sae in results.saes) else ", not measured."),
         "## Training",
         *_training(trained),
@@ -86,7 +87,7 @@ def model_card(
         f"{dataset.n_images:,} images of {_text(dataset.path)} ({_text(dataset.split)}), "
         f"{tree.n_classes:,} classes in the tree {_text(tree.name)} of {tree.n_nodes:,} nodes. {seen}",
         f"![The first metric of the table beside its null controls]({picture})",
-        _table(["metric", "SAE", "value", *(COLUMNS[n] for n in NULLS), "p", "q", "past the nulls"],
+        _table(["metric", "SAE", "value", "of", *(COLUMNS[n] for n in NULLS), "p", "q", "past the nulls"],
                [_numbers(row) for row in numbers]),
         *legend(results).splitlines()[:-1],  # the last line is about the marks of the terminal's table
         NULLS_EXPLAINED,
@@ -95,7 +96,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-SAES = ["folder", "model", "hook point", "tokens", "architecture", "d_in", "d_sae", "L0", "EV"]
+SAES = ["folder", "model", "hook point", "tokens", "architecture", "d_in", "d_sae"]
+SAES += ["L0 of an image", "L0 of a token", "EV"]
 
 
 def _described(sae: SAEResult) -> list[Any]:
@@ -105,6 +107,7 @@ def _described(sae: SAEResult) -> list[Any]:
         f"{sae.d_in:,}",
         f"{sae.d_sae:,}",
         _number(sae.l0),
+        _number(sae.l0_token),
         _number(_explained(sae)),
     ]
 
@@ -128,6 +131,7 @@ def _numbers(row: Mapping[str, Any]) -> list[Any]:
         _text(row["title"]),
         f"`{row['sae']}`",
         _number(row["value"]) + (f" ± {_number(half)}" if math.isfinite(half) else ""),
+        NOT_KNOWN if row["support"] is None else f"{row['support']:,}",
         *(_number(row.get(name, math.nan)) for name in NULLS),
         _number(row["p"]),
         f"{_number(row['q'])}{'*' * significant(row['q'])}",

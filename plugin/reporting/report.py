@@ -32,8 +32,8 @@ from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
-from .metric_table import COLUMNS
-from .results import NO_NULL, LatentCard, MetricResult, Results, SAEResult
+from .metric_table import COLUMNS, exchangeable
+from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
 from .tree_chart import Icicle, scale
 
@@ -121,17 +121,17 @@ class Report:
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),
             "past_all": sum(bool(n.past_all) for n in directed),
-            "undecided": list(
-                dict.fromkeys(n.undecided for _, n in defined if n.undecided not in (None, NO_NULL))
-            ),
+            "undecided": list(dict.fromkeys(n.too_little for _, n in defined if n.too_little)),
             "missed": [
                 COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)
             ],
         }
 
-    def undecided(self, number: MetricResult) -> str:
-        """Why a number with nulls is not judged; empty where it is."""
-        return "" if number.undecided in (None, NO_NULL) else str(number.undecided)
+    @property
+    def exchangeable(self) -> str:
+        """The number of classes and of trees behind the nulls of permuted classes."""
+        permuted = self.results.permuted_classes
+        return exchangeable(permuted) if permuted else ""
 
     def support(self, evaluator: str, metric: str, number: MetricResult) -> str:
         """What a number is computed from: "213 nodes"; empty where that is not declared."""

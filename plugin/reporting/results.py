@@ -27,7 +27,7 @@ from ...registry.files import (
     write_atomically,
 )
 from ...registry.heads import head_name
-from ...registry.nulls import DECISIVE, LEAST_DRAWS, significant
+from ...registry.nulls import DECISIVE, LABEL_NULLS, LEAST_DRAWS, significant
 from ...registry.presentation import Headline, NodeTable, Support
 
 SCHEMA = "taxolens.results/1"
@@ -97,9 +97,17 @@ class MetricResult:
 
     @property
     def undecided(self) -> str | None:
-        """Why the value is not judged against its nulls; None where it is."""
+        """Why the value is not judged against its nulls; None where it is.
+
+        One that depends on labels needs both nulls of labels: either catches what the other does not.
+        """
         if self.support is not None and self.support < self.least:
             return f"computed from {self.support}, fewer than {self.least}"
+        labels = [null for null in LABEL_NULLS if null in self.nulls]
+        uses_labels = any(self.nulls[null].past is not None for null in labels)
+        if uses_labels and len(labels) < len(LABEL_NULLS):
+            (left_out,) = set(LABEL_NULLS) - set(labels)
+            return f"the null {left_out} was not computed"
         permuted = self.nulls.get(DECISIVE, NullResult())
         if permuted.missing:
             return f"no draw of permuted classes: {permuted.reason}"
@@ -108,6 +116,11 @@ class MetricResult:
         if all(null.past is None for null in self.nulls.values()):
             return NO_NULL
         return None
+
+    @property
+    def too_little(self) -> str | None:
+        """`undecided`, but None for a value that has no null at all."""
+        return None if self.undecided == NO_NULL else self.undecided
 
     @property
     def missed(self) -> list[str]:
@@ -466,7 +479,7 @@ class Results:
         return info.labels.get(metric, metric) if info else metric
 
     def frame(self) -> pd.DataFrame:
-        """One row per SAE and metric: the value, the mean and best of each null, and nulls not beaten."""
+        """One row per SAE and metric: value, interval, support, nulls, those not beaten, why it is not judged."""
         return pd.DataFrame(
             {
                 "run": sae.run,
@@ -481,13 +494,14 @@ class Results:
                     f"{name}{suffix}": getattr(null, attribute)
                     for name, null in number.nulls.items()
                     for suffix, attribute in NULL_COLUMNS.items()
-                    if suffix == "" or null.n > 1
+                    if suffix == "" or null.n > 1 or (null.n and name == DECISIVE)
                 },
                 "low": number.low,
                 "high": number.high,
                 "support": number.support,
                 **number.controls,
                 "not_left_behind": ", ".join(number.missed),
+                "not_judged": number.too_little or "",
             }
             for sae, evaluator, metric, number in self.rows()
         )

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import wandb
 from ...registry.errors import ConfigError
 from ...registry.nulls import DECISIVE
 from .report import read_figure
-from .results import RESULTS_FILENAME, MetricResult, NullResult, Results, SAEResult
+from .results import NO_NULL, RESULTS_FILENAME, MetricResult, NullResult, Results, SAEResult
 from .series import Series, all_series
 
 logger = logging.getLogger(__name__)
@@ -226,8 +227,12 @@ def log_results(
 
 
 def flat_metrics(results: Results) -> dict[str, float]:
-    """``[<sae>/]eval/<evaluator>/<metric>`` and, per null, ``…/<metric>/<null>`` -> number."""
+    """``[<sae>/]eval/<evaluator>/<metric>`` and, per null, ``…/<metric>/<null>`` -> number; L0."""
     flat: dict[str, float] = {}
+    for sae in results.saes:
+        prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
+        of = {"l0": sae.l0, "l0_token": sae.l0_token}
+        flat |= {f"{prefix}eval/{name}": l0 for name, l0 in of.items() if math.isfinite(l0)}
     for sae, evaluator, metric, number in results.rows():
         prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
         key = f"{prefix}eval/{evaluator}/{metric}"
@@ -242,7 +247,10 @@ def metric_items(key: str, number: MetricResult) -> dict[str, float]:
 
 
 def certainty_items(key: str, number: MetricResult) -> dict[str, float]:
-    """The interval, p, q, draws and support of a number as W&B scalars, without undefined ones."""
+    """The interval, p, q, draws, support and `judged` of a number as W&B scalars, without undefined ones.
+
+    `judged` is 0 where a value is computed from too few things or draws, NaN where it has no null.
+    """
     permuted = number.nulls.get(DECISIVE, NullResult())
     items = {
         "low": number.low,
@@ -251,6 +259,7 @@ def certainty_items(key: str, number: MetricResult) -> dict[str, float]:
         "q": permuted.q,
         "draws": permuted.n or math.nan,
         "support": math.nan if number.support is None else number.support,
+        "judged": math.nan if number.undecided == NO_NULL else float(number.undecided is None),
     }
     return {f"{key}/{name}": float(v) for name, v in items.items() if math.isfinite(v)}
 
@@ -349,6 +358,7 @@ def _artifact_name(name: str) -> str:
 
 
 def _config(results: Results) -> dict[str, Any]:
+    permuted = results.permuted_classes
     return {
         "settings": results.settings,
         "provenance": results.provenance,
@@ -359,6 +369,7 @@ def _config(results: Results) -> dict[str, Any]:
             "fingerprint": results.dataset.fingerprint,
         },
         "taxonomy": results.taxonomy.name,
+        "permuted_classes": permuted and asdict(permuted),
         "architectures": {sae.id: sae.trained_as for sae in results.saes},
     }
 

@@ -16,13 +16,14 @@ from taxolens.plugin.reporting.results import (
     EvaluatorInfo,
     EvaluatorResult,
     LatentCard,
+    PermutedClassesInfo,
     Results,
     SAEResult,
     SkippedImage,
     TaxonomyInfo,
     TopImage,
 )
-from taxolens.registry.presentation import Headline, NodeTable
+from taxolens.registry.presentation import Headline, NodeTable, Support
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
 
 EVALUATORS = {
@@ -33,6 +34,7 @@ EVALUATORS = {
         headlines=[Headline("internal_f1", "node coverage", "mean F1 over nodes", priority=10)],
         labels={"leaf_f1": "coverage of the leaves"},
         node_table=NodeTable("latents", latent=None, meaning="how well <it> is found"),
+        support={"internal_f1": Support("internal_nodes", "nodes", least=5)},
     ),
     "pair_depth": EvaluatorInfo(
         description="Mean depth of the LCA of pairs",
@@ -100,6 +102,9 @@ def make_results(
         ),
         evaluators=EVALUATORS,
         saes=saes,
+        permuted_classes=PermutedClassesInfo(
+            present=18, movable=16, strata=4, draws=19, same_tree=1, repeated=2
+        ),
     )
     results.save(folder)
     return Results.load(folder)
@@ -117,7 +122,9 @@ def _sae(
 
         def draw(scale: float, info=info) -> dict[str, float]:
             return {
-                m: scale * (0.2 + 0.5 * rise) + 0.02 * generator.random() for m in info.directions
+                m: (20 if m == "internal_nodes" else 1)
+                * (scale * (0.2 + 0.5 * rise) + 0.02 * generator.random())
+                for m in info.directions
             }
 
         draws = {
@@ -126,7 +133,10 @@ def _sae(
             "random": info.nulls["random"] or [draw(1.05 - 0.4 * rise)],
             "neurons": info.nulls["neurons"] or [draw(0.8)],
         }
-        metrics = with_nulls(draw(1.0), draws, info.directions)
+        left_out = [draw(1.0) for _ in range(5)]
+        metrics = with_nulls(
+            draw(1.0), draws, info.directions, support=info.support, left_out=left_out
+        )
         table, figure = (
             f"tables/{sae_id}/{evaluator}.latents.csv",
             f"figures/{sae_id}/{evaluator}.curve.json",

@@ -128,6 +128,7 @@ def test_the_table_counts_what_is_past_the_nulls(hub: Hub, asked: dict[str, Any]
         row = table.loc[sae.id]
         assert (row["past"], row["judged"]) == (sum(judged), len(judged))
         assert (row["hook_name"], row["d_sae"]) == (sae.hook_name, sae.d_sae)
+        assert (row["l0"], row["l0_token"]) == (sae.l0, sae.l0_token)
         for shown in headlines(results):
             number = shown.of(sae)
             assert row[f"{shown.evaluator}.{shown.metric}"] == pytest.approx(

@@ -168,7 +168,8 @@ def test_columns_of_the_tables_of_metrics(run: Any) -> None:
         series = "|".join(re.escape(label) for label in set(saes["series"]))
         for column in columns:
             assert re.fullmatch(
-                rf"({series})( ({'|'.join(NULLS)})( best| draws| p)?| low| high| support)?", column
+                rf"({series})( ({'|'.join(NULLS)})( best| draws| p| q)?| low| high| support| not judged)?",
+                column,
             ), column
 
 

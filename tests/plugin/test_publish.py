@@ -81,7 +81,7 @@ def test_the_card_has_every_number_with_its_nulls(run: Path, tmp_path: Path) -> 
         (row,) = [r for r in rows if r[0] == f"| `{sae.id}`"]
         assert f"{sae.l0:.3g}" == row[7]
         explained = sae.evaluators["reconstruction"].metrics["explained_variance"].value
-        assert f"{explained:.3g} |" == row[8]
+        assert f"{sae.l0_token:.3g}" == row[8] and f"{explained:.3g} |" == row[9]
     for number in summary_rows(results):
         (row,) = [
             r
@@ -89,8 +89,9 @@ def test_the_card_has_every_number_with_its_nulls(run: Path, tmp_path: Path) -> 
             if r[0].replace("\\", "") == f"| {number['title']}" and r[1] == f"`{number['sae']}`"
         ]
         shown = [number["value"], *(number[n] for n in ("permuted_classes", "shuffled", "random"))]
-        assert row[2:6] == [f"{v:.3g}" if v == v else "–" for v in shown]
-        assert row[7] == (f"{number['p']:.3g}" if number["p"] == number["p"] else "–")
+        assert [row[2], *row[4:7]] == [f"{v:.3g}" if v == v else "–" for v in shown]
+        assert row[3] == ("–" if number["support"] is None else f"{number['support']:,}")
+        assert row[8] == (f"{number['p']:.3g}" if number["p"] == number["p"] else "–")
 
 
 def test_the_upload_and_back(

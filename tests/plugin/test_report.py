@@ -16,7 +16,7 @@ from results_factory import make_results, tree
 from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
 from taxolens.plugin.reporting.controls import with_controls
-from taxolens.plugin.reporting.headlines import ShownMetric
+from taxolens.plugin.reporting.headlines import ShownMetric, with_q
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import MetricResult, NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
@@ -97,6 +97,42 @@ def test_page_says_what_was_measured(static: str, results: Results) -> None:
     assert "x has no latents" in seen
     card = results.saes[0].most_specific[0]
     assert f"latent {card.latent}" in seen and card.path[-1] in seen
+
+
+def test_a_number_stands_beside_its_certainty(results: Results, tmp_path: Path) -> None:
+    page = Page(write_report(with_q(results), tmp_path / "r.html", interactive=False).read_text())
+    assert "16 of the 18 classes present can move; 19 distinct trees were drawn." in page.seen
+    sae = with_q(results).saes[1]
+    coverage = sae.evaluators["ontological_coverage"].metrics
+    number, nodes = coverage["internal_f1"], int(coverage["internal_nodes"].value)
+    null = number.nulls["permuted_classes"]
+    first, last = page.seen.index("Below each number, its"), page.seen.index("Every metric beside")
+    for text in (
+        f"{charts.number(number.low)} to {charts.number(number.high)}",
+        f"permuted {charts.number(null.mean, number.value)}",
+        f"q {charts.number(null.q)}",
+        f"{nodes} nodes",
+    ):
+        assert text in page.seen[first:last], text
+    every = page.seen[last:]
+    assert (
+        f"{nodes} nodes" in every and charts.number(null.p) in every and "not judged" not in every
+    )
+    coverage["internal_f1"] = replace(number, support=4)
+    changed = replace(results, saes=[sae])
+    seen = Page(write_report(changed, tmp_path / "r.html", interactive=False).read_text()).seen
+    assert seen.count("not judged: computed from 4, fewer than 5") == 3  # glance, numbers, every
+    table = pd.read_csv(
+        write_comparison(changed, tmp_path) / "ontological_coverage.internal_f1.csv"
+    )
+    (row,) = table.to_dict("records")
+    label = all_series(changed)[0].label
+    assert row[f"{label} not judged"] == "computed from 4, fewer than 5"
+    assert row[f"{label} support"] == 4
+    for name, value in (("draws", 19), ("p", null.p), ("q", null.q)):
+        assert row[f"{label} permuted_classes {name}"] == pytest.approx(value, rel=1e-5)
+    for end in ("low", "high"):
+        assert row[f"{label} {end}"] == pytest.approx(getattr(number, end), rel=1e-5)
 
 
 def test_a_share_and_a_sparsity_say_what_they_are_of(results: Results, tmp_path: Path) -> None:
@@ -223,7 +259,7 @@ def test_one_table_and_one_figure_per_metric(tmp_path: Path) -> None:
     assert {f.stem for f in folder.glob("*.csv")} == names | {"saes"}
     assert {f.stem for f in folder.glob("*.svg")} == names
     header, *rows = (folder / "pair_depth.pair_depth.csv").read_text().splitlines()
-    assert header.startswith("place,one,one permuted_classes,one permuted_classes best")
+    assert header.startswith("place,one,one low,one high,one permuted_classes,one permuted_classes")
     assert "two neurons" in header and len(rows) == 2
     svg = (folder / "pair_depth.pair_depth.svg").read_text()
     assert svg.startswith("<svg") and svg.count("<polyline") == 4
@@ -330,6 +366,7 @@ def controlled(results: Results) -> Results:
     for at, (run, name, constraint, l0) in enumerate(kinds):
         metrics = {"pair_depth": MetricResult(at + 0.5)}
         changes: dict[str, Any] = {"constraint": constraint, "l0": l0, "run": run, "name": name}
+        changes["l0_token"] = 3.0 if run == "two" else l0
         if name == "another layer":
             changes |= {"hook_name": "blocks.7.hook_resid_post", "layer": 7}
         found = replace(results.saes[0].evaluators["pair_depth"], metrics=metrics)
@@ -362,7 +399,14 @@ def test_an_sae_stands_beside_its_controls(results: Results, tmp_path: Path) -> 
     start = page.index('id="controls"')
     section = page[start : page.index("</section>", start)]
     assert '<th class="num">trained</th><th class="num">frozen decoder</th>' in section
-    for text in ("one/trained", "two/trained", ">1.50<", ">5.50<", ">8.00<", ">9.00<"):
+    for text in (
+        "one/trained",
+        "two/trained",
+        ">1.50<",
+        ">5.50<",
+        ">8.00<",
+        ">9.00 an image, 3.00",
+    ):
         assert text in section, text
     assert "one/another layer" not in section
 

@@ -162,6 +162,12 @@ def test_frame_has_a_row_per_sae_and_metric(results: Results) -> None:
     assert row["permuted_classes"] == metric.nulls["permuted_classes"].mean
     assert row["permuted_classes_best"] == metric.nulls["permuted_classes"].best
     assert "shuffled_best" not in frame
+    assert (row["low"], row["high"]) == (metric.low, metric.high)
+    for draws in (19, 1):
+        metric.nulls["permuted_classes"] = NullResult(0.5, 0.5, draws, True, p=1 / (draws + 1))
+        frame = results.frame()
+        row = frame[(frame.layer == 2) & (frame.metric == "pair_depth")].iloc[0]
+        assert row["permuted_classes_n"] == draws and row["permuted_classes_p"] == 1 / (draws + 1)
 
 
 # Nulls ------------------------------------------------------------------------------------------
@@ -295,6 +301,27 @@ def test_with_nulls_puts_reasons_where_there_are_no_numbers() -> None:
     assert found["c"].missed == []
     assert found["c"].nulls["shuffled"].reason == "no label is used"
     assert "does not depend" in str(found["b"].nulls["permuted_classes"].reason)
+
+
+def test_a_verdict_needs_both_nulls_of_labels() -> None:
+    values, directions = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}, dict.fromkeys("abc", True)
+    draws = {
+        "permuted_classes": [{"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0}] * 19,
+        "shuffled": [{"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0}],
+        "random": [{"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0}] * 3,
+    }
+
+    def judged(*nulls: str) -> dict[str, str | None]:
+        given = {name: draws[name] for name in nulls}
+        found = with_nulls(values, given, directions, invariant=["b", "c"], label_free=["c"])
+        return {metric: number.undecided for metric, number in found.items()}
+
+    free = {"c": None, "d": NO_NULL}  # no label enters; no direction
+    assert judged(*draws) == {"a": None, "b": None, **free}
+    without = "the null shuffled was not computed"
+    assert judged("permuted_classes", "random") == {"a": without, "b": None, **free}
+    without = "the null permuted_classes was not computed"
+    assert judged("shuffled", "random") == {"a": without, "b": without, **free}
 
 
 def test_without_a_tree_to_compare_with_nothing_is_judged() -> None:

@@ -75,7 +75,13 @@ def test_the_table_says_what_it_shows(results):
     text = text_of(results)
     assert "blocks.*.hook_resid_post" in text
     assert "perm. (p)" in text
-    assert "pair depth: where classes meet" in legend(results, [HEADLINE])
+    words = legend(results, [HEADLINE])
+    assert "pair depth: where classes meet" in words
+    assert "16 of the 18 classes present can move; 19 distinct trees were drawn." in words
+    assert "mean and p of 99 draws;" in words
+    number = results.saes[0].evaluators["pair_depth"].metrics["pair_depth"]
+    number.nulls["permuted_classes"] = NullResult(0.5, 0.5, 54, True, p=0.02)
+    assert "mean and p of 54 to 99 draws;" in legend(results, [HEADLINE])
 
 
 def test_saes_at_one_layer_are_told_apart_by_name(results):

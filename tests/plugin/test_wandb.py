@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,44 @@ def test_every_metric_lies_under_its_stable_name(logged, results: Results) -> No
             expected = [] if math.isnan(null.mean) else [null.mean]
             assert run.logged(f"{key}/{name}") == expected
     assert run.summary["blocks.2.hook_resid_post/eval/pair_depth/pair_depth"] > 0
+
+
+def test_interval_p_draws_and_what_a_number_is_computed_from_are_logged(
+    logged, results: Results
+) -> None:
+    run, _ = logged
+    for sae in results.saes:
+        key = f"{sae.id}/eval/ontological_coverage/internal_f1"
+        number = sae.evaluators["ontological_coverage"].metrics["internal_f1"]
+        expected = {
+            "low": number.low,
+            "high": number.high,
+            "p": number.nulls["permuted_classes"].p,
+            "draws": 19,
+            "support": int(sae.evaluators["ontological_coverage"].metrics["internal_nodes"].value),
+            "judged": 1,
+        }
+        assert {name: run.logged(f"{key}/{name}") for name in expected} == {
+            name: [value] for name, value in expected.items()
+        }
+        assert run.logged(f"{sae.id}/eval/l0") == [sae.l0]
+        assert run.logged(f"{sae.id}/eval/ontological_coverage/internal_nodes/judged") == []
+    assert run.config["permuted_classes"]["movable"] == 16
+    assert run.config["permuted_classes"]["draws"] == 19
+
+
+def test_what_is_computed_from_little_is_marked(tmp_path: Path) -> None:
+    results = make_results(tmp_path, n_layers=1)
+    coverage = results.saes[0].evaluators["ontological_coverage"].metrics
+    coverage["internal_f1"] = replace(coverage["internal_f1"], support=4)
+    results.saes[0] = replace(results.saes[0], l0=213.0, l0_token=16.0)
+    flat = flat_metrics(results)
+    assert flat["eval/ontological_coverage/internal_f1/judged"] == 0
+    assert flat["eval/pair_depth/pair_depth/judged"] == 1
+    assert (flat["eval/l0"], flat["eval/l0_token"]) == (213, 16)
+    frame = results.frame().set_index("metric")
+    assert frame.not_judged["internal_f1"] == "computed from 4, fewer than 5"
+    assert frame.not_judged["pair_depth"] == frame.not_judged["internal_nodes"] == ""
 
 
 def test_curves_over_layers_with_their_nulls(logged, results: Results) -> None:
