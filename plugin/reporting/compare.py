@@ -130,7 +130,7 @@ def comparison_table(report: Report, headline: ShownMetric) -> pd.DataFrame:
                     row[f"{series.label} {name} p"] = null.p
                 if math.isfinite(null.q):
                     row[f"{series.label} {name} q"] = null.q
-            if number.too_little:
-                row[f"{series.label} not judged"] = number.too_little
+            if number.not_judged:
+                row[f"{series.label} not judged"] = number.not_judged
         rows.append(row)
     return pd.DataFrame(rows)

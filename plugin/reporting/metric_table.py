@@ -92,7 +92,7 @@ def summary_rows(
             "p": (permuted := number.nulls.get(DECISIVE, NullResult())).p,
             "q": permuted.q,
             "not_left_behind": number.missed,
-            "undecided": number.undecided,
+            "undecided": number.undecided or number.not_judged,
         }
         for metric in (headlines(results) if shown is None else shown)
         for sae, number in _rows(results, metric)
@@ -105,7 +105,7 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
     for metric in headlines(results) if shown is None else shown:
         numbers = [number for _, number in _rows(results, metric)]
         judged = [n for n in numbers if n.past_all is not None]
-        undecided += sum(bool(n.nulls and n.too_little) for n in numbers)
+        undecided += sum(bool(n.nulls and n.not_judged) for n in numbers)
         if judged:
             permuted = [n.nulls.get(DECISIVE, NullResult()).past for n in judged]
             compared = [past for past in permuted if past is not None]
@@ -120,7 +120,7 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
         f"{'; '.join(counts)}."
     )
     numbers = "1 number is" if undecided == 1 else f"{undecided} numbers are"
-    few = f"{numbers} not judged: computed from too few nodes, latents or draws."
+    few = f"{numbers} not judged: computed from too few nodes, latents or draws, or one null of labels was not."
     return " ".join([found] * bool(counts) + [few] * bool(undecided))
 
 
@@ -142,7 +142,7 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
             f"over the tree (mean and p of {n_draws} draws; the main null; * q ≤ {LEVEL} after "
             "Benjamini–Hochberg over the table), labels shuffled over images, untrained twins of "
             "the SAE, the neurons. ! the value is not past this null. ? it is computed from too few "
-            "nodes, latents or draws to be judged. A dash: that null is not defined there.",
+            "nodes, latents or draws to be judged, or one of the first two nulls was not computed. A dash: that null is not defined there.",
         ]
     )
 
@@ -199,7 +199,7 @@ def _label(results: Results, sae: SAEResult) -> str:
 def _cells(number: MetricResult) -> list[str]:
     half = max(number.high - number.value, number.value - number.low)  # one may be cut
     certain = f" ±{_number(half)}" if math.isfinite(half) else ""
-    few = " ?" if number.too_little else ""
+    few = " ?" if number.not_judged else ""
     cells = [_number(number.value) + certain + few]
     cells.append("" if number.support is None else f"{number.support:,}")
     for name in NULLS:

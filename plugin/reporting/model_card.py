@@ -20,7 +20,8 @@ NULLS_EXPLAINED = (
     "Beside each value the same number under null controls: classes "
     "permuted over the tree (mean and p of the draws; the main null), labels shuffled over images, an "
     f"untrained twin of the SAE, the neurons. *: q ≤ {LEVEL} after Benjamini–Hochberg over this table. "
-    "A dash: not defined there, or computed from too few nodes, latents or draws to be judged."
+    "A dash: not defined there, or not judged: computed from too few nodes, latents or draws, or without "
+    "one of the first two nulls."
 )
 TRAINING = {
     "dataset_path": "images",

@@ -121,7 +121,7 @@ class Report:
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),
             "past_all": sum(bool(n.past_all) for n in directed),
-            "undecided": list(dict.fromkeys(n.too_little for _, n in defined if n.too_little)),
+            "undecided": list(dict.fromkeys(n.not_judged for _, n in defined if n.not_judged)),
             "missed": [
                 COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)
             ],

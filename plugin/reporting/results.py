@@ -97,17 +97,9 @@ class MetricResult:
 
     @property
     def undecided(self) -> str | None:
-        """Why the value is not judged against its nulls; None where it is.
-
-        One that depends on labels needs both nulls of labels: either catches what the other does not.
-        """
+        """Why the value is not judged against its nulls; None where it is."""
         if self.support is not None and self.support < self.least:
             return f"computed from {self.support}, fewer than {self.least}"
-        labels = [null for null in LABEL_NULLS if null in self.nulls]
-        uses_labels = any(self.nulls[null].past is not None for null in labels)
-        if uses_labels and len(labels) < len(LABEL_NULLS):
-            (left_out,) = set(LABEL_NULLS) - set(labels)
-            return f"the null {left_out} was not computed"
         permuted = self.nulls.get(DECISIVE, NullResult())
         if permuted.missing:
             return f"no draw of permuted classes: {permuted.reason}"
@@ -118,20 +110,30 @@ class MetricResult:
         return None
 
     @property
-    def too_little(self) -> str | None:
-        """`undecided`, but None for a value that has no null at all."""
-        return None if self.undecided == NO_NULL else self.undecided
+    def not_judged(self) -> str | None:
+        """Why there is no verdict on a value that has nulls; None where there is one, or no null.
+
+        A verdict on what depends on labels needs both nulls of labels: either catches what the other
+        does not.
+        """
+        if self.undecided:
+            return None if self.undecided == NO_NULL else self.undecided
+        labels = [null for null in LABEL_NULLS if null in self.nulls]
+        left_out = [null for null in LABEL_NULLS if null not in labels]
+        if left_out and any(self.nulls[null].past is not None for null in labels):
+            return f"the null {left_out[0]} was not computed"
+        return None
 
     @property
     def missed(self) -> list[str]:
         """The nulls that the value is not past; none where it is not judged."""
-        judged = {} if self.undecided else self.nulls
+        judged = {} if self.undecided or self.not_judged else self.nulls
         return [name for name, null in judged.items() if null.past is False]
 
     @property
     def past_all(self) -> bool | None:
         """Whether the value is past every null that it has; None where it is not judged."""
-        return None if self.undecided else not self.missed
+        return None if self.undecided or self.not_judged else not self.missed
 
 
 @dataclass(frozen=True)
@@ -501,7 +503,7 @@ class Results:
                 "support": number.support,
                 **number.controls,
                 "not_left_behind": ", ".join(number.missed),
-                "not_judged": number.too_little or "",
+                "not_judged": number.not_judged or "",
             }
             for sae, evaluator, metric, number in self.rows()
         )

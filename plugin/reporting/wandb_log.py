@@ -259,7 +259,7 @@ def certainty_items(key: str, number: MetricResult) -> dict[str, float]:
         "q": permuted.q,
         "draws": permuted.n or math.nan,
         "support": math.nan if number.support is None else number.support,
-        "judged": math.nan if number.undecided == NO_NULL else float(number.undecided is None),
+        "judged": math.nan if number.undecided == NO_NULL else float(not number.not_judged),
     }
     return {f"{key}/{name}": float(v) for name, v in items.items() if math.isfinite(v)}
 

@@ -114,7 +114,8 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         "infoe": summary.SCORE,
     }
     support = {
-        "infom": Support("active", "latents"),
+        **dict.fromkeys(("infom", "infoc"), Support("active", "latents")),
+        "infoe": Support("factors", "depths of the tree", least=1),
     }
     invariant = label_free = frozenset({"factors"})
     Options = InfoMECOptions

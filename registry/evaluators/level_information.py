@@ -38,6 +38,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
       errors whose group has another class at all. A cut near the leaves (u near 0) or
       near the root (e near 1) can show little and counts little, so that trees are comparable. It
       measures hierarchy beyond class accuracy; `n_*_errors` are the images that it rests on.
+      `n_images` are those that are predicted.
     - `*_variance_share`: between-group variance over the total, mean over the informative cuts. It
       rises with depth by construction: read only its excess over permuted classes.
 
@@ -58,7 +59,10 @@ class LevelInformation(Evaluator[ProbeOptions]):
             ),
             "variance_share",
         )
-    } | {f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES}
+    } | {
+        **{f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES},
+        "n_images": None,
+    }
     ranges = {
         **{
             f"{f}_{p}_{m}": summary.SHARE
@@ -70,15 +74,24 @@ class LevelInformation(Evaluator[ProbeOptions]):
         **{f"{f}_variance_share": summary.SHARE for f in FEATURES},
     }
     invariant = frozenset(
-        name
-        for f in FEATURES
-        for p in PROBES
-        for name in (f"{f}_{p}_accuracy", f"n_{f}_{p}_errors")
+        {
+            "n_images",
+            *(f"{f}_{p}_accuracy" for f in FEATURES for p in PROBES),
+            *(f"n_{f}_{p}_errors" for f in FEATURES for p in PROBES),
+        }
     )
     support = {
-        f"{f}_{p}_right_group": Support(f"n_{f}_{p}_errors", "misclassified images", least=30)
-        for f in FEATURES
-        for p in PROBES
+        **{
+            f"{f}_{p}_right_group": Support(f"n_{f}_{p}_errors", "misclassified images", least=30)
+            for f in FEATURES
+            for p in PROBES
+        },
+        **{
+            f"{f}_{p}_{m}": Support("n_images", "predicted images", least=30)
+            for f in FEATURES
+            for p in PROBES
+            for m in ("accuracy", "level_accuracy")
+        },
     }
     headlines = (
         Headline(
@@ -108,7 +121,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
     def levels(
         self, feature: str, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, np.ndarray]:
-        """Each measure of a feature at the informative cuts (L,); `*_accuracy`, of the class, (1,).
+        """Each measure of a feature at the informative cuts (L,); `*_accuracy`, of the class, and counts (1,).
 
         `*_right_group_weight` is the weight of a cut in `*_right_group`. Empty where no batch has the
         feature.
@@ -151,6 +164,8 @@ class LevelInformation(Evaluator[ProbeOptions]):
         numbers = dict.fromkeys(self.higher_is_better, float("nan"))
         for feature in FEATURES:
             found = self.levels(feature, permutation, shuffled)
+            if found:
+                numbers["n_images"] = float(found.pop("images")[0])
             for probe in PROBES if found else ():
                 name = f"{probe}_right_group"
                 weight, values = found.pop(f"{name}_weight"), np.nan_to_num(found.pop(name))
@@ -220,6 +235,7 @@ def read_levels(
         found[f"{probe}_right_group"] = summary.ratio(right_group - chance, weight)
         found[f"{probe}_right_group_weight"] = weight
         found[f"{probe}_errors"] = np.array([confusion.sum() - np.trace(confusion)])
+    found["images"] = np.array([feature.confusion[0, labelling].sum()])
     if feature.moments is not None:
         found["variance_share"] = feature.moments.variance_share(groups, labelling)
     return found

@@ -67,7 +67,7 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
       predicted one, each summed over the images; `*_hierarchical_recall`: over nodes at or above
       the true one; `*_hierarchical_f1`: their harmonic mean. The root is left out.
 
-    Undefined without an error, or without an image. The other sources of latents share x, so `x_*`
+    `n_images` are the images that are predicted. Undefined without an error, or without an image. The other sources of latents share x, so `x_*`
     is NaN there. Memory O(C·(C + d + m) + d²).
     """
 
@@ -81,16 +81,26 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
             **OF_CONFUSION,
             **({f"distance_{k}": False for k in TOPS} if probe == "probe" else {}),
         }.items()
-    } | {f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES}
+    } | {
+        **{f"n_{feature}_{probe}_errors": None for feature in FEATURES for probe in PROBES},
+        "n_images": None,
+    }
     ranges = {
         metric: summary.SHARE if "hierarchical" in metric else summary.POSITIVE
         for metric in higher_is_better
     }
     invariant = frozenset(name for name in higher_is_better if name.startswith("n_"))
     support = {
-        f"{feature}_{probe}_mistake_severity": Support(f"n_{feature}_{probe}_errors", "errors")
-        for feature in FEATURES
-        for probe in PROBES
+        **{
+            name: Support("n_images", "predicted images", least=30)
+            for name, better in higher_is_better.items()
+            if better is not None
+        },
+        **{
+            f"{feature}_{probe}_mistake_severity": Support(f"n_{feature}_{probe}_errors", "errors")
+            for feature in FEATURES
+            for probe in PROBES
+        },
     }
     headlines = (
         Headline(
@@ -147,6 +157,9 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
         for feature in FEATURES:
             for probe in PROBES:
                 found = self.measures(feature, probe, permutation, shuffled)
+                if found:
+                    counts = self._counts(feature, probe, 1, shuffled)
+                    numbers["n_images"] = float(counts.images.sum())
                 for name, value in found.items():
                     known = f"{feature}_{probe}_{name}"
                     numbers[f"n_{feature}_{probe}_errors" if name == "n_errors" else known] = value

@@ -87,6 +87,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
     A pair (p, c) meets the conditions of the options. Of several parents the *forest* keeps the one
     that fires least. Pairs are chosen on the fit half and measured on the score half.
 
+    - `n_measured_edges`: edges whose child fires on the score half; `n_parents`: parents that fire there or
+      have such a child; `n_probed_edges`: edges that are tested; `n_tree_edges`: edges of the
+      tree below its root. The means of the same names rest on them; `n_recorded_*` likewise.
     - `pairs`, `edges`, `child_share`: pairs; children with a parent; these per latent that fires
       `min_fired` times. `implication`, `holds_share`: mean P(p|c) on the score half, and the share
       of edges that still reach the bound there.
@@ -121,6 +124,10 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "edge_precision": True,
         "edge_recall": True,
         "n_edges": None,
+        "n_measured_edges": None,
+        "n_parents": None,
+        "n_probed_edges": None,
+        "n_tree_edges": None,
         "pairs": None,
         "edges": None,
         "child_share": None,
@@ -138,6 +145,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         "recorded_edge_precision": True,
         "recorded_edge_recall": True,
         "n_recorded_edges": None,
+        "n_recorded_measured_edges": None,
+        "n_recorded_parents": None,
+        "n_recorded_probed_edges": None,
         "rewired_implication": None,
         "rewired_reconstruction_share": None,
         "rewired_edge_precision": None,
@@ -169,7 +179,18 @@ class ParentChild(Evaluator[ParentChildOptions]):
     }
     support = {
         "edge_precision": Support("n_edges", "edges"),
+        **dict.fromkeys(("implication", "holds_share"), Support("n_measured_edges", "edges")),
+        **dict.fromkeys(("hamming", "hamming_relative"), Support("n_parents", "parents")),
+        "reconstruction_share": Support("n_probed_edges", "probed edges"),
+        **dict.fromkeys(
+            ("edge_recall", "recorded_edge_recall"), Support("n_tree_edges", "edges of the tree")
+        ),
         "recorded_edge_precision": Support("n_recorded_edges", "recorded edges"),
+        "recorded_implication": Support("n_recorded_measured_edges", "recorded edges"),
+        "recorded_hamming_relative": Support("n_recorded_parents", "recorded parents"),
+        "recorded_reconstruction_share": Support(
+            "n_recorded_probed_edges", "probed recorded edges"
+        ),
     }
     label_free = frozenset(n for n in higher_is_better if "edge_" not in n)
     invariant = label_free
@@ -315,6 +336,10 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "edge_precision": precision,
             "edge_recall": recall,
             "n_edges": float(n_edges),
+            "n_measured_edges": _count(edges.implication),
+            "n_parents": _count(distances["hamming_relative"]),
+            "n_probed_edges": _count(self.reconstructs),
+            "n_tree_edges": float(len(self._tree_edges)),
             "pairs": float(len(self.pairs.child)),
             "edges": float(len(forest.child)),
             "child_share": len(forest.child) / living if living else float("nan"),
@@ -352,13 +377,15 @@ class ParentChild(Evaluator[ParentChildOptions]):
         own, *chance = (summary.mean(passed) for passed in self.recorded_reconstructs)
         implied = [measure_edges(scored, forest).implication for forest in self.rewired]
         edges = np.stack([recorded.parent, recorded.child], axis=1)
+        distances = hamming(scored, recorded)["hamming_relative"]
         return {
+            "n_recorded_measured_edges": _count(self.recorded_edges.implication),
+            "n_recorded_parents": _count(distances),
+            "n_recorded_probed_edges": _count(self.recorded_reconstructs[0]),
             "recorded_edges": float(len(recorded.child)),
             "recorded_found": recall_of(edges, np.stack(self.forest, axis=1)),
             "recorded_implication": summary.mean(self.recorded_edges.implication),
-            "recorded_hamming_relative": summary.mean(
-                hamming(scored, recorded)["hamming_relative"]
-            ),
+            "recorded_hamming_relative": summary.mean(distances),
             "recorded_reconstruction_share": own,
             "rewired_implication": summary.mean(implied),
             "rewired_reconstruction_share": summary.mean(chance),
@@ -456,3 +483,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
             )
         )
         return {"forest": drawing}
+
+
+def _count(values: np.ndarray | pd.Series) -> float:
+    """The number of the values that are defined."""
+    return float(np.isfinite(values).sum())

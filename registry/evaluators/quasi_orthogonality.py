@@ -14,6 +14,7 @@ import torch
 from plotly.graph_objects import Figure
 
 from .. import hashing
+from ..presentation import Support
 from .base import ALL_NULLS, EvaluationBatch, Evaluator, require_at_least
 from .parts import summary
 
@@ -66,6 +67,11 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         **ALL_NULLS,
         "permuted_classes": "norms are compared with each other, with no tree",
         "shuffled": "no label is used",
+    }
+    support = {
+        name: Support("images", "images")
+        for name, better in higher_is_better.items()
+        if better is not None
     }
     invariant = label_free = frozenset(higher_is_better)
     Options = QuasiOrthogonalityOptions

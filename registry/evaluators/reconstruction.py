@@ -15,6 +15,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..presentation import Support
 from .base import (
     ALL_NULLS,
     EvaluationBatch,
@@ -168,6 +169,11 @@ class Reconstruction(Evaluator[ReconstructionOptions]):
         "permuted_classes": "no tree is used",
         "shuffled": "only the cross-entropy of the head uses labels",
         "neurons": "x⁺ and (−x)⁺ reconstruct x exactly",
+    }
+    support = {
+        name: Support("images", "spliced images")
+        for name, better in higher_is_better.items()
+        if better is not None and name.startswith(("ce_", "accuracy_", "kl_", "embedding_"))
     }
     invariant = frozenset(higher_is_better)
     labels = {"l0": "L0 of a token", "l0_image": "L0 of an image"}

@@ -146,6 +146,12 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         "supervised_interpretability": Support("n_nodes", "nodes"),
         "detected_share": Support("supervised_nodes", "nodes"),
         **dict.fromkeys(("control", "supervised_control"), Support("n_pairs", "pairs of nodes")),
+        **dict.fromkeys(
+            ("sufficiency", "necessity", "supervised_sufficiency", "supervised_necessity"),
+            Support("spliced_images", "spliced images"),
+        ),
+        "occluded": Support("supervised_nodes", "nodes"),
+        "over_split": Support("latents", "latents"),
     }
     wants_intervention = True
     invariant = frozenset(

@@ -129,10 +129,11 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             ("z_uuas", "z_euclidean_uuas", "x_uuas", "x_euclidean_uuas"), summary.SHARE
         ),
     }
-    support = dict.fromkeys(
-        ("z_spearman", "z_excess", "z_uuas", "x_spearman", "x_excess", "x_uuas"),
-        Support("n_classes", "held-out classes", least=5),
-    )
+    support = {
+        name: Support("n_classes", "held-out classes", least=5)
+        for name, better in higher_is_better.items()
+        if better is not None
+    }
     invariant = frozenset({"n_classes"})
     Options = TreeProbeOptions
 

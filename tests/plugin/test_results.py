@@ -314,9 +314,12 @@ def test_a_verdict_needs_both_nulls_of_labels() -> None:
     def judged(*nulls: str) -> dict[str, str | None]:
         given = {name: draws[name] for name in nulls}
         found = with_nulls(values, given, directions, invariant=["b", "c"], label_free=["c"])
-        return {metric: number.undecided for metric, number in found.items()}
+        for metric, number in found.items():
+            assert number.past_all is (None if number.not_judged or metric == "d" else True)
+            assert number.missed == []
+        return {metric: number.not_judged for metric, number in found.items()}
 
-    free = {"c": None, "d": NO_NULL}  # no label enters; no direction
+    free = {"c": None, "d": None}  # no label enters; no direction
     assert judged(*draws) == {"a": None, "b": None, **free}
     without = "the null shuffled was not computed"
     assert judged("permuted_classes", "random") == {"a": without, "b": None, **free}

@@ -513,6 +513,27 @@ def bytes_of(value: object, seen: set[int]) -> int:
     return bytes_of(vars(value), seen) if hasattr(value, "__dict__") else 0
 
 
+WITHOUT_COUNT = {
+    "example_siblings": {"sibling_share"},
+    "feature_geometry": {"babel", "coherence", "coactive_babel"},
+    "level_information": {f"{f}_variance_share" for f in ("x", "mean_patch", "z")},
+    "reconstruction": {
+        *("explained_variance", "fvu", "mse", "cossim", "dead_share", "almost_dead_share"),
+    },
+    "siblings": {"sibling_share"},
+    "stability": {"relative_cosine", "relative_mrr"},
+}
+"""Metrics over all images, tokens or latents at once, and those of examples."""
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_what_a_verdict_rests_on_is_counted(name: str) -> None:
+    """Every metric that is compared with nulls says of how many things it is computed."""
+    evaluator = EVALUATORS[name]
+    compared = {m for m, better in evaluator.higher_is_better.items() if better is not None}
+    assert compared - set(evaluator.support) == WITHOUT_COUNT.get(name, set())
+
+
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_support_is_a_count_among_the_metrics(name: str) -> None:
     evaluator = EVALUATORS[name]

@@ -263,6 +263,7 @@ def test_right_group_in_the_metrics_is_weighed_by_the_room_of_each_cut(one_batch
         wrong = (1 - numbers[f"x_{probe}_accuracy"]) * 240
         assert numbers[f"n_x_{probe}_errors"] == pytest.approx(wrong)
         assert numbers[f"x_{probe}_right_group"] > 0.05
+        assert numbers["n_images"] == 240
     permuted = [evaluator.compute(permutation=tree.permutation(s)) for s in range(20)]
     chance = [p["x_probe_right_group"] for p in permuted]
     assert abs(np.mean(chance)) < 3 * np.std(chance) / np.sqrt(20)
@@ -397,7 +398,7 @@ def test_other_sources_of_latents_measure_z_alone(animals, one_batch, measured):
     batch = one_batch(np.random.default_rng(0).random((120, 8), np.float32), labels)
     (evaluator,) = measured(animals, batch, [LevelInformation], source="random")
     numbers = evaluator.compute()
-    assert all(np.isnan(numbers[k]) for k in numbers if not k.startswith(("z_", "n_z_")))
+    assert all(np.isnan(numbers[k]) for k in numbers if not k.startswith(("z_", "n_z_", "n_im")))
     assert np.isfinite(numbers["z_probe_accuracy"])
 
 

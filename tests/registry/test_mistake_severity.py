@@ -144,6 +144,7 @@ def test_without_an_error_severity_is_undefined(
     (evaluator,) = measured(animals, one_batch(z, labels, x=z), [MistakeSeverity])
     numbers = evaluator.compute()
     assert np.isnan(numbers["x_probe_mistake_severity"]) and numbers["n_x_probe_errors"] == 0
+    assert numbers["n_images"] == 60
     assert numbers["x_probe_distance_1"] == 0 and numbers["x_probe_hierarchical_f1"] == 1
     assert "errors" not in evaluator.tables()
 

@@ -306,6 +306,34 @@ def test_recorded_edges_with_a_silent_latent_are_not_counted_as_support(
     assert ParentChild.support["recorded_edge_precision"].count == "n_recorded_edges"
 
 
+def test_means_of_edges_and_parents_have_their_counts(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """Three species are silent on the score half, and with them one genus of two."""
+    latents, batch = planted(animals, one_batch, recall=1.0, false_alarm=0.0)
+    true = np.array(true_parents(animals, latents))
+    species = np.flatnonzero(depths(true) == 2)
+    genus = true[species[0]]
+    silent = [*species[true[species] == genus], genus, species[true[species] != genus][0]]
+    batch.z[np.ix_(np.flatnonzero(~batch.is_fit), silent)] = 0
+    facts = {"sae": sae_with(true.tolist()), "W_dec": torch.randn(21, 5)}
+    options = {"probed": 7}
+    (evaluator,) = measured(animals, batch, [ParentChild], options=options, **facts)
+    numbers = evaluator.compute()
+    assert numbers["edges"] == numbers["recorded_edges"] == 12 + 6
+    for edges, parents, probed in (
+        ("n_measured_edges", "n_parents", "n_probed_edges"),
+        ("n_recorded_measured_edges", "n_recorded_parents", "n_recorded_probed_edges"),
+    ):
+        assert (numbers[edges], numbers[parents], numbers[probed]) == (18 - 4, 2 + 6 - 1, 7)
+    assert numbers["n_tree_edges"] == 12 + 6
+    table = evaluator.tables()["forest"]
+    assert np.isfinite(table["implication"]).sum() == numbers["n_measured_edges"]
+    for permutation in evaluator.context.permutations:
+        moved = evaluator.compute(permutation=permutation)
+        assert all(moved[of.count] == numbers[of.count] for of in ParentChild.support.values())
+
+
 def test_a_wrong_recorded_forest_does_not_pass_for_the_right_one(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
