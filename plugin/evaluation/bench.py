@@ -264,11 +264,12 @@ class Bench:
         held_out: HeldOutActivations,
         group: int,
         *,
+        peers: Sequence[Peer] = (),
         progress: Progress | None = None,
     ) -> dict[str, Numbers | str]:
         """The result of `numbers` without one of `n_groups` groups of images, for the intervals.
 
-        The model is not run and peers are not compared: metrics that need them are undefined.
+        The model is not run: metrics that need it are undefined.
         """
         rest = replace(
             held_out,
@@ -276,7 +277,7 @@ class Bench:
             intervene=None,
             no_intervention="not repeated for the intervals",
         )
-        return self.numbers(source, rest, self.chosen, progress=progress)
+        return self.numbers(source, rest, self.chosen, peers=peers, progress=progress)
 
     def controls(self, held_out: HeldOutActivations) -> dict[str, dict[str, Numbers | str]]:
         """Control -> evaluator -> its numbers, or why it has none.

@@ -92,7 +92,9 @@ def measure_sae(
         if n_left_out:
             latents = bench.encode_once(latents, held_out, progress=progress)
         for name in (name for name in mine if name in groups):
-            numbers[name] = bench.left_out(latents, held_out, groups[name], progress=progress)
+            numbers[name] = bench.left_out(
+                latents, held_out, groups[name], peers=peers, progress=progress
+            )
         if not team.leads:
             team.gather(folder.id, numbers)
             return None

@@ -95,6 +95,8 @@ def test_train_evaluate_report(training: Any, world: Path, tmp_path: Path) -> No
             assert all((results.folder / file).is_file() for file in files)
         coverage = sae.evaluators["ontological_coverage"].metrics["internal_f1"]
         assert 0 <= coverage.value <= 1 and coverage.nulls["permuted_classes"].n == 2
+        assert results.permuted_classes is not None and results.permuted_classes.draws == 2
+        assert results.permuted_classes.present == len(WORLD_CLASSES)
         mean_patch = sae.evaluators["level_information"].metrics["mean_patch_knn_accuracy"]
         assert math.isfinite(mean_patch.value)
         assert sae.node_f1
@@ -383,6 +385,15 @@ def test_seeds_are_compared_and_measured_anew_with_other_peers(
         assert number.value == pytest.approx(1, abs=0.01), metric
         assert number.nulls["random"].left_behind and number.nulls["permuted_classes"].reason
     assert stable.metrics["peers"].value == 1
+    apart = {"evaluators": ["stability", "pair_depth"], "output_path": tmp_path / "g"}
+    with_groups = measure(run, other, n_groups=3, **apart)
+    found = with_groups.saes[0].evaluators
+    for number in (
+        found["stability"].metrics["one_to_one_r2"],
+        *found["pair_depth"].metrics.values(),
+    ):
+        assert number.low <= number.value <= number.high, number
+    assert found["stability"].metrics["decoder_cosine"].high == pytest.approx(1, abs=0.01)
     assert stable.notes == [f"Compared with other/{HOOKS[0]} (seed)."]
 
     first = measure(run, other)
