@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ...registry.nulls import DECISIVE, LEVEL, NULLS, significant
+from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL, NULLS, significant
 from .headlines import ShownMetric, headlines
 from .results import MetricResult, NullResult, PermutedClassesInfo, Results, SAEResult
 from .series import all_series
@@ -128,23 +128,35 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     """The meaning of the metrics and of the columns of the table."""
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
     metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}{_unit(results, m)}." for m in found)
-    numbers = (
-        number.nulls.get(DECISIVE) for metric in found for _, number in _rows(results, metric)
-    )
-    draws = sorted({null.n for null in numbers if null and null.n}) or [0]
-    n_draws = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}"
+    draws = numbers_of_draws(results, found)
+    of = {name: f" ({draws[name]})" if name in draws else "" for name in NULLS}
     return "\n".join(
         [
             *metrics,
             *([exchangeable(results.permuted_classes)] if results.permuted_classes else []),
             "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is "
             "computed from. Beside each value the same number under null controls: classes permuted "
-            f"over the tree (mean and p of {n_draws} draws; the main null; * q ≤ {LEVEL} after "
-            "Benjamini–Hochberg over the table), labels shuffled over images, untrained twins of "
-            "the SAE, the neurons. ! the value is not past this null. ? it is computed from too few "
+            f"over the tree (mean and p of {draws.get(DECISIVE, '0 draws')}; the main null; * q ≤ {LEVEL} after "
+            f"Benjamini–Hochberg over the table), labels shuffled over images{of['shuffled']}, untrained "
+            f"twins of the SAE{of['random']}, the neurons{of['neurons']}. A null of fewer than {LEAST_DRAWS} "
+            "draws has to be beaten in every draw. ! the value is not past this null. ? it is computed from too few "
             "nodes, latents or draws to be judged, or one of the first two nulls was not computed. A dash: that null is not defined there.",
         ]
     )
+
+
+def numbers_of_draws(results: Results, shown: Sequence[ShownMetric]) -> dict[str, str]:
+    """Null -> the number of its draws, "99 draws" or "54 to 99 draws", of the nulls that have any."""
+    counts: dict[str, set[int]] = {}
+    for metric in shown:
+        for _, number in _rows(results, metric):
+            for name, null in number.nulls.items():
+                if null.n:
+                    counts.setdefault(name, set()).add(null.n)
+    return {
+        name: f"{min(n)} draw{'s' * (n != {1})}" if len(n) == 1 else f"{min(n)} to {max(n)} draws"
+        for name, n in counts.items()
+    }
 
 
 def exchangeable(permuted: PermutedClassesInfo) -> str:

@@ -32,7 +32,7 @@ from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
-from .metric_table import COLUMNS, exchangeable
+from .metric_table import COLUMNS, exchangeable, numbers_of_draws
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, natural_key
 from .tree_chart import Icicle, scale
@@ -132,6 +132,12 @@ class Report:
         """The number of classes and of trees behind the nulls of permuted classes."""
         permuted = self.results.permuted_classes
         return exchangeable(permuted) if permuted else ""
+
+    @property
+    def few_draws(self) -> str:
+        """The numbers of draws of the nulls but the main one: "shuffled labels 1 draw, ..."."""
+        draws = numbers_of_draws(self.results, self.headlines)
+        return ", ".join(f"{COLUMNS.get(n, n)} {draws[n]}" for n in draws if n != DECISIVE)
 
     def support(self, evaluator: str, metric: str, number: MetricResult) -> str:
         """What a number is computed from: "213 nodes"; empty where that is not declared."""

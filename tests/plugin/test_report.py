@@ -102,6 +102,7 @@ def test_page_says_what_was_measured(static: str, results: Results) -> None:
 def test_a_number_stands_beside_its_certainty(results: Results, tmp_path: Path) -> None:
     page = Page(write_report(with_q(results), tmp_path / "r.html", interactive=False).read_text())
     assert "16 of the 18 classes present can move; 19 distinct trees were drawn." in page.seen
+    assert "(shuffled labels 1 draw, untrained twin 1 draw, neurons 1 draw), every one" in page.seen
     sae = with_q(results).saes[1]
     coverage = sae.evaluators["ontological_coverage"].metrics
     number, nodes = coverage["internal_f1"], int(coverage["internal_nodes"].value)

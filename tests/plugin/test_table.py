@@ -79,6 +79,10 @@ def test_the_table_says_what_it_shows(results):
     assert "pair depth: where classes meet" in words
     assert "16 of the 18 classes present can move; 19 distinct trees were drawn." in words
     assert "mean and p of 99 draws;" in words
+    assert (
+        "shuffled over images (1 draw), untrained twins of the SAE (1 draw), the neurons. A"
+        in words
+    )
     number = results.saes[0].evaluators["pair_depth"].metrics["pair_depth"]
     number.nulls["permuted_classes"] = NullResult(0.5, 0.5, 54, True, p=0.02)
     assert "mean and p of 54 to 99 draws;" in legend(results, [HEADLINE])

@@ -23,6 +23,10 @@ from taxolens.plugin.reporting.metric_table import legend, summary_rows, summary
 from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.reporting.wandb_log import log_results
+from taxolens.plugin.training.constraint import Constraint
+from taxolens.registry.evaluators.parts.null_latents import TwinLatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents
+from taxolens.registry.nulls import CONSTRAINTS
 from temporary_plugins import temporary_plugins
 from wandb_reader import OfflineRun
 
@@ -198,3 +202,31 @@ def test_the_architecture_is_the_one_that_was_trained(results: Results, tmp_path
     del cfg["metadata"]["training_architecture"]
     (old / "cfg.json").write_text(json.dumps(cfg))
     assert [sae.trained_as for sae in find_saes(old)] == ["topk"]
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_its_architecture_trains_with_each_constraint_and_has_a_twin(constraint: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sae = example.ExampleTopK(example.ExampleTopKConfig(d_in=16, d_sae=24, k=4))
+        x = torch.randn(200, 16)
+    first = {name: weight.detach().clone() for name, weight in sae.named_parameters()}
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.3)
+    Constraint(sae, constraint).start(optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (sae(x) - x).square().sum().backward()
+        optimizer.step()
+    held = "W_enc" if constraint == "frozen_encoder" else "W_dec"
+    moved = {
+        name for name, weight in sae.named_parameters() if not torch.equal(weight, first[name])
+    }
+    if constraint == "soft_frozen_decoder":
+        cosine = torch.cosine_similarity(sae.W_dec, first["W_dec"])
+        assert held in moved and (cosine > 0.8 - 1e-6).all() and (cosine < 0.9).any()
+    else:
+        assert held not in moved and {"W_enc", "W_dec"} - {held} <= moved
+    twins = [TwinLatents.fit(SAELatents(sae), x, draw=draw) for draw in (0, 1)]
+    assert all(type(twin.sae) is example.ExampleTopK for twin in twins)
+    z = [twin.encode(x) for twin in twins]
+    assert all((rows > 0).sum(1).max() <= 4 for rows in z) and not torch.equal(*z)

@@ -28,6 +28,7 @@ from taxolens.registry.evaluators.stability import (
     relative_agreement,
     standard,
 )
+from taxolens.registry.taxonomies import Taxonomy
 
 Measured = Callable[..., Any]
 SEEDS = st.integers(0, 10**6)
@@ -250,6 +251,20 @@ def test_the_same_sae_in_another_order_is_recovered(world: Any, beside: Measured
     table = evaluator.tables()["latents"]
     for column in ("decoder_partner", "activation_partner"):
         assert order[table[column]].tolist() == table["latent"].tolist() == list(range(30))
+
+
+def test_a_copy_falls_short_of_1_where_images_have_equal_latents(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """15 images of a class on the score half share the ranks 1 to 15: the mean rank is 8."""
+    labels = np.repeat(np.arange(12), 30)
+    z = np.eye(12, dtype=np.float32)[labels]
+    (evaluator,) = measured(
+        animals, one_batch(z, labels), [Stability], peers=[KnownPeer(z, torch.zeros(12, 5))]
+    )
+    numbers = evaluator.compute()
+    assert numbers["relative_mrr"] == pytest.approx(1 / 8)
+    assert numbers["relative_cosine"] == pytest.approx(1)
 
 
 def test_independent_saes_are_at_the_null(world: Any, beside: Measured) -> None:

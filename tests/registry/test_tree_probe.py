@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import taxolens  # noqa: F401 (fills the table of named taxonomies)
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,9 +24,10 @@ from taxolens.registry.evaluators.tree_probe import (
     spanned,
     tie_ceiling,
 )
-from taxolens.registry.taxonomies import Taxonomy
+from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
 
 Measured = Callable[..., Any]
+TINY_IMAGENET = Path(__file__).parents[2] / "benchmarks" / "tiny_imagenet.txt"
 
 
 @given(seed=st.integers(0, 10**6))
@@ -145,6 +148,15 @@ def test_the_ceiling_is_reached_by_the_same_order_without_ties() -> None:
     values = np.array([2, 2, 4, 4, 4, 6])
     assert tie_ceiling(values) == pytest.approx(spearman(values, np.arange(6)))
     assert tie_ceiling(np.arange(5)) == 1.0 and tie_ceiling(np.ones(5)) == 0.0
+
+
+def test_the_ceiling_is_near_1_on_a_large_tree(one_batch: Measured, measured: Measured) -> None:
+    """The value of docs/evaluators.md."""
+    tree = load_taxonomy("imagenet", classes=TINY_IMAGENET.read_text().split())
+    labels = np.repeat(np.arange(len(tree.classes)), 4)
+    z = np.random.default_rng(0).random((len(labels), 3)).astype(np.float32)
+    (evaluator,) = measured(tree, one_batch(z, labels), [TreeProbe])
+    assert evaluator.compute()["ceiling"] == pytest.approx(0.997, abs=5e-4)
 
 
 def wide_tree() -> Taxonomy:
