@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from taxolens.registry.evaluators.base import EvaluationBatch, EvaluationContext, Evaluator
     from taxolens.registry.loaders.parts.read import read_sae
-    from taxolens.registry.presentation import Headline, NodeTable
+    from taxolens.registry.presentation import Headline, NodeTable, Support
     from taxolens.registry.table import (
         ARCHITECTURES,
         EVALUATORS,
@@ -54,7 +54,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "plugin.training.runner": ["VisionMultiSAETrainingRunner", "VisionSAETrainingRunner"],
         "registry.evaluators.base": ["EvaluationBatch", "EvaluationContext", "Evaluator"],
         "registry.loaders.parts.read": ["read_sae"],
-        "registry.presentation": ["Headline", "NodeTable"],
+        "registry.presentation": ["Headline", "NodeTable", "Support"],
         "registry.table": [
             *("ARCHITECTURES", "EVALUATORS", "LOADERS", "TAXONOMIES", "VISION_MODELS"),
             *("Architecture", "Loader", "TaxonomySource"),

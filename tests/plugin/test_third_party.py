@@ -95,6 +95,7 @@ def test_the_results_carry_what_the_evaluator_declares(results: Results) -> None
     info = results.evaluators["example_siblings"]
     assert tuple(info.headlines) == example.ExampleSiblings.headlines
     assert info.labels == example.ExampleSiblings.labels
+    assert info.support == example.ExampleSiblings.support
     assert info.node_table == example.ExampleSiblings.node_table
     assert results.folder is not None
     file = json.loads((results.folder / "results.json").read_text())
@@ -110,7 +111,13 @@ def test_the_table_has_its_rows(results: Results) -> None:
     assert len(values) == 2 and "siblings" in text
     for layer, value in values.items():
         assert f"{layer} {f'{value:.3f}'.lstrip('0')}" in " ".join(text.split())
-    assert "siblings: pairs of classes with one parent" in legend(results)
+    assert "siblings: pairs of classes with one parent; of latents of two classes." in legend(
+        results
+    )
+    for sae, row in zip(results.saes, summary_rows(results), strict=True):
+        latents = sae.evaluators["example_siblings"].metrics["latents"].value
+        assert row["support"] == latents >= 5
+        assert row["low"] <= row["value"] <= row["high"] and 0 < row["p"] <= 1
     assert verdict(results).startswith("2 numbers are not judged")  # the tree has 14 others
 
 
@@ -135,6 +142,9 @@ def test_the_report_shows_headline_label_cards_tree_and_figure(
     assert "coloured by the F1 of the best latent for the class." in page
     assert "<summary>example_siblings / shares</summary>" in page
     assert "2 SAEs</b> (example_topk)" in page and "saved as topk" in page
+    for row in summary_rows(results):
+        assert f"{row['support']} latents of two classes" in page
+    assert "not judged: 14 draws of permuted classes, fewer than 19" in page
     assert results.folder is not None
     for sae in results.saes:
         table = pd.read_csv(results.folder / sae.evaluators["example_siblings"].tables["classes"])
@@ -158,6 +168,12 @@ def test_wandb_gets_its_numbers_titles_and_the_architecture(
     values = [s.evaluators["example_siblings"].metrics["sibling_share"].value for s in results.saes]
     assert run.logged("layers/example_siblings/sibling_share") == values
     assert len(run.logged("layers/example_siblings/sibling_share/permuted_classes")) == 2
+    for row in summary_rows(results):
+        key = f"{row['hook_name']}/eval/example_siblings/sibling_share"
+        found = {name: run.logged(f"{key}/{name}") for name in ("support", "draws", "judged", "p")}
+        assert found == {
+            "support": [row["support"]], "draws": [14], "judged": [0], "p": [row["p"]]
+        }  # fmt: skip
     assert run.config["architectures"] == dict.fromkeys(HOOKS, "example_topk")
     assert run.logged("charts/example_siblings/sibling_share_table")
     titles = json.dumps(run.config)

@@ -514,16 +514,14 @@ def bytes_of(value: object, seen: set[int]) -> int:
 
 
 WITHOUT_COUNT = {
-    "example_siblings": {"sibling_share"},
     "feature_geometry": {"babel", "coherence", "coactive_babel"},
     "level_information": {f"{f}_variance_share" for f in ("x", "mean_patch", "z")},
     "reconstruction": {
         *("explained_variance", "fvu", "mse", "cossim", "dead_share", "almost_dead_share"),
     },
-    "siblings": {"sibling_share"},
     "stability": {"relative_cosine", "relative_mrr"},
 }
-"""Metrics over all images, tokens or latents at once, and those of examples."""
+"""Metrics over all images, tokens or latents at once."""
 
 
 @pytest.mark.parametrize("name", EVALUATORS)

@@ -78,6 +78,7 @@ class ExampleSiblings(taxolens.Evaluator):
         taxolens.Headline("sibling_share", "siblings", "pairs of classes with one parent", 50),
     )
     labels = {"sibling_share": "share of siblings among pairs of classes"}
+    support = {"sibling_share": taxolens.Support("latents", "latents of two classes", least=5)}
     node_table = taxolens.NodeTable("classes", meaning="the F1 of the best latent for the class")
 
     def prepare(self):
