@@ -280,6 +280,15 @@ def test_command_lines_exist(page: Path) -> None:
         assert load_preset(preset)
 
 
+def test_the_evaluators_page_opens_with_what_each_metric_tells_apart() -> None:
+    text = (ROOT / "docs" / "evaluators.md").read_text(encoding="utf-8")
+    before, table = text.split("<!-- photographs: glance -->\n", 1)
+    assert len(before) < 1000 and "|" not in before
+    head, _, *rows = table.split("<!--", 1)[0].strip().splitlines()
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    assert columns[:2] == ["metric", "draws"] and len(columns) == 10 and len(rows) > 15
+
+
 def test_what_does_not_exist_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One heading\n[a](#one-heading) [b](#two) [c](none.md) [d](https://e.org)\n")
