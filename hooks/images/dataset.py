@@ -127,6 +127,17 @@ class ImageDataset:
         """Those of the images that `max_images` keeps; the dataset is not opened again."""
         return self._again(max_images, self.part)
 
+    def of_each_class(self, n: int) -> ImageDataset:
+        """At most `n` of the images of every class, by a fixed seed; the dataset is not opened again."""
+        labels = self.labels
+        order = np.random.default_rng(SUBSET_SEED).permutation(len(self))
+        order = order[np.argsort(labels[order], kind="stable")]
+        among_its_class = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])
+        kept = np.sort(order[among_its_class < n])
+        chosen = self._again(self._limit, self.part)
+        chosen._rows = kept if chosen._rows is None else chosen._rows[kept]
+        return chosen
+
     def parted(self, part: Part, max_images: int | None = None) -> ImageDataset:
         """That part of the split that was opened; the dataset is not opened again."""
         return self._again(max_images, part)

@@ -103,6 +103,10 @@ class HeldOut:
         """Number of classes that have images."""
         return len(np.unique(self.images.labels))
 
+    def of_each_class(self, n: int) -> HeldOut:
+        """At most `n` of the images of every class."""
+        return replace(self, images=self.images.of_each_class(n))
+
     def limited(self, max_images: int) -> HeldOut:
         """At most `max_images` of the images, the same as those of a source with this `max_images`."""
         if len(self.images) <= max_images:

@@ -23,9 +23,9 @@ from .split import Split
 
 TRAINING_PERMUTATIONS = 3
 MAX_TRAINING_IMAGES = 2000
-"""Images of an evaluation during training, for up to MAX_TRAINING_CLASSES classes."""
-MAX_TRAINING_CLASSES = 400
-"""With more classes the images grow in proportion: 5 a class, which `lch_height` needs."""
+"""Images of an evaluation during training, as many of each class."""
+LEAST_OF_A_CLASS = 5
+"""So many of each class also where that makes more: `lch_height` needs them."""
 NO_INTERVENTION = "the model is not run again in evaluations during training"
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def make_training_evaluator(
     Args:
         cfg: a vision runner config with `evaluators` and `taxonomy`; images come from
             `eval_dataset_path` (else dataset_path) and `eval_split` (else validation or test), at
-            most `eval_max_images` of them (2,000, or 5 for each class).
+            most `eval_max_images` of them (2,000, as many of each class, or 5 of each).
         model: the tapped vision model.
         held_out: images and tree, where they are loaded already.
 
@@ -110,8 +110,11 @@ def make_training_evaluator(
         ConfigError: these are the training images.
     """
     held_out = held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
-    share = max(1.0, len(held_out.taxonomy.classes) / MAX_TRAINING_CLASSES)
-    held_out = held_out.limited(cfg.eval_max_images or round(share * MAX_TRAINING_IMAGES))
+    if cfg.eval_max_images:
+        held_out = held_out.limited(cfg.eval_max_images)
+    else:
+        of_a_class = MAX_TRAINING_IMAGES // held_out.n_present
+        held_out = held_out.of_each_class(max(of_a_class, LEAST_OF_A_CLASS))
     if overlap(held_out.source, cfg.image_source):
         raise ConfigError(
             "eval_split",

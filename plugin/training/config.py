@@ -144,7 +144,7 @@ class VisionFields:
         eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
         eval_dataset_name (str, optional): The configuration of the evaluation's dataset. Defaults to dataset_name where the dataset is the same.
         eval_split (str, optional): The held-out split of the evaluation.
-        eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise. During training, defaults to 2,000, or 5 for each class.
+        eval_max_images (int, optional): Evaluate on only this many images of the held-out split, chosen likewise. During training, defaults to 2,000, as many of each class, or 5 of each class where that is more.
         checkpoint_id (str, optional): The last part of the checkpoint folder, in place of SAELens's random one. A stable id lets the same command resume its own run.
         sparse_step (bool): Compute a training step of topk, batchtopk, matryoshka_batchtopk, nested_topk and random_matryoshka from the firing latents alone: several times faster, equal up to rounding.
         overwrite_output (bool): Write into output_path even where it holds another run.

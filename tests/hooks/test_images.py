@@ -371,6 +371,21 @@ def test_a_label_column_of_lists_is_refused():
 # -- subsets, identity, streaming ---------------------------------------------------------------
 
 
+def test_as_many_of_each_class_by_a_fixed_seed():
+    data = hf_dataset(20).select([*range(19), 0])  # 8, 6 and 6 of the classes
+    whole = load_images(data, max_images=17)
+    for n in (1, 3, 6, 99):
+        few = whole.of_each_class(n)
+        assert np.bincount(few.labels).tolist() == [min(n, c) for c in np.bincount(whole.labels)]
+        assert few.labels.tolist() == [red // 10 % 3 for red in reds(few)]
+        rows = few._rows.tolist()
+        assert rows == sorted(set(rows)) and set(rows) <= set(whole._rows.tolist())
+        assert rows == whole.of_each_class(n)._rows.tolist()
+        assert set(rows) <= set(whole.of_each_class(n + 1)._rows.tolist())
+    assert load_images(data).of_each_class(2).fingerprint != load_images(data).fingerprint
+    assert reds(load_images(data).of_each_class(2)) != reds(load_images(data))[:6]
+
+
 def test_max_images_takes_the_start_of_a_seeded_permutation():
     data = hf_dataset(20)
     few, more = load_images(data, max_images=5), load_images(data, max_images=9)

@@ -180,22 +180,24 @@ def test_the_training_evaluator_takes_the_images_that_it_would_load(
         evaluators=["ontological_coverage"],
     )
     whole = HeldOut.load(cfg.held_out_source, cfg.taxonomy)
-    monkeypatch.setattr("taxolens.plugin.evaluation.training_evaluator.MAX_TRAINING_IMAGES", 9)
-    shared = make_training_evaluator(cfg, vit, whole).held_out[cfg.hook_name]
     cfg.eval_max_images = 9
+    shared = make_training_evaluator(cfg, vit, whole).held_out[cfg.hook_name]
     loaded = make_training_evaluator(cfg, vit).held_out[cfg.hook_name]
     assert len(shared) == 9 and np.array_equal(shared.tokens, loaded.tokens)
     assert np.array_equal(shared.split.labels, loaded.split.labels)
     limited = whole.limited(9).images
     assert limited.fingerprint == HeldOut.load(cfg.held_out_source, cfg.taxonomy).images.fingerprint
     assert whole.limited(100) is whole
-    # With more classes than that cap is for, it grows in proportion.
-    n_classes = len(whole.taxonomy.classes)
+    # Without a number as many of each class, and not fewer than the evaluators need.
     cfg.eval_max_images = None
-    monkeypatch.setattr(
-        "taxolens.plugin.evaluation.training_evaluator.MAX_TRAINING_CLASSES", n_classes / 1.5
-    )
-    assert len(make_training_evaluator(cfg, vit, whole).held_out[cfg.hook_name]) == 14
+    n_classes = len(whole.taxonomy.classes)
+    module = "taxolens.plugin.evaluation.training_evaluator"
+    for most, least, expected in ((3 * n_classes + 1, 1, 3), (n_classes, 2, 2), (10**6, 1, 10**6)):
+        monkeypatch.setattr(f"{module}.MAX_TRAINING_IMAGES", most)
+        monkeypatch.setattr(f"{module}.LEAST_OF_A_CLASS", least)
+        labels = make_training_evaluator(cfg, vit, whole).held_out[cfg.hook_name].split.labels
+        every = np.bincount(whole.images.labels)
+        assert np.bincount(labels).tolist() == np.minimum(every, expected).tolist()
 
 
 def test_the_configuration_is_recorded_in_the_metadata_of_the_sae(train: Any, vit: Any) -> None:
