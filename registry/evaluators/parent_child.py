@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -485,6 +486,6 @@ class ParentChild(Evaluator[ParentChildOptions]):
         return {"forest": drawing}
 
 
-def _count(values: np.ndarray | pd.Series) -> float:
-    """The number of the values that are defined."""
+def _count(values: Any) -> float:
+    """How many of the values (n,) are defined."""
     return float(np.isfinite(values).sum())

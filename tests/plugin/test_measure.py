@@ -412,6 +412,21 @@ def test_every_metric_stands_beside_its_nulls(sae: Any, held_out: HeldOutActivat
     assert found["pair_depth"]["pair_depth"].nulls["neurons"].n == 1
 
 
+def test_where_no_class_can_move_the_reason_stands_in_place_of_the_null(sae: Any) -> None:
+    """Each class has half as many images again as the one before it."""
+    labels = np.repeat(np.arange(N_CLASSES), [4, 6, 9, 14, 21, 32, 48, 72])
+    tokens = np.random.default_rng(0).normal(size=(len(labels), 1, D)).astype(np.float32)
+    uneven = HeldOutActivations(tokens, Split.halves(labels, N_CLASSES, 1))
+    tested = bench(settings=EvaluationSettings(nulls=("permuted_classes", "shuffled")))
+    found = tested.metrics(tested.run(SAELatents(sae), uneven))["pair_depth"]["pair_depth"]
+    reason = (
+        "no two of the 8 classes present have a like number of images (within a factor of 1.25), so "
+        "none can be exchanged"
+    )
+    assert found.nulls["permuted_classes"].reason == reason and found.nulls["shuffled"].n == 1
+    assert found.not_judged == f"no draw of permuted classes: {reason}" and found.past_all is None
+
+
 def test_numbers_do_not_depend_on_the_batch_size(sae: Any, held_out: HeldOutActivations) -> None:
     chosen = {"coverage": (OntologicalCoverage, None), "pair_depth": (PairDepth, {"k": 4})}
     found = [
