@@ -120,7 +120,10 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
         f"{'; '.join(counts)}."
     )
     numbers = "1 number is" if undecided == 1 else f"{undecided} numbers are"
-    few = f"{numbers} not judged: computed from too few nodes, latents or draws, or one null of labels was not."
+    few = (
+        f"{numbers} not judged: computed from too few nodes, latents or draws, or one null of labels "
+        "was not."
+    )
     return " ".join([found] * bool(counts) + [few] * bool(undecided))
 
 
@@ -136,11 +139,12 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
             *([exchangeable(results.permuted_classes)] if results.permuted_classes else []),
             "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is "
             "computed from. Beside each value the same number under null controls: classes permuted "
-            f"over the tree (mean and p of {draws.get(DECISIVE, '0 draws')}; the main null; * q ≤ {LEVEL} after "
-            f"Benjamini–Hochberg over the table), labels shuffled over images{of['shuffled']}, untrained "
-            f"twins of the SAE{of['random']}, the neurons{of['neurons']}. A null of fewer than {LEAST_DRAWS} "
-            "draws has to be beaten in every draw. ! the value is not past this null. ? it is computed from too few "
-            "nodes, latents or draws to be judged, or one of the first two nulls was not computed. A dash: that null is not defined there.",
+            f"over the tree (mean and p of {draws.get(DECISIVE, '0 draws')}; the main null; * q ≤ "
+            f"{LEVEL} after Benjamini–Hochberg over the table), labels shuffled over images"
+            f"{of['shuffled']}, untrained twins of the SAE{of['random']}, the neurons{of['neurons']}. A "
+            f"null of fewer than {LEAST_DRAWS} draws has to be beaten in every draw. ! the value is not "
+            "past this null. ? it is computed from too few nodes, latents or draws to be judged, or one "
+            "of the first two nulls was not computed. A dash: that null is not defined there.",
         ]
     )
 
@@ -160,12 +164,13 @@ def numbers_of_draws(results: Results, shown: Sequence[ShownMetric]) -> dict[str
 
 
 def exchangeable(permuted: PermutedClassesInfo) -> str:
-    """The number of classes and of trees behind the nulls of permuted classes, in one sentence."""
+    """The classes and trees behind the nulls of permuted classes, with a warning where few can move."""
     trees = "distinct tree was" if permuted.draws == 1 else "distinct trees were"
+    few = " These are few: no number tests the places of the others."
     return (
         "Classes are permuted only among those with a like number of images: "
         f"{permuted.movable:,} of the {permuted.present:,} classes present can move; "
-        f"{permuted.draws:,} {trees} drawn."
+        f"{permuted.draws:,} {trees} drawn.{few * (permuted.movable < permuted.present / 2)}"
     )
 
 

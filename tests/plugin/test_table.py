@@ -78,7 +78,12 @@ def test_the_table_says_what_it_shows(results):
     words = legend(results, [HEADLINE])
     assert "pair depth: where classes meet" in words
     assert "16 of the 18 classes present can move; 19 distinct trees were drawn." in words
-    assert "mean and p of 99 draws;" in words
+    assert "These are few" not in words and "mean and p of 99 draws;" in words
+    few = dataclasses.replace(results.permuted_classes, movable=8)
+    words_of_few = legend(dataclasses.replace(results, permuted_classes=few), [HEADLINE])
+    assert "8 of the 18 classes present can move; 19 distinct trees were drawn. These are few" in (
+        words_of_few
+    )
     assert (
         "shuffled over images (1 draw), untrained twins of the SAE (1 draw), the neurons. A"
         in words
