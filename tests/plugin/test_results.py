@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import stat
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,24 @@ def test_q_is_adjusted_over_the_headlines_of_all_saes(tmp_path: Path) -> None:
     assert [null.q for null in judged] == pytest.approx(list(expected))
     assert all(math.isnan(null.q) for null, is_shown in found if not is_shown)
     assert [null.past for null in judged] == [null.q <= 0.05 for null in judged]
+
+
+def test_what_is_not_judged_takes_no_part_in_the_adjustment(tmp_path: Path) -> None:
+    results = make_results(tmp_path, n_layers=3)
+    key = "ontological_coverage", "internal_f1"
+    few = results.saes[1].evaluators[key[0]].metrics
+    few[key[1]] = replace(few[key[1]], support=4)
+    shown = {(m.evaluator, m.metric) for m in headlines(results)}
+    found = [
+        (number, number.nulls["permuted_classes"])
+        for _, evaluator, metric, number in with_q(results).rows()
+        if (evaluator, metric) in shown
+    ]
+    judged = [null for number, null in found if not number.undecided]
+    assert len(judged) == len(found) - 1 and all(math.isfinite(null.p) for _, null in found)
+    expected = scipy.stats.false_discovery_control([null.p for null in judged])
+    assert [null.q for null in judged] == pytest.approx(list(expected))
+    assert [math.isnan(null.q) for _, null in found].count(True) == 1
 
 
 def test_a_q_of_05_is_past_the_null_whatever_its_last_digit() -> None:

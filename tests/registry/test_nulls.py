@@ -157,6 +157,24 @@ class Fixed(StandardSAE):
         return torch.cat([torch.ones_like(z[:, :3]), 0 * z[:, 3:]], dim=1)
 
 
+class Signed(StandardSAE):
+    """A third party's SAE of which every other latent is below 0 where it is active."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().encode(x)
+        return torch.where(torch.arange(z.shape[1]) % 2 == 0, z, -z)
+
+
+@pytest.mark.parametrize("firing", [0.1, 0.7])
+def test_latents_below_0_count_in_the_l0_of_a_twin(firing):
+    sae = Signed(StandardSAEConfig(d_in=12, d_sae=100))
+    sae.load_state_dict(sae_of("standard", firing).sae.state_dict())
+    latents = SAELatents(sae)
+    twin = TwinLatents.fit(latents, X)
+    assert bool((twin.encode(X) < 0).any()) and l0_of(latents) == pytest.approx(100 * firing, abs=1)
+    assert l0_of(twin) == pytest.approx(l0_of(latents), abs=0.01)
+
+
 def test_a_twin_of_an_sae_in_training_takes_inputs_on_its_scale():
     scaler = ActivationScaler()
     scaler.scaling_factor = 0.5
