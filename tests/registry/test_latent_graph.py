@@ -518,6 +518,13 @@ def test_equal_seeds_give_equal_draws(
     assert same == [True, False]
 
 
+def test_the_defaults_are_those_of_the_protocol() -> None:
+    assert WEIGHTINGS == {"firings": 0.9, "activations": 0.9, "cosine": 0.8}
+    options = LatentGraph.Options()
+    assert (options.min_rate, options.max_children) == (40e-6, 0.05)
+    assert (options.min_descendants, options.min_joint) == (5, 10)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

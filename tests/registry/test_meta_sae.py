@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from taxolens.registry.errors import ConfigError
-from taxolens.registry.evaluators.meta_sae import MetaLatents, MetaSAE, MetaSAEOptions, decompose
+from taxolens.registry.evaluators.meta_sae import (
+    BATCH,
+    MetaLatents,
+    MetaSAE,
+    MetaSAEOptions,
+    decompose,
+)
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.taxonomies import Taxonomy
 
@@ -156,6 +162,13 @@ def test_without_a_decoder_or_with_few_rows_it_is_undefined(
         numbers = evaluator.compute()
         assert numbers.pop("n_latents") == rows
         assert np.isnan([*numbers.values()]).all() and evaluator.tables() == {}
+
+
+def test_the_defaults_are_those_of_saebench() -> None:
+    """A quarter as many latents as rows, k = 4, 1,500 steps of 1,024 rows, learning rate 5e-4."""
+    options = MetaSAE.Options()
+    assert (options.width, options.k, options.steps, options.lr) == (0.25, 4, 1500, 5e-4)
+    assert BATCH == 1024
 
 
 @pytest.mark.parametrize(
