@@ -112,7 +112,7 @@ def test_register_evaluators_refuses_what_is_none(plugin) -> None:
         ({"nulls": {"chance": None}}, "null 'chance': not known"),
     ],
 )
-def test_an_evaluator_that_declares_not_judged_is_refused_at_once(
+def test_an_evaluator_that_declares_too_little_is_refused_at_once(
     changes: dict[str, Any], problem: str, plugin
 ) -> None:
     fields = {
