@@ -108,6 +108,11 @@ def image_latents(
     return torch.cat(parts)
 
 
+def _still(progress: Progress) -> Progress:
+    """Called for images that `progress` has counted already."""
+    return lambda _: progress(0)
+
+
 def _largest(z: Tensor) -> Tensor:
     """(n, k, m) -> (n, m): of each latent, the activation of largest size."""
     most = z.amax(1)
@@ -269,15 +274,21 @@ class Bench:
     ) -> dict[str, Numbers | str]:
         """The result of `numbers` without one of `n_groups` groups of images, for the intervals.
 
-        The model is not run: metrics that need it are undefined.
+        The model is run only for evaluators that want their interventions repeated, in a pass of their own; metrics of others
+        that need it are undefined.
         """
-        rest = replace(
-            held_out,
-            split=held_out.split.without(group, self.settings.n_groups),
-            intervene=None,
-            no_intervention="not repeated for the intervals",
+        rest = replace(held_out, split=held_out.split.without(group, self.settings.n_groups))
+        without_model = replace(
+            rest, intervene=None, no_intervention="not repeated for the intervals"
         )
-        return self.numbers(source, rest, self.chosen, peers=peers, progress=progress)
+        repeated = {name: it for name, it in self.chosen.items() if it[0].repeats_intervention}
+        others = {name: it for name, it in self.chosen.items() if name not in repeated}
+        found: dict[str, Numbers | str] = {}
+        for images, chosen in ((without_model, others), (rest, repeated)):
+            if chosen:
+                found |= self.numbers(source, images, chosen, peers=peers, progress=progress)
+                progress = progress and _still(progress)
+        return found
 
     def controls(self, held_out: HeldOutActivations) -> dict[str, dict[str, Numbers | str]]:
         """Control -> evaluator -> its numbers, or why it has none.

@@ -566,6 +566,8 @@ class Evaluator(ABC, Generic[O]):
     wants_intervention: ClassVar[bool] = False
     """Whether `EvaluationContext.intervene` is called. Each call is a forward pass, so an option
     bounds the images. Where `intervene` is None, metrics that need it are NaN."""
+    repeats_intervention: ClassVar[bool] = False
+    """Whether it is called for each group of images of the intervals too: for a headline that needs the model."""
     headlines: ClassVar[tuple[Headline, ...]] = ()
     """Metrics shown in summaries; if empty, the first metric that has a direction."""
     labels: ClassVar[Mapping[str, str]] = {}

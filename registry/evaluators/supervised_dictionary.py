@@ -153,7 +153,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         "occluded": Support("supervised_nodes", "nodes"),
         "over_split": Support("latents", "latents"),
     }
-    wants_intervention = True
+    wants_intervention = repeats_intervention = True
     invariant = frozenset(
         {
             *SPLICED,

@@ -269,6 +269,27 @@ def test_evaluators_can_intervene_at_the_images_and_tokens_of_the_sae(
         assert z.shape == (3, context.d_sae) and decoded.shape == (3, 16)
 
 
+@pytest.mark.parametrize("repeats", [True, False])
+def test_the_model_is_run_for_intervals_only_where_a_headline_needs_it(
+    evaluate: Any, contexts: list[Any], monkeypatch, repeats: bool
+) -> None:
+    monkeypatch.setattr(module.EVALUATORS["lch_height"], "repeats_intervention", repeats)
+    evaluate(evaluators=["lch_height", "pair_depth"], n_groups=3, nulls=[])
+    reasons = [c.no_intervention for c in contexts if c.intervene is None]
+    assert reasons == ([] if repeats else 2 * 3 * ["not repeated for the intervals"])
+    assert len(contexts) == 2 * 4
+
+
+def test_what_the_model_measures_has_an_interval_where_it_is_a_headline(evaluate: Any) -> None:
+    results = evaluate(evaluators="supervised_dictionary", n_groups=3, nulls=[])
+    for sae in results.saes:
+        metrics = sae.evaluators["supervised_dictionary"].metrics
+        for metric in ("sufficiency", "interpretability"):
+            number = metrics[metric]
+            assert number.low <= number.value <= number.high, metric
+            assert math.isfinite(number.low) and number.low < number.high
+
+
 def test_a_model_with_a_head_and_a_model_without(
     evaluate: Any, run: Path, world: Path, tmp_path: Path
 ) -> None:
