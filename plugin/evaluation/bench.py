@@ -201,6 +201,7 @@ class Bench:
             ),
             W_dec=getattr(source, "W_dec", None),
             b_dec=getattr(source, "b_dec", None),
+            as_decoded=getattr(source, "as_decoded", lambda x: x),
             sae=getattr(source, "sae", None),
             peers=peers,
             reconstruct=getattr(source, "reconstruct", None),

@@ -201,7 +201,7 @@ class Absorption(Evaluator[AbsorptionOptions]):
             rise=self.options.main_rise,
             most=self.options.max_main,
         )
-        x = self._sample.x
+        x = self.context.as_decoded(self._sample.x)
         if self.context.b_dec is not None:
             x = x - self.context.b_dec.detach().float().cpu()
         gain = (decoder @ probed.direction[passed].T).numpy()

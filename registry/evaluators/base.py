@@ -334,6 +334,8 @@ class EvaluationContext:
     """(C,) images per class of the evaluation set; determines the integer type of counters."""
     W_dec: Tensor | None = None  # (m, d)
     b_dec: Tensor | None = None  # (d,)
+    as_decoded: Callable[[Tensor], Tensor] = lambda x: x
+    """(n, d) activations -> the same on the scale of z·W_dec + b_dec: others where the SAE normalises each input."""
     sae: Any = None
     reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     """(n, d) activations of tokens -> (n, m) their latents and (n, d) their reconstruction."""

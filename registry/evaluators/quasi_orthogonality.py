@@ -91,7 +91,7 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         n = len(batch)
         square = (values.double() * self._row_norm.to(latents.device)[latents]).square()
         f2 = torch.bincount(rows, weights=square, minlength=n).cpu().numpy() + self._offset
-        x2 = batch.x.double().square().sum(1).cpu().numpy()
+        x2 = self.context.as_decoded(batch.x).double().square().sum(1).cpu().numpy()
         l0 = torch.bincount(rows, minlength=n).cpu().numpy()
         gap = summary.ratio(np.abs(x2 - f2), f2)
         x, f = np.sqrt(x2), np.sqrt(f2)

@@ -26,6 +26,7 @@ from .parts.image_positions import ImagePositions
 from .parts.logistic import best_threshold, f1_score
 from .parts.node_f1 import Detectors, explain, find_detectors
 from .parts.readout import kl_divergence
+from .parts.sae_latents import spread
 from .parts.samples import ImageSample
 
 SPLICED = ("sufficiency", "necessity", "control")
@@ -297,6 +298,9 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         parts = []
         for own, other in zip(tokens(x), tokens(target)):
             change = reconstruct(other)[0].cpu() - reconstruct(own)[0].cpu()
+            decoded = self.context.as_decoded(own)
+            if decoded is not own:  # of an SAE that normalises each input
+                change = change * (spread(own) / spread(decoded).clamp(min=1e-12))[:, None]
             parts.append(greedy_swap(own, other, change, rows, self.options.swaps))
         return torch.cat(parts).view_as(x)
 

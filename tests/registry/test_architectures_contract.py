@@ -16,6 +16,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.llm_sae_training_runner import _run_cli
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 from taxolens.hooks.models.forward import run_to_hooks
 from taxolens.plugin.manager import load_plugins
@@ -23,7 +24,7 @@ from taxolens.plugin.training.constraint import Constraint, within_cosine
 from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import TwinLatents
-from taxolens.registry.evaluators.parts.sae_latents import SAELatents
+from taxolens.registry.evaluators.parts.sae_latents import NORMALISING, SAELatents, spread
 from taxolens.registry.nulls import CONSTRAINTS
 from taxolens.registry.table import ARCHITECTURES
 from tiny_models import pictures, tapped
@@ -326,6 +327,50 @@ def test_the_untrained_twin_differs_in_its_weights_only(name, kind, tmp_path):
             twin.scale = first.scale * other_scale
             assert error <= (x - twin.reconstruct(x)[1]).square().sum()
     assert all(torch.equal(before[key], tensor) for key, tensor in sae.state_dict().items())
+
+
+@every
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "in training",
+        "scaled",
+        "whitened",
+        "saved",
+        "layer_norm",
+        "constant_norm_rescale",
+        "b_dec kept",
+    ],
+)
+def test_decoder_rows_add_up_to_the_reconstruction(name, kind, tmp_path):
+    """Rows of length other than 1, of an SAE that divides by them too; inputs that it normalises."""
+    starts_at_data = name.startswith("archetypal")
+    sae = trained(name, **({} if starts_at_data else {"decoder_init_norm": 2.0}))
+    scaler = ActivationScaler(scaling_factor=0.5) if kind == "scaled" else ActivationScaler()
+    if kind == "whitened":
+        matrix = torch.diag(torch.linspace(0.5, 2, D_IN, dtype=torch.float64))
+        mean = torch.ones(D_IN, dtype=torch.float64)
+        scaler = ActivationScaler(whitening=ActivationWhitening(mean, matrix, matrix.inverse()))
+    if kind in ("saved", "layer_norm", "constant_norm_rescale", "b_dec kept"):
+        _, file = sae.save_inference_model(tmp_path)
+        changes = {"apply_b_dec_to_input": False} if kind == "b_dec kept" else {}
+        if kind in ("layer_norm", "constant_norm_rescale"):
+            changes = {"normalize_activations": kind}
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        sae = SAE.load_from_disk(tmp_path)
+    latents = SAELatents(sae, scaler)
+    x = (
+        planted(BATCH, seed=70)
+        + torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(7))
+        + 3
+    )
+    with torch.no_grad():
+        z, decoded = latents.reconstruct(x)
+        seen = latents.as_decoded(x)
+        unit = spread(x) / spread(seen)
+        added = unit[:, None] * (z @ latents.W_dec + latents.b_dec - seen)
+    assert (z != 0).any() and torch.equal(seen, x) == (kind not in NORMALISING)
+    torch.testing.assert_close(x + added, decoded, atol=1e-4, rtol=1e-4)
 
 
 TIED = {"mp", "omp", "matching_pursuit", "codebook"}

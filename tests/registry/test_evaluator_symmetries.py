@@ -1,7 +1,9 @@
-"""What must not change a number: the order of latents and of images, the unit of x, latents that never fire."""
+"""What must not change a number: the order of latents and of images, the unit of x, latents that never fire, and
+the form of an SAE."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import taxolens
 import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.sae_latents import SAELatents
 from torch import Tensor
 
 SAMPLED = {
@@ -44,6 +48,10 @@ class World:
     living: Tensor  # (m,) 0 for latents that never fire
     images: Tensor  # (n, 1, d) in the order of the evaluation set
     unit: float = 1.0
+
+    def facts(self) -> dict[str, Any]:
+        """Of the context, beside the decoder's rows."""
+        return {"b_dec": torch.zeros(self.W_dec.shape[1]), "reconstruct": self.reconstruct}
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = (x @ self.W_enc - 0.5 * self.unit).relu() * self.living
@@ -128,9 +136,8 @@ def numbers_of(animals, measured, toy_model) -> Any:
             [taxolens.EVALUATORS[name]],
             options=OPTIONS.get(name),
             W_dec=world.W_dec,
-            b_dec=torch.zeros(24),
-            reconstruct=world.reconstruct,
             intervene=model,
+            **world.facts(),
         )
         return evaluator.compute()
 
@@ -160,3 +167,90 @@ def test_the_exceptions_are_needed(world: World, numbers_of: Any, change: str, n
     for prefix in {**SAMPLED, **BY_DEFINITION}[change, name]:
         moved = [m for m in numbers if m.startswith(prefix) and numbers[m] != again[m]]
         assert moved, prefix
+
+
+# SAEs of one function in other forms ----------------------------------------------------------------
+
+
+class OfSAE(World):
+    """A world whose latents are those of an SAE, with what evaluators are given of it."""
+
+    @classmethod
+    def of(cls, world: World, sae: Any, unit: float = 1.0) -> OfSAE:
+        latents, x = SAELatents(sae), world.batch.x * unit
+        z = latents.encode(x)
+        assert latents.W_dec is not None
+        made = cls(
+            replace(world.batch, x=x, z=z, mean_patch=world.batch.mean_patch * unit),
+            latents.W_dec, latents.W_dec.T, torch.ones(z.shape[1]), world.images * unit, unit,
+        )  # fmt: skip
+        object.__setattr__(made, "latents", latents)
+        return made
+
+    def facts(self) -> dict[str, Any]:
+        latents: Any = vars(self)["latents"]
+        return {
+            "b_dec": latents.b_dec,
+            "as_decoded": latents.as_decoded,
+            "reconstruct": latents.reconstruct,
+        }
+
+
+def topk(world: World) -> TopKTrainingSAE:
+    """With rows of different lengths, by which it divides."""
+    d, m = world.batch.x.shape[1], 48
+    cfg = TopKTrainingSAEConfig(d_in=d, d_sae=m, k=6, rescale_acts_by_decoder_norm=True)
+    sae = TopKTrainingSAE(cfg)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        rows = torch.randn(m, d, generator=generator)
+        sae.W_dec.copy_(rows * torch.linspace(0.3, 3, m)[:, None])
+        sae.W_enc.copy_(rows.T)
+        sae.b_dec.copy_(world.batch.x.mean(0))
+    return sae.eval().requires_grad_(False)
+
+
+def same_numbers(one: dict[str, float], other: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """The metrics that differ."""
+    return {
+        metric: (value, other[metric])
+        for metric, value in one.items()
+        if not math.isclose(value, other[metric], rel_tol=1e-3, abs_tol=1e-4)
+        and not (math.isnan(value) and math.isnan(other[metric]))
+    }
+
+
+@pytest.mark.parametrize("name", sorted(set(taxolens.EVALUATORS) - {"meta_sae"}))
+def test_folded_decoder_norms_change_no_number(world: World, numbers_of: Any, name: str) -> None:
+    sae = topk(world)
+    folded = copy.deepcopy(sae)
+    folded.fold_W_dec_norm()
+    assert not torch.allclose(sae.W_dec, folded.W_dec)
+    one, other = (numbers_of(OfSAE.of(world, form), name) for form in (sae, folded))
+    assert any(math.isfinite(value) for value in one.values())
+    assert not same_numbers(one, other)
+
+
+@pytest.mark.parametrize(
+    "name", ["absorption", "quasi_orthogonality", "supervised_dictionary", "reconstruction"]
+)
+@pytest.mark.parametrize("normalise", ["layer_norm", "constant_norm_rescale"])
+def test_an_sae_that_normalises_equal_inputs_is_one_that_does_not(
+    world: World, numbers_of: Any, name: str, normalise: str
+) -> None:
+    """Inputs of one mean and length are 3 times what the SAE makes of them."""
+    x = world.batch.x - world.batch.x.mean(1, keepdim=True)
+    d = x.shape[1]
+    x = x / x.norm(dim=1, keepdim=True) * (d - (normalise == "layer_norm")) ** 0.5
+    images = torch.zeros_like(world.images)
+    images[world.batch.index, 0] = x
+    world = replace(world, batch=replace(world.batch, x=x, mean_patch=x.flip(1)), images=images)
+    plain, normalising = topk(world), topk(world)
+    normalising.cfg.normalize_activations = normalise
+    again = type(normalising)(normalising.cfg).eval().requires_grad_(False)
+    again.load_state_dict(plain.state_dict())
+    assert SAELatents(again).encode(3 * x).sub(SAELatents(plain).encode(x)).abs().max() < 1e-3
+    one, other = (
+        numbers_of(OfSAE.of(world, sae, unit), name) for sae, unit in ((plain, 1.0), (again, 3.0))
+    )
+    assert not {k: v for k, v in same_numbers(one, other).items() if k != "mse"}
