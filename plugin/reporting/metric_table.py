@@ -133,14 +133,18 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}{_unit(results, m)}." for m in found)
     draws = numbers_of_draws(results, found)
     of = {name: f" ({draws[name]})" if name in draws else "" for name in NULLS}
+    decisive = (
+        f"mean and p of {draws[DECISIVE]}; the main null; * q ≤ {LEVEL} after Benjamini–Hochberg over the table"
+        if DECISIVE in draws
+        else "not computed"
+    )
     return "\n".join(
         [
             *metrics,
             *([exchangeable(results.permuted_classes)] if results.permuted_classes else []),
             "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is "
             "computed from. Beside each value the same number under null controls: classes permuted "
-            f"over the tree (mean and p of {draws.get(DECISIVE, '0 draws')}; the main null; * q ≤ "
-            f"{LEVEL} after Benjamini–Hochberg over the table), labels shuffled over images"
+            f"over the tree ({decisive}), labels shuffled over images"
             f"{of['shuffled']}, untrained twins of the SAE{of['random']}, the neurons{of['neurons']}. A "
             f"null of fewer than {LEAST_DRAWS} draws has to be beaten in every draw. ! the value is not "
             "past this null. ? it is computed from too few nodes, latents or draws to be judged, or one "

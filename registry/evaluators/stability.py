@@ -85,7 +85,8 @@ class Stability(Evaluator[StabilityOptions]):
       `relative_mrr` only where no two images have the same. Comparable across SAEs of different width or model.
 
     Latents that are 0 on every fit image of the sample are left out, and in wide dictionaries those
-    that are active least; `latents` are matched. Everything is NaN without a peer. Memory
+    that are active least; `latents` are left, and `decoder_pairs` and `activation_pairs` of them have a partner: fewer where the
+    other SAE has fewer. Everything is NaN without a peer. Memory
     O(max_images·(L0 + max_latents) + max_latents²).
     """
 
@@ -102,6 +103,8 @@ class Stability(Evaluator[StabilityOptions]):
         "relative_cosine": True,
         "relative_mrr": True,
         "latents": None,
+        "decoder_pairs": None,
+        "activation_pairs": None,
         "peers": None,
     }
     ranges = {
@@ -120,18 +123,16 @@ class Stability(Evaluator[StabilityOptions]):
             summary.SHARE,
         ),
     }
-    support = dict.fromkeys(
-        (
-            "decoder_cosine",
-            "decoder_same_share",
-            "activation_correlation",
-            "activation_same_share",
-            "agreement",
-            "one_to_one_r2",
-            "one_to_many_r2",
+    support = {
+        **dict.fromkeys(
+            ("decoder_cosine", "decoder_same_share"), Support("decoder_pairs", "pairs of latents")
         ),
-        Support("latents", "latents"),
-    )
+        **dict.fromkeys(
+            ("activation_correlation", "activation_same_share", "agreement"),
+            Support("activation_pairs", "pairs of latents"),
+        ),
+        **dict.fromkeys(("one_to_one_r2", "one_to_many_r2"), Support("latents", "latents")),
+    }
     nulls = {
         **ALL_NULLS,
         "permuted_classes": "latents are compared with latents, with no tree",
@@ -217,6 +218,7 @@ class Stability(Evaluator[StabilityOptions]):
             numbers[name] = summary.mean(likeness)
             same = likeness >= self.options.same
             numbers[f"{kind}_same_share"] = summary.mean(same, np.isfinite(likeness))
+            numbers[f"{kind}_pairs"] = float(np.isfinite(likeness).sum())
         both = [found.partner[kind] for kind in MATCHES]
         numbers["agreement"] = summary.mean(both[0] == both[1], (both[0] >= 0) & (both[1] >= 0))
         numbers["one_to_one_r2"] = summary.mean(found.r2[0])

@@ -134,6 +134,38 @@ def test_cases_of_known_truth_stand_beside_what_they_are_compared_with() -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("judged", "past", "above"),
+    [(200, 16, False), (200, 17, True), (2000, 140, False), (2000, 141, True), (10, 1, False)],
+)
+def test_a_share_above_the_bar_is_bold(judged: int, past: int, above: bool) -> None:
+    """200 runs: .05 + 2·√(.05·.95/200) = .081; 2,000 runs: .07."""
+    assert tables.share(judged, past, barred=True).startswith("**") == above
+    assert not tables.share(judged, past, barred=False).startswith("**")
+
+
+def test_shares_past_a_null_stand_by_world_and_tree() -> None:
+    counts = {
+        "headlines": ["e/m", "e/none"],
+        "runs": {"e": {"3x3": {"noise, balanced": 200, "planted, absent": 20}, "3x3x3": {"flat, absent": 300}}},
+        "cells": {"e/m": {"3x3": {"noise, balanced": (200, 10), "planted, absent": (10, 10)},
+                          "3x3x3": {"flat, absent": (300, 30)}}},
+    }  # fmt: skip
+    trees, without, head, _, row, also, *_, past = (
+        tables.no_hierarchy_table(counts).replace("\n\n", "\n").splitlines()
+    )
+    assert trees == "Trees in each cell: 3x3, 3x3x3; –: nothing could be judged."
+    assert without == (
+        "Without hierarchy: 200 to 300 runs of every cell. 1 of 2 cells are bold, those of metrics that are not "
+        "shown included, and 0.080 of all p are at most 0.05."
+    )
+    assert head.startswith("| metric | noise, balanced | noise, one large |")
+    assert row.startswith("| `e` m | .05 – | – – |") and row.endswith("| – **.10** |")
+    assert also == "With hierarchy: 20 to 20 runs of every cell." and past.endswith(
+        "| 1 – | – – | – – | – – | – – |"
+    )
+
+
 def test_costs_stand_beside_what_they_are_compared_with() -> None:
     machine = {"machine": {"cpu": "x", "cores": 2, "threads": 1, "gpu": None, "torch": "2"}}
     data = {
@@ -204,6 +236,7 @@ TYPED = {
         "fewer than 1.25 times": DEFAULT,
         "99 draws () give at least .01": DEFINITION,
         "past a null where p ≤ .05": DEFINITION,
+        "past that null where q ≤ .05": DEFINITION,
         "reach the L0 within 5 %": DEFINITION,
         "firing on 80 % of its images and on .1 % or 1 % of all others": DEFAULT,
         "take at most 1 GiB": DEFINITION,
@@ -243,9 +276,7 @@ TYPED = {
         "5 % of the dictionary": DEFAULT,
         "more than 90 % of the images": "by arithmetic",
         "with p ≤ .05 against": DEFINITION,
-        "Bold: above .07, and above .05": DEFINITION,
-        "at least 200 runs each": SETTING,
-        ".058 in": "measured, not stored",
+        "Bold: above .07, and more than two standard errors above .05": DEFINITION,
         "Recall 80 %, false alarms .1 % or 1 %": SETTING,
     },
 }

@@ -244,13 +244,28 @@ def test_the_same_sae_in_another_order_is_recovered(world: Any, beside: Measured
     evaluator = beside(peer)
     numbers = evaluator.compute()
     for metric, value in numbers.items():
-        if metric not in ("latents", "peers"):
+        if metric not in ("latents", "decoder_pairs", "activation_pairs", "peers"):
             # Images with but one latent, the same one, share a rank.
             assert value == pytest.approx(1, abs=0.01 if metric == "relative_mrr" else 1e-4), metric
     assert (numbers["latents"], numbers["peers"]) == (30, 1)
     table = evaluator.tables()["latents"]
     for column in ("decoder_partner", "activation_partner"):
         assert order[table[column]].tolist() == table["latent"].tolist() == list(range(30))
+
+
+def test_latents_without_a_partner_are_not_counted(world: Any, beside: Measured) -> None:
+    evaluator = beside(KnownPeer(world["z"][:, :12], world["W_dec"][:12]))
+    numbers = evaluator.compute()
+    assert numbers["decoder_cosine"] == pytest.approx(1, abs=1e-4)
+    assert (numbers["latents"], numbers["decoder_pairs"], numbers["activation_pairs"]) == (
+        30,
+        12,
+        12,
+    )
+    counts = {metric: of.count for metric, of in evaluator.support.items()}
+    assert counts["decoder_cosine"] == counts["decoder_same_share"] == "decoder_pairs"
+    elsewhere = beside(KnownPeer(world["z"], world["W_dec"], same_space=False)).compute()
+    assert (elsewhere["decoder_pairs"], elsewhere["activation_pairs"]) == (0, 30)
 
 
 def test_a_copy_falls_short_of_1_where_images_have_equal_latents(
