@@ -107,7 +107,9 @@ def _evaluate(
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)
     check_device("device", device)
-    if held_out is None:
+    if held_out is not None:
+        check_complete(saes)
+    else:
         images = settings.dataset_path or override_dataset
         check_complete(saes, dataset_path=images, taxonomy=settings.taxonomy)
         given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}

@@ -133,9 +133,7 @@ class SAEFolder:
     @property
     def tokens(self) -> str:
         """Which tokens of an image it reads."""
-        if self.setting("source_format"):  # of another library, for which no tokens can be meant
-            return self._required("tokens")
-        return self.setting("tokens", "class")
+        return self._required("tokens")
 
     @property
     def architecture(self) -> str:

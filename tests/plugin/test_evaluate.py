@@ -852,7 +852,7 @@ def test_no_taxonomy_and_no_held_out_split(
 ) -> None:
     settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
     save_sae(tmp_path / "sae", HOOKS[0], settings)
-    with pytest.raises(ConfigError, match="taxonomy: neither given nor"):
+    with pytest.raises(ConfigError, match=r"^taxonomy: not in the metadata, and not given;"):
         evaluate(tmp_path / "sae")
     with pytest.raises(ConfigError, match=r"split: .* has no split validation or test"):
         evaluate(tmp_path / "sae", dataset_path=str(photos), taxonomy=str(photos))
