@@ -907,8 +907,17 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_unusable_folders(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="nowhere is not a folder; allowed"):
         find_saes(tmp_path / "nowhere")
+    for name in ("study.sh", "study1.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"study_1 is not a folder; allowed: run folders"):
+        find_saes(tmp_path / "study_1")
+    (tmp_path / "study1").mkdir()
+    for given, meant in (("study_1", "study1"), ("study_1.pt", "study1.pt")):
+        meant = rf"{given} is not a folder \(did you mean '{tmp_path / meant}'\?\); allowed"
+        with pytest.raises(ConfigError, match=meant):
+            find_saes(tmp_path / given)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"holds no SAE; allowed: a folder with cfg.json"):
         find_saes(tmp_path / "empty")
