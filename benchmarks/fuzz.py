@@ -260,6 +260,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     for name, value in {
         "model_name": "a/model",
         "hook_name": "blocks.0.hook_resid_post",
+        "tokens": "class",
         "dataset_path": "photos",
         "image_size": 16,
         "max_images": 5,

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from itertools import islice
 
@@ -39,12 +39,20 @@ def did_you_mean(names: Iterable[str]) -> str:
     return f"did you mean {shown}?" if shown else ""
 
 
-def near_paths(path: str | os.PathLike[str]) -> str:
-    """`did_you_mean` in brackets, of the entries beside a path that is not there; "" without any."""
+def near_paths(
+    path: str | os.PathLike[str], fits: Callable[[str], bool] = lambda path: True
+) -> str:
+    """`did_you_mean` in brackets, of the entries beside a path that is not there; "" without any.
+
+    Args:
+        path: the path that is not there.
+        fits: whether an entry, given by its path, can be meant.
+    """
     folder, name = os.path.split(os.path.normpath(path))
     names: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        names = [os.path.join(folder, near) for near in nearest(name, os.listdir(folder or "."))]
+        entries = (n for n in os.listdir(folder or ".") if fits(os.path.join(folder, n)))
+        names = [os.path.join(folder, near) for near in nearest(name, entries)]
     return f" ({did_you_mean(names)})" if names else ""
 
 

@@ -60,8 +60,9 @@ def evaluate_run(
     """Measure every SAE of one or many runs on held-out images.
 
     Each SAE's numbers are saved when they are complete. A second call keeps those of the same SAE,
-    images, tree and settings, whichever evaluators it names. An evaluator that raises has no
-    numbers, and `Results.errors` names it; the others are not affected.
+    images, tree and settings, whichever evaluators it names; without `replace` it drops only those
+    that it measures again. An evaluator that raises has no numbers, and `Results.errors` names it;
+    the others are not affected.
 
     In a job of torchrun every rank calls this with the same arguments. SAEs are dealt to ranks, of
     fewer SAEs than ranks their passes; rank 0 writes the results, which equal those of one process.
@@ -78,7 +79,8 @@ def evaluate_run(
         **options: fields of `EvaluationSettings`, in place of those of `settings`.
 
     Raises:
-        ConfigError: a setting is wrong, or the split was trained on.
+        ConfigError: a setting is wrong, the split was trained on, or output_path has numbers that
+            would be dropped.
         DataError: the images or labels cannot be used.
         CheckpointError: an SAE's files are incomplete or damaged.
     """
@@ -105,7 +107,9 @@ def _evaluate(
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)
     check_device("device", device)
-    if held_out is None:
+    if held_out is not None:
+        check_complete(saes)
+    else:
         images = settings.dataset_path or override_dataset
         check_complete(saes, dataset_path=images, taxonomy=settings.taxonomy)
         given = {f.name: getattr(settings, f.name, None) for f in fields(ImageSource)}

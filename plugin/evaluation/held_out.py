@@ -15,7 +15,7 @@ from ...hooks.images.folders import SPLIT_OF_WORD
 from ...hooks.images.source import ImageSource
 from ...hooks.images.sources import pick_split
 from ...registry.errors import ConfigError
-from ...registry.taxonomies.load import TREES, load_taxonomy
+from ...registry.taxonomies.load import load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from .sae_folders import SAEFolder
 from .sae_sources import of_own_runs
@@ -257,13 +257,9 @@ def held_out_part(
 
 
 def tree_name(saes: Sequence[SAEFolder], given: str | None) -> str:
-    """The taxonomy: as given, else from the settings of the runs.
+    """The taxonomy: as given, else from the settings of the runs, which have one (`check_complete`).
 
     Raises:
-        ConfigError: the runs have different ones, or none.
+        ConfigError: the runs have different ones.
     """
-    own = [sae.setting("taxonomy") for sae in of_own_runs(saes)]
-    name = given or (_only(own, "taxonomy") if own else None)
-    if not name:
-        raise ConfigError("taxonomy", "neither given nor in the run's settings", allowed=TREES)
-    return str(name)
+    return str(given or _only([sae.setting("taxonomy") for sae in of_own_runs(saes)], "taxonomy"))

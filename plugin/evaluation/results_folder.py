@@ -33,6 +33,7 @@ from ...registry.taxonomies.permuted_classes import permuted_classes
 from ..reporting.compare import write_comparison
 from ..reporting.headlines import with_q
 from ..reporting.results import (
+    RESULTS_FILENAME,
     DatasetInfo,
     EvaluatorInfo,
     EvaluatorResult,
@@ -62,6 +63,8 @@ PACKAGES = (
     "numpy",
 )
 RANKS_FOLDER = "ranks"  # what further ranks have measured, until the evaluation ends
+REPLACE = "replace=True (--replace)"
+MAX_IDS = 5  # that a message names
 
 
 class ResultsFolder:
@@ -214,55 +217,50 @@ class ResultsFolder:
         """Keep the numbers that an earlier call has finished: same SAE, images, tree and settings.
 
         Raises:
-            ConfigError: numbers of evaluators that are not named would be dropped.
+            ConfigError: numbers would be dropped that this call does not measure again: of other
+                SAEs, of evaluators that are not named, or in a file that cannot be read.
         """
         try:
-            earlier = Results.load(self.folder)
-        except TaxolensError:
-            return
-        for place in sorted(self.folder.glob(f"{RANKS_FOLDER}/*")):
-            with suppress(TaxolensError):
-                earlier = replace(earlier, saes=[*earlier.saes, *Results.load(place).saes])
+            earlier = _with_ranks(self.folder)
+        except TaxolensError as error:
+            if self._bench.settings.replace:
+                return
+            problem = f"{self.folder} has results that cannot be read, and would be replaced"
+            raise ConfigError(
+                "output_path", f"{problem} ({error})", allowed=f"another output_path, or {REPLACE}"
+            ) from None
         self._earlier = earlier
+        if earlier is None:
+            return
         if self._bench.settings.replace:
             if self._ranks.is_first:
                 self._forget_ranks()
             return
         by_fingerprint = {sae.fingerprint: sae for sae in earlier.saes}
-        there = _conditions(
-            earlier.dataset.fingerprint,
-            earlier.settings,
-            earlier.taxonomy.tree,
-            str(earlier.provenance.get("taxolens")),
-        )
         for sae in self.saes:
             same = by_fingerprint.get(self.fingerprints[sae.id])
-            if same is not None:
-                kept = {
-                    name: result
-                    for name, result in same.evaluators.items()
-                    if not result.error
-                    and _files_exist(self.folder, result)
-                    and (
-                        name not in self._bench.chosen
-                        or result.fingerprint == self._fingerprint_of(sae, name)
-                    )
-                }
-                if kept:
-                    names = {"id": sae.id, "run": sae.run, "name": sae.name}
-                    self._found[sae.id] = replace(
-                        same,
-                        **names,
-                        trained_as=sae.trained_as,
-                        weights=sae.weights_digest(),
-                        evaluators=kept,
-                    )
+            if same is None:
                 continue
-            other = by_fingerprint.get(_digest([*there.values(), *self._facts[sae.id]]))
-            if other is not None:
-                self._refuse_to_drop(
-                    sae, other, [k for k in there if there[k] != self._conditions[k]]
+            kept = {
+                name: result
+                for name, result in same.evaluators.items()
+                if not result.error
+                and _files_exist(self.folder, result)
+                and (
+                    name not in self._bench.chosen
+                    or result.fingerprint == self._fingerprint_of(sae, name)
                 )
+            }
+            if kept:
+                names = {"id": sae.id, "run": sae.run, "name": sae.name}
+                self._found[sae.id] = replace(
+                    same,
+                    **names,
+                    trained_as=sae.trained_as,
+                    weights=sae.weights_digest(),
+                    evaluators=kept,
+                )
+        self._refuse_to_drop(earlier)
         if self._found:
             self._permuted = earlier.permuted_classes
             here = self._dataset
@@ -270,17 +268,50 @@ class ResultsFolder:
             self._dataset = replace(earlier.dataset, seen_in_training=here.seen_in_training, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))
 
-    def _refuse_to_drop(self, sae: SAEFolder, other: SAEResult, differing: Sequence[str]) -> None:
-        """Raise if the folder has numbers under other conditions that are not measured again."""
-        finished = [name for name, result in other.evaluators.items() if not result.error]
-        dropped = [name for name in finished if name not in self._bench.chosen]
+    def _refuse_to_drop(self, earlier: Results) -> None:
+        """Raise if the folder has numbers that are neither kept nor measured again."""
+        there = _conditions(
+            earlier.dataset.fingerprint,
+            earlier.settings,
+            earlier.taxonomy.tree,
+            str(earlier.provenance.get("taxolens")),
+        )
+        others = [name for name in there if there[name] != self._conditions[name]]
+        kept = {self.fingerprints[id]: set(found.evaluators) for id, found in self._found.items()}
+        by_id = {sae.id: sae for sae in self.saes}
+        dropped: dict[str, tuple[list[str], set[str]]] = {}  # why -> ids and evaluators
+        for old in earlier.saes:
+            finished = {name for name, result in old.evaluators.items() if not result.error}
+            finished -= kept.get(old.fingerprint, set())
+            again, sae = True, by_id.get(old.id)
+            if old.fingerprint in self.fingerprints.values():
+                why = "{} whose files are missing"
+            elif sae is None:
+                again, why = False, "SAEs that this call does not evaluate ({})"
+            else:
+                differing = [*others, *_differing(old, sae)] or ["metadata"]
+                again = "weights" not in differing or self._is_at_home(sae)
+                why = f"{{}} with other {', '.join(differing)}"
+            if again:
+                finished -= set(self._bench.chosen)
+            if finished:
+                ids, evaluators = dropped.setdefault(why, ([], set()))
+                ids.append(old.id)
+                evaluators |= finished
         if dropped:
+            why, (ids, evaluators) = next(iter(dropped.items()))
+            more = f" and {len(ids) - MAX_IDS} more" if len(ids) > MAX_IDS else ""
             raise ConfigError(
                 "output_path",
-                f"{self.folder} has numbers of {sae.id} with other {', '.join(differing)}, which "
-                f"would be dropped: {', '.join(dropped)}",
-                allowed="another output_path, these evaluators too, or replace=True (--replace)",
+                f"{self.folder} has numbers of {why.format(', '.join(ids[:MAX_IDS]) + more)}, which "
+                f"would be dropped: {', '.join(_in_order(evaluators))}",
+                allowed=f"another output_path, these SAEs and evaluators too, or {REPLACE}",
             )
+
+    def _is_at_home(self, sae: SAEFolder) -> bool:
+        """Whether the results lie in the folder of the SAE's run, where the run was trained anew."""
+        home = self.folder.resolve()
+        return sae.path.resolve() in (home, home / sae.name)
 
     def _infos(self) -> dict[str, EvaluatorInfo]:
         """What the evaluators declare, those included whose numbers are kept."""
@@ -359,6 +390,43 @@ def provenance(device: str, seconds: float) -> dict[str, Any]:
         "device": f"{device} ({machine})",
         "seconds": round(seconds, 1),
     }
+
+
+def holds_others(folder: Path, saes: Sequence[SAEFolder]) -> bool:
+    """Whether a results folder has numbers of other weights than those of `saes`, or cannot be read."""
+    try:
+        results = _with_ranks(folder)
+    except TaxolensError:
+        return True
+    weights = {sae.weights_digest() for sae in saes}
+    return results is not None and any(sae.weights not in weights for sae in results.saes)
+
+
+def _with_ranks(folder: Path) -> Results | None:
+    """The results in a folder, those that further ranks have saved included; None without any.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if not (folder / RESULTS_FILENAME).exists():
+        return None
+    results = Results.load(folder)
+    for place in sorted(folder.glob(f"{RANKS_FOLDER}/*")):
+        with suppress(TaxolensError):
+            results = replace(results, saes=[*results.saes, *Results.load(place).saes])
+    return results
+
+
+def _differing(old: SAEResult, sae: SAEFolder) -> list[str]:
+    """The facts of an SAE in earlier results that are not those of the SAE of the same id."""
+    facts = {
+        "weights": sae.weights_digest(),
+        "model_name": sae.model_name,
+        "hook_name": sae.hook_name,
+        "hook_head_index": sae.head,
+        "tokens": sae.tokens,
+    }
+    return [name for name, value in facts.items() if getattr(old, name) != value]
 
 
 def _facts(sae: SAEFolder) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from ...registry.files import (
     reason,
 )
 from ...registry.heads import head_key
+from ...registry.loaders.parts.checkpoint import is_weights_name
 from ...registry.names import near_paths
 from ..reporting.series import layer_of, natural_key
 
@@ -133,9 +135,7 @@ class SAEFolder:
     @property
     def tokens(self) -> str:
         """Which tokens of an image it reads."""
-        if self.setting("source_format"):  # of another library, for which no tokens can be meant
-            return self._required("tokens")
-        return self.setting("tokens", "class")
+        return self._required("tokens")
 
     @property
     def architecture(self) -> str:
@@ -295,7 +295,8 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
 
 def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     if not path.is_dir():
-        raise ConfigError("runs", f"{path} is not a folder{near_paths(path)}", allowed=RUNS)
+        fits = is_weights_name if is_weights_name(path.name) else os.path.isdir
+        raise ConfigError("runs", f"{path} is not a folder{near_paths(path, fits)}", allowed=RUNS)
     settings = _read_json(path / RUNNER_CFG_FILENAME)
     folders = [
         file.parent

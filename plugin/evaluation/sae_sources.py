@@ -22,6 +22,8 @@ from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes
 logger = logging.getLogger(__name__)
 
 NEEDED = ("model_name", "hook_name", "tokens")
+OF_A_RUN = ("dataset_path", "split", "taxonomy")  # what the SAE of a run records
+RECORDED_AS = {"dataset_path": ("eval_dataset_path", "dataset_path"), "taxonomy": ("taxonomy",)}
 OF_THE_MODEL = ("revision", "model_revision", "model_from_pretrained_kwargs")
 ALLOWED = {
     **{name: FACTS[name].allowed for name in NEEDED},
@@ -63,11 +65,6 @@ class ReadSAE(SAEFolder):
         sae = read_sae(str(self.path), device=device)
         check_usable(self.path, sae)
         return sae
-
-    @property
-    def tokens(self) -> str:
-        """Which tokens of an image it reads."""
-        return self._required("tokens")
 
 
 Sources: TypeAlias = str | Path | Sequence[str | Path | SAEFolder]
@@ -174,14 +171,18 @@ def _with(sae: SAEFolder, given: dict[str, Any]) -> SAEFolder:
 
 
 def of_own_runs(saes: Sequence[SAEFolder]) -> list[SAEFolder]:
-    """Those whose settings name images and tree: SAEs of runs, and not those of other libraries."""
-    return [s for s in saes if not isinstance(s, ReadSAE) and not s.setting("source_format")]
+    """Those whose settings name images or a tree: SAEs of runs, and not those of other libraries."""
+    return [
+        sae
+        for sae in saes
+        if not (isinstance(sae, ReadSAE) or sae.setting("source_format"))
+        and any(sae.setting(name) for name in OF_A_RUN)
+    ]
 
 
 def unknown_of(sae: SAEFolder) -> list[str]:
-    """Which of model, hook point and tokens are neither recorded nor given; SAEs of our own runs have tokens always."""
-    unknown = [name for name in NEEDED if not sae.setting(name)]
-    return [name for name in unknown if name != "tokens" or not of_own_runs([sae])]
+    """Which of model, hook point and tokens are neither recorded nor given."""
+    return [name for name in NEEDED if not sae.setting(name)]
 
 
 def check_complete(saes: Sequence[SAEFolder], **given: Any) -> None:
@@ -194,10 +195,12 @@ def check_complete(saes: Sequence[SAEFolder], **given: Any) -> None:
     Raises:
         ConfigError: one list of everything that is missing, with the flags for it.
     """
-    own = of_own_runs(saes)
+    runs = of_own_runs(saes)
     missing = {name: [sae.id for sae in saes if name in unknown_of(sae)] for name in NEEDED}
-    missing |= {name: [] for name, value in given.items() if not (value or own)}
-    missing = {name: ids for name, ids in missing.items() if ids or name in given}
+    missing = {name: ids for name, ids in missing.items() if ids}
+    for name, value in given.items():
+        if not (value or any(sae.setting(own) for sae in runs for own in RECORDED_AS[name])):
+            missing[name] = []
     if missing:
         lines = [
             f"--{name}{' for ' + ', '.join(ids) if len(saes) > 1 and ids else ''} ({ALLOWED[name]})"

@@ -14,6 +14,8 @@ from ...registry.ranks import Ranks
 from ...registry.taxonomies.load import TREES
 from ..evaluation.evaluate import choose_evaluators, evaluate_run
 from ..evaluation.held_out import HeldOut
+from ..evaluation.results_folder import holds_others
+from ..evaluation.sae_folders import find_saes
 from ..evaluation.settings import EvaluationSettings
 from ..reporting.report import REPORT_FILENAME, write_report
 from ..reporting.results import Results
@@ -140,12 +142,19 @@ class Job:
         Every rank of a job takes part; the first one writes the report and logs.
 
         The evaluation is a separate W&B run in the group of the training's run, which is closed
-        when the training ends.
+        when the training ends. With `overwrite_output` it drops numbers of other SAEs in the folder.
         """
         cfg = self.runner.cfg
-        settings = EvaluationSettings(device=cfg.llm_device, progress=progress)
+        folder = Path(cfg.output_path).expanduser()
+        saes = find_saes(folder)
+        settings = EvaluationSettings(
+            output_path=folder,
+            replace=cfg.overwrite_output and holds_others(folder, saes),
+            device=cfg.llm_device,
+            progress=progress,
+        )
         results = evaluate_run(
-            cfg.output_path, settings, override_model=self.runner.model, held_out=self.held_out
+            saes, settings, override_model=self.runner.model, held_out=self.held_out
         )
         if not Ranks.here().is_first:
             return results, (results.folder or Path()) / REPORT_FILENAME

@@ -421,7 +421,7 @@ def test_seeds_are_compared_and_measured_anew_with_other_peers(
     shutil.rmtree(other / HOOKS[0])
     settings = json.loads((run / "runner_cfg.json").read_text())
     save_sae(other / HOOKS[0], HOOKS[0], settings, seed=9)
-    second = measure(run, other)
+    second = measure(run, other, output_path=tmp_path / "d")
 
     def digests(results: Results) -> list[str]:
         return [sae.evaluators["stability"].fingerprint for sae in results.saes]
@@ -431,7 +431,8 @@ def test_seeds_are_compared_and_measured_anew_with_other_peers(
     value = second.saes[0].evaluators["stability"].metrics["decoder_cosine"]
     assert value.value < 0.99
     # What does not look at peers does not care.
-    plain = [measure(*runs, evaluators="pair_depth") for runs in ((run,), (run, other))]
+    apart = {"evaluators": "pair_depth", "output_path": tmp_path / "e"}
+    plain = [measure(*runs, **apart) for runs in ((run,), (run, other))]
     assert plain[0].saes[0].fingerprint == plain[1].saes[0].fingerprint
 
 
@@ -524,7 +525,7 @@ def test_other_settings_or_weights_are_measured_anew(
     shutil.rmtree(own / HOOKS[0])
     settings = json.loads((own / "runner_cfg.json").read_text())
     save_sae(own / HOOKS[0], HOOKS[0], settings, seed=9)
-    found.append(fingerprint())
+    found.append(fingerprint(output_path=tmp_path / "again"))
     assert len(set(found)) == len(found)
 
 
@@ -641,7 +642,7 @@ def test_numbers_under_other_conditions_are_dropped_only_when_told(
     for changes, named in (({"seed": 5}, "settings"), ({"max_images": 24}, "images")):
         with pytest.raises(
             ConfigError,
-            match=rf"has numbers of {HOOKS[0]} with other {named}, which would be dropped: "
+            match=rf"has numbers of {HOOKS[0]}, {HOOKS[1]} with other {named}, which would be dropped: "
             r"ontological_coverage; allowed: .*--replace",
         ):
             evaluate(evaluators="pair_depth", **changes)
@@ -652,6 +653,95 @@ def test_numbers_under_other_conditions_are_dropped_only_when_told(
     assert set(one.evaluators) == {"pair_depth"}
     left = set((tmp_path / "out" / "tables").rglob("*.csv"))
     assert left < tables and not any("ontological_coverage" in path.name for path in left)
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(evaluate: Any, folder: Path, message: str, *given: Any, **changes: Any) -> None:
+    """No file of the folder is changed by a call that is refused."""
+    before = files_in(folder)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(*given, output_path=folder, **changes)
+    assert files_in(folder) == before
+
+
+def test_numbers_of_saes_that_are_not_given_again_are_dropped_only_when_told(
+    evaluate: Any, run: Path, tmp_path: Path
+) -> None:
+    first, second = (run / hook for hook in HOOKS)
+    out = tmp_path / "out"
+    evaluate(first, evaluators=["pair_depth", "cpcc"])
+    for evaluators in (["lch_height"], ["pair_depth", "cpcc"]):
+        refused(
+            evaluate,
+            out,
+            rf"^output_path: {out} has numbers of SAEs that this call does not evaluate \({HOOKS[0]}\), "
+            r"which would be dropped: pair_depth, cpcc; allowed: another output_path, these SAEs and "
+            r"evaluators too, or replace=True \(--replace\)\.$",
+            second,
+            evaluators=evaluators,
+        )
+    both = evaluate([first, second], evaluators=["pair_depth", "cpcc"])
+    assert [sae.id for sae in both.saes] == list(HOOKS)
+    told = evaluate(second, evaluators="lch_height", replace=True)
+    assert [(sae.id, list(sae.evaluators)) for sae in told.saes] == [(HOOKS[1], ["lch_height"])]
+    assert not any(HOOKS[0] in str(path) for path in files_in(out / "tables"))
+
+
+def test_another_sae_of_the_same_name_does_not_replace_numbers(
+    evaluate: Any, run: Path, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    settings = run_settings(vit_folder, world)
+    for seed in (0, 9):
+        save_sae(tmp_path / str(seed) / "sae", HOOKS[0], settings, seed=seed)
+    first, other = (tmp_path / name / "sae" for name in ("0", "9"))
+    evaluate(first, evaluators="pair_depth")
+    for evaluator in ("pair_depth", "lch_height"):
+        message = "has numbers of sae with other weights, which would be dropped: pair_depth"
+        refused(evaluate, tmp_path / "out", message, other, evaluators=evaluator)
+    both = evaluate([first, other], evaluators="pair_depth")
+    assert [sae.id for sae in both.saes] == ["0/sae", "9/sae"]
+    # The same weights, read elsewhere.
+    message = "has numbers of sae with other hook_name, tokens, which would be dropped: lch_height"
+    evaluate(first, evaluators="lch_height", output_path=tmp_path / "a")
+    elsewhere = {"hook_name": HOOKS[1], "tokens": "patch"}
+    refused(evaluate, tmp_path / "a", message, first, evaluators="pair_depth", **elsewhere)
+    again = evaluate(first, evaluators="lch_height", output_path=tmp_path / "a", **elsewhere)
+    assert again.saes[0].tokens == "patch"
+
+
+def test_in_its_own_folder_an_sae_that_is_trained_anew_is_measured_anew(
+    evaluate: Any, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    evaluate(own, output_path=own)
+    shutil.rmtree(own / HOOKS[0])
+    save_sae(own / HOOKS[0], HOOKS[0], json.loads((own / "runner_cfg.json").read_text()), seed=9)
+    message = f"has numbers of {HOOKS[0]} with other weights, which would be dropped: ontological"
+    refused(evaluate, own, message, own, evaluators="lch_height")
+    again = evaluate(own, output_path=own).saes
+    assert [sae.weights for sae in again] == [sae.weights_digest() for sae in find_saes(own)]
+
+
+def test_numbers_that_cannot_be_kept_or_read_are_not_replaced(
+    evaluate: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    whole = evaluate(evaluators="pair_depth")
+    shutil.rmtree(out / "tables" / HOOKS[1])
+    message = f"has numbers of {HOOKS[1]} whose files are missing, .* dropped: pair_depth;"
+    refused(evaluate, out, message, evaluators="lch_height")
+    again = evaluate(evaluators=["pair_depth", "lch_height"])
+    for sae, before in zip(again.saes, whole.saes, strict=True):
+        found, expected = (each.evaluators["pair_depth"].metrics for each in (sae, before))
+        assert {n: m.value for n, m in found.items()} == {n: m.value for n, m in expected.items()}
+    (out / "results.json").write_text('{"schema": "taxolens.results/9"}')
+    message = r"has results that cannot be read, and would be replaced \(.*results/9.*--replace"
+    refused(evaluate, out, message, evaluators="pair_depth")
+    assert evaluate(evaluators="pair_depth", replace=True).complete
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -762,7 +852,7 @@ def test_no_taxonomy_and_no_held_out_split(
 ) -> None:
     settings = {"model_name": str(vit_folder), "dataset_path": str(world)}
     save_sae(tmp_path / "sae", HOOKS[0], settings)
-    with pytest.raises(ConfigError, match="taxonomy: neither given nor"):
+    with pytest.raises(ConfigError, match=r"^taxonomy: not in the metadata, and not given;"):
         evaluate(tmp_path / "sae")
     with pytest.raises(ConfigError, match=r"split: .* has no split validation or test"):
         evaluate(tmp_path / "sae", dataset_path=str(photos), taxonomy=str(photos))
@@ -817,8 +907,17 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_unusable_folders(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="nowhere is not a folder; allowed"):
         find_saes(tmp_path / "nowhere")
+    for name in ("study.sh", "study1.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"study_1 is not a folder; allowed: run folders"):
+        find_saes(tmp_path / "study_1")
+    (tmp_path / "study1").mkdir()
+    for given, meant in (("study_1", "study1"), ("study_1.pt", "study1.pt")):
+        meant = rf"{given} is not a folder \(did you mean '{tmp_path / meant}'\?\); allowed"
+        with pytest.raises(ConfigError, match=meant):
+            find_saes(tmp_path / given)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"holds no SAE; allowed: a folder with cfg.json"):
         find_saes(tmp_path / "empty")

@@ -168,6 +168,23 @@ def test_a_folder_that_another_process_writes_is_refused_on_every_rank(
     assert "output_path: another process is writing there" in str(error.value)
 
 
+def test_numbers_of_other_saes_are_dropped_on_no_rank(
+    evaluate: Any, run: Path, vit: Any, tmp_path: Path
+) -> None:
+    few = {"progress": False, "n_permutations": 2, "n_twins": 1, "override_model": vit}
+    first, other = (
+        {"output_path": tmp_path / "out", "evaluators": name, **few}
+        for name in ("ontological_coverage", "lch_height")
+    )
+    evaluate_run(run / HOOKS[0], **first)
+    before = content(tmp_path / "out")
+    with pytest.raises(RankError) as error:
+        run_ranks(2, lambda: evaluate_run(run / HOOKS[1], **other), tmp_path / "job")
+    said = f"has numbers of SAEs that this call does not evaluate ({HOOKS[0]})"
+    assert said in str(error.value)
+    assert content(tmp_path / "out") == before
+
+
 def test_an_evaluator_that_fails_on_one_rank_costs_its_own_numbers(
     evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,7 +127,7 @@ def number(tensor: str, value: float) -> Change:
 
 SAES: list[tuple[Change, str]] = [
     *((text(content), r"cfg\.json: ") for content in NOT_JSON),
-    (text("{}"), "model_name, hook_name: not in the metadata, and not given"),
+    (text("{}"), "^error: model_name, hook_name, tokens, dataset_path, taxonomy: not in the"),
     *((text(content, "runner_cfg.json"), r"runner_cfg\.json: ") for content in NOT_JSON),
     *(
         (kind(name), "not a regular file|holds no SAE")

@@ -171,6 +171,7 @@ def world(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {
         "hook_name": HOOK,
         "model_name": str(vit_folder),
+        "tokens": "class",
         "dataset_path": str(folder / "pictures"),
         "taxonomy": str(folder / "tree.csv"),
     }

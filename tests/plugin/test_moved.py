@@ -80,7 +80,7 @@ def test_an_sae_from_elsewhere_needs_no_edit(moved: Path, vit: Any) -> None:
         "taxonomy": str(moved / "photos" / "validation"),
     }
     with pytest.raises(
-        ConfigError, match="hook_name: not in the metadata, and not given; allowed: --hook_name"
+        ConfigError, match=r"^hook_name, tokens: not in the metadata, and not given; allowed: --ho"
     ):
         evaluate_run(moved / "out", **given, **FAST)
     given |= {"hook_name": LAST_HOOK, "tokens": "patch", "image_size": 16}

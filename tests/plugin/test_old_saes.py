@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from taxolens.plugin.evaluation import evaluate
 from taxolens.plugin.evaluation.sae_folders import find_saes
+from taxolens.plugin.study.job import Job
+from taxolens.plugin.study.settings import gather
 from taxolens.registry.errors import CheckpointError, ConfigError
 from tiny_runs import HOOK, LAST_HOOK
 
@@ -72,3 +75,39 @@ def test_an_sae_of_unknown_origin_is_not_written_over(training: Any, tmp_path: P
     folder.mkdir()
     (folder / "notes.json").write_text(json.dumps({}))
     training.runner(training.single(checkpoint_id="other", output_path=str(folder)))
+
+
+def test_numbers_of_the_run_that_is_written_over_are_dropped(
+    training: Any, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the evaluation after a training with `overwrite_output`, which goes on as any other."""
+    base = training.single()
+    flags = {
+        "model_name": base.model_name,
+        "hook_name": HOOK,
+        "output_path": base.output_path,
+        "dataset_path": str(world),
+        "taxonomy": str(world / "validation"),
+        "training_tokens": 64,
+        "train_batch_size_tokens": 8,
+        "architecture": "topk",
+        "d_sae": 32,
+        "k": 4,
+        "checkpoint_path": None,
+        "log_to_wandb": False,
+        "verbose": False,
+    }
+
+    def trained(**changes: Any) -> Job:
+        job = Job(gather(flags={**flags, **changes}))
+        job.train()
+        return job
+
+    first, _ = trained(evaluators=["pair_depth", "cpcc"]).evaluate(progress=False)
+    other = trained(evaluators=["pair_depth"], seed=3, overwrite_output=True)
+    second, _ = other.evaluate(progress=False)
+    assert list(second.evaluators) == ["pair_depth"]
+    assert second.saes[0].weights != first.saes[0].weights
+
+    monkeypatch.setattr(evaluate, "measure_sae", lambda *_, **__: pytest.fail("measured again"))
+    assert other.evaluate(progress=False)[0].saes == second.saes

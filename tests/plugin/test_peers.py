@@ -14,7 +14,7 @@ def sae(run: str, layer: int, **changes: Any) -> SAEFolder:
     """A saved SAE after a block of a model."""
     facts = {"architecture": "topk", "d_sae": 64, "model_name": "a/model", **changes}
     hook = facts.pop("hook_name", f"blocks.{layer}.hook_resid_post")
-    metadata = {"hook_name": hook, "model_name": facts.pop("model_name")}
+    metadata = {"hook_name": hook, "model_name": facts.pop("model_name"), "tokens": "class"}
     metadata |= {name: facts.pop(name, None) for name in ("constraint", "training_architecture")}
     name = facts.pop("name", hook)
     return SAEFolder(f"{run}/{name}", run, name, Path(), {**facts, "metadata": metadata}, {})

@@ -13,9 +13,12 @@ import pytest
 import sae_files
 import torch
 from hub import serving
+from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.images.source import ImageSource
 from taxolens.plugin import cli
 from taxolens.plugin.evaluation import forward
 from taxolens.plugin.evaluation.evaluate import evaluate_run
+from taxolens.plugin.evaluation.held_out import HeldOut
 from taxolens.plugin.evaluation.sae_sources import find_sources, override
 from taxolens.plugin.reporting.report import write_report
 from taxolens.registry.errors import CheckpointError, ConfigError
@@ -120,6 +123,47 @@ def test_what_is_missing_is_one_list(files: Any, tmp_path: Path) -> None:
     ):
         evaluate_run(paths[0], output_path=tmp_path / "out", model_name="vit", dataset_path="x",
                      taxonomy="imagenet", **FAST)  # fmt: skip
+
+
+def bare_sae(folder: Path, **metadata: str) -> Path:
+    """An SAE folder as SAELens alone writes it."""
+    sae = StandardSAE(StandardSAEConfig(d_in=WIDTH, d_sae=24))
+    for name, value in metadata.items():
+        sae.cfg.metadata[name] = value
+    sae.save_model(folder)
+    return folder
+
+
+def test_what_a_folder_of_saelens_does_not_record_is_one_list(
+    own_run: Path, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    out = {"output_path": tmp_path / "out", **FAST}
+    bare = bare_sae(tmp_path / "bare")
+    with pytest.raises(ConfigError) as caught:
+        evaluate_run(bare, **out)
+    said = str(caught.value)
+    names = ("model_name", "hook_name", "tokens", "dataset_path", "taxonomy")
+    assert said.startswith(f"{', '.join(names)}: not in the metadata, and not given; allowed: ")
+    assert [part.split(" ")[0] for part in said.partition("allowed: ")[2].split("; ")] == [
+        f"--{name}" for name in names
+    ]
+    place = {"model_name": str(vit_folder), "hook_name": HOOKS[0]}
+    images = {"dataset_path": str(world), "taxonomy": str(world / "validation")}
+    mine = bare_sae(tmp_path / "mine_too", **place)
+    for given in (
+        {},
+        {"held_out": HeldOut.load(ImageSource(images["dataset_path"]), images["taxonomy"])},
+    ):
+        with pytest.raises(
+            ConfigError, match=r"^tokens: not in the metadata, and not given; allowed: --tokens"
+        ):
+            evaluate_run(mine, **(given or images), **out)
+    # Beside a run, whose images and tree are used, only what the folder lacks.
+    with pytest.raises(ConfigError, match=r"^tokens: .*--tokens for mine_too \(class, patch"):
+        evaluate_run([own_run, mine], **out)
+    results = evaluate_run([own_run, mine], tokens="patch", **out)
+    assert [sae.tokens for sae in results.saes] == ["patch", "patch"]
+    assert results.dataset.path == str(world)
 
 
 def test_what_changes_the_latents_is_asked_for_of_all_sources(files: Any, tmp_path: Path) -> None:

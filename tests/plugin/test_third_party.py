@@ -67,6 +67,7 @@ def evaluated(
                 torch.nn.init.normal_(sae.W_enc)
             sae.cfg.metadata.hook_name = hook
             sae.cfg.metadata.model_name = str(vit_folder)
+            sae.cfg.metadata.tokens = "class"
             sae.save_inference_model(folder / "run" / hook)
         for name in ("example_siblings", "example_firing_rate"):
             evaluate_run(

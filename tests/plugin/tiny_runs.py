@@ -46,7 +46,7 @@ def save_sae(
         torch.manual_seed(seed)
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=24, k=4))
         torch.nn.init.normal_(sae.W_enc)
-    for name, value in {"hook_name": hook, **settings}.items():
+    for name, value in {"hook_name": hook, "tokens": "class", **settings}.items():
         sae.cfg.metadata[name] = value
     folder.mkdir(parents=True)
     sae.save_inference_model(folder)
