@@ -116,6 +116,8 @@ class _VisionRun:
             self.images = ImageDataset.of(source)
         if held_out is None:
             preflight.check_taxonomy(cfg, self.images)
+        else:
+            preflight.check_held_out(cfg, self.images, held_out)
 
     def _connect(
         self,
@@ -191,7 +193,9 @@ class _VisionRun:
         if cfg.evaluators:
             from ..evaluation.training_evaluator import make_training_evaluator
 
-            found.append(make_training_evaluator(cfg, self.model, self.held_out))
+            held_out = self.held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
+            preflight.check_held_out(cfg, self.images, held_out)
+            found.append(make_training_evaluator(cfg, self.model, held_out))
         if getattr(cfg, "evaluator", None) is not None:
             found.append(cfg.evaluator)
         return found

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sae_lens import LoggingConfig
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.holdout import Part
 from taxolens.hooks.images.source import ImageSource
@@ -198,6 +199,46 @@ def test_a_slice_without_most_classes_says_so(
             said = [n for n in found.notes if label in n and "only 2 of 8 classes have images" in n]
             assert len(said) == 1, metric
     assert undefined
+
+
+def twice(flat: Path, folder: Path) -> str:
+    """The same pictures as `train` and as `validation`."""
+    for split in ("train", "validation"):
+        shutil.copytree(flat, folder / split)
+    return str(folder)
+
+
+def test_training_images_among_the_held_out_are_refused_before_the_training(
+    settings: dict[str, Any], flat: Path, tmp_path: Path
+) -> None:
+    slices = {"split": "train[:80%]", "eval_split": "train[70%:]"}
+    said = (
+        r"eval_split: the SAE would be trained on .*\(train\[:80%\]\), and these are the images it "
+        r"would be evaluated on: .*\(train\[70%:\]\); allowed: a held-out split"
+    )
+    with pytest.raises(ConfigError, match=said):
+        Job(gather(flags={**settings, **slices}))
+    said = r"would be trained on .*\(train\), and these are the images .*\(validation\)"
+    with pytest.raises(ConfigError, match=said):
+        Job(gather(flags={**settings, "dataset_path": twice(flat, tmp_path / "photos")}))
+    Job(gather(flags={**settings, "split": "train[:80%]", "eval_split": "train[80%:]"}))
+    Job(gather(flags={**settings, **slices}), evaluate=False)
+
+
+def test_evaluators_of_the_training_refuse_them_too(
+    training: Any, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    cfg = training.single(
+        dataset_path=twice(flat, tmp_path / "photos"),
+        taxonomy=str(flat.parent / "tree.csv"),
+        evaluators=["pair_depth"],
+        logger=LoggingConfig(log_to_wandb=True),
+    )
+    runner = training.runner(cfg, override_dataset=None)
+    with pytest.raises(ConfigError, match=r"eval_split: the SAE would be trained on"):
+        runner.run()
+    assert not training.output.exists()
 
 
 @pytest.mark.parametrize(
