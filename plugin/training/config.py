@@ -289,7 +289,7 @@ class VisionFields:
     @property
     def saved_paths(self) -> dict[str, Any]:
         """The model, datasets and tree, as absolute paths where they are files or folders here."""
-        return {name: _absolute(getattr(self, name)) for name in SAVED_ABSOLUTE}
+        return {name: absolute(getattr(self, name)) for name in SAVED_ABSOLUTE}
 
     def save(self, path: str | Path) -> Path:
         """Write the config to a .json, .yaml or .yml file."""
@@ -499,7 +499,7 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
         raise ConfigError(field_name, error, allowed=f"see {config_class.__name__}") from error
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
     """The absolute path of a file or folder, or of a pattern of files; other names as they are."""
     if not name or name in TAXONOMIES or not (os.path.exists(name) or glob.has_magic(name)):
         return name
