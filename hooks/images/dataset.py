@@ -123,8 +123,8 @@ class ImageDataset:
         )
         return cls(opened, root=root, name=source.title, **options)
 
-    def limited(self, max_images: int) -> ImageDataset:
-        """Those of the images that `max_images` keeps; the dataset is not opened again."""
+    def limited(self, max_images: int | None) -> ImageDataset:
+        """Those of the images that `max_images` keeps, None all; the dataset is not opened again."""
         return self._again(max_images, self.part)
 
     def of_each_class(self, n: int) -> ImageDataset:

@@ -89,12 +89,14 @@ class HeldOut:
             )
         elif found.n_present < len(images.class_names):
             logger.warning(
-                "%s: images of %d of its %d classes; the numbers are about these classes. %s",
-                *(source.title, found.n_present, len(images.class_names), HOLD_OUT),
+                "%s: images of %d of its %d classes; the numbers are about these classes.%s",
+                *(source.title, found.n_present, len(images.class_names)),
+                found._beyond_max_images(1) or f" {HOLD_OUT}",
             )
         elif rare := [images.class_names[i] for i in np.flatnonzero(np.bincount(labels) < 2)]:
             logger.warning(
-                "%s: one image of %s: its numbers need two.", source.title, ", ".join(rare[:10])
+                "%s: one image of %s: its numbers need two.%s",
+                *(source.title, ", ".join(rare[:10]), found._beyond_max_images(2)),
             )
         return found
 
@@ -102,6 +104,22 @@ class HeldOut:
     def n_present(self) -> int:
         """Number of classes that have images."""
         return len(np.unique(self.images.labels))
+
+    def _beyond_max_images(self, least: int) -> str:
+        """Which classes have fewer than `least` images because of `max_images`; "" where none has.
+
+        A sentence, with a space before it.
+        """
+        kept, there = (
+            np.bincount(labels[labels >= 0], minlength=len(self.images.class_names)) >= least
+            for labels in (self.images.labels, self.images.limited(None).labels)
+        )
+        if not (more := int((there & ~kept).sum())):
+            return ""
+        return (
+            f" max_images (in training eval_max_images) is {len(self.images):,}: without it "
+            f"{more} more of the classes would have {least} or more."
+        )
 
     def of_each_class(self, n: int) -> HeldOut:
         """At most `n` of the images of every class."""

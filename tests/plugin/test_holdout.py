@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from taxolens.hooks.images.holdout import Part
 from taxolens.hooks.images.source import ImageSource
 from taxolens.plugin.commands import train as train_command
 from taxolens.plugin.evaluation.evaluate import evaluate_run
-from taxolens.plugin.evaluation.held_out import overlap
+from taxolens.plugin.evaluation.held_out import HeldOut, overlap
 from taxolens.plugin.reporting.headlines import headlines
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
@@ -163,6 +165,36 @@ def test_a_single_class_says_so(
     with caplog.at_level(logging.WARNING):
         Job(gather(flags={**settings, **given, "holdout": 0.2}))
     assert "has one class, fir: numbers about the tree need several." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (3, r"images of (\d) of its 8 classes; .* is 3: without it (\d) more .* have 1 or more\."),
+        (79, None),
+    ],
+)
+def test_classes_that_max_images_leaves_out_are_laid_to_it(
+    flat: Path, caplog: Any, n: int, said: str | None
+) -> None:
+    source = ImageSource(str(flat), max_images=n)
+    with caplog.at_level(logging.WARNING):
+        HeldOut.load(source, str(flat.parent / "tree.csv"))
+    assert "--holdout" not in caplog.text
+    found = re.search(said, caplog.text) if said else None
+    assert bool(found) == bool(said)
+    assert found is None or int(found[1]) + int(found[2]) == 8
+
+
+def test_a_class_of_which_max_images_leaves_one_image_is_named(tmp_path: Path, caplog: Any) -> None:
+    class_folders(tmp_path / "photos", {"cat": list(range(9)), "dog": list(range(9))})
+    (tmp_path / "tree.csv").write_text("animal,cat\nanimal,dog\n")
+    source = ImageSource(str(tmp_path / "photos"))
+    images = load_images(tmp_path / "photos")
+    n = next(n for n in range(2, 18) if min(np.bincount(images.limited(n).labels)) == 1)
+    with caplog.at_level(logging.WARNING):
+        HeldOut.load(replace(source, max_images=n), str(tmp_path / "tree.csv"))
+    assert "its numbers need two. max_images (in training eval_max_images) is" in caplog.text
 
 
 def test_a_slice_without_most_classes_says_so(
