@@ -40,7 +40,7 @@ from ...registry.heads import head_key
 from ...registry.names import did_you_mean, nearest
 from ...registry.presets import refuse_remote_code
 from ...registry.ranks import Ranks
-from ...registry.table import TAXONOMIES
+from ...registry.table import TAXONOMIES, evaluators_named
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class VisionFields:
         use_cached_activations (bool): Compute every activation once, keep it on disk and train from there.
         cached_activations_path (str, optional): The folder of the cached activations. Defaults to "activations/{dataset}/{model}/{hook points}_{tokens}".
         taxonomy (str, optional): The class tree that evaluators measure against: a registered name, a folder, or a CSV or JSON file of parent,child.
-        evaluators (list[str]): Evaluators that run during training, whenever SAELens evaluates (which needs W&B logging).
+        evaluators (list[str]): Evaluators, or all, that run during training, whenever SAELens evaluates (which needs W&B logging).
         eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
         eval_dataset_name (str, optional): The configuration of the evaluation's dataset. Defaults to dataset_name where the dataset is the same.
         eval_split (str, optional): The held-out split of the evaluation.
@@ -204,6 +204,7 @@ class VisionFields:
         for name in PATHS:
             if isinstance(value := getattr(cfg, name, None), str):
                 setattr(cfg, name, os.path.expanduser(value))
+        self.evaluators = evaluators_named(self.evaluators or [])
         _take_own_gpu(cfg)
         _fit_to_the_run(cfg)
         check_fields(cfg)
