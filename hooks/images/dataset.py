@@ -391,7 +391,7 @@ def load_images(
         dataset_path: a dataset on the Hugging Face hub; a folder of class folders (nested ones
             too: the class is the innermost folder), with or without a folder for each split above
             them; a parquet, arrow, tar, csv or json file, or a glob pattern of
-            such; a folder of them; a folder written by `save_to_disk`; or a `datasets` object.
+            such; a folder of them; a folder written by `save_to_disk`; or a `datasets` object; "demo:pictures", the packaged ones.
         split: which split; slices such as ``"train[:10%]"`` work unless streaming.
         name: the configuration of a dataset on the hub, or of a folder with a card, that has
             several.

@@ -38,6 +38,7 @@ from ...registry.files import UnreadableError, read_json, read_yaml, reason, wri
 from ...registry.hashing import fingerprint
 from ...registry.heads import head_key
 from ...registry.names import did_you_mean, nearest
+from ...registry.packaged import packaged
 from ...registry.presets import refuse_remote_code
 from ...registry.ranks import Ranks
 from ...registry.table import TAXONOMIES, evaluators_named
@@ -203,7 +204,7 @@ class VisionFields:
             cfg.logger = VisionLoggingConfig(**vars(cfg.logger))
         for name in PATHS:
             if isinstance(value := getattr(cfg, name, None), str):
-                setattr(cfg, name, os.path.expanduser(value))
+                setattr(cfg, name, packaged(os.path.expanduser(value)))
         self.evaluators = evaluators_named(self.evaluators or [])
         _take_own_gpu(cfg)
         _fit_to_the_run(cfg)
