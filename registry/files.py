@@ -131,12 +131,18 @@ def read_lines(path: str | Path, max_bytes: int) -> Iterator[str]:
 def read_rows(path: str | Path, max_bytes: int) -> Iterator[list[str]]:
     """The rows of a CSV file in turn, with commas, or, where its first line has none, semicolons or tabs.
 
+    The first line is the first that is not blank; a row of a blank line is empty.
+
     Raises:
         OSError: it does not exist or cannot be opened.
         UnreadableError: as `read_lines`, or not CSV: a field of more than 128 kB.
     """
     lines = read_lines(path, max_bytes)
-    head = next(lines, "")
+    head = ""
+    for head in lines:
+        if head.strip():
+            break
+        yield []
     comma = next((c for c in ";\t" if c in head and "," not in head), ",")
     try:
         yield from csv.reader(chain([head], lines), delimiter=comma)

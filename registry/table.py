@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -134,3 +134,20 @@ VISION_MODELS: Table[Any] = Table("vision model family")
 EVALUATORS: Table[Any] = Table("evaluator")
 TAXONOMIES: Table[TaxonomySource] = Table("taxonomy")
 LOADERS: Table[Loader] = Table("loader")
+
+ALL = "all"
+
+
+def evaluators_named(names: str | Iterable[str]) -> list[str]:
+    """The evaluators that a setting names: one, several, or "all".
+
+    Raises:
+        UnknownNameError: beside "all", a name that is not registered.
+    """
+    found = [names] if isinstance(names, str) else list(names)
+    if ALL not in found:
+        return found
+    for name in found:
+        if name != ALL:
+            EVALUATORS[name]
+    return list(EVALUATORS)

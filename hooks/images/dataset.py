@@ -123,8 +123,8 @@ class ImageDataset:
         )
         return cls(opened, root=root, name=source.title, **options)
 
-    def limited(self, max_images: int) -> ImageDataset:
-        """Those of the images that `max_images` keeps; the dataset is not opened again."""
+    def limited(self, max_images: int | None) -> ImageDataset:
+        """Those of the images that `max_images` keeps, None all; the dataset is not opened again."""
         return self._again(max_images, self.part)
 
     def of_each_class(self, n: int) -> ImageDataset:
@@ -391,7 +391,7 @@ def load_images(
         dataset_path: a dataset on the Hugging Face hub; a folder of class folders (nested ones
             too: the class is the innermost folder), with or without a folder for each split above
             them; a parquet, arrow, tar, csv or json file, or a glob pattern of
-            such; a folder of them; a folder written by `save_to_disk`; or a `datasets` object.
+            such; a folder of them; a folder written by `save_to_disk`; or a `datasets` object; "demo:pictures", the packaged ones.
         split: which split; slices such as ``"train[:10%]"`` work unless streaming.
         name: the configuration of a dataset on the hub, or of a folder with a card, that has
             several.

@@ -235,7 +235,7 @@ def _distinct(rows: Iterator[Row]) -> list[Row]:
 
 def _table(rows: Iterator[Sequence[str]], wanted: set[str]) -> Iterator[Row]:
     """The labels in a table: of two columns the other one, of more the one with a usual name."""
-    first = next(rows, [])
+    first = next((row for row in rows if any(map(str.strip, row))), [])
     rows = chain([first], rows)
     named = next((row for row in rows if any(_stem(cell) in wanted for cell in row)), None)
     if named is None:

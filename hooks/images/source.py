@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ...registry.packaged import packaged
 from .decode import MAX_IMAGE_PIXELS
 from .holdout import Part
 from .raw import Limits
@@ -73,6 +74,9 @@ class ImageSource:
     holdout: float | None = None
     holdout_seed: int = 0
     is_held_out: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset_path", packaged(self.dataset_path))
 
     @classmethod
     def of(cls, setting: Setting) -> ImageSource:
@@ -144,5 +148,5 @@ class ImageSource:
 
 
 def _real(path: Any) -> str:
-    local = Path(str(path)).expanduser()
+    local = Path(packaged(str(path))).expanduser()
     return os.path.realpath(local) if local.exists() else str(path)

@@ -23,6 +23,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import UnreadableError, check_regular, read_json_object, reason
 from ...registry.names import as_setting
+from ...registry.packaged import packaged
 from ...registry.table import VISION_MODELS
 from .bridge import VisionBridge
 from .dtypes import torch_dtype
@@ -92,7 +93,7 @@ def load_vision_model(
 
     Args:
         name_or_folder: a name on the Hugging Face hub, or a folder with a config.json; of OpenCLIP
-            see `docs/models.md`.
+            see `docs/models.md`; "demo:model", the packaged one.
         device: of the model.
         dtype: of the model: float32, float16, bfloat16 or float64.
         attn_implementation: "sdpa" is faster; attention patterns exist with "eager" alone.
@@ -117,7 +118,7 @@ def load_vision_model(
         UnknownNameError: no such family or hook point.
         CheckpointError: the weights are damaged, or not those of the config.
     """
-    name = str(name_or_folder)
+    name = packaged(str(name_or_folder))
     _check_choice("attn_implementation", attn_implementation, ATTENTION)
     given_dtype = torch_dtype(dtype)
     _check_attention(hook_names or (), attn_implementation)

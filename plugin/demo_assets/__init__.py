@@ -7,25 +7,21 @@ drawn pictures, to classify the leaf classes. Both scripts can be rerun.
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
-
-def _path(name: str) -> Path:
-    """The path of a file: setuptools installs packages unzipped, and the libraries read files."""
-    return Path(str(files(__name__).joinpath(name)))
+from ...registry.packaged import PACKAGED
 
 
 def model_path() -> Path:
     """Folder of the model: `config.json`, `model.safetensors`, `preprocessor_config.json`, `metrics.json`."""
-    return _path("model")
+    return PACKAGED["demo:model"]
 
 
 def dataset_path() -> Path:
     """Folder of `train.parquet` and `validation.parquet`, columns `image` and `label` (`ClassLabel`)."""
-    return _path("pictures")
+    return PACKAGED["demo:pictures"]
 
 
 def taxonomy_path() -> Path:
     """JSON file of the class tree, four levels below the root; its classes are in label order."""
-    return _path("taxonomy.json")
+    return PACKAGED["demo:tree"]

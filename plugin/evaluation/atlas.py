@@ -15,6 +15,7 @@ from ...registry.errors import ConfigError, TaxolensError
 from ...registry.loaders.parts.hub import model_of, published_in
 from ...registry.loaders.parts.releases import releases
 from ...registry.names import unknown_name_message
+from ...registry.packaged import packaged
 from ...registry.ranks import Ranks
 from ..reporting.atlas_table import write_atlas
 from ..reporting.results import Results
@@ -90,6 +91,7 @@ def atlas(
     Raises:
         ConfigError: no SAE is left, a setting is wrong, or output_path is not given.
     """
+    model_name = packaged(model_name)
     settings = (settings or EvaluationSettings()).override(**options)
     if settings.output_path is None:
         raise ConfigError("output_path", "not given", allowed="a folder")

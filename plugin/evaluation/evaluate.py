@@ -25,7 +25,7 @@ from ...registry.heads import head_name
 from ...registry.loaders.parts.read import Source
 from ...registry.names import unknown_name_message
 from ...registry.ranks import Ranks
-from ...registry.table import EVALUATORS
+from ...registry.table import EVALUATORS, evaluators_named
 from ..reporting.results import Results, SAEResult
 from .bench import Bench
 from .forward import Forward, ModelSetting, forwards_of
@@ -42,7 +42,6 @@ from .training_evaluator import TrainingEvaluator, make_training_evaluator
 __all__ = ["EvaluationSettings", "TrainingEvaluator", "evaluate_run", "make_training_evaluator"]
 
 MAIN_EVALUATORS = ("lch_height", "ontological_coverage", "pair_depth", "level_information")
-ALL = "all"
 OVERRIDES = ("model_name", "hook_name", "hook_head_index", "tokens", "image_size")
 ACTIVATIONS_FOLDER = "activations"
 
@@ -212,9 +211,7 @@ def choose_evaluators(
     if names is None:
         configured = [name for sae in saes for name in sae.setting("evaluators", [])]
         names = list(dict.fromkeys(configured)) or MAIN_EVALUATORS
-    names = [names] if isinstance(names, str) else list(names)
-    if ALL in names:
-        names = list(EVALUATORS)
+    names = evaluators_named(names)
     options = dict(options or {})
     chosen = {n: (EVALUATORS[n], EVALUATORS[n]._options(options.pop(n, None))) for n in names}
     if options:

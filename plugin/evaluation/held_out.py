@@ -89,12 +89,14 @@ class HeldOut:
             )
         elif found.n_present < len(images.class_names):
             logger.warning(
-                "%s: images of %d of its %d classes; the numbers are about these classes. %s",
-                *(source.title, found.n_present, len(images.class_names), HOLD_OUT),
+                "%s: images of %d of its %d classes; the numbers are about these classes.%s",
+                *(source.title, found.n_present, len(images.class_names)),
+                found._beyond_max_images(1) or f" {HOLD_OUT}",
             )
         elif rare := [images.class_names[i] for i in np.flatnonzero(np.bincount(labels) < 2)]:
             logger.warning(
-                "%s: one image of %s: its numbers need two.", source.title, ", ".join(rare[:10])
+                "%s: one image of %s: its numbers need two.%s",
+                *(source.title, ", ".join(rare[:10]), found._beyond_max_images(2)),
             )
         return found
 
@@ -102,6 +104,22 @@ class HeldOut:
     def n_present(self) -> int:
         """Number of classes that have images."""
         return len(np.unique(self.images.labels))
+
+    def _beyond_max_images(self, least: int) -> str:
+        """Which classes have fewer than `least` images because of `max_images`; "" where none has.
+
+        A sentence, with a space before it.
+        """
+        kept, there = (
+            np.bincount(labels[labels >= 0], minlength=len(self.images.class_names)) >= least
+            for labels in (self.images.labels, self.images.limited(None).labels)
+        )
+        if not (more := int((there & ~kept).sum())):
+            return ""
+        return (
+            f" max_images (in training eval_max_images) is {len(self.images):,}: without it "
+            f"{more} more of the classes would have {least} or more."
+        )
 
     def of_each_class(self, n: int) -> HeldOut:
         """At most `n` of the images of every class."""
@@ -160,18 +178,9 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
     for sae in saes:
         trained_on = ImageSource.of(sae.setting)
         fingerprint = sae.setting("dataset_fingerprint")
-        message = ""
-        if fingerprint == held_out.images.fingerprint or overlap(trained_on, held_out.source):
-            message = (
-                f"{sae.id} was trained on {trained_on.title}, and these are the images it would be "
-                "evaluated on"
-            )
-        elif not _is_rest(sae, held_out):
-            message = (
-                f"{held_out.source.dataset_path} has other images than when {sae.id} was trained on "
-                f"{trained_on.title}, so that images that it was trained on would be among the held-out"
-            )
-        if message:
+        if message := seen_in_training(
+            f"{sae.id} was trained on", trained_on, fingerprint, held_out
+        ):
             if not allow:
                 raise ConfigError(
                     "split",
@@ -181,6 +190,30 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
             logger.warning("%s: no image is held out.", message)
             return True
     return False
+
+
+def seen_in_training(
+    begun: str, trained_on: ImageSource, fingerprint: str | None, held_out: HeldOut
+) -> str | None:
+    """In what way SAEs were trained on these images, by name or by fingerprint; None: they were not.
+
+    Args:
+        begun: the words of the message before the training images, such as "seed0 was trained on".
+        trained_on: the training images.
+        fingerprint: theirs, None where it is not known.
+        held_out: the evaluation images.
+    """
+    if fingerprint == held_out.images.fingerprint or overlap(trained_on, held_out.source):
+        return (
+            f"{begun} {trained_on.title}, and these are the images it would be evaluated on: "
+            f"{held_out.source.title}"
+        )
+    if not _is_rest(trained_on, fingerprint, held_out):
+        return (
+            f"{held_out.source.dataset_path} has other images than when {begun} "
+            f"{trained_on.title}, so that images of the training would be among the held-out"
+        )
+    return None
 
 
 def overlap(one: ImageSource, other: ImageSource) -> bool:
@@ -229,13 +262,14 @@ def _rows(source: ImageSource) -> set[tuple[str, int]]:
     return {rows[i] for i in source.part.rows(ImageDataset.of(whole).labels)}
 
 
-def _is_rest(sae: SAEFolder, held_out: HeldOut) -> bool:
-    """Whether the SAE was trained on the other part of these images, where its run held some out."""
-    part, fingerprint = held_out.images.part, sae.setting("dataset_fingerprint")
-    trained_on = ImageSource.of(sae.setting).part
-    if part is None or trained_on is None or fingerprint is None or part.other != trained_on:
+def _is_rest(trained_on: ImageSource, fingerprint: str | None, held_out: HeldOut) -> bool:
+    """Whether an SAE was trained on the other part of these images, where its run held some out."""
+    part = held_out.images.part
+    if part is None or trained_on.part is None or fingerprint is None:
         return True
-    rest = held_out.images.parted(part.other, sae.setting("max_images"))
+    if part.other != trained_on.part:
+        return True
+    rest = held_out.images.parted(part.other, trained_on.max_images)
     return rest.fingerprint == fingerprint
 
 

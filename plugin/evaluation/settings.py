@@ -12,6 +12,7 @@ from ...registry.errors import ConfigError
 from ...registry.files import MAX_IMAGE_PIXELS, is_path
 from ...registry.names import unknown_name_message
 from ...registry.nulls import CONTROLS, NULLS
+from ...registry.packaged import packaged
 
 AGGREGATES = ("max", "mean")
 MAX_GROUPS = 1000
@@ -104,6 +105,8 @@ class EvaluationSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("model_name", "dataset_path", "taxonomy"):
+            object.__setattr__(self, name, packaged(getattr(self, name)))
         for field, given, allowed in (
             ("nulls", self.nulls, NULLS),
             ("controls", self.controls, CONTROLS),

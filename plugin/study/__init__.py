@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "settings": [
             *("SAEChoice", "Study", "gather", "study_from", "typed"),
-            *("SECTIONS", "ALTERNATIVES", "PACKAGED", "STUDY_FIELDS"),
+            *("SECTIONS", "ALTERNATIVES", "STUDY_FIELDS"),
         ],
         "sources": ["Settings", "architecture_of", "layers"],
     },

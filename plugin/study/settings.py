@@ -33,7 +33,6 @@ from ...registry.coerce import MisfitError, coerce
 from ...registry.errors import ConfigError
 from ...registry.heads import head_name
 from ...registry.names import did_you_mean, nearest
-from .. import demo_assets
 from ..training.config import (
     VisionMultiSAERunnerConfig,
     VisionSAERunnerConfig,
@@ -52,12 +51,6 @@ ALTERNATIVES = (
     ("d_sae", "expansion_factor"),
     ("training_tokens", "epochs"),
 )
-# Names of files inside the package.
-PACKAGED = {
-    "demo:model": demo_assets.model_path,
-    "demo:pictures": demo_assets.dataset_path,
-    "demo:tree": demo_assets.taxonomy_path,
-}
 STUDY_FIELDS = {
     "architecture": str,
     "hook_name": str,
@@ -302,9 +295,6 @@ def _drop_alternatives(
 def _study(architecture: str, merged: dict[str, Settings]) -> Study:
     extra, runner, shared = merged["study"], merged["runner"], merged["sae"]
     hook_names = required({**runner, **extra})
-    for key, value in runner.items():
-        if isinstance(value, str) and value in PACKAGED:
-            runner[key] = str(PACKAGED[value]())
     # The SAE has the device and dtype of the run, unless its own were given.
     for key in ("device", "dtype"):
         if key in runner:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from sae_lens import __version__ as sae_lens_version
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from ...registry.coerce import coerce
 from ...registry.errors import CheckpointError
@@ -44,6 +44,12 @@ SCHEMA = "taxolens.checkpoint/2"
 READABLE = (SCHEMA, "taxolens.checkpoint/1")
 FINAL_PREFIX = "final_"
 PARTIAL_FOLDER = ".partial"
+# Settings in place of which a run that resumes has the state of optimizer, schedule and weights.
+RESTORED = (
+    *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
+    *("n_restart_cycles", "adam_beta1", "adam_beta2", "from_pretrained_path"),
+)
+ESTIMATED = ("expected_average_only_in", "covariance_whitening")  # normalizations
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class RunIdentity:
 
     Attributes:
         fixed: facts on which the weights, and the position in the data, depend.
-        training: settings whose values in the checkpoint stay in effect; a change has no effect, or
-            makes it a different run.
+        training: other settings of the training. Those whose state the checkpoint restores must be
+            the same; others take effect from it on.
     """
 
     fixed: dict[str, Any]
@@ -262,7 +268,7 @@ def find_checkpoint(root: str | Path, run: RunIdentity) -> Path | None:
 
 
 def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
-    """Refuse a checkpoint of another run; warn of changed settings that take no effect.
+    """Refuse a checkpoint of another run; warn of changed settings that take effect from it on.
 
     Raises:
         CheckpointError: fields differ; the message names each, the value found and the one wanted.
@@ -273,13 +279,38 @@ def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
         raise CheckpointError(
             f"checkpoint {folder}", f"belongs to another run: {'; '.join(differences)}"
         )
+    overruled = _overruled(manifest, run)
+    if overruled:
+        raise CheckpointError(
+            f"checkpoint {folder}",
+            f"its state goes on with other settings: {'; '.join(overruled)}",
+            allowed="the values found, or a new run, which may start from its weights "
+            "(from_pretrained_path)",
+        )
     changed = _differences(run.training, manifest.run.training)
     if changed:
         logger.warning(
             f"resuming {folder} with changed settings, so not as the same run: {'; '.join(changed)}. "
-            "The state of the optimizer and its schedule stays as in the checkpoint."
+            f"They take effect from here on; {RUNNER_CFG_FILENAME} records them for all of the training."
         )
     return manifest
+
+
+def _overruled(manifest: Manifest, run: RunIdentity) -> list[str]:
+    """The differing settings that would be recorded, and that the state of a checkpoint overrules."""
+    names, now = list(RESTORED), run.training
+    lasts = now.get("training_tokens")
+    if lasts is not None and (
+        lasts < manifest.n_training_samples
+        or now.get("lr_scheduler_name") != "constant"
+        or now.get("lr_decay_steps")
+    ):
+        names.append("training_tokens")  # the schedule ends with them
+    if any(sae.get("normalize_activations") in ESTIMATED for sae in run.fixed["saes"].values()):
+        names.append("n_batches_for_norm_estimate")
+    then = manifest.run.training
+    both = [name for name in names if name in now and name in then]
+    return _differences({name: now[name] for name in both}, {name: then[name] for name in both})
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
@@ -370,9 +401,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _may_be_of(folder: Path, run: RunIdentity) -> bool:
     try:
-        return not _differences(run.fixed, read_manifest(folder).run.fixed)
+        manifest = read_manifest(folder)
     except CheckpointError:
         return False
+    return not _differences(run.fixed, manifest.run.fixed) and not _overruled(manifest, run)
 
 
 def _differences(wanted: Any, found: Any, field: str = "") -> list[str]:

@@ -38,9 +38,10 @@ from ...registry.files import UnreadableError, read_json, read_yaml, reason, wri
 from ...registry.hashing import fingerprint
 from ...registry.heads import head_key
 from ...registry.names import did_you_mean, nearest
+from ...registry.packaged import packaged
 from ...registry.presets import refuse_remote_code
 from ...registry.ranks import Ranks
-from ...registry.table import TAXONOMIES
+from ...registry.table import TAXONOMIES, evaluators_named
 from .config_checks import check_fields, training_config_class
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class VisionFields:
         use_cached_activations (bool): Compute every activation once, keep it on disk and train from there.
         cached_activations_path (str, optional): The folder of the cached activations. Defaults to "activations/{dataset}/{model}/{hook points}_{tokens}".
         taxonomy (str, optional): The class tree that evaluators measure against: a registered name, a folder, or a CSV or JSON file of parent,child.
-        evaluators (list[str]): Evaluators that run during training, whenever SAELens evaluates (which needs W&B logging).
+        evaluators (list[str]): Evaluators, or all, that run during training, whenever SAELens evaluates (which needs W&B logging).
         eval_dataset_path (str, optional): The dataset of the evaluation. Defaults to dataset_path.
         eval_dataset_name (str, optional): The configuration of the evaluation's dataset. Defaults to dataset_name where the dataset is the same.
         eval_split (str, optional): The held-out split of the evaluation.
@@ -203,7 +204,8 @@ class VisionFields:
             cfg.logger = VisionLoggingConfig(**vars(cfg.logger))
         for name in PATHS:
             if isinstance(value := getattr(cfg, name, None), str):
-                setattr(cfg, name, os.path.expanduser(value))
+                setattr(cfg, name, packaged(os.path.expanduser(value)))
+        self.evaluators = evaluators_named(self.evaluators or [])
         _take_own_gpu(cfg)
         _fit_to_the_run(cfg)
         check_fields(cfg)
@@ -289,7 +291,7 @@ class VisionFields:
     @property
     def saved_paths(self) -> dict[str, Any]:
         """The model, datasets and tree, as absolute paths where they are files or folders here."""
-        return {name: _absolute(getattr(self, name)) for name in SAVED_ABSOLUTE}
+        return {name: absolute(getattr(self, name)) for name in SAVED_ABSOLUTE}
 
     def save(self, path: str | Path) -> Path:
         """Write the config to a .json, .yaml or .yml file."""
@@ -499,7 +501,7 @@ def sae_config_from_dict(sae: Any, field_name: str) -> TrainingSAEConfig:
         raise ConfigError(field_name, error, allowed=f"see {config_class.__name__}") from error
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
     """The absolute path of a file or folder, or of a pattern of files; other names as they are."""
     if not name or name in TAXONOMIES or not (os.path.exists(name) or glob.has_magic(name)):
         return name

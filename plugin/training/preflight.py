@@ -20,6 +20,7 @@ from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, read_json_object
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
+from ..evaluation.held_out import HeldOut, seen_in_training
 
 # Adam keeps two numbers per weight.
 CHECKPOINT_FACTOR = 3
@@ -85,6 +86,21 @@ def check_taxonomy(cfg: Any, images: ImageDataset) -> None:
     if cfg.taxonomy is not None:
         has_same_classes = cfg.evaluators and cfg.held_out_source.same_dataset(cfg.image_source)
         load_taxonomy(cfg.taxonomy, classes=(has_same_classes and images.class_names) or None)
+
+
+def check_held_out(cfg: Any, images: ImageDataset, held_out: HeldOut) -> None:
+    """Check that no image is trained on that the SAEs are evaluated on, as the evaluation would later.
+
+    Raises:
+        ConfigError: some are, or both have the same content.
+    """
+    begun, source = "the SAE would be trained on", cfg.image_source
+    if message := seen_in_training(begun, source, images.fingerprint, held_out):
+        raise ConfigError(
+            "eval_split",
+            message,
+            allowed="a held-out split, --holdout 0.2, or no evaluation (--no_evaluate, no evaluators)",
+        )
 
 
 def count_tokens(cfg: Any, model: Any, tokens: str) -> int:

@@ -31,6 +31,7 @@ from ...registry.ranks import ALONE, Ranks
 from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
+    ESTIMATED,
     RunIdentity,
     is_whole,
     latest_checkpoint,
@@ -53,7 +54,6 @@ from .step_choice import fuse_optimizer
 logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)
-ESTIMATED = ("expected_average_only_in", "covariance_whitening")  # normalizations
 
 
 class TrainedSAE(NamedTuple):

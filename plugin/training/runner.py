@@ -47,7 +47,7 @@ from .checkpoints import (
     holds_checkpoints,
     resolve_checkpoint,
 )
-from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig
+from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig, absolute
 from .constraint import Constraint
 from .data_parallel import check_divisible
 from .dealing import owners
@@ -61,7 +61,7 @@ from .step_choice import with_step_of
 
 logger = logging.getLogger(__name__)
 
-# Settings whose values in a checkpoint stay in effect: see `RunIdentity`.
+# Settings that a checkpoint records beside the facts of its run: see `RunIdentity`.
 TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
@@ -116,6 +116,8 @@ class _VisionRun:
             self.images = ImageDataset.of(source)
         if held_out is None:
             preflight.check_taxonomy(cfg, self.images)
+        else:
+            preflight.check_held_out(cfg, self.images, held_out)
 
     def _connect(
         self,
@@ -191,7 +193,9 @@ class _VisionRun:
         if cfg.evaluators:
             from ..evaluation.training_evaluator import make_training_evaluator
 
-            found.append(make_training_evaluator(cfg, self.model, self.held_out))
+            held_out = self.held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
+            preflight.check_held_out(cfg, self.images, held_out)
+            found.append(make_training_evaluator(cfg, self.model, held_out))
         if getattr(cfg, "evaluator", None) is not None:
             found.append(cfg.evaluator)
         return found
@@ -605,7 +609,12 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
         CheckpointError: no usable checkpoint, or one of another run.
         ConfigError: a fresh start into a folder that has a run's checkpoints.
     """
+    allowed = f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id"
     if cfg.resume_from_checkpoint == AUTO:
+        allowed = (
+            "another checkpoint_id, or the settings of their run: "
+            f"{as_setting('resume_from_checkpoint', cfg.checkpoint_path)} names those that differ"
+        )
         root = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path).parent
         found = None if root is None else find_checkpoint(root, identity)
         cfg.resume_from_checkpoint = None if found is None else str(found)
@@ -617,7 +626,7 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
                 "checkpoint_path",
                 "holds checkpoints already",
                 given=cfg.checkpoint_path,
-                allowed=f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id",
+                allowed=allowed,
             )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
@@ -640,5 +649,6 @@ def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStr
     activations = {**stream.describe(), "from": "cache" if cfg.use_cached_activations else "model"}
     fixed = {"saes": facts, "activations": activations}
     training = {name: getattr(cfg, name) for name in TRAINING_SETTINGS}
+    training["from_pretrained_path"] = absolute(getattr(cfg, "from_pretrained_path", None))
     # Through JSON, so that it equals what is read back from a checkpoint.
     return RunIdentity(*json.loads(json.dumps([fixed, training], default=str)))

@@ -71,11 +71,13 @@ def _read_csv(path: Path) -> Read:
     edges: list[Edge] = []
     names: dict[str, str] = {}
     columns = list(COLUMNS)
+    is_first = True
     for number, row in enumerate(read_rows(path, MAX_DATA_BYTES), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
-        if number == 1 and {"parent", "child"} <= {cell.lower() for cell in cells}:
+        may_be_header, is_first = is_first, False
+        if may_be_header and {"parent", "child"} <= {cell.lower() for cell in cells}:
             columns = [c if c in COLUMNS else "name" for c in map(str.lower, cells)]
             columns += COLUMNS[len(columns) :]
             if sorted(columns) != sorted(COLUMNS):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UnknownNameError
+from ..packaged import packaged
 from ..table import TAXONOMIES
 from .edges import from_file
 from .folders import from_folders
@@ -20,13 +21,14 @@ def load_taxonomy(name_or_path: str | Path, *, classes: Sequence[str] | None = N
 
     Args:
         name_or_path: a registered name ("imagenet", "cifar100", …), a folder of nested class
-            folders, or a `.csv` / `.json` of parent–child pairs.
+            folders, or a `.csv` / `.json` of parent–child pairs; "demo:tree", the packaged one.
         classes: the labels of the data set in order: class i of the result is label i.
 
     Raises:
         UnknownNameError: neither a registered name nor a path.
         ConfigError: cycles, several roots, unknown or repeated labels; listed in the message.
     """
+    name_or_path = packaged(name_or_path)
     if str(name_or_path) in TAXONOMIES:
         return TAXONOMIES[str(name_or_path)].load(classes)
     path = Path(name_or_path).expanduser()

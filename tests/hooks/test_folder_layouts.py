@@ -321,6 +321,12 @@ def test_the_only_other_column_holds_the_classes(tmp_path, rows):
     assert classes_by_image(tmp_path) == ["cat", "dog"]
 
 
+def test_blank_lines_before_the_header_are_skipped(tmp_path):
+    draw(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path, "labels.csv", "", ";;", "file;age;label", "1.jpg;3;cat", "2.jpg;4;dog")
+    assert classes_by_image(tmp_path) == ["cat", "dog"]
+
+
 def test_a_table_without_a_usual_column_of_labels_is_named(tmp_path, caplog):
     draw(tmp_path, "1.jpg", "2.jpg")
     write(tmp_path, "labels.csv", "file,breed,age", "1.jpg,cat,3", "2.jpg,dog,4")

@@ -9,7 +9,11 @@ from collections import namedtuple
 import pytest
 import torch
 from PIL import Image
-from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    TopKTrainingSAEConfig,
+)
 from safetensors.torch import load_file
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import load_vision_model
@@ -187,9 +191,58 @@ class TestCheckpointsOfOtherRuns:
         with pytest.raises(CheckpointError, match=r"saes\.first.*found None"):
             training.runner(training.multi(resume_from_checkpoint=checkpoint))
 
-    def test_a_changed_learning_rate_is_a_warning(self, training, checkpoint, caplog):
-        training.runner(training.single(resume_from_checkpoint=checkpoint, lr=0.02))
-        assert "lr: found 0.01, wanted 0.02" in caplog.text
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"lr": 0.02}, r"lr: found 0\.01, wanted 0\.02; lr_end: found 0\.001, wanted 0\.002"),
+            (
+                {"lr_scheduler_name": "cosineannealing"},
+                "lr_scheduler_name: found 'constant', wanted 'cosineannealing'",
+            ),
+            ({"lr_warm_up_steps": 3}, "lr_warm_up_steps: found 0, wanted 3"),
+            ({"lr_decay_steps": 3}, "lr_decay_steps: found 0, wanted 3"),
+            ({"adam_beta1": 0.5}, r"adam_beta1: found 0\.\d+, wanted 0\.5"),
+            ({"training_tokens": 40}, "training_tokens: found 80, wanted 40"),
+        ],
+    )
+    def test_settings_that_the_state_of_a_checkpoint_overrules_are_refused(
+        self, training, checkpoint, changes, said
+    ):
+        said = (
+            f"checkpoint .*48: its state goes on with other settings: {said}.*; allowed: the values"
+        )
+        refused(training, CheckpointError, said, resume_from_checkpoint=checkpoint, **changes)
+
+    def test_auto_does_not_go_on_with_a_run_of_another_learning_rate(self, training, checkpoint):
+        other = {"checkpoint_id": "other", "output_path": str(training.folder / "other")}
+        cfg = training.single(resume_from_checkpoint="auto", lr=0.02, **other)
+        training.runner(cfg)
+        assert cfg.resume_from_checkpoint is None
+
+    def test_others_take_effect_with_a_warning(self, training, checkpoint, caplog):
+        cfg = training.single(resume_from_checkpoint=checkpoint, dead_feature_window=7)
+        training.runner(cfg)
+        assert (
+            "dead_feature_window: found 1, wanted 7. They take effect from here on" in caplog.text
+        )
+
+    def test_so_is_another_start_of_the_weights(self, training, checkpoint):
+        start = {"from_pretrained_path": checkpoint, "checkpoint_id": "further", "n_checkpoints": 1}
+        training.runner(training.single(**start)).run()
+        further = str(training.folder / "checkpoints" / "further" / "48")
+        again = {"resume_from_checkpoint": further}
+        said = "from_pretrained_path: found '.*run/48', wanted None"
+        refused(training, CheckpointError, said, **again)
+        training.runner(training.single(**start, **again))
+
+    def test_norms_that_were_estimated_are_not_estimated_again(self, training):
+        sae = BatchTopKTrainingSAEConfig(
+            d_in=16, d_sae=32, k=4, normalize_activations="expected_average_only_in"
+        )
+        training.runner(training.single(sae=sae, n_checkpoints=1)).run()
+        again = {"sae": sae, "resume_from_checkpoint": str(training.checkpoints)}
+        said = "n_batches_for_norm_estimate: found 2, wanted 3"
+        refused(training, CheckpointError, said, **again, n_batches_for_norm_estimate=3)
 
     def test_a_fresh_start_into_their_folder_is_refused(self, training, checkpoint):
         refused(
@@ -198,7 +251,7 @@ class TestCheckpointsOfOtherRuns:
         refused(
             training,
             ConfigError,
-            "holds checkpoints already",
+            'holds checkpoints already.*the settings of their run: resume_from_checkpoint="',
             seed=7,
             resume_from_checkpoint="auto",
         )

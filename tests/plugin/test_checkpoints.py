@@ -139,10 +139,31 @@ def test_a_checkpoint_of_another_run_is_refused_field_by_field(tmp_path):
     assert "d_sae" not in str(refused.value)
 
 
-def test_changed_training_settings_are_a_warning(tmp_path, caplog):
-    path = checkpoint(tmp_path, 8)
-    check_same_run(path, RunIdentity(RUN.fixed, {"lr": 0.02}))
-    assert "lr: found 0.01, wanted 0.02" in caplog.text
+def with_training(**changes):
+    training = {"lr_scheduler_name": "constant", "lr_decay_steps": 0, "training_tokens": 80}
+    return RunIdentity(RUN.fixed, {**RUN.training, **training, **changes})
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"lr_scheduler_name": "cosineannealing"}, {"lr_decay_steps": 3}]
+)
+def test_a_schedule_that_ends_with_the_run_fixes_its_length(tmp_path, caplog, schedule):
+    path = checkpoint(tmp_path, 8, with_training())
+    check_same_run(path, with_training(training_tokens=160))
+    assert "training_tokens: found 80, wanted 160. They take effect" in caplog.text
+    path = checkpoint(tmp_path, 16, with_training(**schedule))
+    with pytest.raises(CheckpointError, match="other settings: training_tokens: found 80, wanted"):
+        check_same_run(path, with_training(**schedule, training_tokens=160))
+
+
+def test_settings_that_an_older_checkpoint_lacks_are_not_compared(tmp_path):
+    check_same_run(checkpoint(tmp_path, 8), with_training(from_pretrained_path="/start"))
+
+
+def test_the_search_leaves_out_checkpoints_whose_state_overrules_settings(tmp_path):
+    path = checkpoint(tmp_path / "a", 8)
+    assert find_checkpoint(tmp_path, RUN) == path
+    assert find_checkpoint(tmp_path, RunIdentity(RUN.fixed, {"lr": 0.02})) is None
 
 
 def test_pruning_keeps_the_newest(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,8 +11,18 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
 from PIL import Image
+from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.source import ImageSource
+from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin import demo_assets
+from taxolens.plugin.evaluation.atlas import atlas
+from taxolens.plugin.evaluation.evaluate import EvaluationSettings, evaluate_run
+from taxolens.plugin.evaluation.held_out import overlap
+from taxolens.plugin.study.settings import gather
+from taxolens.registry.packaged import PACKAGED
+from taxolens.registry.taxonomies.load import load_taxonomy
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
+from tiny_runs import save_sae
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "demo_assets"
@@ -164,3 +175,35 @@ def test_model_loads_as_float32_and_beats_chance_by_far_on_held_out_pictures(spl
         splits["validation"].features["label"].names
     )
     assert len(AutoModel.from_pretrained(demo_assets.model_path()).encoder.layer) == 8
+
+
+def test_their_names_are_understood_wherever_one_is_asked_for(tmp_path, monkeypatch):
+    """Each is recorded as the path, which is what the SAEs of a run record too."""
+    model, pictures, tree = PACKAGED.values()
+    assert load_vision_model("demo:model", random_weights=True).cfg.model_name == str(model)
+    assert load_taxonomy("demo:tree") == load_taxonomy(tree)
+    images = load_images("demo:pictures", split="validation")
+    assert images.fingerprint == load_images(pictures, split="validation").fingerprint
+    named, placed = (ImageSource(path, split="train") for path in ("demo:pictures", str(pictures)))
+    assert named == placed and overlap(named, placed)
+
+    save_sae(tmp_path / "sae", "blocks.0.hook_resid_post", {}, d_in=96)
+    settings = EvaluationSettings(
+        evaluators="cpcc",
+        model_name="demo:model",
+        dataset_path="demo:pictures",
+        taxonomy="demo:tree",
+        max_images=200,
+        nulls=["permuted_classes"],
+        n_permutations=2,
+        n_groups=0,
+        progress=False,
+    )
+    evaluated = evaluate_run(tmp_path / "sae", settings)
+    assert evaluated.dataset.title == f"{pictures} (validation)"
+    assert math.isfinite(evaluated.saes[0].evaluators["cpcc"].metrics["x_cpcc"].value)
+    monkeypatch.setattr("taxolens.plugin.evaluation.atlas.published_saes", lambda *_, **__: [])
+    again = atlas("demo:model", settings, also=[tmp_path / "sae"], output_path=tmp_path / "atlas")
+    assert again.saes[0].model_name == str(model)
+    config = gather(preset="demo").draft()
+    assert (config.model_name, config.dataset_path) == (str(model), str(pictures))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sae_lens import LoggingConfig
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.holdout import Part
 from taxolens.hooks.images.source import ImageSource
 from taxolens.plugin.commands import train as train_command
 from taxolens.plugin.evaluation.evaluate import evaluate_run
-from taxolens.plugin.evaluation.held_out import overlap
+from taxolens.plugin.evaluation.held_out import HeldOut, overlap
 from taxolens.plugin.reporting.headlines import headlines
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
@@ -164,6 +167,36 @@ def test_a_single_class_says_so(
     assert "has one class, fir: numbers about the tree need several." in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (3, r"images of (\d) of its 8 classes; .* is 3: without it (\d) more .* have 1 or more\."),
+        (79, None),
+    ],
+)
+def test_classes_that_max_images_leaves_out_are_laid_to_it(
+    flat: Path, caplog: Any, n: int, said: str | None
+) -> None:
+    source = ImageSource(str(flat), max_images=n)
+    with caplog.at_level(logging.WARNING):
+        HeldOut.load(source, str(flat.parent / "tree.csv"))
+    assert "--holdout" not in caplog.text
+    found = re.search(said, caplog.text) if said else None
+    assert bool(found) == bool(said)
+    assert found is None or int(found[1]) + int(found[2]) == 8
+
+
+def test_a_class_of_which_max_images_leaves_one_image_is_named(tmp_path: Path, caplog: Any) -> None:
+    class_folders(tmp_path / "photos", {"cat": list(range(9)), "dog": list(range(9))})
+    (tmp_path / "tree.csv").write_text("animal,cat\nanimal,dog\n")
+    source = ImageSource(str(tmp_path / "photos"))
+    images = load_images(tmp_path / "photos")
+    n = next(n for n in range(2, 18) if min(np.bincount(images.limited(n).labels)) == 1)
+    with caplog.at_level(logging.WARNING):
+        HeldOut.load(replace(source, max_images=n), str(tmp_path / "tree.csv"))
+    assert "its numbers need two. max_images (in training eval_max_images) is" in caplog.text
+
+
 def test_a_slice_without_most_classes_says_so(
     settings: dict[str, Any], flat: Path, caplog: Any
 ) -> None:
@@ -198,6 +231,46 @@ def test_a_slice_without_most_classes_says_so(
             said = [n for n in found.notes if label in n and "only 2 of 8 classes have images" in n]
             assert len(said) == 1, metric
     assert undefined
+
+
+def twice(flat: Path, folder: Path) -> str:
+    """The same pictures as `train` and as `validation`."""
+    for split in ("train", "validation"):
+        shutil.copytree(flat, folder / split)
+    return str(folder)
+
+
+def test_training_images_among_the_held_out_are_refused_before_the_training(
+    settings: dict[str, Any], flat: Path, tmp_path: Path
+) -> None:
+    slices = {"split": "train[:80%]", "eval_split": "train[70%:]"}
+    said = (
+        r"eval_split: the SAE would be trained on .*\(train\[:80%\]\), and these are the images it "
+        r"would be evaluated on: .*\(train\[70%:\]\); allowed: a held-out split"
+    )
+    with pytest.raises(ConfigError, match=said):
+        Job(gather(flags={**settings, **slices}))
+    said = r"would be trained on .*\(train\), and these are the images .*\(validation\)"
+    with pytest.raises(ConfigError, match=said):
+        Job(gather(flags={**settings, "dataset_path": twice(flat, tmp_path / "photos")}))
+    Job(gather(flags={**settings, "split": "train[:80%]", "eval_split": "train[80%:]"}))
+    Job(gather(flags={**settings, **slices}), evaluate=False)
+
+
+def test_evaluators_of_the_training_refuse_them_too(
+    training: Any, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    cfg = training.single(
+        dataset_path=twice(flat, tmp_path / "photos"),
+        taxonomy=str(flat.parent / "tree.csv"),
+        evaluators=["pair_depth"],
+        logger=LoggingConfig(log_to_wandb=True),
+    )
+    runner = training.runner(cfg, override_dataset=None)
+    with pytest.raises(ConfigError, match=r"eval_split: the SAE would be trained on"):
+        runner.run()
+    assert not training.output.exists()
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,18 @@ def test_controls_train_beside_their_sae_from_the_same_weights(training):
     assert_every_checkpoint_leads_to(found, training, config)
 
 
+def test_a_run_of_a_constant_learning_rate_can_be_made_longer(training):
+    """It ends as the run that had so many tokens from the start."""
+    longer = {"training_tokens": 160, "dead_feature_window": 1}
+    output = training.folder / "longer"
+    cfg = training.single(**longer, checkpoint_id="longer", output_path=str(output))
+    training.runner(cfg).run()
+    training.runner(training.single(n_checkpoints=1, dead_feature_window=1)).run()
+    cfg = training.single(**longer, resume_from_checkpoint=str(training.checkpoints))
+    training.runner(cfg).run()
+    assert_same(weights(training.output), weights(output))
+
+
 @pytest.mark.parametrize(("tokens", "prefetch"), [("class", False), ("patch", 2)])
 def test_many_saes_resume_from_any_checkpoint(training, tokens, prefetch):
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

@@ -1,8 +1,10 @@
 import pytest
 from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
+from taxolens.plugin.evaluation.evaluate import choose_evaluators
 from taxolens.plugin.study.settings import gather, typed
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.registry.errors import ConfigError, UnknownNameError
+from taxolens.registry.table import EVALUATORS
 
 HOOK = "blocks.3.hook_resid_post"
 BASE = {"model_name": "vit", "dataset_path": "photos", "hook_names": [HOOK], "d_sae": 64}
@@ -54,6 +56,28 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert study.runner["max_images"] == 20_000
     assert study.saes[""].fields["k"] == 5
     assert study.logger == {"log_to_wandb": False, "run_name": "of the file"}
+
+
+def test_all_names_every_evaluator_in_files_flags_and_python(tmp_path):
+    path = write(tmp_path, "evaluators: all\n")
+    for study in (
+        gather(config=path, flags=BASE),
+        gather(flags={**BASE, "evaluators": ["all"]}),
+    ):
+        assert study.config({HOOK: 32}).evaluators == list(EVALUATORS)
+    sae = TopKTrainingSAEConfig(d_in=32, d_sae=64, k=4)
+    settings = {"sae": sae, "model_name": "vit", "dataset_path": "photos"}
+    for evaluators, expected in (
+        ("all", list(EVALUATORS)),
+        ("cpcc", ["cpcc"]),
+        (["cpcc", "tree_probe"], ["cpcc", "tree_probe"]),
+        (None, []),
+    ):
+        assert VisionSAERunnerConfig(**settings, evaluators=evaluators).evaluators == expected
+    with pytest.raises(UnknownNameError, match=r"evaluator: not known.*given 'cpc'"):
+        VisionSAERunnerConfig(**settings, evaluators=["all", "cpc"])
+    with pytest.raises(UnknownNameError, match=r"evaluator: not known.*given 'cpc'"):
+        choose_evaluators(["all", "cpc"], None)
 
 
 def test_another_way_to_say_a_thing_replaces_the_first(tmp_path):
