@@ -346,6 +346,8 @@ def test_runs_that_trust_differently_are_evaluated_together(train: Any, vit: Any
     common = {"override_model": vit, "progress": False, "n_permutations": 1}
     results = evaluate_run(folders, output_path=f"{folders[0]}_both", **common)
     assert len(results.saes) == 2
-    third = train(eval_split="train[:50%]", output_path=f"{folders[0]}_3").runner.cfg.output_path
+    third = train(
+        eval_split="validation[:50%]", output_path=f"{folders[0]}_3"
+    ).runner.cfg.output_path
     with pytest.raises(ConfigError, match="split: the runs have different ones"):
         evaluate_run([*folders, third], output_path=f"{folders[0]}_all", **common)
