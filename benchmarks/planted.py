@@ -39,7 +39,7 @@ def main() -> None:
         "images_per_class": args.images,
         "nodes": len(tree.nodes),
         "distinct_nodes": len(tree.distinct_nodes),
-        "headlines": ["/".join(headline) for headline in sorted(headlines())],
+        "headlines": sorted(headlines()),
         "worlds": {name: numbers_of(tree, args.images, **world) for name, world in WORLDS.items()},
     }
     timing.store("planted", found, indent=None)

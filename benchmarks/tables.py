@@ -11,6 +11,7 @@ and list the numbers outside markers: none of them is measured.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ NAMES = {
     "frozen_encoder": "encoder frozen",
     "untrained": "TopK on the untrained model",
 }
+
+
+TREES = ("2x2x2", "3x3", "3x3x3", "tiny-imagenet")
+WORLDS = {"Without": ("noise", "flat"), "With": ("planted", "groups")}
+CLASS_SIZES = ("balanced", "one large", "long tail", "absent")
+LEVEL, BAR = 0.05, 0.07
 
 
 # Of a study ---------------------------------------------------------------------------------------
@@ -284,6 +291,63 @@ def cases_table(data: Mapping[str, Any]) -> str:
     return table(["metric", "of", "value", "beside it"], rows)
 
 
+def no_hierarchy_table(data: Mapping[str, Any]) -> str:
+    """The shares of p ≤ .05 of the headline metrics, for the worlds without and for those with hierarchy."""
+    of_trees = [tree for of in data["runs"].values() for tree in of]
+    trees = [tree for tree in TREES if tree in of_trees]
+    parts = [f"Trees in each cell: {', '.join(trees)}; –: nothing could be judged."]
+    for title, worlds in WORLDS.items():
+        columns = [f"{world}, {sizes}" for world in worlds for sizes in CLASS_SIZES]
+        runs = [n for _, column, n in entries(data["runs"]) if column in columns]
+        if not runs:
+            continue
+        text = f"{title} hierarchy: {min(runs):,} to {max(runs):,} runs of every cell."
+        barred = title == "Without"
+        if barred:
+            cells = [cell for _, column, cell in entries(data["cells"]) if column in columns]
+            judged, past = map(sum, zip(*cells, strict=True))
+            text += (
+                f" {sum(above_bar(*cell) for cell in cells)} of {len(cells):,} cells are bold, those of metrics that "
+                f"are not shown included, and {past / judged:.3f} of all p are at most {LEVEL}."
+            )
+        rows = []
+        for key in data["headlines"]:
+            of = data["cells"].get(key, {})
+            row = [
+                " ".join(
+                    share(*of.get(tree, {}).get(column, (0, 0)), barred=barred) for tree in trees
+                )
+                for column in columns
+            ]
+            if any(cell.strip("– ") for cell in row):
+                rows.append([metric_name(key), *row])
+        parts += [text, table(["metric", *columns], rows)]
+    return "\n\n".join(parts)
+
+
+def entries(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(tree, "world, sizes", content) of all cells of "runs" or "cells"."""
+    for of_trees in counts.values():
+        for tree, of in of_trees.items():
+            for column, content in of.items():
+                yield tree, column, content
+
+
+def above_bar(judged: int, past: int) -> bool:
+    """Whether the share is above .07, and more than two standard errors above .05."""
+    allowed = max(BAR, LEVEL + 2 * math.sqrt(LEVEL * (1 - LEVEL) / judged))
+    return past / judged > allowed
+
+
+def share(judged: int, past: int, *, barred: bool) -> str:
+    """The share of judged runs past the null; bold where it is above the bar."""
+    if not judged:
+        return "–"
+    value = past / judged
+    text = f"{value:.2f}".lstrip("0") if value < 1 else "1"
+    return f"**{text}**" if barred and above_bar(judged, past) else text
+
+
 def metric_name(key: str) -> str:
     """`evaluator` metric, of a key "evaluator/metric"."""
     evaluator, _, metric = key.partition("/")
@@ -377,6 +441,7 @@ def speed(data: Mapping[str, Any]) -> str:
 OF_STUDY: dict[str, Callable[[Stored], str]] = {"glance": glance_table, "setting": setting}
 """What a marker of a study names, where it does not name metrics."""
 OTHERS: dict[str, Callable[[Found], str]] = {
+    "no_hierarchy: headlines": lambda found: no_hierarchy_table(found["no_hierarchy"]),
     "planted: headlines": lambda found: planted_table(found["planted"]),
     "ideal: indicators": lambda found: indicators_table(found["ideal"]),
     "ideal: cases": lambda found: cases_table(found["ideal"]),

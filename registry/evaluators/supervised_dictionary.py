@@ -26,7 +26,6 @@ from .parts.image_positions import ImagePositions
 from .parts.logistic import best_threshold, f1_score
 from .parts.node_f1 import Detectors, explain, find_detectors
 from .parts.readout import kl_divergence
-from .parts.sae_latents import spread
 from .parts.samples import ImageSample
 
 SPLICED = ("sufficiency", "necessity", "control")
@@ -467,6 +466,11 @@ def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         same = labels[partner] == labels
         partner[same] = (np.flatnonzero(same) + step) % n
     return partner, labels[partner] != labels
+
+
+def spread(x: Tensor) -> Tensor:
+    """(n,) the length of each row of x (n, d) about its mean."""
+    return (x - x.mean(1, keepdim=True)).norm(dim=1)
 
 
 def tokens(x: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import no_hierarchy
 import numpy as np
 import pytest
+import tables
+import taxolens
 from scipy.stats import binom
 from taxolens.registry.taxonomies import permuted_classes
 
@@ -59,4 +61,26 @@ def test_runs_in_the_file_are_not_repeated(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = no_hierarchy.read(file)
     assert found["3x3", "noise", "balanced", 1] == {"pair_depth": {"pair_depth": 0.9}}
-    assert "| `pair_depth` pair_depth | .50 |" in no_hierarchy.tables(found)
+    counts = no_hierarchy.counted(found)
+    assert counts["runs"] == {"pair_depth": {"3x3": {"noise, balanced": 3}}}
+    assert counts["cells"] == {"pair_depth/pair_depth": {"3x3": {"noise, balanced": (2, 1)}}}
+
+
+def test_no_stored_share_without_hierarchy_is_above_the_bar() -> None:
+    """At least 200 runs of each cell of every evaluator that is judged against permuted trees."""
+    counts = tables.load()["no_hierarchy"]
+    without = [f"{w}, {sizes}" for w in tables.WORLDS["Without"] for sizes in tables.CLASS_SIZES]
+    evaluators = set(taxolens.EVALUATORS) - set(no_hierarchy.LEFT_OUT)
+    assert set(counts["runs"]) == evaluators
+    for of_trees in counts["runs"].values():
+        assert all(of_trees[t][column] >= 200 for t in tables.TREES for column in without)
+    cells = [cell for _, column, cell in tables.entries(counts["cells"]) if column in without]
+    assert len(cells) > 1000 and not any(tables.above_bar(*cell) for cell in cells)
+
+
+def test_only_evaluators_without_a_verdict_against_permuted_trees_are_left_out() -> None:
+    """A reason in place of a null: the evaluator is not judged against it."""
+    for name, evaluator in taxolens.EVALUATORS.items():
+        judged = any(direction is not None for direction in evaluator.higher_is_better.values())
+        has_verdict = judged and not evaluator.nulls.get("permuted_classes")
+        assert has_verdict == (name not in no_hierarchy.LEFT_OUT), name

@@ -24,7 +24,8 @@ from taxolens.plugin.training.constraint import Constraint, within_cosine
 from taxolens.registry.architectures.parts.sparse_step import with_sparse_step
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.evaluators.parts.null_latents import TwinLatents
-from taxolens.registry.evaluators.parts.sae_latents import NORMALISING, SAELatents, spread
+from taxolens.registry.evaluators.parts.sae_latents import NORMALISING, SAELatents
+from taxolens.registry.evaluators.supervised_dictionary import spread
 from taxolens.registry.nulls import CONSTRAINTS
 from taxolens.registry.table import ARCHITECTURES
 from tiny_models import pictures, tapped

@@ -139,8 +139,3 @@ def as_input(sae: Any, x: Tensor) -> Tensor:
     Activations have their heads side by side here, as SAELens gives them to an SAE in training.
     """
     return x.unsqueeze(-2) if sae.hook_z_reshaping_mode else x
-
-
-def spread(x: Tensor) -> Tensor:
-    """(n,) the length of each row of x (n, d) about its mean."""
-    return (x - x.mean(1, keepdim=True)).norm(dim=1)
