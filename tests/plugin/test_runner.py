@@ -352,13 +352,14 @@ class TestEvaluationDuringTraining:
         seen = []
 
         def make_training_evaluator(cfg, model, held_out):
-            assert (cfg.evaluators, model, held_out) == (["lch_height"], runner.model, None)
+            assert (cfg.evaluators, model) == (["lch_height"], runner.model)
+            assert held_out.source.holdout == 0.25 and held_out.source.is_held_out
             return lambda sae, *_: seen.append(sae.cfg.metadata.hook_name) or {}
 
         monkeypatch.setattr(training_evaluator, "make_training_evaluator", make_training_evaluator)
         tree = training.folder / "tree.csv"
         tree.write_text("parent,child\nanimal,cat\nanimal,dog\n")
-        evaluation = {"evaluators": ["lch_height"], "taxonomy": str(tree)}
+        evaluation = {"evaluators": ["lch_height"], "taxonomy": str(tree), "holdout": 0.25}
         runner = training.runner(training.single(logger=self.logging_config(), **evaluation))
         runner.run()
         assert seen == 5 * [HOOK]
