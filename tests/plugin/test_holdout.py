@@ -26,7 +26,7 @@ from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
 from taxolens.registry.errors import ConfigError
 from tiny_images import class_folders
-from tiny_runs import WORLD_CLASSES
+from tiny_runs import SMALL_TOPK, WORLD_CLASSES
 
 FAST = {"progress": False, "n_permutations": 2, "n_groups": 0}
 
@@ -60,12 +60,7 @@ def settings(training: Any, flat: Path) -> dict[str, Any]:
         "evaluators": ["pair_depth", "level_information"],
         "training_tokens": 64,
         "train_batch_size_tokens": 8,
-        "architecture": "topk",
-        "d_sae": 32,
-        "k": 4,
-        "checkpoint_path": None,
-        "log_to_wandb": False,
-        "verbose": False,
+        **SMALL_TOPK,
     }
 
 

@@ -26,6 +26,7 @@ from taxolens.plugin.training.runner import VisionSAETrainingRunner
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.taxonomies import load
 from tiny_images import hf_dataset, noise
+from tiny_runs import SMALL_TOPK
 
 CLASSES = ("ant", "bee", "oak", "elm")
 SIZES = {"small": 10, "large": 20}
@@ -76,12 +77,7 @@ def settings(training: Any, repository: Path) -> dict[str, Any]:
         "dataset_name": "large",
         "taxonomy": str(repository / "tree.csv"),
         "evaluators": ["ontological_coverage"],
-        "architecture": "topk",
-        "d_sae": 32,
-        "k": 4,
-        "checkpoint_path": None,
-        "log_to_wandb": False,
-        "verbose": False,
+        **SMALL_TOPK,
     }
 
 

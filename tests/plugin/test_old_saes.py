@@ -13,7 +13,7 @@ from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
 from taxolens.registry.errors import CheckpointError, ConfigError
-from tiny_runs import HOOK, LAST_HOOK
+from tiny_runs import HOOK, LAST_HOOK, SMALL_TOPK
 
 
 def test_only_the_saes_of_the_run_are_found(training: Any, caplog: Any) -> None:
@@ -90,12 +90,7 @@ def test_numbers_of_the_run_that_is_written_over_are_dropped(
         "taxonomy": str(world / "validation"),
         "training_tokens": 64,
         "train_batch_size_tokens": 8,
-        "architecture": "topk",
-        "d_sae": 32,
-        "k": 4,
-        "checkpoint_path": None,
-        "log_to_wandb": False,
-        "verbose": False,
+        **SMALL_TOPK,
     }
 
     def trained(**changes: Any) -> Job:

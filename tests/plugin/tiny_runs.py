@@ -25,6 +25,16 @@ WORLD_CLASSES = tuple(
     f"{parent}/{parent}_{i}" for parent in ("animal", "plant", "stone", "tool") for i in (0, 1)
 )
 
+SMALL_TOPK = {
+    "architecture": "topk",
+    "d_sae": 32,
+    "k": 4,
+    "checkpoint_path": None,
+    "log_to_wandb": False,
+    "verbose": False,
+}
+"""Settings of a run with a small SAE, without checkpoints and logging."""
+
 
 def run_settings(vit_folder: Path, world: Path, **changes: Any) -> dict[str, Any]:
     """The settings of a run on pictures of `world`, as in its runner_cfg.json."""
