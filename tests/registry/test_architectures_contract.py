@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from far_device import CUDA, DEVICES, FAR_DEVICES, on, repeatable_on
-from sae_lens import SAE, LoggingConfig
+from sae_lens import SAE, LoggingConfig, StandardSAE, StandardSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.llm_sae_training_runner import _run_cli
 from sae_lens.registry import get_sae_training_class
@@ -372,6 +372,30 @@ def test_decoder_rows_add_up_to_the_reconstruction(name, kind, tmp_path):
         added = unit[:, None] * (z @ latents.W_dec + latents.b_dec - seen)
     assert (z != 0).any() and torch.equal(seen, x) == (kind not in NORMALISING)
     torch.testing.assert_close(x + added, decoded, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_decoder_that_is_none_of_these_are_read_or_left_out(caplog):
+    class Halved(StandardSAE):
+        """Every second latent counts half."""
+
+        def decode(self, feature_acts):
+            counts = torch.where(torch.arange(D_SAE) % 2 == 0, 1.0, 0.5)
+            return super().decode(feature_acts * counts)
+
+    class Squared(StandardSAE):
+        def decode(self, feature_acts):
+            return super().decode(feature_acts.square())
+
+    cfg = StandardSAEConfig(d_in=D_IN, d_sae=D_SAE)
+    halved, squared = Halved(cfg), Squared(cfg)
+    for sae in (halved, squared):
+        with torch.no_grad():
+            sae.W_dec.normal_(generator=torch.Generator().manual_seed(0))
+    rows = SAELatents(halved).W_dec
+    torch.testing.assert_close(rows[::2], halved.W_dec.data[::2])
+    torch.testing.assert_close(rows[1::2], halved.W_dec.data[1::2] / 2)
+    assert not caplog.records and SAELatents(squared).W_dec is None
+    assert "standard: its reconstruction is not linear in the latents" in caplog.text
 
 
 TIED = {"mp", "omp", "matching_pursuit", "codebook"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import Any
 
 import torch
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 NORMALISING = ("layer_norm", "constant_norm_rescale")
 """Settings of `normalize_activations` by which an SAE normalises each input, and its reconstruction back."""
@@ -89,8 +92,8 @@ def decoder_of(sae: Any) -> tuple[Tensor | None, Tensor | None]:
     """(m, d) rows and (d,) offset by which `sae.decode(z)` is z·rows + offset, where it normalises no input.
 
     They are `W_dec` and `b_dec` of most SAEs. Others divide `W_dec` by the norms of its rows or by a number, or leave
-    `b_dec` out: `decode` of a few random latents shows it, and what is none of these is read row by row. None where
-    the SAE has no `W_dec`.
+    `b_dec` out: `decode` of a few random latents shows it, and what is none of these is read row by row. No rows where
+    the SAE has no `W_dec`, or where `decode` is not linear, with a warning.
     """
     weight, bias = getattr(sae, "W_dec", None), getattr(sae, "b_dec", None)
     if weight is None or bias is None or not len(weight):
@@ -119,6 +122,12 @@ def decoder_of(sae: Any) -> tuple[Tensor | None, Tensor | None]:
         return (rows if abs(factor - 1) <= close else rows * factor), offset[0].to(bias)
     one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     rows = torch.cat([decoded(part) - offset.float() for part in one.split(1024)])
+    if (added - z.float() @ rows).norm() > close * added.norm():
+        logger.warning(
+            "%s: its reconstruction is not linear in the latents; numbers of decoder rows are undefined.",
+            sae.cfg.architecture(),
+        )
+        return None, offset[0].to(bias)
     return rows.to(weight), offset[0].to(bias)
 
 
