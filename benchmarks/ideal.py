@@ -20,12 +20,9 @@ import tables
 import taxolens
 import timing
 import torch
-from no_hierarchy import NOISE, Given, tree_of
+from no_hierarchy import NOISE, evaluated, tree_of
 from study import number_of, rounded
-from taxolens.plugin.evaluation.bench import Bench, HeldOutActivations
-from taxolens.plugin.evaluation.evaluate import choose_evaluators
 from taxolens.plugin.evaluation.settings import EvaluationSettings
-from taxolens.plugin.evaluation.split import Split
 from taxolens.plugin.reporting.results import MetricResult
 from taxolens.registry.evaluators.meta_sae import MetaSAEOptions, decompose
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
@@ -76,7 +73,7 @@ def indicators(tree: taxolens.Taxonomy, **settings: int) -> dict[str, Any]:
     rows = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], generator=generator))[0]
     x = z @ rows + 0.02 * torch.randn(z.shape, generator=generator)
     nulls = ("permuted_classes", "shuffled")
-    metrics = measured(tree, labels, z, x, rows, *INDICATORS, nulls=nulls, **settings)
+    metrics = evaluated(tree, labels, z, x, rows, list(INDICATORS), nulls=nulls, **settings)
     return {
         f"{evaluator}/{metric}": number_of(metrics[evaluator][metric])
         for evaluator, names in INDICATORS.items()
@@ -129,7 +126,9 @@ def dense(tree: taxolens.Taxonomy) -> Iterator[dict[str, Any]]:
         size = len(labels), LATENTS
         z = np.where(rng.random(size) < rng.uniform(low, high, LATENTS), rng.random(size) + 0.5, 0)
         z = torch.from_numpy(z).float()
-        numbers = measured(tree, labels, z, z, torch.eye(LATENTS), "latent_graph")["latent_graph"]
+        numbers = evaluated(tree, labels, z, z, torch.eye(LATENTS), ["latent_graph"], nulls=())[
+            "latent_graph"
+        ]
         share = f"{100 * low:.0f} % to {100 * high:.0f} %"
         of = f"{LATENTS} independent latents, each on {share} of the images"
         for name in ("n_edges", "implication"):
@@ -171,28 +170,8 @@ def of_planted(
     generator = torch.Generator().manual_seed(seed)
     rows = normalize(torch.randn(z.shape[1], 64, generator=generator), dim=1)
     x = z @ rows + NOISE * torch.randn(len(z), 64, generator=generator)
-    return measured(tree, labels, z, x, rows, evaluator, seed=seed, **settings)[evaluator]
-
-
-def measured(
-    tree: taxolens.Taxonomy,
-    labels: np.ndarray,
-    z: Tensor,
-    x: Tensor,
-    W_dec: Tensor,
-    *evaluators: str,
-    nulls: tuple[str, ...] = (),
-    **settings: int,
-) -> dict[str, dict[str, MetricResult]]:
-    """Evaluator -> metric -> number, of latents z (n, m) of activations x (n, d)."""
-    halves = Split.halves(labels, len(tree.classes), settings.get("seed", 0))
-    held_out = HeldOutActivations(x[:, None].numpy(), halves, mean_patch=x.numpy())
-    chosen = EvaluationSettings(nulls=nulls, n_groups=0).override(**settings)
-    bench = Bench(tree, choose_evaluators(list(evaluators), None), chosen)
-    done = bench.run(Given(z, W_dec), held_out)
-    metrics = bench.metrics(done)
-    done.release()
-    return metrics
+    settings = {"nulls": (), **settings}
+    return evaluated(tree, labels, z, x, rows, [evaluator], seed=seed, **settings)[evaluator]
 
 
 if __name__ == "__main__":

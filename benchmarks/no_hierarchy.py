@@ -162,19 +162,36 @@ def measured(
     W_dec = torch.from_numpy(generator.normal(size=(z.shape[1], d))).float()
     W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
     x = z @ W_dec + NOISE * torch.from_numpy(generator.normal(size=(len(z), d))).float()
-    halves = Split.halves(labels, len(tree.classes), settings.get("seed", 0))
-    held_out = HeldOutActivations(x[:, None].numpy(), halves, mean_patch=x.numpy())
-    chosen = EvaluationSettings(nulls=("permuted_classes",), n_groups=0).override(**settings)
-    bench = Bench(tree, choose_evaluators(list(evaluators), options), chosen)
-    done = bench.run(Given(z, W_dec), held_out)
-    metrics = bench.metrics(done)
-    done.release()
+    metrics = evaluated(
+        tree, labels, z, x, W_dec, evaluators, options, nulls=("permuted_classes",), **settings
+    )
     return {
         f"{evaluator}/{metric}": number
         for evaluator, numbers in metrics.items()
         for metric, number in numbers.items()
-        if bench.chosen[evaluator][0].higher_is_better[metric] is not None
+        if taxolens.EVALUATORS[evaluator].higher_is_better[metric] is not None
     }
+
+
+def evaluated(
+    tree: Taxonomy,
+    labels: np.ndarray,
+    z: Tensor,
+    x: Tensor,
+    W_dec: Tensor,
+    evaluators: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> dict[str, dict[str, MetricResult]]:
+    """Evaluator -> metric -> number, of latents z (n, m) of activations x (n, d); without intervals."""
+    halves = Split.halves(labels, len(tree.classes), settings.get("seed", 0))
+    held_out = HeldOutActivations(x[:, None].numpy(), halves, mean_patch=x.numpy())
+    chosen = EvaluationSettings(n_groups=0).override(**settings)
+    bench = Bench(tree, choose_evaluators(list(evaluators), options), chosen)
+    done = bench.run(Given(z, W_dec), held_out)
+    metrics = bench.metrics(done)
+    done.release()
+    return metrics
 
 
 def main() -> None:

@@ -41,6 +41,11 @@ class Support:
     least: int = 10
 
 
+def support_of_all(directions: Mapping[str, bool | None], support: Support) -> dict[str, Support]:
+    """Every metric that has a direction -> `support`."""
+    return {metric: support for metric, better in directions.items() if better is not None}
+
+
 @dataclass(frozen=True)
 class NodeTable:
     """The table of an evaluator that assigns latents to nodes of the taxonomy.

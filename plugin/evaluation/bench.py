@@ -38,6 +38,8 @@ Numbers = dict[str, float]
 Draws = Sequence[Mapping[str, Numbers | str]] | str  # or why there are none
 Chosen = Mapping[str, tuple[type[Evaluator[Any]], Any]]
 
+OF_SOURCE = ("W_dec", "b_dec", "as_decoded", "sae", "reconstruct")
+"""What evaluators are given of a source of latents, where it has it."""
 SAMPLE_IMAGES = 2048  # fit images on which thresholds are calibrated
 SAMPLE_TOKENS = 2048  # tokens for the mean of x and the sparsity of the SAE
 LATENTS_AT_ONCE = 2**26  # entries of z in memory while a batch with many tokens is encoded
@@ -199,14 +201,10 @@ class Bench:
             class_counts=np.bincount(
                 split.labels[split.order], minlength=len(self.taxonomy.classes)
             ),
-            W_dec=getattr(source, "W_dec", None),
-            b_dec=getattr(source, "b_dec", None),
-            as_decoded=getattr(source, "as_decoded", lambda x: x),
-            sae=getattr(source, "sae", None),
             peers=peers,
-            reconstruct=getattr(source, "reconstruct", None),
             intervene=held_out.intervene,
             no_intervention=held_out.no_intervention,
+            **{name: getattr(source, name) for name in OF_SOURCE if hasattr(source, name)},
         )
         if prepare is not None:
             prepare(context)

@@ -193,8 +193,10 @@ class _VisionRun:
         if cfg.evaluators:
             from ..evaluation.training_evaluator import make_training_evaluator
 
-            held_out = self.held_out or HeldOut.load(cfg.held_out_source, cfg.taxonomy)
-            preflight.check_held_out(cfg, self.images, held_out)
+            held_out = self.held_out
+            if held_out is None:  # else it is checked before the model is loaded
+                held_out = HeldOut.load(cfg.held_out_source, cfg.taxonomy)
+                preflight.check_held_out(cfg, self.images, held_out)
             found.append(make_training_evaluator(cfg, self.model, held_out))
         if getattr(cfg, "evaluator", None) is not None:
             found.append(cfg.evaluator)

@@ -221,8 +221,8 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
             ),
             "projection_own": summary.mean(found.own),
             "projection_other": summary.mean(found.other),
-            "edges": float(np.isfinite(cosines).sum()),
-            "n_nodes": float(np.isfinite(found.own).sum()),
+            "edges": summary.count(cosines),
+            "n_nodes": summary.count(found.own),
         }
 
     @cached_property
@@ -273,7 +273,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         return {
             "parent_cosine": summary.mean(parents),
             "sibling_cosine": summary.mean(siblings),
-            "detected_edges": float(np.isfinite(parents).sum()),
+            "detected_edges": summary.count(parents),
         }
 
     @cached_property

@@ -299,8 +299,8 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
             "n_parents": float(len(parents.latent)),
             "n_roots": float(len(np.setdiff1d(graph.parent, graph.child))),
             "n_measured_edges": float(np.isfinite(found.edges["implication"]).sum()),
-            "n_measured_parents": float(np.isfinite(parents.refinement).sum()),
-            "n_sibling_parents": float(np.isfinite(found.siblings).sum()),
+            "n_measured_parents": summary.count(parents.refinement),
+            "n_sibling_parents": summary.count(found.siblings),
         }
 
     @property

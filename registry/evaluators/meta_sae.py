@@ -149,7 +149,7 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
             "common_depth": summary.mean(depth),
             "one_branch_share": summary.mean(one_branch),
             "mean_l0": float((found.acts > 0).sum(1).mean()),
-            "n_meta_latents": float(np.isfinite(depth).sum()),
+            "n_meta_latents": summary.count(depth),
         }
 
     @remembered

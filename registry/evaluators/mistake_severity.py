@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from ..presentation import Headline, Support
+from ..presentation import Headline, Support, support_of_all
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered
 from .parts import summary
@@ -91,11 +91,7 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
     }
     invariant = frozenset(name for name in higher_is_better if name.startswith("n_"))
     support = {
-        **{
-            name: Support("n_images", "predicted images", least=30)
-            for name, better in higher_is_better.items()
-            if better is not None
-        },
+        **support_of_all(higher_is_better, Support("n_images", "predicted images", least=30)),
         **{
             f"{feature}_{probe}_mistake_severity": Support(f"n_{feature}_{probe}_errors", "errors")
             for feature in FEATURES

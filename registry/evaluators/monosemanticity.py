@@ -224,7 +224,7 @@ class Monosemanticity(Evaluator[MonosemanticityOptions]):
             "monosemanticity": value,
             "excess": value - self.baseline,
             "baseline": self.baseline,
-            "defined": float(np.isfinite(scores).sum()),
+            "defined": summary.count(scores),
             "own_layer": float(self._own_layer),
         }
 

@@ -79,7 +79,7 @@ class PairDepth(Evaluator[PairDepthOptions]):
         return {
             "pair_depth": value,
             "pair_depth_normalized": value / deepest if deepest else float("nan"),
-            "defined": float(np.isfinite(depth).sum()),
+            "defined": summary.count(depth),
             "same_class_share": summary.mean(self.pairs(shuffled).same_class),
         }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -337,9 +336,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
             "edge_precision": precision,
             "edge_recall": recall,
             "n_edges": float(n_edges),
-            "n_measured_edges": _count(edges.implication),
-            "n_parents": _count(distances["hamming_relative"]),
-            "n_probed_edges": _count(self.reconstructs),
+            "n_measured_edges": summary.count(edges.implication),
+            "n_parents": summary.count(distances["hamming_relative"]),
+            "n_probed_edges": summary.count(self.reconstructs),
             "n_tree_edges": float(len(self._tree_edges)),
             "pairs": float(len(self.pairs.child)),
             "edges": float(len(forest.child)),
@@ -380,9 +379,9 @@ class ParentChild(Evaluator[ParentChildOptions]):
         edges = np.stack([recorded.parent, recorded.child], axis=1)
         distances = hamming(scored, recorded)["hamming_relative"]
         return {
-            "n_recorded_measured_edges": _count(self.recorded_edges.implication),
-            "n_recorded_parents": _count(distances),
-            "n_recorded_probed_edges": _count(self.recorded_reconstructs[0]),
+            "n_recorded_measured_edges": summary.count(self.recorded_edges.implication),
+            "n_recorded_parents": summary.count(distances),
+            "n_recorded_probed_edges": summary.count(self.recorded_reconstructs[0]),
             "recorded_edges": float(len(recorded.child)),
             "recorded_found": recall_of(edges, np.stack(self.forest, axis=1)),
             "recorded_implication": summary.mean(self.recorded_edges.implication),
@@ -484,8 +483,3 @@ class ParentChild(Evaluator[ParentChildOptions]):
             )
         )
         return {"forest": drawing}
-
-
-def _count(values: Any) -> float:
-    """How many of the values (n,) are defined."""
-    return float(np.isfinite(values).sum())

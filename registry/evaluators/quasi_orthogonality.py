@@ -14,7 +14,7 @@ import torch
 from plotly.graph_objects import Figure
 
 from .. import hashing
-from ..presentation import Support
+from ..presentation import Support, support_of_all
 from .base import ALL_NULLS, EvaluationBatch, Evaluator, require_at_least
 from .parts import summary
 
@@ -68,11 +68,7 @@ class QuasiOrthogonality(Evaluator[QuasiOrthogonalityOptions]):
         "permuted_classes": "norms are compared with each other, with no tree",
         "shuffled": "no label is used",
     }
-    support = {
-        name: Support("images", "images")
-        for name, better in higher_is_better.items()
-        if better is not None
-    }
+    support = support_of_all(higher_is_better, Support("images", "images"))
     invariant = label_free = frozenset(higher_is_better)
     Options = QuasiOrthogonalityOptions
 

@@ -218,7 +218,7 @@ class Stability(Evaluator[StabilityOptions]):
             numbers[name] = summary.mean(likeness)
             same = likeness >= self.options.same
             numbers[f"{kind}_same_share"] = summary.mean(same, np.isfinite(likeness))
-            numbers[f"{kind}_pairs"] = float(np.isfinite(likeness).sum())
+            numbers[f"{kind}_pairs"] = summary.count(likeness)
         both = [found.partner[kind] for kind in MATCHES]
         numbers["agreement"] = summary.mean(both[0] == both[1], (both[0] >= 0) & (both[1] >= 0))
         numbers["one_to_one_r2"] = summary.mean(found.r2[0])

@@ -19,7 +19,7 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import rankdata
 
 from ..errors import ConfigError
-from ..presentation import Support
+from ..presentation import Support, support_of_all
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts
@@ -129,11 +129,7 @@ class TreeProbe(Evaluator[TreeProbeOptions]):
             ("z_uuas", "z_euclidean_uuas", "x_uuas", "x_euclidean_uuas"), summary.SHARE
         ),
     }
-    support = {
-        name: Support("n_classes", "held-out classes", least=5)
-        for name, better in higher_is_better.items()
-        if better is not None
-    }
+    support = support_of_all(higher_is_better, Support("n_classes", "held-out classes", least=5))
     invariant = frozenset({"n_classes"})
     Options = TreeProbeOptions
 

@@ -98,10 +98,10 @@ def decoder_of(sae: Any) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = getattr(sae, "W_dec", None), getattr(sae, "b_dec", None)
     if weight is None or bias is None or not len(weight):
         return weight, bias
-    encode = _neutral_input(sae)
+    neutral = _neutral_input(sae)
 
     def decoded(z: Tensor) -> Tensor:
-        sae.encode(encode.expand(len(z), -1) if encode.ndim == 2 else encode.expand(len(z), -1, -1))
+        sae.encode(neutral.expand(len(z), *neutral.shape[1:]))
         return sae.decode(z).flatten(1).float()
 
     generator = torch.Generator().manual_seed(0)
@@ -112,11 +112,14 @@ def decoder_of(sae: Any) -> tuple[Tensor | None, Tensor | None]:
     if torch.allclose(offset[0], bias.float(), rtol=close, atol=close * float(bias.abs().max())):
         offset = bias[None]
     fits = []
-    for rows in (weight, weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-8)):
+    for is_divided in (False, True):
+        rows = weight / sae.get_W_dec_norm()[:, None] if is_divided else weight
         expected = (z @ rows).float()
         factor = float((expected * added).sum() / expected.square().sum().clamp(min=1e-30))
         error = float((added - factor * expected).norm() / added.norm().clamp(min=1e-30))
-        fits.append((error if error > ROUNDING else 0.0, factor, rows))
+        fits.append((error, factor, rows))
+        if error <= ROUNDING:
+            break
     error, factor, rows = min(fits, key=lambda fit: fit[0])
     if error <= close:
         return (rows if abs(factor - 1) <= close else rows * factor), offset[0].to(bias)
@@ -136,9 +139,8 @@ def _neutral_input(sae: Any) -> Tensor:
     d = sae.cfg.d_in
     x = torch.randn(1, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = x - x.mean()
-    size = (
-        d - 1 if sae.cfg.normalize_activations == "layer_norm" else d
-    )  # SAELens's deviation is unbiased
+    # SAELens's standard deviation is the unbiased one.
+    size = d - 1 if sae.cfg.normalize_activations == "layer_norm" else d
     return as_input(sae, (x * (size**0.5 / x.norm())).to(sae.device, sae.dtype))
 
 

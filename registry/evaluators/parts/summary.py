@@ -27,6 +27,11 @@ def mean(values: ArrayLike, where: ArrayLike | None = None) -> float:
     return float(kept.mean()) if kept.size else float("nan")
 
 
+def count(values: ArrayLike) -> float:
+    """How many of the values (n,) are finite."""
+    return float(np.isfinite(np.asarray(values, dtype=float)).sum())
+
+
 def ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
     """The quotient part / whole, NaN where whole is 0, in their broadcast shape."""
     part, whole = np.broadcast_arrays(
