@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--small] [--store] [--parts NAME ...]
     python benchmarks/gpu.py --write
 
-Parts run one after the other, the most important first; each row is stored as it comes. Of a part that
-fails the error is printed, the others go on, and the exit status is 1. The share of the peak counts
+Parts run one after the other, the most important first; each row is stored as it comes. With `--parts` the rows
+of the others stay, where they are of the same machine. Of a part that fails the error is printed, the others go on, and the exit status is 1. The share of the peak counts
 10 d m FLOPs a token (encoding and decoding, and three products backwards) over the card's dense bf16 peak
 (`PEAKS`, from NVIDIA's data sheets). Without a GPU, or with `--small`, sizes are small and the numbers are
 no result.
@@ -70,13 +70,17 @@ def main() -> None:
     small = args.small or not torch.cuda.is_available()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"machine": timing.machine(), "small": small, "rows": []}
+    kept: list[Row] = []
+    if args.store and set(args.parts) != set(PARTS):
+        before = timing.stored("gpu")
+        kept = before["rows"] if before["machine"] == found["machine"] else []
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in PARTS if name in args.parts]:
             start = time.perf_counter()
             try:
                 for row in PARTS[name](device, small, Path(folder)):
-                    found["rows"].append(row)
+                    found["rows"] = kept = with_row(kept, row)
                     print(f"{row[0]:<78} {row[1]}", flush=True)
                     if args.store:
                         timing.store("gpu", found)
@@ -89,6 +93,12 @@ def main() -> None:
                 torch.cuda.empty_cache()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def with_row(rows: list[Row], row: Row) -> list[Row]:
+    """The rows with one in place of that of the same name, or at the end."""
+    of_name = dict(rows) | dict([row])
+    return list(of_name.items())
 
 
 def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:
@@ -161,13 +171,15 @@ def evaluator_rows(
     """Seconds of one pass and its values, and, with `nulls`, of all that is measured of an SAE."""
     held = held_out(bench, latents, n_images)
     what = f"default evaluators of an SAE, m {latents.d_sae:,}, {n_images:,} images"
-    start = time.perf_counter()
-    done = bench.run(latents, held, prepare=share_card_facts)
-    for name in bench.chosen:
-        done.compute(name)
-    yield f"{what}: one pass and values", f"{time.perf_counter() - start:.2f} s"
-    if done.errors:
-        raise RuntimeError(f"evaluators that failed: {done.errors}")
+    for which in ("", ", of the next SAE"):
+        start = time.perf_counter()
+        done = bench.run(latents, held, prepare=share_card_facts)
+        for name in bench.chosen:
+            done.compute(name)
+        yield f"{what}: one pass and values{which}", f"{time.perf_counter() - start:.2f} s"
+        if done.errors:
+            raise RuntimeError(f"evaluators that failed: {done.errors}")
+        done.release()
     if not nulls:
         return
     start = time.perf_counter()

@@ -9,12 +9,13 @@ class replaces the subgroup that SAELens has there.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -115,16 +116,7 @@ def full_help(args: Sequence[str]) -> str:
 
 def _parser(architecture: str, *, only_given: bool) -> _Parser:
     """A parser of every flag; with `only_given` it returns only what was typed."""
-    config_class = training_config_class(architecture)
-    # The parser needs widths; the model's replace them later.
-    sae = field(default_factory=partial(config_class, d_in=512, d_sae=4096))
-    run_class = make_dataclass(
-        "VisionSAERunnerConfig", [("sae", config_class, sae)], bases=(VisionSAERunnerConfig,)
-    )
-    run_class.__doc__ = "SAELens's runner config, and the fields that images need."
-    # The class has no source. With this module name simple-parsing does not parse a module for it,
-    # which takes seconds: once for each field.
-    run_class.__module__ = "builtins"
+    run_class = _run_class(training_config_class(architecture))
     suppressed: dict[str, Any] = {"argument_default": argparse.SUPPRESS} if only_given else {}
     parser = _Parser(
         prog="taxolens train",
@@ -134,13 +126,34 @@ def _parser(architecture: str, *, only_given: bool) -> _Parser:
         **suppressed,
     )
     default: dict[str, Any] = {"default": argparse.SUPPRESS} if only_given else {}
+    described = {run_class: VisionSAERunnerConfig}
     for flags_class, dest in ((StudyFlags, "study"), (run_class, "run")):
         wrapper = parser.add_arguments(flags_class, dest=dest, **default)
         for dataclass_wrapper in (wrapper, *wrapper.descendants):
-            documented = _documented(dataclass_wrapper.dataclass)
+            documented = _documented(described.get(shown := dataclass_wrapper.dataclass, shown))
             for flag in dataclass_wrapper.fields:
                 flag.help = FOUND_LATER.get(flag.name) or documented.get(flag.name) or " "
     return parser
+
+
+def _run_class(config_class: type[Any]) -> type[Any]:
+    """A dataclass with the fields of `VisionSAERunnerConfig`, for SAEs of this config class.
+
+    simple-parsing looks for comments in the source of a class and of its bases, once for each field. From
+    Python 3.12 on, `typing.Generic`, a base of SAELens's config, has no source: each look parses all of
+    `typing`, which takes seconds. This class has no base; nor has it a source, which "builtins" says at once.
+    """
+    # The parser needs widths; the model's replace them later.
+    sae = field(default_factory=partial(config_class, d_in=512, d_sae=4096))
+    types = get_type_hints(VisionSAERunnerConfig) | {"sae": config_class}
+    own = [
+        (f.name, types[f.name], sae if f.name == "sae" else copy.copy(f))
+        for f in dataclasses.fields(VisionSAERunnerConfig)
+    ]
+    run_class = make_dataclass("VisionSAERunnerConfig", own)
+    run_class.__doc__ = "SAELens's runner config, and the fields that images need."
+    run_class.__module__ = "builtins"
+    return run_class
 
 
 def _documented(config_class: type[Any]) -> dict[str, str]:

@@ -35,14 +35,26 @@ def draw_by_step(trainer: Any, seed: int) -> None:
     It does then not depend on other SAEs that train beside it, on other processes, nor on whether the run was
     stopped. Wraps `step`, SAELens's public seam.
     """
-    step = trainer.step
-    # `torch.manual_seed` formats the call stack for each kind of device that is absent: a millisecond.
-    on_cpu = trainer.sae.device.type == "cpu"
-    set_seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
+    step, device = trainer.step, trainer.sae.device
 
     def seeded_step(batch: torch.Tensor) -> Any:
         numbers = np.random.SeedSequence([seed, trainer.n_training_steps])
-        set_seed(int(numbers.generate_state(1, np.uint64)[0]))
+        _set_seed(int(numbers.generate_state(1, np.uint64)[0]), device)
         return step(batch)
 
     trainer.step = seeded_step
+
+
+def _set_seed(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of `device`, as `torch.manual_seed` seeds all.
+
+    That formats the call stack for each kind of device that is absent: a millisecond.
+    """
+    if device.type == "cuda":
+        torch.default_generator.manual_seed(seed)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.sh` uses: failures printed as they come, and pictures that depend on their number."""
+"""What `benchmarks/gpu.sh` uses: failures printed as they come, rows kept, pictures that depend on their number."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import timing
 
@@ -59,3 +60,25 @@ def test_a_picture_depends_on_its_number_alone(
     )
     assert len(few) == 3 and len(set(more.values())) == 10
     assert few == {file: more[file] for file in few}
+
+
+@pytest.mark.parametrize(("parts", "gpu_before", "rows"), [
+    (["pursuit"], "A", [["steps", "1"], ["mp", "3"]]),
+    (["pursuit"], "B", [["mp", "3"]]),
+    (list(gpu.PARTS), "A", [["mp", "3"]]),
+])  # fmt: skip
+def test_rows_of_other_parts_stay_where_the_machine_is_the_same(
+    parts: list[str], gpu_before: str, rows: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {**timing.machine(), "gpu": "A"}
+    before = {"machine": {**machine, "gpu": gpu_before}, "rows": [["steps", "1"], ["mp", "2"]]}
+    stored = {}
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--store", "--parts", *parts])
+    monkeypatch.setattr(gpu, "PARTS", {p: lambda *_: iter(()) for p in gpu.PARTS})
+    monkeypatch.setitem(gpu.PARTS, "pursuit", lambda *_: iter([("mp", "3")]))
+    monkeypatch.setattr(timing, "machine", lambda: machine)
+    monkeypatch.setattr(timing, "stored", lambda name: before)
+    monkeypatch.setattr(timing, "store", lambda name, found: stored.update(found))
+    monkeypatch.setattr(timing, "show", lambda name, text: None)
+    gpu.main()
+    assert [list(row) for row in stored["rows"]] == rows

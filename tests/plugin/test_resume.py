@@ -26,6 +26,7 @@ from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.models.load import load_vision_model
+from taxolens.plugin.training import rng
 from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, latest_checkpoint
 from taxolens.plugin.training.interrupts import Interrupts, StepGate, TrainingInterrupted
 from taxolens.plugin.training.rng import seeded
@@ -579,3 +580,13 @@ def test_what_cannot_be_written_in_its_place_is_written_elsewhere(training, full
         runner.run()
     (written,) = elsewhere.iterdir()
     assert torch.equal(load_file(written / "sae_weights.safetensors")["b_dec"], sae.b_dec)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_draws_what_it_draws_after_a_manual_seed(device):
+    drawn = []
+    for set_seed in (torch.manual_seed, lambda seed: rng._set_seed(seed, torch.device(device))):
+        set_seed(7)
+        drawn.append([torch.rand(4, device=place).cpu() for place in ("cpu", device)])
+    for one, other in zip(*drawn):
+        assert one.equal(other)

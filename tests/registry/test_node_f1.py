@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from taxolens.registry.evaluators.parts import node_f1
+from taxolens.registry.evaluators.parts import node_f1, sorted_firings
 from taxolens.registry.evaluators.parts.node_f1 import (
     Halves,
     Outcome,
@@ -15,6 +16,7 @@ from taxolens.registry.evaluators.parts.node_f1 import (
     explain,
     find_detectors,
 )
+from taxolens.registry.evaluators.parts.sorted_firings import SortedFirings
 
 SEEDS = st.integers(0, 10**6)
 
@@ -64,25 +66,34 @@ def test_what_is_chosen_on_one_half_is_scored_on_the_other(seed: int) -> None:
         assert outcome.recall[j] == pytest.approx(recall, nan_ok=True)
 
 
-def halves_of(fit: np.ndarray, score: np.ndarray) -> Halves:
-    """Counts (m, T, C) of both halves, the lowest bin first."""
+def halves_of(fit: np.ndarray, score: np.ndarray, is_sorted: bool = False) -> Halves:
+    """Counts (m, T, C) of both halves, the lowest bin first; with `is_sorted`, detectors are found as on a GPU."""
     rows = (half[:, ::-1].reshape(-1, half.shape[2]) for half in (fit, score))
-    return Halves(*(sparse.csr_array(half.astype(np.float32)) for half in rows), fit.shape[1])
+    found = Halves(*(sparse.csr_array(half.astype(np.float32)) for half in rows), fit.shape[1])
+    if is_sorted:
+        found.sorted_firings = SortedFirings(
+            found.fit, found.score, found.n_bins, torch.device("cpu")
+        )
+    return found
 
 
-def detectors(fit: np.ndarray, members: np.ndarray, cells: int = 2**22) -> node_f1.Detectors:
+def detectors(
+    fit: np.ndarray, members: np.ndarray, cells: int = 2**22, is_sorted: bool = False
+) -> node_f1.Detectors:
     """The detectors of each node from counts (m, T, C), the lowest bin first, of both halves."""
     images = np.full(fit.shape[2], 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node_f1, "BLOCK", cells)
-        return find_detectors(halves_of(fit, fit), members, images, images)
+        patch.setattr(sorted_firings, "PAIRS", cells)
+        return find_detectors(halves_of(fit, fit, is_sorted), members, images, images)
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("cells", [1, 3, 2**22])
-def test_of_equal_detectors_the_first_is_taken(cells: int) -> None:
+def test_of_equal_detectors_the_first_is_taken(cells: int, is_sorted: bool) -> None:
     fit = np.zeros((4, 2, 4))
     fit[1:, 1, 0] = 6  # three latents alike, each on 6 images of class 0 at the upper threshold
-    found = detectors(fit, np.eye(4, dtype=bool)[:, :3], cells)
+    found = detectors(fit, np.eye(4, dtype=bool)[:, :3], cells, is_sorted)
     # Nothing fires on the other classes. Both thresholds have the same firings: the upper is taken.
     assert (found.latent.tolist(), found.bin.tolist()) == ([1, -1, -1], [1, 0, 0])
     assert found.fit_f1.tolist() == found.f1.tolist() == [12 / 16, 0, 0]
@@ -161,19 +172,21 @@ def best_by_counting(
     cells=st.sampled_from([1, 40, 2**22]),
     large=st.sampled_from([0.0, 0.4, 2.0]),
     dense=st.booleans(),
+    is_sorted=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_detectors_against_all_pairs_in_turn(
-    seed: int, cells: int, large: float, dense: bool
+    seed: int, cells: int, large: float, dense: bool, is_sorted: bool
 ) -> None:
-    """With dense products, without, and with both; one search serves several sets of nodes."""
+    """With dense products, without, and with both, or from sorted firings; one search serves several sets of nodes."""
     rng = np.random.default_rng(seed)
     images = rng.integers(1, 9, 8)
     fit = rng.integers(0, 3, (9, 3, 8)) * (rng.random((9, 1, 8)) < (0.9 if dense else 0.3))
     fit = fit * (rng.random((9, 1, 1)) < 0.8)
-    halves = halves_of(fit, fit)
+    halves = halves_of(fit, fit, is_sorted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node_f1, "BLOCK", cells)
+        patch.setattr(sorted_firings, "PAIRS", cells)
         patch.setattr(node_f1, "LARGE", large)
         for _ in range(5):  # as the draws of permuted classes
             members = rng.random((8, 6)) < rng.random(6) ** 2
@@ -184,3 +197,22 @@ def test_detectors_against_all_pairs_in_turn(
             ):
                 assert (latent, bin_) == ((j, t) if j >= 0 else (-1, 0))
                 assert f1 == best
+
+
+@given(seed=SEEDS, cells=st.sampled_from([1, 40, 2**22]), rate=st.sampled_from([0.0, 0.2, 0.7]))
+@settings(max_examples=60, deadline=None)
+def test_sorted_firings_give_what_products_give(seed: int, cells: int, rate: float) -> None:
+    """To the bit, on halves that differ: some latents fire on one of them alone, some nodes have no image."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 9, (2, 8))
+    fit, score = rng.integers(0, 4, (2, 9, 3, 8)) * (rng.random((2, 9, 3, 1)) < rate)
+    n_nodes = rng.integers(0, 7)
+    members = rng.random((8, n_nodes)) < rng.random(n_nodes) ** 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sorted_firings, "PAIRS", cells)
+        found, expected = (
+            find_detectors(halves_of(fit, score, is_sorted), members, *images)
+            for is_sorted in (True, False)
+        )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from far_device import FAR_DEVICES, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -348,21 +349,26 @@ def test_the_share_of_variance_between_groups(offset: float, size: int) -> None:
         assert found == pytest.approx(between / whole, abs=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", *FAR_DEVICES])
 def test_the_share_of_variance_between_large_and_small_groups(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Large groups are summed by products, some at a time, and small ones by pairs."""
+    """Large groups are summed by products, some at a time, and small ones by pairs; on a device all by pairs."""
     monkeypatch.setattr(moments_module, "BLOCK", 150)
+    monkeypatch.setattr(moments_module, "CELLS", 2 * 60**2)
     rng = np.random.default_rng(2)
     x = torch.from_numpy(rng.normal(size=(300, 4)).astype(np.float32))
     labels = torch.from_numpy(rng.integers(0, 50, 300))  # 10 of 60 classes have no image
-    moments = ClassMoments(60, 1, x)
-    moments.update(x, [labels])
+    with on(device):
+        moments = ClassMoments(60, 1, x.to(device))
+        moments.update(x.to(device), [labels])
     sizes = ([30, 30], [20, 1, 1, 8, 25, 5], [6] * 10, [7, 5, 6, 6, 6] * 2, [2] * 30, [1] * 60)
     groups = [rng.permutation(np.repeat(np.arange(len(k)) * 2, k)) for k in sizes]
     groups.append(np.repeat([0, 1], [50, 10]))  # a group without an image
-    sums = moments.sums[0].double().numpy()
-    for group, found in zip(groups, moments.variance_share(np.array(groups), 0)):
+    with on(device):
+        sums = moments.sums[0].cpu().double().numpy()
+        shares = moments.variance_share(np.array(groups), 0)
+    for group, found in zip(groups, shares):
         between = 0.0
         for g in set(group[:50]):
             images = moments.counts[0][group == g].sum()

@@ -148,11 +148,13 @@ class FiringHistogram(Accumulator):
         self.n_bins = len(survival)
         self.n_classes = len(context.taxonomy.classes)
         self._counts = _cells(context, 2 * context.d_sae * self.n_bins * self.n_classes)
+        self._device = torch.device("cpu")
         self._halves: dict[bool, Halves] = {}
         self._both: dict[bool, sparse.csr_array] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
         rows, latents, values = batch.firings
+        self._device = rows.device
         half = (~batch.is_fit).to(rows.device).long()[rows]
         # The highest bin of a latent is first: see `Halves`.
         row = (half * self.context.d_sae + latents + 1) * self.n_bins - 1
@@ -184,7 +186,7 @@ class FiringHistogram(Accumulator):
                 )
                 for first, part in enumerate(parts)
             ]
-            self._halves[shuffled] = Halves(found[0], found[1], self.n_bins)
+            self._halves[shuffled] = Halves(found[0], found[1], self.n_bins, self._device)
         return self._halves[shuffled]
 
     def both(self, shuffled: bool = False) -> sparse.csr_array:

@@ -13,6 +13,8 @@ BLOCK = 2**22
 """Approximate number of cells, or pairs of classes, in memory at a time."""
 LARGE = 1 / 10
 """Share of the classes from which on a group is large: its sum is computed by a dense product."""
+CELLS = 2**26
+"""On a device with many cores, pairs of classes in memory at a time; with more, the CPU computes."""
 
 
 class ClassMoments:
@@ -32,7 +34,7 @@ class ClassMoments:
         self.sums = torch.zeros(shape, dtype=torch.float32, device=feature.device)
         self.counts = np.zeros((n_labellings, n_classes))
         self.squares = 0.0
-        self._gram: dict[int, np.ndarray] = {}
+        self._gram: dict[int, np.ndarray | Tensor] = {}
 
     def update(self, feature: Tensor, labellings: list[Tensor]) -> None:
         """Add a batch of the feature (n, d) with its labels (n,) under each labelling."""
@@ -60,12 +62,33 @@ class ClassMoments:
         """
         if labelling not in self._gram:
             sums = self.sums[labelling]
-            self._gram[labelling] = (sums @ sums.T).cpu().double().numpy()
+            gram = sums @ sums.T
+            near = gram.device.type in ("cpu", "mps") or gram.numel() > CELLS
+            self._gram[labelling] = gram.cpu().double().numpy() if near else gram.double()
         gram, counts = self._gram[labelling], self.counts[labelling]
         n = counts.sum()
-        whole = gram.sum() / n if n else np.nan
-        between = _between(gram, counts, groups)
+        whole = float(gram.sum()) / n if n else np.nan
+        if isinstance(gram, Tensor):
+            between = _between_on_device(gram, counts, groups)
+        else:
+            between = _between(gram, counts, groups)
         return summary.ratio(between - whole, self.squares - whole)
+
+
+def _between_on_device(gram: Tensor, counts: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """As `_between`, from the pairs of classes one by one; gram (C, C) on the device."""
+    images_of = torch.from_numpy(counts).to(gram.device)
+    found = [np.zeros(0)]
+    step = max(1, CELLS // max(gram.numel(), 1))
+    for start in range(0, len(groups), step):
+        group = torch.from_numpy(groups[start : start + step].astype(np.int64)).to(gram.device)
+        size = (len(group), int(groups.max(initial=0)) + 1)
+        images = gram.new_zeros(size).scatter_add_(1, group, images_of.expand_as(group))
+        same = group[:, :, None] == group[:, None, :]
+        squares = torch.where(same, gram, 0.0).sum(2)
+        # A group without images has a sum of 0.
+        found.append((squares / images.gather(1, group).clamp(min=1)).sum(1).cpu().numpy())
+    return np.concatenate(found)
 
 
 def _between(gram: np.ndarray, counts: np.ndarray, groups: np.ndarray) -> np.ndarray:

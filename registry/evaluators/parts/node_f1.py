@@ -10,11 +10,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from ...taxonomies.taxonomy import first_columns
 from . import summary
 from .samples import shape
+from .sorted_firings import SortedFirings
 
 BLOCK = 2**22
 """Approximate number of nonzeros, or cells, of (latents × thresholds × nodes) in memory at a time."""
@@ -140,6 +142,7 @@ class Halves:
     Args:
         fit, score: (m·T, C) images of each class; row j·T + T − 1 − t is bin t of latent j.
         n_bins: T.
+        device: where the latents lie; on a GPU detectors are found there.
 
     Attributes:
         searches: number of searches for detectors of small nodes so far.
@@ -149,11 +152,19 @@ class Halves:
     fit: sparse.csr_array
     score: sparse.csr_array
     n_bins: int
+    device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
         self._shares = np.zeros(0), 1.0, sparse.csr_array((0, 0))
         self.searches = 0
         self.unbounded = False
+
+    @cached_property
+    def sorted_firings(self) -> SortedFirings | None:
+        """The counts on the device; None where that is the CPU, or lacks double precision."""
+        if self.device.type in ("cpu", "mps"):
+            return None
+        return SortedFirings(self.fit, self.score, self.n_bins, self.device)
 
     @cached_property
     def reached(self) -> np.ndarray:
@@ -164,6 +175,10 @@ class Halves:
     def fired(self) -> sparse.csr_array:
         """(m, C) images of the fit half on which each latent fires."""
         return merge_rows(self.fit, self.n_bins)
+
+    def latent_and_bin(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Latent and bin of each row (k,); −1 and 0 for −1."""
+        return row // self.n_bins, self.n_bins - 1 - row % self.n_bins
 
     def rows_of(self, latents: np.ndarray) -> np.ndarray:
         """(l·T,) the rows of `latents` (l,)."""
@@ -260,13 +275,18 @@ def find_detectors(
         covered: nodes where always predicting "yes" reaches this F1 are left out.
     """
     belongs = sparse.csr_array(members, dtype=np.float32)
-    fit_positives = fit_images @ belongs
-    latent, bin_, fit_f1 = _choose(halves, belongs, fit_positives)
-    own = sparse.csr_array(belongs.T)
-    found = Outcome.of(halves.score_of(latent, bin_), own, score_images @ belongs)
-    positives = found.positives
-    always_yes = summary.ratio(2 * positives, positives + score_images.sum())
-    scored = (fit_positives > 0) & (positives > 0) & (always_yes < covered)
+    fit_positives, positives = fit_images @ belongs, score_images @ belongs
+    if halves.sorted_firings is not None:
+        fit_f1, row, hits, fired = halves.sorted_firings.best(belongs, fit_positives)
+        latent, bin_ = halves.latent_and_bin(row)
+        found = Outcome(hits.astype(float), fired.astype(float), positives.astype(float))
+    else:
+        fit_f1, row = _choose(halves, belongs, fit_positives)
+        latent, bin_ = halves.latent_and_bin(row)
+        own = sparse.csr_array(belongs.T)
+        found = Outcome.of(halves.score_of(latent, bin_), own, positives)
+    always_yes = summary.ratio(2 * found.positives, found.positives + score_images.sum())
+    scored = (fit_positives > 0) & (found.positives > 0) & (always_yes < covered)
     fires_on = summary.ratio(found.fired, score_images.sum())
     rates = (found.precision, found.recall, found.f1, fires_on)
     rates = (np.where(scored, rate, np.nan) for rate in rates)
@@ -275,8 +295,8 @@ def find_detectors(
 
 def _choose(
     halves: Halves, belongs: sparse.csr_array, positives: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The latent and threshold of best F1 for each node, and that F1, each (N,).
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best F1 of a latent at a threshold for each node (N,), and its row (N,); 0 and −1 where none fires.
 
     F1 = 2·hits / (fired + positives) of all pairs; of equal ones the first latent, and its highest
     threshold, is chosen.
@@ -288,8 +308,7 @@ def _choose(
     for nodes, choose in ((large, _choose_large), (~large, _choose_small)):
         if nodes.any() and shape(halves.fit)[0]:
             best[nodes], row[nodes] = choose(halves, belongs[:, nodes], positives[nodes])
-    n_bins = halves.n_bins
-    return row // n_bins, n_bins - 1 - row % n_bins, best  # −1 and 0 where none is chosen
+    return best, row
 
 
 def _choose_large(
