@@ -177,6 +177,10 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> dict[str, float]:
+        return dict(self._measured(permutation, shuffled))
+
+    @remembered
+    def _measured(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
         return self._numbers(self.assign(permutation, shuffled), permutation)
 
     def _numbers(
@@ -199,8 +203,17 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
             "multi_class_height": summary.mean(height, several),
             "multi_class_generality": summary.mean(generality, several),
             "height_gap": summary.mean(random.height[size] - height, several),
-            "generality_gap": summary.mean(random.generality[size] - generality, several),
+            "generality_gap": self._generality_gap(assignment, permutation),
         }
+
+    def _generality_gap(
+        self, assignment: Assignment, permutation: np.ndarray | None = None
+    ) -> float:
+        several = (assignment.node >= 0) & (assignment.size > 1)
+        node, size = assignment.node[several], assignment.size[several]
+        return summary.mean(
+            self._random(permutation).generality[size] - self.taxonomy.generality[node]
+        )
 
     def _random(self, permutation: np.ndarray | None = None) -> RandomSets:
         """Random sets of the present classes, at their places in the tree."""
@@ -283,11 +296,17 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     def _rule_table(self, assigned: dict[str, Assignment]) -> pd.DataFrame:
         rows = []
         for rule, found in assigned.items():
-            nulls = [self._numbers(self.assign(p, rule=rule), p) for p in self.context.permutations]
-            permuted = summary.mean([n["generality_gap"] for n in nulls])
+            permuted = summary.mean(
+                [self._permuted_gap(rule, p) for p in self.context.permutations]
+            )
             row = {"rule": rule, **self._numbers(found), "permuted_generality_gap": permuted}
             rows.append(row)
         return pd.DataFrame(rows)
+
+    def _permuted_gap(self, rule: str, permutation: np.ndarray) -> float:
+        if rule == self.options.rule:  # computed for the null
+            return self._measured(permutation, False)["generality_gap"]
+        return self._generality_gap(self.assign(permutation, rule=rule), permutation)
 
     def figures(self) -> dict[str, Figure]:
         """`generality`: of the latents of several classes, against random class sets."""
