@@ -29,7 +29,7 @@ OMP_NUM_THREADS=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}" timeout --k
     $parallel -k cuda \
     tests/hooks/test_activations.py tests/hooks/test_cache.py tests/hooks/test_families_contract.py \
     tests/plugin/test_device.py tests/plugin/test_resume.py tests/plugin/test_runner.py \
-    tests/registry/test_architectures_contract.py tests/registry/test_device.py \
+    tests/registry/test_architectures_contract.py tests/registry/test_device.py tests/registry/test_parts.py \
     tests/registry/test_pursuit_triton.py tests/registry/test_sparse_step.py \
     tests/registry/test_sparse_step_triton.py || status=$?
 timeout --kill-after 5 "${TABLE_SECONDS:-200}" "$PYTHON" benchmarks/gpu.py $store ${@:+--parts "$@"} || status=$((status ? status : $?))
