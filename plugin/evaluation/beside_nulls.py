@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from ...registry.nulls import LEAST_DRAWS, significant
 from ...registry.presentation import Support
@@ -67,7 +67,7 @@ def jackknife(value: float, left_out: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     mean = math.fsum(left_out) / groups
     variance = (groups - 1) / groups * math.fsum((other - mean) ** 2 for other in left_out)
-    half = float(student_t.ppf(0.975, groups - 1)) * math.sqrt(variance)
+    half = float(stdtrit(groups - 1, 0.975)) * math.sqrt(variance)
     return value - half, value + half
 
 
