@@ -121,7 +121,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     headlines = (
         Headline(
             "lower_share",
-            "LCH height",
+            "lower LCH",
             "share of the latents of several classes whose classes meet lower in the tree than random "
             "sets of as many classes, at a false discovery rate of 5 %",
             priority=30,

@@ -706,7 +706,7 @@ def test_the_demo_in_miniature(tmp_path):
     ]
     rows = summary_rows(made.results)
     assert list(dict.fromkeys(row["title"] for row in rows)) == [
-        *("node coverage", "pair depth", "LCH height"),
+        *("node coverage", "pair depth", "lower LCH"),
         *("level accuracy", "right group"),
     ]
     assert made.results.dataset.split == "validation"
