@@ -73,6 +73,7 @@ def test_rows_of_other_parts_stay_where_the_machine_is_the_same(
     machine = {**timing.machine(), "gpu": "A"}
     before = {"machine": {**machine, "gpu": gpu_before}, "rows": [["steps", "1"], ["mp", "2"]]}
     stored = {}
+    monkeypatch.setattr(gpu.logging, "disable", lambda level: None)  # it would last
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--store", "--parts", *parts])
     monkeypatch.setattr(gpu, "PARTS", {p: lambda *_: iter(()) for p in gpu.PARTS})
     monkeypatch.setitem(gpu.PARTS, "pursuit", lambda *_: iter([("mp", "3")]))
