@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --write
 
 Parts run one after the other, the most important first; each row is stored as it comes. With `--parts` the rows
-of the others stay, where they are of the same machine. Of a part that fails the error is printed, the others go on, and the exit status is 1. The share of the peak counts
-10 d m FLOPs a token (encoding and decoding, and three products backwards) over the card's dense bf16 peak
-(`PEAKS`, from NVIDIA's data sheets). Without a GPU, or with `--small`, sizes are small and the numbers are
+of the others stay, where they are of the same machine. Of a part that fails the error is printed, the others go
+on, and the exit status is 1. The share of the peak counts 10 d m FLOPs a token (encoding and decoding, and three
+products backwards) over the card's dense bf16 peak (`PEAKS`, from NVIDIA's data sheets). Without a GPU, or with `--small`, sizes are small and the numbers are
 no result.
 """
 
@@ -70,17 +70,16 @@ def main() -> None:
     small = args.small or not torch.cuda.is_available()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"machine": timing.machine(), "small": small, "rows": []}
-    kept: list[Row] = []
     if args.store and set(args.parts) != set(PARTS):
         before = timing.stored("gpu")
-        kept = before["rows"] if before["machine"] == found["machine"] else []
+        found["rows"] = before["rows"] if before["machine"] == found["machine"] else []
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for name in [name for name in PARTS if name in args.parts]:
             start = time.perf_counter()
             try:
                 for row in PARTS[name](device, small, Path(folder)):
-                    found["rows"] = kept = with_row(kept, row)
+                    found["rows"] = with_row(found["rows"], row)
                     print(f"{row[0]:<78} {row[1]}", flush=True)
                     if args.store:
                         timing.store("gpu", found)
@@ -97,8 +96,7 @@ def main() -> None:
 
 def with_row(rows: list[Row], row: Row) -> list[Row]:
     """The rows with one in place of that of the same name, or at the end."""
-    of_name = dict(rows) | dict([row])
-    return list(of_name.items())
+    return list({**dict(rows), row[0]: row[1]}.items())
 
 
 def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:

@@ -27,9 +27,7 @@ State = dict[str, Any]
 
 BAR_DELAY = 5  # seconds after which the progress through a window is shown
 GATHERED_BYTES = 1 << 28  # read from a cache at once, in the order of the file
-ROWS_AHEAD = (
-    1 << 16
-)  # numbers of rows computed at once: of few, the calls cost more than the numbers
+ROWS_AHEAD = 1 << 16  # rows numbered at once: of few, the calls cost more than the numbers
 SHARE_OF_DEVICE = 0.2  # of the free memory of a GPU, up to which a cache is kept there whole
 
 
@@ -366,18 +364,23 @@ class CacheSource:
         position, size = int(state["position"]), self.delivery.batch_size
         row_bytes = sum(c.shape[-1] * c.dtype.itemsize for c in self._columns.values())
         at_once = size * max(1, min(GATHERED_BYTES // row_bytes, self.n_tokens) // size)
-        ahead = at_once * max(1, ROWS_AHEAD // at_once)
-        while not self.stopped:
-            for rows in self._rows(position, ahead).split(at_once):
-                if self.stopped:
-                    return
-                gathered = self._gather(rows)
-                for start in range(0, at_once, size):
-                    position += size
-                    yield (
-                        {name: rows[start : start + size] for name, rows in gathered.items()},
-                        position,
-                    )
+        for rows in self._rows_from(position, at_once):
+            if self.stopped:
+                return
+            gathered = self._gather(rows)
+            for start in range(0, at_once, size):
+                position += size
+                yield (
+                    {name: rows[start : start + size] for name, rows in gathered.items()},
+                    position,
+                )
+
+    def _rows_from(self, position: int, n: int) -> Iterator[Tensor]:
+        """The numbers of the tokens from `position` on, n at a time, without end."""
+        ahead = n * max(1, ROWS_AHEAD // n)
+        while True:
+            yield from self._rows(position, ahead).split(n)
+            position += ahead
 
     def _rows(self, position: int, n: int) -> Tensor:
         """The numbers of the tokens at `position` and the n - 1 positions after it, over the epochs."""

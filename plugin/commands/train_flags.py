@@ -126,11 +126,11 @@ def _parser(architecture: str, *, only_given: bool) -> _Parser:
         **suppressed,
     )
     default: dict[str, Any] = {"default": argparse.SUPPRESS} if only_given else {}
-    described = {run_class: VisionSAERunnerConfig}
     for flags_class, dest in ((StudyFlags, "study"), (run_class, "run")):
         wrapper = parser.add_arguments(flags_class, dest=dest, **default)
         for dataclass_wrapper in (wrapper, *wrapper.descendants):
-            documented = _documented(described.get(shown := dataclass_wrapper.dataclass, shown))
+            shown = dataclass_wrapper.dataclass
+            documented = _documented(VisionSAERunnerConfig if shown is run_class else shown)
             for flag in dataclass_wrapper.fields:
                 flag.help = FOUND_LATER.get(flag.name) or documented.get(flag.name) or " "
     return parser

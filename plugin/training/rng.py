@@ -50,11 +50,10 @@ def _set_seed(seed: int, device: torch.device) -> None:
 
     That formats the call stack for each kind of device that is absent: a millisecond.
     """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.default_generator.manual_seed(seed)
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(seed)
-    elif device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)

@@ -298,7 +298,7 @@ class LatentGraph(Evaluator[LatentGraphOptions]):
             "n_edges": float(len(graph.child)),
             "n_parents": float(len(parents.latent)),
             "n_roots": float(len(np.setdiff1d(graph.parent, graph.child))),
-            "n_measured_edges": float(np.isfinite(found.edges["implication"]).sum()),
+            "n_measured_edges": summary.count(found.edges["implication"]),
             "n_measured_parents": summary.count(parents.refinement),
             "n_sibling_parents": summary.count(found.siblings),
         }

@@ -203,17 +203,13 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
             "multi_class_height": summary.mean(height, several),
             "multi_class_generality": summary.mean(generality, several),
             "height_gap": summary.mean(random.height[size] - height, several),
-            "generality_gap": self._generality_gap(assignment, permutation),
+            "generality_gap": self._generality_gap(assignment, random),
         }
 
-    def _generality_gap(
-        self, assignment: Assignment, permutation: np.ndarray | None = None
-    ) -> float:
+    def _generality_gap(self, assignment: Assignment, random: RandomSets) -> float:
         several = (assignment.node >= 0) & (assignment.size > 1)
         node, size = assignment.node[several], assignment.size[several]
-        return summary.mean(
-            self._random(permutation).generality[size] - self.taxonomy.generality[node]
-        )
+        return summary.mean(random.generality[size] - self.taxonomy.generality[node])
 
     def _random(self, permutation: np.ndarray | None = None) -> RandomSets:
         """Random sets of the present classes, at their places in the tree."""
@@ -306,7 +302,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     def _permuted_gap(self, rule: str, permutation: np.ndarray) -> float:
         if rule == self.options.rule:  # computed for the null
             return self._measured(permutation, False)["generality_gap"]
-        return self._generality_gap(self.assign(permutation, rule=rule), permutation)
+        return self._generality_gap(self.assign(permutation, rule=rule), self._random(permutation))
 
     def figures(self) -> dict[str, Figure]:
         """`generality`: of the latents of several classes, against random class sets."""

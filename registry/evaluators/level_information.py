@@ -285,10 +285,11 @@ def right_group_bounds(confusion: np.ndarray, groups: np.ndarray) -> tuple[np.nd
         share = _over_others(missed, rate)
         rate = _over_others(given, share)
     occurs = confusion.any(0) | confusion.any(1)
-    share, itself = _over_others(missed, rate), missed * _over_others(rate, rate)
+    share = _over_others(missed, rate)
+    itself = share @ rate  # a class is not among the others of its group
     chance, most = np.zeros((2, len(groups)))
     for i, group in enumerate(groups):
-        chance[i] = np.bincount(group, share) @ np.bincount(group, rate) - itself.sum()
+        chance[i] = np.bincount(group, share) @ np.bincount(group, rate) - itself
         most[i] = np.bincount(group, missed) @ (np.bincount(group, occurs) > 1)
     total = max(missed.sum(), 1.0)
     return chance / total, most / total

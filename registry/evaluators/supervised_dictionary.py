@@ -326,13 +326,13 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         if self.context.source == "sae":
             numbers["supervised_interpretability"] = summary.mean(found.supervised.f1)
             numbers["supervised_nodes"] = float(known.sum())
-            numbers["n_nodes"] = float(np.isfinite(found.supervised.f1).sum())
+            numbers["n_nodes"] = summary.count(found.supervised.f1)
         if not shuffled:
             spliced = self.spliced()
             numbers |= spliced.shares
             numbers |= {name: summary.mean(agree) for name, agree in spliced.agree.items()}
             numbers["spliced_images"] = float(len(spliced.index))
-            numbers["n_pairs"] = float(np.isfinite(spliced.agree.get("control", EMPTY)).sum())
+            numbers["n_pairs"] = summary.count(spliced.agree.get("control", EMPTY))
         return numbers
 
     def notes(self) -> list[str]:

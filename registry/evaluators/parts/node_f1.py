@@ -161,8 +161,8 @@ class Halves:
 
     @cached_property
     def sorted_firings(self) -> SortedFirings | None:
-        """The counts on the device; None where that is the CPU, or lacks double precision."""
-        if self.device.type in ("cpu", "mps"):
+        """The counts on the device; None where that is the CPU, as for firings of a device without double precision."""
+        if self.device.type == "cpu":
             return None
         return SortedFirings(self.fit, self.score, self.n_bins, self.device)
 
