@@ -20,6 +20,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from ..registry import table
+from ..registry.machine import without_collection
 
 # hook -> the table that it fills, and the library that its entries are registered with
 TABLES = {
@@ -115,13 +116,15 @@ def _register_after(library: str, loader: Loader) -> None:
         vars(loader).pop("exec_module", None)
         _importing[library] = threading.get_ident()
         try:
-            own_exec_module(module)  # the library's own import
+            with without_collection():
+                own_exec_module(module)  # the library's own import
         except BaseException:
             del _importing[library]
             raise
         _importing[library] = None
         try:
-            import_module(_manager).fill_for_libraries()
+            with without_collection():
+                import_module(_manager).fill_for_libraries()
         except Exception as error:  # the library stays importable when registration fails
             warnings.warn(
                 f"taxolens could not register with {library}: {type(error).__name__}: {error}",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -22,18 +23,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_WHEN_FREED = 2**30
 
 
+def processes_here() -> int:
+    """How many processes torchrun has started on this machine (`LOCAL_WORLD_SIZE`); 1 without it."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def usable_cores() -> int:
     """The cores of the process's affinity, at most its cgroup's quota, rounded down, at least 1.
 
-    The processes that torchrun has started on one machine (`LOCAL_WORLD_SIZE`) share its cores evenly,
-    unless they are bound to some of them.
+    The processes that torchrun has started on one machine share its cores evenly, unless they are bound to
+    some of them.
     """
     present = os.cpu_count() or 1
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
     cores = min([float(bound), *quotas()])
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if sharing.isdecimal() and int(sharing) > 1 and bound == present:
-        cores /= int(sharing)
+    if bound == present:
+        cores /= processes_here()
     return max(1, int(cores))
 
 
@@ -65,6 +71,18 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(parameter, KEPT_WHEN_FREED)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Meanwhile no garbage is collected, for imports: what they make stays, and is searched again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def quotas(root: Path = CGROUPS, of_process: Path = OF_THIS_PROCESS) -> Iterator[float]:

@@ -32,9 +32,9 @@ def parser() -> shell.Parser:
 def run(args: list[str]) -> None:
     """Run the demo and show its results."""
     options = parser().parse_args(args)
-    shell.note_imports()
     with shell.working() as print_json:
-        from ..study.demo import run_demo
+        with shell.importing():
+            from ..study.demo import run_demo
 
         demo = run_demo(options.output_path)
         if options.json:

@@ -48,10 +48,10 @@ def run(args: list[str]) -> None:
     settings = {key: value for key, value in given.items() if value is not None}
     if settings.get("num_workers"):
         worker_context()  # its imports run in parallel with ours
-    shell.note_imports()
     with shell.working() as print_json, shell.continued_by("the same command goes on"):
-        from ..evaluation.evaluate import evaluate_run
-        from ..reporting.report import write_report
+        with shell.importing():
+            from ..evaluation.evaluate import evaluate_run
+            from ..reporting.report import write_report
 
         results = evaluate_run(settings.pop("runs"), **settings)
         if not Ranks.here().is_first:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...registry.errors import ConfigError
+from ...registry.machine import without_collection
 from ...registry.names import ON_COMMAND_LINE, did_you_mean, nearest
 from ...registry.ranks import Ranks
 
@@ -148,10 +149,13 @@ def working() -> Iterator[Callable[[Any], None]]:
             logger.setLevel(level)
 
 
-def note_imports() -> None:
-    """Print, on a terminal, what the wait of some seconds is for, where it is still to come."""
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries meanwhile: sooner, and on a terminal with a word on what the wait is for."""
     if sys.stderr.isatty() and "sae_lens" not in sys.modules:
         print_notes(["loading torch, SAELens and TransformerLens"])
+    with without_collection():
+        yield
 
 
 @contextlib.contextmanager

@@ -95,10 +95,10 @@ def run(args: list[str]) -> None:
         return
     if quick_check.check(args).get("num_workers") not in NO_WORKERS and "--dry_run" not in args:
         worker_context()  # its imports run in parallel with ours
-    shell.note_imports()
     with shell.working() as print_json:
-        from ..study.job import Job
-        from .train_flags import parse
+        with shell.importing():
+            from ..study.job import Job
+            from .train_flags import parse
 
         command = parse(args)
         is_first = Ranks.here().is_first  # of the processes that torchrun has started

@@ -124,6 +124,14 @@ check_sae_lens(); check_transformer_lens()
 import sae_lens
 assert "exec_module" not in vars(sae_lens.__spec__.loader)
 """,
+    "without garbage collection": """
+import gc, taxolens
+gc.collect()
+before = sum(each["collections"] for each in gc.get_stats())
+import sae_lens, transformer_lens
+assert sum(each["collections"] for each in gc.get_stats()) - before < 20  # else hundreds
+assert gc.isenabled()
+""",
     "reloading": """
 import importlib, taxolens, transformer_lens
 importlib.reload(transformer_lens)
