@@ -4,7 +4,8 @@
                                [--jobs class] [--limit 60] [--python overcomplete=PATH saev=PATH]
     python benchmarks/peers.py --write [--device cuda]
 
-"A run a block" is the loop by hand once for each block, each time from the images on, as runs of SAELens for
+"ours_by_ranks" is taxolens by torchrun, `--ranks` processes on the same cores and the same device. "A run a
+block" is the loop by hand once for each block, each time from the images on, as runs of SAELens for
 one hook point each.
 
 Two jobs: SAEs on the class tokens of every block, several epochs (`--jobs class`); and one SAE on all patch
@@ -38,10 +39,11 @@ PACKAGES = {
     "saev": ("saev==0.1.0",),
 }
 NEEDED = ("torch", "torchvision", "transformers", "wandb")
-WAYS = ("ours", "by_hand", "a_run_a_block", "overcomplete", "saev")
+WAYS = ("ours", "ours_by_ranks", "by_hand", "a_run_a_block", "overcomplete", "saev")
 JOBS = ("class", "patch")
 NAMES = {
     "ours": "taxolens",
+    "ours_by_ranks": "taxolens, {ranks} processes",
     "by_hand": "by hand, SAELens's trainer",
     "a_run_a_block": "the same, a run a block",
 }
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of the class tokens")
     parser.add_argument("--batch", type=int, default=256, help="class tokens of a step")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of ours_by_ranks")
     parser.add_argument("--num-workers", type=int, help="by default each its own best")
     parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
     parser.add_argument(
@@ -83,13 +86,14 @@ def main() -> None:
         pythons, left_out = environments(ways, args.venvs or folder / "venvs", dict(args.python))
         found: dict[str, Any] = {
             "machine": timing.machine(),
-            "settings": {key: getattr(args, key) for key in ("model", "images", "device", "num_workers")},
+            "settings": {key: getattr(args, key) for key in ("model", "images", "device", "num_workers", "ranks")},
             "given_python": [way for way, _ in args.python],
             "left_out": left_out,
             "jobs": {},
         }  # fmt: skip
         for name, job in jobs(args, str(pictures), str(model)).items():
-            here = [way for way in pythons if way != "a_run_a_block" or len(job["blocks"]) > 1]
+            of_many = ("a_run_a_block", "ours_by_ranks")
+            here = [way for way in pythons if way not in of_many or len(job["blocks"]) > 1]
             seconds: dict[str, list[float]] = {way: [] for way in here}
             for number in range(args.rounds):
                 first = number % len(here)
@@ -132,7 +136,7 @@ def jobs(args: argparse.Namespace, pictures: str, model: str) -> dict[str, dict[
     width, blocks, *_ = timing.MODELS[args.model]
     common = {
         "pictures": pictures, "model": model, "device": args.device, "images_per_batch": 32,
-        "num_workers": args.num_workers, "k": 32, "d_sae": 16 * width,
+        "num_workers": args.num_workers, "k": 32, "d_sae": 16 * width, "ranks": args.ranks,
     }  # fmt: skip
     of_class, of_patches = (min(args.batch, args.images // 2), min(4096, args.images * 8))
     found = {
@@ -200,6 +204,12 @@ def run(
     command = [python, str(LOOPS), way, json.dumps(others)]
     if way == "ours":
         command = [python, "-m", "taxolens", "train", *flags(job)]
+    if way == "ours_by_ranks":
+        torchrun = [
+            python,
+            *f"-m torch.distributed.run --standalone --nproc-per-node {job['ranks']}".split(),
+        ]
+        command = [*torchrun, "-m", "taxolens", "train", *flags(job)]
     start = time.perf_counter()
     try:
         subprocess.run(
@@ -241,16 +251,20 @@ def last_line(error: Exception) -> str:
 
 def shown(found: dict[str, Any]) -> str:
     """The table of stored results."""
-    rows = []
+    of, rows = found["settings"], []
     for name, job in found["jobs"].items():
         for way, times in job["seconds"].items():
             spread = "unknown"  # where ours failed
             if ratio := job["ratios"].get(way):
                 spread = f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
             rows.append(
-                (name, NAMES.get(way, way), f"{sorted(times)[len(times) // 2]:.1f} s", spread)
+                (
+                    name,
+                    NAMES.get(way, way).format(**of),
+                    f"{sorted(times)[len(times) // 2]:.1f} s",
+                    spread,
+                )
             )
-    of = found["settings"]
     sizes = "; ".join(
         f"{name}: {job['saes']} SAE(s), d_sae {job['d_sae']:,}, k {job['k']}, {job['steps']:,} steps of {job['batch']:,}"
         for name, job in found["jobs"].items()

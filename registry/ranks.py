@@ -98,8 +98,15 @@ class Ranks:
             dist.destroy_process_group()
 
     def device(self, name: str) -> str:
-        """The device of this rank: `name`, and for "cuda" the GPU of its number on this machine."""
-        return f"{name}:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+        """The device of this rank: `name`, and for "cuda" the GPU of its number on this machine.
+
+        Where a machine has fewer GPUs than ranks, ranks share them.
+        """
+        if name != "cuda" or self.size == 1:
+            return name
+        import torch
+
+        return f"{name}:{self.local_rank % max(1, torch.cuda.device_count())}"
 
     def add(self, counter: str, n: int = 1) -> int:
         """Add to a number that all ranks share, which begins at 0, and return the sum. Waits for no rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...registry.errors import ConfigError, DataError
+from ...registry.machine import processes_here
 from ..images.loader import ImageBatch, ImageLoader
 from ..images.raw import Job
 from ..models.evals import ImageTokens, labels_of
@@ -423,8 +425,11 @@ TokenSource: TypeAlias = ModelSource | CacheSource
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU; 0 for other devices."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """Free memory of a GPU, of which the processes that share it have an equal part each; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    sharing = math.ceil(processes_here() / torch.cuda.device_count())
+    return torch.cuda.mem_get_info(device)[0] // sharing
 
 
 def _described(preprocess: Any) -> Any:

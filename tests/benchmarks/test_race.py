@@ -59,7 +59,29 @@ def test_between_rounds_the_finished_ones_are_stored() -> None:
 
 
 def test_jobs_are_selected_by_their_tokens() -> None:
-    args = argparse.Namespace(
-        batch=256, model="Ti", device="cpu", num_workers=None, images=512, epochs=3, jobs=["patch"]
+    assert list(jobs_of("patch")) == ["patch tokens, one block"]
+
+
+def test_processes_of_ours_are_started_by_torchrun(tmp_path: Path) -> None:
+    told, (job,) = tmp_path / "python", jobs_of("class").values()
+    told.write_text('#!/bin/sh\necho "$@" >&2\nexit 3\n')
+    told.chmod(0o755)
+    job["output"] = str(tmp_path)
+    alone, shared = (peers.run(way, str(told), job)[1] for way in ("ours", "ours_by_ranks"))
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 4"
+    assert shared == alone.replace("-m taxolens train", f"{torchrun} -m taxolens train")
+    assert shared != alone
+    settings = {"model": "Ti", "images": 512, "device": "cpu", "num_workers": None, "ranks": 4}
+    done = {"class tokens": peers.summary(job, {"ours": [2.0], "ours_by_ranks": [1.0]})}
+    machine = {"cpu": "a CPU", "cores": 2, "threads": 2, "gpu": None, "torch": "2"}
+    found = {"machine": machine, "settings": settings, "left_out": {}, "jobs": done}
+    assert "| class tokens | taxolens, 4 processes | 1.0 s | 0.50 (0.50 to 0.50) |" in peers.shown(
+        found
     )
-    assert list(peers.jobs(args, "pictures", "model")) == ["patch tokens, one block"]
+
+
+def jobs_of(tokens: str) -> dict[str, dict[str, Any]]:
+    """Jobs of a small race."""
+    settings = {"batch": 256, "model": "Ti", "device": "cpu", "images": 512, "epochs": 3}
+    args = argparse.Namespace(**settings, num_workers=None, ranks=4, jobs=[tokens])
+    return peers.jobs(args, "pictures", "model")

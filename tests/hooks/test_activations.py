@@ -453,6 +453,15 @@ def test_a_cache_that_a_fifth_of_the_device_holds_is_kept_there(cache, monkeypat
     assert equal(batches, expected)
 
 
+@pytest.mark.parametrize(("ranks", "part"), [("1", 60), ("2", 60), ("3", 30), ("6", 20)])
+def test_processes_on_one_gpu_share_its_memory(monkeypatch, ranks, part):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    assert token_sources._free_bytes(torch.device("cuda:1")) == part
+    assert token_sources._free_bytes(torch.device("cpu")) == 0
+
+
 def test_a_cache_without_what_is_asked_for(cache):
     with pytest.raises(
         ConfigError, match=r"tokens: the cache .*given 'patch'; allowed: all and mean_patch"

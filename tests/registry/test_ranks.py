@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.ranks import Ranks
 
@@ -23,9 +24,18 @@ def test_one_process_needs_no_torchrun(monkeypatch):
     assert ranks.device("cuda") == "cuda"
 
 
-def test_each_rank_has_a_gpu_of_its_own():
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     ranks = Ranks(5, 8, 1)
     assert [ranks.device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "found"), [(1, "00000"), (2, "01010"), (5, "01234"), (0, "00000")]
+)
+def test_more_ranks_than_gpus_share_them(monkeypatch, n_gpus, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert [Ranks(i, 5, i).device("cuda") for i in range(5)] == [f"cuda:{i}" for i in found]
 
 
 def test_ranks_come_from_the_environment(monkeypatch):
