@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainingSAE
 
-from ...registry.architectures.parts.sparse_step import with_sparse_step
+from ...registry.architectures.parts.sparse_step import SparseStep, with_sparse_step
 from ...registry.ranks import Ranks
 from .data_parallel import OVER_THE_BATCH
 
@@ -28,6 +28,12 @@ def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
         hasattr(cfg, "sae") and Ranks.here().size > 1 and sae.cfg.architecture() in OVER_THE_BATCH
     )
     return with_sparse_step(sae, cfg.sparse_step and not compiled and not divided)
+
+
+def know_first_dead_step(trainer: Any) -> None:
+    """Tell the sparse step from when on SAELens's trainer can count a latent as dead."""
+    if isinstance(trainer.sae, SparseStep):
+        trainer.sae.first_dead_step = trainer.cfg.dead_feature_window + 1
 
 
 def fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:

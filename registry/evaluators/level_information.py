@@ -286,11 +286,17 @@ def right_group_bounds(confusion: np.ndarray, groups: np.ndarray) -> tuple[np.nd
         rate = _over_others(given, share)
     occurs = confusion.any(0) | confusion.any(1)
     share = _over_others(missed, rate)
+    shape = len(groups), int(groups.max(initial=0)) + 1
+    places = (groups + shape[1] * np.arange(len(groups))[:, None]).ravel()
+
+    def sums(part: np.ndarray) -> np.ndarray:
+        """Of (C,), over the classes of each group of each cut."""
+        tiled = np.tile(part, len(groups))
+        return np.bincount(places, tiled, shape[0] * shape[1]).reshape(shape)
+
     itself = share @ rate  # a class is not among the others of its group
-    chance, most = np.zeros((2, len(groups)))
-    for i, group in enumerate(groups):
-        chance[i] = np.bincount(group, share) @ np.bincount(group, rate) - itself
-        most[i] = np.bincount(group, missed) @ (np.bincount(group, occurs) > 1)
+    chance = (sums(share) * sums(rate)).sum(1) - itself
+    most = (sums(missed) * (sums(occurs) > 1)).sum(1)
     total = max(missed.sum(), 1.0)
     return chance / total, most / total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +296,37 @@ def test_the_step_is_that_of_the_run_wherever_it_is_decided(
     calibration._time_steps(cfg, cfg.sae)
     # Its first step is SAELens's, of which FLOPs are counted.
     assert [*seen[:4], *set(seen[5:])] == [is_sparse] * 5 and seen[4] is False
+
+
+def test_dead_latents_are_counted_from_the_step_on_that_can_have_any(training, monkeypatch):
+    """Also after a stop: the count of passes without a firing is that of the checkpoint."""
+    asked, seen = [], []
+
+    def counted(mask):
+        asked.append(int(mask.sum()))
+        return lambda: asked[-1]
+
+    class Watched(SAETrainer):
+        def step(self, batch):
+            seen.append(int(self.dead_neurons.sum()))
+            return super().step(batch)
+
+    monkeypatch.setattr("taxolens.registry.architectures.parts.sparse_step.counted", counted)
+    monkeypatch.setattr("sae_lens.llm_sae_training_runner.SAETrainer", Watched)
+    cfg = training.single(dead_feature_window=2, n_checkpoints=1)
+    runner = training.runner(cfg)
+    asked.clear()  # of the rehearsal, in which every latent is dead
+    whole = runner.run()
+    assert len(seen) == 10 and seen[:3] == [0, 0, 0] and all(seen[3:])
+    assert asked == seen[3:]
+    (checkpoint,) = checkpoints_in(Path(cfg.checkpoint_path))
+    runner = training.runner(
+        training.single(dead_feature_window=2, resume_from_checkpoint=str(checkpoint))
+    )
+    asked.clear()
+    resumed = runner.run()
+    assert asked == seen[int(checkpoint.name) // cfg.train_batch_size_tokens : 10]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
 def test_arguments_of_the_model_are_checked(training):

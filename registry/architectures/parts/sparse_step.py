@@ -56,7 +56,9 @@ class Firings:
         """Those of inputs with k firings each, from their latents (n, k)."""
         n, k = columns.shape
         offsets = torch.arange(0, n * k + 1, k, device=columns.device)
-        return cls(columns.flatten(), offsets, m)
+        found = cls(columns.flatten(), offsets, m)
+        found.rows = torch.arange(n, device=columns.device).repeat_interleave(k)
+        return found
 
     @cached_property
     def rows(self) -> Tensor:
@@ -76,6 +78,11 @@ class Firings:
             return order, torch.searchsorted(latents, every)
         return order, F.pad(torch.bincount(latents, minlength=self.m).cumsum(0), (1, 0))
 
+    @cached_property
+    def rows_by_latent(self) -> Tensor:
+        """(f,) the input of each firing, in the order of `by_latent`."""
+        return self.rows[self.by_latent[0]]
+
     def sums(self, g: Tensor) -> Tensor:
         """(m,) the sum of g (f,) over the firings of each latent."""
         if kernels.serve(g):  # index_add_ has no fixed order there
@@ -87,7 +94,7 @@ class Firings:
     def summed_rows(self, g: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         """(m, d) for each latent the sum of the rows of its inputs in `table` (n, d), weighted by g (f,)."""
         order, ends = self.by_latent
-        return weighted_rows(g[order], self.rows[order], ends, table, dtype)
+        return weighted_rows(g[order], self.rows_by_latent, ends, table, dtype)
 
 
 class FiredLatents(NamedTuple):
@@ -396,6 +403,8 @@ class SparseStep(TopKTrainingSAE):
 
     sparse_step = True
     """False: everything is SAELens's."""
+    first_dead_step = 0
+    """Step of the training before which no latent can be dead; their number is not asked for until then."""
     firings: FiredLatents | None = None
     """Of the step at hand, where it is sparse."""
     _encoded: tuple[Tensor, Tensor | None, Tensor] | None = None  # x, centre and pre-activations
@@ -421,8 +430,10 @@ class SparseStep(TopKTrainingSAE):
             and not any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
         )
         try:
-            if self._stepping and step_input.dead_neuron_mask is not None:
-                self._n_dead = counted(step_input.dead_neuron_mask)
+            if self._stepping and step_input.n_training_steps < self.first_dead_step:
+                self._n_dead = lambda: 0
+            elif self._stepping and step_input.dead_neuron_mask is not None:
+                self._n_dead = counted(step_input.dead_neuron_mask)  # a GPU is waited for
             yield self._stepping
         finally:
             self._stepping, self.firings, self._encoded = False, None, None
