@@ -61,6 +61,8 @@ from .step_choice import with_step_of
 
 logger = logging.getLogger(__name__)
 
+SEVERAL_EPOCHS = 2  # from which on a run without a cache says that there is one
+
 # Settings that a checkpoint records beside the facts of its run: see `RunIdentity`.
 TRAINING_SETTINGS = (
     *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
@@ -209,10 +211,13 @@ class _VisionRun:
         if not self.images.is_streaming:
             per_image = preflight.count_tokens(cfg, self.model, cfg.tokens)
             per_epoch = len(self.images) * per_image
+            epochs = cfg.training_tokens / per_epoch
             images = (
                 f"{len(self.images):,} images x {per_image} ({cfg.tokens}) = {per_epoch:,} tokens "
-                f"an epoch, {cfg.training_tokens / per_epoch:,.2f} epochs"
+                f"an epoch, {epochs:,.2f} epochs"
             )
+            if epochs >= SEVERAL_EPOCHS and not cfg.use_cached_activations:
+                images += ", each through the model again (not with use_cached_activations)"
         return (
             f"{len(self.all_saes)} SAE(s) at {', '.join(cfg.unique_hook_names)} of "
             f"{cfg.model_name}; {images}; {cfg.training_tokens:,} tokens = "

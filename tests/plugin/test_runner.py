@@ -159,14 +159,23 @@ def test_tokens_are_counted_exactly(training, caplog, tokens, per_image):
     runner = training.runner(cfg)
     runner.run()
     epoch = 10 * per_image
+    again = ", each through the model again (not with use_cached_activations)"
     assert (
         f"1 SAE(s) at {HOOK} of {cfg.model_name}; 10 images x {per_image} ({tokens}) = {epoch} "
-        f"tokens an epoch, {80 / epoch:.2f} epochs; 80 tokens = 10 steps x 8."
+        f"tokens an epoch, {80 / epoch:.2f} epochs{again if epoch <= 40 else ''}; 80 tokens = 10 steps x 8."
     ) in caplog.text
     state = torch.load(training.checkpoints / "48" / "trainer_state.pt")
     manifest = json.loads((training.checkpoints / "48" / "checkpoint.json").read_text())
     assert state["n_training_samples"] == manifest["n_training_samples"] == 48
     assert manifest["n_training_steps"] == 6
+
+
+def test_a_cache_is_not_offered_to_a_run_that_has_one(training, caplog):
+    caplog.set_level(logging.INFO)
+    folder = str(training.folder / "cache")
+    changes = {"use_cached_activations": True, "cached_activations_path": folder}
+    training.runner(training.single(tokens="class", verbose=True, **changes))
+    assert "8.00 epochs; 80 tokens" in caplog.text
 
 
 def test_only_the_newest_checkpoints_are_kept_when_asked(training):
