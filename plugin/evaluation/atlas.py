@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import ConfigError, TaxolensError
 from ...registry.loaders.parts.hub import model_of, published_in
@@ -19,7 +17,7 @@ from ...registry.packaged import packaged
 from ...registry.ranks import Ranks
 from ..reporting.atlas_table import write_atlas
 from ..reporting.results import Results
-from .evaluate import check_saes, evaluate_run
+from .evaluate import check_saes, device_of, evaluate_run
 from .sae_folders import SAEFolder
 from .sae_sources import check_complete, find_sources, override, unknown_of
 from .settings import EvaluationSettings
@@ -107,7 +105,7 @@ def atlas(
     )
     model = override_model
     if saes and model is None:
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of(settings, Ranks.here())
         model = load_vision_model(
             model_name, device=device, trust_remote_code=settings.trust_remote_code
         )

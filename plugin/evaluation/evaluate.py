@@ -91,6 +91,11 @@ def evaluate_run(
         return _evaluate(runs, settings, override_dataset, override_model, held_out, ranks)
 
 
+def device_of(settings: EvaluationSettings, ranks: Ranks) -> str:
+    """The device on which a rank evaluates: by default a GPU where there is one."""
+    return ranks.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _evaluate(
     runs: Sources,
     settings: EvaluationSettings,
@@ -100,8 +105,7 @@ def _evaluate(
     ranks: Ranks,
 ) -> Results:
     """The evaluation of `evaluate_run` on one of the ranks."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = ranks.device(device)
+    device = device_of(settings, ranks)
     saes = override(find_sources(runs), **{name: getattr(settings, name) for name in OVERRIDES})
     folder = _output_folder(runs, settings.output_path)
     chosen = choose_evaluators(settings.evaluators, settings.options, saes)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import sae_files
+import torch
 from forked_ranks import run_ranks
 from hub import Hub, serving
 from taxolens.plugin import cli
@@ -117,6 +118,26 @@ def test_of_many_processes_the_first_writes_the_table(
     assert frames[0].equals(frames[1])
     table = pd.read_csv(asked["output_path"] / "atlas.csv")
     assert table.left_out.isna().sum() == 2
+
+
+def test_each_process_loads_the_model_on_its_own_gpu(
+    hub: Hub, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def loaded(name: str, device: str, **_: Any) -> Any:
+        devices.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "load_vision_model", loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked.pop("override_model")
+    for rank, given in ((1, {}), (2, {}), (1, {"device": "cpu"})):
+        monkeypatch.setattr(Ranks, "here", lambda rank=rank: Ranks(rank, 3, rank))
+        with pytest.raises(InterruptedError):
+            atlas(MODEL, releases=["prisma"], **asked, **given)
+    assert devices == ["cuda:1", "cuda:0", "cpu"]
 
 
 def test_the_table_counts_what_is_past_the_nulls(hub: Hub, asked: dict[str, Any]) -> None:
