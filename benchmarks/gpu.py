@@ -53,6 +53,12 @@ STEPS = (  # architecture, d, m
     ("batchtopk", 1536, 24_576),
     ("matryoshka_batchtopk", 1536, 24_576),
 )
+# name, sparse step, autocast
+STEP_WAYS = (
+    ("SAELens's step", False, True),
+    ("ours", True, True),
+    ("ours in float32", True, False),
+)
 Row = tuple[str, str]
 
 
@@ -100,7 +106,7 @@ def with_row(rows: list[Row], row: Row) -> list[Row]:
 
 
 def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:
-    """Tokens a second of SAELens's trainer with its step and Adam, and with ours, in bf16 autocast."""
+    """Tokens a second of SAELens's trainer with its step and Adam, and with ours, in bf16 autocast and in float32."""
     peak = next((p for card, p in PEAKS.items() if card in str(timing.machine()["gpu"])), None)
     for architecture, d_in, d_sae in STEPS:
         d_in, d_sae, batch = (d_in // 24, d_sae // 24, 128) if small else (d_in, d_sae, 4096)
@@ -108,10 +114,10 @@ def sae_steps(device: str, small: bool, folder: Path) -> Iterator[Row]:
         if architecture.startswith("matryoshka"):
             settings["matryoshka_widths"] = [d_sae // 32, d_sae // 8, d_sae // 2, d_sae]
         tokens = torch.randn(batch, d_in, device=device)
-        for name, is_sparse in (("SAELens's step", False), ("ours", True)):
+        for name, is_sparse, autocast in STEP_WAYS:
             cfg = TrainingSAEConfig.from_dict({**settings, "device": device})
             sae = with_sparse_step(TrainingSAE.from_dict(cfg.to_dict()), is_sparse).to(device)
-            trainer = sparse_step.trainer_of(sae, batch, device, window=1000, autocast=True)
+            trainer = sparse_step.trainer_of(sae, batch, device, window=1000, autocast=autocast)
             rate = batch / per_call(lambda t=trainer, x=tokens: t.step(x), device, small)
             of_peak = f", {10 * d_in * d_sae * rate / peak:.1%} of the bf16 peak" if peak else ""
             yield f"{architecture}, d {d_in:,}, m {d_sae:,}, batch {batch:,}: {name}", f"{rate:,.0f} tokens/s{of_peak}"  # fmt: skip

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL, NULLS, significant
 from .headlines import ShownMetric, headlines
@@ -65,7 +70,7 @@ def summary_table(results: Results, shown: Sequence[ShownMetric] | None = None) 
         names += [""] * (len(rows) - len(names))
         for i, (sae, number) in enumerate(rows):
             name = "\n".join(names[i:] if i == len(rows) - 1 else names[i : i + 1])
-            table.add_row(escape(name), escape(_label(results, sae)), *_cells(number))
+            table.add_row(escape(name), _Name(_label(results, sae)), *_cells(number))
         table.add_section()
     return table
 
@@ -215,6 +220,30 @@ def _label(results: Results, sae: SAEResult) -> str:
         return str(sae.layer)
     several = len({other.trained_as for other in results.saes}) > 1
     return f"{sae.id} ({sae.trained_as})" if several and sae.trained_as not in sae.id else sae.id
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name in lines as wide as its column, which end at its separators where these are near enough."""
+
+    text: str
+
+    @property
+    def _parts(self) -> list[str]:
+        return re.split(r"(?<=[/:._ -])", self.text)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self._parts)), len(self.text)).with_maximum(
+            options.max_width
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for part in self._parts:
+            if lines[-1] and len(lines[-1]) + len(part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(lines), justify="right", overflow="fold")
 
 
 def _cells(number: MetricResult) -> list[str]:

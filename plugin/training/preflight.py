@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import str_to_dtype
@@ -22,6 +25,9 @@ from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
 from ..evaluation.held_out import HeldOut, seen_in_training
 
+logger = logging.getLogger(__name__)
+
+SLOW_BFLOAT16 = 1.5  # times as slow as float32, from which on a warning names it
 # Adam keeps two numbers per weight.
 CHECKPOINT_FACTOR = 3
 # Settings by which two runs are told apart, beside their SAEs.
@@ -56,6 +62,31 @@ def check_settings(cfg: Any, *, has_dataset: bool) -> None:
         )
     for field in ("device", "llm_device", "act_store_device"):
         check_device(field, getattr(cfg, field))
+
+
+def warn_of_slow_bfloat16(cfg: Any) -> None:
+    """Warn where `autocast` or `autocast_lm` makes a run slower: on CPUs without instructions for bfloat16."""
+    for field, device in (("autocast", cfg.device), ("autocast_lm", cfg.llm_device)):
+        if not getattr(cfg, field) or torch.device(device).type != "cpu":
+            continue
+        if (times := bfloat16_over_float32()) > SLOW_BFLOAT16:
+            logger.warning(
+                f"{field}: on this CPU a product of matrices takes {times:.1f} times as long in bfloat16 as in "
+                "float32; without it the run is faster, and more exact."
+            )
+
+
+def bfloat16_over_float32(size: int = 256, repetitions: int = 3) -> float:
+    """Time of a product of matrices on the CPU in bfloat16 over that in float32."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix, taken = torch.ones(size, size, dtype=dtype), []
+        for _ in range(repetitions):
+            start = time.perf_counter()
+            matrix @ matrix
+            taken.append(time.perf_counter() - start)
+        seconds.append(min(taken))
+    return seconds[0] / seconds[1]
 
 
 def check_model(cfg: Any, model: Any) -> None:

@@ -98,6 +98,7 @@ class _VisionRun:
                     "from its config alone."
                 )
         preflight.check_settings(cfg, has_dataset=override_dataset is not None)
+        preflight.warn_of_slow_bfloat16(cfg)
         self.model = override_model if override_model is not None else load_model(cfg)
         preflight.check_model(cfg, self.model)
         of_each_kind(

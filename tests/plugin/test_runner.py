@@ -27,7 +27,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 from taxolens.hooks.models.load import load_vision_model
-from taxolens.plugin.training import calibration
+from taxolens.plugin.training import calibration, preflight
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.config import VisionMultiSAERunnerConfig, VisionSAERunnerConfig
 from taxolens.plugin.training.dry_run import rehearse
@@ -168,6 +168,21 @@ def test_tokens_are_counted_exactly(training, caplog, tokens, per_image):
     manifest = json.loads((training.checkpoints / "48" / "checkpoint.json").read_text())
     assert state["n_training_samples"] == manifest["n_training_samples"] == 48
     assert manifest["n_training_steps"] == 6
+
+
+@pytest.mark.parametrize(("times", "warned"), [(80.0, True), (1.2, False)])
+def test_bfloat16_that_a_cpu_computes_slowly_is_named(training, caplog, monkeypatch, times, warned):
+    monkeypatch.setattr(preflight, "bfloat16_over_float32", lambda: times)
+    training.runner(training.single())
+    assert "bfloat16" not in caplog.text
+    training.runner(training.single(autocast=True, autocast_lm=True))
+    for field in ("autocast", "autocast_lm"):
+        message = f"{field}: on this CPU a product of matrices takes 80.0 times as long in bfloat16"
+        assert (message in caplog.text) == warned
+
+
+def test_the_time_of_bfloat16_is_measured():
+    assert 0 < preflight.bfloat16_over_float32(size=8) < float("inf")
 
 
 def test_a_cache_is_not_offered_to_a_run_that_has_one(training, caplog):

@@ -261,6 +261,8 @@ def test_a_long_name_leaves_place_for_the_numbers(results):
         dataclasses.replace(s, id=n, layer=1) for s, n in zip(results.saes, names, strict=False)
     ]
     lines = text_of(dataclasses.replace(results, saes=saes), width=100).splitlines()
-    column = "".join(line[13:43].strip() for line in lines)
-    assert all(name in column for name in names)
+    column = [line[13:43].strip() for line in lines]
+    assert all(name in "".join(column) for name in names)
+    parts = [part for part in column if part and part in "".join(names)]
+    assert {part[-1] for part in parts} <= {*"/_-", "0"}  # no line ends within a word
     assert ".400" in "".join(lines) and "…" not in "".join(lines)

@@ -19,18 +19,21 @@ class StepClock(nn.Module):
         super().__init__()
         self.seed = seed
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self._known: int | None = None  # the count, for which a GPU is then not waited for
 
     @torch.no_grad()
     def tick(self) -> int:
         """Advance by one; return the number of the new step, from 0."""
-        step = int(self.count)
+        step = int(self.count) if self._known is None else self._known
         self.count += 1
+        self._known = step + 1
         return step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # SAELens's disk loader casts every tensor to the SAE's dtype, counters included.
         if (count := state_dict.get(prefix + "count")) is not None:
             state_dict[prefix + "count"] = count.to(torch.int64)
+            self._known = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def generator(self, step: int, device: torch.device) -> torch.Generator:
