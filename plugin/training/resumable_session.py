@@ -49,7 +49,7 @@ from .lockstep import SharedInterrupts
 from .resampling import Resampling
 from .rng import draw_by_step, seeded
 from .shared_logs import share_logs
-from .step_choice import fuse_optimizer, know_first_dead_step
+from .step_choice import fuse_optimizer, tell_when_none_is_dead
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class TrainingSession:
                     share_steps(own, self.ranks)
                 draw_by_step(own, self.cfg.seed)
                 fuse_optimizer(own.optimizer)
-                know_first_dead_step(own)
+                tell_when_none_is_dead(own)
                 _leave_empty_windows(own)
             many = hasattr(trainer, "trainers")
             logs = share_logs(self.ranks, self.cfg, self._trainers) if many else None

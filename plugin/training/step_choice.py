@@ -30,10 +30,23 @@ def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
     return with_sparse_step(sae, cfg.sparse_step and not compiled and not divided)
 
 
-def know_first_dead_step(trainer: Any) -> None:
-    """Tell the sparse step from when on SAELens's trainer can count a latent as dead."""
-    if isinstance(trainer.sae, SparseStep):
-        trainer.sae.first_dead_step = trainer.cfg.dead_feature_window + 1
+def tell_when_none_is_dead(trainer: Any) -> None:
+    """Tell the sparse step of the steps in which SAELens's trainer can count no latent as dead yet.
+
+    Wraps `step`, SAELens's public seam.
+    """
+    step, sae = trainer.step, trainer.sae
+    if not isinstance(sae, SparseStep):
+        return
+
+    def told_step(batch: torch.Tensor) -> Any:
+        sae.none_is_dead = trainer.n_training_steps <= trainer.cfg.dead_feature_window
+        try:
+            return step(batch)
+        finally:
+            sae.none_is_dead = False
+
+    trainer.step = told_step
 
 
 def fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -403,8 +403,8 @@ class SparseStep(TopKTrainingSAE):
 
     sparse_step = True
     """False: everything is SAELens's."""
-    first_dead_step = 0
-    """Step of the training before which no latent can be dead; their number is not asked for until then."""
+    none_is_dead = False
+    """True: no latent can be dead in this step of the training; their number is not asked for."""
     firings: FiredLatents | None = None
     """Of the step at hand, where it is sparse."""
     _encoded: tuple[Tensor, Tensor | None, Tensor] | None = None  # x, centre and pre-activations
@@ -430,7 +430,7 @@ class SparseStep(TopKTrainingSAE):
             and not any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
         )
         try:
-            if self._stepping and step_input.n_training_steps < self.first_dead_step:
+            if self._stepping and self.none_is_dead:
                 self._n_dead = lambda: 0
             elif self._stepping and step_input.dead_neuron_mask is not None:
                 self._n_dead = counted(step_input.dead_neuron_mask)  # a GPU is waited for
