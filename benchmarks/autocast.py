@@ -31,12 +31,13 @@ from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.training.config import VisionSAERunnerConfig
 from taxolens.plugin.training.runner import VisionSAETrainingRunner
 
+K = 16
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "batchtopk": {},
-    "matryoshka_batchtopk": {},
+    "topk": {"k": K},
+    "batchtopk": {"k": K},
+    "matryoshka_batchtopk": {"k": K},
     "jumprelu": {"l0_coefficient": 1.0},
-    "mp": {},
+    "mp": {"k": K},
 }
 WAYS: dict[str, dict[str, bool]] = {
     "float32": {},
@@ -44,7 +45,6 @@ WAYS: dict[str, dict[str, bool]] = {
     "autocast_lm": {"autocast_lm": True},
 }
 SEEDS = (0, 1)
-K = 16
 
 
 def main() -> None:
@@ -94,7 +94,9 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         args.images, args.steps, args.batch, args.d_sae = (64, 64), 20, 32, 256
         args.model_images = 16
     model = load_vision_model(args.model, device=args.device)
-    hook_name = args.hook_name or f"blocks.{model.cfg.n_layers * 2 // 3}.hook_resid_post"
+    hook_name = args.hook_name = (
+        args.hook_name or f"blocks.{model.cfg.n_layers * 2 // 3}.hook_resid_post"
+    )
     splits = ("train", "train") if args.small else ("train", "validation")
     train, validation, few = (
         load_images(args.dataset, split=split, max_images=count)
@@ -109,18 +111,14 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         .float()
     )
     rows = []
-    for architecture, settings in ARCHITECTURES.items():
-        row: dict[str, Any] = {}
+    for architecture in ARCHITECTURES:
+        row: dict[str, Any] = {"architecture": architecture}
         for way in ("float32", *args.ways):
-            change = WAYS[way]
             row[way] = [
-                trained(
-                    args, architecture, settings, change, model, train, hook_name, seed, x, folder
-                )
-                for seed in SEEDS
+                trained(args, architecture, way, seed, model, train, x, folder) for seed in SEEDS
             ]
             print(architecture, way, row[way], flush=True)
-        rows.append({"architecture": architecture, **row})
+        rows.append(row)
     return {
         "machine": timing.machine(),
         "settings": {
@@ -162,29 +160,27 @@ def in_bfloat16(model: Any, images: ImageDataset, folder: Path) -> dict[str, Any
 def trained(
     args: argparse.Namespace,
     architecture: str,
-    settings: dict[str, Any],
-    change: dict[str, bool],
+    way: str,
+    seed: int,
     model: Any,
     images: ImageDataset,
-    hook_name: str,
-    seed: int,
     x: torch.Tensor,
     folder: Path,
 ) -> dict[str, float]:
     """R², L0 and dead latents on activations x (n, d_in), and seconds a step, of an SAE that is trained for it."""
-    sizes = {
+    change, m = WAYS[way], args.d_sae
+    sae = {
+        "architecture": architecture,
         "d_in": x.shape[1],
-        "d_sae": args.d_sae,
-        "normalize_activations": "expected_average_only_in",
+        "d_sae": m,
+        **ARCHITECTURES[architecture],
     }
-    if architecture != "jumprelu":
-        sizes["k"] = K
     if architecture.startswith("matryoshka"):
-        sizes["matryoshka_widths"] = [args.d_sae // 8, args.d_sae // 2, args.d_sae]
+        sae["matryoshka_widths"] = [m // 8, m // 2, m]
     output = folder / "output"
     cfg = VisionSAERunnerConfig(
-        sae=TrainingSAEConfig.from_dict({"architecture": architecture, **sizes, **settings}),
-        model_name=args.model, dataset_path=args.dataset, hook_name=hook_name, tokens="class",
+        sae=TrainingSAEConfig.from_dict({**sae, "normalize_activations": "expected_average_only_in"}),
+        model_name=args.model, dataset_path=args.dataset, hook_name=args.hook_name, tokens="class",
         training_tokens=args.steps * args.batch, train_batch_size_tokens=args.batch, lr=1e-3,
         seed=seed, device=args.device, output_path=str(output), overwrite_output=True,
         checkpoint_path=None, logger=LoggingConfig(log_to_wandb=False), verbose=False,
@@ -196,11 +192,11 @@ def trained(
     start = time.perf_counter()
     runner.run()
     seconds = time.perf_counter() - start
-    sae = SAE.load_from_disk(output)
+    loaded = SAE.load_from_disk(output)
     with torch.no_grad():
-        z = sae.encode(x)
+        z = loaded.encode(x)
         z = z.to_dense() if z.is_sparse else z
-        r2 = 1 - (sae.decode(z) - x).square().sum() / (x - x.mean(0)).square().sum()
+        r2 = 1 - (loaded.decode(z) - x).square().sum() / (x - x.mean(0)).square().sum()
     fired = z != 0
     return {
         "r2": round(float(r2), 4),

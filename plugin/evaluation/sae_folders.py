@@ -35,6 +35,7 @@ from ...registry.files import (
     open_regular,
     read_json_object,
     reason,
+    why,
 )
 from ...registry.heads import head_key
 from ...registry.loaders.parts.checkpoint import is_weights_name
@@ -193,8 +194,7 @@ class SAEFolder:
             else:
                 sae = SAE.load_from_disk(self.path, device=device)
         except Exception as error:
-            problem = f"the SAE cannot be loaded: {error or type(error).__name__}"
-            raise CheckpointError(self.path, problem) from error
+            raise CheckpointError(self.path, f"the SAE cannot be loaded: {why(error)}") from error
         check_usable(self.path, sae)
         return sae.eval()
 

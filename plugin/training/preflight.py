@@ -83,7 +83,7 @@ def bfloat16_over_float32(size: int = 256, repetitions: int = 3) -> float:
         matrix, taken = torch.ones(size, size, dtype=dtype), []
         for _ in range(repetitions):
             start = time.perf_counter()
-            matrix @ matrix
+            torch.mm(matrix, matrix)
             taken.append(time.perf_counter() - start)
         seconds.append(min(taken))
     return seconds[0] / seconds[1]

@@ -284,7 +284,7 @@ def right_group_bounds(confusion: np.ndarray, groups: np.ndarray) -> tuple[np.nd
     for _ in range(FITTING_STEPS):
         share = _over_others(missed, rate)
         rate = _over_others(given, share)
-    occurs = confusion.any(0) | confusion.any(1)
+    occurs = np.logical_or(confusion.any(0), confusion.any(1))
     share = _over_others(missed, rate)
     shape = len(groups), int(groups.max(initial=0)) + 1
     places = (groups + shape[1] * np.arange(len(groups))[:, None]).ravel()
