@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from taxolens.registry.architectures.parts import pursuit
 from taxolens.registry.architectures.parts.pursuit import Path, _Stop, gram_matrix, pursuit_path
 from taxolens.registry.architectures.parts.triton_kernels import TritonKernels
-from triton_runs import assert_compiles, run
+from triton_runs import assert_compiled, compile_all, run
 
 INTERPRET = """
 import sys
@@ -34,12 +34,15 @@ torch.save(found, path)
 """
 
 
-@pytest.mark.parametrize("stop", [False, True])
-@pytest.mark.parametrize("arch", [80, 90])
-def test_the_kernel_compiles_for_a_device_that_is_not_there(arch: int, stop: bool) -> None:
-    constants = {"k": 32, "BLOCK": 16384, "STEPS": 32, "STOP": stop}
-    types = "*fp32 *fp32 *i64 *fp32 i32"
-    assert_compiles("pursuit_triton", "_pursue", arch, types, constants, num_warps=16)
+def test_the_kernel_compiles_for_devices_that_are_not_there() -> None:
+    constants, types = {"k": 32, "BLOCK": 16384, "STEPS": 32}, "*fp32 *fp32 *i64 *fp32 i32"
+    wanted = [
+        ("_pursue", arch, types, {**constants, "STOP": stop}, 16)
+        for arch in (80, 90)
+        for stop in (False, True)
+    ]
+    for (_, arch, *_), found in zip(wanted, compile_all("pursuit_triton", wanted), strict=True):
+        assert_compiled(found, arch)
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,15 +17,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 
-module, name, arch, types, constants, num_warps = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module(f"taxolens.registry.architectures.parts.{module}"), name)
-names = [n for n in kernel.arg_names if n not in constants]
-signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
-source = ASTSource(kernel, signature, constants)
-options = {"num_warps": num_warps}
-compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-print(json.dumps({"binary": len(compiled.asm["cubin"]), "ptx": compiled.asm["ptx"][:400]}))
+def compiled(name, arch, types, constants, num_warps):
+    kernel = getattr(module, name)
+    names = [n for n in kernel.arg_names if n not in constants]
+    signature = dict(zip(names, types.split(), strict=True)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": num_warps}
+    asm = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+    return {"binary": len(asm["cubin"]), "ptx": asm["ptx"][:400]}
+
+module, kernels = json.loads(sys.argv[1])
+module = importlib.import_module(f"taxolens.registry.architectures.parts.{module}")
+found = []
+for kernel in kernels:
+    try:
+        found.append(compiled(*kernel))
+    except Exception as error:
+        found.append({"error": f"{type(error).__name__}: {error}"})
+print(json.dumps(found))
 """
+Kernel = tuple[str, int, str, dict[str, Any], int]
+"""Name, compute capability, types of the arguments that are no constants, constants, warps."""
 
 
 def run(code: str, *arguments: str, **environment: str) -> str:
@@ -46,10 +59,12 @@ def started(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def assert_compiles(
-    module: str, kernel: str, arch: int, types: str, constants: dict[str, Any], num_warps: int
-) -> None:
-    """Compile a kernel for compute capability `arch`; `types` of its arguments that are no constants."""
-    given = json.dumps([module, kernel, arch, types.split(), constants, num_warps])
-    found = json.loads(run(COMPILE, given))
+def compile_all(module: str, kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
+    """What the compiler gives for each kernel of a module, all in one process of its own."""
+    return json.loads(run(COMPILE, json.dumps([module, kernels])))
+
+
+def assert_compiled(found: dict[str, Any], arch: int) -> None:
+    """A result of `compile_all` is a program for compute capability `arch`."""
+    assert "error" not in found, found
     assert found["binary"] > 1000 and f".target sm_{arch}" in found["ptx"]
