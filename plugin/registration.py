@@ -112,19 +112,18 @@ class _Finder(MetaPathFinder):
 def _register_after(library: str, loader: Loader) -> None:
     own_exec_module = loader.exec_module
 
+    @without_collection()
     def exec_module(module: ModuleType) -> None:
         vars(loader).pop("exec_module", None)
         _importing[library] = threading.get_ident()
         try:
-            with without_collection():
-                own_exec_module(module)  # the library's own import
+            own_exec_module(module)  # the library's own import
         except BaseException:
             del _importing[library]
             raise
         _importing[library] = None
         try:
-            with without_collection():
-                import_module(_manager).fill_for_libraries()
+            import_module(_manager).fill_for_libraries()
         except Exception as error:  # the library stays importable when registration fails
             warnings.warn(
                 f"taxolens could not register with {library}: {type(error).__name__}: {error}",

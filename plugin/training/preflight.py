@@ -66,14 +66,15 @@ def check_settings(cfg: Any, *, has_dataset: bool) -> None:
 
 def warn_of_slow_bfloat16(cfg: Any) -> None:
     """Warn where `autocast` or `autocast_lm` makes a run slower: on CPUs without instructions for bfloat16."""
-    for field, device in (("autocast", cfg.device), ("autocast_lm", cfg.llm_device)):
-        if not getattr(cfg, field) or torch.device(device).type != "cpu":
-            continue
-        if (times := bfloat16_over_float32()) > SLOW_BFLOAT16:
-            logger.warning(
-                f"{field}: on this CPU a product of matrices takes {times:.1f} times as long in bfloat16 as in "
-                "float32; without it the run is faster, and more exact."
-            )
+    devices = {"autocast": cfg.device, "autocast_lm": cfg.llm_device}
+    on_cpu = [f for f, d in devices.items() if getattr(cfg, f) and torch.device(d).type == "cpu"]
+    if not on_cpu or (times := bfloat16_over_float32()) <= SLOW_BFLOAT16:
+        return
+    for field in on_cpu:
+        logger.warning(
+            f"{field}: on this CPU a product of matrices takes {times:.1f} times as long in bfloat16 as in "
+            "float32; without it the run is faster, and more exact."
+        )
 
 
 def bfloat16_over_float32(size: int = 256, repetitions: int = 3) -> float:
