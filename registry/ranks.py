@@ -1,12 +1,14 @@
 """The processes of one job that torchrun has started: their number, and objects exchanged among them.
 
 torchrun sets `RANK`, `WORLD_SIZE` and `LOCAL_RANK`. Without them a process is a job of one rank, and
-nothing here imports torch.distributed. Exchange goes over gloo on the CPU, whatever the device of the
-tensors that are computed; counters and the error of a rank that fails go through torchrun's key-value store.
+nothing here imports torch.distributed. Exchange goes over gloo on the CPU, but what is reduced on GPUs of which
+each rank has its own: that goes over NCCL. Counters and the error of a rank that fails go through torchrun's
+key-value store.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter
@@ -20,7 +22,10 @@ from typing import Any, TypeVar
 
 from .errors import ConfigError, LostRankError, TaxolensError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+GPU_BACKEND = "nccl"
 TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for another one fails: longer than any step that one rank does alone."""
 POLL_SECONDS = 0.2
@@ -95,6 +100,7 @@ class Ranks:
                 raise failure from error
             raise
         finally:
+            _group_of_gpus.cache_clear()
             dist.destroy_process_group()
 
     def device(self, name: str) -> str:
@@ -173,14 +179,20 @@ class Ranks:
         return points[0], [each for _, each in came]
 
     def reduce(self, tensor: Any, how: str) -> Any:
-        """The "sum" or "min" of a tensor over all ranks, element by element, on its device; every rank calls this."""
+        """The "sum" or "min" of a tensor over all ranks, element by element, on its device; every rank calls this.
+
+        Where ranks share a GPU, or NCCL cannot connect theirs, it goes through the memory of the CPU.
+        """
         if self.size == 1:
             return tensor
         import torch.distributed as dist
 
-        reduced = tensor.detach().cpu().clone()
+        op = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[how]
         with _lost_ranks_named():
-            dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[how])
+            group = _group_of_gpus(self, tensor.device) if _lies_on_a_gpu(tensor) else None
+            place = "cpu" if group is None else tensor.device
+            reduced = tensor.detach().to(place, copy=True)
+            dist.all_reduce(reduced, op, group=group)
         return reduced.to(tensor.device)
 
     def deliver(
@@ -252,6 +264,49 @@ class Ranks:
 
 ALONE = Ranks()
 """A job of one process."""
+
+
+def _lies_on_a_gpu(tensor: Any) -> bool:
+    return tensor.is_cuda
+
+
+def _gpu_of(device: Any) -> str:
+    """What names the GPU on all machines."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+@cache
+def _group_of_gpus(ranks: Ranks, device: Any) -> Any:
+    """The ranks connected over NCCL, each by its GPU `device`; None where they cannot be. Every rank calls this.
+
+    NCCL takes one rank a GPU. Whether it works is tried with a sum, so that all ranks choose the same.
+    """
+    import torch
+    import torch.distributed as dist
+
+    able = GPU_BACKEND != "nccl" or dist.is_nccl_available()
+    gpus = ranks.gather(_gpu_of(device) if able else None)
+    if None in gpus or len(set(gpus)) < ranks.size:
+        return None
+    problem = group = None
+    try:
+        group = dist.new_group(backend=GPU_BACKEND, timeout=TIMEOUT)
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total, group=group)
+        if total.item() != ranks.size:
+            problem = f"a sum over {ranks.size} ranks is {total.item()}"
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    problems = [found for found in ranks.gather(problem) if found]
+    if not problems:
+        return group
+    if ranks.is_first:
+        logger.warning(
+            "NCCL does not connect the GPUs of the ranks, which is slow: %s", problems[0]
+        )
+    return None
 
 
 @contextmanager

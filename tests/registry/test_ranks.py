@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from forked_ranks import run_ranks
+from taxolens.registry import ranks as module
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.ranks import Ranks
 
@@ -114,3 +117,116 @@ def test_processes_exchange_what_they_have_and_the_error_of_one(tmp_path):
     assert done.returncode == 1
     assert "ValueError: no such image" in done.stderr
     assert "LostRankError: rank 1: failed: no such image" in done.stderr
+
+
+def refuses_to_connect(*_):
+    raise RuntimeError("no route to the other GPU\nwith a stack")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend", "connected", "message"),
+    [
+        (["a", "b"], "gloo", True, ""),  # gloo stands in for NCCL, which needs the GPUs
+        (["a", "a"], "gloo", False, ""),
+        (["a", "b"], "no_route", False, "which is slow: no route to the other GPU\n"),
+    ],
+)
+def test_gpus_are_connected_where_each_rank_has_its_own(
+    monkeypatch, tmp_path, caplog, gpus, backend, connected, message
+):
+    monkeypatch.setattr(module, "_lies_on_a_gpu", lambda tensor: True)
+    monkeypatch.setattr(module, "_gpu_of", lambda device: gpus[Ranks.here().rank])
+    monkeypatch.setattr(module, "GPU_BACKEND", backend)
+    groups = []
+    all_reduce = dist.all_reduce
+
+    def recorded(tensor, *args, group=None, **kwargs):
+        groups.append(group)
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    def act():
+        dist.Backend.register_backend("no_route", refuses_to_connect, devices=["cpu"])
+        dist.all_reduce = recorded
+        ranks, found = Ranks.here(), []
+        for _ in range(2):  # connected anew, GPUs are too
+            with ranks.joined():
+                given = torch.tensor([1.0, 2.0]) * (ranks.rank + 1)
+                found += [ranks.reduce(given, "sum").tolist(), ranks.reduce(given, "min").tolist()]
+                assert given.tolist() == [ranks.rank + 1, 2 * (ranks.rank + 1)]
+        return found, [group is not None for group in groups], caplog.text
+
+    ended = run_ranks(2, act, tmp_path / "ranks")
+    for found, over_gpus, _ in ended:
+        assert found == [[3.0, 6.0], [1.0, 2.0]] * 2
+        tried = [True] if connected else []  # the sum that tries the connection
+        assert over_gpus == [*tried, connected, connected] * 2
+    first, second = (text for *_, text in ended)
+    assert (message in first) if message else (first == "")
+    assert second == ""  # the first rank alone logs
+
+
+def test_without_nccl_gpus_are_not_connected(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_gpu_of", lambda device: f"of rank {Ranks.here().rank}")
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+
+    def act():
+        ranks = Ranks.here()
+        with ranks.joined():
+            return module._group_of_gpus(ranks, torch.device("cpu"))
+
+    assert run_ranks(2, act, tmp_path / "ranks") == [None, None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("own", [True, False])
+def test_tensors_of_gpus_are_reduced_on_their_device(tmp_path, own):
+    """Over NCCL where there are two GPUs; where both ranks share one, over the CPU."""
+    if own and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    script = tmp_path / "script.py"
+    script.write_text(GPU_SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(script), str(int(own))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    place = "cuda:{}" if own else "cuda:0"
+    expected = [f"{[3.0, 6.0]} {place.format(rank)} {own}" for rank in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nccl_serves_beside_gloo_in_a_group_of_its_own(tmp_path):
+    """What `Ranks.reduce` asks of torch, in a job of one rank, which a single GPU allows."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert module._gpu_of(torch.device("cuda:0"))
+        module._group_of_gpus.cache_clear()
+        group = module._group_of_gpus(Ranks(), torch.device("cuda:0"))
+        assert group is not None and dist.get_backend(group) == "nccl"
+        tensor = torch.tensor([1.0, 2.0], device="cuda:0")
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=group)
+        assert tensor.tolist() == [1.0, 2.0]
+        dist.barrier()
+    finally:
+        module._group_of_gpus.cache_clear()
+        dist.destroy_process_group()
+
+
+GPU_SCRIPT = """
+import sys
+import torch
+from taxolens.registry import ranks as module
+from taxolens.registry.ranks import Ranks
+ranks = Ranks.here()
+with ranks.joined():
+    device = ranks.device("cuda") if sys.argv[1] == "1" else "cuda:0"
+    given = torch.tensor([1.0, 2.0], device=device) * (ranks.rank + 1)
+    found = ranks.reduce(given, "sum")
+    connected = module._group_of_gpus(ranks, given.device) is not None
+    sys.stdout.write(f"{found.tolist()} {found.device} {connected}\\n")
+"""
