@@ -178,6 +178,9 @@ def _of_cost(cost: dict[str, Any]) -> dict[str, str]:
     return {
         "arithmetic": f"forward {flops['forward']:.2g} FLOP, SAEs {flops['sae']:.2g} FLOP",
         "traffic": f"{_bytes(cost['bytes_written'])} written, {_bytes(cost['bytes_read'])} read",
+        "exchange": f"{_bytes(sent)} of gradients sent by each process, not part of the time"
+        if (sent := cost["bytes_exchanged"])
+        else "",
         "memory": f"model {_bytes(memory['model'])}, SAEs with optimizer {_bytes(memory['saes'])} a "
         "process, without activations",
         "measured here": f"decode {rates['decode']:,.0f} images/s a core, forward "

@@ -33,12 +33,14 @@ from ...hooks.models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ...hooks.models.tapped import TappedModel
 from ...registry.machine import usable_cores
 from ...registry.ranks import Ranks
+from .data_parallel import check_divisible
 from .dry_run import of_each_kind
 from .rng import set_apart
-from .step_choice import fuse_optimizer, with_step_of
+from .step_choice import fuse_optimizer, tell_when_none_is_dead, with_step_of
 
 BUDGET = 2.0  # seconds for each part, beyond the first call, which is not counted
 FEWEST, MOST = 2, 8  # repetitions
+STEPS_ON_GPU = 4  # are issued before the GPU is waited for, as a run never waits
 FIRST_IMAGES = 2
 FEW_TOKENS = 4
 FILE_BYTES = 1 << 26
@@ -59,10 +61,11 @@ class Costs:
     Attributes:
         decode: seconds of one core for one image: reading, decoding, preprocessing.
         forward: seconds for one image on the model's device.
-        steps: SAE name -> seconds of one training step.
+        steps: SAE name -> seconds of one training step; of the one SAE of several processes, on one's share.
         write, read: bytes a second, to and from the disk of the activations.
         forward_flops: of one image.
         sae_flops: SAE name -> of one token in a training step; a sparse step needs fewer.
+        exchanged: bytes of gradients that each process sends in a step, where several train one SAE.
     """
 
     decode: float
@@ -72,6 +75,7 @@ class Costs:
     read: float
     forward_flops: float
     sae_flops: dict[str, float]
+    exchanged: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,23 +96,29 @@ class Size:
     read: int
 
 
-def calibrate(cfg: Any, model: TappedModel, images: ImageDataset) -> Costs:
+def calibrate(cfg: Any, model: TappedModel, images: ImageDataset, n_ranks: int = 1) -> Costs:
     """Measure the parts of the run that `cfg` describes, in some seconds.
 
     Raises:
+        ConfigError: `n_ranks` processes cannot train its one SAE.
         DataError: none of the images can be read.
     """
+    divided = hasattr(cfg, "sae") and n_ranks > 1
+    if divided:
+        check_divisible(cfg, Ranks(size=n_ranks))
     decode, forward, forward_flops = _time_images(cfg, model, images)
-    found = of_each_kind(cfg.sae_configs, lambda _, sae: _time_steps(cfg, sae))
+    sharing = n_ranks if divided else 1
+    found = of_each_kind(cfg.sae_configs, lambda _, sae: _time_steps(cfg, sae, sharing))
     write, read = time_disk(Path(cfg.cached_activations_path or cfg.output_path or "."))
     return Costs(
         decode,
         forward,
-        {name: seconds for name, (seconds, _) in found.items()},
+        {name: seconds for name, (seconds, *_) in found.items()},
         write,
         read,
         forward_flops,
-        {name: flops for name, (_, flops) in found.items()},
+        {name: flops for name, (_, flops, _) in found.items()},
+        sum(n_bytes for *_, n_bytes in found.values()) if divided else 0,
     )
 
 
@@ -144,8 +154,8 @@ def predict(
 ) -> dict[str, Any]:
     """FLOPs and seconds of the stages of a run, of all and of the slowest rank.
 
-    Images are dealt evenly to the ranks, SAEs by the time of their steps (`Ranks.deal`); all ranks use one
-    disk. Each rank has `cores` cores and a device as here. Decoding and forward share the cores of a CPU,
+    Images are dealt evenly to the ranks, SAEs by the time of their steps (`Ranks.deal`), and each takes a share
+    of the batch of a single SAE; all ranks use one disk. Exchange takes no time here. Each rank has `cores` cores and a device as here. Decoding and forward share the cores of a CPU,
     so that their times add up, and overlap on another device; the other stages follow each other.
     """
     images = math.ceil(size.images / n_ranks)
@@ -171,6 +181,7 @@ def predict(
         },
         "bytes_written": size.written,
         "bytes_read": size.read,
+        "bytes_exchanged": size.steps * costs.exchanged,
         "rates": {
             "decode": 1 / costs.decode,
             "forward": 1 / costs.forward,
@@ -198,10 +209,11 @@ def cost_of(
         n_bytes: those of `preflight.bytes_needed`.
 
     Raises:
+        ConfigError: `n_ranks` processes cannot train the one SAE of the run.
         DataError: none of the images can be read.
     """
     started = time.perf_counter()
-    costs = calibrate(cfg, model, images)
+    costs = calibrate(cfg, model, images, n_ranks)
     device = torch.device(str(model.cfg.device))
     plan = predict(
         costs,
@@ -270,37 +282,43 @@ def _time_images(cfg: Any, model: TappedModel, images: ImageDataset) -> tuple[fl
     return statistics.median(decode[counted]), statistics.median(forward[counted]), flops
 
 
-def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig) -> tuple[float, float]:
-    """Seconds of a training step of SAELens's trainer, and FLOPs of one token in the dense step."""
+def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig, sharing: int) -> tuple[float, float, int]:
+    """Of a step of SAELens's trainer by one of the processes that share the batch: seconds, FLOPs of one
+    token in the dense step, bytes of the gradients."""
     settings = cfg.to_sae_trainer_config()
     settings = replace(
         settings, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
         logger=replace(settings.logger, log_to_wandb=False),
     )  # fmt: skip
-    size = cfg.train_batch_size_tokens
+    size = cfg.train_batch_size_tokens // sharing
     with set_apart():
         own = replace(copy.deepcopy(sae_cfg), device=cfg.device, metadata=SAEMetadata())
         sae = TrainingSAE.from_dict(own.to_dict()).to(cfg.device)
         few = torch.randn(FEW_TOKENS, own.d_in, dtype=sae.dtype, device=cfg.device)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             SAETrainer(settings, sae, iter(())).step(few)
-        sae = with_step_of(cfg, sae)
+        sae = with_step_of(cfg, sae, sharing)
         trainer = SAETrainer(settings, sae, iter(()))
         fuse_optimizer(trainer.optimizer)
+        tell_when_none_is_dead(trainer)
+        at_once = STEPS_ON_GPU if sae.device.type == "cuda" else 1
         tokens = torch.randn(size, own.d_in, dtype=sae.dtype, device=cfg.act_store_device)
 
-        def step() -> None:
-            trainer.step(tokens)
-            trainer.n_training_steps += 1
+        def steps() -> None:
+            for _ in range(at_once):
+                trainer.step(tokens)
+                trainer.n_training_steps += 1
             _wait(sae.device)
 
-        step()
+        steps()
         seconds: list[float] = []
         while len(seconds) < MOST and (len(seconds) < FEWEST or sum(seconds) < BUDGET):
-            seconds.append(_seconds(step))
+            seconds.append(_seconds(steps))
             if seconds[0] > BUDGET:
                 break
-    return statistics.median(seconds), counter.get_total_flops() / FEW_TOKENS
+    n_bytes = sum(p.numel() * p.element_size() for p in sae.parameters() if p.requires_grad)
+    per_step = statistics.median(seconds) / at_once
+    return per_step, counter.get_total_flops() / FEW_TOKENS, n_bytes
 
 
 def time_disk(place: Path) -> tuple[float, float]:

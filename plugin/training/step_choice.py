@@ -14,19 +14,21 @@ from .data_parallel import OVER_THE_BATCH
 FUSED_ON = ("cpu", "cuda")
 
 
-def with_step_of(cfg: Any, sae: TrainingSAE[Any]) -> TrainingSAE[Any]:
+def with_step_of(
+    cfg: Any, sae: TrainingSAE[Any], n_ranks: int | None = None
+) -> TrainingSAE[Any]:
     """The SAE itself, with the step that a run trains it by.
 
     Args:
         cfg: config of a runner.
         sae: a new SAE, one that is given in its place, or one of the same config.
+        n_ranks: processes of the job; None: those that torchrun has started.
     """
+    n_ranks = Ranks.here().size if n_ranks is None else n_ranks
     # A compiled SAE is traced by torch, which takes no sparse products.
     compiled = getattr(cfg, "compile_sae", False)
     # The one SAE of several processes chooses over the batches of all of them; many are dealt.
-    divided = (
-        hasattr(cfg, "sae") and Ranks.here().size > 1 and sae.cfg.architecture() in OVER_THE_BATCH
-    )
+    divided = hasattr(cfg, "sae") and n_ranks > 1 and sae.cfg.architecture() in OVER_THE_BATCH
     return with_sparse_step(sae, cfg.sparse_step and not compiled and not divided)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sae_lens import TopKTrainingSAEConfig
+from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig
 from taxolens.hooks.images.dataset import load_images
 from taxolens.plugin.training import calibration
 from taxolens.plugin.training.calibration import (
@@ -16,7 +16,7 @@ from taxolens.plugin.training.calibration import (
     size_of,
     time_disk,
 )
-from taxolens.registry.errors import DataError
+from taxolens.registry.errors import ConfigError, DataError
 
 COSTS = Costs(
     decode=0.01,
@@ -132,9 +132,9 @@ def test_a_run_is_calibrated_and_not_changed(training, monkeypatch, tmp_path: Pa
 def test_saes_of_one_kind_are_timed_once(training, monkeypatch) -> None:
     timed = []
 
-    def time_steps(cfg, sae_cfg):
+    def time_steps(cfg, sae_cfg, sharing):
         timed.append(sae_cfg.d_sae)
-        return 1.0, 2.0
+        return 1.0, 2.0, 3
 
     monkeypatch.setattr(calibration, "_time_steps", time_steps)
     monkeypatch.setattr(calibration, "_time_images", lambda *_: (1.0, 1.0, 1.0))
@@ -142,8 +142,41 @@ def test_saes_of_one_kind_are_timed_once(training, monkeypatch) -> None:
     sizes = {"a": 32, "b": 64, "c": 32}
     saes = {name: TopKTrainingSAEConfig(d_in=16, d_sae=size, k=4) for name, size in sizes.items()}
     cfg = training.multi(saes=saes, hook_names=dict.fromkeys(saes, "blocks.0.hook_resid_post"))
-    assert calibration.calibrate(cfg, None, None).steps == {"a": 1.0, "b": 1.0, "c": 1.0}
+    costs = calibration.calibrate(cfg, None, None, 2)
+    assert costs.steps == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert costs.exchanged == 0  # SAEs are dealt
     assert timed == [32, 64]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_processes_share_the_batch_of_one_sae(training, monkeypatch, architecture) -> None:
+    monkeypatch.setattr(calibration, "BUDGET", 0.01)
+    seen = set()
+
+    class Watched(calibration.SAETrainer):
+        def step(self, batch):
+            seen.add((len(batch), getattr(self.sae, "sparse_step", None)))
+            return super().step(batch)
+
+    monkeypatch.setattr(calibration, "SAETrainer", Watched)
+    monkeypatch.setattr(calibration, "_time_images", lambda *_: (1.0, 1.0, 1.0))
+    monkeypatch.setattr(calibration, "time_disk", lambda _: (1.0, 1.0))
+    configs = {"topk": TopKTrainingSAEConfig, "batchtopk": BatchTopKTrainingSAEConfig}
+    sae = configs[architecture](d_in=16, d_sae=32, k=4)
+    cfg = training.single(sae=sae, train_batch_size_tokens=24)
+    few = (calibration.FEW_TOKENS, None)
+    assert calibration.calibrate(cfg, None, None).exchanged == 0
+    assert seen == {few, (24, True)}
+    seen.clear()
+    costs = calibration.calibrate(cfg, None, None, 3)
+    # The run divides the batch of a sparse step too, unless it selects over the whole batch.
+    assert seen == {few, (8, True if architecture == "topk" else None)}
+    parameters = 2 * 16 * 32 + 16 + 32
+    assert costs.exchanged == 4 * parameters
+    plan = predict(costs, SIZE, on_cpu=True, n_ranks=3, cores=4, num_workers=2)
+    assert plan["bytes_exchanged"] == SIZE.steps * costs.exchanged
+    with pytest.raises(ConfigError, match="5 processes cannot have equal shares of it; given 24"):
+        calibration.calibrate(cfg, None, None, 5)
 
 
 def test_images_of_which_none_can_be_read_are_refused(training, tmp_path: Path) -> None:

@@ -574,6 +574,12 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
     assert "for the training on 2 process(es)" in out and "bottleneck:" in out
     assert "48 tokens = 6 steps of 8" in out
     assert "16 images (validation), 4 classes in a tree of 7 nodes" in out
+    assert "exchange:" not in out  # SAEs are dealt
+    one = ("--hook_names", "blocks.0.hook_resid_post", "--dry_run", "--ranks", "2")
+    code, out, _ = taxolens("train", "--config", study, *one)
+    assert code == 0
+    # 6 steps of the gradients of 2 x 16 x 32 weights and their biases.
+    assert "exchange:      26 kB of gradients sent by each process, not part of the time" in out
 
 
 @pytest.mark.parametrize(
@@ -582,6 +588,10 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
         (["--hook_names", "blocks.9.hook_resid_post"], "blocks.9.hook_resid_post"),
         (["--ranks", "2"], "ranks: of the prediction alone; given 2; allowed: with --dry_run"),
         (["--ranks", "0", "--dry_run"], "ranks: too small; given 0; allowed: 1 or more"),
+        (
+            ["--hook_names", "blocks.0.hook_resid_post", "--ranks", "3", "--dry_run"],
+            "train_batch_size_tokens: 3 processes cannot have equal shares of it; given 8",
+        ),
         (["--tokens", "register"], "no register tokens; given 'register'"),
         (
             ["--d_in", "48"],
