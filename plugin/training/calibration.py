@@ -283,8 +283,10 @@ def _time_images(cfg: Any, model: TappedModel, images: ImageDataset) -> tuple[fl
 
 
 def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig, sharing: int) -> tuple[float, float, int]:
-    """Of a step of SAELens's trainer by one of the processes that share the batch: seconds, FLOPs of one
-    token in the dense step, bytes of the gradients."""
+    """A step by SAELens's trainer, of one of the processes that share the batch.
+
+    Returns its seconds, the FLOPs of one token in the dense step, and the bytes of the gradients.
+    """
     settings = cfg.to_sae_trainer_config()
     settings = replace(
         settings, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,

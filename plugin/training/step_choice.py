@@ -14,9 +14,7 @@ from .data_parallel import OVER_THE_BATCH
 FUSED_ON = ("cpu", "cuda")
 
 
-def with_step_of(
-    cfg: Any, sae: TrainingSAE[Any], n_ranks: int | None = None
-) -> TrainingSAE[Any]:
+def with_step_of(cfg: Any, sae: TrainingSAE[Any], n_ranks: int | None = None) -> TrainingSAE[Any]:
     """The SAE itself, with the step that a run trains it by.
 
     Args:
