@@ -122,7 +122,15 @@ def _evaluate(
         held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
     seen = check_held_out(saes, held_out, allow=settings.allow_train_split)
     bench = Bench(held_out.taxonomy, chosen, replace(settings, device=device))
-    results = ResultsFolder(folder, saes, bench, held_out, ranks, seen_in_training=seen)
+    results = ResultsFolder(
+        folder,
+        saes,
+        bench,
+        held_out,
+        ranks,
+        seen_in_training=seen,
+        override_model=override_model,
+    )
     activations = folder / ACTIVATIONS_FOLDER
     with only_writer(folder, "output_path") if ranks.is_first else nullcontext():
         ranks.wait()

@@ -16,6 +16,7 @@ from ...hooks.activations.extract import Extraction, model_fingerprint
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...registry.errors import ConfigError
+from ...registry.files import UnreadableError, file_digest, reason
 from ...registry.hashing import fingerprint
 from ...registry.ranks import ALONE, Ranks
 from .bench import Bench, HeldOutActivations
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What an SAE's metadata may pass to `load_vision_model`, beside the fields of `ModelSetting`.
 FROM_METADATA = {"dtype": str, "family": str, "random_weights": bool, "seed": int}
+MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth")  # on which its activations depend
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,30 @@ class ModelSetting:
             trust_remote_code=trust_remote_code,
             **more,
         )
+
+
+def weights_of_model(setting: ModelSetting, override_model: Any = None) -> str:
+    """A digest of the weights of a model that is given or lies in a folder; "" for one of a hub, which its name says.
+
+    Args:
+        setting: names the model.
+        override_model: a tapped model in its place.
+
+    Raises:
+        ConfigError: a file of the folder cannot be read.
+    """
+    if override_model is not None:
+        return model_fingerprint(override_model)
+    folder = Path(setting.model_name).expanduser()
+    if not folder.is_dir():
+        return ""
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES)
+        parts = [part for file in files for part in (file.name, file_digest(file))]
+    except (OSError, UnreadableError) as error:
+        problem = f"a file of the model cannot be read: {reason(error)}"
+        raise ConfigError("model_name", problem, given=str(folder)) from error
+    return fingerprint(parts)
 
 
 def _hashable(value: Any) -> Any:

@@ -31,14 +31,16 @@ def find_peers(sae: SAEFolder, saes: Sequence[SAEFolder]) -> list[tuple[SAEFolde
     a `constraint` are never compared.
     """
     others = [o for o in saes if o.id != sae.id and o.constraint == sae.constraint]
-    same_model = [o for o in others if ModelSetting.of(o) == ModelSetting.of(sae)]
+    own = ModelSetting.of(sae)
+    same_model = [o for o in others if ModelSetting.of(o) == own]
+    elsewhere = [o for o in others if ModelSetting.of(o) != own]
     same_hook = [o for o in same_model if o.key == sae.key]
     for relation, found in (
         ("seed", [o for o in same_hook if _kind(o) == _kind(sae)]),
         ("hook", same_hook),
         ("layer", _adjacent(sae, [o for o in same_model if o.run == sae.run])),
         ("layer", _adjacent(sae, same_model)),
-        ("model", sorted(others, key=lambda o: o.key != sae.key)),
+        ("model", sorted(elsewhere, key=lambda o: o.key != sae.key)),
     ):
         if found:
             return [(other, relation) for other in found[:MAX_PEERS]]

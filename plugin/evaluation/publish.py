@@ -114,11 +114,11 @@ def _results_of(saes: Sequence[SAEFolder], results: Results) -> Results:
             given=str(results.folder),
             allowed="what `taxolens evaluate` writes for them",
         )
-    own = [
-        replace(by_weights[digests[sae.id], places[sae.id]], id=sae.id, run=sae.run, name=sae.name,
-                model_name=public_name(sae.model_name))
-        for sae in saes
-    ]  # fmt: skip
+    own = []
+    for sae in saes:
+        result = by_weights[digests[sae.id], places[sae.id]]
+        names = {"id": sae.id, "run": sae.run, "name": sae.name}
+        own.append(replace(result, **names, model_name=public_name(result.model_name)))
     return with_q(
         replace(
             results,

@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ...hooks.activations.cache import ActivationCache
 from ...registry.errors import ConfigError, TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
-from ...registry.files import UnreadableError, inside
+from ...registry.files import UnreadableError, file_digest, inside, is_path
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
 from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.permuted_classes import permuted_classes
-from ..reporting.compare import write_comparison
+from ..reporting.compare import from_csv, write_comparison
 from ..reporting.headlines import with_q
 from ..reporting.results import (
     RESULTS_FILENAME,
@@ -44,7 +43,7 @@ from ..reporting.results import (
     TaxonomyInfo,
 )
 from .bench import Bench
-from .forward import ModelSetting
+from .forward import ModelSetting, weights_of_model
 from .held_out import HeldOut
 from .latent_cards import NodeFrames
 from .peers import find_peers
@@ -65,6 +64,7 @@ PACKAGES = (
 RANKS_FOLDER = "ranks"  # what further ranks have measured, until the evaluation ends
 REPLACE = "replace=True (--replace)"
 MAX_IDS = 5  # that a message names
+OWN_FILES = {"tables": ".csv", "figures": ".json"}  # folder -> suffix
 
 
 class ResultsFolder:
@@ -77,6 +77,7 @@ class ResultsFolder:
         held_out: the images and their tree.
         ranks: those that measure; each further one saves what it has in a folder of its own.
         seen_in_training: whether SAEs were trained on these images.
+        override_model: a tapped model in place of those that the SAEs name.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ResultsFolder:
         ranks: Ranks,
         *,
         seen_in_training: bool,
+        override_model: Any = None,
     ) -> None:
         self.folder, self.saes = folder, saes
         self._ranks = ranks
@@ -115,7 +117,9 @@ class ResultsFolder:
             json.loads(bench.taxonomy.to_json()),
             versions()["taxolens"],
         )
-        self._facts = {sae.id: _facts(sae) for sae in saes}
+        settings = {sae.id: ModelSetting.of(sae) for sae in saes}
+        models = {s: weights_of_model(s, override_model) for s in dict.fromkeys(settings.values())}
+        self._facts = {sae.id: _facts(sae, models[settings[sae.id]]) for sae in saes}
         self.fingerprints = {
             sae.id: _digest([*self._conditions.values(), *self._facts[sae.id]]) for sae in saes
         }
@@ -129,7 +133,8 @@ class ResultsFolder:
         cls, options = self._bench.chosen[name]
         peers = find_peers(sae, self.saes) if cls.wants_peers else []
         facts = [[peer.id, relation, *self._facts[peer.id]] for peer, relation in peers]
-        return _digest([self.fingerprints[sae.id], name, asdict(options), facts])
+        given = asdict(options)
+        return _digest([self.fingerprints[sae.id], name, given, _files_in(given), facts])
 
     def missing(self, saes: Sequence[SAEFolder]) -> dict[str, Bench]:
         """Id of each of `saes` that lacks numbers -> the bench with the evaluators that it lacks."""
@@ -147,7 +152,8 @@ class ResultsFolder:
         for name, kept in self._kept(sae.id).items():
             table = self._infos()[name].node_table
             if name not in names and table is not None and table.name in kept.tables:
-                found[name] = table, pd.read_csv(inside(self.folder, kept.tables[table.name]))
+                file = inside(self.folder, kept.tables[table.name])
+                found[name] = table, from_csv(file, text=(table.node,))
         return found
 
     def _kept(self, sae_id: str) -> Mapping[str, EvaluatorResult]:
@@ -208,8 +214,8 @@ class ResultsFolder:
         write_comparison(results)
         if self._earlier is not None:
             for file in _files(self._earlier) - _files(results):
-                with suppress(UnreadableError):  # outside of the folder: not written by us
-                    inside(self.folder, file).unlink(missing_ok=True)
+                with suppress(UnreadableError):  # not written by us
+                    _own_file(self.folder, file).unlink(missing_ok=True)
         self._forget_ranks()
         return results
 
@@ -289,7 +295,7 @@ class ResultsFolder:
             elif sae is None:
                 again, why = False, "SAEs that this call does not evaluate ({})"
             else:
-                differing = [*others, *_differing(old, sae)] or ["metadata"]
+                differing = [*others, *_differing(old, sae)] or ["weights of the model or metadata"]
                 again = "weights" not in differing or self._is_at_home(sae)
                 why = f"{{}} with other {', '.join(differing)}"
             if again:
@@ -429,9 +435,15 @@ def _differing(old: SAEResult, sae: SAEFolder) -> list[str]:
     return [name for name, value in facts.items() if getattr(old, name) != value]
 
 
-def _facts(sae: SAEFolder) -> list[Any]:
-    """The facts of an SAE on which its numbers depend."""
-    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.key]
+def _facts(sae: SAEFolder, model: str) -> list[Any]:
+    """The facts of an SAE on which its numbers depend; `model` is the digest of its model's weights."""
+    return [sae.weights_digest(), dict(sae.cfg), asdict(ModelSetting.of(sae)), sae.key, model]
+
+
+def _files_in(options: Mapping[str, Any]) -> list[str]:
+    """The digests of the files that options of an evaluator name."""
+    paths = [Path(value) for value in options.values() if is_path(value)]
+    return [file_digest(path) for path in paths if path.is_file()]
 
 
 def _folder_of(run: str, saes: Sequence[SAEFolder]) -> Path:
@@ -470,6 +482,19 @@ def _files(results: Results) -> set[str]:
         for result in sae.evaluators.values()
         for file in (*result.tables.values(), *result.figures.values())
     }
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """The path of a table or figure that an evaluation writes, which `name` says.
+
+    Raises:
+        UnreadableError: it says another file, such as the weights that lie in the same folder.
+    """
+    path = inside(folder, name).resolve()
+    for kind, suffix in OWN_FILES.items():
+        if path.suffix == suffix and path.is_relative_to(folder.resolve() / kind):
+            return path
+    raise UnreadableError(f"{name!r} is no table or figure of an evaluation")
 
 
 def _files_exist(folder: Path, result: EvaluatorResult) -> bool:

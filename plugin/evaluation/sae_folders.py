@@ -286,6 +286,10 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
     ]
     if len(paths) == 1 and not several:
         return found
+    within = [str(p) for p, count in Counter(s.path.resolve() for s in found).items() if count > 1]
+    if within:
+        problem = f"{within[0]} is given twice, once in another folder"
+        raise ConfigError("runs", problem, allowed="each SAE once")
     counts = Counter(sae.run for sae in found)
     return [
         replace(sae, id=sae.run if counts[sae.run] == 1 else f"{sae.run}/{sae.name}")

@@ -85,9 +85,13 @@ def find_sources(runs: Sources, *, left_out: dict[str, str] | None = None) -> li
         CheckpointError: a damaged file.
     """
     given = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    if saes := [run for run in given if isinstance(run, SAEFolder)]:
-        return saes
+    saes = [run for run in given if isinstance(run, SAEFolder)]
     sources = [Source.of(run) for run in given if not isinstance(run, SAEFolder)]
+    if saes and sources:
+        problem = "SAEs of an earlier call and sources together"
+        raise ConfigError("runs", problem, given=[*map(str, sources)], allowed="one of the two")
+    if saes:
+        return saes
     others = [source for source in sources if is_other(source)]
     if len(set(others)) < len(others):
         raise ConfigError("runs", "one is given twice", given=[*map(str, others)], allowed="once")

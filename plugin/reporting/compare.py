@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
@@ -47,7 +48,7 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
     write_atomically(target / SAES_FILENAME, saes, sync=False)
     written = {SAES_FILENAME}
     if report.with_controls:
-        controls = control_table(report).to_csv(index=False, float_format="%.6g")
+        controls = as_csv(control_table(report))
         write_atomically(target / CONTROLS_FILENAME, controls, sync=False)
         written.add(CONTROLS_FILENAME)
     for evaluator, metric in results.metric_names():
@@ -72,16 +73,55 @@ def as_csv(table: pd.DataFrame) -> str:
     """A table as CSV, to six digits, in which a spreadsheet finds no formula.
 
     Text that begins with = + - @, a tab or a return gets an apostrophe before it: names of classes
-    and SAEs come from files.
+    and SAEs come from files. So does such text that has apostrophes before it, which `from_csv` needs.
     """
-
-    def plain(value: object) -> object:
-        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
-
     table = table.copy()
     for column in table.select_dtypes(exclude=["number", "bool"]).columns:
-        table[column] = table[column].map(plain)
-    return table.rename(columns=plain).to_csv(index=False, float_format="%.6g")
+        table[column] = table[column].map(_marked)
+    return table.rename(columns=_marked).to_csv(index=False, float_format="%.6g")
+
+
+def from_csv(
+    file: str | Path, *, text: Collection[str] = (), n_rows: int | None = None
+) -> pd.DataFrame:
+    """A table that `as_csv` has written, with its text as it was, such as None, NA or 007.
+
+    Args:
+        file: of the table.
+        text: columns of text, also where all of it looks like numbers.
+        n_rows: the number of rows that are read, from the first; None: all.
+    """
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, nrows=n_rows)
+    table = table.rename(columns=_without_mark)
+    return table.apply(lambda cells: _as_text(cells) if cells.name in text else _typed(cells))
+
+
+def _typed(cells: pd.Series) -> pd.Series:
+    """A column (n,) of numbers, where every cell is one as `as_csv` writes it or empty; else of truths or text."""
+    if cells.map(_is_written_number).all():
+        return pd.to_numeric(cells.where(cells != ""))
+    return cells == "True" if cells.isin(("True", "False")).all() else _as_text(cells)
+
+
+def _is_written_number(cell: str) -> bool:
+    try:
+        number = float(cell or 0)
+    except ValueError:
+        return False
+    return not cell or (not math.isnan(number) and cell in (f"{number:.6g}", f"{number:.0f}"))
+
+
+def _as_text(cells: pd.Series) -> pd.Series:
+    return cells.map(_without_mark)
+
+
+def _marked(value: object) -> object:
+    is_formula = isinstance(value, str) and value.lstrip("'").startswith(FORMULAS)
+    return f"'{value}" if is_formula else value
+
+
+def _without_mark(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and cell.lstrip("'").startswith(FORMULAS) else cell
 
 
 def sae_table(report: Report) -> pd.DataFrame:

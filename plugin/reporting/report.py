@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -34,7 +33,7 @@ from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
 from .metric_table import COLUMNS, exchangeable, numbers_of_draws
 from .results import LatentCard, MetricResult, Results, SAEResult
-from .series import Series, all_series, natural_key
+from .series import Series, all_series, is_by_layer, natural_key, positions
 from .tree_chart import Icicle, scale
 
 REPORT_FILENAME = "report.html"
@@ -149,14 +148,13 @@ class Report:
         return ", ".join(COLUMNS.get(name, name) for name in number.missed)
 
     def place(self, sae: SAEResult) -> str:
-        """The layer of an SAE, or its hook point where layers repeat."""
+        """The layer of an SAE, or its hook point where layers do not number the SAEs."""
         return f"layer {sae.layer}" if self._by_layer else sae.place
 
     @cached_property
     def _by_layer(self) -> bool:
-        """Whether layers differ within every series (stages of a CNN repeat them)."""
-        layers = [[sae.layer for sae in series] for series in self.series]
-        return all(None not in here and len(set(here)) == len(here) for here in layers)
+        """Whether layers number the SAEs of every series."""
+        return all(is_by_layer(series.saes) for series in self.series)
 
     def side_by_side(self, headline: ShownMetric) -> list[tuple[str, list[MetricResult | None]]]:
         """(place, its number in every series), for the comparison of series."""
@@ -271,7 +269,7 @@ class Report:
                     ),
                 ]
             lines += found
-        x_ticks = {x: text for series in self.series for x, text in _positions(series)}
+        x_ticks = {x: text for series in self.series for x, text in positions(series)}
         return charts.curves(
             lines,
             label=label,
@@ -290,7 +288,7 @@ class Report:
 
     def _lines(self, series: Series, headline: ShownMetric, style: Style) -> list[Line]:
         numbers = [headline.of(sae) for sae in series]
-        x = [position for position, _ in _positions(series)]
+        x = [position for position, _ in positions(series)]
         values = [n.value if n else math.nan for n in numbers]
         bars = [(n.low, n.high) if n else (math.nan, math.nan) for n in numbers]
         lines = [Line("the SAE", x, values, style, bars=bars)]
@@ -392,15 +390,6 @@ class Report:
     def plotly_js(self) -> Markup:
         """The source of plotly.js."""
         return Markup(plotly.offline.get_plotlyjs())
-
-
-def _positions(series: Series) -> list[tuple[float, str]]:
-    """(position on the layer axis, its tick label) of each SAE of a series."""
-    layers = [sae.layer for sae in series]
-    if None not in layers and len(set(layers)) == len(layers):
-        return [(float(layer or 0), str(layer)) for layer in layers]
-    numbers = [".".join(re.findall(r"\d+", sae.hook_name)) for sae in series]
-    return [(float(i), numbers[i] or sae.hook_name) for i, sae in enumerate(series)]
 
 
 def _styles(n: int) -> list[Style]:

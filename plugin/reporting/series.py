@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 
 from .results import Results, SAEResult
 
@@ -39,7 +40,7 @@ def all_series(results: Results) -> list[Series]:
     groups: dict[Key, list[SAEResult]] = defaultdict(list)
     for sae in results.saes:
         run = sae.run if alone[sae.run] > 1 else ""
-        numbers = re.findall(r"\d+", sae.hook_name)
+        numbers = _numbers(sae)
         key = (run, _without(sae.name, numbers), _without(sae.place, numbers))
         groups[key].append(sae)
     found = []
@@ -84,6 +85,30 @@ def _without(name: str, numbers: list[str]) -> str:
     for number in numbers:
         name = re.sub(rf"(?<!\d){number}(?!\d)", "*", name, count=1)
     return name
+
+
+def is_by_layer(saes: Sequence[SAEResult]) -> bool:
+    """Whether the layers of SAEs rise in their order, and no other number of the hook points tells these apart.
+
+    They do not in a CNN, where blocks are counted anew in each stage: ``layer3.5`` comes before ``layer4.2``.
+    """
+    numbers = [_numbers(sae) for sae in saes]
+    if any(sae.layer is None or sae.layer != int(own[0]) for sae, own in zip(saes, numbers)):
+        return False
+    varying = [set(column) for column in zip_longest(*numbers) if len(set(column)) > 1]
+    layers = [int(own[0]) for own in numbers]
+    return len(varying) <= 1 and all(a < b for a, b in pairwise(layers))
+
+
+def positions(series: Series) -> list[tuple[float, str]]:
+    """(position on the layer axis, its tick label) of each SAE of a series: its layer, or its rank."""
+    if is_by_layer(series.saes):
+        return [(float(sae.layer or 0), str(sae.layer)) for sae in series]
+    return [(float(i), ".".join(_numbers(sae)) or sae.hook_name) for i, sae in enumerate(series)]
+
+
+def _numbers(sae: SAEResult) -> list[str]:
+    return re.findall(r"\d+", sae.hook_name)
 
 
 def layer_of(hook_name: str) -> int | None:

@@ -18,15 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import plotly.io
 import wandb
 
 from ...registry.errors import ConfigError
 from ...registry.nulls import DECISIVE
+from .compare import from_csv
 from .report import read_figure
 from .results import NO_NULL, RESULTS_FILENAME, MetricResult, NullResult, Results, SAEResult
-from .series import Series, all_series
+from .series import Series, all_series, positions
 
 logger = logging.getLogger(__name__)
 
@@ -266,8 +266,8 @@ def certainty_items(key: str, number: MetricResult) -> dict[str, float]:
 
 def layer_rows(series: Series) -> Iterator[dict[str, float]]:
     """One row per layer: ``layers/layer``, ``layers/<evaluator>/<metric>`` and its nulls."""
-    for position, sae in enumerate(series):
-        row: dict[str, float] = {"layers/layer": position if sae.layer is None else sae.layer}
+    for sae, (position, _) in zip(series, positions(series), strict=True):
+        row: dict[str, float] = {"layers/layer": position}
         for evaluator, result in sae.evaluators.items():
             for metric, number in result.metrics.items():
                 row |= metric_items(f"layers/{evaluator}/{metric}", number)
@@ -311,7 +311,7 @@ def _tables(results: Results) -> Iterator[tuple[str, Any]]:
     yield "tables/summary", wandb.Table(dataframe=frame)
     for sae, evaluator, name, file in _files(results, "tables"):
         prefix = f"{sae.id}/" if len(results.saes) > 1 else ""
-        table = pd.read_csv(file, nrows=MAX_TABLE_ROWS)
+        table = from_csv(file, n_rows=MAX_TABLE_ROWS)
         yield f"{prefix}tables/{evaluator}/{name}", wandb.Table(dataframe=table)
 
 

@@ -339,7 +339,8 @@ def spanned(points: np.ndarray, split: Split) -> float:
     # A stored 0 is "no edge" to scipy; the spanning tree depends on the order alone.
     _, second = np.triu_indices(len(nodes), 1)
     ends = np.append(0, np.cumsum(np.arange(len(nodes))[::-1]))
-    pairs = sparse.csr_array((1 + distance / distance.max(), second, ends), shape=(len(nodes),) * 2)
+    index = (second.astype(np.int32), ends.astype(np.int32))  # scipy 1.13 takes no other
+    pairs = sparse.csr_array((1 + distance / distance.max(), *index), shape=(len(nodes),) * 2)
     first, second = minimum_spanning_tree(pairs).nonzero()
     found = set(zip(first.tolist(), second.tolist()))
     return float(np.mean([(min(e), max(e)) in found for e in split.edges]))

@@ -50,25 +50,50 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     converted.mean, converted.scale = mean, scale
     if source:
         converted.metadata["universal_sae_model"] = model
-        converted.notes.append(f"k, mean and std stand in {source.name}")
+        named = said.get("checkpoint_path")
+        converted.notes.append(f"k, mean and std stand in {source.name}, for {named}")
     return converted
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Path | None, str | None, dict[str, Any]]:
-    """The yaml that names this file as a model's checkpoint_path, the model, and what it says."""
+    """The yaml that names this file as a model's checkpoint_path, the model, and what it says.
+
+    Files of several runs have one name: the yaml counts whose path ends like that of the file in most
+    folders. None where several that say different things do.
+    """
     folder = checkpoint.folder.resolve()
+    path = folder / checkpoint.path.name
+    best, found = 0, []
     for parent in [folder, *folder.parents][:LEVELS_UP]:
         for file in sorted(file for pattern in PATTERNS for file in parent.glob(pattern)):
             try:
-                found = fields_of(read_yaml(file))
+                content = fields_of(read_yaml(file))
             except (OSError, UnreadableError):
                 continue
-            for model, entry in fields_of(found.get("model_zoo")).items():
+            said = [fields_of(content.get(part)) for part in ("global", "sae_params")]
+            for model, entry in fields_of(content.get("model_zoo")).items():
                 entry = fields_of(entry)
-                if Path(str(entry.get("checkpoint_path"))).name == checkpoint.path.name:
-                    said = [fields_of(found.get(part)) for part in ("global", "sae_params")]
-                    return file, str(model), {**said[0], **said[1], **entry}
-    return None, None, {}
+                alike = _equal_ends(path, Path(str(entry.get("checkpoint_path"))))
+                if alike > best:
+                    best, found = alike, []
+                if alike and alike == best:
+                    found.append((file, str(model), {**said[0], **said[1], **entry}))
+    facts = [(model, {**said, "checkpoint_path": None}) for _, model, said in found]
+    if not found or any(other != facts[0] for other in facts):
+        return None, None, {}
+    return found[0]
+
+
+def _equal_ends(path: Path, named: Path) -> int:
+    """How many parts at their ends are equal: of RUN/MODEL/FILE those of FILE; 0 for the FILE of another RUN.
+
+    A file that has been moved may lie in any folder but that of the same MODEL in another RUN.
+    """
+    pairs = zip(reversed(path.parts), reversed(named.parts), strict=False)
+    alike = next(
+        (i for i, (a, b) in enumerate(pairs) if a != b), min(len(path.parts), len(named.parts))
+    )
+    return 0 if alike == 2 and len(named.parts) > 2 else alike
 
 
 UNIVERSAL_SAE = make_loader(

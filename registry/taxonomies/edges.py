@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import MAX_DATA_BYTES, UnreadableError, parse_json, read_rows, read_text, reason
 from ..names import near_paths
+from .graph import listed
 from .taxonomy import Taxonomy, document
+
+logger = logging.getLogger(__name__)
 
 Edge = tuple[str, str]
 COLUMNS = ("parent", "child", "name")
@@ -51,7 +55,12 @@ def from_file(path: str | Path, classes: Sequence[str] | None = None) -> Taxonom
         raise _too_many(path)
     if not edges and classes is None and own_classes is None:
         raise ConfigError("taxonomy", f"no parent-child pair in {path}", allowed="at least one")
-    return Taxonomy.from_edges(edges, own_classes if classes is None else classes, names)
+    taxonomy = Taxonomy.from_edges(edges, own_classes if classes is None else classes, names)
+    shared = [v for v, above in zip(taxonomy.nodes, taxonomy.parents) if len(above) > 1]
+    if shared:
+        some = listed(shared, 3)
+        logger.info("%s: %d nodes have several parents: %s", path.name, len(shared), some)
+    return taxonomy
 
 
 Read = tuple[list[Edge], "list[str] | None", dict[str, str]]

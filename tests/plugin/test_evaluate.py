@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from taxolens.hooks.images.dataset import load_images
-from taxolens.hooks.models.load import from_module
+from taxolens.hooks.models.load import from_module, load_vision_model
 from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import forward
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
@@ -529,6 +530,79 @@ def test_other_settings_or_weights_are_measured_anew(
     assert len(set(found)) == len(found)
 
 
+def save_other_weights(vit_folder: Path, folder: Path) -> None:
+    """The model of a folder with other weights."""
+    shutil.copytree(vit_folder, folder, dirs_exist_ok=True)
+    other = transformers.AutoModel.from_pretrained(vit_folder)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    other.save_pretrained(folder)
+
+
+def test_another_model_is_measured_anew(
+    evaluate: Any, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    def numbers(**changes: Any) -> Any:
+        found = evaluate(evaluators="reconstruction", **changes)
+        return numbers_of(found), [sae.fingerprint for sae in found.saes]
+
+    save_other_weights(vit_folder, tmp_path / "other")
+    other = load_vision_model(tmp_path / "other")
+    expected = numbers(override_model=other, output_path=tmp_path / "alone")
+    assert repr(numbers()) != repr(expected)
+    assert repr(numbers(override_model=other)) == repr(expected)
+    with pytest.raises(
+        ConfigError, match="with other weights of the model or metadata, which would"
+    ):
+        evaluate(evaluators="pair_depth")
+
+    folder, run = tmp_path / "model", tmp_path / "run"  # a model that is saved again in its folder
+    shutil.copytree(vit_folder, folder)
+    save_sae(run, HOOKS[0], run_settings(folder, world, eval_split="validation"))
+
+    def own() -> Any:
+        found = evaluate(run, override_model=None, evaluators="reconstruction", output_path=run)
+        return found.saes[0].evaluators["reconstruction"].metrics["fvu"].value
+
+    before = own()
+    assert own() == before
+    save_other_weights(vit_folder, folder)
+    assert own() != before
+
+
+def test_another_file_of_an_option_is_measured_anew(evaluate: Any, tmp_path: Path) -> None:
+    def monosemanticity(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+        np.save(tmp_path / "x.npy", rng.standard_normal((32, 5)).astype(np.float32))
+        options = {"monosemanticity": {"encoder": str(tmp_path / "x.npy")}}
+        return repr(numbers_of(evaluate(evaluators="monosemanticity", options=options)))
+
+    first = monosemanticity(0)
+    assert monosemanticity(0) == first != monosemanticity(1)
+
+
+@pytest.mark.parametrize("names", [("None", "NA", "007"), ("1", "2", "10")])
+def test_nodes_of_any_name_keep_their_place_in_a_further_evaluation(
+    evaluate: Any, vit: Any, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    rng, photos = np.random.default_rng(0), tmp_path / "photos"
+    for c, name in enumerate([f"animal/{n}" for n in names] + ["plant/=oak", "plant/rose"]):
+        (photos / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 90, (20, 20, 3)) + np.array([40 * c, 0, 160 - 40 * c])
+            Image.fromarray(pixels.astype(np.uint8)).save(photos / name / f"{i}.png")
+    settings = {"dataset_path": str(photos), "split": "train", "taxonomy": str(photos)}
+    settings |= {"allow_train_split": True}
+    names = ["ontological_coverage", "pair_depth"]
+    whole = evaluate(evaluators=names, output_path=tmp_path / "whole", **settings)
+    for name in names:
+        results = evaluate(evaluators=name, **settings)
+    for found, expected in zip(results.saes, whole.saes, strict=True):
+        assert found.node_f1 == pytest.approx(expected.node_f1) and found.node_f1
+        assert len(found.most_specific) == len(expected.most_specific) > 0
+
+
 def test_an_evaluator_that_failed_is_tried_again(evaluate: Any, monkeypatch) -> None:
     cls = module.EVALUATORS["lch_height"]
 
@@ -904,6 +978,8 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     assert [sae.id for sae in found] == ["a/out", "b/out"]
     with pytest.raises(ConfigError, match="is given twice"):
         find_saes([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+    with pytest.raises(ConfigError, match="out is given twice, once in another folder"):
+        find_saes([tmp_path / "a", tmp_path / "a" / "out"])
 
 
 def test_unusable_folders(run: Path, tmp_path: Path) -> None:

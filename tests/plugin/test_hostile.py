@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -20,16 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from results_factory import make_results
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 from taxolens.plugin.cli import main
 from taxolens.plugin.evaluation.evaluate import evaluate_run
-from taxolens.plugin.reporting.compare import as_csv
+from taxolens.plugin.reporting.compare import as_csv, from_csv
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.files import only_writer
-from tiny_runs import HOOK, WORLD_CLASSES
+from tiny_runs import HOOK, WORLD_CLASSES, run_settings, save_sae
 
 Change = Callable[[Path], object]
 FAST = ["--evaluators", "pair_depth", "--n_permutations", "1"]
@@ -626,3 +629,68 @@ def test_a_csv_holds_no_formula() -> None:
     table = pd.DataFrame({"=name": ["=1+1", "@x", "cat", "-5"], "f1": [-0.5, 1.0, 2.0, 1 / 3]})
     expected = "'=name,f1\n'=1+1,-0.5\n'@x,1\ncat,2\n'-5,0.333333\n"
     assert as_csv(table) == expected
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=6)
+
+
+@given(
+    st.lists(st.sampled_from(["None", "NA", "nan", "007", "1e5", "True", "'=x", ""]) | TEXTS),
+    st.lists(st.floats(allow_nan=False, width=32)),
+)
+def test_tables_of_an_evaluation_are_read_as_they_were_written(names: list, values: list) -> None:
+    n = min(len(names), len(values))
+    table = pd.DataFrame(
+        {"-node": names[:n], "latent": range(n), "f1": values[:n], "few": [math.nan] * n}
+    )
+    found = from_csv(io.StringIO(as_csv(table)), text=("-node",))
+    assert list(found) == list(table)
+    assert list(found["-node"]) == names[:n]
+    assert list(found["latent"]) == list(range(n)) and found["few"].isna().all()
+    assert found["f1"].tolist() == [float(f"{value:.6g}") for value in values[:n]]
+    assert len(from_csv(io.StringIO(as_csv(table)), n_rows=1)) == min(n, 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["007", "12"], ["007", "12"]),
+        (["1.50", "2"], ["1.50", "2"]),
+        (["=1+1", "12"], ["=1+1", "12"]),
+        (["NA", "None"], ["NA", "None"]),
+        (["12", "13"], [12, 13]),
+        ([True, False], [True, False]),
+    ],
+)
+def test_what_is_no_number_of_ours_stays_text(written: list, read: list) -> None:
+    found = from_csv(io.StringIO(as_csv(pd.DataFrame({"a": written}))))["a"].tolist()
+    assert found == read and [type(x) for x in found] == [type(x) for x in read]
+
+
+def test_only_tables_and_figures_of_earlier_results_are_removed(
+    vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = run_settings(vit_folder, world, eval_split="validation")
+    save_sae(run, "blocks.0.hook_resid_post", settings)
+    (run / "runner_cfg.json").write_text(json.dumps(settings))
+    small = {"progress": False, "n_permutations": 2, "n_groups": 0, "evaluators": "pair_depth"}
+    evaluate_run(run, **small)
+    content = json.loads((run / "results.json").read_text())
+    (sae,) = content["saes"]
+    found = sae["evaluators"]["pair_depth"]
+    sae["fingerprint"] = "0"  # so that it is measured again, and its files are replaced
+    ours = run / "tables" / "earlier.csv"
+    ours.write_text("node\n")
+    (run / "links").symlink_to(".")
+    found["tables"] |= {
+        "weights": "sae_weights.safetensors",
+        "up": "tables/../cfg.json",
+        "ours": "tables/earlier.csv",
+    }
+    found["figures"] |= {"settings": "runner_cfg.json", "link": "links/runner_cfg.json"}
+    (run / "results.json").write_text(json.dumps(content))
+    evaluate_run(run, **small)
+    assert not ours.exists()
+    for kept in ("sae_weights.safetensors", "cfg.json", "runner_cfg.json"):
+        assert (run / kept).exists(), kept

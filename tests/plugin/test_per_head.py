@@ -279,6 +279,8 @@ def test_series_and_peers_keep_heads_apart(results: Results, run: Path) -> None:
     found = {sae.name: [(o.name, r) for o, r in find_peers(sae, saes)] for sae in saes}
     assert found[f"{Z}.head1"] == [("blocks.1.attn.hook_z.head1", "layer")]
     assert found["blocks.1.attn.hook_z.head0"] == [(f"{Z}.head0", "layer")]
+    heads = [sae for sae in saes if sae.name in (f"{Z}.head0", f"{Z}.head1")]
+    assert len(heads) == 2 and all(find_peers(sae, heads) == [] for sae in heads)
 
 
 def test_a_head_can_be_given_to_an_evaluation(

@@ -145,6 +145,16 @@ def test_numbers_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None
         publish(changed / HOOKS[1], "me/saes", results=changed, dry_run=tmp_path / "two")
 
 
+def test_numbers_are_published_with_the_model_that_they_are_of(run: Path, tmp_path: Path) -> None:
+    content = json.loads((run / "results.json").read_text())
+    for sae in content["saes"]:
+        sae["model_name"] = "/home/someone/fine_tuned"  # as with --model_name
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    publish(run, "me/saes", results=tmp_path, dry_run=tmp_path / "out")
+    assert {sae.model_name for sae in Results.load(tmp_path / "out").saes} == {"fine_tuned"}
+    assert "fine" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_what_cannot_be_published(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.raises(ConfigError, match="repository: no name; given 'saes'; allowed: OWNER/NAME"):
         publish(run, "saes")

@@ -17,10 +17,12 @@ from taxolens.plugin.reporting import charts
 from taxolens.plugin.reporting.compare import write_comparison
 from taxolens.plugin.reporting.controls import with_controls
 from taxolens.plugin.reporting.headlines import ShownMetric, with_q
+from taxolens.plugin.reporting.metric_table import summary_table
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import MetricResult, NullResult, Results
-from taxolens.plugin.reporting.series import all_series, layer_of, natural_key
+from taxolens.plugin.reporting.series import all_series, layer_of, natural_key, positions
 from taxolens.plugin.reporting.tree_chart import NOT_SCORED, Icicle, colour
+from taxolens.plugin.reporting.wandb_log import layer_rows
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -295,6 +297,34 @@ def test_stages_of_a_cnn_have_a_row_each(results: Results) -> None:
     assert [place for place, _ in rows] == hooks and all(row[0] for _, row in rows)
 
 
+@pytest.mark.parametrize(
+    ("hooks", "expected"),
+    [
+        (["layer3.5", "layer4.2"], [(0, "3.5"), (1, "4.2")]),  # 5 and 2 are blocks of a stage
+        (["layer1.0", "layer2.1"], [(0, "1.0"), (1, "2.1")]),
+        (["stages.0.layers.1.fc2", "stages.1.layers.3.fc2"], [(0, "0.1.2"), (1, "1.3.2")]),
+        (["blocks.2.mlp.fc2", "blocks.10.mlp.fc2"], [(2, "2"), (10, "10")]),
+        (["layer3.5"], [(0, "3.5")]),
+        (["blocks.4.hook_out"], [(4, "4")]),
+        (["ln_final"], [(0, "ln_final")]),
+    ],
+)
+def test_a_curve_goes_over_layers_only_where_these_number_its_saes(
+    results: Results, hooks: list[str], expected: list[tuple[float, str]]
+) -> None:
+    saes = [sae_like(results, id=h, name=h, hook_name=h, layer=layer_of(h)) for h in hooks[::-1]]
+    found = replace(results, saes=saes)
+    (series,) = all_series(found)
+    assert positions(series) == expected
+    assert [row["layers/layer"] for row in layer_rows(series)] == [x for x, _ in expected]
+    report = Report(found)
+    by_layer = expected[0][0] != 0
+    places = [f"layer {text}" for _, text in expected] if by_layer else hooks
+    assert [place for place, _ in report.side_by_side(report.headlines[0])] == places
+    heading = "layer" if by_layer and len(hooks) > 1 else "SAE"
+    assert [column.header for column in summary_table(found).columns][1] == heading
+
+
 def test_many_series_are_told_apart(tmp_path: Path) -> None:
     runs = tuple(f"seed{i}" for i in range(12))
     report = Report(make_results(tmp_path, n_layers=2, runs=runs))
@@ -389,6 +419,9 @@ def test_an_sae_stands_beside_its_controls(results: Results, tmp_path: Path) -> 
     }
     assert with_controls(results.saes) == []
 
+    odd = [replace(sae, id=f"={sae.id}") for sae in view.saes]
+    written = write_comparison(replace(view, saes=odd), tmp_path / "odd") / "controls.csv"
+    assert "'=one/trained" in written.read_text()  # no spreadsheet takes it for a formula
     table = pd.read_csv(write_comparison(view, tmp_path) / "controls.csv")
     assert table.sae.tolist() == ["one/trained", "two/trained"]
     assert table.trained.tolist() == [0.5, 4.5] and table.frozen_decoder.tolist() == [1.5, 1.5]

@@ -243,6 +243,10 @@ def test_sources_that_are_no_saes(files: Any, own_run: Path, tmp_path: Path) -> 
         find_sources([path, path])
     with pytest.raises(ConfigError, match="is given twice"):
         find_sources([own_run, own_run])
+    found = find_sources(own_run)
+    assert find_sources(found) == found
+    with pytest.raises(ConfigError, match="SAEs of an earlier call and sources together; given"):
+        find_sources([*found, path])
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         find_sources("nowhere")
     with pytest.raises(ConfigError, match="msae:none: path: not found"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sae_files
 import torch
+import yaml
 from sae_files import D_IN, D_SAE, FILES, OLD_SAEV, SAEFile, saev_header
 from sae_lens import SAE
 from sae_lens.saes.transcoder import Transcoder
@@ -445,6 +447,46 @@ def test_a_renamed_msae_file(tmp_path):
         read_sae(file.path, **said)
     mean = sae_files.Numbers(7).mean
     gives(read_sae(file.path, **said, mean=mean, scale=1 / 0.37), file)
+
+
+def universal_runs(top):
+    """Checkpoints of one name, each in its place: the file of one run, and a copy as another run's."""
+    file = sae_files.universal_sae(top)
+    other = top / "weights" / "other_run" / "SigLIP" / file.path.name
+    other.parent.mkdir(parents=True)
+    shutil.copyfile(file.path, other)
+    config = yaml.safe_load((top / "results/config.yaml").read_text())
+    return file, other, config
+
+
+def write_universal(top, config, path, **said):
+    entry = {**config["model_zoo"]["SigLIP"], "checkpoint_path": str(path), **said}
+    found = {**config, "sae_params": {**config["sae_params"], "top_k": 3}}
+    text = yaml.safe_dump({**found, "model_zoo": {"SigLIP": entry}})
+    (top / "results/config_b.yaml").write_text(text)
+
+
+def test_a_universal_sae_has_the_facts_of_its_own_run(tmp_path):
+    file, other, config = universal_runs(tmp_path)
+    with pytest.raises(ConfigError, match=r"^mean, std, k, dictionary_normalization: not in"):
+        read_sae(other)  # the only yaml is of the other run
+    write_universal(tmp_path, config, other, model_mean=1.5, model_std=9.0)
+    gives(read_sae(file.path), file)
+    sae = read_sae(other)
+    assert sae.cfg.k == 3
+    note = f"k, mean and std stand in config_b.yaml, for {other}"
+    assert note in sae.cfg.metadata.notes
+
+
+def test_a_universal_sae_that_was_moved_is_named_by_one_yaml(tmp_path):
+    file, _, config = universal_runs(tmp_path)
+    moved = tmp_path / "downloads" / file.path.name
+    moved.parent.mkdir()
+    shutil.copyfile(file.path, moved)
+    gives(read_sae(moved), file)
+    write_universal(tmp_path, config, "/elsewhere/other_run/SigLIP/" + moved.name)
+    with pytest.raises(ConfigError, match=r"^mean, std, k, dictionary_normalization: not in"):
+        read_sae(moved)  # the two say different things
 
 
 def test_prisma_without_its_config(tmp_path):

@@ -189,3 +189,14 @@ def test_what_is_neither_a_name_nor_a_path(tmp_path):
         ConfigError, match=r"given 't\.txt'; allowed: a file that ends in \.csv or \.json"
     ):
         load_taxonomy(tmp_path / "t.txt")
+
+
+def test_a_log_line_counts_the_nodes_with_several_parents(tmp_path, caplog):
+    """As of a phylogeny in which two clades have one name."""
+    caplog.set_level("INFO")
+    (tmp_path / "tree.csv").write_text("r,a\nr,b\na,x\na,y\nb,z\n")
+    load_taxonomy(tmp_path / "tree.csv")
+    assert not caplog.records
+    (tmp_path / "dag.csv").write_text("r,a\nr,b\na,98/97\nb,98/97\n98/97,x\n98/97,y\na,z\nb,w\n")
+    load_taxonomy(tmp_path / "dag.csv")
+    assert caplog.messages == ["dag.csv: 1 nodes have several parents: '98/97'"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,8 +47,10 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 
 
 def started(*arguments: str, **environment: str) -> str:
-    """The output of Python in a process of its own."""
+    """The output of Python in a process of its own, which finds the modules of this folder."""
     pytest.importorskip("triton")
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), **environment}
     done = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
