@@ -19,6 +19,7 @@ import stat
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -321,6 +322,10 @@ def read_yaml(path: str | Path) -> Any:
                 raise UnreadableError(f"nested more than {MAX_NESTING} deep")
             node: Any = super().compose_node(parent, index)
             self.depth -= 1
+            if isinstance(node, yaml.MappingNode) and not is_alias:
+                keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+                if repeated := [key for key, n in Counter(keys).items() if n > 1]:
+                    raise UnreadableError(f"the key {repeated[0]!r} stands twice")
             if not is_alias:
                 inside = node.value if isinstance(node, yaml.CollectionNode) else []
                 parts = [p for item in inside for p in (item if type(item) is tuple else [item])]

@@ -136,7 +136,8 @@ def run(args: list[str]) -> None:
 def described(plan: dict[str, Any]) -> list[str]:
     """The plan as lines of text, to be checked before a long run."""
     points = plan["hook_points"]
-    sizes = sorted({f"{p['d_in']} -> {p['d_sae']}" for p in points.values()})
+    pairs = sorted({(p["d_in"], width) for p in points.values() for width in p["d_sae"]})
+    sizes = [f"{d_in} -> {d_sae}" for d_in, d_sae in pairs]
     shown = list(points) if len(points) <= 4 else [*list(points)[:2], "...", list(points)[-1]]
     per_image = f"{plan['tokens_per_image']:,} {plan['tokens']} token(s) each"
     if plan["images"] is None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from ...registry.nulls import DECISIVE, LEAST_DRAWS, LEVEL, NULLS, significant
 from .headlines import ShownMetric, headlines
 from .results import MetricResult, NullResult, PermutedClassesInfo, Results, SAEResult
-from .series import all_series, is_by_layer, natural_key
+from .series import all_series, is_by_layer, kind_of, natural_key
 
 LABEL_COLUMN = 30
 FIRST_COLUMN = 18  # characters; longer titles are wrapped
@@ -212,7 +212,7 @@ def _rows(results: Results, shown: ShownMetric) -> list[tuple[SAEResult, MetricR
 def _layers(results: Results) -> bool:
     """Whether the layer alone identifies an SAE."""
     saes = sorted(results.saes, key=lambda sae: natural_key(sae.hook_name))
-    return len(saes) > 1 and is_by_layer(saes)
+    return len(saes) > 1 and len(set(map(kind_of, saes))) == 1 and is_by_layer(saes)
 
 
 def _label(results: Results, sae: SAEResult) -> str:

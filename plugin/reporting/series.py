@@ -13,7 +13,10 @@ from .results import Results, SAEResult
 
 @dataclass(frozen=True)
 class Series:
-    """SAEs that differ in their layer only, shallowest first; `label` is what they share."""
+    """SAEs that differ in their layer only, shallowest first; `label` is what they share.
+
+    Their widths may differ, as those of a CNN's stages do.
+    """
 
     label: str
     saes: list[SAEResult]
@@ -37,12 +40,12 @@ def all_series(results: Results) -> list[Series]:
     and ``topk_11`` at block 11 are both ``topk_*``.
     """
     alone = Counter(sae.run for sae in results.saes)
-    groups: dict[Key, list[SAEResult]] = defaultdict(list)
+    groups: dict[tuple[Key, Kind], list[SAEResult]] = defaultdict(list)
     for sae in results.saes:
         run = sae.run if alone[sae.run] > 1 else ""
         numbers = _numbers(sae)
         key = (run, _without(sae.name, numbers), _without(sae.place, numbers))
-        groups[key].append(sae)
+        groups[key, kind_of(sae)].append(sae)
     found = []
     for key, saes in _told_apart(groups):
         saes.sort(key=lambda sae: natural_key(sae.hook_name))
@@ -51,26 +54,29 @@ def all_series(results: Results) -> list[Series]:
     labels = [
         " · ".join(dict.fromkeys(key[i] for i in varying or [2] if key[i])) for key, _ in found
     ]
-    kinds = [" and ".join(dict.fromkeys(sae.trained_as for sae in saes)) for _, saes in found]
-    if len(set(kinds)) > 1:  # the name of a run need not contain the architecture
-        labels = [
-            label if kind in label or not kind else f"{label} ({kind})"
-            for label, kind in zip(labels, kinds, strict=True)
-        ]
-    held = [saes[0].constraint or "" for _, saes in found]
-    labels = [
-        label if constraint in label else f"{label} ({constraint})"
-        for label, constraint in zip(labels, held, strict=True)
-    ]
+    for told in zip(*(kind_of(saes[0]) for _, saes in found), strict=True):
+        if len(set(told)) > 1:  # the name of a run need not contain its architecture
+            labels = [
+                label if not fact or fact in label else f"{label} ({fact})"
+                for label, fact in zip(labels, told, strict=True)
+            ]
     return [Series(label, saes) for label, (_, saes) in zip(labels, found, strict=True)]
 
 
 Key = tuple[str, str, str]  # run, name and hook point
+Kind = tuple[str, str, str, str]
 
 
-def _told_apart(groups: dict[Key, list[SAEResult]]) -> Iterator[tuple[Key, list[SAEResult]]]:
+def kind_of(sae: SAEResult) -> Kind:
+    """In what SAEs of one curve do not differ: model, tokens, architecture as trained and constraint."""
+    return sae.model_name, sae.tokens, sae.trained_as, sae.constraint or ""
+
+
+def _told_apart(
+    groups: dict[tuple[Key, Kind], list[SAEResult]],
+) -> Iterator[tuple[Key, list[SAEResult]]]:
     """Split groups with several SAEs at one hook point, which form no curve, into single SAEs."""
-    for key, saes in groups.items():
+    for (key, _), saes in groups.items():
         if len({sae.place for sae in saes}) < len(saes):
             yield from ((_own_key(sae), [sae]) for sae in saes)
         else:

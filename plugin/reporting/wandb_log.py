@@ -275,9 +275,13 @@ def layer_rows(series: Series) -> Iterator[dict[str, float]]:
 
 
 def prefixed_series(results: Results) -> list[tuple[Series, str]]:
-    """The curves over layers, each with the prefix of its keys."""
+    """The curves over layers, each with the prefix of its keys: its label, with N for each * of it.
+
+    W&B takes a * only at the end of what it is told about keys.
+    """
     found = [series for series in all_series(results) if len(series) > 1]
-    return [(series, f"{series.label}/" if len(found) > 1 else "") for series in found]
+    several = len(found) > 1
+    return [(one, f"{one.label.replace('*', 'N')}/" if several else "") for one in found]
 
 
 def _charts(results: Results) -> Iterator[tuple[str, Any]]:

@@ -80,13 +80,7 @@ class Job:
         cache_bytes = preflight.cache_size(cfg, self.runner.model, images)
         plan: Facts = {
             "model": cfg.model_name,
-            "hook_points": {
-                head_name(name, cfg.sae_heads[sae]): {
-                    "d_in": saes[sae].d_in,
-                    "d_sae": saes[sae].d_sae,
-                }
-                for sae, name in cfg.sae_hook_names.items()
-            },
+            "hook_points": self._hook_points(),
             "architectures": sorted({sae.architecture() for sae in saes.values()}),
             "saes": len(saes),
             "images": None if images.is_streaming else len(images),
@@ -106,6 +100,16 @@ class Job:
             "evaluation": None if self.held_out is None else self._evaluation(self.held_out),
         }
         return plan
+
+    def _hook_points(self) -> dict[str, Facts]:
+        """Hook point, or head -> d_in there, and the widths of the SAEs."""
+        cfg, found = self.runner.cfg, dict[str, Facts]()
+        for name, hook_name in cfg.sae_hook_names.items():
+            sae, place = cfg.sae_configs[name], head_name(hook_name, cfg.sae_heads[name])
+            widths = found.setdefault(place, {"d_in": sae.d_in, "d_sae": []})["d_sae"]
+            if sae.d_sae not in widths:
+                widths.append(sae.d_sae)
+        return found
 
     def cost(self, n_ranks: int | None = None) -> Facts:
         """FLOPs, bytes and seconds of the training on `n_ranks` processes, from a calibration of some seconds.

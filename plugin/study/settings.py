@@ -38,7 +38,7 @@ from ..training.config import (
     VisionSAERunnerConfig,
     training_config_class,
 )
-from .sources import PRESET, Settings, architecture_of, layers, required
+from .sources import PRESET, Settings, architecture_of, layers, own_architecture, required
 
 SECTIONS = ("study", "runner", "logger", "sae")
 
@@ -234,6 +234,8 @@ def study_from(sources: Sequence[tuple[str, Settings]]) -> Study:
     for position, (source, settings) in enumerate(sources, start=1):
         running = training_config_class(architecture_of(sources[:position]))
         sections = _sections(settings, source, (running, final))
+        if "saes" not in settings:
+            _refuse_overruled(merged["study"].get("saes"), settings, sections, source)
         _drop_alternatives(merged, sections, source)
         for section, values in sections.items():
             merged[section].update(values)
@@ -274,6 +276,22 @@ def _sections(
             raise ConfigError(_unknown_key(source, key, key, known | {"logger", "sae"}))
         found[section][key] = typed(f"{source}: {key}", value, hints[section][key])
     return found
+
+
+def _refuse_overruled(
+    saes: Any, settings: Settings, sections: dict[str, Settings], source: str
+) -> None:
+    """Refuse a field that SAEs of an earlier source have of their own, which would have no effect."""
+    given = {key: value for values in sections.values() for key, value in values.items()}
+    if architecture := own_architecture(settings):
+        given["architecture"] = architecture
+    for name, own in (saes or {}).items():
+        for key, value in given.items():
+            same = {key, *(other for pair in ALTERNATIVES if key in pair for other in pair)}
+            if isinstance(own, Mapping) and same & own.keys() and own.get(key, ...) != value:
+                problem = f"saes.{name} has its own {min(same & own.keys())}"
+                allowed = "left out, or changed in saes"
+                raise ConfigError(f"{source}: {key}", problem, given=value, allowed=allowed)
 
 
 def _drop_alternatives(

@@ -29,14 +29,16 @@ def layers(
 
 def architecture_of(sources: Sequence[tuple[str, Settings]]) -> str:
     """The architecture in the last source that names one, or SAELens's default."""
-    for _, settings in reversed(sources):
-        sae = settings.get("sae")
-        name = settings.get("architecture") or (
-            sae.get("architecture") if isinstance(sae, Mapping) else None
-        )
-        if name:
-            return str(name)
-    return "standard"
+    found = (own_architecture(settings) for _, settings in reversed(sources))
+    return next((name for name in found if name), "standard")
+
+
+def own_architecture(settings: Settings) -> str | None:
+    """The architecture that the settings of one source name, at the top or under `sae`."""
+    sae = settings.get("sae")
+    nested = sae.get("architecture") if isinstance(sae, Mapping) else None
+    name = settings.get("architecture") or nested
+    return str(name) if name else None
 
 
 def required(settings: Settings) -> list[str]:

@@ -48,7 +48,7 @@ from .interrupts import Interrupts, StepGate, TrainingInterrupted
 from .lockstep import SharedInterrupts
 from .resampling import Resampling
 from .rng import draw_by_step, seeded
-from .shared_logs import share_logs
+from .shared_logs import histograms_of_any_range, share_logs
 from .step_choice import fuse_optimizer, tell_when_none_is_dead
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,8 @@ class TrainingSession:
             self.store.open()
             try:
                 self._skip_estimates(gate)
-                trained = trainer.fit()
+                with histograms_of_any_range(self.saes.values()):
+                    trained = trainer.fit()
                 if logs is not None:
                     logs.finish()
                 return trained

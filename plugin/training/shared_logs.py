@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import wandb
 
@@ -35,6 +38,28 @@ def gathered_logs(
         key: value for each in came if isinstance(each, dict) for key, value in each.items()
     }
     return together if ranks.is_first else {}
+
+
+@contextmanager
+def histograms_of_any_range(saes: Iterable[Any]) -> Iterator[None]:
+    """Meanwhile the histograms that SAELens logs are of float64.
+
+    In float32 NumPy makes none of norms that are equal up to rounding, as those of a frozen decoder are.
+    Wraps `log_histograms`, SAELens's public seam.
+    """
+    saes = list(saes)
+    for sae in saes:
+        plain = sae.log_histograms
+        sae.log_histograms = partial(_in_float64, plain)
+    try:
+        yield
+    finally:
+        for sae in saes:
+            del sae.log_histograms
+
+
+def _in_float64(log_histograms: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return {key: np.asarray(value, np.float64) for key, value in log_histograms().items()}
 
 
 def share_logs(ranks: Ranks, cfg: Any, trainers: Mapping[str, Any]) -> SharedLogs | None:

@@ -555,7 +555,7 @@ def test_a_dry_run_plans_and_trains_nothing(taxolens, study, tmp_path):
     assert code == 0, err
     plan = json.loads(out)["plan"]
     assert list(plan["hook_points"]) == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
-    assert plan["hook_points"]["blocks.0.hook_resid_post"] == {"d_in": 16, "d_sae": 32}
+    assert plan["hook_points"]["blocks.0.hook_resid_post"] == {"d_in": 16, "d_sae": [32]}
     assert (plan["images"], plan["tokens_per_image"], plan["epochs"]) == (24, 1, 2.0)
     assert (plan["training_tokens"], plan["steps"]) == (48, 6)
     # Two SAEs of 2 x 16 x 32 weights and their biases, 4 bytes each.

@@ -456,6 +456,34 @@ def test_stages_of_a_cnn_make_one_curve(results: Results) -> None:
     assert names_of(results, *saes) == {"layer*.*.hook_out": hooks}
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("tokens", ("class", "patch")),
+        ("constraint", (None, "frozen_decoder")),
+        ("model_name", ("vit", "other")),
+        ("trained_as", ("topk", "batchtopk")),
+    ],
+)
+def test_saes_that_differ_in_more_than_their_layer_are_no_curve(
+    results: Results, field: str, values: tuple[Any, Any]
+) -> None:
+    saes = [
+        sae_like(results, id=f"block{layer}", run=f"block{layer}", name=hook, hook_name=hook,
+                 layer=layer, **{field: value})
+        for layer, value in zip((2, 5), values, strict=True)
+        for hook in [f"blocks.{layer}.hook_resid_post"]
+    ]  # fmt: skip
+    found = replace(results, saes=saes)
+    assert [len(series) for series in all_series(found)] == [1, 1]
+    labels = [series.label for series in all_series(found)]
+    assert str(values[1]) in labels[1] and str(values[1]) not in labels[0].replace("batch", "")
+    assert [column.header for column in summary_table(found).columns][1] == "SAE"
+    same = replace(results, saes=[replace(sae, **{field: values[0]}) for sae in saes])
+    assert [len(series) for series in all_series(same)] == [2]
+    assert [column.header for column in summary_table(same).columns][1] == "layer"
+
+
 def test_layer_and_natural_order() -> None:
     assert layer_of("blocks.12.hook_resid_post") == 12
     assert layer_of("ln_final.hook_normalized") is None

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
 from taxolens.plugin.evaluation.evaluate import choose_evaluators
@@ -132,6 +134,28 @@ def test_several_saes_at_every_hook_point(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"k": 64}, "k: saes.a has its own k; given 64; allowed: left out, or changed in saes"),
+        ({"architecture": "jumprelu"}, "architecture: saes.a has its own architecture; given 'jump"),
+        ({"constraint": "frozen_decoder"}, "constraint: saes.b has its own constraint"),
+        ({"expansion_factor": 3.0}, "expansion_factor: saes.a has its own d_sae; given 3.0"),
+        ({"d_sae": 32}, "d_sae: saes.a has its own d_sae"),
+    ],
+)
+def test_a_flag_that_the_saes_of_a_file_would_overrule_is_refused(tmp_path, flags, message):
+    text = "architecture: topk\nsaes: {a: {architecture: topk, k: 8, d_sae: 64}, b: {constraint: null}}"
+    path, base = write(tmp_path, text), without("d_sae")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        gather(config=path, flags={**base, **flags})
+    assert gather(config=path, flags={**base, "architecture": "topk"}).saes.keys() == {"a", "b"}
+    other = {"normalize_activations": "layer_norm", "saes": {"c": {"d_sae": 32}}}
+    assert gather(config=path, flags={**base, **flags, **other}).saes.keys() == {"c"}
+    study = gather(config=path, flags={**base, "normalize_activations": "layer_norm"})
+    assert {sae.fields["normalize_activations"] for sae in study.saes.values()} == {"layer_norm"}
+
+
 def test_a_constraint_of_all_saes_and_of_one(tmp_path):
     assert config_of({"constraint": "frozen_decoder"}).constraint == "frozen_decoder"
     text = "constraint: frozen_decoder\nsaes: {a: {constraint: null}, b: {}}"
@@ -157,6 +181,8 @@ def test_a_constraint_of_all_saes_and_of_one(tmp_path):
             "sae: {l1_coeficient: 2}",
             "key not known .did you mean 'l1_coefficient'",
         ),
+        ("lr: 1.0e-3\nlr: 4.0e-4", "the key 'lr' stands twice"),
+        ("saes: {1: {}, '1': {}}", "the key '1' stands twice"),
         ("sae: 5", "sae: not settings; given 5; allowed: `name: value` lines"),
         ("zzzzzz: 1", "--help_all"),
         ("lr: fast", "lr: of the wrong type; given 'fast'; allowed: float"),

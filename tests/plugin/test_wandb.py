@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import wandb
 from results_factory import make_results
-from sae_lens import LoggingConfig
+from sae_lens import LoggingConfig, TopKTrainingSAEConfig
 from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.reporting.wandb_log import (
     _Dropping,
@@ -225,6 +225,38 @@ def test_training_logs_losses_evaluations_config_and_saes(
         assert len(run.logged(f"{name}/eval/lch_height/height")) == 2
         assert len(run.logged(f"{name}/eval/lch_height/height/permuted_classes")) == 2
     assert "model" in {artifact.type for artifact in run.artifacts.values()}
+
+
+def test_several_curves_have_keys_charts_and_tables(results: Results, tmp_path: Path) -> None:
+    """Their names have a * for the number of the block."""
+    saes = [
+        replace(sae, id=f"{sae.hook_name}.{kind}", name=f"{sae.hook_name}.{kind}")
+        for sae in results.saes
+        for kind in ("a", "b")
+    ]
+    place = log_results(replace(results, saes=saes), mode="offline", project="p")
+    wandb.teardown()
+    assert place is not None
+    run = OfflineRun(Path(place))
+    for kind in ("a", "b"):
+        prefix = f"blocks.N.hook_resid_post.{kind}"
+        assert run.logged(f"{prefix}/layers/layer") == [sae.layer for sae in results.saes]
+        assert len(run.logged(f"{prefix}/layers/pair_depth/pair_depth")) == len(results.saes)
+
+
+@pytest.mark.parametrize("constraint", ["frozen_decoder", None])
+def test_norms_that_are_equal_up_to_rounding_have_a_histogram(
+    training: Any, monkeypatch: pytest.MonkeyPatch, constraint: str | None
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    logger = LoggingConfig(wandb_project="p", wandb_log_frequency=1, eval_every_n_wandb_logs=5)
+    sae = TopKTrainingSAEConfig(d_in=16, d_sae=256, k=4)
+    cfg = training.single(sae=sae, constraint=constraint, logger=logger)
+    trained = training.runner(cfg).run()
+    (file,) = Path(os.environ["WANDB_DIR"]).rglob("offline-run-*/*.wandb")
+    assert len(OfflineRun(file.parent).logged("weights/W_dec_norms")) == 2
+    assert "log_histograms" not in vars(trained)
 
 
 # When W&B fails ---------------------------------------------------------------------------------
