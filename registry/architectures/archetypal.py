@@ -20,6 +20,7 @@ Memory: W has d_sae * n_candidates parameters.
 Saved as `topk` or `jumprelu`, with D as the decoder.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,9 @@ def _check(cfg: Any) -> None:
         raise ConfigError(
             "n_candidates", "out of range", given=cfg.n_candidates, allowed="at least 1"
         )
-    if cfg.delta < 0:
-        raise ConfigError("delta", "out of range", given=cfg.delta, allowed="0 or more")
+    if not 0 <= cfg.delta < math.inf:  # infinity would be taken for a training that has diverged
+        allowed = "0 or more, and finite"
+        raise ConfigError("delta", "out of range", given=cfg.delta, allowed=allowed)
     if cfg.decoder_init_norm is not None:
         raise ConfigError(
             "decoder_init_norm",
@@ -255,7 +257,9 @@ class ArchetypalDictionary(SAE[Any]):
         back = unwhitening_matrix.to(self.device, dtype)
         self.candidates.copy_(self.candidates.to(dtype) @ back)
         self.relaxation.copy_(relaxation.to(dtype) @ back)
-        self.delta.fill_(torch.inf)  # a ball in whitened space is not a ball in raw space
+        # A ball in whitened space is not a ball in raw space: without a bound, by a finite number,
+        # since weights that are not finite are those of a training that has diverged.
+        self.delta.fill_(torch.finfo(self.delta.dtype).max)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_dec"] = self.dictionary().detach()

@@ -163,6 +163,7 @@ def test_seeding_repeats_rows_only_when_they_run_out():
     [
         ({"n_candidates": 0}, "n_candidates: out of range; given 0; allowed: at least 1"),
         ({"delta": -1}, "delta: out of range; given -1; allowed: 0 or more"),
+        ({"delta": float("inf")}, "delta: out of range; given inf; allowed: .* finite"),
         (
             {"decoder_init_norm": 0.1},
             "decoder_init_norm: not possible; given 0.1; allowed: None for archetypal_topk",
