@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
     ESTIMATED,
+    FINAL_PREFIX,
     RunIdentity,
     is_whole,
     latest_checkpoint,
@@ -224,9 +225,16 @@ class TrainingSession:
     def complete_checkpoint(self, folder: Path) -> None:
         """Complete a checkpoint, whose other files SAELens has written into `folder`, on every rank its own.
 
+        That of the end is left out where weights are not finite and an output follows, which says so.
+
         Raises:
             DivergedError: weights are not finite; no checkpoint is made.
         """
+        is_final = folder.name.startswith(FINAL_PREFIX)
+        if is_final and self.cfg.output_path is not None and self._not_finite_anywhere():
+            if self.ranks.is_first:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
         self._check_finite(thorough=True)
         for name, constraint in self.constraints.items():
             save_initial_rows(self._place(folder, name), constraint)
@@ -259,17 +267,21 @@ class TrainingSession:
             trained: folder under `output_path` ("." for itself) -> SAE.
 
         Raises:
-            DivergedError: weights are not finite.
+            DivergedError: weights are not finite; SAEs whose weights are finite have been written.
             CheckpointError: writing failed; the message names the folder that was used instead.
         """
-        self._check_finite(thorough=True)
+        diverged = self._not_finite_anywhere()
+        if len(diverged) == len(self.cfg.sae_configs):
+            raise next(iter(diverged.values()))
+        trained = {name: each for name, each in trained.items() if name not in diverged}
         # The first rank is the last to write: runner_cfg.json lists the SAEs of all.
         problem = None if self.ranks.is_first else self._try_to_write(output_path, trained)
         problems = [found for found in self.meet("output", problem) if found]
         if self.ranks.is_first and not problems:
-            problem = self._try_to_write(output_path, trained)
+            problem = self._try_to_write(output_path, trained, diverged)
         problems += [found for found in self.meet("output is complete", problem) if found]
         if problems:
+            problems += map(str, diverged.values())
             raise CheckpointError("output_path", " ".join(dict.fromkeys(problems)))
         if self.cfg.logger.log_to_wandb:
             for name, (sae, sparsity) in trained.items():
@@ -281,13 +293,22 @@ class TrainingSession:
                     sparsity_path=None if sparsity is None else folder / SPARSITY_FILENAME,
                     wandb_aliases=["final_model"],
                 )
+        if diverged:
+            found = " ".join(map(str, diverged.values()))
+            raise DivergedError(f"{found} The other SAEs are in {str(output_path)!r}.")
 
     def _try_to_write(
-        self, output_path: str | Path, trained: Mapping[str, TrainedSAE]
+        self,
+        output_path: str | Path,
+        trained: Mapping[str, TrainedSAE],
+        diverged: Collection[str] = (),
     ) -> str | None:
         """Why the output could not be written, and where it is instead; None where it was."""
+        output = Path(output_path)
         try:
-            self._write(Path(output_path), trained)
+            for name in diverged:  # one of an earlier run would be taken for this run's
+                (output / name / SAE_CFG_FILENAME).unlink(missing_ok=True)
+            self._write(output, trained)
         except WRITE_ERRORS as error:
             return f"{str(output_path)!r} could not be written: {error}. {self._rescue(trained)}"
         return None
@@ -411,15 +432,28 @@ class TrainingSession:
         Clipping the gradient's norm spreads one NaN to every weight, so that during training the
         check of b_dec, which is small, is enough.
         """
+        for error in self._not_finite(thorough).values():
+            raise error
+
+    def _not_finite(self, thorough: bool) -> dict[str, DivergedError]:
+        """SAE name -> the error, of this process's SAEs whose weights are not finite."""
+        found: dict[str, DivergedError] = {}
         for name, sae in self.saes.items():
             tensors = sae.state_dict() if thorough else {"b_dec": sae.b_dec}
             for key, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise DivergedError(
+                    found[name] = DivergedError(
                         f"SAE {name!r}",
                         f"{key} is not finite after {self._trainer.n_training_samples:,} tokens: training diverged",
                         allowed="a lower lr, lr_warm_up_steps, or normalize_activations",
                     )
+                    break
+        return found
+
+    def _not_finite_anywhere(self) -> dict[str, DivergedError]:
+        """The same of the SAEs of all ranks; each calls this."""
+        parts = self.meet("finite", self._not_finite(thorough=True))
+        return {name: error for part in parts for name, error in part.items()}
 
 
 def _leave_empty_windows(trainer: Any) -> None:

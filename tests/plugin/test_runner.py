@@ -447,7 +447,7 @@ def test_a_rehearsal_refuses_what_is_not_finite_once_it_is_folded(monkeypatch):
     monkeypatch.setattr(
         "taxolens.plugin.training.dry_run._fold", lambda sae: sae.b_dec.data.fill_(float("inf"))
     )
-    with pytest.raises(ConfigError, match="cannot fold .*: b_dec: not finite afterwards"):
+    with pytest.raises(ConfigError, match=r"cannot fold .*: b_dec: not finite afterwards"):
         rehearse("sae", small_config("topk"), "cpu")
 
 
