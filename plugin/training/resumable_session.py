@@ -34,6 +34,7 @@ from .checkpoints import (
     ESTIMATED,
     FINAL_PREFIX,
     RunIdentity,
+    checkpoints_beyond,
     is_whole,
     latest_checkpoint,
     prune_checkpoints,
@@ -104,6 +105,9 @@ class TrainingSession:
             else Interrupts(lambda: store.stream.stop())  # it may be replaced
         )
         self._trainer: Any = None
+        self._left: set[str] = (
+            set()
+        )  # names of checkpoints that a run which goes back leaves behind
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
@@ -154,6 +158,7 @@ class TrainingSession:
                 checkpoint = Path(self.cfg.resume_from_checkpoint)
                 self._align(trainer, checkpoint)
                 self._check_finite(thorough=True)
+                self._leave_those_beyond(checkpoint)
             for name, constraint in self.constraints.items():
                 first = (
                     {}
@@ -249,7 +254,8 @@ class TrainingSession:
                 files={name: facts for part in written for name, facts in part.items()},
             )
             if self.cfg.keep_checkpoints is not None:
-                prune_checkpoints(folder.parent, self.cfg.keep_checkpoints)
+                self._left.discard(folder.name)
+                prune_checkpoints(folder.parent, self.cfg.keep_checkpoints, self._left)
         self.meet("checkpoint is complete")
 
     def _is_ours(self, path: Path) -> bool:
@@ -330,7 +336,8 @@ class TrainingSession:
             folder = Path(tempfile.mkdtemp(prefix="taxolens-"))
             self._write(folder, trained)
             return f"The trained SAE is in {folder} instead."
-        last = latest_checkpoint(self.cfg.checkpoint_path) if self.cfg.checkpoint_path else None
+        n_samples, folder = self._trainer.n_training_samples, self.cfg.checkpoint_path
+        last = latest_checkpoint(folder, before=n_samples + 1) if folder else None
         if last is None:
             return "No other place had room for it either."
         return f"Make room, then finish it with {as_setting('resume_from_checkpoint', last)}."
@@ -360,6 +367,17 @@ class TrainingSession:
             for threshold in trainer.checkpoint_thresholds
             if threshold >= trainer.n_training_samples
         ]
+
+    def _leave_those_beyond(self, checkpoint: Path) -> None:
+        """Name the checkpoints beyond the one that is resumed, which stay until this run writes them again."""
+        folder, n_samples = checkpoint.parent, self._trainer.n_training_samples
+        self._left = {path.name for path in checkpoints_beyond(folder, n_samples)}
+        if self._left and self.ranks.is_first:
+            logger.warning(
+                f"resuming after {n_samples:,} tokens. Later checkpoints in {folder} stay, except where this run "
+                "writes its own in their place, and keep_checkpoints does not count them: "
+                f"{', '.join(sorted(self._left, key=int))}."
+            )
 
     def _save(self) -> Path | None:
         """Save a checkpoint of the state between two steps, unless it exists."""
@@ -399,7 +417,7 @@ class TrainingSession:
         folder = self._remove_half_written()
         if folder is None:
             return
-        left = latest_checkpoint(folder.parent)
+        left = latest_checkpoint(folder.parent, before=int(folder.name))
         last = f"the last complete one is {left}" if left else "there is none before it"
         raise CheckpointError(
             f"checkpoint {folder}", f"could not be written: {error}; {last}"
