@@ -39,6 +39,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..table import Architecture
 from .parts.kmeans import seed_centroids, update_centroids
+from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
 
 
@@ -152,7 +153,8 @@ class ArchetypalDictionary(SAE[Any]):
         self.relaxation = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **options))
         self.log_scale = nn.Parameter(torch.zeros((), **options))
         self.register_buffer("candidates", torch.randn(c, cfg.d_in, **options))
-        self.register_buffer("candidate_counts", torch.zeros(c, **options))
+        counts = torch.zeros(c, dtype=at_least_float32(self.dtype), device=self.device)
+        self.register_buffer("candidate_counts", counts)
         self.register_buffer("row_scale", torch.ones(cfg.d_sae, **options))
         self.register_buffer("delta", torch.tensor(cfg.delta, **options))
         self.clock = StepClock(cfg.seed, self.device)

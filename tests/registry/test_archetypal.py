@@ -145,6 +145,23 @@ def test_kmeans_point_by_point():
     np.testing.assert_allclose(counts.numpy(), n)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kmeans_in_half_precision_finds_the_means(dtype):
+    """Of 4,000 points and more: sums and counts of so many are no numbers of half precision."""
+    torch.manual_seed(0)
+    sae = make(n_candidates=2, dtype=str(dtype).removeprefix("torch."))
+    batch = (torch.tensor([[2.0], [40.0]]).repeat_interleave(4000, 0) + torch.randn(8000, 5)).to(
+        dtype
+    )
+    candidates = torch.stack([batch[0], batch[-1]])
+    sae.candidates.copy_(candidates)
+    for _ in range(5):
+        update_centroids(sae.candidates, sae.candidate_counts, batch)
+    means = batch.double().unflatten(0, (2, 4000)).mean(1)
+    torch.testing.assert_close(sae.candidates.double(), means, rtol=0.01, atol=0)
+    assert sae.candidate_counts.tolist() == [20_000, 20_000]
+
+
 def test_seeding_repeats_rows_only_when_they_run_out():
     batch = torch.arange(5.0)[:, None]
     generator = torch.Generator().manual_seed(0)
