@@ -5,8 +5,8 @@ Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampl
 in proportion to the square of their loss; the decoder row becomes the input's direction, the encoder
 column the same direction at .2 of the mean norm of the living columns; encoder bias 0, moments of
 Adam 0. Deviations: inputs are those of the batch at hand, dead is SAELens's count over
-`dead_feature_window`, decoder rows get the mean norm of the living rows, and where an SAE subtracts
-b_dec the input is taken relative to it.
+`dead_feature_window`, decoder rows get the mean norm of the living rows, and an input is taken as the
+encoder sees it: normalised where the SAE normalises each input, and relative to b_dec where it subtracts that.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Resampling:
             return 0
         sae: Any = trainer.sae
         x = trainer.activation_scaler.scale(batch.to(sae.device, sae.dtype))
+        # Before the encoding, which sets anew, and the decoding, which ends, what this sets for an input.
+        inputs = sae.run_time_activation_norm_fn_in(x)
         output = sae.decode(sae.encode(x))
         loss = (x - output).float().square().sum(-1)
         weight = loss.square().cpu().double().numpy()
@@ -67,7 +69,7 @@ class Resampling:
             return 0
         generator = np.random.default_rng([self.seed, step])
         chosen = generator.choice(len(x), size=len(dead), p=weight / weight.sum())
-        inputs = x[torch.from_numpy(chosen).to(x.device)]
+        inputs = inputs[torch.from_numpy(chosen).to(x.device)]
         if getattr(sae.cfg, "apply_b_dec_to_input", False):
             inputs = inputs - sae.b_dec
         rows = torch.nn.functional.normalize(inputs, dim=-1)
