@@ -10,6 +10,8 @@ import pytest
 import torch
 from sae_lens import (
     GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
@@ -85,6 +87,24 @@ def test_an_input_is_taken_as_the_sae_normalises_it(norm: str, scale: float) -> 
         found = torch.nn.functional.normalize(rows, dim=1)
         torch.testing.assert_close(found, direction.expand(2, 8), rtol=1e-3, atol=1e-3)
     assert not {"ln_mu", "ln_std", "x_norm_coeff"} & set(vars(sae))
+
+
+def test_latents_of_jumprelu_get_their_first_threshold_again() -> None:
+    torch.manual_seed(0)
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(d_in=8, d_sae=6, jumprelu_init_threshold=0.05)
+    )
+    trainer = trainer_of(sae, dead=[1, 4], step=20)
+    with torch.no_grad():
+        sae.threshold.copy_(torch.tensor([0.3, 1e3, 0.3, 0.3, 1e3, 0.3]))
+    batch = torch.randn(64, 8)
+    assert Resampling(sae, every=10, seed=0).before_step(trainer, batch) == 2
+    expected = torch.tensor([0.3, 0.05, 0.3, 0.3, 0.05, 0.3])
+    assert torch.equal(sae.threshold.detach(), expected)
+    state = trainer.optimizer.state[sae.threshold]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert state[moment].ne(0).tolist() == [True, False, True, True, False, True]
+    assert (sae.encode(batch)[:, [1, 4]] > 0).any(0).all()
 
 
 @pytest.mark.parametrize(("dead", "step"), [([], 20), ([1], 15), ([1], 0), (list(range(6)), 20)])
