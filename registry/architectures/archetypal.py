@@ -13,7 +13,8 @@ Deviations: A comes from the activation stream itself. It starts as rows of the 
 the next ones, where it has more candidates than a batch has rows) and is refined by mini-batch
 k-means over the first `candidate_steps` training steps, then frozen; the paper runs k-means
 beforehand over a fixed set. W starts as one candidate per latent, the encoder as
-the projection onto it. `delta` is in the units of the activations.
+the projection onto it. `delta` is in the units of the activations; where the SAE normalises each input
+(`layer_norm`, `constant_norm_rescale`), candidates and `delta` are those of the normalised ones.
 
 Memory: W has d_sae * n_candidates parameters.
 
@@ -49,7 +50,8 @@ class ArchetypalSettings:
 
     Args:
         n_candidates: number of candidate points; by default as many as latents.
-        delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu.
+        delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu, in the units
+            of the activations after their normalisation.
         candidate_steps: training steps over which k-means refines the candidates.
         seed: seed of the candidates.
     """
@@ -179,10 +181,16 @@ class ArchetypalDictionary(SAE[Any]):
 
     @torch.no_grad()
     def learn_candidates(self, x: Tensor, step: int) -> None:
-        """Initialise candidates with the first batches, and refine them with later ones."""
+        """Initialise candidates with the first batches, and refine them with later ones.
+
+        Args:
+            x: inputs (n, d_in), as the SAE gets them.
+            step: of the training.
+        """
         if step >= max(self.cfg.candidate_steps, 1):
             return
-        x = x.to(self.candidates.dtype)
+        # What is decoded is scaled back where the SAE normalises each input.
+        x = self.run_time_activation_norm_fn_in(x.to(self.candidates.dtype))
         x = x[x.any(dim=1)]  # a zero input could not be normalised as an atom
         if not len(x):
             return

@@ -83,6 +83,23 @@ def test_candidates_come_from_the_data_and_then_stay():
     assert torch.equal(sae.candidates, learned)
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_candidates_are_points_as_the_sae_normalises_them(norm):
+    sae = make("jumprelu", candidate_steps=1, normalize_activations=norm)
+    x = 50 * (torch.randn(7, 5) + 3)  # as many as candidates, which start at them
+    step(sae, x, "jumprelu")
+    seen = x - x.mean(1, keepdim=True) if norm == "layer_norm" else x
+    length = (
+        2.0 if norm == "layer_norm" else 5**0.5
+    )  # of unit standard deviation, or of norm sqrt(d)
+    seen = length * torch.nn.functional.normalize(seen, dim=1)
+    order = torch.cdist(seen, sae.candidates).argmin(1)
+    assert len(set(order.tolist())) == 7
+    torch.testing.assert_close(sae.candidates[order], seen, rtol=1e-3, atol=1e-3)
+    sae(x)
+    assert not {"ln_mu", "ln_std", "x_norm_coeff"} & set(vars(sae))
+
+
 def test_more_candidates_than_a_batch_has_rows_come_from_the_next_batches():
     sae = make(n_candidates=12, candidate_steps=4)
     batches = torch.randn(4, 5, 5)
