@@ -301,7 +301,8 @@ class TrainingSession:
                 )
         if diverged:
             found = " ".join(map(str, diverged.values()))
-            raise DivergedError(f"{found} The other SAEs are in {str(output_path)!r}.")
+            problem = f"{str(output_path)!r} holds the other SAEs alone. {found}"
+            raise DivergedError("output_path", problem)
 
     def _try_to_write(
         self,

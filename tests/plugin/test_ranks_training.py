@@ -245,7 +245,8 @@ def test_an_sae_of_one_rank_that_diverges_at_the_end_costs_no_other(job, trainin
     monkeypatch.setattr(resumable_session.TrainingSession, "_not_finite", diverge)
     ended = job(2, "but_one", save_final_checkpoint=True, n_checkpoints=0)
     (message,) = {f"{type(each).__name__} {each}" for each in ended}
-    assert message.startswith("DivergedError SAE 'mp': diverged. The other SAEs are in '")
+    assert message.startswith("DivergedError output_path: '")
+    assert message.endswith("but_one' holds the other SAEs alone. SAE 'mp': diverged.")
     written = {path.parent.name for path in (training.folder / "but_one").glob("*/cfg.json")}
     assert written == set(SAES) - {"mp"}
 
