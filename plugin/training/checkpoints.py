@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,15 +199,21 @@ def holds_checkpoints(folder: str | Path) -> bool:
     return any((path / MANIFEST_FILENAME).exists() for path in checkpoints_in(folder))
 
 
-def latest_checkpoint(folder: str | Path, *, before: int | None = None) -> Path | None:
+def latest_checkpoint(
+    folder: str | Path,
+    *,
+    before: int | None = None,
+    wanted: Callable[[Path], bool] = lambda path: True,
+) -> Path | None:
     """The newest usable checkpoint of a run; others are named in a warning and skipped.
 
     Args:
         folder: the folder that holds the run's checkpoints.
         before: only those after fewer training samples than this.
+        wanted: chooses among them.
     """
     for path in checkpoints_in(folder):
-        if before is not None and int(path.name) >= before:
+        if (before is not None and int(path.name) >= before) or not wanted(path):
             continue
         try:
             verify_checkpoint(path)
@@ -255,16 +261,24 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def find_checkpoint(root: str | Path, run: RunIdentity) -> Path | None:
-    """The usable checkpoint of this run with the most training samples, in any folder of `root`."""
+    """The usable checkpoint of this run with the most training samples, in any folder of `root`.
+
+    One of a run with other settings, which would take effect from it on, is returned only where there is none
+    of exactly these settings: it may be further because the run went back behind it to change them.
+    """
     root = Path(root)
-    found: list[tuple[int, float, Path]] = []
+    found: list[tuple[bool, int, float, Path]] = []
     for folder in [root, *_subfolders(root)]:
         checkpoints = checkpoints_in(folder)
-        if any(_may_be_of(path, run) for path in checkpoints):
-            path = latest_checkpoint(folder)
-            if path is not None and _may_be_of(path, run):
-                found.append((int(path.name), path.stat().st_mtime, path))
-    return max(found)[2] if found else None
+        if not any(_may_be_of(path, run) for path in checkpoints):
+            continue
+        path = None
+        if any(_is_of(path, run) for path in checkpoints):
+            path = latest_checkpoint(folder, wanted=lambda path: _is_of(path, run))
+        path = path or latest_checkpoint(folder)
+        if path is not None and _may_be_of(path, run):
+            found.append((_is_of(path, run), int(path.name), path.stat().st_mtime, path))
+    return max(found)[3] if found else None
 
 
 def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
@@ -313,13 +327,24 @@ def _overruled(manifest: Manifest, run: RunIdentity) -> list[str]:
     return _differences({name: now[name] for name in both}, {name: then[name] for name in both})
 
 
-def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Remove all but the `keep` newest complete checkpoints. Final ones stay."""
-    whole = [path for path in checkpoints_in(folder) if (path / MANIFEST_FILENAME).exists()]
+def prune_checkpoints(folder: str | Path, keep: int, apart: Collection[str] = ()) -> None:
+    """Remove all but the `keep` newest complete checkpoints. Final ones stay.
+
+    Args:
+        folder: the folder that holds the run's checkpoints.
+        keep: how many stay.
+        apart: names of checkpoints that stay as well and are not counted: see `checkpoints_beyond`.
+    """
+    whole = [path for path in _with_manifest(folder) if path.name not in apart]
     for path in whole[keep:]:
         # Without its manifest a half removed checkpoint counts as incomplete.
         (path / MANIFEST_FILENAME).unlink()
         shutil.rmtree(path)
+
+
+def checkpoints_beyond(folder: str | Path, n_samples: int) -> list[Path]:
+    """Checkpoints after more than `n_samples`, newest first: of a continuation, where a run goes back to that point."""
+    return [path for path in _with_manifest(folder) if int(path.name) > n_samples]
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -397,6 +422,22 @@ def _is_run(folder: Path) -> bool:
 
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST_FILENAME).exists() or (_is_name(folder.name) and not _is_run(folder))
+
+
+def _with_manifest(folder: str | Path) -> list[Path]:
+    return [path for path in checkpoints_in(folder) if (path / MANIFEST_FILENAME).exists()]
+
+
+def _is_of(folder: Path, run: RunIdentity) -> bool:
+    """Whether the settings of the checkpoint are exactly those of the run."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    return not (
+        _differences(run.fixed, manifest.run.fixed)
+        or _differences(run.training, manifest.run.training)
+    )
 
 
 def _may_be_of(folder: Path, run: RunIdentity) -> bool:

@@ -116,7 +116,7 @@ class VisionFields:
         prepend_bos (bool): Without meaning for images.
         n_batches_in_buffer (int): Forward passes over images whose tokens are shuffled together.
         store_batch_size_prompts (int): Images in one forward pass.
-        resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the furthest checkpoint under checkpoint_path that fits this run, and a fresh start when there is none.
+        resume_from_checkpoint (str, optional): A checkpoint, the folder of a run's checkpoints (its newest usable one), or "auto": the furthest checkpoint under checkpoint_path that fits this run (those of exactly its settings first), and a fresh start when there is none.
         model_from_pretrained_kwargs (dict[str, Any], optional): More arguments for `load_vision_model`, such as dtype or family.
         tokens (str): Which tokens of an image become training activations: "class", "patch", "register", "all" or "mean_patch" (the mean over an image's patches).
         train_batch_size_tokens (int, optional): Tokens in one step. Defaults to 4096, or, where that makes fewer than 500 steps, to the largest power of 2 from 8 on that makes as many.

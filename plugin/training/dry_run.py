@@ -78,7 +78,10 @@ def rehearse(
             stage = "be trained"
             _train_one_step(sae)
             stage = f"fold normalize_activations={cfg.normalize_activations!r} into its weights"
+            finite = _finite(sae)
             _fold(sae)
+            if lost := sorted(finite - _finite(sae)):
+                raise ValueError(f"{', '.join(lost)}: not finite afterwards")
             stage = "be saved and loaded"
             with tempfile.TemporaryDirectory() as folder:
                 sae.save_inference_model(folder)
@@ -103,6 +106,11 @@ def _train_one_step(sae: TrainingSAE[Any]) -> None:
         is_logging_step=True,
     )
     sae.training_forward_pass(step).loss.backward()
+
+
+def _finite(sae: TrainingSAE[Any]) -> set[str]:
+    """Names of the weights and buffers that are finite: others would be refused when they are saved."""
+    return {name for name, tensor in sae.state_dict().items() if bool(tensor.isfinite().all())}
 
 
 def _fold(sae: TrainingSAE[Any]) -> None:

@@ -176,10 +176,12 @@ def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int
 def check_output(cfg: Any) -> None:
     """Check that the output folder does not hold another run, whose SAEs would join this one's.
 
+    A run that is resumed may have become longer than the result that it writes again.
+
     Raises:
         ConfigError: it does, and `overwrite_output` is False; the message names what differs.
     """
-    if cfg.output_path is None or cfg.overwrite_output or cfg.resume_from_checkpoint is not None:
+    if cfg.output_path is None or cfg.overwrite_output:
         return
     folder = Path(cfg.output_path)
     try:
@@ -191,10 +193,13 @@ def check_output(cfg: Any) -> None:
     except (OSError, UnreadableError):
         there = {}
     here = cfg.to_dict()
+    resumes = cfg.resume_from_checkpoint is not None
     differing = [
         name
         for name in RUN_SETTINGS
-        if name in there and _compared(here.get(name)) != _compared(there[name])
+        if not (resumes and name == "training_tokens")
+        and name in there
+        and _compared(here.get(name)) != _compared(there[name])
     ]
     if differing or not there:
         raise ConfigError(

@@ -4,9 +4,9 @@ Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampl
 (https://transformer-circuits.pub/2023/monosemantic-features). Inputs are drawn with a probability
 in proportion to the square of their loss; the decoder row becomes the input's direction, the encoder
 column the same direction at .2 of the mean norm of the living columns; encoder bias 0, moments of
-Adam 0. Deviations: inputs are those of the batch at hand, dead is SAELens's count over
-`dead_feature_window`, decoder rows get the mean norm of the living rows, and where an SAE subtracts
-b_dec the input is taken relative to it.
+Adam 0; of JumpReLU, which the source does not have, the threshold its initial one. Deviations: inputs are those of the batch at hand, dead is SAELens's count over
+`dead_feature_window`, decoder rows get the mean norm of the living rows, and an input is taken as the
+encoder sees it: normalised where the SAE normalises each input, and relative to b_dec where it subtracts that.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Resampling:
             return 0
         sae: Any = trainer.sae
         x = trainer.activation_scaler.scale(batch.to(sae.device, sae.dtype))
+        # Before the encoding, which sets anew, and the decoding, which ends, what this sets for an input.
+        inputs = sae.run_time_activation_norm_fn_in(x)
         output = sae.decode(sae.encode(x))
         loss = (x - output).float().square().sum(-1)
         weight = loss.square().cpu().double().numpy()
@@ -67,18 +69,23 @@ class Resampling:
             return 0
         generator = np.random.default_rng([self.seed, step])
         chosen = generator.choice(len(x), size=len(dead), p=weight / weight.sum())
-        inputs = x[torch.from_numpy(chosen).to(x.device)]
+        inputs = inputs[torch.from_numpy(chosen).to(x.device)]
         if getattr(sae.cfg, "apply_b_dec_to_input", False):
             inputs = inputs - sae.b_dec
         rows = torch.nn.functional.normalize(inputs, dim=-1)
         sae.W_dec[dead] = rows * sae.W_dec[living].norm(dim=1).mean()
         sae.W_enc[:, dead] = (ENCODER_SCALE * sae.W_enc[:, living].norm(dim=0).mean() * rows).T
         sae.b_enc[dead] = 0
-        places: tuple[tuple[Tensor, Any], ...] = (
+        places: list[tuple[Tensor, Any]] = [
             (sae.W_dec, dead),
             (sae.W_enc, (slice(None), dead)),
             (sae.b_enc, dead),
-        )
+        ]
+        threshold = dict(sae.named_parameters()).get("threshold")
+        start = getattr(sae.cfg, "jumprelu_init_threshold", None)
+        if threshold is not None and start is not None:  # by which a latent of JumpReLU is dead
+            threshold[dead] = start
+            places.append((threshold, dead))
         for parameter, place in places:
             state = trainer.optimizer.state.get(parameter, {})
             for moment in ("exp_avg", "exp_avg_sq"):

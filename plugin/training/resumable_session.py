@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,9 @@ from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
     ESTIMATED,
+    FINAL_PREFIX,
     RunIdentity,
+    checkpoints_beyond,
     is_whole,
     latest_checkpoint,
     prune_checkpoints,
@@ -103,6 +105,9 @@ class TrainingSession:
             else Interrupts(lambda: store.stream.stop())  # it may be replaced
         )
         self._trainer: Any = None
+        self._left: set[str] = (
+            set()
+        )  # names of checkpoints that a run which goes back leaves behind
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
@@ -153,6 +158,7 @@ class TrainingSession:
                 checkpoint = Path(self.cfg.resume_from_checkpoint)
                 self._align(trainer, checkpoint)
                 self._check_finite(thorough=True)
+                self._leave_those_beyond(checkpoint)
             for name, constraint in self.constraints.items():
                 first = (
                     {}
@@ -225,9 +231,16 @@ class TrainingSession:
     def complete_checkpoint(self, folder: Path) -> None:
         """Complete a checkpoint, whose other files SAELens has written into `folder`, on every rank its own.
 
+        That of the end is left out where weights are not finite and an output follows, which says so.
+
         Raises:
             DivergedError: weights are not finite; no checkpoint is made.
         """
+        is_final = folder.name.startswith(FINAL_PREFIX)
+        if is_final and self.cfg.output_path is not None and self._not_finite_anywhere():
+            if self.ranks.is_first:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
         self._check_finite(thorough=True)
         for name, constraint in self.constraints.items():
             save_initial_rows(self._place(folder, name), constraint)
@@ -242,7 +255,8 @@ class TrainingSession:
                 files={name: facts for part in written for name, facts in part.items()},
             )
             if self.cfg.keep_checkpoints is not None:
-                prune_checkpoints(folder.parent, self.cfg.keep_checkpoints)
+                self._left.discard(folder.name)
+                prune_checkpoints(folder.parent, self.cfg.keep_checkpoints, self._left)
         self.meet("checkpoint is complete")
 
     def _is_ours(self, path: Path) -> bool:
@@ -260,17 +274,21 @@ class TrainingSession:
             trained: folder under `output_path` ("." for itself) -> SAE.
 
         Raises:
-            DivergedError: weights are not finite.
+            DivergedError: weights are not finite; SAEs whose weights are finite have been written.
             CheckpointError: writing failed; the message names the folder that was used instead.
         """
-        self._check_finite(thorough=True)
+        diverged = self._not_finite_anywhere()
+        if len(diverged) == len(self.cfg.sae_configs):
+            raise next(iter(diverged.values()))
+        trained = {name: each for name, each in trained.items() if name not in diverged}
         # The first rank is the last to write: runner_cfg.json lists the SAEs of all.
         problem = None if self.ranks.is_first else self._try_to_write(output_path, trained)
         problems = [found for found in self.meet("output", problem) if found]
         if self.ranks.is_first and not problems:
-            problem = self._try_to_write(output_path, trained)
+            problem = self._try_to_write(output_path, trained, diverged)
         problems += [found for found in self.meet("output is complete", problem) if found]
         if problems:
+            problems += map(str, diverged.values())
             raise CheckpointError("output_path", " ".join(dict.fromkeys(problems)))
         if self.cfg.logger.log_to_wandb:
             for name, (sae, sparsity) in trained.items():
@@ -282,13 +300,23 @@ class TrainingSession:
                     sparsity_path=None if sparsity is None else folder / SPARSITY_FILENAME,
                     wandb_aliases=["final_model"],
                 )
+        if diverged:
+            found = " ".join(map(str, diverged.values()))
+            problem = f"{str(output_path)!r} holds the other SAEs alone. {found}"
+            raise DivergedError("output_path", problem)
 
     def _try_to_write(
-        self, output_path: str | Path, trained: Mapping[str, TrainedSAE]
+        self,
+        output_path: str | Path,
+        trained: Mapping[str, TrainedSAE],
+        diverged: Collection[str] = (),
     ) -> str | None:
         """Why the output could not be written, and where it is instead; None where it was."""
+        output = Path(output_path)
         try:
-            self._write(Path(output_path), trained)
+            for name in diverged:  # one of an earlier run would be taken for this run's
+                (output / name / SAE_CFG_FILENAME).unlink(missing_ok=True)
+            self._write(output, trained)
         except WRITE_ERRORS as error:
             return f"{str(output_path)!r} could not be written: {error}. {self._rescue(trained)}"
         return None
@@ -310,7 +338,8 @@ class TrainingSession:
             folder = Path(tempfile.mkdtemp(prefix="taxolens-"))
             self._write(folder, trained)
             return f"The trained SAE is in {folder} instead."
-        last = latest_checkpoint(self.cfg.checkpoint_path) if self.cfg.checkpoint_path else None
+        n_samples, folder = self._trainer.n_training_samples, self.cfg.checkpoint_path
+        last = latest_checkpoint(folder, before=n_samples + 1) if folder else None
         if last is None:
             return "No other place had room for it either."
         return f"Make room, then finish it with {as_setting('resume_from_checkpoint', last)}."
@@ -340,6 +369,17 @@ class TrainingSession:
             for threshold in trainer.checkpoint_thresholds
             if threshold >= trainer.n_training_samples
         ]
+
+    def _leave_those_beyond(self, checkpoint: Path) -> None:
+        """Name the checkpoints beyond the one that is resumed, which stay until this run writes them again."""
+        folder, n_samples = checkpoint.parent, self._trainer.n_training_samples
+        self._left = {path.name for path in checkpoints_beyond(folder, n_samples)}
+        if self._left and self.ranks.is_first:
+            logger.warning(
+                f"resuming after {n_samples:,} tokens. Later checkpoints in {folder} stay, except where this run "
+                "writes its own in their place, and keep_checkpoints does not count them: "
+                f"{', '.join(sorted(self._left, key=int))}."
+            )
 
     def _save(self) -> Path | None:
         """Save a checkpoint of the state between two steps, unless it exists."""
@@ -379,7 +419,7 @@ class TrainingSession:
         folder = self._remove_half_written()
         if folder is None:
             return
-        left = latest_checkpoint(folder.parent)
+        left = latest_checkpoint(folder.parent, before=int(folder.name))
         last = f"the last complete one is {left}" if left else "there is none before it"
         raise CheckpointError(
             f"checkpoint {folder}", f"could not be written: {error}; {last}"
@@ -412,15 +452,28 @@ class TrainingSession:
         Clipping the gradient's norm spreads one NaN to every weight, so that during training the
         check of b_dec, which is small, is enough.
         """
+        for error in self._not_finite(thorough).values():
+            raise error
+
+    def _not_finite(self, thorough: bool) -> dict[str, DivergedError]:
+        """SAE name -> the error, of this process's SAEs whose weights are not finite."""
+        found: dict[str, DivergedError] = {}
         for name, sae in self.saes.items():
             tensors = sae.state_dict() if thorough else {"b_dec": sae.b_dec}
             for key, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise DivergedError(
+                    found[name] = DivergedError(
                         f"SAE {name!r}",
                         f"{key} is not finite after {self._trainer.n_training_samples:,} tokens: training diverged",
                         allowed="a lower lr, lr_warm_up_steps, or normalize_activations",
                     )
+                    break
+        return found
+
+    def _not_finite_anywhere(self) -> dict[str, DivergedError]:
+        """The same of the SAEs of all ranks; each calls this."""
+        parts = self.meet("finite", self._not_finite(thorough=True))
+        return {name: error for part in parts for name, error in part.items()}
 
 
 def _leave_empty_windows(trainer: Any) -> None:

@@ -13,13 +13,15 @@ Deviations: A comes from the activation stream itself. It starts as rows of the 
 the next ones, where it has more candidates than a batch has rows) and is refined by mini-batch
 k-means over the first `candidate_steps` training steps, then frozen; the paper runs k-means
 beforehand over a fixed set. W starts as one candidate per latent, the encoder as
-the projection onto it. `delta` is in the units of the activations.
+the projection onto it. `delta` is in the units of the activations; where the SAE normalises each input
+(`layer_norm`, `constant_norm_rescale`), candidates and `delta` are those of the normalised ones.
 
 Memory: W has d_sae * n_candidates parameters.
 
 Saved as `topk` or `jumprelu`, with D as the decoder.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..table import Architecture
 from .parts.kmeans import seed_centroids, update_centroids
+from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
 
 
@@ -47,7 +50,8 @@ class ArchetypalSettings:
 
     Args:
         n_candidates: number of candidate points; by default as many as latents.
-        delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu.
+        delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu, in the units
+            of the activations after their normalisation.
         candidate_steps: training steps over which k-means refines the candidates.
         seed: seed of the candidates.
     """
@@ -63,8 +67,9 @@ def _check(cfg: Any) -> None:
         raise ConfigError(
             "n_candidates", "out of range", given=cfg.n_candidates, allowed="at least 1"
         )
-    if cfg.delta < 0:
-        raise ConfigError("delta", "out of range", given=cfg.delta, allowed="0 or more")
+    if not 0 <= cfg.delta < math.inf:  # infinity would be taken for a training that has diverged
+        allowed = "0 or more, and finite"
+        raise ConfigError("delta", "out of range", given=cfg.delta, allowed=allowed)
     if cfg.decoder_init_norm is not None:
         raise ConfigError(
             "decoder_init_norm",
@@ -150,7 +155,8 @@ class ArchetypalDictionary(SAE[Any]):
         self.relaxation = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **options))
         self.log_scale = nn.Parameter(torch.zeros((), **options))
         self.register_buffer("candidates", torch.randn(c, cfg.d_in, **options))
-        self.register_buffer("candidate_counts", torch.zeros(c, **options))
+        counts = torch.zeros(c, dtype=at_least_float32(self.dtype), device=self.device)
+        self.register_buffer("candidate_counts", counts)
         self.register_buffer("row_scale", torch.ones(cfg.d_sae, **options))
         self.register_buffer("delta", torch.tensor(cfg.delta, **options))
         self.clock = StepClock(cfg.seed, self.device)
@@ -175,10 +181,16 @@ class ArchetypalDictionary(SAE[Any]):
 
     @torch.no_grad()
     def learn_candidates(self, x: Tensor, step: int) -> None:
-        """Initialise candidates with the first batches, and refine them with later ones."""
+        """Initialise candidates with the first batches, and refine them with later ones.
+
+        Args:
+            x: inputs (n, d_in), as the SAE gets them.
+            step: of the training.
+        """
         if step >= max(self.cfg.candidate_steps, 1):
             return
-        x = x.to(self.candidates.dtype)
+        # What is decoded is scaled back where the SAE normalises each input.
+        x = self.run_time_activation_norm_fn_in(x.to(self.candidates.dtype))
         x = x[x.any(dim=1)]  # a zero input could not be normalised as an atom
         if not len(x):
             return
@@ -255,7 +267,9 @@ class ArchetypalDictionary(SAE[Any]):
         back = unwhitening_matrix.to(self.device, dtype)
         self.candidates.copy_(self.candidates.to(dtype) @ back)
         self.relaxation.copy_(relaxation.to(dtype) @ back)
-        self.delta.fill_(torch.inf)  # a ball in whitened space is not a ball in raw space
+        # A ball in whitened space is not a ball in raw space: without a bound, by a finite number,
+        # since weights that are not finite are those of a training that has diverged.
+        self.delta.fill_(torch.finfo(self.delta.dtype).max)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_dec"] = self.dictionary().detach()

@@ -35,6 +35,7 @@ from ..errors import ConfigError
 from ..table import Architecture
 from .parts.kmeans import seed_centroids, update_centroids
 from .parts.plugin_config import PluginTrainingSAEConfig, refuse_whitening
+from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
 
 _WHY_NO_WHITENING = "the same codes are compared with the input and decoded"
@@ -188,7 +189,8 @@ class CodebookTrainingSAE(Codebook, TrainingSAE[CodebookTrainingSAEConfig]):
         generator = self.clock.generator(step, self.device)
         if first:
             codes.copy_(seed_centroids(x, self.cfg.d_sae, generator))
-            counts = torch.zeros(self.cfg.d_sae, device=self.device, dtype=self.dtype)
+            dtype = at_least_float32(self.dtype)
+            counts = torch.zeros(self.cfg.d_sae, device=self.device, dtype=dtype)
             for _ in range(self.cfg.kmeans_init):
                 update_centroids(codes, counts, x)
         elif dead is not None:

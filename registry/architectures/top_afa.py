@@ -32,6 +32,7 @@ from .parts.plugin_config import (
     refuse_input_normalisation,
     refuse_whitening,
 )
+from .parts.precision import at_least_float32
 
 _WHY_NO_WHITENING = "it compares norms in the space of the input"
 
@@ -85,11 +86,17 @@ def select_by_norm(contributions: Tensor, target: Tensor) -> Tensor:
         contributions: norm of each latent's contribution to the reconstruction, (n, m).
         target: the norm to match, (n,).
     """
+    contributions, target = _exact(contributions), _exact(target)
     ordered, order = contributions.sort(dim=-1, descending=True, stable=True)
     reached = ordered.square().cumsum(dim=-1).sqrt()
     k = (reached - target[..., None]).abs().argmin(dim=-1, keepdim=True)
     ranks = torch.arange(contributions.shape[-1], device=contributions.device)
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, ranks <= k)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """At least in float32: in half precision running sums of squares stop growing, or are infinite."""
+    return tensor.to(at_least_float32(tensor.dtype))
 
 
 def _refuse_folding() -> None:
@@ -106,7 +113,8 @@ class TopAFASAE(StandardSAE):
     def encode(self, x: Tensor) -> Tensor:
         centred = self.process_sae_in(x)
         acts = self.hook_sae_acts_pre(centred @ self.W_enc + self.b_enc).relu()
-        kept = select_by_norm(acts * self.W_dec.norm(dim=-1), centred.norm(dim=-1))
+        contributions = _exact(acts) * _exact(self.W_dec).norm(dim=-1)
+        kept = select_by_norm(contributions, _exact(centred).norm(dim=-1))
         return self.hook_sae_acts_post(acts * kept)
 
     @override
@@ -140,8 +148,10 @@ class TopAFATrainingSAE(TopKTrainingSAE):
             hidden_pre = hidden_pre * norms
         acts = hidden_pre.relu()
         with torch.no_grad():
-            contributions = acts if self.cfg.rescale_acts_by_decoder_norm else acts * norms
-            kept = select_by_norm(contributions, centred.norm(dim=-1))
+            contributions = _exact(acts)
+            if not self.cfg.rescale_acts_by_decoder_norm:
+                contributions = contributions * _exact(self.W_dec).norm(dim=-1)
+            kept = select_by_norm(contributions, _exact(centred).norm(dim=-1))
         return self.hook_sae_acts_post(acts * kept), hidden_pre
 
     @override
@@ -153,8 +163,8 @@ class TopAFATrainingSAE(TopKTrainingSAE):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         # the gradient of a norm is not defined at 0, where an input has no active latent
-        code_norm = (feature_acts.square().sum(dim=-1) + 1e-12).sqrt()
-        mismatch = (code_norm - step_input.sae_in.norm(dim=-1)).square().mean()
+        code_norm = (_exact(feature_acts).square().sum(dim=-1) + 1e-12).sqrt()
+        mismatch = (code_norm - _exact(step_input.sae_in).norm(dim=-1)).square().mean()
         aux = super().calculate_aux_loss(step_input, feature_acts, hidden_pre.relu(), sae_out)
         return {"afa_loss": step_input.coefficients["afa"] * self.cfg.d_in * mismatch, **aux}
 

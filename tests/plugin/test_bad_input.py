@@ -17,6 +17,7 @@ from sae_lens import (
 from safetensors.torch import load_file
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import load_vision_model
+from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.training import interrupts
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.runner import VisionSAETrainingRunner
@@ -305,6 +306,23 @@ def test_weights_that_become_nan_are_never_saved(training, monkeypatch, kind):
         training.runner(cfg, **overrides).run()
     assert [path.name for path in checkpoints_in(training.checkpoints)] == ["24"]
     assert not list(training.output.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_an_sae_that_diverges_in_the_last_step_costs_no_other(training, final):
+    training.runner(training.multi()).run()
+    alone = load_file(training.output / "first" / "sae_weights.safetensors")
+    sae = training.meddling(training.sae(), lambda: sae.W_enc.data.fill_(float("nan")), step=9)
+    saes = {"first": training.meddling(training.sae(), lambda: None), "last": sae}
+    (training.output / "first" / "cfg.json").unlink()
+    cfg = training.multi(save_final_checkpoint=final)
+    with pytest.raises(DivergedError, match=r"'.*output' holds the other SAEs alone. SAE 'last': "):
+        training.runner(cfg, override_saes=saes).run()
+    # nothing stands in the place of the other one: not the result of the run before either
+    assert [sae.name for sae in find_saes(training.output)] == ["first"]
+    found = load_file(training.output / "first" / "sae_weights.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in alone.items())
+    assert not list(training.folder.glob("checkpoints/**/*.json"))
 
 
 def test_divergence_is_noticed_on_the_way(training, monkeypatch):

@@ -6,6 +6,7 @@ from taxolens.plugin.training.checkpoints import (
     MANIFEST_FILENAME,
     RunIdentity,
     check_same_run,
+    checkpoints_beyond,
     checkpoints_in,
     find_checkpoint,
     is_whole,
@@ -164,6 +165,30 @@ def test_the_search_leaves_out_checkpoints_whose_state_overrules_settings(tmp_pa
     path = checkpoint(tmp_path / "a", 8)
     assert find_checkpoint(tmp_path, RUN) == path
     assert find_checkpoint(tmp_path, RunIdentity(RUN.fixed, {"lr": 0.02})) is None
+
+
+def test_the_search_prefers_checkpoints_of_exactly_these_settings(tmp_path):
+    """A run that went back to 16 to change a setting has left 24 behind."""
+    changed = with_training(autocast=True)
+    checkpoint(tmp_path / "a", 16, with_training())
+    checkpoint(tmp_path / "a", 24, with_training())
+    assert find_checkpoint(tmp_path, changed) == tmp_path / "a" / "24"  # the only ones
+    mine = checkpoint(tmp_path / "a", 20, changed)
+    assert find_checkpoint(tmp_path, changed) == mine
+    assert find_checkpoint(tmp_path, with_training()) == tmp_path / "a" / "24"
+    checkpoint(tmp_path / "b", 64, with_training())
+    assert find_checkpoint(tmp_path, changed) == mine
+    truncate(mine / "trainer_state.pt")
+    assert find_checkpoint(tmp_path, changed) == tmp_path / "b" / "64"
+
+
+def test_pruning_does_not_count_what_a_run_has_left_behind(tmp_path):
+    for samples in (8, 16, 24, 32):
+        checkpoint(tmp_path, samples)
+    (tmp_path / "40").mkdir()
+    assert [path.name for path in checkpoints_beyond(tmp_path, 16)] == ["32", "24"]
+    prune_checkpoints(tmp_path, keep=1, apart={"24", "32"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["16", "24", "32", "40"]
 
 
 def test_pruning_keeps_the_newest(tmp_path):

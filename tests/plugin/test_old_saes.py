@@ -66,6 +66,22 @@ def test_another_run_is_not_written_into_the_folder(
     training.runner(training.single(checkpoint_id="again"))
 
 
+def test_neither_does_a_resumed_run_write_into_the_folder_of_another(training: Any) -> None:
+    training.runner(training.single(seed=3)).run()
+    before = (training.output / "sae_weights.safetensors").read_bytes()
+    own = {"checkpoint_id": "own", "n_checkpoints": 1, "dead_feature_window": 1}
+    elsewhere = str(training.folder / "elsewhere")
+    training.runner(training.single(**own, output_path=elsewhere)).run()
+    own["resume_from_checkpoint"] = "auto"
+    with pytest.raises(ConfigError, match=r"holds another run \(differing in seed\)"):
+        training.runner(training.single(**own))
+    assert (training.output / "sae_weights.safetensors").read_bytes() == before
+    # Its own result it writes anew, also after more tokens.
+    for changes in ({}, {"training_tokens": 160}):
+        training.runner(training.single(**own, output_path=elsewhere, **changes)).run()
+    training.runner(training.single(**own, overwrite_output=True))
+
+
 def test_an_sae_of_unknown_origin_is_not_written_over(training: Any, tmp_path: Path) -> None:
     training.runner(training.single()).run()
     (training.output / "runner_cfg.json").unlink()

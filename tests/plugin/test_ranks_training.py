@@ -237,6 +237,20 @@ def test_a_rank_that_fails_ends_the_job_and_its_error_is_named(job, training, mo
     assert not (training.folder / "failed" / "runner_cfg.json").exists()
 
 
+def test_an_sae_of_one_rank_that_diverges_at_the_end_costs_no_other(job, training, monkeypatch):
+    def diverge(session, thorough):
+        own = thorough and "mp" in session.saes
+        return {"mp": DivergedError("SAE 'mp'", "diverged")} if own else {}
+
+    monkeypatch.setattr(resumable_session.TrainingSession, "_not_finite", diverge)
+    ended = job(2, "but_one", save_final_checkpoint=True, n_checkpoints=0)
+    (message,) = {f"{type(each).__name__} {each}" for each in ended}
+    assert message.startswith("DivergedError output_path: '")
+    assert message.endswith("but_one' holds the other SAEs alone. SAE 'mp': diverged.")
+    written = {path.parent.name for path in (training.folder / "but_one").glob("*/cfg.json")}
+    assert written == set(SAES) - {"mp"}
+
+
 def test_an_output_that_one_rank_cannot_write_is_an_error_of_all(job, training, monkeypatch):
     def full(self, path):
         if self.cfg.architecture() == "mp" and "full" in str(path):

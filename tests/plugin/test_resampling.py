@@ -10,6 +10,8 @@ import pytest
 import torch
 from sae_lens import (
     GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
@@ -62,6 +64,47 @@ def test_dead_latents_take_the_direction_of_badly_reconstructed_inputs() -> None
     assert torch.equal(sae.W_dec[living], before["W_dec"][living])
     assert torch.equal(sae.W_enc[:, living], before["W_enc"][:, living])
     assert torch.equal(sae.b_dec, before["b_dec"])
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
+def test_an_input_is_taken_as_the_sae_normalises_it(norm: str, scale: float) -> None:
+    torch.manual_seed(0)
+    cfg = StandardTrainingSAEConfig(d_in=8, d_sae=6, normalize_activations=norm)
+    sae = StandardTrainingSAE(cfg)
+    trainer = trainer_of(sae, dead=[1, 4], step=20)
+    batch = torch.randn(8).repeat(32, 1)
+    batch[5] = 30 * torch.randn(8)
+    seen = batch - batch.mean(1, keepdim=True) if norm == "layer_norm" else batch
+    # To a length of sqrt(d - 1), or of sqrt(d): of unit standard deviation, or of norm.
+    length = 7**0.5 if norm == "layer_norm" else 8**0.5
+    seen = length * torch.nn.functional.normalize(seen, dim=1)
+    with torch.no_grad():
+        sae.b_dec.copy_(seen[0])  # which alone reconstructs the others
+    assert Resampling(sae, every=10, seed=0).before_step(trainer, scale * batch) == 2
+    direction = torch.nn.functional.normalize(seen[5] - seen[0], dim=0)
+    for rows in (sae.W_dec[[1, 4]], sae.W_enc[:, [1, 4]].T):
+        found = torch.nn.functional.normalize(rows, dim=1)
+        torch.testing.assert_close(found, direction.expand(2, 8), rtol=1e-3, atol=1e-3)
+    assert not {"ln_mu", "ln_std", "x_norm_coeff"} & set(vars(sae))
+
+
+def test_latents_of_jumprelu_get_their_first_threshold_again() -> None:
+    torch.manual_seed(0)
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(d_in=8, d_sae=6, jumprelu_init_threshold=0.05)
+    )
+    trainer = trainer_of(sae, dead=[1, 4], step=20)
+    with torch.no_grad():
+        sae.threshold.copy_(torch.tensor([0.3, 1e3, 0.3, 0.3, 1e3, 0.3]))
+    batch = torch.randn(64, 8)
+    assert Resampling(sae, every=10, seed=0).before_step(trainer, batch) == 2
+    expected = torch.tensor([0.3, 0.05, 0.3, 0.3, 0.05, 0.3])
+    assert torch.equal(sae.threshold.detach(), expected)
+    state = trainer.optimizer.state[sae.threshold]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert state[moment].ne(0).tolist() == [True, False, True, True, False, True]
+    assert (sae.encode(batch)[:, [1, 4]] > 0).any(0).all()
 
 
 @pytest.mark.parametrize(("dead", "step"), [([], 20), ([1], 15), ([1], 0), (list(range(6)), 20)])

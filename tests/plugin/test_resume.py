@@ -205,6 +205,33 @@ def test_a_run_of_a_constant_learning_rate_can_be_made_longer(training):
     assert_same(weights(training.output), weights(output))
 
 
+@pytest.mark.parametrize("back", ["to an earlier one", "before a damaged one"])
+def test_a_run_that_goes_back_keeps_what_it_writes(training, caplog, back):
+    settings = {"n_checkpoints": 4, "keep_checkpoints": 1}
+    training.runner(training.single(n_checkpoints=4)).run()  # 24, 40, 56, 72
+    if back == "to an earlier one":
+        left, step = "40, 56, 72", 3  # the next one is of the signal, after 32 tokens
+        settings["dead_feature_window"] = 2
+        start = str(training.checkpoints / "24")
+    else:
+        left, step, start = "72", 7, "auto"
+        weights_file = training.checkpoints / "72" / "sae_weights.safetensors"
+        weights_file.write_bytes(weights_file.read_bytes()[:-1])
+    stopped = training.meddling(
+        training.sae(), lambda: os.kill(os.getpid(), signal.SIGTERM), step=step
+    )
+    cfg = training.single(**settings, resume_from_checkpoint=start, overwrite_output=True)
+    with pytest.raises(TrainingInterrupted):
+        training.runner(cfg, override_sae=stopped).run()
+    written = str(8 * step + 8)
+    found = [path.name for path in checkpoints_in(training.checkpoints)]
+    assert sorted(found) == sorted([written, *left.split(", ")])
+    assert f"not count them: {left}." in caplog.text
+    cfg = training.single(**settings, resume_from_checkpoint="auto", overwrite_output=True)
+    training.runner(cfg)
+    assert cfg.resume_from_checkpoint == str(training.checkpoints / written)
+
+
 @pytest.mark.parametrize(("tokens", "prefetch"), [("class", False), ("patch", 2)])
 def test_many_saes_resume_from_any_checkpoint(training, tokens, prefetch):
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

@@ -443,6 +443,14 @@ def test_a_rehearsal_leaves_config_and_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_rehearsal_refuses_what_is_not_finite_once_it_is_folded(monkeypatch):
+    monkeypatch.setattr(
+        "taxolens.plugin.training.dry_run._fold", lambda sae: sae.b_dec.data.fill_(float("inf"))
+    )
+    with pytest.raises(ConfigError, match=r"cannot fold .*: b_dec: not finite afterwards"):
+        rehearse("sae", small_config("topk"), "cpu")
+
+
 def test_a_rehearsal_of_a_huge_sae_is_narrow(monkeypatch):
     monkeypatch.setattr("taxolens.plugin.training.dry_run.MAX_WEIGHTS", 100)
     monkeypatch.setattr("taxolens.plugin.training.dry_run.NARROW", 2)

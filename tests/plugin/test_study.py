@@ -138,7 +138,10 @@ def test_several_saes_at_every_hook_point(tmp_path):
     ("flags", "message"),
     [
         ({"k": 64}, "k: saes.a has its own k; given 64; allowed: left out, or changed in saes"),
-        ({"architecture": "jumprelu"}, "architecture: saes.a has its own architecture; given 'jump"),
+        (
+            {"architecture": "jumprelu"},
+            "architecture: saes.a has its own architecture; given 'jump",
+        ),
         ({"constraint": "frozen_decoder"}, "constraint: saes.b has its own constraint"),
         ({"expansion_factor": 3.0}, "expansion_factor: saes.a has its own d_sae; given 3.0"),
         ({"d_sae": 32}, "d_sae: saes.a has its own d_sae"),

@@ -83,6 +83,23 @@ def test_candidates_come_from_the_data_and_then_stay():
     assert torch.equal(sae.candidates, learned)
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_candidates_are_points_as_the_sae_normalises_them(norm):
+    sae = make("jumprelu", candidate_steps=1, normalize_activations=norm)
+    x = 50 * (torch.randn(7, 5) + 3)  # as many as candidates, which start at them
+    step(sae, x, "jumprelu")
+    seen = x - x.mean(1, keepdim=True) if norm == "layer_norm" else x
+    length = (
+        2.0 if norm == "layer_norm" else 5**0.5
+    )  # of unit standard deviation, or of norm sqrt(d)
+    seen = length * torch.nn.functional.normalize(seen, dim=1)
+    order = torch.cdist(seen, sae.candidates).argmin(1)
+    assert len(set(order.tolist())) == 7
+    torch.testing.assert_close(sae.candidates[order], seen, rtol=1e-3, atol=1e-3)
+    sae(x)
+    assert not {"ln_mu", "ln_std", "x_norm_coeff"} & set(vars(sae))
+
+
 def test_more_candidates_than_a_batch_has_rows_come_from_the_next_batches():
     sae = make(n_candidates=12, candidate_steps=4)
     batches = torch.randn(4, 5, 5)
@@ -145,6 +162,23 @@ def test_kmeans_point_by_point():
     np.testing.assert_allclose(counts.numpy(), n)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kmeans_in_half_precision_finds_the_means(dtype):
+    """Of 4,000 points and more: sums and counts of so many are no numbers of half precision."""
+    torch.manual_seed(0)
+    sae = make(n_candidates=2, dtype=str(dtype).removeprefix("torch."))
+    batch = (torch.tensor([[2.0], [40.0]]).repeat_interleave(4000, 0) + torch.randn(8000, 5)).to(
+        dtype
+    )
+    candidates = torch.stack([batch[0], batch[-1]])
+    sae.candidates.copy_(candidates)
+    for _ in range(5):
+        update_centroids(sae.candidates, sae.candidate_counts, batch)
+    means = batch.double().unflatten(0, (2, 4000)).mean(1)
+    torch.testing.assert_close(sae.candidates.double(), means, rtol=0.01, atol=0)
+    assert sae.candidate_counts.tolist() == [20_000, 20_000]
+
+
 def test_seeding_repeats_rows_only_when_they_run_out():
     batch = torch.arange(5.0)[:, None]
     generator = torch.Generator().manual_seed(0)
@@ -163,6 +197,7 @@ def test_seeding_repeats_rows_only_when_they_run_out():
     [
         ({"n_candidates": 0}, "n_candidates: out of range; given 0; allowed: at least 1"),
         ({"delta": -1}, "delta: out of range; given -1; allowed: 0 or more"),
+        ({"delta": float("inf")}, "delta: out of range; given inf; allowed: .* finite"),
         (
             {"decoder_init_norm": 0.1},
             "decoder_init_norm: not possible; given 0.1; allowed: None for archetypal_topk",

@@ -542,6 +542,8 @@ def test_folding_whitening_keeps_the_function_or_is_refused(name):
     whiten, unwhiten = basis * scale, (basis / scale).T
     folded = copy.deepcopy(sae)
     folded.fold_activation_whitening(mean, whiten, unwhiten)
+    # what is not finite would be refused, as diverged, when the trained SAE is saved
+    assert all(tensor.isfinite().all() for tensor in folded.state_dict().values())
     x = planted(BATCH, seed=50).double()
     white = ((x - mean) @ whiten).float()
     with torch.no_grad():

@@ -221,6 +221,27 @@ def test_weights_in_bfloat16():
     torch.testing.assert_close(sparse.W_enc.grad, dense.W_enc.grad, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_gradients_in_half_precision_are_those_in_float64(dtype, rescale):
+    """Of latents that fire on each of 2,000 inputs: sums of that many terms stop growing in half precision."""
+    x = (torch.randn(2000, D_IN, generator=torch.Generator().manual_seed(1)) + 0.7).bfloat16()
+    settings = {"dtype": dtype, "rescale_acts_by_decoder_norm": rescale}
+    exact, sparse = pair("topk", dtype="float64")[0], pair("topk", **settings)[1]
+    exact.cfg.rescale_acts_by_decoder_norm = rescale
+    with torch.no_grad():
+        sparse.W_enc[:, :2] += 0.5
+        for parameter, own in zip(exact.parameters(), sparse.parameters(), strict=True):
+            parameter.copy_(own)
+    forward(exact, x.double()).loss.backward()
+    output = forward(sparse, x.to(sparse.dtype))
+    assert int((output.feature_acts != 0).sum(0).max()) > 1500
+    output.loss.backward()
+    for name, parameter in exact.named_parameters():
+        found = sparse.get_parameter(name).grad.double()
+        assert float((found - parameter.grad).norm() / parameter.grad.norm()) < 0.04, name
+
+
 def test_deterministic_training_on_cuda_is_dense():
     cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
     assert runs_on(cpu) and runs_on(cuda) and not runs_on(mps)

@@ -1,6 +1,8 @@
 """`top_afa` against a loop over samples and over every possible k."""
 
+import pytest
 import torch
+from sae_lens import SAE
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from taxolens.registry.architectures.top_afa import (
     TopAFATrainingSAE,
@@ -35,6 +37,31 @@ def test_an_exact_match_is_found_and_at_least_one_latent_kept():
     contributions = torch.tensor([[3.0, 0.0, 4.0, 1.0], [0.0, 0.0, 2.0, 0.0]])
     kept = select_by_norm(contributions, torch.tensor([5.0, 0.0]))
     assert kept.tolist() == [[True, False, True, False], [False, False, True, False]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1, 60])
+def test_in_half_precision_it_keeps_as_many_latents(dtype, scale, tmp_path):
+    """Of norms above 256 the squares have no float16; sums of many small squares no bfloat16."""
+    torch.manual_seed(0)
+    settings = {"d_in": 64, "d_sae": 512, "decoder_init_norm": 1.0}
+    sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(**settings))
+    sae.W_enc.data.copy_(sae.W_dec.T / 2)
+    sae.save_inference_model(tmp_path)
+    half = TopAFATrainingSAE(TopAFATrainingSAEConfig(**settings, dtype=dtype))
+    half.load_state_dict(sae.state_dict())
+    x = scale * torch.randn(100, 64)
+    wanted = (sae.encode(x) > 0).sum(dim=1).float().mean()
+    saved = SAE.load_from_disk(tmp_path, dtype=dtype)
+    for other in (half, saved):
+        l0 = (other.encode(x.to(other.dtype)) > 0).sum(dim=1).float().mean()
+        torch.testing.assert_close(l0, wanted, rtol=0.03, atol=0)
+    steps = [TrainStepInput(x.to(each.dtype), {"afa": 1.0}, None, 0, False) for each in (sae, half)]
+    exact, afa = (
+        each.training_forward_pass(step).losses["afa_loss"]
+        for each, step in zip((sae, half), steps, strict=True)
+    )
+    torch.testing.assert_close(afa.float(), exact, rtol=0.2, atol=0)
 
 
 def test_the_loss_is_the_papers_times_d_in():

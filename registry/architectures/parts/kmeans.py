@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 @torch.no_grad()
 def seed_centroids(batch: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -21,19 +23,21 @@ def update_centroids(centroids: Tensor, counts: Tensor, batch: Tensor) -> None:
     """One step of web-scale k-means (Sculley 2010), in place.
 
     Each centroid becomes the running mean of the points assigned to it so far. Ties go to the
-    lowest index.
+    lowest index. Computed at least in float32.
 
     Args:
         centroids: (c, d).
-        counts: points assigned to each centroid so far, (c,).
+        counts: points assigned to each centroid so far, (c,), at least in float32: beyond 256 not every
+            number is one of bfloat16.
         batch: new points, (n, d).
     """
-    points = batch.to(centroids.dtype)
-    distance = centroids.square().sum(dim=1) - 2 * points @ centroids.T
+    places = centroids.to(at_least_float32(centroids.dtype))
+    points = batch.to(centroids.dtype).to(places.dtype)
+    distance = places.square().sum(dim=1) - 2 * points @ places.T
     nearest = distance.argmin(dim=1)
-    new = torch.bincount(nearest, minlength=centroids.shape[0]).to(counts.dtype)
-    sums = torch.zeros_like(centroids).index_add_(0, nearest, points)
+    new = torch.bincount(nearest, minlength=places.shape[0]).to(counts.dtype)
+    sums = torch.zeros_like(places).index_add_(0, nearest, points)
     total = (counts + new).clamp_min(1)
-    means = (centroids * counts[:, None] + sums) / total[:, None]
-    centroids.copy_(torch.where((new > 0)[:, None], means, centroids))
+    means = (places * counts[:, None] + sums) / total[:, None]
+    centroids.copy_(torch.where((new > 0)[:, None], means, places))
     counts.add_(new)

@@ -28,6 +28,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
+from .precision import at_least_float32
 from .triton_kernels import TritonKernels
 
 LEAST_WIDTH = 8
@@ -89,7 +90,8 @@ class Firings:
             order, ends = self.by_latent
             zeros, one = torch.zeros_like(order), g.new_ones(1, 1)
             return weighted_rows(g[order], zeros, ends, one, g.dtype).flatten()
-        return g.new_zeros(self.m).index_add_(0, self.columns, g)
+        total = g.new_zeros(self.m, dtype=at_least_float32(g.dtype))
+        return total.index_add_(0, self.columns, g.to(total.dtype)).to(g.dtype)
 
     def summed_rows(self, g: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         """(m, d) for each latent the sum of the rows of its inputs in `table` (n, d), weighted by g (f,)."""
@@ -130,14 +132,15 @@ class FiredLatents(NamedTuple):
             values = values / OfLatents.apply(norms, self.where)
         if kernels.serve(W_dec):
             return WeightedRows.apply(values, W_dec, self.where)
+        dtype = at_least_float32(W_dec.dtype)  # in which the gradients are added too
         return F.embedding_bag(
             self.where.columns,
-            W_dec,
+            W_dec.to(dtype),
             self.where.offsets,
             mode="sum",
-            per_sample_weights=values.to(W_dec.dtype),
+            per_sample_weights=values.to(dtype),
             include_last_offset=True,
-        )
+        ).to(W_dec.dtype)
 
 
 class OfLatents(torch.autograd.Function):
