@@ -282,7 +282,7 @@ def _time_images(cfg: Any, model: TappedModel, images: ImageDataset) -> tuple[fl
     return statistics.median(decode[counted]), statistics.median(forward[counted]), flops
 
 
-def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig, sharing: int = 1) -> tuple[float, float, int]:
+def _time_steps(cfg: Any, sae_cfg: TrainingSAEConfig, sharing: int) -> tuple[float, float, int]:
     """A step by SAELens's trainer, of one of the processes that share the batch.
 
     Returns its seconds, the FLOPs of one token in the dense step, and the bytes of the gradients.

@@ -317,7 +317,7 @@ def test_the_step_is_that_of_the_run_wherever_it_is_decided(
     assert all(torch.equal(before[name], value) for name, value in given.state_dict().items())
     looked(given)
     looked(training.runner(cfg).sae)
-    calibration._time_steps(cfg, cfg.sae)
+    calibration._time_steps(cfg, cfg.sae, size)
     # Its first step is SAELens's, of which FLOPs are counted.
     assert [*seen[:4], *set(seen[5:])] == [is_sparse] * 5 and seen[4] is False
 
