@@ -16,25 +16,40 @@ Numbers = Mapping[str, float]
 ROUNDING = 1e-9
 
 
-def beats(value: float, null: float, higher_is_better: bool | None) -> bool | None:
-    """Whether `value` is better than `null` by more than rounding; None where that is undefined."""
+def beats(
+    value: float, null: float, higher_is_better: bool | None, scale: float = 1.0
+) -> bool | None:
+    """Whether `value` is better than `null` by more than rounding; None where that is undefined.
+
+    Near 0 rounding is a part of `scale`, the size of such numbers; above 1 it counts as 1.
+    """
     if higher_is_better is None or not (math.isfinite(value) and math.isfinite(null)):
         return None
-    if math.isclose(value, null, rel_tol=ROUNDING, abs_tol=ROUNDING):
+    if math.isclose(value, null, rel_tol=ROUNDING, abs_tol=ROUNDING * min(1.0, scale)):
         return False
     return value > null if higher_is_better else value < null
 
 
-def null_result(value: float, draws: Sequence[float], higher_is_better: bool | None) -> NullResult:
+def null_result(
+    value: float,
+    draws: Sequence[float],
+    higher_is_better: bool | None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> NullResult:
     """One null from its draws, without undefined ones.
 
     p = (1 + number of draws at least as good as the value) / (1 + number of draws); equal up to
     rounding is as good. Past the null: p ≤ .05; with fewer draws than allow that, better than all.
+
+    `bounds` are the least and the largest value of the metric. One from 0 without a largest value may be
+    in the units of x, such as a squared error, so that its rounding is relative to the largest number
+    at hand. Elsewhere 0 can be a difference of numbers near 1, with their rounding.
     """
     defined = [float(draw) for draw in draws if math.isfinite(draw)]
     if not defined:
         return missing(value, "undefined under this null", higher_is_better)
-    beaten = [beats(value, draw, higher_is_better) for draw in defined]
+    scale = max(map(abs, [value, *defined])) if bounds == (0.0, math.inf) else 1.0
+    beaten = [beats(value, draw, higher_is_better, scale) for draw in defined]
     n, judged = len(defined), None not in beaten
     p = (1 + beaten.count(False)) / (1 + n) if judged else math.nan
     return NullResult(
@@ -96,7 +111,8 @@ def with_nulls(
         support: metric -> what it is computed from.
         left_out: the same metrics without each group of images, for the interval. Without the number of
             a group there is none: the formula needs all groups.
-        ranges: metric -> the least and the largest value that it can have, at which the interval is cut.
+        ranges: metric -> the least and the largest value that it can have, at which the interval is cut;
+            see `null_result`.
         declared: null -> the reason in `draws` for which it has no meaning for any of the metrics.
     """
 
@@ -110,7 +126,8 @@ def with_nulls(
         if isinstance(found, str):
             return missing(values[metric], found, directions.get(metric))
         numbers = [draw[metric] for draw in found if metric in draw]
-        return null_result(values[metric], numbers, directions.get(metric))
+        bounds = ranges.get(metric, (-math.inf, math.inf))
+        return null_result(values[metric], numbers, directions.get(metric), bounds)
 
     def result(metric: str, value: float) -> MetricResult:
         of = support.get(metric)

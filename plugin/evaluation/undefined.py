@@ -56,12 +56,14 @@ def _reason(
     in_both = len(np.intersect1d(*halves))
     if l0 == 0:
         return "no latent is active on any image"
+    missing = ""
     if present < n_classes:
-        return f"only {present} of {n_classes} classes have images"
-    if in_both < n_classes:
-        return f"only {in_both} of {n_classes} classes have images in both halves"
-    if number.support == 0:
-        return f"there are no {evaluator.support[name].unit} to compute it from"
-    return (
+        missing = f"only {present} of {n_classes} classes have images"
+    elif in_both < n_classes:
+        missing = f"only {in_both} of {n_classes} classes have images in both halves"
+    if number.support == 0:  # which one absent class of many does not explain
+        none = f"there are no {evaluator.support[name].unit} to compute it from"
+        return f"{none}; {missing}" if missing else none
+    return missing or (
         f"its formula has no value for these latents, {n_classes} classes and {len(images)} images"
     )

@@ -478,6 +478,15 @@ class EvaluationContext:
         kept = size < self.present.sum()
         return (nodes, size) if root else (nodes[kept], size[kept])
 
+    @cached_property
+    def lch(self) -> int:
+        """The LCH of the classes with images (scalar): all images lie at or below it. The root where all
+        classes have some, and where none has."""
+        present = self.present
+        if present.all() or not present.any():
+            return self.taxonomy.root
+        return self.taxonomy.lch(np.flatnonzero(present))
+
     @property
     def largest_class(self) -> int:
         """An upper bound on the images of one class (scalar)."""

@@ -71,7 +71,8 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     m (m its mean, Σ_v its Ledoit–Wolf covariance), d̂ = d/‖d‖ and the vector ℓ = (m·d̂)d̂.
 
     - `hierarchy_cosine`: |cos(ℓ_child − ℓ_parent, ℓ_parent)|, mean over the edges of the collapsed
-      tree below its root; `random_parent_cosine`: with a random other node as parent.
+      tree of the classes with images, below its root; `random_parent_cosine`: with a random other
+      node as parent.
       The parent has the child's images too, so permuted classes are also near 0: this number
       separates nodes from noise, but not one tree from another.
     - `parent_length`: ‖ℓ_parent‖/‖ℓ_child‖, mean over the edges (own definition): size of the
@@ -144,7 +145,11 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         self._classes = self.context.share(ClassCounts)
         self._firings = self.context.share(FiringHistogram, survival=(1.0,))
         self._sample = self.context.share(ImageSample, max_images=self.options.max_images)
-        self._tree = self.taxonomy.collapsed()
+        # A node above all images has a whitened mean of 0, and one without images no mean.
+        present = self.context.present
+        self._tree = self.taxonomy.collapsed(present if present.any() else None)
+        self._members = np.zeros((len(present), len(self._tree.nodes)), dtype=bool)
+        self._members[present if present.any() else slice(None)] = self._tree.membership
         self._edges = self._choose_edges()
 
     def _choose_edges(self) -> np.ndarray:
@@ -177,7 +182,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     ) -> Directions:
         """The vectors of the edges' nodes, from the fit half, and projections of held-out images."""
         labels = self._sample.labels(shuffled)
-        member = self._tree.membership[labels if permutation is None else permutation[labels]]
+        member = self._members[labels if permutation is None else permutation[labels]]
         x, fit = self._whitened, self._sample.is_fit
         x_held, member_held, member_fit = x[~fit], member[~fit].T, (member & fit[:, None]).T
         n_nodes = len(self._tree.nodes)
@@ -215,7 +220,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         return {
             "hierarchy_cosine": summary.mean(np.abs(cosines)),
             "random_parent_cosine": summary.mean(np.abs(random)),
-            # Nodes with the same images, as where classes are absent, are one node: no edge.
+            # Nodes with the same images in the sample's fit half are one node: no edge.
             "parent_length": summary.mean(
                 summary.ratio(length[parent], length[child]), np.isfinite(cosines)
             ),
@@ -245,7 +250,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> np.ndarray:
         """(V,) the latent that represents each node of the collapsed tree, −1 where none does."""
-        members = self._tree.membership
+        members = self._members
         found = find_detectors(
             self._firings.halves(shuffled),
             members if permutation is None else members[permutation],

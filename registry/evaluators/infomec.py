@@ -76,7 +76,8 @@ class Information(NamedTuple):
 class InfoMEC(Evaluator[InfoMECOptions]):
     """Whether each latent encodes one depth, few latents encode each depth, and a probe can read it.
 
-    Factors s_i: the group of an image at each distinct cut of the tree, from coarse to the classes.
+    Factors s_i: the group of an image at each cut of the tree that parts the classes with images
+    anew, from coarse to the classes.
     z_j is quantised into levels, all below 0 into one. The cuts are nested, unlike the factors of the published measure:
     a group determines those above it. So the information that a depth *adds* is used, A_ij =
     (I(s_i; z_j) − I(s_{i−1}; z_j)) / (H(s_i) − H(s_{i−1})), which by the chain rule is the
@@ -129,7 +130,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     @cached_property
     def depths(self) -> list[int]:
         """Depths of the cuts that are factors: distinct groupings of more than one group."""
-        return factor_depths(self.taxonomy)
+        return factor_depths(self.taxonomy, self.context.present)
 
     def groups(self, permutation: np.ndarray | None = None) -> np.ndarray:
         """(n_s, C) the group of each class under each factor, numbered from 0."""
@@ -169,7 +170,8 @@ class InfoMEC(Evaluator[InfoMECOptions]):
 
     @remembered
     def _log_odds(self, shuffled: bool) -> Tensor:
-        """(a, C) log-probabilities of the classes for the score half of the sample."""
+        """(a, C) log-probabilities of the classes for the score half of the sample; −∞ for those
+        without images, which would take most of the probability where they are many."""
         sample = self._sample
         fit = sample.is_fit
         fit_z = sample.z[fit]
@@ -178,15 +180,15 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         spread = squares / max(fit.sum(), 1) - mean**2
         chosen = np.sort(np.argsort(-spread, kind="stable")[: self.options.probe_latents])
         z = torch.from_numpy(sparse.csc_array(sample.z)[:, chosen].toarray())
-        labels = torch.from_numpy(sample.labels(shuffled))
+        present = self.context.present
+        among = torch.from_numpy((np.cumsum(present) - 1)[sample.labels(shuffled)])
         fitted = torch.from_numpy(fit)
-        return class_log_odds(
-            z[fitted],
-            labels[fitted],
-            z[~fitted],
-            len(self.taxonomy.classes),
-            steps=self.options.steps,
+        found = class_log_odds(
+            z[fitted], among[fitted], z[~fitted], int(present.sum()), steps=self.options.steps
         )
+        log_odds = torch.full((len(found), len(present)), -torch.inf)
+        log_odds[:, torch.from_numpy(present)] = found
+        return log_odds
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -242,11 +244,16 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         return {"explicitness": drawing}
 
 
-def factor_depths(taxonomy: Taxonomy) -> list[int]:
-    """The depths whose cuts differ in their number of groups, from two groups up to the classes."""
+def factor_depths(taxonomy: Taxonomy, present: np.ndarray | None = None) -> list[int]:
+    """The depths whose cuts differ in their number of groups, from two groups up to the classes.
+
+    Args:
+        present: (C,) bool, the classes whose groups count; None: all.
+    """
+    counted = np.ones(len(taxonomy.classes), dtype=bool) if present is None else present
     depths, last = [], 1
     for t in range(1, taxonomy.max_depth + 1):
-        groups = len(np.unique(taxonomy.cut(t)))
+        groups = len(np.unique(taxonomy.cut(t)[counted]))
         if groups > last:
             depths.append(t)
             last = groups

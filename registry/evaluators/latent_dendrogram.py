@@ -66,7 +66,8 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
       of their nodes in the primary tree.
     - `*_gamma`: Baker's γ, the rank correlation of the order in which pairs meet in the dendrogram,
       by height, with the order in the tree, from the deepest common node up.
-    - `*_purity`: for a depth t the group of a latent is the ancestor at t of its node, if there is one.
+    - `*_purity`: for a depth t the group of a latent is the ancestor at t of its node, if there is one;
+      depths at which all images have one ancestor are left out.
       Of two latents of one group: the share of that group among the latents below the merge at which
       they meet. Mean over such pairs of all depths.
 
@@ -167,7 +168,7 @@ class LatentDendrogram(Evaluator[LatentDendrogramOptions]):
         shared = shared_depth(self.taxonomy, nodes)[first, second][different]
         depth = self.taxonomy.depth[nodes]
         distance = (depth[first] + depth[second])[different] - 2 * shared
-        groups = node_groups(self.taxonomy, nodes)
+        groups = node_groups(self.taxonomy, nodes, int(self.taxonomy.depth[self.context.lch]))
         for similarity in SIMILARITIES:
             found = self.dendrogram(similarity)
             if found is not None:
@@ -245,16 +246,14 @@ def grow(similarity: np.ndarray) -> Dendrogram:
     return Dendrogram(merges, cophenet(merges), stage, leaves[size:])
 
 
-def node_groups(taxonomy: Taxonomy, nodes: np.ndarray) -> np.ndarray:
-    """(T, l) the primary ancestor of each of `nodes` (l,) at depths 1 … T, −1 where a node is above."""
+def node_groups(taxonomy: Taxonomy, nodes: np.ndarray, above: int = 0) -> np.ndarray:
+    """(T, l) the primary ancestor of each of `nodes` (l,) at each depth below `above`, down to the
+    deepest; −1 where a node is above."""
     paths = [taxonomy.path_to_root(v)[::-1] for v in nodes.tolist()]
+    depths = range(above + 1, taxonomy.max_depth + 1)
     return np.array(
-        [
-            [path[t] if t < len(path) else -1 for path in paths]
-            for t in range(1, taxonomy.max_depth + 1)
-        ],
-        dtype=np.int64,
-    ).reshape(taxonomy.max_depth, len(nodes))
+        [[path[t] if t < len(path) else -1 for path in paths] for t in depths], dtype=np.int64
+    ).reshape(len(depths), len(nodes))
 
 
 def purity(found: Dendrogram, groups: np.ndarray, counted: np.ndarray) -> float:

@@ -16,12 +16,14 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..presentation import Headline, NodeTable, Support
+from ..taxonomies.permuted_classes import strata
 from ..taxonomies.taxonomy import Taxonomy, first_columns
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
 from .parts.accumulators import ClassCounts, FiringHistogram, TopImages
 from .parts.ranks import benjamini_hochberg
 from .parts.samples import shape
+from .parts.stratified_sets import Expected, stratified_sets
 
 FEW_IMAGES = 5
 """Images of a class below which the rule `frequency` takes false alarms for classes of a latent."""
@@ -84,9 +86,10 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     A latent with empty S_j is undefined and left out of means. Read `height` and `generality` with
     `single_class_share`: a latent of one class has height 0, so few specific latents give a low
     mean. The gaps are the differences between random sets of as many of the present classes and the
-    latents of several classes. `lower_share` (own definition) is the share of these `n_latents`
+    latents of several classes; where classes differ in size, of as many of each stratum of like size
+    (see `permuted_classes`). `lower_share` (own definition) is the share of these `n_latents`
     whose classes meet lower than those of random sets: p of a latent is the share of the random
-    sets whose LCH is at most as high as its own (all pairs of classes for a latent of two; else
+    sets whose LCH is at most as high as its own (all such pairs of classes for a latent of two; else
     `repeats` draws, the latent's own set counted as one), adjusted over the latents by Benjamini and
     Hochberg to the false discovery rate `level`. The metrics are those of the chosen rule; the
     tables compare all rules.
@@ -143,16 +146,13 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     ) -> Assignment:
         """The node of each latent under `rule`; None for the chosen rule."""
         self._check_shuffled(shuffled)
-        options, rule = self.options, rule or self.options.rule
+        rule = rule or self.options.rule
         if rule == "topk":
             labels = self._top_labels(shuffled)
             if permutation is not None:
                 labels = np.where(labels >= 0, permutation[labels], -1)
-            return smallest_holding(self.taxonomy, labels, options.keep)
-        if rule == "topk_strict":
-            sets = class_sets(self._top_labels(shuffled), len(self.taxonomy.classes))
-        else:
-            sets = self._sets(options.tau if rule == "frequency" else 0.0, shuffled)
+            return smallest_holding(self.taxonomy, labels, self.options.keep)
+        sets = self._class_sets(shuffled, rule)
         return Assignment(self.taxonomy.lch_many(sets, permutation), np.diff(sets.indptr))
 
     @property
@@ -181,17 +181,17 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
 
     @remembered
     def _measured(self, permutation: np.ndarray | None, shuffled: bool) -> dict[str, float]:
-        return self._numbers(self.assign(permutation, shuffled), permutation)
+        return self._numbers(permutation, shuffled, self.options.rule)
 
     def _numbers(
-        self, assignment: Assignment, permutation: np.ndarray | None = None
+        self, permutation: np.ndarray | None, shuffled: bool, rule: str
     ) -> dict[str, float]:
-        node, size = assignment
+        node, size = self.assign(permutation, shuffled, rule)
+        random = self._random(permutation, shuffled, rule)
         node, size = node[node >= 0], size[node >= 0]
         height, generality = self.taxonomy.height[node], self.taxonomy.generality[node]
-        random = self._random(permutation)
         several = size > 1
-        q = benjamini_hochberg(random.p_lower(size[several], height[several]))
+        q = benjamini_hochberg(random.lower[several])
         return {
             # q can exceed the level by its rounding.
             "lower_share": summary.mean(q <= self.options.level * (1 + 1e-9)),
@@ -202,21 +202,48 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
             "single_class_share": summary.mean(~several),
             "multi_class_height": summary.mean(height, several),
             "multi_class_generality": summary.mean(generality, several),
-            "height_gap": summary.mean(random.height[size] - height, several),
-            "generality_gap": self._generality_gap(assignment, random),
+            "height_gap": summary.mean(random.height - height, several),
+            "generality_gap": summary.mean(random.generality - generality, several),
         }
 
-    def _generality_gap(self, assignment: Assignment, random: RandomSets) -> float:
-        several = (assignment.node >= 0) & (assignment.size > 1)
-        node, size = assignment.node[several], assignment.size[several]
-        return summary.mean(random.generality[size] - self.taxonomy.generality[node])
+    @remembered
+    def _random(self, permutation: np.ndarray | None, shuffled: bool, rule: str) -> Expected:
+        """Of the latents with a node under `rule`: random sets like theirs of the present classes, at
+        the places of these in the tree."""
+        node, size = self.assign(permutation, shuffled, rule)
+        size, height = size[node >= 0], self.taxonomy.height[node[node >= 0]]
+        groups = strata(self._classes.all())
+        places = [np.sort(group if permutation is None else permutation[group]) for group in groups]
+        facts = self.taxonomy, self.options.repeats, self.context.seed
+        if len(groups) > 1:
+            parts = self._parts(permutation, shuffled, rule)[node >= 0]
+            sets = stratified_sets(*facts, tuple(tuple(group.tolist()) for group in places))
+            return sets.of(parts, height)
+        found = random_class_sets(*facts, tuple(places[0].tolist()) if places else ())
+        several, lower = size > 1, np.ones(len(size))
+        lower[several] = found.p_lower(size[several], height[several])
+        return Expected(found.height[size], found.generality[size], lower)
 
-    def _random(self, permutation: np.ndarray | None = None) -> RandomSets:
-        """Random sets of the present classes, at their places in the tree."""
-        present = np.flatnonzero(self._classes.all())
-        places = present if permutation is None else np.sort(permutation[present])
-        seed = self.context.seed
-        return random_class_sets(self.taxonomy, self.options.repeats, seed, tuple(places.tolist()))
+    def _parts(self, permutation: np.ndarray | None, shuffled: bool, rule: str) -> np.ndarray:
+        """(m, S) the classes of each latent in each stratum of like size."""
+        groups = strata(self._classes.all())
+        stratum = np.zeros((len(self.taxonomy.classes), len(groups)), dtype=np.int64)
+        for i, group in enumerate(groups):
+            stratum[group, i] = 1
+        sets = self._class_sets(shuffled, rule)
+        if rule == "topk":  # of the classes of the images those below the node
+            node = self.assign(permutation, shuffled, rule).node
+            latent = np.repeat(np.arange(len(node)), np.diff(sets.indptr))
+            place = sets.indices if permutation is None else permutation[sets.indices]
+            below = self.taxonomy.membership[place, node[latent]]
+            sets = sparse.csr_array((below, sets.indices, sets.indptr), shape=shape(sets))
+        return np.asarray(sets.astype(np.int64) @ stratum)
+
+    def _class_sets(self, shuffled: bool, rule: str) -> sparse.csr_array:
+        """(m, C) the classes of each latent; under `topk` those of all of its images."""
+        if rule in ("topk", "topk_strict"):
+            return class_sets(self._top_labels(shuffled), len(self.taxonomy.classes))
+        return self._sets(self.options.tau if rule == "frequency" else 0.0, shuffled)
 
     def notes(self) -> list[str]:
         """Classes with too few images for a rule."""
@@ -254,16 +281,16 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         node, size = assigned[self.options.rule]
         latent = np.flatnonzero(node >= 0)
         node, size = node[latent], size[latent]
-        taxonomy = self.taxonomy
+        taxonomy, random = self.taxonomy, self._random(None, False, self.options.rule)
         table = {
             "latent": latent,
             "node": [taxonomy.nodes[v] for v in node],
             "name": [taxonomy.label(v) for v in node],
             "classes": size,
             "height": taxonomy.height[node],
-            "random_height": self._random().height[size],
+            "random_height": random.height,
             "generality": taxonomy.generality[node],
-            "random_generality": self._random().generality[size],
+            "random_generality": random.generality,
             "depth": taxonomy.depth[node],
         }
         for rule in RULES:
@@ -291,30 +318,31 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
 
     def _rule_table(self, assigned: dict[str, Assignment]) -> pd.DataFrame:
         rows = []
-        for rule, found in assigned.items():
+        for rule in assigned:
             permuted = summary.mean(
                 [self._permuted_gap(rule, p) for p in self.context.permutations]
             )
-            row = {"rule": rule, **self._numbers(found), "permuted_generality_gap": permuted}
-            rows.append(row)
+            numbers = self._numbers(None, False, rule)
+            rows.append({"rule": rule, **numbers, "permuted_generality_gap": permuted})
         return pd.DataFrame(rows)
 
     def _permuted_gap(self, rule: str, permutation: np.ndarray) -> float:
         if rule == self.options.rule:  # computed for the null
             return self._measured(permutation, False)["generality_gap"]
-        return self._generality_gap(self.assign(permutation, rule=rule), self._random(permutation))
+        return self._numbers(permutation, False, rule)["generality_gap"]
 
     def figures(self) -> dict[str, Figure]:
         """`generality`: of the latents of several classes, against random class sets."""
         node, size = self.assign()
-        node, size = node[size > 1], size[size > 1]
+        several = size[node >= 0] > 1
+        random = self._random(None, False, self.options.rule).generality[several]
         return {
             "generality": summary.histograms(
                 "Generality of latents of several classes",
                 "log₂ classes below the LCH",
                 {
-                    "latents": self.taxonomy.generality[node],
-                    "random sets of the same size": self._random().generality[size],
+                    "latents": self.taxonomy.generality[node[node >= 0][several]],
+                    "random sets of the same size": random,
                 },
             )
         }

@@ -30,7 +30,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
     cut both prediction and truth are replaced by their groups.
 
     - `*_accuracy`: of the class. `*_level_accuracy`: of the group, mean over the informative cuts
-      (those with more than one group and fewer groups than classes).
+      (those with more than one group and fewer groups than classes, of the classes with images).
     - `*_right_group` (own definition): how far the misclassified images are predicted into the right
       group, from 0 (by chance) to 1 (all that can be): Σ(r − e) / Σ(u − e) over the informative cuts.
       At a cut, r is the share of the errors that lie in the right group; e its expectation where the
@@ -112,7 +112,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
 
     def prepare(self) -> None:
         self._probes = self.context.share(ClassProbes, **asdict(self.options))
-        self._cuts = informative_cuts(self.taxonomy)
+        self._cuts = informative_cuts(self.taxonomy, self.context.present)
         n_classes = len(self.taxonomy.classes)
         groups = [np.unique(self.taxonomy.cut(t), return_inverse=True)[1] for t in self._cuts]
         narrow = np.min_scalar_type(n_classes)  # sorted many times as fast
@@ -179,7 +179,7 @@ class LevelInformation(Evaluator[ProbeOptions]):
     def tables(self) -> dict[str, pd.DataFrame]:
         """`levels`: each feature, measure and informative depth, with the permuted classes."""
         columns = ["feature", "measure", "depth", "groups", "value", "permuted", "permuted_most"]
-        groups = [len(np.unique(group)) for group in self._groups]
+        groups = [len(np.unique(group[self.context.present])) for group in self._groups]
         rows = []
         for feature in self._probes.features:
             nulls = [self.levels(feature, p) for p in self.context.permutations]
@@ -307,8 +307,14 @@ def _over_others(part: np.ndarray, rate: np.ndarray) -> np.ndarray:
     return np.divide(part, others, out=np.zeros(len(part)), where=others != 0)
 
 
-def informative_cuts(taxonomy: Taxonomy) -> list[int]:
-    """The depths whose cut has more than one group, fewer than classes, and more than the one above."""
-    groups = [len(np.unique(taxonomy.cut(t))) for t in range(taxonomy.max_depth)]
+def informative_cuts(taxonomy: Taxonomy, present: np.ndarray | None = None) -> list[int]:
+    """The depths whose cut has more than one group, fewer than classes, and more than the one above.
+
+    Args:
+        present: (C,) bool, the classes that count; None: all. A group without images tells nothing
+            apart: at a cut with one group of images every prediction would be right.
+    """
+    counted = np.ones(len(taxonomy.classes), dtype=bool) if present is None else present
+    groups = [len(np.unique(taxonomy.cut(t)[counted])) for t in range(taxonomy.max_depth)]
     cuts = range(1, taxonomy.max_depth)
-    return [t for t in cuts if groups[t - 1] < groups[t] < len(taxonomy.classes)]
+    return [t for t in cuts if groups[t - 1] < groups[t] < counted.sum()]

@@ -81,8 +81,8 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
     first and in the last group, for the gains.
 
     An SAE without prefixes, or a Matryoshka SAE saved as another architecture without its widths
-    (give them in the options), is grouped by firing rate: `by_rate` is 1. So are the `random` and
-    `neurons` nulls, unless the options give widths.
+    (give them in the options), is grouped by firing rate: `by_rate` is 1. So is the `neurons` null,
+    unless the options give widths; `random` has the SAE's groups.
     """
 
     name = "matryoshka_depth"

@@ -69,7 +69,8 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
 
     - `common_depth`: mean depth, in the primary tree, of the lowest common node of two rows of
       different nodes.
-    - `one_branch_share`: meta-latents whose rows all lie at or below one child of the root.
+    - `one_branch_share`: meta-latents whose rows all lie at or below one child of the lowest node
+      above all classes that have images, the root where all have some.
 
     `n_latents` rows, `n_meta_latents` with rows of different nodes, `mean_l0` meta-latents of a
     row. NaN without a decoder and with fewer than 4·k rows. Trained by SAELens's trainer with the
@@ -164,13 +165,14 @@ class MetaSAE(Evaluator[MetaSAEOptions]):
         nodes = self._nodes.of(self.latents, permutation, shuffled)[0]
         shared = shared_depth(self.taxonomy, nodes)
         depth, one_branch = np.full((2, found.acts.shape[1]), np.nan)
+        top = self.taxonomy.depth[self.context.lch]
         for meta, on in enumerate(found.acts.T > 0):
             own = nodes[on]
             different = own[:, None] != own
             if different.any():
                 among = shared[np.ix_(on, on)][different]
                 depth[meta] = among.mean()
-                one_branch[meta] = among.min() > 0
+                one_branch[meta] = among.min() > top
         return depth, one_branch
 
     def notes(self) -> list[str]:

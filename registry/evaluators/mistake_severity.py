@@ -65,7 +65,8 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
       with fewer classes. kNN has votes for a few classes only, so it has none of these.
     - `*_hierarchical_precision`: nodes that are at or above both classes over nodes at or above the
       predicted one, each summed over the images; `*_hierarchical_recall`: over nodes at or above
-      the true one; `*_hierarchical_f1`: their harmonic mean. The root is left out.
+      the true one; `*_hierarchical_f1`: their harmonic mean. Nodes above every class that has images,
+      as the root, are left out: every prediction has them right.
 
     `n_images` are the images that are predicted. Undefined without an error, or without an image. The other sources of latents share x, so `x_*`
     is NaN there. Memory O(C·(C + d + m) + d²).
@@ -117,7 +118,7 @@ class MistakeSeverity(Evaluator[ProbeOptions]):
 
     @cached_property
     def _common(self) -> np.ndarray:
-        return common_ancestors(self.taxonomy)
+        return common_ancestors(self.taxonomy, self.context.present)
 
     @remembered
     def _counts(self, feature: str, probe: str, k: int, shuffled: bool) -> Counts:
@@ -223,10 +224,17 @@ def heights(taxonomy: Taxonomy) -> np.ndarray:
     return height
 
 
-def common_ancestors(taxonomy: Taxonomy) -> np.ndarray:
-    """(C, C) number of nodes at or above both of two classes, the root left out."""
-    members = taxonomy.membership.astype(np.float32)
-    return (members @ members.T - 1).astype(np.float64)
+def common_ancestors(taxonomy: Taxonomy, present: np.ndarray | None = None) -> np.ndarray:
+    """(C, C) number of nodes at or above both of two classes, without those above all.
+
+    Args:
+        present: (C,) bool, the classes of which a node above all is left out; None: every class, so
+            that this node is the root.
+    """
+    membership = taxonomy.membership
+    above_all = (membership if present is None else membership[present]).all(0)
+    members = membership[:, ~above_all].astype(np.float32)
+    return (members @ members.T).astype(np.float64)
 
 
 def mean_height(counts: Counts, height: np.ndarray) -> float:

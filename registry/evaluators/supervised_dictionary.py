@@ -95,7 +95,8 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
 
     - `interpretability`: over latents that fire, the F1 of their firing for their best node,
       chosen on the fit half and scored on the other; `supervised_interpretability`: over
-      `n_nodes` nodes, that of x·u_v above a threshold chosen on the fit half.
+      `n_nodes` nodes, that of x·u_v above a threshold chosen on the fit half, on a sample in which
+      each image counts as the images of its class and half that it stands for.
     - `detected_share`: of the `supervised_nodes` (u_v detects them with F1 ≥ .5), the share that
       some latent detects too.
     - `occluded`: of these nodes, how many no latent detects while a parent or child with a longer u
@@ -191,19 +192,35 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         rates = (np.where(fires, rate, np.nan) for rate in (outcome.f1, outcome.precision))
         return Found(supervised, detectors, node, *rates)
 
+    @property
+    @remembered
+    def _weights(self) -> np.ndarray:
+        """(n,) the images for which each of the sample stands, those of its class and half.
+
+        The sample has equal shares of the classes, but F1 depends on how frequent a node is: that of
+        the latents is of all images. The class is the true one: by it the sample was drawn.
+        """
+        labels, fit = self._sample.labels(), self._sample.is_fit
+        weights = np.ones(len(labels))
+        for half, images in ((fit, self._classes.fit()), (~fit, self._classes.score())):
+            taken = np.bincount(labels[half], minlength=len(images))
+            weights[half] = images[labels[half]] / taken[labels[half]]
+        return weights
+
     def _supervise(self, members: np.ndarray, shuffled: bool) -> Supervised:
         x, fit = self._sample.x.numpy(), self._sample.is_fit
-        labels = self._sample.labels(shuffled)
+        labels, weights = self._sample.labels(shuffled), self._weights
         n_classes, d = len(members), x.shape[1]
-        mean = x[fit].mean(0, dtype=np.float64) if fit.any() else np.zeros(d)
-        counts = np.bincount(labels[fit], minlength=n_classes)
+        mean = np.average(x[fit], axis=0, weights=weights[fit]) if fit.any() else np.zeros(d)
+        counts = np.bincount(labels[fit], weights[fit], minlength=n_classes)
         sums = np.zeros((n_classes, d))
-        np.add.at(sums, labels[fit], x[fit] - mean)
+        np.add.at(sums, labels[fit], (x[fit] - mean) * weights[fit, None])
         inside = members.astype(np.float64)
         vectors = summary.ratio(inside.T @ sums, (inside.T @ counts)[:, None])  # (N, d)
         projected = (x - mean) @ vectors.T
         truth = members[labels]
-        f1 = held_out_f1(projected[fit], truth[fit], projected[~fit], truth[~fit])
+        fitted, held = ((projected[half], truth[half]) for half in (fit, ~fit))
+        f1 = held_out_f1(*fitted, *held, weights[fit], weights[~fit])
         of_class = summary.ratio(sums, counts[:, None])
         return Supervised(mean, of_class, np.linalg.norm(vectors, axis=1), f1)
 
@@ -423,18 +440,24 @@ NOTHING = Spliced(EMPTY, EMPTY, EMPTY, {}, {}, False)
 
 
 def held_out_f1(
-    scores: np.ndarray, truth: np.ndarray, held_scores: np.ndarray, held_truth: np.ndarray
+    scores: np.ndarray,
+    truth: np.ndarray,
+    held_scores: np.ndarray,
+    held_truth: np.ndarray,
+    weights: np.ndarray | None = None,
+    held_weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """(N,) F1 of scores > t for each column on held-out rows, t of best F1 on the other rows.
 
     Args:
         scores, held_scores: (n, N); NaN columns give NaN.
         truth, held_truth: (n, N) bool.
+        weights, held_weights: (n,) how often each row counts; None: once.
     """
     found = np.full(scores.shape[1], np.nan)
     for v in np.flatnonzero(np.isfinite(scores).all(0) & truth.any(0)):
-        threshold, _ = best_threshold(scores[:, v], truth[:, v])
-        found[v] = f1_score(held_scores[:, v] > threshold, held_truth[:, v])
+        threshold, _ = best_threshold(scores[:, v], truth[:, v], weights)
+        found[v] = f1_score(held_scores[:, v] > threshold, held_truth[:, v], held_weights)
     return found
 
 

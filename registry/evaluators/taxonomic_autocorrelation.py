@@ -16,6 +16,7 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..presentation import Support
+from ..taxonomies.permuted_classes import SIZE_FACTOR, strata
 from ..taxonomies.taxonomy import Taxonomy
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -30,7 +31,7 @@ BLOCK = 256
 @dataclass(frozen=True)
 class AutocorrelationOptions:
     """scale: two classes at tree distance t have weight e^(−t/scale).
-    draws: random permutations of the classes for each p-value.
+    draws: random permutations of the classes of like size for each p-value.
     level: level of the false discovery rate.
     """
 
@@ -62,7 +63,8 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
     I = (C / ΣW) · Σ_{a≠b} W_ab (y_a − ȳ)(y_b − ȳ) / Σ_a (y_a − ȳ)², y the mean activation on a
     class and W_ab = e^(−distance/scale) on the primary tree. Without structure it is −1/(C − 1) on
     average. p: the share of random permutations of the class means with at least I, the observed
-    one included; q: p adjusted for the false discovery rate over the latents (Benjamini and
+    one included, among classes with like numbers of images, as those of the permuted classes: the
+    mean over few images scatters more. Undefined where no two classes are alike. q: p adjusted for the false discovery rate over the latents (Benjamini and
     Hochberg). The smallest p is 1/(draws + 1), so few draws limit the number of significant
     latents.
 
@@ -105,24 +107,50 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         factor = sparse.csr_array(self._factor[places[order]])
         means = self._sums.means(shuffled)[:, present[order]]
         observed = moran(standardised(means), factor)
-        drawn = self._drawn(places[order], shuffled)
+        groups = strata(self._classes.all(shuffled))
+        if all(len(group) < 2 for group in groups):
+            undefined = np.full(len(observed), np.nan)
+            return Autocorrelation(observed, undefined, undefined)
+        stratum = np.zeros(len(self.taxonomy.classes), dtype=np.int64)
+        for i, group in enumerate(groups):
+            stratum[group] = i
+        drawn = self._drawn(places[order], stratum[present[order]], shuffled)
         # Draws are in single precision: the tolerance exceeds its rounding, so that equal ones tie.
         reached = (drawn >= observed[:, None] - 1e-6).sum(1)
         p = np.where(np.isfinite(observed), (1 + reached) / (1 + self.options.draws), np.nan)
         return Autocorrelation(observed, p, benjamini_hochberg(p))
 
     @remembered
-    def _drawn(self, places: np.ndarray, shuffled: bool) -> np.ndarray:
-        """(m, draws) I of random permutations of the class means over the leaves."""
-        present = np.flatnonzero(self._classes.all(shuffled))
-        means = np.sort(self._sums.means(shuffled)[:, present], axis=1)
+    def _drawn(self, places: np.ndarray, stratum: np.ndarray, shuffled: bool) -> np.ndarray:
+        """(m, draws) I of random permutations of the class means over the leaves.
+
+        Args:
+            places: (P,) the leaves of the P classes with images.
+            stratum: (P,) that of the class at each; means are permuted within it.
+        """
+        images = self._classes.all(shuffled)
+        means = np.empty((self.context.d_sae, len(places)), dtype=self._sums.means(shuffled).dtype)
+        groups = [np.flatnonzero(stratum == i) for i in range(stratum.max() + 1)]
+        for at, classes in zip(groups, strata(images), strict=True):
+            means[:, at] = np.sort(self._sums.means(shuffled)[:, classes], axis=1)
         factor = sparse.csr_array(self._factor[places])
         drawn = np.empty((len(means), self.options.draws), dtype=np.float32)
         blocks = standardised(means)
         for i in range(self.options.draws):
             generator = np.random.default_rng((self.context.seed, i))
-            drawn[:, i] = moran([generator.permuted(block, axis=0) for block in blocks], factor)
+            permuted = [permuted_within(groups, block, generator) for block in blocks]
+            drawn[:, i] = moran(permuted, factor)
         return drawn
+
+    def notes(self) -> list[str]:
+        """That no class mean can be permuted, where that is so."""
+        groups = strata(self._classes.all())
+        if len(groups) < 2 or any(len(group) > 1 for group in groups):
+            return []
+        return [
+            f"No p-values: no two of the {len(groups)} classes have a like number of images (within a "
+            f"factor of {SIZE_FACTOR}), so that no class means can be exchanged."
+        ]
 
     def compute(
         self, *, permutation: np.ndarray | None = None, shuffled: bool = False
@@ -133,7 +161,9 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         return {
             "moran_i": summary.mean(found.moran_i),
             # q can exceed the level by its rounding.
-            "significant_share": summary.mean(found.q <= self.options.level * (1 + 1e-9), defined),
+            "significant_share": summary.mean(
+                found.q <= self.options.level * (1 + 1e-9), np.isfinite(found.q)
+            ),
             "expected": -1 / (n_classes - 1) if n_classes > 1 else float("nan"),
             "defined": float(defined.sum()),
         }
@@ -194,6 +224,18 @@ def standardised(values: np.ndarray) -> list[np.ndarray]:
             y = np.where(spread, y / np.where(spread, np.sqrt(np.square(y).sum(0)), 1), np.nan)
         blocks.append(np.ascontiguousarray(y))
     return blocks
+
+
+def permuted_within(
+    groups: list[np.ndarray], block: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """(C, b) block with the rows of each of `groups` permuted, in each column on its own."""
+    if len(groups) == 1:
+        return generator.permuted(block, axis=0)
+    permuted = np.empty_like(block)
+    for rows in groups:
+        permuted[rows] = generator.permuted(block[rows], axis=0)
+    return permuted
 
 
 def moran(blocks: list[np.ndarray], factor: sparse.csr_array) -> np.ndarray:

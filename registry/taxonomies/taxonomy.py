@@ -390,14 +390,24 @@ class Taxonomy:
         kept = sorted((p, c) for p, c in edges if p != c and min(p, c) >= 0)
         return np.array(kept, dtype=np.int64).reshape(-1, 2)
 
-    def collapsed(self) -> Taxonomy:
-        """One node per distinct set of classes: chains of single children are merged."""
-        keys = self._sets(np.ones(len(self.classes), dtype=bool))
-        kept = {keys[v]: self.nodes[v] for v in self.distinct_nodes}
-        merged = [kept[key] for key in keys]
+    def collapsed(self, present: BoolArray | None = None) -> Taxonomy:
+        """One node per distinct set of classes: chains of single children are merged.
+
+        Args:
+            present: (C,) bool, the classes to keep, in this order: nodes that differ in none of them
+                are one, the deepest. None: all.
+
+        Raises:
+            ConfigError: none is kept.
+        """
+        counted = np.ones(len(self.classes), dtype=bool) if present is None else present
+        keys = self._sets(counted)
+        kept = {keys[v]: self.nodes[v] for v in self.distinct_among(counted)[0]}
+        merged = [kept.get(key) for key in keys]  # None: without any of these classes
         edges = [(merged[p], merged[v]) for v, ps in enumerate(self.parents) for p in ps]
-        edges = [(p, c) for p, c in edges if p != c]
-        return Taxonomy.from_edges(edges, self.classes, self.names)
+        edges = [(p, c) for p, c in edges if p is not None and c is not None and p != c]
+        classes = [self.classes[c] for c in np.flatnonzero(counted)]
+        return Taxonomy.from_edges(edges, classes, self.names)
 
     def restrict(self, classes: Sequence[str]) -> Taxonomy:
         """The taxonomy with these nodes as classes, in this order, rooted at their LCH by the

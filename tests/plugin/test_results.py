@@ -293,6 +293,24 @@ def test_no_direction_no_verdict() -> None:
     assert null_result(1.0, [0.5], None).left_behind is None
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-6, 1e-9])
+def test_the_unit_of_x_changes_no_verdict(unit: float) -> None:
+    """A squared error has no scale of its own; near 0 a gap has the rounding of what it is the gap of."""
+    draws = [{"mse": e * unit**2, "gap": e * 1e-16} for e in (0.3, 0.9, 0.95)]
+    values = {"mse": 0.1 * unit**2, "gap": 0.1 * 1e-16}
+    found = with_nulls(
+        values,
+        {"random": draws},
+        {"mse": False, "gap": False},
+        ranges={"mse": (0.0, math.inf)},
+    )
+    assert found["mse"].nulls["random"].p == 1 / 4 and found["mse"].nulls["random"].left_behind
+    assert found["gap"].nulls["random"].p == 1
+    tie = {"mse": values["mse"] * (1 + 1e-12)}
+    found = with_nulls(tie, {"random": [values]}, {"mse": False}, ranges={"mse": (0.0, math.inf)})
+    assert found["mse"].nulls["random"].p == 1
+
+
 def test_undefined_draws_are_left_out() -> None:
     found = null_result(1.0, [math.nan, 0.25, math.inf], True)
     assert (found.n, found.mean, found.left_behind) == (1, 0.25, True)

@@ -405,28 +405,44 @@ def test_a_class_may_be_missing(evaluator_class, animals, one_batch, measured):
 
 
 @pytest.mark.parametrize(
+    "absent", [[1, 10], [*range(6)], [1, *range(6, 12)]], ids=["siblings", "branch", "both"]
+)
+@pytest.mark.parametrize(
     "name",
     [
         *("ontological_coverage", "detection", "latent_dendrogram", "absorption", "parent_child"),
-        "supervised_dictionary",
+        *("supervised_dictionary", "level_information", "mistake_severity", "meta_sae", "infomec"),
+        "feature_geometry",
     ],
 )
-def test_a_node_counts_by_its_classes_with_images(name, animals, one_batch, measured):
-    present = np.delete(np.arange(12), [1, 10])  # each alone with a sibling that is left
+def test_a_node_counts_by_its_classes_with_images(name, absent, animals, one_batch, measured):
+    """The whole tree tells as much as that of the classes with images, whose root may lie below."""
+    present = np.delete(np.arange(12), absent)
     kept = animals.restrict([animals.classes[c] for c in present])
-    labels = np.repeat(np.arange(10), 20)
-    latents = PlantedLatents(kept, recall=0.9, false_alarm=0.01)
+    top = animals.depth[animals.lch(present)]
+    labels = np.repeat(np.arange(len(present)), 20)
+    latents = PlantedLatents(kept, recall=0.9, false_alarm=0.05)
     z = latents.encode(labels=torch.from_numpy(labels), index=torch.arange(len(labels)))
-    x = z @ torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(0))
-    decoder = torch.randn(z.shape[1], 24, generator=torch.Generator().manual_seed(1))
-    found = [
-        evaluator.compute()
-        for tree, images in ((animals, present[labels]), (kept, labels))
-        for evaluator in measured(
-            tree, one_batch(z, images, x=x), [EVALUATORS[name]], W_dec=decoder
+    generator = torch.Generator().manual_seed(0)
+    x = z @ torch.randn(z.shape[1], 24, generator=generator)
+    x = x + torch.randn(x.shape, generator=generator)  # else the probes make no error
+    decoder = torch.randn(z.shape[1], 24, generator=generator)
+    options = {"meta_sae": {"k": 1, "steps": 20}, "feature_geometry": {"min_images": 10}}
+    found = []
+    for tree, images in ((animals, present[labels]), (kept, labels)):
+        batch = one_batch(z, images, x=x)
+        (evaluator,) = measured(
+            tree, batch, [EVALUATORS[name]], W_dec=decoder, options=options.get(name)
         )
-    ]
-    assert same(*found, rel_tol=1e-6), found
+        draws = evaluator.context.permutations
+        found.append([evaluator.compute(), *(evaluator.compute(permutation=p) for p in draws)])
+    for whole, part in zip(*found, strict=True):
+        if "common_depth" in whole:  # a depth in the tree given
+            whole["common_depth"] -= top
+        close = {"rel_tol": 1e-6, "abs_tol": 1e-12}
+        assert same(whole, part, **close), [
+            (k, whole[k], part[k]) for k in whole if not same({k: whole[k]}, {k: part[k]}, **close)
+        ]
 
 
 def test_a_node_on_most_images_is_not_tried_for_absorption(animals, one_batch, measured):

@@ -117,6 +117,8 @@ def test_the_factors_are_the_cuts_that_differ(animals: Taxonomy) -> None:
     assert factor_depths(animals) == [1, 2, 3]
     chain = Taxonomy.from_edges([("r", "a"), ("r", "b"), ("b", "c"), ("c", "d"), ("c", "e")])
     assert factor_depths(chain) == [1, 3]
+    assert factor_depths(animals, np.arange(12) < 6) == [2, 3]
+    assert factor_depths(animals, np.arange(12) % 6 == 0) == [1]
 
 
 def planted(animals: Taxonomy, one_batch: Measured) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +22,7 @@ from taxolens.registry.evaluators.lch_height import (
     top_labels,
 )
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
+from taxolens.registry.evaluators.parts.stratified_sets import StratifiedSets
 from taxolens.registry.taxonomies import Taxonomy
 
 few = settings(max_examples=10, deadline=None)
@@ -39,8 +40,8 @@ def test_sets_of_classes_against_loops(random_dag, one_batch, measured, seed, ru
     taxonomy = random_dag(seed).taxonomy()
     rng = np.random.default_rng(seed)
     n_classes = len(taxonomy.classes)
-    labels = rng.integers(0, n_classes, 60)
-    z = (rng.random((60, 6)) < rng.random((n_classes, 6))[labels]).astype(np.float32)
+    labels = rng.permutation(np.repeat(np.arange(n_classes), 6))
+    z = (rng.random((len(labels), 6)) < rng.random((n_classes, 6))[labels]).astype(np.float32)
     batch = one_batch(z, labels)
     (evaluator,) = measured(taxonomy, batch, [LCHHeight], options={"rule": rule})
     permutation = rng.permutation(n_classes)
@@ -308,6 +309,43 @@ def test_random_sets_against_all_sets_of_the_present_classes(random_dag, seed):
             assert p == pytest.approx((heights <= height).mean(), abs=1e-9 if exact else 0.08)
 
 
+@few
+@given(seed=st.integers(0, 10**6))
+def test_stratified_sets_against_all_sets_of_a_composition(random_dag, seed):
+    taxonomy = random_dag(seed).taxonomy()
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(len(taxonomy.classes))[: rng.integers(2, 8)]
+    groups = [np.sort(group) for group in np.array_split(places, min(len(places), 3))]
+    sets = StratifiedSets(taxonomy, 1500, seed, tuple(tuple(g.tolist()) for g in groups))
+    for parts in product(*(range(len(group) + 1) for group in groups)):
+        if sum(parts) == 0:
+            continue
+        each = product(*(combinations(group, k) for group, k in zip(groups, parts)))
+        nodes = [taxonomy.lch([c for chosen in some for c in chosen]) for some in each]
+        heights = taxonomy.height[nodes]
+        exact = sum(parts) == 2
+        levels = np.unique(heights)
+        found = sets.of(np.tile(parts, (len(levels), 1)), levels)
+        wanted = taxonomy.generality[nodes].mean()
+        assert found.height == pytest.approx(heights.mean(), abs=1e-9 if exact else 0.3)
+        assert found.generality == pytest.approx(wanted, abs=1e-9 if exact else 0.3)
+        for height, lower in zip(levels, found.lower):
+            share = (heights <= height).mean()
+            assert lower == pytest.approx(share, abs=1e-9 if exact else 0.08)
+
+
+def test_stratified_sets_of_many_classes():
+    """100 large classes below one node of two: any number of them meet there, one more at the root."""
+    edges = [("r", "a"), ("r", "b"), *(("a", f"a{i:03d}") for i in range(100))]
+    tree = Taxonomy.from_edges([*edges, *(("b", f"b{i}") for i in range(3)), ("a000", "a000x")])
+    groups = tuple(np.flatnonzero(tree.cut(1) == tree.index(v)).tolist() for v in "ab")
+    sets = StratifiedSets(tree, 19, 0, tuple(map(tuple, groups)))
+    found = sets.of(np.array([[100, 0], [70, 0], [100, 1], [0, 3]]), np.array([2, 2, 2, 1]))
+    assert found.height.tolist() == [2, 2, 3, 1]
+    assert found.generality == pytest.approx(np.log2([100, 100, 103, 3]))
+    assert found.lower.tolist() == [1, 1, 1 / 20, 1]
+
+
 def test_a_drawn_p_value_counts_the_set_itself():
     heights = np.array([[0, 0, 0], [1, 2, 2], [1, 2, 3]])  # of sets of 1, 2 and 3 classes
     pairs = np.array([0, 2, 3, 4])  # of heights 1, 1, 2 and 3
@@ -337,6 +375,38 @@ def test_random_class_sets_do_not_meet_lower(one_batch, measured):
         assert numbers["n_latents"] == 60
         found.append(numbers["lower_share"])
     assert np.mean(found) < 0.03 and np.mean(np.array(found) > 0) < 0.1
+
+
+def test_noise_on_classes_of_different_size_does_not_meet_lower(one_batch, measured):
+    """It fires on half of the images of small classes more often, and these lie below one node."""
+    tree, rng = wide_tree(), np.random.default_rng(0)
+    labels = np.repeat(np.arange(64), np.where(tree.cut(1) == tree.cut(1)[0], 6, 60))
+    z = (rng.random((len(labels), 100)) < 0.4).astype(np.float32)
+    (evaluator,) = measured(tree, one_batch(z, labels), [LCHHeight])
+    numbers = evaluator.compute()
+    assert numbers["n_latents"] > 80 and numbers["lower_share"] == 0
+    assert numbers["height_gap"] == pytest.approx(0, abs=0.05)
+    assert numbers["generality_gap"] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("rule", ["frequency", "topk", "topk_strict", "any"])
+def test_classes_are_counted_by_stratum(animals, one_batch, measured, rule):
+    labels = np.repeat(np.arange(12), np.where(np.arange(12) % 3 == 0, 60, 20))
+    _, z = planted(animals, labels, recall=0.8, false_alarm=0.02)
+    (evaluator,) = measured(animals, one_batch(z, labels), [LCHHeight], options={"rule": rule})
+    draw = evaluator.context.permutations[0]
+    for place in (None, draw):
+        node, size = evaluator.assign(place)
+        parts = evaluator._parts(place, False, rule)
+        assert parts.shape == (len(node), 2) and (parts.sum(1) == size).all()
+        of_leaf = np.flatnonzero(size == 1)
+        small = node[of_leaf][:, None] == animals.class_nodes[np.flatnonzero(np.arange(12) % 3)]
+        assert len(of_leaf) or rule != "frequency"
+        assert (parts[of_leaf, 0] == small.any(1)).all()  # strata ascend by size; so does the draw
+    moved = evaluator.compute(permutation=draw)
+    assert moved["n_latents"] == evaluator.compute()["n_latents"]
+    assert len(evaluator.tables()["latents"]) == evaluator.compute()["defined"]
+    evaluator.figures()
 
 
 def test_detectors_of_nodes_meet_lower_in_their_tree_alone(one_batch, measured):

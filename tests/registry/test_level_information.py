@@ -287,6 +287,15 @@ def test_a_cut_that_equals_the_one_above_is_not_informative():
     assert tree.max_depth == 3 and informative_cuts(tree) == [1]
 
 
+def test_only_groups_with_images_make_a_cut_informative(animals):
+    """Below one family there is one group at depth 1, and at depth 2 a genus is one of three."""
+    family = np.arange(12) < 6
+    assert informative_cuts(animals, family) == [2]
+    one_each = np.arange(12) % 2 == 0  # at depth 2 every class has a group of its own
+    assert informative_cuts(animals, one_each) == [1]
+    assert informative_cuts(animals, np.zeros(12, dtype=bool)) == []
+
+
 def test_a_cut_near_the_leaves_counts_little():
     """Below depth 1 of the second tree only two classes of 24 still share a group."""
     _, pairs = two_trees()

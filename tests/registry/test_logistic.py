@@ -199,6 +199,23 @@ def test_a_threshold_lies_half_way_and_below_the_last_score() -> None:
     assert best_threshold(np.ones(4), np.array([True, False, False, True])) == (0.5, 2 / 3)
 
 
+@given(seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_a_weight_counts_as_so_many_equal_rows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, truth = rng.integers(0, 6, 12).astype(float), rng.random(12) < 0.4
+    truth[0] = True
+    times = rng.integers(1, 5, 12)
+    one, many = (
+        best_threshold(scores, truth, times * 0.5),
+        best_threshold(scores.repeat(times), truth.repeat(times)),
+    )
+    assert one[1] == pytest.approx(many[1]) and one[0] == many[0]
+    said = scores > 2
+    found = f1_score(said, truth, times * 0.5)
+    assert found == pytest.approx(f1_score(said.repeat(times), truth.repeat(times)))
+
+
 def test_f1() -> None:
     yes, no = np.ones(3, dtype=bool), np.zeros(3, dtype=bool)
     assert f1_score(yes, np.array([True, False, False])) == 0.5

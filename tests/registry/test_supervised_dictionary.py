@@ -363,6 +363,32 @@ def test_permuted_classes_and_shuffled_labels_lose_the_tree(spliced: Any, animal
     assert shuffled["interpretability"] < 0.5 and math.isnan(shuffled["sufficiency"])
 
 
+def test_a_sample_counts_as_the_images_that_it_stands_for(
+    animals: Any, one_batch: Measured, measured: Measured
+) -> None:
+    """Images of a class are alike here, so any sample of them tells what all of them do; nodes overlap
+    in three dimensions, so that F1 depends on how frequent they are."""
+    labels = np.repeat(np.arange(12), np.where(np.arange(12) % 4 < 2, 200, 10))
+    x = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)[labels]
+    z = np.eye(12, dtype=np.float32)[labels]
+    sample, whole = (
+        measured(
+            animals, one_batch(z, labels, x=x), [SupervisedDictionary], options={"max_images": most}
+        )[0]
+        for most in (240, 10**6)
+    )
+    assert len(sample._sample.index) < 300 and len(whole._sample.index) == 1260
+    assert (whole._weights == 1).all()
+    permutation = whole.context.permutations[0]
+    for place in (None, permutation):
+        some, every = sample.found(place).supervised, whole.found(place).supervised
+        for name, values in every._asdict().items():
+            assert getattr(some, name) == pytest.approx(values, abs=1e-9, nan_ok=True), name
+        assert np.nanmin(every.f1) < 0.9
+    fit = np.arange(len(labels)) % 2 == 0  # an even number of images of each class
+    assert every.mean == pytest.approx(x[fit].mean(0, dtype=np.float64), abs=1e-9)
+
+
 def test_options_are_checked() -> None:
     for field in ("max_images", "spliced_images", "swaps"):
         with pytest.raises(

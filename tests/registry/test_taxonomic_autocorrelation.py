@@ -107,6 +107,40 @@ def test_p_values_are_uniform_without_structure(
     assert evaluator.compute()["moran_i"] == pytest.approx(-1 / 11, abs=0.02)
 
 
+def test_p_values_of_noise_do_not_depend_on_the_sizes_of_classes(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    """The means of a genus with few images scatter more, and lie together in the tree."""
+    labels = np.repeat(np.arange(12), np.where(np.arange(12) < 4, 4, 80))
+    z = np.random.default_rng(0).random((len(labels), 400)).astype(np.float32)
+    (evaluator,) = measured(animals, one_batch(z, labels), [TaxonomicAutocorrelation])
+    for shuffled in (False, True):
+        p = evaluator.autocorrelation(shuffled=shuffled).p
+        assert p.mean() == pytest.approx(0.5, abs=0.06)
+        assert (p <= 0.1).mean() == pytest.approx(0.1, abs=0.05)
+    draw = evaluator.context.permutations[0]
+    assert evaluator.autocorrelation(draw).p.mean() == pytest.approx(0.5, abs=0.06)
+    assert not evaluator.notes()
+
+
+def test_no_p_value_where_no_two_classes_are_alike(
+    animals: Taxonomy, one_batch: Measured, measured: Measured
+) -> None:
+    labels = np.repeat(np.arange(12), 4 * 2 ** (np.arange(12) % 8) + 3 * np.arange(12))
+    kept = np.isin(labels, [0, 1, 2, 3])
+    z = np.random.default_rng(0).random((len(labels), 3)).astype(np.float32)
+    batch = one_batch(z[kept], labels[kept])
+    (evaluator,) = measured(animals, batch, [TaxonomicAutocorrelation])
+    numbers = evaluator.compute()
+    assert np.isfinite(numbers["moran_i"]) and numbers["defined"] == 3
+    assert np.isnan(numbers["significant_share"])
+    assert evaluator.notes() == [
+        "No p-values: no two of the 4 classes have a like number of images (within a factor of 1.25), "
+        "so that no class means can be exchanged."
+    ]
+    evaluator.tables()
+
+
 def test_a_latent_of_one_class_is_never_significant(
     animals: Taxonomy, one_batch: Measured, measured: Measured
 ) -> None:
@@ -127,7 +161,7 @@ def test_each_latent_has_arrangements_of_its_own(
     for third in (values[:, 2], 1 - values[:, 2]):
         z = np.stack([values[:, 0], values[:, 1], third], axis=1)[labels]
         (evaluator,) = measured(animals, one_batch(z, labels), [TaxonomicAutocorrelation])
-        drawn.append(evaluator._drawn(np.arange(12), False))
+        drawn.append(evaluator._drawn(np.arange(12), np.zeros(12, dtype=int), False))
     assert drawn[0].shape == (3, 199)
     assert not np.isclose(drawn[0][0], drawn[0][1]).all()
     assert np.array_equal(drawn[0][:2], drawn[1][:2])  # not a matter of the other latents

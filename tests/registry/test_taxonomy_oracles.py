@@ -186,6 +186,12 @@ def test_nodes_and_edges_among_some_classes_by_their_sets(random_dag, seed):
     found = taxonomy.edges_among(nodes, present)
     assert {(sets[nodes[p]], sets[nodes[c]]) for p, c in found} == expected
     assert len(found) == len(expected)
+    if present.any():  # and as a taxonomy of its own
+        tree = taxonomy.collapsed(present)
+        assert tree.classes == tuple(taxonomy.classes[c] for c in np.flatnonzero(present))
+        assert set(tree.nodes) == {taxonomy.nodes[v] for v in nodes}
+        at = {v: sets[taxonomy.index(v)] for v in tree.nodes}
+        assert {(at[p], at[c]) for p, c in tree.edges()} == expected
 
 
 @few

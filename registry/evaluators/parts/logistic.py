@@ -190,7 +190,9 @@ def class_log_odds(
     return torch.log_softmax(held_out / scale @ (best if held.any() else last) + prior, dim=1)
 
 
-def best_threshold(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+def best_threshold(
+    scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, float]:
     """The threshold such that score > threshold has the largest F1, and that F1 (scalars).
 
     It is the midpoint of two scores. Without positives (−inf, NaN).
@@ -198,20 +200,27 @@ def best_threshold(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]
     Args:
         scores: (n,).
         truth: (n,) bool.
+        weights: (n,) above 0, how often each counts; None: once.
     """
     if not truth.any():
         return -np.inf, float("nan")
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
-    hits = np.cumsum(truth[order])
-    f1 = 2 * hits / (np.arange(1, len(scores) + 1) + hits[-1])
+    counted = np.ones(len(scores)) if weights is None else weights[order]
+    hits = np.cumsum(truth[order] * counted)
+    f1 = 2 * hits / (np.cumsum(counted) + hits[-1])
     f1[:-1][ordered[:-1] == ordered[1:]] = -1  # no threshold separates equal scores
     best = int(f1.argmax())
     below = ordered[best + 1] if best + 1 < len(ordered) else ordered[best] - 1.0
     return float((ordered[best] + below) / 2), float(f1[best])
 
 
-def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """F1 of two boolean (n,), scalar; NaN where both are all false."""
-    whole = predicted.sum() + truth.sum()
-    return float(2 * (predicted & truth).sum() / whole) if whole else float("nan")
+def f1_score(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """F1 of two boolean (n,), scalar; NaN where both are all false.
+
+    Args:
+        weights: (n,) above 0, how often each counts; None: once.
+    """
+    counted = np.ones(len(truth)) if weights is None else weights
+    whole = counted @ predicted + counted @ truth
+    return float(2 * (counted @ (predicted & truth)) / whole) if whole else float("nan")
