@@ -55,6 +55,7 @@ def test_of_a_model():
 def test_folder_of_held_out_activations(monkeypatch, tmp_path):
     built = []
     monkeypatch.setattr(forward, "hook_n_tokens", lambda *_: 5)
+    monkeypatch.setattr(forward, "check_tokens", lambda *_: None)
     monkeypatch.setattr(
         forward.ActivationCache, "build", lambda *args, path, **kwargs: built.append(path)
     )

@@ -283,14 +283,14 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
 
 def _set_preprocessing(model: VisionModel, processor: Any, settings: dict[str, Any] | None) -> None:
     """Set both; of a processor that makes no picture of an image, settings that make one in its place."""
-    if what := cuts(settings):
+    # a processor fills in what its file leaves out
+    if what := cuts(_settings(processor) or settings):
         height, width = model.cfg.image_size
         warnings.warn(
             f"the image processor of {model.cfg.model_name!r} {what}: here each image is "
             f"one picture, resized to {height} x {width}.",
             stacklevel=3,
         )
-        # a processor fills in what its file leaves out
         settings = without_tiles(_settings(processor) or settings or {}, (height, width))
         processor = None
     model.processor, model.preprocessor_config = processor, settings
