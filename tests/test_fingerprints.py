@@ -1,6 +1,7 @@
 """Fingerprints that lie in files keep their values from release to release.
 
-Each value was computed by the release 0.1.0: caches, checkpoints and results written by it stay valid.
+Each value was computed by the release 0.1.0: checkpoints and results written by it stay valid. That of a
+model is of one without a config: one that has a config has another since then.
 """
 
 import json
