@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import taxolens  # noqa: F401  (registers the families)
 import torch
 import transformers
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.bridge import VisionBridge
 from taxolens.hooks.models.hooked_module import HookedVisionModel
 from taxolens.hooks.models.load import find_family, from_module, load_vision_model, run_to_hooks
@@ -88,6 +90,38 @@ def test_processors_work_through_pil(variant: str, processor: str | None, tmp_pa
     assert model.preprocessor_config is not None
     assert model.preprocessor_config["size"] == {"height": 32, "width": 32}
     assert (type(model.processor).__name__ if model.processor else None) == processor
+
+
+def saved_with(settings: dict[str, Any], folder: Path) -> Path:
+    save_tiny("vit_msn", folder, processor=False)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+NEEDS_TORCHVISION = pytest.param(
+    "PPLCNetImageProcessor",
+    marks=pytest.mark.skipif(bool(find_spec("torchvision")), reason="torchvision is installed"),
+)
+
+
+@pytest.mark.parametrize("kind", [NEEDS_TORCHVISION, "SomebodysImageProcessor"])
+def test_steps_of_a_processor_that_are_not_known(kind: str, tmp_path: Path) -> None:
+    """PP-LCNet's gives blue, green, red: resized and cropped images would be other ones."""
+    settings = {"image_processor_type": kind, "size": {"height": 32, "width": 32}}
+    with pytest.raises(
+        ConfigError, match=f"its image processor, {kind}, cannot be loaded.*model, pro"
+    ):
+        load_vision_model(saved_with(settings, tmp_path))
+
+
+def test_a_processor_is_known_by_its_model(tmp_path: Path) -> None:
+    """Of settings that name no type: DINOv3's resizes in floating point."""
+    folder = save_tiny("dinov3", tmp_path)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    del settings["image_processor_type"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    described = preprocess_for(load_vision_model(folder)).describe()
+    assert described["resize_rescaled"] is True
 
 
 def test_no_preprocessing_is_a_warning(tmp_path: Path) -> None:
