@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
+from uuid import uuid4
 
 from datasets import config
 
@@ -28,6 +28,7 @@ def unpacked(file: Path) -> Path:
     target = cache / f"taxolens-{fingerprint(facts)}"
     if target.is_dir():
         return target
+    partial = cache / f"{target.name}-{uuid4().hex}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(file) as archive:
@@ -36,13 +37,15 @@ def unpacked(file: Path) -> Path:
             if needed > free:
                 problem = f"{needed:,} bytes unpacked, {free:,} free in {cache}"
                 raise DataError("dataset_path", problem, given=str(file))
-            partial = tempfile.mkdtemp(dir=cache)
+            partial.mkdir()  # with the permissions of the umask
             archive.extractall(partial)
         os.rename(partial, target)
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         if target.is_dir():  # another process was first
             return target
         raise DataError("dataset_path", f"cannot be unpacked: {error}", given=str(file)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

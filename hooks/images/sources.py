@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow.lib import ArrowException
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import check_regular
+from ...registry.files import check_listable, check_regular, reason
 from ...registry.names import near_paths
 from .archives import refuse_tar_of_tars, unpacked, with_zips
 from .downloaded import downloaded_splits
@@ -59,6 +59,7 @@ def open_dataset(
         problem = f"{text} has no configurations"
         raise ConfigError("dataset_name", problem, given=name, allowed="None")
     if glob.has_magic(text):
+        _check_pattern(text)
         files = sorted(glob.glob(text, recursive=True))
         if not files:
             problem, allowed = "no file matches the pattern", "a pattern that matches files"
@@ -89,6 +90,29 @@ def open_dataset(
     if files is not None:
         return _open_files(files, split, streaming, where=text, root=local), None
     return _open_images(contents, split, streaming, where=text)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Check that what a pattern can match is seen: `glob` leaves out folders that it cannot list.
+
+    Raises:
+        DataError: one of them cannot be listed, or entered.
+    """
+    while glob.has_magic(pattern):
+        above, name = os.path.split(pattern)
+        folders = glob.glob(above, recursive=True) if above else ["."]
+        for folder in filter(os.path.isdir, folders):
+            if glob.has_magic(name):
+                check_listable(folder)
+                continue
+            try:
+                os.lstat(os.path.join(folder, name))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                problem = f"cannot be read: {reason(error)}"
+                raise DataError("dataset_path", problem, given=error.filename) from error
+        pattern = above
 
 
 def _load(

@@ -1,8 +1,13 @@
 import json
 import logging
+import os
+import stat
 import tarfile
+import zipfile
 from collections import Counter
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from folder_layouts import LAYOUTS, annotated, draw, draw_splits, write
@@ -10,6 +15,7 @@ from scipy.io import savemat
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.folders import IMAGE_EXTENSIONS, contents_of, image_splits
 from taxolens.registry.errors import ConfigError, DataError
+from taxolens.registry.taxonomies.folders import from_folders
 from tiny_images import class_folders
 
 
@@ -211,6 +217,66 @@ def test_pictures_of_telephones_are_named_in_a_warning(tmp_path, caplog):
         assert len(load_images(tmp_path)) == 1
     assert "1 .heic files are left out" in caplog.text and "JPEG" in caplog.text
     assert "pip install 'taxolens[heic]'" in caplog.text
+
+
+@pytest.mark.parametrize("pattern", ["", "*/*.jpg", "**/*.jpg"])
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "input/output error")])
+def test_a_class_folder_that_cannot_be_listed_is_named(pattern, error, tmp_path, monkeypatch):
+    draw(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    listed = os.scandir
+
+    def scandir(folder="."):
+        if os.path.basename(os.fspath(folder)) == "dog":
+            error.filename = folder
+            raise error
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(
+        DataError, match=f"folder {tmp_path}/dog: it cannot be listed: {error.strerror}"
+    ):
+        load_images(tmp_path / pattern)
+    if not pattern:
+        with pytest.raises(DataError, match="/dog: it cannot be listed"):
+            from_folders(tmp_path)
+
+
+def test_a_class_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch):
+    draw(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    found = os.lstat
+
+    def lstat(path, **options):
+        if str(path).endswith("dog/1.jpg"):
+            raise PermissionError(13, "denied", path)
+        return found(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with pytest.raises(DataError, match=f"cannot be read: denied; given '{tmp_path}/dog/1.jpg'"):
+        load_images(tmp_path / "*" / "1.jpg")
+
+
+def test_an_unpacked_zip_can_be_read_as_the_umask_says(tmp_path):
+    path = LAYOUTS["one_zip_of_class_folders"][0](tmp_path)
+    before = os.umask(0o027)
+    try:
+        load_images(path)
+    finally:
+        os.umask(before)
+    (top,) = (Path(datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted").iterdir()
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (top, top / "cat", top / "cat" / "1.jpg")]
+    assert modes == [0o750, 0o750, 0o640]
+
+
+def test_a_damaged_zip_leaves_nothing_in_the_cache(tmp_path):
+    path = LAYOUTS["one_zip_of_class_folders"][0](tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("dog/last.jpg", b"x" * 1000)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"x" * 1000, b"y" * 1000))
+    with pytest.raises(DataError, match="cannot be unpacked: Bad CRC-32"):
+        load_images(path)
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted"
+    assert list(cache.iterdir()) == []
 
 
 def test_a_changed_zip_is_unpacked_again(tmp_path):
