@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -19,7 +19,14 @@ from ...registry.files import check_listable, check_regular, reason
 from ...registry.names import near_paths
 from .archives import refuse_tar_of_tars, unpacked, with_zips
 from .downloaded import downloaded_splits
-from .folders import IMAGE_EXTENSIONS, SPLIT_OF_WORD, Contents, contents_of, image_splits
+from .folders import (
+    IMAGE_EXTENSIONS,
+    SPLIT_OF_WORD,
+    Contents,
+    contents_of,
+    image_splits,
+    split_of_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +95,9 @@ def open_dataset(
     contents = contents_of(local)
     files = _data_files(contents, named_column=image_column is not None)
     if files is not None:
-        return _open_files(files, split, streaming, where=text, root=local), None
+        described = _described_splits(contents)
+        loaded = _open_files(files, split, streaming, where=text, root=local, splits=described)
+        return loaded, None
     return _open_images(contents, split, streaming, where=text)
 
 
@@ -148,9 +157,15 @@ def _load(
 
 
 def _open_files(
-    files: list[str], split: str, streaming: bool, *, where: str, root: Path | None = None
+    files: list[str],
+    split: str,
+    streaming: bool,
+    *,
+    where: str,
+    root: Path | None = None,
+    splits: Mapping[str, str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Data files, each assigned to the split that its name contains.
+    """Data files, each assigned to its split in `splits`, else to that which its name contains.
 
     `datasets` would find splits too, but in the names of all folders above the
     files too ("/data/test-run-3/...").
@@ -170,7 +185,7 @@ def _open_files(
     by_split: dict[str, list[str]] = {}
     for file in files:
         name = os.path.relpath(file, root) if root is not None else os.path.basename(file)
-        by_split.setdefault(split_of_file(name), []).append(file)
+        by_split.setdefault((splits or {}).get(file) or split_of_file(name), []).append(file)
     return _load(kind, split, streaming=streaming, data_files=by_split, where=where)
 
 
@@ -255,6 +270,47 @@ def _data_files(contents: Contents, *, named_column: bool) -> list[str] | None:
     if kind is None:
         return None
     return [str(contents.root / file) for file in others if _builder(file) == kind]
+
+
+def _described_splits(contents: Contents) -> dict[str, str]:
+    """The split of each metadata file, and of the images that it describes, by their full paths.
+
+    Those in its folder and below, up to the next such file. The split is that which their folders
+    below it are named for, else the one that its own path contains: file names of images say nothing.
+
+    Raises:
+        ConfigError: the folders are named for several splits, which would be mixed.
+    """
+    tables = {f: [n for n in names if n in METADATA_FILES] for f, names in contents.files.items()}
+    folders: dict[str, list[str]] = {folder: [] for folder, names in tables.items() if names}
+    for folder in contents.images:
+        above = (folder, *(parent.as_posix() for parent in PurePosixPath(folder).parents))
+        if (table := next((each for each in above if each in folders), None)) is not None:
+            folders[table].append(folder)
+    found: dict[str, str] = {}
+    for table, below in folders.items():
+        named = {_split_below(table, folder): folder for folder in below}
+        splits = named.keys() - {None}
+        if len(splits) > 1 or (None in named and splits - {"train"}):
+            raise ConfigError(
+                "dataset_path",
+                f"{tables[table][0]} describes images in {', '.join(sorted(named.values())[:3])}: the "
+                "splits would be mixed",
+                given=str(contents.root / table),
+                allowed=f"a {tables[table][0]} in the folder of each split",
+            )
+        split = splits.pop() if None not in named and splits else None
+        split = split or split_of_file((PurePosixPath(table) / tables[table][0]).as_posix())
+        files = [(table, name) for name in tables[table]]
+        files += [(folder, name) for folder in below for name in contents.images[folder]]
+        found |= {str(contents.root / f"{folder}/{name}"): split for folder, name in files}
+    return found
+
+
+def _split_below(top: str, folder: str) -> str | None:
+    """The split that a folder below `top` is named for, by the innermost part that is one's name."""
+    parts = reversed(PurePosixPath(folder).relative_to(top).parts)
+    return next((split for part in parts if (split := split_of_folder(part))), None)
 
 
 def _open_images(

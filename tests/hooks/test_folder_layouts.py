@@ -279,6 +279,44 @@ def test_a_damaged_zip_leaves_nothing_in_the_cache(tmp_path):
     assert list(cache.iterdir()) == []
 
 
+def describe(root, *files):
+    """A metadata.csv: the class of an image is the first letter of its name."""
+    draw(root, *files)
+    write(root, "metadata.csv", "file_name,label", *(f"{f},{Path(f).name[0]}" for f in files))
+
+
+@pytest.mark.parametrize("others", [["test/c2.jpg"], ["more/test2017/c2.jpg"]])
+def test_one_table_above_several_splits_is_refused(others, tmp_path):
+    """`datasets` takes the rows of all splits for those of the first."""
+    describe(tmp_path, "train/a1.jpg", "train/b1.jpg", *others)
+    for streaming in (False, True):
+        with pytest.raises(ConfigError, match="the splits would be mixed"):
+            load_images(tmp_path, split="train", streaming=streaming)
+
+
+def test_a_folder_of_the_test_split_beside_others_is_refused(tmp_path):
+    describe(tmp_path, "a1.jpg", "cat/b1.jpg", "test/c1.jpg")
+    with pytest.raises(ConfigError, match="the splits would be mixed"):
+        load_images(tmp_path)
+
+
+def test_tables_of_each_split_and_one_above_a_single_split(tmp_path):
+    describe(tmp_path / "each" / "train", "a1.jpg", "inner/b1.jpg")
+    describe(tmp_path / "each" / "test", "c1.jpg")
+    for split, classes in (("train", {"a": 1, "b": 1}), ("test", {"c": 1})):
+        assert counted(load_images(tmp_path / "each", split=split)) == classes
+    describe(tmp_path / "one", "images/val/a1.jpg", "images/val/b1.jpg")
+    assert counted(load_images(tmp_path / "one", split="validation")) == {"a": 1, "b": 1}
+
+
+def test_names_of_described_images_are_no_splits(tmp_path):
+    """Once all were in `train` with their classes, and in `validation` without."""
+    describe(tmp_path, "a_val2014_1.jpg", "b_val2014_2.jpg", "train/c1.jpg")
+    assert counted(load_images(tmp_path)) == {"a": 1, "b": 1, "c": 1}
+    with pytest.raises(ConfigError, match="validation"):
+        load_images(tmp_path, split="validation")
+
+
 def test_a_changed_zip_is_unpacked_again(tmp_path):
     make, _ = LAYOUTS["one_zip_of_class_folders"]
     path = make(tmp_path)
