@@ -50,7 +50,12 @@ def unpacked(file: Path) -> Path:
 
 
 def with_zips(contents: Contents) -> Contents:
-    """The contents, or, of a folder with zip files and no images, those of the zip files as folders."""
+    """The contents, or, of a folder with zip files and no images, those of the zip files as folders.
+
+    Raises:
+        ConfigError: two of them are one folder by their names.
+        DataError: as `unpacked`.
+    """
     zips = [
         (folder, name)
         for folder, names in contents.files.items()
@@ -67,10 +72,17 @@ def with_zips(contents: Contents) -> Contents:
         if {path.partition("/")[0] for path in inside.images} == {stem}:
             inside = inside.below(stem)
         base = Path(folder, stem).as_posix()
-        for part, found in ((images, inside.images), (files, inside.files)):
-            for inner, names in found.items():
-                paths = [str(inside.root / inner / each) for each in names]
-                part[Path(base, inner).as_posix()] = paths
+        for inner, names in inside.files.items():
+            place = Path(base, inner).as_posix()
+            paths = [str(inside.root / inner / each) for each in names]
+            files[place] = [*files.get(place, ()), *paths]
+        for inner, names in inside.images.items():
+            if (place := Path(base, inner).as_posix()) in images:
+                problem = f"what {name} holds is in {place}, as what another zip file holds"
+                allowed = "zip files of different names in each folder"
+                given = str(contents.root / folder)
+                raise ConfigError("dataset_path", problem, given=given, allowed=allowed)
+            images[place] = [str(inside.root / inner / each) for each in names]
     return Contents(contents.root, images, files)
 
 

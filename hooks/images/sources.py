@@ -72,8 +72,7 @@ def open_dataset(
             problem, allowed = "no file matches the pattern", "a pattern that matches files"
             raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
         if all(file.lower().endswith(".zip") for file in files):
-            zips = Contents(Path(), {}, {".": files})
-            return _open_images(zips, split, streaming, where=text)
+            return _open_images(_zips(files), split, streaming, where=text)
         return _open_files(files, split, streaming, where=text), None
     if local.is_file():
         if local.suffix.lower() == ".zip":
@@ -99,6 +98,18 @@ def open_dataset(
         loaded = _open_files(files, split, streaming, where=text, root=local, splits=described)
         return loaded, None
     return _open_images(contents, split, streaming, where=text)
+
+
+def _zips(files: Sequence[str]) -> Contents:
+    """Zip files as they lie in one folder; those of equal names in the folders that they are in."""
+    if len({Path(file).stem for file in files}) == len(files):
+        return Contents(Path(), {}, {".": [*files]})
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    zips: dict[str, list[str]] = {}
+    for file in files:
+        folder, name = os.path.split(os.path.relpath(file, top))
+        zips.setdefault(Path(folder).as_posix(), []).append(name)
+    return Contents(Path(top), {}, zips)
 
 
 def _check_pattern(pattern: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from folder_layouts import LAYOUTS, annotated, draw, draw_splits, write
+from folder_layouts import LAYOUTS, annotated, draw, draw_splits, pack, write
 from scipy.io import savemat
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.folders import IMAGE_EXTENSIONS, contents_of, image_splits
@@ -265,6 +265,35 @@ def test_an_unpacked_zip_can_be_read_as_the_umask_says(tmp_path):
     (top,) = (Path(datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted").iterdir()
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (top, top / "cat", top / "cat" / "1.jpg")]
     assert modes == [0o750, 0o750, 0o640]
+
+
+def test_a_pattern_of_zips_is_read_as_their_folder(tmp_path):
+    """Of two files `train.zip` the images of both, whose classes are named by their paths."""
+    for part in ("a", "b"):
+        draw(tmp_path / "source" / part, f"cat/{part}1.jpg", f"dog/{part}2.jpg")
+        (tmp_path / "zips" / part).mkdir(parents=True)
+        pack(tmp_path / "source" / part, tmp_path / "zips" / part / "parts.zip")
+    folder = counted(load_images(tmp_path / "zips"))
+    assert sum(folder.values()) == 4
+    assert counted(load_images(tmp_path / "zips" / "*" / "parts.zip")) == folder
+
+
+def test_zips_of_different_names_are_side_by_side_wherever_they_lie(tmp_path):
+    for folder, name in (("a", "train"), ("b", "val")):
+        draw(tmp_path / "source" / folder, "cat/1.jpg")
+        (tmp_path / "zips" / folder).mkdir(parents=True)
+        pack(tmp_path / "source" / folder, tmp_path / "zips" / folder / f"{name}.zip")
+    for split in ("train", "validation"):
+        assert counted(load_images(tmp_path / "zips" / "*" / "*.zip", split=split)) == {"cat": 1}
+
+
+def test_two_zips_that_are_one_folder_are_refused(tmp_path):
+    draw(tmp_path / "source", "1.jpg")
+    pack(tmp_path / "source", tmp_path / "cat.zip")
+    pack(tmp_path / "source", tmp_path / "cat.ZIP")
+    (tmp_path / "source" / "1.jpg").unlink()
+    with pytest.raises(ConfigError, match="is in cat, as what another zip file holds"):
+        load_images(tmp_path)
 
 
 def test_a_damaged_zip_leaves_nothing_in_the_cache(tmp_path):
