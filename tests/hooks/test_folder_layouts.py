@@ -13,7 +13,12 @@ import pytest
 from folder_layouts import LAYOUTS, annotated, draw, draw_splits, pack, write
 from scipy.io import savemat
 from taxolens.hooks.images.dataset import load_images
-from taxolens.hooks.images.folders import IMAGE_EXTENSIONS, contents_of, image_splits
+from taxolens.hooks.images.folders import (
+    IMAGE_EXTENSIONS,
+    class_names,
+    contents_of,
+    image_splits,
+)
 from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.taxonomies.folders import from_folders
 from tiny_images import class_folders
@@ -344,6 +349,27 @@ def test_names_of_described_images_are_no_splits(tmp_path):
     assert counted(load_images(tmp_path)) == {"a": 1, "b": 1, "c": 1}
     with pytest.raises(ConfigError, match="validation"):
         load_images(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        (["cat/images", "cat", "dog/images"], ["cat", "cat", "dog"]),
+        (["cat/images", "dog"], ["cat", "dog"]),
+        (["cat/images", "dog/JPEGImages"], ["cat", "dog"]),
+        (["pet/cat/images", "pet/cat", "wild/cat/images"], ["pet/cat", "pet/cat", "wild/cat"]),
+        (["page/images", "page/text"], ["images", "text"]),
+        (["images", "cat", "dog"], ["images", "cat", "dog"]),
+        (["cat/images", "dog/left", "dog/right"], ["images", "left", "right"]),
+    ],
+)
+def test_folders_of_images_in_class_folders(folders, classes):
+    assert list(class_names(folders).values()) == classes
+
+
+def test_one_picture_beside_a_folder_of_images(tmp_path):
+    draw(tmp_path, "cat/images/1.jpg", "cat/images/2.jpg", "cat/cover.jpg", "dog/images/1.jpg")
+    assert counted(load_images(tmp_path)) == {"cat": 3, "dog": 1}
 
 
 def test_a_changed_zip_is_unpacked_again(tmp_path):
