@@ -20,8 +20,9 @@ from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.bridge import VisionBridge
 from taxolens.hooks.models.hooked_module import HookedVisionModel
 from taxolens.hooks.models.load import find_family, from_module, load_vision_model, run_to_hooks
+from taxolens.hooks.models.tokens import tokens_per_image
 from taxolens.registry.errors import CheckpointError, ConfigError, UnknownNameError
-from tiny_models import pictures, preprocessing, save_tiny, tapped, tiny_model
+from tiny_models import VIT, pictures, preprocessing, save_tiny, tapped, tiny_model
 
 POST = "blocks.1.hook_resid_post"
 FAMILY_OF = {
@@ -129,6 +130,19 @@ def test_no_preprocessing_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no preprocessor_config.json"):
         model = load_vision_model(folder)
     assert model.processor is None and model.preprocessor_config is None
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Beit", "IJepa", "DINOv3ViT"])
+def test_a_model_of_images_that_are_no_squares(kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(**{**VIT, "image_size": [32, 64]})
+    plain = getattr(transformers, f"{kind}Model")(config).eval()
+    images = pictures(size=(32, 64))
+    with torch.no_grad():
+        states = plain(images, output_hidden_states=True).hidden_states
+    model = from_module(plain)
+    acts = run_to_hooks(model, images, ["hook_embed", POST])
+    assert torch.equal(acts["hook_embed"], states[0]) and torch.equal(acts[POST], states[2])
+    assert tokens_per_image(model, "all", hook_name=POST) == acts[POST].shape[1]
 
 
 def test_a_hub_name_is_found_in_the_cache(offline: Path, tmp_path: Path) -> None:
