@@ -26,8 +26,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 
+NO_CONTENTS = ("__MACOSX", "lost+found")  # folders that unpacking, and Linux, put beside data
 MAX_SETTINGS_BYTES = 1 << 24  # a config, a manifest, an index, metadata
 MAX_YAML_BYTES = 1 << 20  # PyYAML reads about 0.1 MB a second
 MAX_DATA_BYTES = 1 << 27  # results, taxonomies, figures
@@ -407,16 +408,34 @@ def check_regular(folder: str | Path) -> None:
             raise UnreadableError(f"{entry.name} is not a regular file")
 
 
+def check_listable(folder: str | Path) -> None:
+    """Raises DataError where the names in a folder cannot be read."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        _not_listed(error)
+
+
+def _not_listed(error: OSError) -> None:
+    problem = f"it cannot be listed: {reason(error)}"
+    allowed = "a folder that may be read, with all that are in it"
+    raise DataError(f"folder {error.filename}", problem, allowed=allowed) from error
+
+
 def walk_once(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in sorted order that follows links, each folder once, and leaves hidden entries out."""
+    """`os.walk` in sorted order that follows links, each folder once, and leaves hidden entries out.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_not_listed):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in NO_CONTENTS)
         yield folder, folders, [name for name in names if name[0] != "."]
 
 

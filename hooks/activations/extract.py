@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.hashing import fingerprint
@@ -18,6 +19,15 @@ from ..images.source import DECODING, ImageSource
 from ..models.forward import captured
 from ..models.tapped import TappedModel
 from ..models.tokens import check_tokens, tokens_of
+
+# Fields of configs of transformers on which no activation depends, or the weights' own dtype.
+NO_FUNCTION = (
+    *("architectures", "auto_map", "name_or_path", "transformers_version", "dtype", "torch_dtype"),
+    *("attn_implementation", "id2label", "label2id", "num_labels", "problem_type"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+)
+PART_NUMBERS = ("num_heads", "scale", "eps", "window_size", "shift_size")  # that parts do not print
+TAPS = ("taxolens.", "transformer_lens.", "sae_lens.")  # what is around the parts of a tapped model
 
 
 @dataclass(frozen=True)
@@ -173,11 +183,13 @@ def extract(extractors: Sequence[TokenExtractor], batch: ImageBatch) -> list[dic
 
 
 def model_fingerprint(model: TappedModel) -> str:
-    """16 hex digits that depend on every weight, the same on any device.
+    """16 hex digits that depend on every weight and on the config, the same on any device.
 
-    Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order.
+    Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order. Of the
+    config all fields count but those of `NO_FUNCTION`; of a model without one, such as timm's, the
+    classes of its parts and their printed settings.
     """
-    facts = [str(getattr(model, "family", ""))]
+    facts = [str(getattr(model, "family", "")), *_function(model.original_model)]
     for name, tensor in sorted(model.original_model.state_dict().items()):
         flat = tensor.detach().contiguous().flatten()
         data = flat.view(torch.uint8)
@@ -188,3 +200,37 @@ def model_fingerprint(model: TappedModel) -> str:
         some = [*words[:: max(1, len(words) // 16)][:16].tolist(), *data[whole:].tolist()]
         facts.append(repr((name, (*tensor.shape,), str(tensor.dtype), int(words.sum()), some)))
     return fingerprint(facts)
+
+
+def _function(module: Any) -> list[str]:
+    """What a model computes with its weights; nothing of what is no module of torch."""
+    kind = type(module).__name__
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):
+        fields = _counting(config.to_dict())
+        return [
+            kind,
+            json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__),
+        ]
+    if not isinstance(module, nn.Module):
+        return []
+    parts = [part for part in module.modules() if not type(part).__module__.startswith(TAPS)]
+    return [kind, repr([(type(p).__name__, p.extra_repr(), _numbers(p)) for p in parts])]
+
+
+def _numbers(part: nn.Module) -> dict[str, Any]:
+    found = {name: vars(part).get(name) for name in PART_NUMBERS}
+    return {name: value for name, value in found.items() if isinstance(value, int | float | tuple)}
+
+
+def _counting(config: Any) -> Any:
+    """The fields of a config, in dicts and lists, that count."""
+    if isinstance(config, list | tuple):
+        return [_counting(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        str(name): _counting(value)
+        for name, value in config.items()
+        if value is not None and not str(name).startswith("_") and name not in NO_FUNCTION
+    }

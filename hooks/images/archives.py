@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
+from uuid import uuid4
 
 from datasets import config
 
@@ -28,6 +28,7 @@ def unpacked(file: Path) -> Path:
     target = cache / f"taxolens-{fingerprint(facts)}"
     if target.is_dir():
         return target
+    partial = cache / f"{target.name}-{uuid4().hex}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(file) as archive:
@@ -36,18 +37,25 @@ def unpacked(file: Path) -> Path:
             if needed > free:
                 problem = f"{needed:,} bytes unpacked, {free:,} free in {cache}"
                 raise DataError("dataset_path", problem, given=str(file))
-            partial = tempfile.mkdtemp(dir=cache)
+            partial.mkdir()  # with the permissions of the umask
             archive.extractall(partial)
         os.rename(partial, target)
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         if target.is_dir():  # another process was first
             return target
         raise DataError("dataset_path", f"cannot be unpacked: {error}", given=str(file)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def with_zips(contents: Contents) -> Contents:
-    """The contents, or, of a folder with zip files and no images, those of the zip files as folders."""
+    """The contents, or, of a folder with zip files and no images, those of the zip files as folders.
+
+    Raises:
+        ConfigError: two of them are one folder by their names.
+        DataError: as `unpacked`.
+    """
     zips = [
         (folder, name)
         for folder, names in contents.files.items()
@@ -64,10 +72,17 @@ def with_zips(contents: Contents) -> Contents:
         if {path.partition("/")[0] for path in inside.images} == {stem}:
             inside = inside.below(stem)
         base = Path(folder, stem).as_posix()
-        for part, found in ((images, inside.images), (files, inside.files)):
-            for inner, names in found.items():
-                paths = [str(inside.root / inner / each) for each in names]
-                part[Path(base, inner).as_posix()] = paths
+        for inner, names in inside.files.items():
+            place = Path(base, inner).as_posix()
+            paths = [str(inside.root / inner / each) for each in names]
+            files[place] = [*files.get(place, ()), *paths]
+        for inner, names in inside.images.items():
+            if (place := Path(base, inner).as_posix()) in images:
+                problem = f"what {name} holds is in {place}, as what another zip file holds"
+                allowed = "zip files of different names in each folder"
+                given = str(contents.root / folder)
+                raise ConfigError("dataset_path", problem, given=given, allowed=allowed)
+            images[place] = [str(inside.root / inner / each) for each in names]
     return Contents(contents.root, images, files)
 
 

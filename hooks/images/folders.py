@@ -192,12 +192,21 @@ def _place(top: str, child: str) -> str:
 def class_names(folders: Sequence[str]) -> dict[str, str]:
     """Folder of images -> class: its name, or its path where several folders have that name.
 
-    Folders called `images` below the class folders are no classes. Synsets in several places, as
-    for the corruptions of ImageNet-C, are one class.
+    Folders called `images` below the class folders are no classes, whatever lies beside them in a
+    class folder, or beside that. Synsets in several places, as for the corruptions of ImageNet-C,
+    are one class.
     """
     paths = {folder: PurePosixPath(folder) for folder in folders if folder != "."}
-    if all(INNER.fullmatch(path.name) for path in paths.values()):
+    inner = {path for path in paths.values() if INNER.fullmatch(path.name)}
+    holding = {path.parent for path in inner}
+    around = {path.parent for path in holding}
+    others = [path for path in paths.values() if path not in inner]
+    if not others:
         paths = {folder: path.parent for folder, path in paths.items() if path.parent.name}
+    elif all(path.name for path in holding) and all(
+        path in holding or path.parent in around for path in others
+    ):
+        paths = {folder: path.parent if path in inner else path for folder, path in paths.items()}
     names = {folder: path.name for folder, path in paths.items()}
     if all(SYNSET.fullmatch(name) for name in names.values()):
         return names

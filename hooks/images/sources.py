@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -15,11 +15,18 @@ from datasets import Dataset, IterableDataset
 from pyarrow.lib import ArrowException
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import check_regular
+from ...registry.files import check_listable, check_regular, reason
 from ...registry.names import near_paths
 from .archives import refuse_tar_of_tars, unpacked, with_zips
 from .downloaded import downloaded_splits
-from .folders import IMAGE_EXTENSIONS, SPLIT_OF_WORD, Contents, contents_of, image_splits
+from .folders import (
+    IMAGE_EXTENSIONS,
+    SPLIT_OF_WORD,
+    Contents,
+    contents_of,
+    image_splits,
+    split_of_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +66,13 @@ def open_dataset(
         problem = f"{text} has no configurations"
         raise ConfigError("dataset_name", problem, given=name, allowed="None")
     if glob.has_magic(text):
+        _check_pattern(text)
         files = sorted(glob.glob(text, recursive=True))
         if not files:
             problem, allowed = "no file matches the pattern", "a pattern that matches files"
             raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
         if all(file.lower().endswith(".zip") for file in files):
-            zips = Contents(Path(), {}, {".": files})
-            return _open_images(zips, split, streaming, where=text)
+            return _open_images(_zips(files), split, streaming, where=text)
         return _open_files(files, split, streaming, where=text), None
     if local.is_file():
         if local.suffix.lower() == ".zip":
@@ -87,8 +94,45 @@ def open_dataset(
     contents = contents_of(local)
     files = _data_files(contents, named_column=image_column is not None)
     if files is not None:
-        return _open_files(files, split, streaming, where=text, root=local), None
+        described = _described_splits(contents)
+        loaded = _open_files(files, split, streaming, where=text, root=local, splits=described)
+        return loaded, None
     return _open_images(contents, split, streaming, where=text)
+
+
+def _zips(files: Sequence[str]) -> Contents:
+    """Zip files as they lie in one folder; those of equal names in the folders that they are in."""
+    if len({Path(file).stem for file in files}) == len(files):
+        return Contents(Path(), {}, {".": [*files]})
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    zips: dict[str, list[str]] = {}
+    for file in files:
+        folder, name = os.path.split(os.path.relpath(file, top))
+        zips.setdefault(Path(folder).as_posix(), []).append(name)
+    return Contents(Path(top), {}, zips)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Check that what a pattern can match is seen: `glob` leaves out folders that it cannot list.
+
+    Raises:
+        DataError: one of them cannot be listed, or entered.
+    """
+    while glob.has_magic(pattern):
+        above, name = os.path.split(pattern)
+        folders = glob.glob(above, recursive=True) if above else ["."]
+        for folder in filter(os.path.isdir, folders):
+            if glob.has_magic(name):
+                check_listable(folder)
+                continue
+            try:
+                os.lstat(os.path.join(folder, name))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                problem = f"cannot be read: {reason(error)}"
+                raise DataError("dataset_path", problem, given=error.filename) from error
+        pattern = above
 
 
 def _load(
@@ -124,9 +168,15 @@ def _load(
 
 
 def _open_files(
-    files: list[str], split: str, streaming: bool, *, where: str, root: Path | None = None
+    files: list[str],
+    split: str,
+    streaming: bool,
+    *,
+    where: str,
+    root: Path | None = None,
+    splits: Mapping[str, str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Data files, each assigned to the split that its name contains.
+    """Data files, each assigned to its split in `splits`, else to that which its name contains.
 
     `datasets` would find splits too, but in the names of all folders above the
     files too ("/data/test-run-3/...").
@@ -146,7 +196,7 @@ def _open_files(
     by_split: dict[str, list[str]] = {}
     for file in files:
         name = os.path.relpath(file, root) if root is not None else os.path.basename(file)
-        by_split.setdefault(split_of_file(name), []).append(file)
+        by_split.setdefault((splits or {}).get(file) or split_of_file(name), []).append(file)
     return _load(kind, split, streaming=streaming, data_files=by_split, where=where)
 
 
@@ -231,6 +281,47 @@ def _data_files(contents: Contents, *, named_column: bool) -> list[str] | None:
     if kind is None:
         return None
     return [str(contents.root / file) for file in others if _builder(file) == kind]
+
+
+def _described_splits(contents: Contents) -> dict[str, str]:
+    """The split of each metadata file, and of the images that it describes, by their full paths.
+
+    Those in its folder and below, up to the next such file. The split is that which their folders
+    below it are named for, else the one that its own path contains: file names of images say nothing.
+
+    Raises:
+        ConfigError: the folders are named for several splits, which would be mixed.
+    """
+    tables = {f: [n for n in names if n in METADATA_FILES] for f, names in contents.files.items()}
+    folders: dict[str, list[str]] = {folder: [] for folder, names in tables.items() if names}
+    for folder in contents.images:
+        above = (folder, *(parent.as_posix() for parent in PurePosixPath(folder).parents))
+        if (table := next((each for each in above if each in folders), None)) is not None:
+            folders[table].append(folder)
+    found: dict[str, str] = {}
+    for table, below in folders.items():
+        named = {_split_below(table, folder): folder for folder in below}
+        splits = named.keys() - {None}
+        if len(splits) > 1 or (None in named and splits - {"train"}):
+            raise ConfigError(
+                "dataset_path",
+                f"{tables[table][0]} describes images in {', '.join(sorted(named.values())[:3])}: the "
+                "splits would be mixed",
+                given=str(contents.root / table),
+                allowed=f"a {tables[table][0]} in the folder of each split",
+            )
+        split = splits.pop() if None not in named and splits else None
+        split = split or split_of_file((PurePosixPath(table) / tables[table][0]).as_posix())
+        files = [(table, name) for name in tables[table]]
+        files += [(folder, name) for folder in below for name in contents.images[folder]]
+        found |= {str(contents.root / f"{folder}/{name}"): split for folder, name in files}
+    return found
+
+
+def _split_below(top: str, folder: str) -> str | None:
+    """The split that a folder below `top` is named for, by the innermost part that is one's name."""
+    parts = reversed(PurePosixPath(folder).relative_to(top).parts)
+    return next((split for part in parts if (split := split_of_folder(part))), None)
 
 
 def _open_images(

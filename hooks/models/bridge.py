@@ -92,8 +92,10 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
     @property
     def smallest_image(self) -> tuple[int, int]:
         """(height, width) in pixels of the smallest image that the model is sure to take."""
-        if not isinstance(self.embed, VisionEmbeddings) or not self.embed.takes_any_size:
-            return self.cfg.image_size
+        height, width = self.cfg.image_size
+        any_size = isinstance(self.embed, VisionEmbeddings) and self.embed.takes_any_size
+        if not any_size or height != width:  # Hugging Face interpolates positions of a square alone
+            return height, width
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
 
     @property

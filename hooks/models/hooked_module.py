@@ -19,7 +19,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from ...registry.errors import ConfigError
 from .evals import EvaluatesImages
-from .layout import Layout, Probe, decide, not_one_row, other_sizes
+from .layout import SEQUENCE, Layout, Probe, decide, not_one_row, other_sizes, unmoved
 from .named_hooks import NamedHooks
 from .points import leaving_no_trace, noise, taking_images
 from .splicing import SplicesAtTokens
@@ -144,6 +144,9 @@ class Tap:
         raise ConfigError(f"hook {_name(place)!r}", problem, allowed="another hook point")
 
 
+Change = tuple[Tap, Side, Tensor]
+
+
 def _version(tokens: Tensor) -> int:
     """How often `tokens` (B, T, d) was written to; never the same number in inference mode."""
     return next(_counter) if tokens.is_inference() else tokens._version
@@ -204,6 +207,10 @@ class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethod
     Attributes:
         refused: hook point -> why it never fires: its tensors have no row for each image, or
             which of their axes are positions is not known.
+        sequence_points: hook points of tensors (B, T, d); others are feature maps, or one vector for
+            each image.
+        fixed_tokens: number T of tokens of such tensors -> the places of those that are no part of an
+            image, where it is known: before attention mixes them, the same for any image.
         tokenizer: None; SAELens's `run_evals` reads it.
     """
 
@@ -224,11 +231,14 @@ class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethod
         self._taps: list[Tap] = []
         self._probed = False
         self.refused: dict[str, str] = {}
+        self.sequence_points: set[str] = set()
+        self.fixed_tokens: dict[int, tuple[int, ...] | None] = {}
         parameters = signature(module.forward).parameters
         self._has_flag = "interpolate_pos_encoding" in parameters
         blocks = {name: i for i, name in enumerate(find_blocks(module))}
         named = _block_names_are_free(module, list(blocks))
         cfg.n_layers = len(blocks) if named else 0
+        self._block_names = set(blocks)
         self._owners: dict[str, WindowOwner] = {}
         for name, submodule in module.named_modules():
             if (owner := window_owner(submodule)) is not None:
@@ -361,9 +371,10 @@ class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethod
     def _probe(self) -> None:
         """Find the layout of every input and output, from images of two sizes."""
         training = self.training
+        changes: list[Change] = []
         self.eval()
         try:
-            own, other = self._shapes(2, self.cfg.image_size), {}
+            own, other = self._shapes(2, self.cfg.image_size, changes), {}
             for size in other_sizes(self.cfg.image_size):
                 with suppress(Exception):  # many models take one size alone
                     other = self._shapes(3, size)
@@ -376,10 +387,41 @@ class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethod
                     tap.decide(side, own[number, side], other.get((number, side), []))
             for side, reason in tap.refused.items():
                 self.refused |= {_name(place): reason for place in tap.places(side)}
+            for (side, rank), layout in tap.layouts.items():
+                if rank == 3 and layout == SEQUENCE:
+                    self.sequence_points |= {_name(place) for place in tap.places(side)}
+        self._find_fixed(changes)
         self._probed = True
 
-    def _shapes(self, n_images: int, size: tuple[int, int]) -> dict[Any, list[Probe]]:
-        """(number of the tap, side) -> the shape of its tensor, at each use."""
+    def _find_fixed(self, changes: list[Change]) -> None:
+        """Set `fixed_tokens`, from how far tokens differ between two images.
+
+        Places are known of a number of tokens at its first use, if some are fixed there: attention
+        mixes the image into all tokens. Where none is, it is known of the input of the first block.
+        Tokens that are all fixed may be position embeddings.
+        """
+        blocks = {id(self.original_model.get_submodule(name)) for name in self._block_names}
+        first = next((change for change in changes if id(change[0].submodule) in blocks), None)
+        tolerance = 1e-3 if self.cfg.dtype in (torch.float32, torch.float64) else 3e-2
+        for change in changes:
+            tap, side, differences = change
+            if tap.layouts.get((side, 3)) != SEQUENCE:
+                continue
+            places, n_tokens = unmoved(differences, tolerance), len(differences)
+            known = self.fixed_tokens.get(n_tokens)
+            whole = known is not None and len(known) == n_tokens
+            if n_tokens not in self.fixed_tokens or (whole and len(places) < n_tokens):
+                self.fixed_tokens[n_tokens] = places or None
+            if change is first and side == "entry" and (places or not known or whole):
+                self.fixed_tokens[n_tokens] = places
+
+    def _shapes(
+        self, n_images: int, size: tuple[int, int], changes: list[Change] | None = None
+    ) -> dict[Any, list[Probe]]:
+        """(number of the tap, side) -> the shape of its tensor, at each use.
+
+        `changes` is given how far each of T tokens differs between the first two images.
+        """
         shapes: dict[Any, list[Probe]] = {}
         numbers = {id(tap): number for number, tap in enumerate(self._taps)}
 
@@ -387,6 +429,9 @@ class HookedVisionModel(EvaluatesImages, NamedHooks, SplicesAtTokens, _SAEMethod
             cut = tap.owner.cut if tap.owner else None
             probe = Probe(n_images, size, tuple(value.shape), cut)
             shapes.setdefault((numbers[id(tap)], side), []).append(probe)
+            rows = value.ndim == 3 and len(value) == n_images and value.is_floating_point()
+            if changes is not None and rows and value.numel():
+                changes.append((tap, side, (value[0] - value[1]).abs().amax(-1)))
             return value
 
         pictures = noise(self, n_images, size)

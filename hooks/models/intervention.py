@@ -22,7 +22,7 @@ from .bridge import VisionBridge
 from .forward import run_to_hooks
 from .points import as_tokens, firings, resolve_hook_name, taps
 from .tapped import TappedModel
-from .tokens import check_tokens, put_tokens, tokens_of
+from .tokens import check_tokens, fixed_places, misplaced, put_tokens, tokens_of
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -105,6 +105,10 @@ class ModelIntervention:
         check_tokens(model, tokens, self.hook_name)
         self._pictures = pictures
         self._embedding = _embedding_point(model)
+        fixed = fixed_places(model, self._embedding)
+        self._all_of_image = fixed == ()
+        if fixed and not (model.cfg.has_class_token and fixed[0] == 0):
+            raise misplaced(model, self._embedding, fixed)
         self._block = _block_before(model, self.hook_name) if resume else None
         self._pixel_shape: tuple[int, ...] | None = None
         self._width_first = False
@@ -159,6 +163,8 @@ class ModelIntervention:
 
     def _pooled(self, activation: Tensor) -> Tensor:
         cfg = self.model.cfg
+        if activation.shape[1] > 1 and self._all_of_image:
+            return activation.mean(1)
         if activation.shape[1] == 1 or cfg.has_class_token:
             return activation[:, 0]
         return activation[:, cfg.n_prefix_tokens :].mean(1)

@@ -50,6 +50,9 @@ class Layout:
         return (0, *self.positions, *self.width)
 
 
+SEQUENCE = Layout((1,), (2,))  # (B, T, d), as every transformer has its tokens
+
+
 class Probe(NamedTuple):
     """A batch of `images` pictures of `size` (height, width), and the shape that it gave."""
 
@@ -94,6 +97,17 @@ def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
         return [(2 * height, 3 * width), (height // 2, 3 * width // 4)]
     small = max(32, height // 64 * 32), max(64, 3 * width // 128 * 32)
     return [small, (2 * height, 3 * width)] if max(size) <= 256 else [small]
+
+
+def unmoved(differences: Tensor, tolerance: float) -> tuple[int, ...]:
+    """The places of the T tokens that are the same in two images, but for rounding.
+
+    Args:
+        differences: (T,) the largest difference of each token.
+        tolerance: the part of the largest of all that is rounding.
+    """
+    same = differences <= tolerance * differences.max()
+    return tuple(same.nonzero().flatten().tolist())
 
 
 def not_one_row(shape: Sequence[int], images: int) -> str:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto import image_processing_auto
 
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import UnreadableError, check_regular, read_json_object, reason
@@ -72,6 +74,9 @@ MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "stages": 1000, "labels":
 ALL_CONFIGS = (
     " for this kind of AutoModel"  # before some hundred names in a message of transformers
 )
+# Processors that need torchvision, and whose steps `preprocess_for` does with Pillow.
+OWN_STEPS = ("DINOv3ViTImageProcessor", "Tipsv2ImageProcessor", "Tipsv2DptImageProcessor")
+TORCHVISION = "" if find_spec("torchvision") else "pip install torchvision, or "
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -110,11 +115,12 @@ def load_vision_model(
     Returns:
         A `VisionBridge` for the transformer families, a `HookedVisionModel` for everything else,
         in evaluation mode. `model.processor` is Hugging Face's image processor (PIL backend), or
-        None where there is none or it needs torchvision; `model.preprocessor_config` has the
-        checkpoint's settings either way.
+        None where there is none, or taxolens does the steps of one that needs torchvision;
+        `model.preprocessor_config` has the checkpoint's settings either way.
 
     Raises:
-        ConfigError: an argument is wrong, or there is no such model; the message names it.
+        ConfigError: an argument is wrong, or there is no such model; the message names it. Or the
+            image processor cannot be loaded, and its steps are not known.
         UnknownNameError: no such family or hook point.
         CheckpointError: the weights are damaged, or not those of the config.
     """
@@ -283,14 +289,14 @@ def _adopt(bridge: TransformerBridge, processor: Any) -> VisionBridge:
 
 def _set_preprocessing(model: VisionModel, processor: Any, settings: dict[str, Any] | None) -> None:
     """Set both; of a processor that makes no picture of an image, settings that make one in its place."""
-    if what := cuts(settings):
+    # a processor fills in what its file leaves out
+    if what := cuts(_settings(processor) or settings):
         height, width = model.cfg.image_size
         warnings.warn(
             f"the image processor of {model.cfg.model_name!r} {what}: here each image is "
             f"one picture, resized to {height} x {width}.",
             stacklevel=3,
         )
-        # a processor fills in what its file leaves out
         settings = without_tiles(_settings(processor) or settings or {}, (height, width))
         processor = None
     model.processor, model.preprocessor_config = processor, settings
@@ -444,9 +450,26 @@ def _read_preprocessing(
         processor = transformers.AutoImageProcessor.from_pretrained(
             name, backend="pil", trust_remote_code=trust_remote_code, **options
         )
-    except (ImportError, OSError, ValueError):  # DINOv3's needs torchvision
-        return None, settings
+    except (ImportError, OSError, ValueError) as error:
+        kind = _processor_type(settings, config)
+        if kind and kind.removesuffix("Fast") not in OWN_STEPS and not cuts(settings):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                "model_name",
+                f"its image processor, {kind}, cannot be loaded, and its steps are not known here: {reason}",
+                given=name,
+                allowed=f"{TORCHVISION}from_module(model, processor=...) with a processor or transform",
+            ) from error
+        return None, {**settings, "image_processor_type": kind} if kind else settings
     return processor, settings
+
+
+def _processor_type(settings: dict[str, Any], config: Any) -> str:
+    """The class of the image processor, by its settings or the type of the model; "" where unknown."""
+    by_model: dict[str, Any] = vars(image_processing_auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
+    known = by_model.get(getattr(config, "model_type", ""))
+    own = known.get("torchvision") if isinstance(known, dict) else None
+    return str(settings.get("image_processor_type") or own or "")
 
 
 def _settings(processor: Any) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ token that is not the class token counts as a register, so DeiT's distillation t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
@@ -20,6 +20,7 @@ from .points import as_pair, check_image_size, firings, hook_n_tokens, resolve_h
 from .tapped import TappedModel
 
 ALL_COLUMNS = slice(None)
+OTHERWISE = "the tokens all, or another hook point"
 TOKEN_CHOICES = ("class", "patch", "register", "all", "mean_patch")
 
 
@@ -29,7 +30,8 @@ def check_tokens(model: TappedModel, tokens: str, hook_name: str | None = None) 
     Raises:
         ConfigError: not one of `TOKEN_CHOICES`, or the model has none of them; the message says
             what to choose. Or the hook point has no tokens, or one vector for each image, which is
-            selected by "all"; or its tokens are none with the prefix tokens of a wrapped model.
+            selected by "all"; or its tokens are none with the prefix tokens of a wrapped model, or
+            have them in other places.
     """
     if tokens not in TOKEN_CHOICES:
         raise ConfigError(unknown_name_message("tokens", tokens, list(TOKEN_CHOICES)))
@@ -195,19 +197,58 @@ def _check_point(model: TappedModel, tokens: str, hook_name: str) -> bool:
 def _check_grid(
     model: TappedModel, hook_name: str, image_size: int | tuple[int, int] | None
 ) -> None:
-    """A wrapped model's prefix tokens were found by names: the others must form a square grid."""
-    if model.cfg.patch_size is not None or not model.cfg.n_prefix_tokens:
+    """A wrapped model's prefix tokens were counted by names: others must be the image's.
+
+    Where the probe tells which tokens are no part of an image, these must be the prefix tokens.
+    Else the others must form a square grid.
+    """
+    cfg = model.cfg
+    if cfg.patch_size is not None:
+        return
+    fixed = fixed_places(model, hook_name)
+    if fixed is not None and fixed != tuple(range(cfg.n_prefix_tokens)):
+        raise misplaced(model, hook_name, fixed)
+    is_sequence = resolve_hook_name(model, hook_name) in getattr(model, "sequence_points", ())
+    if not cfg.n_prefix_tokens and (fixed is not None or not is_sequence):
         return
     height, width = input_size(model) if image_size is None else as_pair(image_size)
-    n_patches = hook_n_tokens(model, hook_name, (height, width)) - model.cfg.n_prefix_tokens
+    n_patches = hook_n_tokens(model, hook_name, (height, width)) - cfg.n_prefix_tokens
     if height == width and isqrt(max(n_patches, 0)) ** 2 != n_patches:
         raise ConfigError(
             "hook_names",
-            f"{model.cfg.model_name} seems to have {model.cfg.n_prefix_tokens} prefix tokens, but "
+            f"{cfg.model_name} seems to have {cfg.n_prefix_tokens} prefix tokens, but "
             f"without them the {n_patches} tokens there are no square grid",
             given=hook_name,
-            allowed="another hook point",
+            allowed=OTHERWISE,
         )
+
+
+def fixed_places(model: TappedModel, hook_name: str) -> tuple[int, ...] | None:
+    """The places of the tokens there that are no part of an image; None where they are not known.
+
+    At the model's own image size; of a family's model None.
+    """
+    tapped: Any = model
+    if resolve_hook_name(model, hook_name) not in getattr(model, "sequence_points", ()):
+        return None
+    return tapped.fixed_tokens.get(hook_n_tokens(model, hook_name))
+
+
+def misplaced(model: TappedModel, hook_name: str, fixed: Sequence[int]) -> ConfigError:
+    """The error where the tokens that are no part of an image are not the prefix tokens."""
+    n_tokens, n_prefix = hook_n_tokens(model, hook_name), model.cfg.n_prefix_tokens
+    some = ", ".join(map(str, fixed[:3])) + (" and so on" if len(fixed) > 3 else "")
+    return ConfigError(
+        "tokens",
+        f"{model.cfg.model_name} has {n_prefix} prefix tokens by the names of its parameters, which "
+        f"come first, but of the {n_tokens} at {hook_name!r} "
+        + (
+            f"{len(fixed)} are no part of an image, at {some}"
+            if fixed
+            else "all depend on the image"
+        ),
+        allowed=OTHERWISE,
+    )
 
 
 def _traced_tokens(model: TappedModel, hook_name: str | None, size: int | tuple[int, int]) -> int:

@@ -25,7 +25,9 @@ def tower_of(model: nn.Module) -> nn.Module | None:
 def cuts(settings: Mapping[str, Any] | None) -> str | None:
     """What an image processor of these settings makes of an image, where that is no picture; None where it is."""
     settings = settings or {}
-    if any(settings.get(name) for name in TILES):
+    # Some have a largest number of pieces and a switch, which is in TILES; Llama 4's have no switch.
+    pieces = "max_patches" in settings and "crop_to_patches" not in settings
+    if pieces or any(settings.get(name) for name in TILES):
         return "cuts an image into several"
     return "makes patches of images of any size" if ROWS in settings else None
 

@@ -15,6 +15,7 @@ from ...hooks.activations.cache import ActivationCache
 from ...hooks.activations.extract import Extraction, model_fingerprint
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
+from ...hooks.models.tokens import check_tokens
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, file_digest, reason
 from ...registry.hashing import fingerprint
@@ -181,10 +182,20 @@ def _wanted(
     return fingerprint([repr(facts)], digits=8), Extraction(
         hook_names,
         tokens=setting.tokens,
-        mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens,
+        mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens and _have_patches(model, hook_names),
         image_size=setting.image_size,
         autocast=autocast,
     )
+
+
+def _have_patches(model: Any, hook_names: Sequence[str]) -> bool:
+    """Whether it is known at each hook point which of its tokens are patches."""
+    try:
+        for name in hook_names:
+            check_tokens(model, "mean_patch", name)
+    except ConfigError:
+        return False
+    return True
 
 
 def last_block(model: Any) -> str | None:

@@ -308,6 +308,16 @@ def a_folder_of_zips_of_splits(root: Path) -> Path:
 
 
 @layout(train={"cat": 2, "dog": 1})
+def zips_of_one_name_in_class_folders(root: Path) -> Path:
+    draw(root / "1", "1.jpg", "2.jpg")
+    draw(root / "2", "1.jpg")
+    for folder, name in (("1", "cat"), ("2", "dog")):
+        (root / "zips" / name).mkdir(parents=True)
+        pack(root / folder, root / "zips" / name / "images.zip")
+    return root / "zips" / "*" / "images.zip"
+
+
+@layout(train={"cat": 2, "dog": 1})
 def a_folder_of_zips_of_classes(root: Path) -> Path:
     draw(root / "1", "1.jpg", "2.jpg")
     draw(root / "2", "3.jpg")

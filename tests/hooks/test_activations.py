@@ -1,12 +1,16 @@
 import itertools
 import json
+import shutil
 import threading
+import warnings
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
+import transformers
 from far_device import FAR_DEVICES, on
 from taxolens.hooks.activations import token_sources
 from taxolens.hooks.activations.cache import ActivationCache
@@ -16,10 +20,10 @@ from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.loader import ImageLoader, worker_context
 from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.images.source import ImageSource
-from taxolens.hooks.models.load import from_module
+from taxolens.hooks.models.load import from_module, load_vision_model, run_to_hooks
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError
 from tiny_images import hf_dataset, noise
-from tiny_models import tiny_model
+from tiny_models import VIT, pictures, tiny_model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 worker_context()  # its server takes long to start: let it while other tests run
@@ -476,6 +480,77 @@ def test_model_fingerprint_follows_every_weight(model):
     other = vision_model()
     next(itertools.islice(other.original_model.parameters(), 7, None)).data.view(-1)[-1] += 1e-3
     assert model_fingerprint(other) != model_fingerprint(model)
+
+
+def clip_of(**fields) -> Any:
+    """A tapped CLIP of these fields of its config; the same weights each time."""
+    config = transformers.CLIPVisionConfig(**{**VIT, **fields})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return from_module(transformers.CLIPVisionModel(config).eval())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"hidden_act": "gelu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 1e-3}]
+)
+def test_model_fingerprint_follows_the_config(fields):
+    """The weights are the same, the activations are not."""
+    one, other = clip_of(), clip_of(**fields)
+    acts = [run_to_hooks(model, pictures(), HOOKS[1:])[HOOKS[1]] for model in (one, other)]
+    assert not torch.equal(*acts)
+    assert model_fingerprint(one) != model_fingerprint(other)
+
+
+def test_model_fingerprint_follows_what_a_module_without_config_computes():
+    class Own(torch.nn.Module):
+        def __init__(self, n_heads: int, eps: float, act: type[torch.nn.Module]) -> None:
+            super().__init__()
+            self.norm, self.act = torch.nn.LayerNorm(8, eps), act()
+            self.attention = torch.nn.MultiheadAttention(8, n_heads)
+
+    made = []
+    for settings in [
+        (2, 1e-5, torch.nn.GELU),
+        (4, 1e-5, torch.nn.GELU),
+        (2, 1e-3, torch.nn.GELU),
+    ] + [(2, 1e-5, torch.nn.ReLU)] * 2:
+        torch.manual_seed(0)
+        made.append(model_fingerprint(from_module(Own(*settings))))
+    assert len(set(made)) == 4 and made[3] == made[4]
+
+
+def test_model_fingerprint_is_that_of_the_saved_model(tmp_path):
+    """It depends on no folder, attention, labels, or hooks that the model is used with."""
+    config = transformers.ViTConfig(**VIT, num_labels=2)
+    plain = transformers.ViTForImageClassification(config).eval()
+    plain.save_pretrained(tmp_path / "one")
+    found = {model_fingerprint(from_module(plain))}
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    saved["id2label"], saved["transformers_version"] = {"0": "ant", "1": "bee"}, "5.0.0"
+    (tmp_path / "two" / "config.json").write_text(json.dumps(saved))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no preprocessor_config.json
+        for folder, attention in [("one", "sdpa"), ("one", "eager"), ("two", "sdpa")]:
+            model = load_vision_model(tmp_path / folder, attn_implementation=attention)
+            found.add(model_fingerprint(model))
+            run_to_hooks(model, pictures(), HOOKS)
+            found.add(model_fingerprint(model))
+    assert len(found) == 1
+
+
+def test_a_cache_of_another_activation_function_is_refused(images, tmp_path):
+    def fill(model):
+        setting = {"tokens": "class", "max_corrupt_share": 0.5, "progress": False}
+        return ActivationCache.build(model, images, HOOKS, path=tmp_path / "acts", **setting)
+
+    fill(clip_of())
+    with pytest.raises(ConfigError, match="model"):
+        fill(clip_of(hidden_act="gelu"))
+    stream = stream_of(clip_of(), images, tokens="class")
+    state = stream.state_after(len(take(stream, 1)))
+    with pytest.raises(CheckpointError, match="model"):
+        stream_of(clip_of(hidden_act="gelu"), images, tokens="class").seek(state)
 
 
 def test_map_style_datasets_of_one_image(model):

@@ -1,15 +1,26 @@
 import json
 import logging
+import os
+import stat
 import tarfile
+import zipfile
 from collections import Counter
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
-from folder_layouts import LAYOUTS, annotated, draw, draw_splits, write
+from folder_layouts import LAYOUTS, annotated, draw, draw_splits, pack, write
 from scipy.io import savemat
 from taxolens.hooks.images.dataset import load_images
-from taxolens.hooks.images.folders import IMAGE_EXTENSIONS, contents_of, image_splits
+from taxolens.hooks.images.folders import (
+    IMAGE_EXTENSIONS,
+    class_names,
+    contents_of,
+    image_splits,
+)
 from taxolens.registry.errors import ConfigError, DataError
+from taxolens.registry.taxonomies.folders import from_folders
 from tiny_images import class_folders
 
 
@@ -211,6 +222,154 @@ def test_pictures_of_telephones_are_named_in_a_warning(tmp_path, caplog):
         assert len(load_images(tmp_path)) == 1
     assert "1 .heic files are left out" in caplog.text and "JPEG" in caplog.text
     assert "pip install 'taxolens[heic]'" in caplog.text
+
+
+@pytest.mark.parametrize("pattern", ["", "*/*.jpg", "**/*.jpg"])
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "input/output error")])
+def test_a_class_folder_that_cannot_be_listed_is_named(pattern, error, tmp_path, monkeypatch):
+    draw(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    listed = os.scandir
+
+    def scandir(folder="."):
+        if os.path.basename(os.fspath(folder)) == "dog":
+            error.filename = folder
+            raise error
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(
+        DataError, match=f"folder {tmp_path}/dog: it cannot be listed: {error.strerror}"
+    ):
+        load_images(tmp_path / pattern)
+    if not pattern:
+        with pytest.raises(DataError, match="/dog: it cannot be listed"):
+            from_folders(tmp_path)
+
+
+def test_a_class_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch):
+    draw(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    found = os.lstat
+
+    def lstat(path, **options):
+        if str(path).endswith("dog/1.jpg"):
+            raise PermissionError(13, "denied", path)
+        return found(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with pytest.raises(DataError, match=f"cannot be read: denied; given '{tmp_path}/dog/1.jpg'"):
+        load_images(tmp_path / "*" / "1.jpg")
+
+
+def test_an_unpacked_zip_can_be_read_as_the_umask_says(tmp_path):
+    path = LAYOUTS["one_zip_of_class_folders"][0](tmp_path)
+    before = os.umask(0o027)
+    try:
+        load_images(path)
+    finally:
+        os.umask(before)
+    (top,) = (Path(datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted").iterdir()
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (top, top / "cat", top / "cat" / "1.jpg")]
+    assert modes == [0o750, 0o750, 0o640]
+
+
+def test_a_pattern_of_zips_is_read_as_their_folder(tmp_path):
+    """Of two files `train.zip` the images of both, whose classes are named by their paths."""
+    for part in ("a", "b"):
+        draw(tmp_path / "source" / part, f"cat/{part}1.jpg", f"dog/{part}2.jpg")
+        (tmp_path / "zips" / part).mkdir(parents=True)
+        pack(tmp_path / "source" / part, tmp_path / "zips" / part / "parts.zip")
+    folder = counted(load_images(tmp_path / "zips"))
+    assert sum(folder.values()) == 4
+    assert counted(load_images(tmp_path / "zips" / "*" / "parts.zip")) == folder
+
+
+def test_zips_of_different_names_are_side_by_side_wherever_they_lie(tmp_path):
+    for folder, name in (("a", "train"), ("b", "val")):
+        draw(tmp_path / "source" / folder, "cat/1.jpg")
+        (tmp_path / "zips" / folder).mkdir(parents=True)
+        pack(tmp_path / "source" / folder, tmp_path / "zips" / folder / f"{name}.zip")
+    for split in ("train", "validation"):
+        assert counted(load_images(tmp_path / "zips" / "*" / "*.zip", split=split)) == {"cat": 1}
+
+
+def test_two_zips_that_are_one_folder_are_refused(tmp_path):
+    draw(tmp_path / "source", "1.jpg")
+    pack(tmp_path / "source", tmp_path / "cat.zip")
+    pack(tmp_path / "source", tmp_path / "cat.ZIP")
+    (tmp_path / "source" / "1.jpg").unlink()
+    with pytest.raises(ConfigError, match="is in cat, as what another zip file holds"):
+        load_images(tmp_path)
+
+
+def test_a_damaged_zip_leaves_nothing_in_the_cache(tmp_path):
+    path = LAYOUTS["one_zip_of_class_folders"][0](tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("dog/last.jpg", b"x" * 1000)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"x" * 1000, b"y" * 1000))
+    with pytest.raises(DataError, match="cannot be unpacked: Bad CRC-32"):
+        load_images(path)
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted"
+    assert list(cache.iterdir()) == []
+
+
+def describe(root, *files):
+    """A metadata.csv: the class of an image is the first letter of its name."""
+    draw(root, *files)
+    write(root, "metadata.csv", "file_name,label", *(f"{f},{Path(f).name[0]}" for f in files))
+
+
+@pytest.mark.parametrize("others", [["test/c2.jpg"], ["more/test2017/c2.jpg"]])
+def test_one_table_above_several_splits_is_refused(others, tmp_path):
+    """`datasets` takes the rows of all splits for those of the first."""
+    describe(tmp_path, "train/a1.jpg", "train/b1.jpg", *others)
+    for streaming in (False, True):
+        with pytest.raises(ConfigError, match="the splits would be mixed"):
+            load_images(tmp_path, split="train", streaming=streaming)
+
+
+def test_a_folder_of_the_test_split_beside_others_is_refused(tmp_path):
+    describe(tmp_path, "a1.jpg", "cat/b1.jpg", "test/c1.jpg")
+    with pytest.raises(ConfigError, match="the splits would be mixed"):
+        load_images(tmp_path)
+
+
+def test_tables_of_each_split_and_one_above_a_single_split(tmp_path):
+    describe(tmp_path / "each" / "train", "a1.jpg", "inner/b1.jpg")
+    describe(tmp_path / "each" / "test", "c1.jpg")
+    for split, classes in (("train", {"a": 1, "b": 1}), ("test", {"c": 1})):
+        assert counted(load_images(tmp_path / "each", split=split)) == classes
+    describe(tmp_path / "one", "images/val/a1.jpg", "images/val/b1.jpg")
+    assert counted(load_images(tmp_path / "one", split="validation")) == {"a": 1, "b": 1}
+
+
+def test_names_of_described_images_are_no_splits(tmp_path):
+    """Once all were in `train` with their classes, and in `validation` without."""
+    describe(tmp_path, "a_val2014_1.jpg", "b_val2014_2.jpg", "train/c1.jpg")
+    assert counted(load_images(tmp_path)) == {"a": 1, "b": 1, "c": 1}
+    with pytest.raises(ConfigError, match="validation"):
+        load_images(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        (["cat/images", "cat", "dog/images"], ["cat", "cat", "dog"]),
+        (["cat/images", "dog"], ["cat", "dog"]),
+        (["cat/images", "dog/JPEGImages"], ["cat", "dog"]),
+        (["pet/cat/images", "pet/cat", "wild/cat/images"], ["pet/cat", "pet/cat", "wild/cat"]),
+        (["page/images", "page/text"], ["images", "text"]),
+        (["images", "cat", "dog"], ["images", "cat", "dog"]),
+        (["cat/images", "dog/left", "dog/right"], ["images", "left", "right"]),
+    ],
+)
+def test_folders_of_images_in_class_folders(folders, classes):
+    assert list(class_names(folders).values()) == classes
+
+
+def test_one_picture_beside_a_folder_of_images(tmp_path):
+    draw(tmp_path, "cat/images/1.jpg", "cat/images/2.jpg", "cat/cover.jpg", "dog/images/1.jpg")
+    assert counted(load_images(tmp_path)) == {"cat": 3, "dog": 1}
 
 
 def test_a_changed_zip_is_unpacked_again(tmp_path):

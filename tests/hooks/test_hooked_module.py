@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
+import transformers as hf
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.activations.extract import TokenExtractor
 from taxolens.hooks.models.hooked_module import find_blocks
 from taxolens.hooks.models.intervention import ModelIntervention
 from taxolens.hooks.models.load import expand_hook_names, from_module, hook_d_in, run_to_hooks
-from taxolens.hooks.models.tokens import tokens_per_image
+from taxolens.hooks.models.tokens import TOKEN_CHOICES, check_tokens, tokens_of, tokens_per_image
 from taxolens.registry.errors import ConfigError, UnknownNameError
 from tiny_models import pictures, tapped, tiny_model
 from torch import nn
@@ -225,6 +227,124 @@ def test_a_prefix_that_the_grid_contradicts() -> None:
     sae.cfg.metadata.hook_name, sae.cfg.metadata["tokens"] = hooks[1], "class"
     with pytest.raises(ConfigError, match="seems to have 1 prefix tokens"):
         model.add_sae(sae)
+
+
+class Mixing(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.project(x.mean(1, keepdim=True).expand_as(x))
+
+
+class Transformer(nn.Module):
+    """16 patches of pictures of 32; `before` and `after` learned tokens around them."""
+
+    def __init__(self, before: int = 0, after: int = 0, name: str = "cls_token") -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 8, 8)
+        self.before = before
+        self.register_parameter(name, nn.Parameter(torch.randn(1, before + after, 6)))
+        self.learned = name
+        self.layers = nn.ModuleList([Mixing(6), Mixing(6)])
+        self.config = SimpleNamespace(image_size=32, hidden_size=6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(x).flatten(2).mT
+        learned = getattr(self, self.learned).expand(len(x), -1, -1)
+        x = torch.cat([learned[:, : self.before], patches, learned[:, self.before :]], 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def refusals(model: Any, hook: str) -> dict[str, str]:
+    found = {}
+    for tokens in TOKEN_CHOICES:
+        try:
+            check_tokens(model, tokens, hook)
+        except ConfigError as error:
+            found[tokens] = str(error)
+    return found
+
+
+def test_prefix_tokens_are_where_they_are_said_to_be() -> None:
+    hook = "blocks.1.hook_resid_post"
+    in_front = from_module(Transformer(before=1).eval())
+    assert set(refusals(in_front, hook)) == {"register"}
+    assert set(refusals(from_module(Transformer().eval()), hook)) == {"class", "register"}
+    last = refusals(from_module(Transformer(after=1).eval(), model_name="own"), hook)
+    assert set(last) == {"class", "patch", "mean_patch", "register"}
+    assert last["class"] == (
+        "tokens: own has 1 prefix tokens by the names of its parameters, which come first, but of "
+        "the 17 at 'blocks.1.hook_resid_post' 1 are no part of an image, at 16; allowed: the tokens "
+        "all, or another hook point."
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(10, 0), (0, 9), (4, 5)])
+def test_learned_tokens_of_a_name_that_is_not_known(before: int, after: int) -> None:
+    """With 9 of them there are 25 tokens, a square grid as it were."""
+    model = from_module(Transformer(before, after, name="prompts").eval())
+    found = refusals(model, "layers.1.hook_out")
+    assert {"patch", "mean_patch"} <= set(found) and "all" not in found
+    places = [*range(before), *range(before + 16, 16 + before + after)][:3]
+    assert f"at {', '.join(map(str, places))} and so on" in found["patch"]
+
+
+def test_tokens_that_no_grid_explains() -> None:
+    """Behind the blocks 5 queries collect from the patches: a mean of patches they are not."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.norm = Transformer(), nn.LayerNorm(6)
+            self.queries = nn.Parameter(torch.randn(5, 6))
+            self.config = self.trunk.config
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.trunk(x)
+            return self.norm((self.queries @ x.mT).softmax(-1) @ x)
+
+    model = from_module(Queries().eval())
+    assert set(refusals(model, "trunk.layers.1.hook_out")) == {"class", "register"}
+    assert "the 5 tokens there are no square grid" in refusals(model, "norm.hook_in")["mean_patch"]
+
+
+def test_radio_has_its_registers_behind_its_class_tokens() -> None:
+    config = hf.RadioConfig(
+        **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 8, "num_cls_tokens": 2, "num_registers": 3},
+    )
+    plain = hf.RadioModel(config).eval()
+    images = pictures()
+    with torch.no_grad():
+        expected = plain(images)
+    model = from_module(plain)
+    hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    assert not refusals(model, hook)
+    acts = run_to_hooks(model, images, [hook])[hook]
+    assert torch.equal(tokens_of(model, acts, "patch"), expected.features)
+    assert torch.equal(
+        tokens_of(model, acts, "class"), expected.summary.unflatten(1, (2, 16))[:, :1]
+    )
+
+
+def test_llama_4_has_its_class_token_last() -> None:
+    config = hf.Llama4VisionConfig(
+        **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 8, "intermediate_size": 64, "vision_output_dim": 8},
+        **{"projector_input_dim": 8, "projector_output_dim": 8},
+    )
+    model = from_module(hf.Llama4VisionModel(config).eval())
+    found = refusals(model, "blocks.1.hook_resid_post")
+    assert set(found) == {"class", "register", "patch", "mean_patch"}
+    assert (
+        "of the 17 at 'blocks.1.hook_resid_post' 1 are no part of an image, at 16" in found["patch"]
+    )
+    with pytest.raises(ConfigError, match="1 are no part of an image, at 16"):
+        ModelIntervention(model, lambda rows: pictures(), "blocks.0.hook_resid_post", "all")
 
 
 def test_a_submodule_with_a_name_that_is_taken() -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import taxolens  # noqa: F401  (registers the families)
 import torch
 import transformers
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.bridge import VisionBridge
 from taxolens.hooks.models.hooked_module import HookedVisionModel
 from taxolens.hooks.models.load import find_family, from_module, load_vision_model, run_to_hooks
+from taxolens.hooks.models.tokens import tokens_per_image
 from taxolens.registry.errors import CheckpointError, ConfigError, UnknownNameError
-from tiny_models import pictures, preprocessing, save_tiny, tapped, tiny_model
+from tiny_models import VIT, pictures, preprocessing, save_tiny, tapped, tiny_model
 
 POST = "blocks.1.hook_resid_post"
 FAMILY_OF = {
@@ -90,11 +93,56 @@ def test_processors_work_through_pil(variant: str, processor: str | None, tmp_pa
     assert (type(model.processor).__name__ if model.processor else None) == processor
 
 
+def saved_with(settings: dict[str, Any], folder: Path) -> Path:
+    save_tiny("vit_msn", folder, processor=False)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+NEEDS_TORCHVISION = pytest.param(
+    "PPLCNetImageProcessor",
+    marks=pytest.mark.skipif(bool(find_spec("torchvision")), reason="torchvision is installed"),
+)
+
+
+@pytest.mark.parametrize("kind", [NEEDS_TORCHVISION, "SomebodysImageProcessor"])
+def test_steps_of_a_processor_that_are_not_known(kind: str, tmp_path: Path) -> None:
+    """PP-LCNet's gives blue, green, red: resized and cropped images would be other ones."""
+    settings = {"image_processor_type": kind, "size": {"height": 32, "width": 32}}
+    with pytest.raises(
+        ConfigError, match=f"its image processor, {kind}, cannot be loaded.*model, pro"
+    ):
+        load_vision_model(saved_with(settings, tmp_path))
+
+
+def test_a_processor_is_known_by_its_model(tmp_path: Path) -> None:
+    """Of settings that name no type: DINOv3's resizes in floating point."""
+    folder = save_tiny("dinov3", tmp_path)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    del settings["image_processor_type"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    described = preprocess_for(load_vision_model(folder)).describe()
+    assert described["resize_rescaled"] is True
+
+
 def test_no_preprocessing_is_a_warning(tmp_path: Path) -> None:
     folder = save_tiny("dinov2", tmp_path, processor=False)
     with pytest.warns(UserWarning, match="no preprocessor_config.json"):
         model = load_vision_model(folder)
     assert model.processor is None and model.preprocessor_config is None
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Beit", "IJepa", "DINOv3ViT"])
+def test_a_model_of_images_that_are_no_squares(kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(**{**VIT, "image_size": [32, 64]})
+    plain = getattr(transformers, f"{kind}Model")(config).eval()
+    images = pictures(size=(32, 64))
+    with torch.no_grad():
+        states = plain(images, output_hidden_states=True).hidden_states
+    model = from_module(plain)
+    acts = run_to_hooks(model, images, ["hook_embed", POST])
+    assert torch.equal(acts["hook_embed"], states[0]) and torch.equal(acts[POST], states[2])
+    assert tokens_per_image(model, "all", hook_name=POST) == acts[POST].shape[1]
 
 
 def test_a_hub_name_is_found_in_the_cache(offline: Path, tmp_path: Path) -> None:

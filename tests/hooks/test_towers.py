@@ -14,6 +14,7 @@ import transformers as hf
 from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.load import from_module, load_vision_model, run_to_hooks
+from taxolens.hooks.models.towers import cuts
 from taxolens.registry.errors import ConfigError
 from tiny_models import LLAMA, VIT, pictures, save_tiny
 from torch import Tensor, nn
@@ -182,6 +183,24 @@ def test_tiles_are_left_out_with_a_warning(tmp_path: Path) -> None:
         model = load_vision_model(tmp_path)
     described = preprocess_for(model).describe()
     assert (described["size"], described["mean"], described["crop"]) == ([32, 32], [0.1] * 3, None)
+
+
+def test_which_settings_cut_an_image() -> None:
+    """Llama 4's processor has a largest number of pieces, and no switch as GOT-OCR 2's has."""
+    assert cuts({"max_patches": 16}) == "cuts an image into several"
+    assert cuts({"max_patches": 12, "crop_to_patches": True}) == "cuts an image into several"
+    assert cuts({"max_patches": 12, "crop_to_patches": False}) is None
+    with pytest.warns(UserWarning, match="cuts an image into several: .* resized to 32 x 32"):
+        model = from_module(build("internvl"), processor=hf.LlavaNextImageProcessorPil())
+    assert model.processor is None
+
+
+def test_a_switch_that_the_file_leaves_out(tmp_path: Path) -> None:
+    """What the file leaves out is as the processor has it: this one cuts nothing."""
+    build("internvl").save_pretrained(tmp_path)
+    settings = {"image_processor_type": "GotOcr2ImageProcessor", "max_patches": 12}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert load_vision_model(tmp_path).processor.crop_to_patches is False
 
 
 def test_towers_of_rows_of_patches_are_refused() -> None:

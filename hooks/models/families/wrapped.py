@@ -18,7 +18,8 @@ from .family import VisionFamily, VisionSource, load_transformers
 if TYPE_CHECKING:
     from ..hooked_module import HookedVisionModel
 
-CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+# RADIO's has its class tokens, then its registers.
+CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_register_token")
 REGISTERS = ("register_tokens", "reg_token", "distillation_token", "dist_token")
 POOLING = ("head", "pool", "attn_pool", "decoder")  # whose tokens are not in the blocks
 NO_IMAGES = re.compile("text|prompt|decoder")  # in the names of parts of a config
@@ -29,7 +30,8 @@ GRIDS = "grid_thw"  # that of towers such as Qwen-VL's
 def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> HookedVisionModel:
     """Tap the named submodules of any vision model.
 
-    Prefix tokens are found by the names of parameters, sizes in the Hugging Face or timm config.
+    Prefix tokens are counted by the names of parameters, sizes found in the Hugging Face or timm
+    config. Where these tokens are not the first, `check_tokens` refuses to choose among tokens.
 
     Raises:
         ConfigError: its forward needs more than images.
@@ -57,7 +59,7 @@ def wrap(module: nn.Module, model_name: str, *, family: str = "wrapped") -> Hook
         image_size=as_pair(_field(config, "image_size") or size),
         n_channels=_field(config, "num_channels") or channels,
         has_class_token=n_class > 0,
-        # of several class tokens (Pixio) the first is the class token
+        # of several class tokens (Pixio, RADIO) the first is the class token
         n_register_tokens=max(n_class - 1, 0) + _n_tokens(prefix, REGISTERS),
     )
     return HookedVisionModel(module, cfg, family=family)
