@@ -138,11 +138,18 @@ class ImageDataset:
         chosen._rows = kept if chosen._rows is None else chosen._rows[kept]
         return chosen
 
-    def parted(self, part: Part, max_images: int | None = None) -> ImageDataset:
-        """That part of the split that was opened; the dataset is not opened again."""
-        return self._again(max_images, part)
+    def parted(
+        self, part: Part | None, max_images: int | None = None, *, limits: Limits | None = None
+    ) -> ImageDataset:
+        """That part of the split that was opened, None all of it; the dataset is not opened again.
 
-    def _again(self, max_images: int | None, part: Part | None) -> ImageDataset:
+        Read within `limits`, where they are given, in place of its own.
+        """
+        return self._again(max_images, part, limits)
+
+    def _again(
+        self, max_images: int | None, part: Part | None, limits: Limits | None = None
+    ) -> ImageDataset:
         return ImageDataset(
             self._data,
             image_column=self.image_column,
@@ -150,9 +157,18 @@ class ImageDataset:
             root=self.root,
             max_images=max_images,
             name=self.name,
-            limits=self.limits,
+            limits=limits or self.limits,
             part=part,
         )
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 (N,): the place of each image in the split that was opened.
+
+        Raises:
+            TypeError: the dataset is streaming.
+        """
+        return np.arange(len(self)) if self._rows is None else self._rows
 
     def __len__(self) -> int:
         """Number of images.

@@ -45,7 +45,7 @@ from ..reporting.results import (
 )
 from .bench import Bench
 from .forward import ModelSetting
-from .held_out import HeldOut
+from .held_out import HeldOut, knows_training
 from .latent_cards import NodeFrames
 from .peers import find_peers
 from .sae_folders import SAEFolder
@@ -108,6 +108,7 @@ class ResultsFolder:
             holdout=held_out.source.holdout,
             holdout_seed=None if held_out.source.part is None else held_out.source.holdout_seed,
             n_present=held_out.n_present,
+            training_known=all(map(knows_training, saes)),
         )
         self._conditions = _conditions(
             images.fingerprint,
@@ -264,8 +265,9 @@ class ResultsFolder:
         if self._found:
             self._permuted = earlier.permuted_classes
             here = self._dataset
-            same = {"path": here.path, "name": here.name, "split": here.split}
-            self._dataset = replace(earlier.dataset, seen_in_training=here.seen_in_training, **same)
+            same = ("path", "name", "split", "seen_in_training", "training_known")
+            same = {name: getattr(here, name) for name in same}
+            self._dataset = replace(earlier.dataset, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))
 
     def _refuse_to_drop(self, earlier: Results) -> None:

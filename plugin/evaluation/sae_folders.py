@@ -57,7 +57,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("eval_dataset_path", "eval_dataset_name", "eval_split"), str),
     **dict.fromkeys(("dataset_fingerprint", "training_architecture"), str),
     **dict.fromkeys(("image_size", "max_images", "eval_max_images", "hook_head_index"), int),
-    "jpeg_edge": int,
+    **dict.fromkeys(("jpeg_edge", "n_images"), int),
     **dict.fromkeys(("store_batch_size_prompts", "num_workers", "max_image_pixels"), int),
     "max_corrupt_share": float,
     "holdout": float,

@@ -339,6 +339,8 @@ class DatasetInfo:
         holdout: share of every class of the split that was held out; null where the split is.
         holdout_seed: seed of the choice of these images; null likewise.
         n_present: number of classes that have images; null where it was not recorded.
+        training_known: whether it is known of every SAE which images it was trained on; where it is not,
+            `seen_in_training` is about the others alone; null where it was not recorded.
     """
 
     path: str
@@ -354,6 +356,7 @@ class DatasetInfo:
     holdout: float | None = None
     holdout_seed: int | None = None
     n_present: int | None = None
+    training_known: bool | None = None
 
     @property
     def title(self) -> str:

@@ -127,7 +127,8 @@ def check_held_out(cfg: Any, images: ImageDataset, held_out: HeldOut) -> None:
         ConfigError: some are, or both have the same content.
     """
     begun, source = "the SAE would be trained on", cfg.image_source
-    if message := seen_in_training(begun, source, images.fingerprint, held_out):
+    n_images = None if images.is_streaming else len(images)
+    if message := seen_in_training(begun, source, images.fingerprint, n_images, held_out):
         raise ConfigError(
             "eval_split",
             message,

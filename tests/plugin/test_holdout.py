@@ -15,13 +15,22 @@ import numpy as np
 import pytest
 from PIL import Image
 from sae_lens import LoggingConfig
-from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.holdout import Part
-from taxolens.hooks.images.source import ImageSource
+from taxolens.hooks.images.source import RECORDED_SETTINGS, ImageSource
 from taxolens.plugin.commands import train as train_command
 from taxolens.plugin.evaluation.evaluate import evaluate_run
-from taxolens.plugin.evaluation.held_out import HeldOut, overlap
+from taxolens.plugin.evaluation.held_out import (
+    HeldOut,
+    check_held_out,
+    overlap,
+    seen_in_training,
+)
+from taxolens.plugin.evaluation.publish import publish
+from taxolens.plugin.evaluation.sae_folders import SAEFolder
 from taxolens.plugin.reporting.headlines import headlines
+from taxolens.plugin.reporting.report import write_report
+from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
 from taxolens.registry.errors import ConfigError
@@ -294,3 +303,105 @@ def test_hold_outs_overlap_with_all_but_their_other_part(flat: Path, tmp_path: P
     assert overlap(ImageSource(str(flat)), held_out)
     class_folders(tmp_path, {"cat": [1, 2], "dog": [3, 4]})
     assert not overlap(trained_on, ImageSource(str(tmp_path)))
+
+
+MOST = {"holdout": 0.2}
+HALF = {"split": "train[:50%]", "max_images": 20}
+PART = {"is_held_out": True}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("trained_on", "evaluated_on", "share_images"),
+    [
+        ({}, {"holdout": 0.2, **PART}, True),
+        ({}, {"split": "train[:25%]"}, True),
+        (MOST, {}, True),
+        (MOST, {"holdout": 0.5, **PART}, True),
+        (MOST, {"holdout": 0.2, "holdout_seed": 1, **PART}, True),
+        (MOST, {"holdout": 0.2, **PART}, False),
+        (MOST, {"holdout": 0.2, "jpeg_edge": 8, **PART}, False),
+        ({"max_images": 20}, {"holdout": 0.2, **PART}, True),
+        (HALF, {"holdout": 0.2, **PART}, True),
+        (HALF, {"split": "train[45%:]"}, True),
+        (HALF, {"split": "train[50%:]"}, False),
+        ({"streaming": True}, {"holdout": 0.2, **PART}, True),
+        ({"label_column": "label"}, {"holdout": 0.2, **PART}, True),
+    ],
+)
+def test_training_images_are_found_again_where_the_folder_was_moved(
+    trained_on: dict[str, Any],
+    evaluated_on: dict[str, Any],
+    share_images: bool,
+    given: bool,
+    moved: Path,
+    flat: Path,
+) -> None:
+    """As SAEs record them that were handed on without the settings of their run."""
+    source = ImageSource(str(flat), **trained_on)
+    images = ImageDataset.of(source)
+    recorded = dict.fromkeys(RECORDED_SETTINGS) | {"streaming": source.streaming, **trained_on}
+    recorded |= {"dataset_path": str(flat), "dataset_fingerprint": images.fingerprint}
+    recorded |= {} if images.is_streaming else {"n_images": len(images)}
+    recorded |= {} if images.is_streaming else {"max_images": None}
+    sae = SAEFolder("sae", "sae", "sae", moved, {"metadata": recorded}, {})
+    tree = str(flat.parent / "tree.csv")
+    held_out = HeldOut.load(ImageSource(str(moved), **evaluated_on), tree)
+    if given:  # in place of a dataset: only the images say what they are
+        if {"split", "streaming"} & {*trained_on, *evaluated_on}:
+            pytest.skip("of a split that is not known")
+        held_out = replace(held_out, source=ImageSource("photos", split="given"))
+    if not share_images:
+        assert not check_held_out([sae], held_out, allow=False)
+        return
+    with pytest.raises(ConfigError, match=r"sae was trained on .*, and these are the images"):
+        check_held_out([sae], held_out, allow=False)
+
+
+@pytest.fixture(scope="module")
+def moved(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(flat, tmp_path_factory.mktemp("elsewhere") / "moved")
+
+
+def test_other_images_in_a_folder_of_the_same_classes_are_held_out(
+    flat: Path, tmp_path: Path
+) -> None:
+    for i, name in enumerate(WORLD_CLASSES):
+        (place := tmp_path / "photos" / Path(name).name).mkdir(parents=True)
+        for j in range(10):
+            Image.new("RGB", (16, 16), (i, j, 0)).save(place / f"{j}.png")
+    held_out = HeldOut.load(ImageSource(str(tmp_path / "photos")), str(flat.parent / "tree.csv"))
+    for trained_on in ({}, HALF, MOST, {"streaming": True}):
+        source = ImageSource(str(flat), **trained_on)
+        print_of = ImageDataset.of(source).fingerprint
+        assert seen_in_training("", source, print_of, None, held_out) is None
+
+
+def test_it_is_said_where_the_training_images_are_unknown(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """As of an SAE that SAELens has trained alone."""
+    Job(gather(flags=settings), evaluate=False).train()
+    run = Path(settings["output_path"])
+    cfg = json.loads((run / "cfg.json").read_text())
+    names = ("model_name", "hook_name", "tokens")
+    cfg["metadata"] = {name: cfg["metadata"][name] for name in names}
+    (run / "cfg.json").write_text(json.dumps(cfg))
+    (run / "runner_cfg.json").unlink()
+    given = {"dataset_path": str(flat), "taxonomy": settings["taxonomy"], "split": "train"}
+    given |= {"override_model": vit, **FAST, "evaluators": ["pair_depth"]}
+    results = evaluate_run(run, **given, output_path=tmp_path / "all")
+    assert "holdout: " not in caplog.text
+    evaluate_run(run, **given, holdout=0.3)
+    assert "holdout: it is not known which images output were trained on" in caplog.text
+    assert results.dataset.training_known is False
+    results = Results.load(run)
+    assert results.dataset.training_known is False and not results.dataset.seen_in_training
+    assert "Perhaps not held out" in write_report(results, interactive=False).read_text()
+    publish(run, "me/saes", dry_run=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It is not known whether the SAEs were trained on them." in card
+    older = json.loads((run / "results.json").read_text())
+    del older["dataset"]["training_known"]
+    (run / "results.json").write_text(json.dumps(older))
+    assert Results.load(run).dataset.training_known is None
