@@ -235,6 +235,18 @@ class ImageDataset:
         """The name of image `index` in messages: its path, or its row."""
         return source_of(self.reader(index), self.root)
 
+    def files(self) -> list[str] | None:
+        """The path of each image; None where they are no local files: streamed, rows with bytes, remote."""
+        if self.is_streaming or self.reader(0).data is not None:
+            return None
+        column = self.reader.data.with_format("arrow")[:][self.image_column]
+        if any(chunk.field("bytes").null_count < len(chunk) for chunk in column.chunks):
+            return None
+        paths = [path or "" for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+        chosen = (paths[i] for i in self.positions)
+        found = [RawImage(0, None, path, folder=self.folder).place or "" for path in chosen]
+        return None if any("://" in path for path in found) else found
+
     # -- labels ---------------------------------------------------------------------------------
 
     @cached_property

@@ -229,12 +229,7 @@ def seen_in_training(
     """
     images = held_out.images
     limit = n_images or trained_on.max_images
-    again = None  # the training images, if they are of the split that was opened
-    if fingerprint is not None and not images.is_streaming:
-        limits = images.limits._replace(jpeg_edge=trained_on.jpeg_edge)
-        again = images.parted(trained_on.part, limit, limits=limits)
-        if len(again) != (n_images or len(again)) or again.fingerprint != fingerprint:
-            again = None
+    again = of_opened_split(trained_on, fingerprint, n_images, images)
     if (
         fingerprint == images.fingerprint
         or overlap(trained_on, held_out.source)
@@ -251,6 +246,19 @@ def seen_in_training(
             f"{trained_on.title}, so that images of the training would be among the held-out"
         )
     return None
+
+
+def of_opened_split(
+    trained_on: ImageSource, fingerprint: str | None, n_images: int | None, images: ImageDataset
+) -> ImageDataset | None:
+    """The training images, if they are of the split that was opened for `images`, wherever it lies."""
+    if fingerprint is None or images.is_streaming:
+        return None
+    limits = images.limits._replace(jpeg_edge=trained_on.jpeg_edge)
+    again = images.parted(trained_on.part, n_images or trained_on.max_images, limits=limits)
+    if len(again) != (n_images or len(again)) or again.fingerprint != fingerprint:
+        return None
+    return again
 
 
 def _share_rows(one: ImageDataset, other: ImageDataset) -> bool:

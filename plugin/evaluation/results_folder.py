@@ -44,6 +44,7 @@ from ..reporting.results import (
     TaxonomyInfo,
 )
 from .bench import Bench
+from .copies import AlsoTrainedOn
 from .forward import ModelSetting
 from .held_out import HeldOut, knows_training
 from .latent_cards import NodeFrames
@@ -77,6 +78,7 @@ class ResultsFolder:
         held_out: the images and their tree.
         ranks: those that measure; each further one saves what it has in a folder of its own.
         seen_in_training: whether SAEs were trained on these images.
+        copies: those of the images that are copies of an image trained on, where they were compared.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ResultsFolder:
         ranks: Ranks,
         *,
         seen_in_training: bool,
+        copies: AlsoTrainedOn | None = None,
     ) -> None:
         self.folder, self.saes = folder, saes
         self._ranks = ranks
@@ -109,6 +112,8 @@ class ResultsFolder:
             holdout_seed=None if held_out.source.part is None else held_out.source.holdout_seed,
             n_present=held_out.n_present,
             training_known=all(map(knows_training, saes)),
+            n_compared=None if copies is None else copies.n_compared,
+            n_also_trained_on=None if copies is None else copies.n,
         )
         self._conditions = _conditions(
             images.fingerprint,
@@ -266,6 +271,7 @@ class ResultsFolder:
             self._permuted = earlier.permuted_classes
             here = self._dataset
             same = ("path", "name", "split", "seen_in_training", "training_known")
+            same += ("n_compared", "n_also_trained_on")
             same = {name: getattr(here, name) for name in same}
             self._dataset = replace(earlier.dataset, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))

@@ -75,6 +75,11 @@ def model_card(
         seen = "These images were trained on."
     elif dataset.training_known is False:
         seen = "It is not known whether the SAEs were trained on them."
+    if dataset.n_also_trained_on:
+        seen += (
+            f" {dataset.n_also_trained_on:,} of the {dataset.n_compared:,} that were compared are "
+        )
+        seen += "byte for byte images that the SAEs were trained on."
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {repository}",

@@ -341,6 +341,9 @@ class DatasetInfo:
         n_present: number of classes that have images; null where it was not recorded.
         training_known: whether it is known of every SAE which images it was trained on; where it is not,
             `seen_in_training` is about the others alone; null where it was not recorded.
+        n_compared: number of images whose bytes were compared with those of the images trained on, at most
+            5,000; null where they were not.
+        n_also_trained_on: of them, those that are byte for byte an image trained on; null likewise.
     """
 
     path: str
@@ -357,6 +360,8 @@ class DatasetInfo:
     holdout_seed: int | None = None
     n_present: int | None = None
     training_known: bool | None = None
+    n_compared: int | None = None
+    n_also_trained_on: int | None = None
 
     @property
     def title(self) -> str:

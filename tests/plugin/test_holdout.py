@@ -143,6 +143,11 @@ def test_train_and_evaluate_hold_out_the_same_images(
     # The same images, given as an object; and others.
     found = evaluate_run(run, **given, override_dataset=load_images(flat))
     assert found.dataset.n_images == 16 and found.dataset.fingerprint == held_out.fingerprint
+    with pytest.raises(
+        ConfigError, match=r"64 of 81 held-out images are byte for byte images that"
+    ):
+        evaluate_run(run, **given, override_dataset=load_images(moved))
+    given |= {"allow_train_split": True}
     others = evaluate_run(run, **given, override_dataset=load_images(moved))
     assert others.dataset.n_images == 81 and others.dataset.holdout is None
 
@@ -405,3 +410,78 @@ def test_it_is_said_where_the_training_images_are_unknown(
     del older["dataset"]["training_known"]
     (run / "results.json").write_text(json.dumps(older))
     assert Results.load(run).dataset.training_known is None
+
+
+def copied(flat: Path, folder: Path, n: int) -> tuple[Path, set[str]]:
+    """The pictures, and copies of `n` training images of a fifth held out: they are held out by name."""
+    photos = shutil.copytree(flat, folder / "photos")
+    part = Part(0.2, 0, True)
+    held_out, rest = (load_images(photos).parted(p) for p in (part, part.other))
+    named = [(photos / held_out.source(i), photos / rest.source(i)) for i in range(n)]
+    for place, of in named:
+        shutil.copyfile(of, place)
+    return photos, {f"{place} and {of}" for place, of in named}
+
+
+def test_a_copy_of_a_training_image_among_the_held_out_is_named(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path, caplog: Any
+) -> None:
+    photos, pairs = copied(flat, tmp_path, 1)
+    given = {"dataset_path": str(photos), "holdout": 0.3}
+    said = r"(\d) of (\d\d) held-out images are byte for byte images that are trained on, such as (.*)\."
+    job = Job(gather(flags={**settings, **given}))
+    n = {(photos / job.held_out.images.source(i)) for i in range(24)} & {
+        Path(part) for pair in pairs for part in pair.split(" and ")
+    }
+    assert len(n) == 1  # of the larger hold-out too, which is of the same permutation
+    found = re.search(said, caplog.text)
+    assert found and found[1] == "1" and found[2] == "24" and found[3] in pairs
+    caplog.clear()
+    job.train()
+    results, report = job.evaluate(progress=False)
+    assert re.search(said, caplog.text)
+    data = results.dataset
+    assert (data.n_also_trained_on, data.n_compared, data.seen_in_training) == (1, 24, False)
+    assert "Copies of training images" in report.read_text()
+    caplog.clear()
+    other = {**settings, "holdout": 0.3, "output_path": str(tmp_path / "other")}
+    clean = Job(gather(flags=other))
+    assert "byte for byte" not in caplog.text and len(clean.held_out.images) == 24
+
+
+def test_many_copies_are_refused_before_the_training_and_in_the_evaluation(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path
+) -> None:
+    photos, pairs = copied(flat, tmp_path, 2)
+    given = {**settings, "dataset_path": str(photos), "holdout": 0.2}
+    said = r"2 of 16 held-out .* trained on, such as (.*); allowed: at most 5% of them"
+    with pytest.raises(ConfigError, match=rf"eval_split: .*{said}.*--no_evaluate") as error:
+        Job(gather(flags=given))
+    assert re.search(said, str(error.value))[1] in pairs  # type: ignore[index]
+    Job(gather(flags=given), evaluate=False).train()
+    run = settings["output_path"]
+    measured = {"override_model": vit, **FAST, "evaluators": ["pair_depth"]}
+    with pytest.raises(ConfigError, match=rf"split: .*{said}.*--allow_train_split"):
+        evaluate_run(run, **measured)
+    data = evaluate_run(run, **measured, allow_train_split=True).dataset
+    assert (data.n_also_trained_on, data.n_compared, data.seen_in_training) == (2, 16, False)
+
+
+def test_copies_in_another_split_are_found_where_the_training_images_are_still_there(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(flat, photos / "train")
+    for i, name in enumerate(WORLD_CLASSES):
+        (place := photos / "val" / Path(name).name).mkdir(parents=True)
+        for j in range(3):
+            Image.new("RGB", (16, 16), (i, j, 0)).save(place / f"{j}.png")
+    shutil.copyfile(next((photos / "train").rglob("*.png")), place / "copy.png")
+    job = Job(gather(flags={**settings, "dataset_path": str(photos)}))
+    job.train()
+    measured = {"override_model": vit, **FAST, "evaluators": ["pair_depth"]}
+    data = evaluate_run(settings["output_path"], **measured).dataset
+    assert (data.n_also_trained_on, data.n_compared) == (1, 25)
+    (photos / "train" / Path(name).name / "0.png").write_bytes(b"others by now")
+    given = {**measured, "output_path": tmp_path / "again"}
+    assert evaluate_run(settings["output_path"], **given).dataset.n_compared is None
