@@ -267,8 +267,8 @@ def _share_rows(one: ImageDataset, other: ImageDataset) -> bool:
         return True
     if one.part.other == other.part:
         return False
-    rows = [images.parted(images.part).positions for images in (one, other)]
-    return bool(len(np.intersect1d(*rows)))
+    first, second = (images.parted(images.part).positions for images in (one, other))
+    return bool(np.isin(first, second).any())
 
 
 def _overlap_elsewhere(
