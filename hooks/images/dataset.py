@@ -40,6 +40,7 @@ class ImageDataset:
         image_column: its name; found automatically where there is one column of images.
         label_column: its name; found automatically (see `find_label_column`). May be absent.
         root: the folder that image paths are named relative to.
+        folder: the folder that relative paths of rows are relative to; None: the current one.
         max_images: keep this many: map-style the first of a seeded permutation of all images (in
             their own order), streaming the first that come.
         name: what to call the dataset in messages.
@@ -58,6 +59,7 @@ class ImageDataset:
         image_column: str | None = None,
         label_column: str | None = None,
         root: str | Path | None = None,
+        folder: str | None = None,
         max_images: int | None = None,
         name: str = "dataset",
         limits: Limits = DEFAULT_LIMITS,
@@ -76,6 +78,7 @@ class ImageDataset:
         self.limits = limits
         self.part = part
         self.root = None if root is None else os.path.abspath(root)
+        self.folder = folder
         self.is_streaming = isinstance(data, IterableDataset)
         if isinstance(data, Dataset) and len(data) == 0:
             raise DataError(name, "no images")
@@ -113,7 +116,7 @@ class ImageDataset:
             data = pick_split(data, split)
         if isinstance(data, Dataset | IterableDataset):
             return cls(data, **options)
-        opened, root = open_dataset(
+        opened, root, folder = open_dataset(
             data,
             split=split,
             name=source.name,
@@ -121,7 +124,24 @@ class ImageDataset:
             trust_remote_code=source.trust_remote_code,
             image_column=source.image_column,
         )
-        return cls(opened, root=root, name=source.title, **options)
+        images = cls(opened, root=root, folder=folder, name=source.title, **options)
+        images._check_paths()
+        return images
+
+    def _check_paths(self) -> None:
+        """Check that a relative path of a table can mean a file: with the first one, before any is read.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if self.folder is None or self.is_streaming:  # streamed images say so one by one
+            return
+        if problem := self.reader(0).misplaced:
+            raise ConfigError(
+                self.name,
+                f"image 0: {problem}",
+                allowed="paths relative to the folder of the table, or absolute ones",
+            )
 
     def limited(self, max_images: int | None) -> ImageDataset:
         """Those of the images that `max_images` keeps, None all; the dataset is not opened again."""
@@ -138,21 +158,38 @@ class ImageDataset:
         chosen._rows = kept if chosen._rows is None else chosen._rows[kept]
         return chosen
 
-    def parted(self, part: Part, max_images: int | None = None) -> ImageDataset:
-        """That part of the split that was opened; the dataset is not opened again."""
-        return self._again(max_images, part)
+    def parted(
+        self, part: Part | None, max_images: int | None = None, *, limits: Limits | None = None
+    ) -> ImageDataset:
+        """That part of the split that was opened, None all of it; the dataset is not opened again.
 
-    def _again(self, max_images: int | None, part: Part | None) -> ImageDataset:
+        Read within `limits`, where they are given, in place of its own.
+        """
+        return self._again(max_images, part, limits)
+
+    def _again(
+        self, max_images: int | None, part: Part | None, limits: Limits | None = None
+    ) -> ImageDataset:
         return ImageDataset(
             self._data,
             image_column=self.image_column,
             label_column=self.label_column,
             root=self.root,
+            folder=self.folder,
             max_images=max_images,
             name=self.name,
-            limits=self.limits,
+            limits=limits or self.limits,
             part=part,
         )
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 (N,): the place of each image in the split that was opened.
+
+        Raises:
+            TypeError: the dataset is streaming.
+        """
+        return np.arange(len(self)) if self._rows is None else self._rows
 
     def __len__(self) -> int:
         """Number of images.
@@ -184,7 +221,7 @@ class ImageDataset:
     def reader(self) -> ImageReader:
         """Reads raw images by index; picklable, so that worker processes can have it."""
         data = self.map_style.select_columns([self.image_column])
-        return ImageReader(data, self.image_column, self._rows)
+        return ImageReader(data, self.image_column, self._rows, self.folder)
 
     def decode(self, index: int) -> Image.Image:
         """Image `index` as an upright RGB image (see `decode.py`).
@@ -197,6 +234,18 @@ class ImageDataset:
     def source(self, index: int) -> str:
         """The name of image `index` in messages: its path, or its row."""
         return source_of(self.reader(index), self.root)
+
+    def files(self) -> list[str] | None:
+        """The path of each image; None where they are no local files: streamed, rows with bytes, remote."""
+        if self.is_streaming or self.reader(0).data is not None:
+            return None
+        column = self.reader.data.with_format("arrow")[:][self.image_column]
+        if any(chunk.field("bytes").null_count < len(chunk) for chunk in column.chunks):
+            return None
+        paths = [path or "" for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+        chosen = (paths[i] for i in self.positions)
+        found = [RawImage(0, None, path, folder=self.folder).place or "" for path in chosen]
+        return None if any("://" in path for path in found) else found
 
     # -- labels ---------------------------------------------------------------------------------
 
@@ -335,6 +384,7 @@ class ImageDataset:
                     image.get("bytes"),
                     image.get("path"),
                     label if isinstance(label, int) else -1,
+                    self.folder,
                 )
 
     # -- identity -------------------------------------------------------------------------------

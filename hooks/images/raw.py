@@ -22,12 +22,39 @@ MAX_IMAGE_BYTES = 1 << 28  # of one encoded image
 
 
 class RawImage(NamedTuple):
-    """One undecoded image: its place, its bytes (or the path to read them from) and its label."""
+    """One undecoded image: its place, its bytes (or the path to read them from) and its label.
+
+    A relative path is relative to `folder`: None is the current one, "" none that is known.
+    """
 
     index: int
     data: bytes | None
     path: str | None
     label: int = -1
+    folder: str | None = None
+
+    @property
+    def place(self) -> str | None:
+        """The path, with the folder before it where it is relative to one; None without a path."""
+        if self.path is None or not self.folder or "://" in self.path:
+            return self.path
+        return os.path.join(self.folder, self.path)
+
+    @property
+    def misplaced(self) -> str | None:
+        """Why the relative path means no file: words for a message; None where it may mean one."""
+        if self.data is not None or self.path is None or self.folder is None:
+            return None
+        if "://" in self.path or os.path.isabs(self.path):
+            return None
+        if not self.folder:
+            return f"the path {self.path!r} is relative, and the tables lie in several folders"
+        if os.path.exists(self.path) and not os.path.exists(str(self.place)):
+            return (
+                f"there is no file {str(self.place)!r}, and relative paths of a table are relative to "
+                "its folder, not to the current one"
+            )
+        return None
 
 
 class Limits(NamedTuple):
@@ -52,12 +79,14 @@ class ImageReader:
     data: Dataset
     column: str
     rows: np.ndarray | None = None
+    folder: str | None = None  # of relative paths: see `RawImage`
 
     def __call__(self, index: int) -> RawImage:
         """Image `index` of the dataset."""
         row = int(index if self.rows is None else self.rows[index])
         value = self.data[row][self.column] or {}
-        return RawImage(int(index), value.get("bytes"), value.get("path"))
+        data, path = value.get("bytes"), value.get("path")
+        return RawImage(int(index), data, path, folder=self.folder)
 
 
 def read_bytes(raw: RawImage, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -68,11 +97,13 @@ def read_bytes(raw: RawImage, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """
     if raw.data is not None:
         return raw.data
-    if raw.path is None:
+    if raw.path is None or raw.place is None:
         raise ValueError("neither bytes nor a path is stored")
+    if problem := raw.misplaced:
+        raise ValueError(problem)
     try:
         if "://" not in raw.path:
-            return files.read_bytes(raw.path, MAX_IMAGE_BYTES)
+            return files.read_bytes(raw.place, MAX_IMAGE_BYTES)
         if not limits.remote_images:
             raise ValueError("an address, which only remote_images=True fetches")
         with fsspec.open(raw.path, "rb") as file:

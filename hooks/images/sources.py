@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset, IterableDataset
@@ -39,7 +39,23 @@ BUILDERS = {  # the `datasets` builder that reads each kind of file
     ".tar": "webdataset",
 }
 TEXT_KINDS = ("json", "csv")  # of files without images; they may hold paths
+TABLES = (*TEXT_KINDS, "parquet", "arrow")  # whose rows may hold paths
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+class Opened(NamedTuple):
+    """One split, opened.
+
+    Attributes:
+        data: its rows.
+        root: the folder that its images lie under; None where they are rows.
+        folder: the folder that relative paths of the rows are relative to, "" where its tables lie in
+            several; None: the current one.
+    """
+
+    data: Dataset | IterableDataset
+    root: Path | None = None
+    folder: str | None = None
 
 
 def open_dataset(
@@ -50,8 +66,8 @@ def open_dataset(
     streaming: bool = False,
     trust_remote_code: bool = False,
     image_column: str | None = None,
-) -> tuple[Dataset | IterableDataset, Path | None]:
-    """The split `split` of whatever `path` names, and the folder its image paths lie under, if any.
+) -> Opened:
+    """The split `split` of whatever `path` names, and the folders that its image paths lie under.
 
     A table of paths beside images is read where `image_column` names its column of paths.
 
@@ -73,11 +89,11 @@ def open_dataset(
             raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
         if all(file.lower().endswith(".zip") for file in files):
             return _open_images(_zips(files), split, streaming, where=text)
-        return _open_files(files, split, streaming, where=text), None
+        return _open_files(files, split, streaming, where=text)
     if local.is_file():
         if local.suffix.lower() == ".zip":
             return _open_images(contents_of(unpacked(local)), split, streaming, where=text)
-        return _open_files([text], split, streaming, where=text), None
+        return _open_files([text], split, streaming, where=text)
     if local.exists() and not local.is_dir():
         problem, allowed = "neither a regular file nor a folder", "a file, a folder, a hub name"
         raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
@@ -86,17 +102,17 @@ def open_dataset(
             problem = f"there is no such file or folder{near_paths(text)}"
             allowed = "an existing one, or a hub name"
             raise ConfigError("dataset_path", problem, given=text, allowed=allowed)
-        return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
+        return Opened(_load(text, split, name=name, streaming=streaming, trust=trust_remote_code))
     if saved:
-        return _open_saved(local, split, streaming), None
+        return Opened(_open_saved(local, split, streaming))
     if _has_card(local) or name is not None:
-        return _load(text, split, name=name, streaming=streaming, trust=trust_remote_code), None
+        data = _load(text, split, name=name, streaming=streaming, trust=trust_remote_code)
+        return Opened(data, folder=os.path.abspath(local))
     contents = contents_of(local)
     files = _data_files(contents, named_column=image_column is not None)
     if files is not None:
         described = _described_splits(contents)
-        loaded = _open_files(files, split, streaming, where=text, root=local, splits=described)
-        return loaded, None
+        return _open_files(files, split, streaming, where=text, root=local, splits=described)
     return _open_images(contents, split, streaming, where=text)
 
 
@@ -175,7 +191,7 @@ def _open_files(
     where: str,
     root: Path | None = None,
     splits: Mapping[str, str] | None = None,
-) -> Dataset | IterableDataset:
+) -> Opened:
     """Data files, each assigned to its split in `splits`, else to that which its name contains.
 
     `datasets` would find splits too, but in the names of all folders above the
@@ -197,7 +213,13 @@ def _open_files(
     for file in files:
         name = os.path.relpath(file, root) if root is not None else os.path.basename(file)
         by_split.setdefault((splits or {}).get(file) or split_of_file(name), []).append(file)
-    return _load(kind, split, streaming=streaming, data_files=by_split, where=where)
+    data = _load(kind, split, streaming=streaming, data_files=by_split, where=where)
+    if kind not in TABLES:
+        return Opened(data)
+    names = {part.partition("[")[0] for part in split.split("+")}
+    chosen = [file for name in names for file in by_split.get(name, [])]
+    folders = {os.path.dirname(os.path.abspath(file)) for file in chosen}
+    return Opened(data, folder=folders.pop() if len(folders) == 1 else "")
 
 
 def _builder(file: str) -> str | None:
@@ -324,9 +346,7 @@ def _split_below(top: str, folder: str) -> str | None:
     return next((split for part in parts if (split := split_of_folder(part))), None)
 
 
-def _open_images(
-    contents: Contents, split: str, streaming: bool, *, where: str
-) -> tuple[Dataset | IterableDataset, Path]:
+def _open_images(contents: Contents, split: str, streaming: bool, *, where: str) -> Opened:
     contents = with_zips(contents)
     splits = downloaded_splits(contents) or image_splits(contents)
     base = re.split(r"[\[+]", split)[0]
@@ -335,4 +355,4 @@ def _open_images(
     root, opened = splits[base].root, splits[base].open()
     if split != base:
         opened = pick_split(datasets.DatasetDict({base: opened}), split, where=where)
-    return (opened.to_iterable_dataset() if streaming else opened), root
+    return Opened(opened.to_iterable_dataset() if streaming else opened, root)

@@ -18,6 +18,7 @@ from ...registry.ranks import Ranks
 from ..reporting.atlas_table import write_atlas
 from ..reporting.results import Results
 from .evaluate import check_saes, device_of, evaluate_run
+from .forward import warn_of_other_weights
 from .sae_folders import SAEFolder
 from .sae_sources import check_complete, find_sources, override, unknown_of
 from .settings import EvaluationSettings
@@ -109,6 +110,7 @@ def atlas(
         model = load_vision_model(
             model_name, device=device, trust_remote_code=settings.trust_remote_code
         )
+        warn_of_other_weights(model, saes)
     fitting = [sae for sae in saes if _fits(sae, model, left_out)]
     for name, why in left_out.items():
         logger.warning("left out: %s: %s", name, why)

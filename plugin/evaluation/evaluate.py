@@ -28,6 +28,7 @@ from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS, evaluators_named
 from ..reporting.results import Results, SAEResult
 from .bench import Bench
+from .copies import check_copies
 from .forward import Forward, ModelSetting, forwards_of
 from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, tree_name
 from .measure_sae import measure_sae
@@ -120,7 +121,11 @@ def _evaluate(
         if override_dataset is not None:
             source, override_dataset = held_out_part(saes, source, override_dataset)
         held_out = HeldOut.load(source, tree_name(saes, settings.taxonomy), override_dataset)
-    seen = check_held_out(saes, held_out, allow=settings.allow_train_split)
+    allow = settings.allow_train_split
+    seen = check_held_out(saes, held_out, allow=allow)
+    copies = None
+    if ranks.is_first and not seen:
+        copies = check_copies(saes, held_out, allow=allow, progress=settings.progress)
     bench = Bench(held_out.taxonomy, chosen, replace(settings, device=device))
     results = ResultsFolder(
         folder,
@@ -129,6 +134,7 @@ def _evaluate(
         held_out,
         ranks,
         seen_in_training=seen,
+        copies=copies,
         override_model=override_model,
     )
     activations = folder / ACTIVATIONS_FOLDER

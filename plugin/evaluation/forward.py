@@ -21,7 +21,7 @@ from ...registry.files import UnreadableError, file_digest, reason
 from ...registry.hashing import fingerprint
 from ...registry.ranks import ALONE, Ranks
 from .bench import Bench, HeldOutActivations
-from .held_out import HeldOut
+from .held_out import MAX_IDS, HeldOut
 from .sae_folders import SAEFolder
 from .split import Split
 
@@ -198,6 +198,25 @@ def _have_patches(model: Any, hook_names: Sequence[str]) -> bool:
     return True
 
 
+def warn_of_other_weights(model: Any, saes: Sequence[SAEFolder]) -> None:
+    """Warn where a model is not the one that SAEs were trained on although it has its name.
+
+    SAEs that do not record the model's fingerprint say nothing.
+    """
+    recorded = {sae.id: sae.setting("model_fingerprint") for sae in saes}
+    if not any(recorded.values()):
+        return
+    found = model_fingerprint(model)
+    others = [id for id, known in recorded.items() if known not in (None, found)]
+    if others:
+        more = f" and {len(others) - MAX_IDS} more" if len(others) > MAX_IDS else ""
+        logger.warning(
+            "%s is not the model that %s%s were trained on: its weights or their dtype are others, or "
+            "another version of a library has read it. Their numbers are right only on that model.",
+            *(saes[0].model_name, ", ".join(others[:MAX_IDS]), more),
+        )
+
+
 def last_block(model: Any) -> str | None:
     """The hook point after the model's last block, None where it has another name."""
     name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
@@ -245,9 +264,13 @@ class SharedModel:
             return self._override
         hook_names = [name for forward in self.forwards.values() for name in forward.hook_names]
         trust = self.bench.settings.trust_remote_code
-        return next(iter(self.forwards)).load(
+        model = next(iter(self.forwards)).load(
             list(dict.fromkeys(hook_names)), self.bench.device, trust_remote_code=trust
         )
+        if self._ranks.is_first:
+            saes = [sae for forward in self.forwards.values() for sae in forward.saes]
+            warn_of_other_weights(model, saes)
+        return model
 
     @cached_property
     def embedder(self) -> str | None:

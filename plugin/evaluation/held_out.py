@@ -14,7 +14,7 @@ from ...hooks.images.dataset import ImageDataset
 from ...hooks.images.folders import SPLIT_OF_WORD
 from ...hooks.images.source import ImageSource
 from ...hooks.images.sources import pick_split
-from ...registry.errors import ConfigError
+from ...registry.errors import ConfigError, TaxolensError
 from ...registry.taxonomies.load import load_taxonomy
 from ...registry.taxonomies.taxonomy import Taxonomy
 from .sae_folders import SAEFolder
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SPLITS = ("validation", "test")
 CALLERS_ALONE = ("trust_remote_code", "remote_images")  # never from the files of an SAE
+MAX_IDS = 5  # that a message names
 HOLD_OUT = "--holdout 0.2 holds out a fifth of every class of the split that is trained on."
 
 
@@ -172,15 +173,20 @@ def _only(values: Sequence[Any], name: str) -> Any:
 def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool) -> bool:
     """Whether an SAE was trained on these images, by name or by fingerprint.
 
+    A hold-out from images of which it is not known whether an SAE was trained on them is named in a
+    warning.
+
     Raises:
         ConfigError: it was, and `allow` is False.
     """
+    checked = set()
     for sae in saes:
         trained_on = ImageSource.of(sae.setting)
-        fingerprint = sae.setting("dataset_fingerprint")
-        if message := seen_in_training(
-            f"{sae.id} was trained on", trained_on, fingerprint, held_out
-        ):
+        facts = trained_on, sae.setting("dataset_fingerprint"), sae.setting("n_images")
+        if facts in checked:  # of another SAE of the run
+            continue
+        checked.add(facts)
+        if message := seen_in_training(f"{sae.id} was trained on", *facts, held_out):
             if not allow:
                 raise ConfigError(
                     "split",
@@ -189,31 +195,107 @@ def check_held_out(saes: Sequence[SAEFolder], held_out: HeldOut, *, allow: bool)
                 )
             logger.warning("%s: no image is held out.", message)
             return True
+    unknown = [sae.id for sae in saes if not knows_training(sae)]
+    if unknown and held_out.source.holdout is not None:
+        more = f" and {len(unknown) - MAX_IDS} more" if len(unknown) > MAX_IDS else ""
+        logger.warning(
+            "holdout: it is not known which images %s%s were trained on, so that nothing may be held out "
+            "from them: %s.",
+            *(", ".join(unknown[:MAX_IDS]), more, held_out.source.title),
+        )
     return False
 
 
+def knows_training(sae: SAEFolder) -> bool:
+    """Whether an SAE records which images it was trained on; those of other libraries do not."""
+    return bool(sae.setting("dataset_fingerprint"))
+
+
 def seen_in_training(
-    begun: str, trained_on: ImageSource, fingerprint: str | None, held_out: HeldOut
+    begun: str,
+    trained_on: ImageSource,
+    fingerprint: str | None,
+    n_images: int | None,
+    held_out: HeldOut,
 ) -> str | None:
-    """In what way SAEs were trained on these images, by name or by fingerprint; None: they were not.
+    """In what way SAEs were trained on these images, by name or by content; None: they were not.
 
     Args:
         begun: the words of the message before the training images, such as "seed0 was trained on".
         trained_on: the training images.
         fingerprint: theirs, None where it is not known.
+        n_images: their number, None where it is not known.
         held_out: the evaluation images.
     """
-    if fingerprint == held_out.images.fingerprint or overlap(trained_on, held_out.source):
+    images = held_out.images
+    limit = n_images or trained_on.max_images
+    again = of_opened_split(trained_on, fingerprint, n_images, images)
+    if (
+        fingerprint == images.fingerprint
+        or overlap(trained_on, held_out.source)
+        or (again is not None and _share_rows(again, images))
+        or (again is None and _overlap_elsewhere(trained_on, fingerprint, limit, held_out))
+    ):
         return (
             f"{begun} {trained_on.title}, and these are the images it would be evaluated on: "
             f"{held_out.source.title}"
         )
-    if not _is_rest(trained_on, fingerprint, held_out):
+    if images.part and images.part.other == trained_on.part and fingerprint and again is None:
         return (
             f"{held_out.source.dataset_path} has other images than when {begun} "
             f"{trained_on.title}, so that images of the training would be among the held-out"
         )
     return None
+
+
+def of_opened_split(
+    trained_on: ImageSource, fingerprint: str | None, n_images: int | None, images: ImageDataset
+) -> ImageDataset | None:
+    """The training images, if they are of the split that was opened for `images`, wherever it lies."""
+    if fingerprint is None or images.is_streaming:
+        return None
+    limits = images.limits._replace(jpeg_edge=trained_on.jpeg_edge)
+    again = images.parted(trained_on.part, n_images or trained_on.max_images, limits=limits)
+    if len(again) != (n_images or len(again)) or again.fingerprint != fingerprint:
+        return None
+    return again
+
+
+def _share_rows(one: ImageDataset, other: ImageDataset) -> bool:
+    """Whether two parts of one opened split share an image; `max_images` is left aside."""
+    if one.part is None or other.part is None:
+        return True
+    if one.part.other == other.part:
+        return False
+    first, second = (images.parted(images.part).positions for images in (one, other))
+    return bool(np.isin(first, second).any())
+
+
+def _overlap_elsewhere(
+    trained_on: ImageSource, fingerprint: str | None, limit: int | None, held_out: HeldOut
+) -> bool:
+    """Whether the dataset of the held-out images is that of the training, moved or copied, and both overlap.
+
+    The training images are opened there, where they are another slice of a split, streamed, or have
+    other columns. Where they are the split that was opened, it is compared already.
+    """
+    source = held_out.source
+    if fingerprint is None or trained_on.same_dataset(source):
+        return False
+    as_opened = ("split", "image_column", "label_column")
+    if not trained_on.streaming and all(
+        getattr(trained_on, name) == getattr(source, name) for name in as_opened
+    ):
+        return False
+    if not set(_bases(trained_on)) & set(_bases(source)):
+        return False
+    places = ("dataset_path", "name", *CALLERS_ALONE)
+    moved = replace(trained_on, **{name: getattr(source, name) for name in places})
+    try:
+        there = ImageDataset.of(replace(moved, max_images=limit))
+        return there.fingerprint == fingerprint and overlap(moved, source)
+    except TaxolensError:  # no such split or column: they are others
+        return False
 
 
 def overlap(one: ImageSource, other: ImageSource) -> bool:
@@ -262,17 +344,6 @@ def _rows(source: ImageSource) -> set[tuple[str, int]]:
     return {rows[i] for i in source.part.rows(ImageDataset.of(whole).labels)}
 
 
-def _is_rest(trained_on: ImageSource, fingerprint: str | None, held_out: HeldOut) -> bool:
-    """Whether an SAE was trained on the other part of these images, where its run held some out."""
-    part = held_out.images.part
-    if part is None or trained_on.part is None or fingerprint is None:
-        return True
-    if part.other != trained_on.part:
-        return True
-    rest = held_out.images.parted(part.other, trained_on.max_images)
-    return rest.fingerprint == fingerprint
-
-
 def held_out_part(
     saes: Sequence[SAEFolder], source: ImageSource, images: ImageDataset
 ) -> tuple[ImageSource, ImageDataset]:
@@ -284,7 +355,7 @@ def held_out_part(
     if part is None or images.part is not None or images.is_streaming:
         return source, images
     for sae in saes:
-        rest = images.parted(part.other, sae.setting("max_images"))
+        rest = images.parted(part.other, sae.setting("n_images") or sae.setting("max_images"))
         if rest.fingerprint == sae.setting("dataset_fingerprint"):
             return source, images.parted(part, source.max_images)
     return replace(source, holdout=None, split=None), images

@@ -28,6 +28,7 @@ from ..reporting.headlines import headlines, with_q
 from ..reporting.model_card import model_card
 from ..reporting.report import REPORT_FILENAME, Report, write_report
 from ..reporting.results import Results, SAEResult
+from .held_out import knows_training
 from .sae_folders import SAEFolder, find_saes
 
 CARD = "README.md"
@@ -124,7 +125,11 @@ def _results_of(saes: Sequence[SAEFolder], results: Results) -> Results:
             results,
             saes=own,
             settings={**results.settings, "runs": {sae.run: sae.run for sae in saes}},
-            dataset=replace(results.dataset, path=public_name(results.dataset.path)),
+            dataset=replace(
+                results.dataset,
+                path=public_name(results.dataset.path),
+                training_known=all(map(knows_training, saes)),
+            ),
             taxonomy=replace(results.taxonomy, name=public_name(results.taxonomy.name)),
         )
     )

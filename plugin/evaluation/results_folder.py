@@ -43,8 +43,9 @@ from ..reporting.results import (
     TaxonomyInfo,
 )
 from .bench import Bench
+from .copies import AlsoTrainedOn
 from .forward import ModelSetting, weights_of_model
-from .held_out import HeldOut
+from .held_out import HeldOut, knows_training
 from .latent_cards import NodeFrames
 from .peers import find_peers
 from .sae_folders import SAEFolder
@@ -78,6 +79,7 @@ class ResultsFolder:
         ranks: those that measure; each further one saves what it has in a folder of its own.
         seen_in_training: whether SAEs were trained on these images.
         override_model: a tapped model in place of those that the SAEs name.
+        copies: those of the images that are copies of an image trained on, where they were compared.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class ResultsFolder:
         *,
         seen_in_training: bool,
         override_model: Any = None,
+        copies: AlsoTrainedOn | None = None,
     ) -> None:
         self.folder, self.saes = folder, saes
         self._ranks = ranks
@@ -110,6 +113,9 @@ class ResultsFolder:
             holdout=held_out.source.holdout,
             holdout_seed=None if held_out.source.part is None else held_out.source.holdout_seed,
             n_present=held_out.n_present,
+            training_known=all(map(knows_training, saes)),
+            n_compared=None if copies is None else copies.n_compared,
+            n_also_trained_on=None if copies is None else copies.n,
         )
         self._conditions = _conditions(
             images.fingerprint,
@@ -270,8 +276,10 @@ class ResultsFolder:
         if self._found:
             self._permuted = earlier.permuted_classes
             here = self._dataset
-            same = {"path": here.path, "name": here.name, "split": here.split}
-            self._dataset = replace(earlier.dataset, seen_in_training=here.seen_in_training, **same)
+            same = ("path", "name", "split", "seen_in_training", "training_known")
+            same += ("n_compared", "n_also_trained_on")
+            same = {name: getattr(here, name) for name in same}
+            self._dataset = replace(earlier.dataset, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))
 
     def _refuse_to_drop(self, earlier: Results) -> None:

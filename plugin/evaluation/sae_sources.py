@@ -15,7 +15,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from ...registry.errors import ConfigError, TaxolensError
 from ...registry.hashing import fingerprint
 from ...registry.loaders.parts.checkpoint import is_weights_name
-from ...registry.loaders.parts.facts import FACTS
+from ...registry.loaders.parts.facts import FACTS, OF_THE_MODEL
 from ...registry.loaders.parts.read import Source, read_sae
 from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 NEEDED = ("model_name", "hook_name", "tokens")
 OF_A_RUN = ("dataset_path", "split", "taxonomy")  # what the SAE of a run records
 RECORDED_AS = {"dataset_path": ("eval_dataset_path", "dataset_path"), "taxonomy": ("taxonomy",)}
-OF_THE_MODEL = ("revision", "model_revision", "model_from_pretrained_kwargs")
 ALLOWED = {
     **{name: FACTS[name].allowed for name in NEEDED},
     "dataset_path": "labelled images: a hub name, a folder or parquet files",

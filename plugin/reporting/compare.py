@@ -93,13 +93,14 @@ def from_csv(
     """
     table = pd.read_csv(file, dtype=str, keep_default_na=False, nrows=n_rows)
     table = table.rename(columns=_without_mark)
-    return table.apply(lambda cells: _as_text(cells) if cells.name in text else _typed(cells))
+    columns = {name: (_as_text if name in text else _typed)(table[name]) for name in table.columns}
+    return pd.DataFrame(columns)
 
 
 def _typed(cells: pd.Series) -> pd.Series:
     """A column (n,) of numbers, where every cell is one as `as_csv` writes it or empty; else of truths or text."""
     if cells.map(_is_written_number).all():
-        return pd.to_numeric(cells.where(cells != ""))
+        return pd.Series(pd.to_numeric(cells.where(cells != "")))
     return cells == "True" if cells.isin(("True", "False")).all() else _as_text(cells)
 
 

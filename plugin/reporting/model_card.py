@@ -70,7 +70,16 @@ def model_card(
     first = results.saes[0].id
     dataset, tree = results.dataset, results.taxonomy
     numbers = summary_rows(results)
-    seen = "These images were trained on." if dataset.seen_in_training else "They were held out."
+    seen = "They were held out."
+    if dataset.seen_in_training:
+        seen = "These images were trained on."
+    elif dataset.training_known is False:
+        seen = "It is not known whether the SAEs were trained on them."
+    if dataset.n_also_trained_on:
+        seen += (
+            f" {dataset.n_also_trained_on:,} of the {dataset.n_compared:,} that were compared are "
+        )
+        seen += "byte for byte images that the SAEs were trained on."
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {repository}",

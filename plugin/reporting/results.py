@@ -339,6 +339,11 @@ class DatasetInfo:
         holdout: share of every class of the split that was held out; null where the split is.
         holdout_seed: seed of the choice of these images; null likewise.
         n_present: number of classes that have images; null where it was not recorded.
+        training_known: whether it is known of every SAE which images it was trained on; where it is not,
+            `seen_in_training` is about the others alone; null where it was not recorded.
+        n_compared: number of images whose bytes were compared with those of the images trained on, at most
+            5,000; null where they were not.
+        n_also_trained_on: of them, those that are byte for byte an image trained on; null likewise.
     """
 
     path: str
@@ -354,6 +359,9 @@ class DatasetInfo:
     holdout: float | None = None
     holdout_seed: int | None = None
     n_present: int | None = None
+    training_known: bool | None = None
+    n_compared: int | None = None
+    n_also_trained_on: int | None = None
 
     @property
     def title(self) -> str:

@@ -21,8 +21,10 @@ from ...hooks.models.load import check_device, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, read_json_object
+from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
+from ..evaluation.copies import check_same_bytes
 from ..evaluation.held_out import HeldOut, seen_in_training
 
 logger = logging.getLogger(__name__)
@@ -124,15 +126,18 @@ def check_held_out(cfg: Any, images: ImageDataset, held_out: HeldOut) -> None:
     """Check that no image is trained on that the SAEs are evaluated on, as the evaluation would later.
 
     Raises:
-        ConfigError: some are, or both have the same content.
+        ConfigError: some are, both have the same content, or more than a few have the same bytes.
     """
     begun, source = "the SAE would be trained on", cfg.image_source
-    if message := seen_in_training(begun, source, images.fingerprint, held_out):
+    n_images = None if images.is_streaming else len(images)
+    if message := seen_in_training(begun, source, images.fingerprint, n_images, held_out):
         raise ConfigError(
             "eval_split",
             message,
             allowed="a held-out split, --holdout 0.2, or no evaluation (--no_evaluate, no evaluators)",
         )
+    if Ranks.here().is_first and not images.is_streaming:
+        check_same_bytes("eval_split", [images], held_out, allow=False, progress=cfg.verbose)
 
 
 def count_tokens(cfg: Any, model: Any, tokens: str) -> int:

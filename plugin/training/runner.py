@@ -233,6 +233,7 @@ class _VisionRun:
             "taxolens_version": version("taxolens"),
             "model_family": getattr(self.model, "family", None),
             "model_revision": cfg.revision,
+            "model_fingerprint": self.session.identity.fixed["activations"]["model"],
             "tokens": cfg.tokens,
             "tokens_per_image": preflight.count_tokens(cfg, self.model, cfg.tokens),
             "image_size": cfg.image_size,

@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..table import Loader
 from .parts.checkpoint import Checkpoint
 from .parts.convert import AS_IT_IS
-from .parts.facts import PLACE, Facts, described
+from .parts.facts import OF_THE_MODEL, PLACE, Facts, described
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
@@ -41,6 +41,8 @@ def disk(
     if cfg.get("architecture") == "topk":  # what a missing key means, but not in training
         cfg = {**AS_IT_IS, **cfg}
     metadata = {"sae_lens_version": version("sae-lens"), **(cfg.get("metadata") or {})}
+    if facts.given.get("model_name") not in (None, metadata.get("model_name")):
+        metadata = {name: value for name, value in metadata.items() if name not in OF_THE_MODEL}
     return {**cfg, "metadata": {**metadata, **facts.given}}, state
 
 

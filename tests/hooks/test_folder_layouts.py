@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 from folder_layouts import LAYOUTS, annotated, draw, draw_splits, pack, write
+from PIL import Image
 from scipy.io import savemat
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.images.folders import (
@@ -19,7 +20,9 @@ from taxolens.hooks.images.folders import (
     contents_of,
     image_splits,
 )
-from taxolens.registry.errors import ConfigError, DataError
+from taxolens.hooks.images.loader import ImageLoader
+from taxolens.hooks.images.raw import decode_raw
+from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from taxolens.registry.taxonomies.folders import from_folders
 from tiny_images import class_folders
 
@@ -386,6 +389,84 @@ def test_a_table_of_paths_beside_images_when_its_column_is_named(tmp_path):
     rows = [f"{tmp_path}/images/{i}.jpg,{kind}" for i, kind in ((1, "x"), (2, "y"))]
     write(tmp_path, "table.csv", "file,label", *rows)
     assert counted(load_images(tmp_path, image_column="file")) == {"x": 1, "y": 1}
+
+
+def table_of_paths(folder, kind, paths):
+    rows = [{"file": path, "label": Path(path).stem} for path in paths]
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(folder / "table.parquet")
+    elif kind == "jsonl":
+        write(folder, "table.jsonl", *map(json.dumps, rows))
+    else:
+        write(folder, "table.csv", "file,label", *(",".join(row.values()) for row in rows))
+
+
+def painted(folder, name, red):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), (red, 0, 0)).save(folder / name)
+
+
+def reds(images):
+    """The colours that a loader reads."""
+    loader = ImageLoader(images, channels_first, batch_size=4, num_workers=0)
+    jobs = images.stream() if images.is_streaming else range(len(images))
+    return [
+        int(value) for batch in loader.batches(jobs) for value in batch.pixel_values[:, 0, 0, 0]
+    ]
+
+
+def channels_first(image):
+    return np.asarray(image, "f4").transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("given", ["folder", "file", "pattern"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_paths_of_a_table_are_relative_to_its_folder(given, kind, tmp_path, monkeypatch):
+    """Whichever folder is the current one, and whatever lies in it under the same names."""
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for i, name in enumerate(("a.png", "more/b.png")):
+        painted(photos, name, 10 + i)
+        painted(elsewhere, name, 200 + i)
+    absolute = elsewhere / "c.png"
+    painted(elsewhere, "c.png", 99)
+    table_of_paths(photos, kind, ["a.png", "more/b.png", str(absolute)])
+    path = {"folder": photos, "file": photos / f"table.{kind}", "pattern": photos / f"t*.{kind}"}
+    monkeypatch.chdir(elsewhere)
+    images = load_images(path[given], image_column="file")
+    prints = images.fingerprint
+    assert reds(images) == [10, 11, 99] and images.class_names == ["a", "b", "c"]
+    assert images.source(0) == "a.png" and images.decode(1).getpixel((0, 0)) == (11, 0, 0)
+    assert set(reds(images.limited(2))) < {10, 11, 99}
+    monkeypatch.chdir(tmp_path)
+    relative = load_images(path[given].relative_to(tmp_path), image_column="file")
+    assert relative.fingerprint == prints and reds(relative) == [10, 11, 99]
+    streamed = load_images(path[given], image_column="file", streaming=True)
+    assert reds(streamed) == [10, 11, 99]
+
+
+def test_each_split_has_the_folder_of_its_table(tmp_path):
+    for split, red in (("train", 10), ("val", 20)):
+        painted(tmp_path / split, "a.png", red)
+        table_of_paths(tmp_path / split, "csv", ["a.png"])
+    for split, found in (("train", [10]), ("validation", [20]), ("train[:1]", [10])):
+        assert reds(load_images(tmp_path, split=split, image_column="file")) == found
+    with pytest.raises(ConfigError, match=r"'a.png' is relative, and the tables lie in several"):
+        load_images(tmp_path, split="train+validation", image_column="file")
+
+
+def test_paths_that_mean_a_file_in_the_current_folder_alone_are_refused(tmp_path, monkeypatch):
+    painted(tmp_path, "photos/a.png", 10)
+    table_of_paths(tmp_path / "photos", "csv", ["photos/a.png"])
+    monkeypatch.chdir(tmp_path)
+    said = (
+        r"no file '.*/photos/photos/a\.png', and relative paths .* to its folder, not to the curr"
+    )
+    with pytest.raises(ConfigError, match=said):
+        load_images("photos", image_column="file")
+    streamed = load_images("photos", image_column="file", streaming=True)
+    with pytest.raises(CorruptImageError, match=said):
+        decode_raw(next(streamed.stream()))
 
 
 def test_streaming_has_the_same_splits(tmp_path):

@@ -17,6 +17,8 @@ import transformers
 from PIL import Image
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file, save_file
+from taxolens.hooks.activations.extract import model_fingerprint
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import from_module, load_vision_model
 from taxolens.plugin.evaluation import evaluate as module
@@ -27,6 +29,7 @@ from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
 from taxolens.registry.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from taxolens.registry.loaders.parts.read import read_sae
 from taxolens.registry.nulls import NULLS
 from taxolens.registry.taxonomies.taxonomy import Taxonomy
 from tiny_models import tiny_model
@@ -842,6 +845,45 @@ def test_the_same_images_under_another_name_are_refused(
     save_sae(tmp_path / "sae", HOOKS[0], settings)
     with pytest.raises(ConfigError, match="was trained on somewhere/else"):
         evaluate(tmp_path / "sae", dataset_path=str(world), taxonomy=str(world / "validation"))
+
+
+def test_a_model_trained_on_since_is_named(
+    training: Any, world: Path, vit_folder: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """Its folder has the same name, and other weights than when the SAEs were trained."""
+    place = shutil.copytree(vit_folder, tmp_path / "vit")
+    other = shutil.copytree(vit_folder, tmp_path / "other")
+    cfg = training.multi(
+        model_name=str(place),
+        dataset_path=str(world),
+        eval_split="validation",
+        taxonomy=str(world / "validation"),
+        saes={hook: training.sae() for hook in HOOKS},
+        hook_names={hook: hook for hook in HOOKS},
+    )
+    VisionMultiSAETrainingRunner(cfg).run()
+    for hook in HOOKS:
+        metadata = json.loads((training.output / hook / "cfg.json").read_text())["metadata"]
+        assert metadata["model_fingerprint"] == model_fingerprint(load_vision_model(vit_folder))
+    given = {**FAST, "evaluators": ["pair_depth"], "nulls": []}
+
+    def said(run: Path, n: int, **changes: Any) -> int:
+        caplog.clear()
+        evaluate_run(run, **{**given, **changes}, output_path=tmp_path / f"out{n}")
+        return caplog.text.count("is not the model that")
+
+    assert said(training.output / HOOKS[0], 0) == 0
+    weights = load_file(place / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("norm1.weight"))
+    weights[name][0] += 0.125
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    assert said(training.output, 1) == 1
+    assert f"{place} is not the model that {', '.join(HOOKS)} were trained on" in caplog.text
+    assert said(training.output, 2, model_name=str(other)) == 0  # another one on purpose
+    converted = read_sae(str(training.output / HOOKS[0])).cfg.metadata
+    assert converted.model_fingerprint == metadata["model_fingerprint"]
+    converted = read_sae(str(training.output / HOOKS[0]), model_name="other").cfg.metadata
+    assert getattr(converted, "model_fingerprint", None) is None
 
 
 def test_corrupt_images_are_skipped_and_named(evaluate: Any, world: Path, tmp_path: Path) -> None:

@@ -15,13 +15,22 @@ import numpy as np
 import pytest
 from PIL import Image
 from sae_lens import LoggingConfig
-from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.dataset import ImageDataset, load_images
 from taxolens.hooks.images.holdout import Part
-from taxolens.hooks.images.source import ImageSource
+from taxolens.hooks.images.source import RECORDED_SETTINGS, ImageSource
 from taxolens.plugin.commands import train as train_command
 from taxolens.plugin.evaluation.evaluate import evaluate_run
-from taxolens.plugin.evaluation.held_out import HeldOut, overlap
+from taxolens.plugin.evaluation.held_out import (
+    HeldOut,
+    check_held_out,
+    overlap,
+    seen_in_training,
+)
+from taxolens.plugin.evaluation.publish import publish
+from taxolens.plugin.evaluation.sae_folders import SAEFolder
 from taxolens.plugin.reporting.headlines import headlines
+from taxolens.plugin.reporting.report import write_report
+from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
 from taxolens.registry.errors import ConfigError
@@ -134,6 +143,11 @@ def test_train_and_evaluate_hold_out_the_same_images(
     # The same images, given as an object; and others.
     found = evaluate_run(run, **given, override_dataset=load_images(flat))
     assert found.dataset.n_images == 16 and found.dataset.fingerprint == held_out.fingerprint
+    with pytest.raises(
+        ConfigError, match=r"64 of 81 held-out images are byte for byte images that"
+    ):
+        evaluate_run(run, **given, override_dataset=load_images(moved))
+    given |= {"allow_train_split": True}
     others = evaluate_run(run, **given, override_dataset=load_images(moved))
     assert others.dataset.n_images == 81 and others.dataset.holdout is None
 
@@ -294,3 +308,180 @@ def test_hold_outs_overlap_with_all_but_their_other_part(flat: Path, tmp_path: P
     assert overlap(ImageSource(str(flat)), held_out)
     class_folders(tmp_path, {"cat": [1, 2], "dog": [3, 4]})
     assert not overlap(trained_on, ImageSource(str(tmp_path)))
+
+
+MOST = {"holdout": 0.2}
+HALF = {"split": "train[:50%]", "max_images": 20}
+PART = {"is_held_out": True}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("trained_on", "evaluated_on", "share_images"),
+    [
+        ({}, {"holdout": 0.2, **PART}, True),
+        ({}, {"split": "train[:25%]"}, True),
+        (MOST, {}, True),
+        (MOST, {"holdout": 0.5, **PART}, True),
+        (MOST, {"holdout": 0.2, "holdout_seed": 1, **PART}, True),
+        (MOST, {"holdout": 0.2, **PART}, False),
+        (MOST, {"holdout": 0.2, "jpeg_edge": 8, **PART}, False),
+        ({"max_images": 20}, {"holdout": 0.2, **PART}, True),
+        (HALF, {"holdout": 0.2, **PART}, True),
+        (HALF, {"split": "train[45%:]"}, True),
+        (HALF, {"split": "train[50%:]"}, False),
+        ({"streaming": True}, {"holdout": 0.2, **PART}, True),
+        ({"label_column": "label"}, {"holdout": 0.2, **PART}, True),
+    ],
+)
+def test_training_images_are_found_again_where_the_folder_was_moved(
+    trained_on: dict[str, Any],
+    evaluated_on: dict[str, Any],
+    share_images: bool,
+    given: bool,
+    moved: Path,
+    flat: Path,
+) -> None:
+    """As SAEs record them that were handed on without the settings of their run."""
+    source = ImageSource(str(flat), **trained_on)
+    images = ImageDataset.of(source)
+    recorded = dict.fromkeys(RECORDED_SETTINGS) | {"streaming": source.streaming, **trained_on}
+    recorded |= {"dataset_path": str(flat), "dataset_fingerprint": images.fingerprint}
+    recorded |= {} if images.is_streaming else {"n_images": len(images)}
+    recorded |= {} if images.is_streaming else {"max_images": None}
+    sae = SAEFolder("sae", "sae", "sae", moved, {"metadata": recorded}, {})
+    tree = str(flat.parent / "tree.csv")
+    held_out = HeldOut.load(ImageSource(str(moved), **evaluated_on), tree)
+    if given:  # in place of a dataset: only the images say what they are
+        if {"split", "streaming"} & {*trained_on, *evaluated_on}:
+            pytest.skip("of a split that is not known")
+        held_out = replace(held_out, source=ImageSource("photos", split="given"))
+    if not share_images:
+        assert not check_held_out([sae], held_out, allow=False)
+        return
+    with pytest.raises(ConfigError, match=r"sae was trained on .*, and these are the images"):
+        check_held_out([sae], held_out, allow=False)
+
+
+@pytest.fixture(scope="module")
+def moved(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(flat, tmp_path_factory.mktemp("elsewhere") / "moved")
+
+
+def test_other_images_in_a_folder_of_the_same_classes_are_held_out(
+    flat: Path, tmp_path: Path
+) -> None:
+    for i, name in enumerate(WORLD_CLASSES):
+        (place := tmp_path / "photos" / Path(name).name).mkdir(parents=True)
+        for j in range(10):
+            Image.new("RGB", (16, 16), (i, j, 0)).save(place / f"{j}.png")
+    held_out = HeldOut.load(ImageSource(str(tmp_path / "photos")), str(flat.parent / "tree.csv"))
+    for trained_on in ({}, HALF, MOST, {"streaming": True}):
+        source = ImageSource(str(flat), **trained_on)
+        print_of = ImageDataset.of(source).fingerprint
+        assert seen_in_training("", source, print_of, None, held_out) is None
+
+
+def test_it_is_said_where_the_training_images_are_unknown(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """As of an SAE that SAELens has trained alone."""
+    Job(gather(flags=settings), evaluate=False).train()
+    run = Path(settings["output_path"])
+    cfg = json.loads((run / "cfg.json").read_text())
+    names = ("model_name", "hook_name", "tokens")
+    cfg["metadata"] = {name: cfg["metadata"][name] for name in names}
+    (run / "cfg.json").write_text(json.dumps(cfg))
+    (run / "runner_cfg.json").unlink()
+    given = {"dataset_path": str(flat), "taxonomy": settings["taxonomy"], "split": "train"}
+    given |= {"override_model": vit, **FAST, "evaluators": ["pair_depth"]}
+    results = evaluate_run(run, **given, output_path=tmp_path / "all")
+    assert "holdout: " not in caplog.text
+    evaluate_run(run, **given, holdout=0.3)
+    assert "holdout: it is not known which images output were trained on" in caplog.text
+    assert results.dataset.training_known is False
+    results = Results.load(run)
+    assert results.dataset.training_known is False and not results.dataset.seen_in_training
+    assert "Perhaps not held out" in write_report(results, interactive=False).read_text()
+    publish(run, "me/saes", dry_run=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It is not known whether the SAEs were trained on them." in card
+    older = json.loads((run / "results.json").read_text())
+    del older["dataset"]["training_known"]
+    (run / "results.json").write_text(json.dumps(older))
+    assert Results.load(run).dataset.training_known is None
+
+
+def copied(flat: Path, folder: Path, n: int) -> tuple[Path, set[str]]:
+    """The pictures, and copies of `n` training images of a fifth held out: they are held out by name."""
+    photos = shutil.copytree(flat, folder / "photos")
+    part = Part(0.2, 0, True)
+    held_out, rest = (load_images(photos).parted(p) for p in (part, part.other))
+    named = [(photos / held_out.source(i), photos / rest.source(i)) for i in range(n)]
+    for place, of in named:
+        shutil.copyfile(of, place)
+    return photos, {f"{place} and {of}" for place, of in named}
+
+
+def test_a_copy_of_a_training_image_among_the_held_out_is_named(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path, caplog: Any
+) -> None:
+    photos, pairs = copied(flat, tmp_path, 1)
+    given = {"dataset_path": str(photos), "holdout": 0.3}
+    said = r"(\d) of (\d\d) held-out images are byte for byte images that are trained on, such as (.*)\."
+    job = Job(gather(flags={**settings, **given}))
+    n = {(photos / job.held_out.images.source(i)) for i in range(24)} & {
+        Path(part) for pair in pairs for part in pair.split(" and ")
+    }
+    assert len(n) == 1  # of the larger hold-out too, which is of the same permutation
+    found = re.search(said, caplog.text)
+    assert found and found[1] == "1" and found[2] == "24" and found[3] in pairs
+    caplog.clear()
+    job.train()
+    results, report = job.evaluate(progress=False)
+    assert re.search(said, caplog.text)
+    data = results.dataset
+    assert (data.n_also_trained_on, data.n_compared, data.seen_in_training) == (1, 24, False)
+    assert "Copies of training images" in report.read_text()
+    caplog.clear()
+    other = {**settings, "holdout": 0.3, "output_path": str(tmp_path / "other")}
+    clean = Job(gather(flags=other))
+    assert "byte for byte" not in caplog.text and len(clean.held_out.images) == 24
+
+
+def test_many_copies_are_refused_before_the_training_and_in_the_evaluation(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path
+) -> None:
+    photos, pairs = copied(flat, tmp_path, 2)
+    given = {**settings, "dataset_path": str(photos), "holdout": 0.2}
+    said = r"2 of 16 held-out .* trained on, such as (.*); allowed: at most 5% of them"
+    with pytest.raises(ConfigError, match=rf"eval_split: .*{said}.*--no_evaluate") as error:
+        Job(gather(flags=given))
+    assert re.search(said, str(error.value))[1] in pairs  # type: ignore[index]
+    Job(gather(flags=given), evaluate=False).train()
+    run = settings["output_path"]
+    measured = {"override_model": vit, **FAST, "evaluators": ["pair_depth"]}
+    with pytest.raises(ConfigError, match=rf"split: .*{said}.*--allow_train_split"):
+        evaluate_run(run, **measured)
+    data = evaluate_run(run, **measured, allow_train_split=True).dataset
+    assert (data.n_also_trained_on, data.n_compared, data.seen_in_training) == (2, 16, False)
+
+
+def test_copies_in_another_split_are_found_where_the_training_images_are_still_there(
+    settings: dict[str, Any], vit: Any, flat: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(flat, photos / "train")
+    for i, name in enumerate(WORLD_CLASSES):
+        (place := photos / "val" / Path(name).name).mkdir(parents=True)
+        for j in range(3):
+            Image.new("RGB", (16, 16), (i, j, 0)).save(place / f"{j}.png")
+    shutil.copyfile(next((photos / "train").rglob("*.png")), place / "copy.png")
+    job = Job(gather(flags={**settings, "dataset_path": str(photos)}))
+    job.train()
+    measured = {"override_model": vit, **FAST, "evaluators": ["pair_depth"]}
+    data = evaluate_run(settings["output_path"], **measured).dataset
+    assert (data.n_also_trained_on, data.n_compared) == (1, 25)
+    (photos / "train" / Path(name).name / "0.png").write_bytes(b"others by now")
+    given = {**measured, "output_path": tmp_path / "again"}
+    assert evaluate_run(settings["output_path"], **given).dataset.n_compared is None

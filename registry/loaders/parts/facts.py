@@ -118,6 +118,8 @@ SAE_CLASSES = (
 ROW_NORMALIZATIONS = ("l2", "max_l2", "l1", "max_l1", "identity", "convex")
 
 _VECTOR = "a number, a list of d_in numbers, or a .npy, .json or .pt file of them"
+# What metadata say of the model beside its name, and no longer where another name is given.
+OF_THE_MODEL = ("revision", "model_revision", "model_fingerprint", "model_from_pretrained_kwargs")
 FACTS: dict[str, Fact] = {
     "model_name": Fact(_text, "a name that load_vision_model takes", "the model"),
     "hook_name": Fact(_text, "a hook point, e.g. blocks.9.hook_resid_post", "the hook point"),
