@@ -93,8 +93,8 @@ def from_csv(
     """
     table = pd.read_csv(file, dtype=str, keep_default_na=False, nrows=n_rows)
     table = table.rename(columns=_without_mark)
-    columns = {name: (_as_text if name in text else _typed)(table[name]) for name in table.columns}
-    return pd.DataFrame(columns)
+    columns = table.items()
+    return pd.DataFrame({name: _as_text(c) if name in text else _typed(c) for name, c in columns})
 
 
 def _typed(cells: pd.Series) -> pd.Series:
