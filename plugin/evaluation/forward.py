@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +105,31 @@ class ModelSetting:
         )
 
 
-def weights_of_model(setting: ModelSetting, override_model: Any = None) -> str:
-    """A digest of the weights of a model that is given or lies in a folder; "" for one of a hub, which its name says.
+def weights_of_models(saes: Sequence[SAEFolder], override_model: Any = None) -> dict[str, str]:
+    """Id of an SAE -> a digest of the model that its numbers come from; "" for one of a hub, which its name says.
+
+    It is that of the files in the model's folder. A model that is given in its place has its fingerprint,
+    unless the SAE records the same one: then it is the model that the SAE names.
 
     Args:
-        setting: names the model.
-        override_model: a tapped model in its place.
+        saes: name their models.
+        override_model: a tapped model in their place.
 
     Raises:
-        ConfigError: a file of the folder cannot be read.
+        ConfigError: a file of a folder cannot be read.
     """
-    if override_model is not None:
-        return model_fingerprint(override_model)
-    folder = Path(setting.model_name).expanduser()
+    given = None if override_model is None else model_fingerprint(override_model)
+    files = cache(_digest_of_files)  # of this call: the files may change
+    return {
+        sae.id: files(sae.model_name)
+        if given in (None, sae.setting("model_fingerprint"))
+        else str(given)
+        for sae in saes
+    }
+
+
+def _digest_of_files(model_name: str) -> str:
+    folder = Path(model_name).expanduser()
     if not folder.is_dir():
         return ""
     try:

@@ -44,7 +44,7 @@ from ..reporting.results import (
 )
 from .bench import Bench
 from .copies import AlsoTrainedOn
-from .forward import ModelSetting, weights_of_model
+from .forward import ModelSetting, weights_of_models
 from .held_out import HeldOut, knows_training
 from .latent_cards import NodeFrames
 from .peers import find_peers
@@ -123,9 +123,8 @@ class ResultsFolder:
             json.loads(bench.taxonomy.to_json()),
             versions()["taxolens"],
         )
-        settings = {sae.id: ModelSetting.of(sae) for sae in saes}
-        models = {s: weights_of_model(s, override_model) for s in dict.fromkeys(settings.values())}
-        self._facts = {sae.id: _facts(sae, models[settings[sae.id]]) for sae in saes}
+        models = weights_of_models(saes, override_model)
+        self._facts = {sae.id: _facts(sae, models[sae.id]) for sae in saes}
         self.fingerprints = {
             sae.id: _digest([*self._conditions.values(), *self._facts[sae.id]]) for sae in saes
         }

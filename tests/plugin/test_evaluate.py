@@ -574,6 +574,19 @@ def test_another_model_is_measured_anew(
     assert own() != before
 
 
+def test_the_model_that_an_sae_names_may_be_given(
+    evaluate: Any, vit: Any, vit_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    """As after a training, which evaluates with the model that it has loaded."""
+    settings = run_settings(vit_folder, world, eval_split="validation")
+    settings["model_fingerprint"] = model_fingerprint(vit)
+    save_sae(tmp_path / "run", HOOKS[0], settings)
+    folder = {"output_path": tmp_path / "run"}
+    evaluate(tmp_path / "run", evaluators="reconstruction", **folder)
+    both = evaluate(tmp_path / "run", evaluators="pair_depth", override_model=None, **folder)
+    assert list(both.evaluators) == ["pair_depth", "reconstruction"]
+
+
 def test_another_file_of_an_option_is_measured_anew(evaluate: Any, tmp_path: Path) -> None:
     def monosemanticity(seed: int) -> Any:
         rng = np.random.default_rng(seed)
