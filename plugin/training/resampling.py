@@ -4,9 +4,10 @@ Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampl
 (https://transformer-circuits.pub/2023/monosemantic-features). Inputs are drawn with a probability
 in proportion to the square of their loss; the decoder row becomes the input's direction, the encoder
 column the same direction at .2 of the mean norm of the living columns; encoder bias 0, moments of
-Adam 0; of JumpReLU, which the source does not have, the threshold its initial one. Deviations: inputs are those of the batch at hand, dead is SAELens's count over
-`dead_feature_window`, decoder rows get the mean norm of the living rows, and an input is taken as the
-encoder sees it: normalised where the SAE normalises each input, and relative to b_dec where it subtracts that.
+Adam 0; of JumpReLU, which the source does not have, the threshold its initial one. Deviations: inputs are
+those of the batch at hand, dead is SAELens's count over `dead_feature_window`, decoder rows get the mean
+norm of the living rows, and an input is taken as the encoder sees it: normalised where the SAE normalises
+each input, and relative to b_dec where it subtracts that.
 """
 
 from __future__ import annotations

@@ -105,9 +105,7 @@ class TrainingSession:
             else Interrupts(lambda: store.stream.stop())  # it may be replaced
         )
         self._trainer: Any = None
-        self._left: set[str] = (
-            set()
-        )  # names of checkpoints that a run which goes back leaves behind
+        self._left: set[str] = set()  # checkpoints that a run which goes back leaves behind
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
