@@ -155,8 +155,9 @@ def predict(
     """FLOPs and seconds of the stages of a run, of all and of the slowest rank.
 
     Images are dealt evenly to the ranks, SAEs by the time of their steps (`Ranks.deal`), and each takes a share
-    of the batch of a single SAE; all ranks use one disk. Exchange takes no time here. Each rank has `cores` cores and a device as here. Decoding and forward share the cores of a CPU,
-    so that their times add up, and overlap on another device; the other stages follow each other.
+    of the batch of a single SAE; all ranks use one disk. Exchange takes no time here. Each rank has `cores`
+    cores and a device as here. Decoding and forward share the cores of a CPU, so that their times add up, and
+    overlap on another device; the other stages follow each other.
     """
     images = math.ceil(size.images / n_ranks)
     dealt = Ranks(size=n_ranks).deal(costs.steps)
