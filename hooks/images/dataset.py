@@ -95,6 +95,9 @@ class ImageDataset:
             problem = "images that are streamed cannot be divided by class"
             raise ConfigError("holdout", problem, given=part.share, allowed="streaming=False")
         self._rows: np.ndarray | None = None if part is None else part.rows(self._all_labels[0])
+        if self._rows is not None and not len(self._rows):
+            problem = "no class has images enough for both parts"
+            raise DataError("holdout", problem, given=part and part.share, allowed="more images")
         if isinstance(data, Dataset) and max_images is not None and max_images < len(self):
             order = np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(self))[:max_images])
             self._rows = order if self._rows is None else self._rows[order]

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow.lib import ArrowException
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import check_listable, check_regular, reason
+from ...registry.files import NO_CONTENTS, check_listable, check_regular, reason
 from ...registry.names import near_paths
 from .archives import refuse_tar_of_tars, unpacked, with_zips
 from .downloaded import downloaded_splits
@@ -138,6 +138,8 @@ def _check_pattern(pattern: str) -> None:
         above, name = os.path.split(pattern)
         folders = glob.glob(above, recursive=True) if above else ["."]
         for folder in filter(os.path.isdir, folders):
+            if os.path.basename(folder) in NO_CONTENTS:
+                continue
             if glob.has_magic(name):
                 check_listable(folder)
                 continue
@@ -217,7 +219,7 @@ def _open_files(
     if kind not in TABLES:
         return Opened(data)
     names = {part.partition("[")[0] for part in split.split("+")}
-    chosen = [file for name in names for file in by_split.get(name, [])]
+    chosen = files if "all" in names else [f for name in names for f in by_split.get(name, [])]
     folders = {os.path.dirname(os.path.abspath(file)) for file in chosen}
     return Opened(data, folder=folders.pop() if len(folders) == 1 else "")
 

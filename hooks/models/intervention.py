@@ -107,7 +107,8 @@ class ModelIntervention:
         self._embedding = _embedding_point(model)
         fixed = fixed_places(model, self._embedding)
         self._all_of_image = fixed == ()
-        if fixed and not (model.cfg.has_class_token and fixed[0] == 0):
+        counted = tuple(range(model.cfg.n_prefix_tokens))
+        if fixed and fixed != counted and not (model.cfg.has_class_token and fixed[0] == 0):
             raise misplaced(model, self._embedding, fixed)
         self._block = _block_before(model, self.hook_name) if resume else None
         self._pixel_shape: tuple[int, ...] | None = None

@@ -162,6 +162,15 @@ class ArchetypalDictionary(SAE[Any]):
         self.clock = StepClock(cfg.seed, self.device)
         super().initialize_weights()
 
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        out = super()._apply(*args, **kwargs)
+        # As SAELens's JumpReLU keeps its threshold: loading casts every buffer to the dtype of the config.
+        counts = self._buffers.get("candidate_counts")
+        if counts is not None:
+            self.candidate_counts = counts.to(at_least_float32(counts.dtype))
+        return out
+
     def dictionary(self) -> Tensor:
         """D (d_sae, d_in)."""
         mixture = _through(self.mixture, _on_simplex)

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from ..errors import ConfigError
 from ..presentation import Headline, NodeTable, Support
-from ..taxonomies.permuted_classes import strata
+from ..taxonomies.permuted_classes import SIZE_FACTOR, strata
 from ..taxonomies.taxonomy import Taxonomy, first_columns
 from .base import Evaluator, remembered, require_at_least
 from .parts import summary
@@ -87,7 +87,8 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     `single_class_share`: a latent of one class has height 0, so few specific latents give a low
     mean. The gaps are the differences between random sets of as many of the present classes and the
     latents of several classes; where classes differ in size, of as many of each stratum of like size
-    (see `permuted_classes`). `lower_share` (own definition) is the share of these `n_latents`
+    (see `permuted_classes`), without the latents whose classes are all of their strata: no other set is like
+    theirs. `lower_share` (own definition) is the share of these `n_latents`
     whose classes meet lower than those of random sets: p of a latent is the share of the random
     sets whose LCH is at most as high as its own (all such pairs of classes for a latent of two; else
     `repeats` draws, the latent's own set counted as one), adjusted over the latents by Benjamini and
@@ -191,19 +192,20 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         node, size = node[node >= 0], size[node >= 0]
         height, generality = self.taxonomy.height[node], self.taxonomy.generality[node]
         several = size > 1
-        q = benjamini_hochberg(random.lower[several])
+        compared = several & np.isfinite(random.height)
+        q = benjamini_hochberg(random.lower[compared])
         return {
             # q can exceed the level by its rounding.
             "lower_share": summary.mean(q <= self.options.level * (1 + 1e-9)),
-            "n_latents": float(several.sum()),
+            "n_latents": float(compared.sum()),
             "height": summary.mean(height),
             "generality": summary.mean(generality),
             "defined": float(len(node)),
             "single_class_share": summary.mean(~several),
             "multi_class_height": summary.mean(height, several),
             "multi_class_generality": summary.mean(generality, several),
-            "height_gap": summary.mean(random.height - height, several),
-            "generality_gap": summary.mean(random.generality - generality, several),
+            "height_gap": summary.mean(random.height - height, compared),
+            "generality_gap": summary.mean(random.generality - generality, compared),
         }
 
     @remembered
@@ -246,7 +248,7 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
         return self._sets(self.options.tau if rule == "frequency" else 0.0, shuffled)
 
     def notes(self) -> list[str]:
-        """Classes with too few images for a rule."""
+        """Classes with too few images for a rule, and latents that are not compared with random sets."""
         counts, options = self._classes.all(), self.options
         present = np.flatnonzero(counts)
         notes = []
@@ -264,6 +266,14 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
             notes.append(
                 f"The rules `topk` and `topk_strict` {what}, since k is at most half of the smallest "
                 f"class, and {name!r} has {counts[smallest]} images."
+            )
+        node, size = self.assign()
+        alone = np.isnan(self._random(None, False, options.rule).height) & (size[node >= 0] > 1)
+        if alone.any():
+            notes.append(
+                f"{alone.sum()} of {(size > 1).sum()} latents of several classes are not among the `n_latents`: "
+                "their classes are all that have a like number of images (within a factor of "
+                f"{SIZE_FACTOR}), so that no random set is like theirs."
             )
         return notes
 
@@ -334,15 +344,15 @@ class LCHHeight(Evaluator[LCHHeightOptions]):
     def figures(self) -> dict[str, Figure]:
         """`generality`: of the latents of several classes, against random class sets."""
         node, size = self.assign()
-        several = size[node >= 0] > 1
-        random = self._random(None, False, self.options.rule).generality[several]
+        random = self._random(None, False, self.options.rule).generality
+        several = (size[node >= 0] > 1) & np.isfinite(random)
         return {
             "generality": summary.histograms(
                 "Generality of latents of several classes",
                 "log₂ classes below the LCH",
                 {
                     "latents": self.taxonomy.generality[node[node >= 0][several]],
-                    "random sets of the same size": random,
+                    "random sets of the same size": random[several],
                 },
             )
         }

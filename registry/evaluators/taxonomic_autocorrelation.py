@@ -50,7 +50,8 @@ class AutocorrelationOptions:
 
 
 class Autocorrelation(NamedTuple):
-    """Per latent, each (m,); NaN where its class means are all equal."""
+    """Per latent, each (m,); NaN where its class means are all equal, p and q also where they are equal among
+    classes of like size."""
 
     moran_i: np.ndarray
     p: np.ndarray
@@ -64,8 +65,9 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
     class and W_ab = e^(−distance/scale) on the primary tree. Without structure it is −1/(C − 1) on
     average. p: the share of random permutations of the class means with at least I, the observed
     one included, among classes with like numbers of images, as those of the permuted classes: the
-    mean over few images scatters more. Undefined where no two classes are alike. q: p adjusted for the false discovery rate over the latents (Benjamini and
-    Hochberg). The smallest p is 1/(draws + 1), so few draws limit the number of significant
+    mean over few images scatters more. Undefined where the means of such classes are equal, as where no two
+    classes are alike. q: p adjusted for the false discovery rate over the `tested` latents, those with a p
+    (Benjamini and Hochberg). The smallest p is 1/(draws + 1), so few draws limit the number of significant
     latents.
 
     Each latent has permutations of its own: with common ones its p-values would be right alone, but
@@ -82,13 +84,17 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         "significant_share": True,
         "expected": None,
         "defined": None,
+        "tested": None,
     }
     ranges = {
         "significant_share": summary.SHARE,
     }
     labels = {"moran_i": "Moran's I"}
-    support = dict.fromkeys(("moran_i", "significant_share"), Support("defined", "latents"))
-    invariant = frozenset({"expected", "defined"})
+    support = {
+        "moran_i": Support("defined", "latents"),
+        "significant_share": Support("tested", "latents"),
+    }
+    invariant = frozenset({"expected", "defined", "tested"})
     Options = AutocorrelationOptions
 
     def prepare(self) -> None:
@@ -117,7 +123,8 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         drawn = self._drawn(places[order], stratum[present[order]], shuffled)
         # Draws are in single precision: the tolerance exceeds its rounding, so that equal ones tie.
         reached = (drawn >= observed[:, None] - 1e-6).sum(1)
-        p = np.where(np.isfinite(observed), (1 + reached) / (1 + self.options.draws), np.nan)
+        tested = np.isfinite(observed) & moves(means, stratum[present[order]])
+        p = np.where(tested, (1 + reached) / (1 + self.options.draws), np.nan)
         return Autocorrelation(observed, p, benjamini_hochberg(p))
 
     @remembered
@@ -143,13 +150,21 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
         return drawn
 
     def notes(self) -> list[str]:
-        """That no class mean can be permuted, where that is so."""
+        """That there is nothing to permute, for all latents or for some."""
         groups = strata(self._classes.all())
-        if len(groups) < 2 or any(len(group) > 1 for group in groups):
+        alike = f"a like number of images (within a factor of {SIZE_FACTOR})"
+        if len(groups) > 1 and all(len(group) < 2 for group in groups):
+            return [
+                f"No p-values: no two of the {len(groups)} classes have {alike}, so that no class means can "
+                "be exchanged."
+            ]
+        found = self.autocorrelation()
+        defined, tested = (int(np.isfinite(each).sum()) for each in (found.moran_i, found.p))
+        if tested == defined:
             return []
         return [
-            f"No p-values: no two of the {len(groups)} classes have a like number of images (within a "
-            f"factor of {SIZE_FACTOR}), so that no class means can be exchanged."
+            f"{defined - tested} of {defined} latents have no p-value: their means are equal among classes "
+            f"with {alike}, so that exchanging them changes nothing."
         ]
 
     def compute(
@@ -166,6 +181,7 @@ class TaxonomicAutocorrelation(Evaluator[AutocorrelationOptions]):
             ),
             "expected": -1 / (n_classes - 1) if n_classes > 1 else float("nan"),
             "defined": float(defined.sum()),
+            "tested": float(np.isfinite(found.p).sum()),
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -208,6 +224,14 @@ def weight_factor(taxonomy: Taxonomy, scale: float = 1.0) -> sparse.csr_array:
             values.append(nearness * (step if v != taxonomy.root else 1.0))
     size = (len(taxonomy.classes), len(taxonomy.nodes))
     return sparse.csr_array((values, (rows, columns)), shape=size)
+
+
+def moves(means: np.ndarray, stratum: np.ndarray) -> np.ndarray:
+    """(m,) whether exchanging the class means (m, P) within the strata (P,) of their classes changes a row."""
+    spread = np.zeros(len(means))
+    for i in np.unique(stratum):
+        spread = np.maximum(spread, np.ptp(means[:, stratum == i], axis=1))
+    return spread > 1e-6 * np.abs(means).max(1, initial=0)
 
 
 def standardised(values: np.ndarray) -> list[np.ndarray]:

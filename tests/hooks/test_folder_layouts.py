@@ -22,6 +22,7 @@ from taxolens.hooks.images.folders import (
 )
 from taxolens.hooks.images.loader import ImageLoader
 from taxolens.hooks.images.raw import decode_raw
+from taxolens.hooks.images.sources import _check_pattern
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from taxolens.registry.taxonomies.folders import from_folders
 from tiny_images import class_folders
@@ -249,6 +250,25 @@ def test_a_class_folder_that_cannot_be_listed_is_named(pattern, error, tmp_path,
             from_folders(tmp_path)
 
 
+@pytest.mark.parametrize("pattern", ["*/*.jpg", "*/1.jpg", "**/*.jpg"])
+def test_a_pattern_passes_over_what_holds_no_images(pattern, tmp_path, monkeypatch):
+    """The folder lost+found of a disk, which root alone may list."""
+    draw(tmp_path, "cat/1.jpg", "lost+found/1.jpg")
+    listed, found = os.scandir, os.lstat
+
+    def denied(of, path, **options):
+        if "lost+found/" in f"{os.fspath(path)}/" and not str(path).endswith("found"):
+            raise PermissionError(13, "denied", path)
+        return of(path, **options)
+
+    def scandir(folder="."):
+        return denied(listed, os.path.join(folder, ""))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "lstat", lambda path, **options: denied(found, path, **options))
+    _check_pattern(str(tmp_path / pattern))
+
+
 def test_a_class_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch):
     draw(tmp_path, "cat/1.jpg", "dog/1.jpg")
     found = os.lstat
@@ -449,10 +469,13 @@ def test_each_split_has_the_folder_of_its_table(tmp_path):
     for split, red in (("train", 10), ("val", 20)):
         painted(tmp_path / split, "a.png", red)
         table_of_paths(tmp_path / split, "csv", ["a.png"])
+    assert reds(load_images(tmp_path / "train", split="all", image_column="file")) == [10]
     for split, found in (("train", [10]), ("validation", [20]), ("train[:1]", [10])):
         assert reds(load_images(tmp_path, split=split, image_column="file")) == found
     with pytest.raises(ConfigError, match=r"'a.png' is relative, and the tables lie in several"):
         load_images(tmp_path, split="train+validation", image_column="file")
+    with pytest.raises(ConfigError, match="the tables lie in several"):
+        load_images(tmp_path, split="all", image_column="file")
 
 
 def test_paths_that_mean_a_file_in_the_current_folder_alone_are_refused(tmp_path, monkeypatch):

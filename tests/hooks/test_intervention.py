@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from taxolens.registry.errors import ConfigError
 from taxolens.registry.taxonomies import Taxonomy
 from tiny_images import hf_dataset, noise
 from tiny_models import BRIDGED, PATCH_SIZE, WRAPPED, pictures, tapped, tiny_model
+from torch import nn
 
 IMAGES = pictures(6)
 INDEX = torch.tensor([4, 1, 5])
@@ -213,3 +215,42 @@ def test_messages() -> None:
     with pytest.raises(ValueError, match=r"given \(3, 1, 16\), it returned \(3, 1, 8\)"):
         run(INDEX, lambda x: x[..., :8])
     assert PATCH_SIZE == 8
+
+
+class Block(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attn = nn.MultiheadAttention(d, 2, batch_first=True)
+        self.mlp = nn.Linear(d, d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        x = x + self.attn(h, h, h)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Registers(nn.Module):
+    """A ViT with registers, without a class token: it predicts from the mean of its patches."""
+
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=32, num_channels=3)
+        self.patch_embed = nn.Conv2d(3, d, 8, 8)
+        self.reg_token = nn.Parameter(torch.randn(1, 4, d))
+        self.blocks = nn.Sequential(Block(d), Block(d))
+        self.head = nn.Linear(d, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = self.blocks(torch.cat([self.reg_token.expand(len(x), -1, -1), x], 1))
+        return self.head(x[:, 4:].mean(1))
+
+
+def test_of_registers_without_a_class_token_the_patches_embed() -> None:
+    model = from_module(Registers().eval())
+    hook = "blocks.0.hook_resid_post"
+    intervention = ModelIntervention(model, lambda rows: pictures(len(rows), 32), hook, "patch")
+    found = intervention(torch.arange(3)).embedding
+    last = run_to_hooks(model, pictures(3, 32), ["blocks.1.hook_resid_post"])
+    torch.testing.assert_close(found, last["blocks.1.hook_resid_post"][:, 4:].mean(1))

@@ -33,7 +33,7 @@ from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.study.job import Job
 from taxolens.plugin.study.settings import gather
-from taxolens.registry.errors import ConfigError
+from taxolens.registry.errors import ConfigError, DataError
 from tiny_images import class_folders
 from tiny_runs import SMALL_TOPK, WORLD_CLASSES
 
@@ -89,6 +89,17 @@ def test_a_part_has_its_share_of_every_class(share: float, n: int) -> None:
 
 def test_the_only_image_of_a_class_is_trained_on() -> None:
     assert Part(0.5, 0, True).rows(np.array([0, 1, 1])).tolist() in ([1], [2])
+
+
+def test_a_hold_out_without_an_image_is_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    source = ImageSource(str(tmp_path), holdout=0.2, is_held_out=True)
+    with pytest.raises(
+        DataError, match=r"holdout: no class has images enough for both parts; given 0\.2"
+    ):
+        ImageDataset.of(source)
 
 
 def test_max_images_counts_within_the_part(flat: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sae_lens import SAE
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from taxolens.registry.architectures.archetypal import (
     ArchetypalJumpReLUTrainingSAE,
     ArchetypalJumpReLUTrainingSAEConfig,
@@ -207,3 +207,16 @@ def test_seeding_repeats_rows_only_when_they_run_out():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         ArchetypalTopKTrainingSAEConfig(d_in=5, d_sae=12, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_points_are_counted_on_after_an_sae_in_half_precision_is_loaded(tmp_path, dtype):
+    """Of a count in half precision, which stops growing, nothing is left: loading casts to the config's dtype."""
+    settings = {"d_in": 4, "d_sae": 8, "k": 2, "n_candidates": 1, "dtype": dtype}
+    sae = TrainingSAE.from_dict(ArchetypalTopKTrainingSAEConfig(**settings).to_dict())
+    sae.learn_candidates(torch.ones(4096, 4), 0)
+    sae.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    for step in range(1, 5):
+        loaded.learn_candidates(torch.ones(1, 4), step)
+    assert loaded.candidate_counts.tolist() == [4100]

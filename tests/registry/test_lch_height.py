@@ -23,6 +23,7 @@ from taxolens.registry.evaluators.lch_height import (
 )
 from taxolens.registry.evaluators.parts.planted import PlantedLatents
 from taxolens.registry.evaluators.parts.stratified_sets import StratifiedSets
+from taxolens.registry.evaluators.taxonomic_autocorrelation import TaxonomicAutocorrelation
 from taxolens.registry.taxonomies import Taxonomy
 
 few = settings(max_examples=10, deadline=None)
@@ -320,6 +321,12 @@ def test_stratified_sets_against_all_sets_of_a_composition(random_dag, seed):
     for parts in product(*(range(len(group) + 1) for group in groups)):
         if sum(parts) == 0:
             continue
+        if all(k in (0, len(group)) for group, k in zip(groups, parts)) and sum(parts) < len(
+            places
+        ):
+            alone = sets.of(np.array([parts]), np.array([0]))
+            assert np.isnan(np.concatenate(alone)).all()  # it is the only set like it
+            continue
         each = product(*(combinations(group, k) for group, k in zip(groups, parts)))
         nodes = [taxonomy.lch([c for chosen in some for c in chosen]) for some in each]
         heights = taxonomy.height[nodes]
@@ -341,9 +348,29 @@ def test_stratified_sets_of_many_classes():
     groups = tuple(np.flatnonzero(tree.cut(1) == tree.index(v)).tolist() for v in "ab")
     sets = StratifiedSets(tree, 19, 0, tuple(map(tuple, groups)))
     found = sets.of(np.array([[100, 0], [70, 0], [100, 1], [0, 3]]), np.array([2, 2, 2, 1]))
-    assert found.height.tolist() == [2, 2, 3, 1]
-    assert found.generality == pytest.approx(np.log2([100, 100, 103, 3]))
-    assert found.lower.tolist() == [1, 1, 1 / 20, 1]
+    nan = float("nan")  # all classes of a stratum: no other set is like it
+    assert found.height == pytest.approx([nan, 2, 3, nan], nan_ok=True)
+    assert found.generality == pytest.approx([nan, *np.log2([100, 103]), nan], nan_ok=True)
+    assert found.lower == pytest.approx([nan, 1, 1 / 20, nan], nan_ok=True)
+
+
+def test_what_no_random_set_is_like_is_not_compared(one_batch, measured):
+    """Perfect latents of 6 branches of 4 classes: half of the classes are alike, of the others no two."""
+    edges = [("r", f"b{i}") for i in range(6)]
+    edges += [(f"b{i}", f"b{i}c{j}") for i in range(6) for j in range(4)]
+    tree = Taxonomy.from_edges(edges)
+    images = np.array([30] * 12 + [round(40 * 1.3**i) for i in range(12)])
+    labels = np.repeat(np.arange(24), images)
+    z = torch.tensor((labels[:, None] // 4 == np.arange(6)).astype(np.float32))
+    lch, moran = measured(tree, one_batch(z, labels), [LCHHeight, TaxonomicAutocorrelation])
+    found = lch.compute()
+    assert found["lower_share"] == 1 and found["n_latents"] == 3 and found["defined"] == 6
+    assert found["height_gap"] > 0.9
+    assert "3 of 6 latents of several classes are not among the `n_latents`" in lch.notes()[-1]
+    assert lch.tables()["latents"]["random_height"].isna().sum() == 3
+    found = moran.compute()
+    assert found["significant_share"] == 1 and found["tested"] == 3 and found["defined"] == 6
+    assert "3 of 6 latents have no p-value" in moran.notes()[0]
 
 
 def test_a_drawn_p_value_counts_the_set_itself():

@@ -21,7 +21,7 @@ LARGE = 1 / 8
 
 
 class Expected(NamedTuple):
-    """What random sets like k given ones give, each (k,)."""
+    """What random sets like k given ones give, each (k,); NaN where a given one is the only set like it."""
 
     height: np.ndarray  # mean of the LCH
     generality: np.ndarray
@@ -29,7 +29,7 @@ class Expected(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """The LCH of random sets of one composition."""
+    """The LCH of random sets of one composition; NaN where there is one such set, not of all classes."""
 
     height: float  # mean
     generality: float
@@ -71,6 +71,9 @@ class StratifiedSets:
 
     def _of(self, parts: np.ndarray) -> Reached:
         key = parts.tobytes()
+        if self._is_alone(parts):
+            nothing = np.full(self._taxonomy.height.max() + 1, np.nan)
+            return Reached(float("nan"), float("nan"), nothing)
         if key not in self._reached:
             pair = parts.sum() == 2
             counts = self._pairs(np.flatnonzero(parts)) if pair else self._draws(parts)
@@ -82,6 +85,12 @@ class StratifiedSets:
                 (own + np.cumsum(heights)) / (own + counts.sum()),
             )
         return self._reached[key]
+
+    def _is_alone(self, parts: np.ndarray) -> bool:
+        """Whether a set has all classes of the strata in which it has any, and not those of others."""
+        sizes = np.array([len(group) for group in self._groups])
+        full = parts == sizes
+        return bool((full | (parts == 0)).all() and not full.all())
 
     def _pairs(self, strata: np.ndarray) -> np.ndarray:
         """(V,) how many pairs of two classes of one stratum, or one of each of two, have each LCH."""
