@@ -14,7 +14,8 @@ classes have no image.
 For every metric with a direction the table has the share of seeded runs with p ≤ .05 against 19 distinct
 trees. In a world without hierarchy a share is bold where it is above .07 and more than two standard errors above
 .05. Each run is appended to the results file; a run in the file is not repeated. `--write` counts the runs of the file
-in docs/results/no_hierarchy.json, from which tables.py makes the tables in docs/evaluators.md.
+in docs/results/no_hierarchy.json, from which tables.py makes the tables in docs/evaluators.md: the cells of which the
+file has runs are replaced, the others stay.
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ def main() -> None:
     counts = counted(read(args.results))
     print(tables.no_hierarchy_table({**counts, "headlines": sorted(counts["cells"])}))
     if args.write:
-        timing.store("no_hierarchy", {"headlines": sorted(headlines()), **counts}, indent=None)
+        joined = replaced(timing.stored("no_hierarchy"), counts)
+        timing.store("no_hierarchy", {"headlines": sorted(headlines()), **joined}, indent=None)
         tables.write_pages()
 
 
@@ -276,6 +278,33 @@ def counted(found: Found) -> dict[str, dict[str, Any]]:
                     judged, past = cells.setdefault(tree, {}).get(column, (0, 0))
                     cells[tree][column] = (judged + 1, past + (p <= tables.LEVEL))
     return counts
+
+
+def replaced(
+    stored: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The counts that are stored, with those of `counted` in place of them wherever it has runs of an evaluator,
+    a tree and a column. Evaluators that are not registered any longer, or use no tree, are left out."""
+    kept = set(taxolens.EVALUATORS) - set(LEFT_OUT)
+    joined: dict[str, dict[str, Any]] = {"runs": {}, "cells": {}}
+    for part, of_keys in joined.items():
+        for key, of_trees in stored[part].items():
+            evaluator = key.partition("/")[0]
+            if evaluator not in kept:
+                continue
+            again = counts["runs"].get(evaluator, {})
+            of_keys[key] = {
+                tree: {
+                    column: cell
+                    for column, cell in columns.items()
+                    if column not in again.get(tree, {})
+                }
+                for tree, columns in of_trees.items()
+            }
+        for key, of_trees in counts[part].items():
+            for tree, columns in of_trees.items():
+                of_keys.setdefault(key, {}).setdefault(tree, {}).update(columns)
+    return joined
 
 
 if __name__ == "__main__":

@@ -248,6 +248,8 @@ def _bridge(hf_model: nn.Module, family: VisionFamily, name: str) -> VisionBridg
     try:
         adapter.prepare_model(hf_model)
         model = VisionBridge(hf_model, adapter)
+    except ConfigError:  # a ValueError that says what to do
+        raise
     except (AttributeError, ValueError) as error:
         kind = type(hf_model).__name__
         if kind in family.architectures:

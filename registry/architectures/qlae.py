@@ -8,13 +8,14 @@ decay .1 on encoder and decoder.
 
 Deviations: encoder and decoder are linear, as an SAE's are. SAELens's optimiser is Adam without
 decay, so the decoupled decay is applied here, as W <- (1 - decay_per_step) W before each step; the
-paper's is .1 at a learning rate of 1e-3, hence 1e-4. Errors are summed over coordinates and
+paper's is .1 at a learning rate of 1e-3, hence 1e-4; in half precision once for many steps. Errors are summed over coordinates and
 latents, as SAELens sums them.
 
 Latents are dense: all of them are active unless a level is exactly 0. Saved as `qlae`; needs
 taxolens to load.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,8 @@ class QLAETrainingSAEConfig(PluginTrainingSAEConfig):
         n_levels: values each latent can take.
         quantization_coefficient: weight of the loss that moves levels to the encoder's output.
         commitment_coefficient: weight of the loss that moves the encoder's output to levels.
-        decay_per_step: decoupled weight decay of encoder and decoder per training step.
+        decay_per_step: decoupled weight decay of encoder and decoder per training step; in float16 and bfloat16 that of many
+            steps at once (`QLAETrainingSAE.steps_a_decay`).
     """
 
     n_levels: int = 10
@@ -157,11 +159,23 @@ class QLAETrainingSAE(TrainingSAE[QLAETrainingSAEConfig]):
         acts = self.hook_sae_acts_post(continuous + (snapped - continuous).detach())
         return acts, continuous
 
+    @property
+    def steps_a_decay(self) -> int:
+        """Training steps whose decay is applied at once: 1, or so many that it is four times the spacing of the dtype's numbers.
+
+        Rounding would undo the decay of a single step in half precision. Our own choice.
+        """
+        decay = self.cfg.decay_per_step
+        spacing = torch.finfo(self.W_dec.dtype).eps
+        return max(1, math.ceil(4 * spacing / decay)) if decay else 1
+
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        with torch.no_grad():
-            for weight in (self.W_enc, self.W_dec):
-                weight.mul_(1 - self.cfg.decay_per_step)
+        steps = self.steps_a_decay
+        if step_input.n_training_steps % steps == 0:
+            with torch.no_grad():
+                for weight in (self.W_enc, self.W_dec):
+                    weight.mul_((1 - self.cfg.decay_per_step) ** steps)
         return super().training_forward_pass(step_input)
 
     @override

@@ -66,6 +66,42 @@ def test_runs_in_the_file_are_not_repeated(tmp_path: Path) -> None:
     assert counts["cells"] == {"pair_depth/pair_depth": {"3x3": {"noise, balanced": (2, 1)}}}
 
 
+def test_cells_that_were_run_again_replace_the_stored_ones() -> None:
+    stored = {
+        "runs": {
+            "pair_depth": {"3x3": {"noise, balanced": 200, "flat, balanced": 200}},
+            "gone": {},
+        },
+        "cells": {
+            "pair_depth/pair_depth": {
+                "3x3": {"noise, balanced": [200, 9], "flat, balanced": [7, 1]}
+            },
+            "pair_depth/was_judged": {
+                "3x3": {"noise, balanced": [200, 9], "flat, balanced": [7, 1]}
+            },
+            "gone/metric": {"3x3": {"noise, balanced": [200, 9]}},
+        },
+    }
+    counts = {
+        "runs": {"pair_depth": {"3x3": {"noise, balanced": 50}, "2x2x2": {"noise, balanced": 3}}},
+        "cells": {"pair_depth/pair_depth": {"3x3": {"noise, balanced": (40, 2)}}},
+    }
+    assert no_hierarchy.replaced(stored, counts) == {
+        "runs": {
+            "pair_depth": {
+                "3x3": {"noise, balanced": 50, "flat, balanced": 200},
+                "2x2x2": {"noise, balanced": 3},
+            }
+        },
+        "cells": {
+            "pair_depth/pair_depth": {
+                "3x3": {"noise, balanced": (40, 2), "flat, balanced": [7, 1]}
+            },
+            "pair_depth/was_judged": {"3x3": {"flat, balanced": [7, 1]}},
+        },
+    }
+
+
 def test_no_stored_share_without_hierarchy_is_above_the_bar() -> None:
     """At least 200 runs of each cell of every evaluator that is judged against permuted trees."""
     counts = tables.load()["no_hierarchy"]

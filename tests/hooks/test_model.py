@@ -324,6 +324,19 @@ def test_someone_elses_bridge_is_adopted(tmp_path: Path) -> None:
     assert_same_activations(model, "deit")
 
 
+def test_patches_that_are_not_square_are_refused() -> None:
+    """Their tokens would be counted by the height of a patch alone."""
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": [8, 4]}
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **sizes
+    )
+    message = r"^patch_size: patches that are not square are not supported; given \(8, 4\)"
+    with pytest.raises(ConfigError, match=message):
+        from_module(transformers.ViTModel(config))
+    wrapped = from_module(transformers.ViTModel(config), family="wrapped")
+    assert tokens_per_image(wrapped, "all", hook_name="blocks.0.hook_resid_post") == 4 * 8 + 1
+
+
 class TinyTimm(torch.nn.Module):
     """A model with the attributes that timm's have."""
 

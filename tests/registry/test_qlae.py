@@ -20,6 +20,22 @@ def make(**overrides):
     return sae
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_decay_in_every_dtype(dtype):
+    """Half precision would round the decay of one step away."""
+    sae = make(decay_per_step=1e-4, dtype=dtype)
+    sae.W_dec.data = torch.rand(8, 6).to(sae.W_dec.dtype) + 1
+    before = sae.W_dec.detach().double().norm()
+    for step in range(3200):
+        sae.training_forward_pass(
+            TrainStepInput(torch.zeros(1, 6).to(sae.W_dec), {}, None, step, False)
+        )
+    expected = before * (1 - 1e-4) ** 3200
+    torch.testing.assert_close(
+        sae.W_dec.detach().double().norm(), expected, atol=0, rtol=0.03
+    )  # without decay it is .38 off
+
+
 def slow_snap(continuous, levels):
     out = torch.zeros_like(continuous)
     for row in range(len(continuous)):

@@ -6,7 +6,7 @@ Hugging Face's own code, so activations are equal to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +21,27 @@ from transformer_lens.model_bridge.generalized_components.vision_classifier_head
     VisionClassifierHeadBridge,
 )
 
+from ....registry.errors import ConfigError
 from ..points import as_pair
 from ..rows import Rows
+
+
+def side_of_patch(size: int | Sequence[int]) -> int:
+    """Pixels along a side of a patch.
+
+    Raises:
+        ConfigError: patches are not square.
+    """
+    height, width = as_pair(size)
+    if height != width:
+        problem = "patches that are not square are not supported"
+        raise ConfigError(
+            "patch_size",
+            problem,
+            given=(height, width),
+            allowed="a model of square patches, or family='wrapped'",
+        )
+    return height
 
 
 class VisionEmbeddings(GeneralizedComponent):
@@ -196,7 +215,7 @@ class VisionAdapter(ArchitectureAdapter):
         down = "down_proj" if cfg.gated_mlp else self.layout.mlp[1]
         cfg.d_mlp = getattr(mlp, down).in_features
         cfg.n_channels = config.num_channels
-        cfg.patch_size = as_pair(config.patch_size)[0]
+        cfg.patch_size = side_of_patch(config.patch_size)
         cfg.image_size = as_pair(config.image_size)
 
     def _read_tokens(self, backbone: Any) -> None:
