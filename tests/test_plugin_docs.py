@@ -93,7 +93,8 @@ def accumulators() -> Iterator[type[Accumulator]]:
     for info in iter_modules(parts.__path__):
         module = import_module(f"{parts.__name__}.{info.name}")
         for _, member in getmembers(module, lambda m: isinstance(m, type)):
-            if issubclass(member, Accumulator) and member.__module__ == module.__name__:
+            public = not member.__name__.startswith("_")
+            if public and issubclass(member, Accumulator) and member.__module__ == module.__name__:
                 yield member
 
 

@@ -110,7 +110,8 @@ def with_nulls(
         label_free: metrics that use no label, for which shuffled labels carry no information.
         support: metric -> what it is computed from.
         left_out: the same metrics without each group of images, for the interval. Without the number of
-            a group there is none: the formula needs all groups.
+            a group there is none: the formula needs all groups. Nor is there one where all groups give the
+            same number, unless no label is used, as by what depends on weights alone.
         ranges: metric -> the least and the largest value that it can have, at which the interval is cut;
             see `null_result`.
         declared: null -> the reason in `draws` for which it has no meaning for any of the metrics.
@@ -132,7 +133,10 @@ def with_nulls(
     def result(metric: str, value: float) -> MetricResult:
         of = support.get(metric)
         count = math.nan if of is None else values[of.count]
-        low, high = jackknife(value, [rest.get(metric, math.nan) for rest in left_out])
+        without = [rest.get(metric, math.nan) for rest in left_out]
+        low, high = jackknife(value, without)
+        if len(set(without)) == 1 and metric not in label_free:
+            low = high = math.nan  # a share of few things, which no group moves: no estimate
         least, most = ranges.get(metric, (-math.inf, math.inf))
         low, high = max(low, min(least, value)), min(high, max(most, value))
         return MetricResult(

@@ -17,7 +17,7 @@ class Split:
 
     Args:
         labels: (n,) class of each image.
-        shuffled: (n,) the labels permuted over the images.
+        shuffled: (n,) the labels permuted over the images of each half.
         order: (n,) positions, the whole fit half first; classes are mixed within a half.
         n_fit: images in the fit half.
     """
@@ -34,6 +34,10 @@ class Split:
         Of a class with an odd number of images, the larger part goes to the half that has fewer
         images so far. Classes are taken in random order: in the order of the tree, siblings would
         differ in their parts, which permuted classes do not.
+
+        The shuffled labels stay within the halves: a class then has as many images in each of them
+        as it truly has. Permuted over both, classes would differ in frequency between the halves,
+        which costs a prior or threshold of the fit half on the score half, and true labels nothing.
 
         Raises:
             DataError: no image, or a label outside 0 … n_classes−1.
@@ -59,7 +63,10 @@ class Split:
             score.append(members[half:])
             n_fit, n_score = n_fit + half, n_score + len(members) - half
         order = [generator.permutation(np.concatenate(part)) for part in (fit, score)]
-        return cls(labels, shuffle_labels(labels, seed), np.concatenate(order), n_fit)
+        shuffled = labels.copy()
+        for half, part in enumerate(order):
+            shuffled[part] = shuffle_labels(labels[part], (seed, half))
+        return cls(labels, shuffled, np.concatenate(order), n_fit)
 
     def __len__(self) -> int:
         return len(self.order)

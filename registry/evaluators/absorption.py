@@ -130,43 +130,45 @@ class Absorption(Evaluator[AbsorptionOptions]):
         rare = 3 * (images @ self.members(self._nodes, permutation)) < images.sum()
         return np.sort(self._nodes[rare][: self.options.max_nodes])
 
-    @property
     @remembered
-    def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _halves(self, shuffled: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions of images for fitting probes, for choosing thresholds, and of the score half."""
-        fit = np.flatnonzero(self._sample.is_fit)
-        held = hashing.uniform(self._sample.index[fit], SALT) < 0.25
-        return fit[~held], fit[held], np.flatnonzero(~self._sample.is_fit)
+        sample = self._sample.drawn(shuffled)
+        fit = np.flatnonzero(sample.is_fit)
+        held = hashing.uniform(sample.index[fit], SALT) < 0.25
+        return fit[~held], fit[held], np.flatnonzero(~sample.is_fit)
 
-    @property
     @remembered
-    def _prober(self) -> LogisticProber:
-        return LogisticProber(self._sample.x[torch.from_numpy(self._halves[0])])
+    def _prober(self, shuffled: bool) -> LogisticProber:
+        train, _, _ = self._halves(shuffled)
+        return LogisticProber(self._sample.drawn(shuffled).x[torch.from_numpy(train)])
 
-    @property
     @remembered
-    def _latents(self) -> tuple[sparse.csr_array, sparse.csr_array]:
+    def _latents(self, shuffled: bool) -> tuple[sparse.csr_array, sparse.csr_array]:
         """(n, m) latents of the images for fitting probes and for choosing thresholds."""
-        train, choose, _ = self._halves
-        return self._sample.z[train], self._sample.z[choose]
+        train, choose, _ = self._halves(shuffled)
+        z = self._sample.drawn(shuffled).z
+        return z[train], z[choose]
 
     def probe(self, permutation: np.ndarray | None = None, shuffled: bool = False) -> Probed:
         """The probes of the nodes with enough images."""
-        labels = self._sample.labels(shuffled)
+        sample = self._sample.drawn(shuffled)
+        own = shuffled and self._sample.draws_differ()  # else those of the true labels
+        labels = sample.labels
         if permutation is not None:
             labels = permutation[labels]
         nodes = self.nodes(permutation)
         member = self.taxonomy.membership[labels][:, nodes]
-        train, choose, score = self._halves
+        train, choose, score = halves = self._halves(own)
         least = self.options.min_images
-        train_, choose_, score_ = (member[rows].sum(0) for rows in self._halves)
+        train_, choose_, score_ = (member[rows].sum(0) for rows in halves)
         kept = (train_ + choose_ >= least) & (score_ >= least) & (train_ > 0) & (choose_ > 0)
         member = member[:, kept]
         if not member.shape[1]:
             none = np.zeros(0)
             return Probed(nodes[kept], member, member, torch.zeros(0, 1), none)
-        probes = self._prober.fit(torch.from_numpy(member[train]))
-        scores = (self._sample.x @ probes.weight.T + probes.bias).numpy()
+        probes = self._prober(own).fit(torch.from_numpy(member[train]))
+        scores = (sample.x @ probes.weight.T + probes.bias).numpy()
         threshold = [best_threshold(s[choose], y[choose])[0] for s, y in zip(scores.T, member.T)]
         predicted = scores > threshold
         f1 = np.array([f1_score(a[score], b[score]) for a, b in zip(predicted.T, member.T)])
@@ -192,16 +194,18 @@ class Absorption(Evaluator[AbsorptionOptions]):
         if decoder is None or not len(passed) or not self.context.d_sae:
             return pd.DataFrame(table)
         decoder = decoder.detach().float().cpu()
-        train, choose, score = self._halves
-        z = self._sample.z
+        sample = self._sample.drawn(shuffled)
+        own = shuffled and self._sample.draws_differ()
+        train, choose, score = self._halves(own)
+        z = sample.z
         mains, main_f1 = main_latents(
-            *self._latents,
+            *self._latents(own),
             probed.member[train][:, passed],
             probed.member[choose][:, passed],
             rise=self.options.main_rise,
             most=self.options.max_main,
         )
-        x = self.context.as_decoded(self._sample.x)
+        x = self.context.as_decoded(sample.x)
         if self.context.b_dec is not None:
             x = x - self.context.b_dec.detach().float().cpu()
         gain = (decoder @ probed.direction[passed].T).numpy()

@@ -159,12 +159,12 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         chosen = np.sort(order[: self.options.max_edges])
         return np.array(edges, dtype=np.int64).reshape(-1, 2)[chosen]
 
-    @property
     @remembered
-    def _whitened(self) -> np.ndarray:
+    def _whitened(self, shuffled: bool) -> np.ndarray:
         """(n, d) the sample of x, centred and whitened with the statistics of its fit half."""
-        x = self._sample.x.double().numpy()
-        fit = x[self._sample.is_fit]
+        sample = self._sample.drawn(shuffled)
+        x = sample.x.double().numpy()
+        fit = x[sample.is_fit]
         if len(fit) < 2:
             return np.full_like(x, np.nan)
         mean = fit.mean(0)
@@ -181,9 +181,10 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> Directions:
         """The vectors of the edges' nodes, from the fit half, and projections of held-out images."""
-        labels = self._sample.labels(shuffled)
+        sample = self._sample.drawn(shuffled)
+        labels, fit = sample.labels, sample.is_fit
         member = self._members[labels if permutation is None else permutation[labels]]
-        x, fit = self._whitened, self._sample.is_fit
+        x = self._whitened(shuffled and self._sample.draws_differ())
         x_held, member_held, member_fit = x[~fit], member[~fit].T, (member & fit[:, None]).T
         n_nodes = len(self._tree.nodes)
         vector = np.full((n_nodes, x.shape[1]), np.nan)
@@ -297,8 +298,7 @@ class FeatureGeometry(Evaluator[FeatureGeometryOptions]):
     def _fixed(self) -> dict[str, float]:
         """The metrics that depend on no label."""
         numbers = dict.fromkeys(self.invariant, float("nan"))
-        sample, generator = self._sample, np.random.default_rng(self.context.seed + 3)
-        z = sample.z
+        z, generator = self._sample.drawn().z, np.random.default_rng(self.context.seed + 3)
         numbers["effective_rank"] = effective_rank(z[:RANK_IMAGES].toarray())
         living = np.unique(z.indices)
         if self._rows is None or len(living) < 2:

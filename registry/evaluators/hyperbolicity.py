@@ -87,7 +87,7 @@ class Hyperbolicity(Evaluator[HyperbolicityOptions]):
         elif kind == "class_means":
             points = self._activations.means(shuffled)
         else:
-            points = self._images.x.double().numpy()
+            points = self._images.drawn().x.double().numpy()
         points = points[np.isfinite(points).all(1)]
         if len(points) > self.options.max_points:
             kept = np.random.default_rng(self.context.seed).permutation(len(points))

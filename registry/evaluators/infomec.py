@@ -161,8 +161,9 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         self, permutation: np.ndarray | None = None, shuffled: bool = False
     ) -> np.ndarray:
         """(n_s,) (H₀ − H)/H₀ of each factor; NaN without held-out images of two groups."""
-        score = ~self._sample.is_fit
-        labels = self._sample.labels(shuffled)[score]
+        sample = self._sample.drawn(shuffled)
+        score = ~sample.is_fit
+        labels = sample.labels[score]
         if not len(labels) or score.all():
             return np.full(len(self.depths), np.nan)
         log_odds = self._log_odds(shuffled)
@@ -172,7 +173,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
     def _log_odds(self, shuffled: bool) -> Tensor:
         """(a, C) log-probabilities of the classes for the score half of the sample; −∞ for those
         without images, which would take most of the probability where they are many."""
-        sample = self._sample
+        sample = self._sample.drawn(shuffled)
         fit = sample.is_fit
         fit_z = sample.z[fit]
         squares = np.bincount(fit_z.indices, np.square(fit_z.data), self.context.d_sae)
@@ -181,7 +182,7 @@ class InfoMEC(Evaluator[InfoMECOptions]):
         chosen = np.sort(np.argsort(-spread, kind="stable")[: self.options.probe_latents])
         z = torch.from_numpy(sparse.csc_array(sample.z)[:, chosen].toarray())
         present = self.context.present
-        among = torch.from_numpy((np.cumsum(present) - 1)[sample.labels(shuffled)])
+        among = torch.from_numpy((np.cumsum(present) - 1)[sample.labels])
         fitted = torch.from_numpy(fit)
         found = class_log_odds(
             z[fitted], among[fitted], z[~fitted], int(present.sum()), steps=self.options.steps

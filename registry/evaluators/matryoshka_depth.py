@@ -41,7 +41,8 @@ ORDERS = ("auto", "index", "rate")
 @dataclass(frozen=True)
 class MatryoshkaDepthOptions:
     """k: number of most activating images of a latent; undefined where it fires on fewer.
-    widths: ends of the prefixes, increasing, at most d_sae; None: those of the SAE, else `SHARES`.
+    widths: ends of the prefixes, increasing, at most d_sae; what is beyond the last is a group of its own. None:
+        those of the SAE, else `SHARES`.
     order: `index`: latents by index. `rate`: by decreasing firing rate. `auto`: `index` if there
         are widths, else `rate`.
     """
@@ -124,10 +125,22 @@ class MatryoshkaDepth(Evaluator[MatryoshkaDepthOptions]):
         self._top = self.context.share(TopImages, k=self.options.k)
         self._rate = self.context.share(FiringRate)
         given, order = self.options.widths, self.options.order
-        # With another number of latents (neurons), prefixes are the same shares.
-        widths = [round(w / given[-1] * self.context.d_sae) for w in given] if given else None
-        self._widths = widths or prefix_widths(self.context.sae)
+        self._widths = self._given() if given else prefix_widths(self.context.sae)
         self.by_rate = order == "rate" or (order == "auto" and self._widths is None)
+
+    def _given(self) -> list[int]:
+        """The widths of the options; where there are other latents than the SAE's, such as neurons, the same
+        shares of them, up to the last width.
+
+        Raises:
+            ConfigError: they exceed the SAE.
+        """
+        given, d_sae = list(self.options.widths or ()), self.context.d_sae
+        if self.context.source not in ("sae", "random"):
+            return [round(w / given[-1] * d_sae) for w in given]
+        if given[-1] > d_sae:
+            raise ConfigError("widths", "beyond d_sae", given=given, allowed=f"at most {d_sae}")
+        return given
 
     @property
     def widths(self) -> list[int]:

@@ -296,7 +296,8 @@ class ParentChild(Evaluator[ParentChildOptions]):
         decoder = self.context.W_dec
         if not self._probing or decoder is None:
             return passes
-        z = fires(self._images.z)
+        images = self._images.drawn()
+        z = fires(images.z)
         n, m = shape(z)
         fired = np.bincount(z.indices, minlength=m)[child]
         able = np.flatnonzero((fired >= 5) & (fired < n))
@@ -304,7 +305,7 @@ class ParentChild(Evaluator[ParentChildOptions]):
         tested = np.sort(generator.permutation(able)[: self.options.probed])
         if len(tested):
             targets = torch.from_numpy(z[:, child[tested]].toarray() > 0)
-            direction = LogisticProber(self._images.x).fit(targets).weight
+            direction = LogisticProber(images.x).fit(targets).weight
             rows = decoder.detach().float().cpu()
             for forest, passed in zip(forests, passes):
                 pairs = np.stack([forest.parent[tested], child[tested]])

@@ -192,24 +192,26 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
         rates = (np.where(fires, rate, np.nan) for rate in (outcome.f1, outcome.precision))
         return Found(supervised, detectors, node, *rates)
 
-    @property
     @remembered
-    def _weights(self) -> np.ndarray:
+    def _weights(self, shuffled: bool) -> np.ndarray:
         """(n,) the images for which each of the sample stands, those of its class and half.
 
         The sample has equal shares of the classes, but F1 depends on how frequent a node is: that of
-        the latents is of all images. The class is the true one: by it the sample was drawn.
+        the latents is of all images.
         """
-        labels, fit = self._sample.labels(), self._sample.is_fit
+        sample = self._sample.drawn(shuffled)
+        labels, fit = sample.labels, sample.is_fit
         weights = np.ones(len(labels))
-        for half, images in ((fit, self._classes.fit()), (~fit, self._classes.score())):
+        halves = (fit, self._classes.fit(shuffled)), (~fit, self._classes.score(shuffled))
+        for half, images in halves:
             taken = np.bincount(labels[half], minlength=len(images))
             weights[half] = images[labels[half]] / taken[labels[half]]
         return weights
 
     def _supervise(self, members: np.ndarray, shuffled: bool) -> Supervised:
-        x, fit = self._sample.x.numpy(), self._sample.is_fit
-        labels, weights = self._sample.labels(shuffled), self._weights
+        sample = self._sample.drawn(shuffled)
+        x, fit, labels = sample.x.numpy(), sample.is_fit, sample.labels
+        weights = self._weights(shuffled)
         n_classes, d = len(members), x.shape[1]
         mean = np.average(x[fit], axis=0, weights=weights[fit]) if fit.any() else np.zeros(d)
         counts = np.bincount(labels[fit], weights[fit], minlength=n_classes)
@@ -262,7 +264,7 @@ class SupervisedDictionary(Evaluator[SupervisedDictionaryOptions]):
             return context.no_intervention
         if context.reconstruct is None or context.W_dec is None:
             return f"the latents ({context.source}) cannot be decoded"
-        if not len(self._images.index(fit=False)) or not self._sample.is_fit.any():
+        if not len(self._images.index(fit=False)) or not self._sample.drawn().is_fit.any():
             return "there is no image in one of the halves"
         return ""
 

@@ -213,6 +213,16 @@ def test_the_interval_is_that_of_the_textbook_for_a_mean() -> None:
     assert np.isnan(jackknife(1.0, [1.0, 2.0])).all()
 
 
+def test_a_number_that_no_group_of_images_moves_has_no_interval() -> None:
+    """The jackknife would estimate an error of 0; what uses no label may depend on no image."""
+    value = {"share": 0.5, "cosine": 0.5, "mean": 0.5}
+    rest = [{**value, "mean": 0.5 + i / 100} for i in range(5)]
+    found = with_nulls(value, {}, dict.fromkeys(value), label_free={"cosine"}, left_out=rest)
+    assert np.isnan([found["share"].low, found["share"].high]).all()
+    assert found["cosine"].low == found["cosine"].high == 0.5
+    assert found["mean"].low < 0.5 < found["mean"].high
+
+
 def test_q_is_adjusted_over_the_headlines_of_all_saes(tmp_path: Path) -> None:
     results = with_q(make_results(tmp_path, n_layers=3))
     shown = {(m.evaluator, m.metric) for m in headlines(results)}

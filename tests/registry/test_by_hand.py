@@ -114,7 +114,7 @@ def test_the_votes_of_three_neighbours_can_outweigh_the_nearest() -> None:
 
 
 def test_of_a_class_the_images_of_smallest_hash_are_kept() -> None:
-    probe = neighbours(4, 1.0, per_class=1)
+    probe, _ = neighbours(4, 1.0, per_class=1)._databases
     priority = hashing.uniform(np.arange(4), salt=1)
     kept = 2 if priority[2] < priority[3] else 3
     assert probe._features is not None
@@ -122,7 +122,9 @@ def test_of_a_class_the_images_of_smallest_hash_are_kept() -> None:
     np.testing.assert_allclose(probe._priority[:, 0], [priority[0], priority[1], priority[kept]])
     empty = NeighbourProbe(2, 3)
     assert [p.tolist() for p in empty.predict(torch.ones(1, 2))] == [[-1]] * 3
-    assert (empty.k, empty.temperature, empty._priority.shape) == (10, 0.07, (2, 10))
+    for database in empty._databases:
+        assert (database.k, database.temperature) == (10, 0.07)
+        assert database._priority.shape == (2, 10)
 
 
 # samples -----------------------------------------------------------------------------------------

@@ -82,10 +82,24 @@ def test_the_neighbour_database_is_capped_and_does_not_depend_on_batches():
     for size in (300, 17):
         probe = NeighbourProbe(3, 2, k=3, per_class=5)
         for rows in torch.arange(300).split(size):
-            probe.fit(x[rows], [labels[rows], labels[rows].flip(0)], rows)
-        assert probe._features is not None and probe._features.shape == (3, 5, 4)
-        kept.append({tuple(row) for row in probe._features.flatten(0, 1).tolist()})
-    assert kept[0] == kept[1] and len(kept[0]) == 15
+            probe.fit(x[rows], [labels[rows], labels[299 - rows]], rows)
+        for database in probe._databases:
+            assert database._features is not None and database._features.shape == (3, 5, 4)
+            kept.append({tuple(row) for row in database._features.flatten(0, 1).tolist()})
+    assert kept[:2] == kept[2:] and len(kept[0]) == len(kept[1]) == 15
+
+
+def test_every_labelling_votes_as_if_it_were_the_only_one():
+    """Capped by the classes of another labelling, a database would have more images of the large ones."""
+    rng = np.random.default_rng(0)
+    labellings = [torch.from_numpy(rng.permutation([0] * 240 + [1] * 30 + [2] * 30)) for _ in "ab"]
+    x, asked, index = torch.randn(300, 4), torch.randn(50, 4), torch.arange(300)
+    probe = NeighbourProbe(3, 2, k=3, per_class=5)
+    probe.fit(x, labellings, index)
+    for labels, found in zip(labellings, probe.predict(asked)):
+        alone = NeighbourProbe(3, 1, k=3, per_class=5)
+        alone.fit(x, [labels], index)
+        assert torch.equal(found, alone.predict(asked)[0])
 
 
 def test_probes_without_a_fit_predict_no_class():
@@ -311,8 +325,10 @@ def test_the_options_reach_the_probes(animals, one_batch, measured):
     batch = one_batch(np.random.default_rng(0).random((96, 6)).astype(np.float32), labels)
     (evaluator,) = measured(animals, batch, [LevelInformation], options=options)
     found = evaluator._probes.features["z"]
-    assert (found.ridge.ridge, found.knn.k) == (0.3, 3)
-    assert np.isfinite(found.knn._priority).sum(1).tolist() == [2] * 12
+    assert found.ridge.ridge == 0.3
+    for database in found.knn._databases:
+        assert database.k == 3
+        assert np.isfinite(database._priority).sum(1).tolist() == [2] * 12
     assert found.ridge._gram.shape == (4, 4)  # the most variable latents alone
     spread = batch.z[batch.is_fit].var(0, correction=0)
     assert evaluator._probes.latents.tolist() == sorted(spread.topk(4).indices.tolist())

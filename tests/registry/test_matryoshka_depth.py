@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from taxolens.registry.errors import ConfigError
+from taxolens.registry.evaluators.base import EvaluationContext
 from taxolens.registry.evaluators.matryoshka_depth import (
     MatryoshkaDepth,
     prefix_widths,
@@ -98,6 +99,21 @@ def test_without_prefixes_latents_go_by_firing_rank(
     for g in range(1, len(evaluator.widths)):
         assert fired[evaluator.group == g].max() <= fired[evaluator.group == g - 1].min()
     assert evaluator.compute()["trend"] > 0.3
+
+
+def test_widths_of_the_options_are_those_of_the_latents(animals: Any) -> None:
+    """Those that end before d_sae too; only other latents than the SAE's have the same shares."""
+
+    def widths(given: list[int], source: str = "sae") -> list[int]:
+        context = EvaluationContext(animals, 100, 8, 64, source=source)
+        return MatryoshkaDepth(context, {"widths": given}).widths
+
+    assert widths([8, 16]) == widths([8, 16, 64]) == widths([8, 16], "random") == [8, 16, 64]
+    assert widths([8, 16], "neurons") == [32, 64]
+    with pytest.raises(
+        ConfigError, match=r"^widths: beyond d_sae; given \[8, 128\]; allowed: at most 64"
+    ):
+        widths([8, 128])
 
 
 @pytest.mark.parametrize(

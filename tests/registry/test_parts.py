@@ -132,19 +132,31 @@ def test_a_sample_holds_the_images_that_were_drawn(seen: Any) -> None:
 
 @pytest.mark.parametrize("counts", [False, True])
 def test_a_sample_of_activations_has_the_same_share_of_each_class(seen: Any, counts: bool) -> None:
+    """Of each true class, and for the shuffled labels of each shuffled one."""
     batch, sample = seen(ImageSample, max_images=24, counts=counts)
+    for shuffled in (False, True):
+        labels, found = batch.labels_of(shuffled).numpy(), sample.drawn(shuffled)
+        share = 24 / 12 / np.bincount(labels)[labels] if counts else 24 / len(batch)
+        kept = hashing.uniform(batch.index.numpy(), 101) < share
+        assert np.array_equal(found.index, batch.index.numpy()[kept])
+        assert np.array_equal(found.labels, labels[kept])
+        assert np.array_equal(found.is_fit, batch.is_fit.numpy()[kept])
+        assert torch.equal(found.x, batch.x[torch.from_numpy(kept)])
+        assert np.array_equal(found.z.toarray(), batch.z.numpy()[kept])
+    assert sample.draws_differ() == counts
+
+
+def test_a_sample_for_true_labels_alone_holds_no_other_images(seen: Any) -> None:
+    batch, sample = seen(ImageSample, max_images=24, counts=True, shuffled=False)
     labels = batch.labels.numpy()
-    share = 24 / 12 / np.bincount(labels)[labels] if counts else 24 / len(batch)
-    kept = hashing.uniform(batch.index.numpy(), 101) < share
-    assert np.array_equal(sample.index, batch.index.numpy()[kept])
-    assert torch.equal(sample.x, batch.x[torch.from_numpy(kept)])
-    assert np.array_equal(sample.z.toarray(), batch.z.numpy()[kept])
+    drawn = hashing.uniform(batch.index.numpy(), 101) < 2 / np.bincount(labels)[labels]
+    assert len(sample._column(3)) == len(sample.drawn().index) == drawn.sum()
 
 
 def test_a_sample_of_nothing_has_the_right_widths(animals: Any) -> None:
-    sample = ImageSample(EvaluationContext(animals, 0, 3, 4))
+    sample = ImageSample(EvaluationContext(animals, 0, 3, 4)).drawn()
     assert sample.x.shape == (0, 3) and sample.z.shape == (0, 4)
-    assert sample.labels().dtype == np.int64 and sample.is_fit.dtype == bool
+    assert sample.labels.dtype == np.int64 and sample.is_fit.dtype == bool
 
 
 @given(seed=SEEDS, density=st.sampled_from([0.015, 0.5]))

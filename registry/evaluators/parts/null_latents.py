@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class LatentSource(Protocol):
         ...
 
 
-def shuffle_labels(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+def shuffle_labels(labels: np.ndarray, seed: int | Sequence[int] = 0) -> np.ndarray:
     """(n,) the labels (n,) permuted over the images: the `shuffled` null."""
     return np.random.default_rng(seed).permutation(labels)
 

@@ -120,14 +120,15 @@ class NeighbourProbe:
     """The k nearest of a capped database by cosine, votes weighted by exp(cos / temperature).
 
     Features are centred on the mean of the database. It keeps at most `per_class` fit images of a
-    class, chosen by a hash of their index: memory O(C·d), independent of the number of images. The
-    form of the vote is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are ours.
+    class, chosen by a hash of their index: memory O(labellings·C·d), independent of the number of
+    images. Every labelling has a database of its own, capped by its own classes. The form of the vote
+    is that of DINO (Caron et al. 2021, arXiv 2104.14294); centring and cap are ours.
 
     Args:
         n_classes: C.
         n_labellings: how many labellings vote at once.
         k: number of neighbours.
-        per_class: images of the database for each class of the first labelling.
+        per_class: images of the database for each class.
         temperature: temperature of the vote.
     """
 
@@ -139,35 +140,40 @@ class NeighbourProbe:
         per_class: int = 10,
         temperature: float = 0.07,
     ) -> None:
-        self.k, self.temperature = k, temperature
-        self._n_classes = n_classes
-        self._priority = np.full((n_classes, per_class), np.inf)
-        self._labels = torch.zeros(n_labellings, n_classes, per_class, dtype=torch.int64)
-        self._features: Tensor | None = None  # (C, per_class, d)
-        self._ready: Tensor | None = None  # (N, d), centred, of length 1
+        self._databases = [
+            _Database(n_classes, k, per_class, temperature) for _ in range(n_labellings)
+        ]
 
     def fit(self, x: Tensor, labellings: Sequence[Tensor], index: Tensor) -> None:
         """Add x (n, d), its labels (n,) and its positions (n,) of the fit half."""
+        priority = hashing.uniform(index.cpu().numpy(), salt=1)
+        for database, labels in zip(self._databases, labellings):
+            database.offer(x, labels.cpu().numpy(), priority)
+
+    def merge(self, other: NeighbourProbe) -> None:
+        """Add the databases of another part of the fit half."""
+        for database, of_other in zip(self._databases, other._databases):
+            database.merge(of_other)
+
+    def predict(self, x: Tensor) -> list[Tensor]:
+        """(n,) classes of x (n, d) under every labelling; −1 if the database is empty."""
+        return [database.predict(x) for database in self._databases]
+
+
+class _Database:
+    """The images that vote under one labelling: of each class those of the lowest priority."""
+
+    def __init__(self, n_classes: int, k: int, per_class: int, temperature: float) -> None:
+        self.k, self.temperature = k, temperature
+        self._priority = np.full((n_classes, per_class), np.inf)
+        self._features: Tensor | None = None  # (C, per_class, d)
+        self._ready: Tensor | None = None  # (N, d), centred, of length 1
+
+    def offer(self, x: Tensor, classes: np.ndarray, priority: np.ndarray) -> None:
+        """Keep those of x (n, d), of these classes (n,), whose priority (n,) is lower than that of others."""
         if self._features is None:
             shape = (*self._priority.shape, x.shape[1])
             self._features = torch.zeros(shape, dtype=torch.float32, device=x.device)
-        priority = hashing.uniform(index.cpu().numpy(), salt=1)
-        self._offer(x, labellings, priority)
-
-    def merge(self, other: NeighbourProbe) -> None:
-        """Add the database of another part of the fit half."""
-        if other._features is None:
-            return
-        if self._features is None:
-            self._features = torch.zeros_like(other._features)
-        kept = np.isfinite(other._priority)
-        on = torch.from_numpy(kept)
-        x = other._features[on.to(other._features.device)].to(self._features.device)
-        self._offer(x, [labels[on] for labels in other._labels], other._priority[kept])
-
-    def _offer(self, x: Tensor, labellings: Sequence[Tensor], priority: np.ndarray) -> None:
-        assert self._features is not None
-        classes = labellings[0].cpu().numpy()
         entered: dict[tuple[int, int], int] = {}  # class and slot -> image
         for i in np.flatnonzero(priority < self._priority[classes].max(1)).tolist():
             c = int(classes[i])
@@ -180,29 +186,34 @@ class NeighbourProbe:
             images = torch.tensor(list(entered.values()))
             device = self._features.device
             self._features[of.to(device), slots.to(device)] = x[images.to(x.device)]
-            for kept, labels in zip(self._labels, labellings):
-                kept[of, slots] = labels.cpu()[images]
             self._ready = None
 
-    def predict(self, x: Tensor) -> list[Tensor]:
-        """(n,) classes of x (n, d) under every labelling; −1 if the database is empty."""
-        kept = torch.from_numpy(np.isfinite(self._priority))
+    def merge(self, other: _Database) -> None:
+        """Offer the images of another database."""
+        if other._features is None:
+            return
+        kept = np.isfinite(other._priority)
+        device = other._features.device if self._features is None else self._features.device
+        x = other._features[torch.from_numpy(kept).to(other._features.device)].to(device)
+        self.offer(x, np.nonzero(kept)[0], other._priority[kept])
+
+    def predict(self, x: Tensor) -> Tensor:
+        """(n,) classes of x (n, d); −1 if there are no images."""
+        kept = np.isfinite(self._priority)
         if self._features is None or not kept.any():
-            return [torch.full((len(x),), -1, dtype=torch.int64)] * len(self._labels)
+            return torch.full((len(x),), -1, dtype=torch.int64)
         if self._ready is None:
-            features = self._features[kept.to(x.device)]
+            features = self._features[torch.from_numpy(kept).to(x.device)]
             self._mean = features.mean(0)
             self._ready = torch.nn.functional.normalize(features - self._mean, dim=1)
         cosine = torch.nn.functional.normalize(x - self._mean, dim=1) @ self._ready.T
         nearest = cosine.topk(min(self.k, len(self._ready)), dim=1)
         weight = ((nearest.values - 1) / self.temperature).exp().cpu()
-        predicted = []
-        for labels in self._labels:
-            votes = torch.zeros(len(x), self._n_classes)
-            votes.scatter_add_(1, labels[kept][nearest.indices.cpu()], weight)
-            # The first of equal ones, as in torch, whose argmax is slower on the CPU.
-            predicted.append(torch.from_numpy(votes.numpy().argmax(1)))
-        return predicted
+        classes = torch.from_numpy(np.nonzero(kept)[0])
+        votes = torch.zeros(len(x), len(self._priority))
+        votes.scatter_add_(1, classes[nearest.indices.cpu()], weight)
+        # The first of equal ones, as in torch, whose argmax is slower on the CPU.
+        return torch.from_numpy(votes.numpy().argmax(1))
 
 
 def _double(x: Tensor) -> Tensor:

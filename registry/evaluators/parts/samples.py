@@ -24,13 +24,10 @@ ROWS = 2048
 """Images of such a product at a time."""
 
 
-class FiringSample(Accumulator):
-    """The latents of about `max_images` images, sampled uniformly.
+class _Kept(Accumulator):
+    """What is stored of the images that are kept: their latents, labels, halves and positions."""
 
-    Memory O(max_images · L0).
-    """
-
-    def __init__(self, context: EvaluationContext, max_images: int = 16384) -> None:
+    def __init__(self, context: EvaluationContext, max_images: int) -> None:
         super().__init__(context)
         self.max_images = max_images
         self._columns: list[tuple[np.ndarray, ...]] = []
@@ -41,19 +38,25 @@ class FiringSample(Accumulator):
         """(n,) or scalar: the probability that images of these classes (n,) are kept."""
         return self.max_images / max(self.context.n_images, 1)
 
+    def _draw(self, index: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of the images at these positions, of these classes, are drawn."""
+        return hashing.uniform(index, SALT) < self.odds(labels)
+
     def update(self, batch: EvaluationBatch) -> None:
-        labels = batch.labels_of(False).numpy()
         index = batch.index.cpu().numpy()
-        kept = hashing.uniform(index, SALT) < self.odds(labels)
+        labellings = [batch.labels_of(shuffled).numpy() for shuffled in (False, True)]
+        kept = self._draw(index, labellings[0])
+        if self.context.shuffled:
+            kept = kept | self._draw(index, labellings[1])
         self._keep(batch, kept)
-        columns = (labels, batch.labels_of(True).numpy(), batch.is_fit.cpu().numpy(), index)
+        columns = (*labellings, batch.is_fit.cpu().numpy(), index)
         self._columns.append(tuple(column[kept] for column in columns))
 
-    def merge(self, other: FiringSample) -> None:
+    def merge(self, other: _Kept) -> None:
         require_same("max_images", self.max_images, other.max_images)
-        both = sparse.csr_array(sparse.vstack([self.z, other.z], format="csr"))
+        both = sparse.csr_array(sparse.vstack([self._latents(), other._latents()], format="csr"))
         self._columns += other._columns
-        order = np.argsort(~self.is_fit, kind="stable")  # the fit half first, as in one pass
+        order = np.argsort(~self._column(2), kind="stable")  # the fit half first, as in one pass
         self._z = sparse.csr_array(both[order])
         self._columns = [tuple(self._column(i)[order] for i in range(4))]
 
@@ -64,9 +67,7 @@ class FiringSample(Accumulator):
         sizes = torch.bincount(rows, minlength=len(kept))[chosen]
         self._parts.append((values[of_kept], latents[of_kept].int(), sizes))
 
-    @property
-    def z(self) -> sparse.csr_array:
-        """(n, m) the latents of the images kept."""
+    def _latents(self) -> sparse.csr_array:
         if self._parts:
             values, latents, sizes = (torch.cat(c).cpu().numpy() for c in zip(*self._parts))
             self._parts = []
@@ -75,6 +76,26 @@ class FiringSample(Accumulator):
             new = sparse.csr_array((values, latents, pointers), shape=size)
             self._z = sparse.csr_array(sparse.vstack([self._z, new], format="csr"))
         return self._z
+
+    def _column(self, i: int) -> np.ndarray:
+        """True labels, shuffled labels, halves, positions."""
+        empty = np.zeros(0, dtype=bool if i == 2 else np.int64)
+        return np.concatenate([empty, *(columns[i] for columns in self._columns)])
+
+
+class FiringSample(_Kept):
+    """The latents of about `max_images` images, sampled uniformly.
+
+    Memory O(max_images · L0).
+    """
+
+    def __init__(self, context: EvaluationContext, max_images: int = 16384) -> None:
+        super().__init__(context, max_images)
+
+    @property
+    def z(self) -> sparse.csr_array:
+        """(n, m) the latents of the images kept."""
+        return self._latents()
 
     def labels(self, shuffled: bool = False) -> np.ndarray:
         """(n,) classes."""
@@ -89,10 +110,6 @@ class FiringSample(Accumulator):
     def index(self) -> np.ndarray:
         """(n,) positions in the evaluation set."""
         return self._column(3)
-
-    def _column(self, i: int) -> np.ndarray:
-        empty = np.zeros(0, dtype=bool if i == 2 else np.int64)
-        return np.concatenate([empty, *(columns[i] for columns in self._columns)])
 
 
 class FiringStore(FiringSample):
@@ -114,38 +131,70 @@ class FiringStore(FiringSample):
             self.max_images = max(1, int(self.max_firings / l0))
 
 
-class ImageSample(FiringSample):
+class Drawn(NamedTuple):
+    """Images of a sample: activations x (n, d), latents z (n, m), and (n,) labels, halves, positions."""
+
+    x: Tensor
+    z: sparse.csr_array
+    labels: np.ndarray
+    is_fit: np.ndarray
+    index: np.ndarray
+
+
+class ImageSample(_Kept):
     """Activations and latents of about `max_images` images, in equal shares of the classes.
 
-    A class with fewer images than its share is kept entirely. Memory O(max_images·(d + L0)).
+    A class with fewer images than its share is kept entirely. The shuffled labels have a sample of
+    their own, in equal shares of the shuffled classes: of the true ones, the shuffled labels would be
+    as frequent as among all images. Both are the same images where classes have equally many.
+    Memory O(max_images·(d + L0)).
     """
 
     def __init__(self, context: EvaluationContext, max_images: int = 4096) -> None:
         super().__init__(context, max_images)
         self._x: list[Tensor] = []
+        self._drawn: dict[bool, Drawn] = {}
 
     def odds(self, labels: np.ndarray) -> np.ndarray | float:
         counts = self.context.class_counts
         if counts is None:
             return super().odds(labels)
-        return self.max_images / np.count_nonzero(counts) / counts[labels]
+        return self.max_images / np.count_nonzero(counts) / np.maximum(counts, 1)[labels]
 
     def _keep(self, batch: EvaluationBatch, kept: np.ndarray) -> None:
         super()._keep(batch, kept)
         self._x.append(batch.x[torch.from_numpy(kept).to(batch.x.device)].float())
+        self._drawn.clear()
 
     def merge(self, other: ImageSample) -> None:
-        order = np.argsort(~np.concatenate([self.is_fit, other.is_fit]), kind="stable")
-        self._x = [torch.cat([self.x, other.x])[torch.from_numpy(order)]]
+        order = np.argsort(~np.concatenate([self._column(2), other._column(2)]), kind="stable")
+        self._x = [torch.cat([self._activations(), other._activations()])[torch.from_numpy(order)]]
         super().merge(other)
+        self._drawn.clear()
 
-    @property
-    def x(self) -> Tensor:
-        """(n, d) the activations of the images kept."""
+    def _activations(self) -> Tensor:
         if len(self._x) != 1:
             empty = torch.zeros(0, self.context.d_in)
             self._x = [torch.cat([*(x.cpu() for x in self._x), empty])]
         return self._x[0].cpu()
+
+    def draws_differ(self) -> bool:
+        """Whether the sample for the shuffled labels has other images."""
+        index = self._column(3)
+        own, other = (self._draw(index, self._column(labelling)) for labelling in (0, 1))
+        return self.context.shuffled and not np.array_equal(own, other)
+
+    def drawn(self, shuffled: bool = False) -> Drawn:
+        """The sample for the true or for the shuffled labels."""
+        if shuffled not in self._drawn:
+            labels, is_fit, index = (self._column(i) for i in (int(shuffled), 2, 3))
+            x, z = self._activations(), self._latents()
+            rows = self._draw(index, labels)
+            if not rows.all():
+                labels, is_fit, index = labels[rows], is_fit[rows], index[rows]
+                x, z = x[torch.from_numpy(rows)], sparse.csr_array(z[rows])
+            self._drawn[shuffled] = Drawn(x, z, labels, is_fit, index)
+        return self._drawn[shuffled]
 
 
 class Together(NamedTuple):
