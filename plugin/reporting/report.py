@@ -34,7 +34,8 @@ from .headlines import ShownMetric, headlines
 from .metric_table import COLUMNS, exchangeable, numbers_of_draws
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, is_by_layer, natural_key, positions
-from .tree_chart import Icicle, scale
+from .short_names import short_names
+from .tree_chart import Icicle, labels, scale
 
 REPORT_FILENAME = "report.html"
 UNTELLING = ("model", "checkpoint", "best", "final")  # names of folders that identify no model
@@ -67,10 +68,14 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=charts.number, percent=_percent, short_count=_short_count, short_name=short_name
-    )
     view = Report(results, interactive)
+    environment.filters.update(
+        number=charts.number,
+        percent=_percent,
+        short_count=_short_count,
+        short_name=short_name,
+        short_label=view.short_label,
+    )
     text = environment.get_template("report.html.j2").render(report=view, results=results)
     return write_atomically(path, text)
 
@@ -338,12 +343,34 @@ class Report:
         return "1 class" if n == 1 else f"{n:,} classes"
 
     @cached_property
-    def icicle(self) -> Icicle:
-        """The layout of the class tree."""
+    def taxonomy(self) -> Taxonomy:
+        """The class tree.
+
+        Raises:
+            DataError: `results.json` has none.
+        """
         try:
-            return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
+            return Taxonomy.from_json(json.dumps(self.results.taxonomy.tree))
         except ConfigError as error:
             raise DataError("results.json: taxonomy.tree", error) from None
+
+    @cached_property
+    def icicle(self) -> Icicle:
+        """The layout of the class tree."""
+        return Icicle(self.taxonomy, self.short_labels)
+
+    @cached_property
+    def short_labels(self) -> dict[str, str]:
+        """Name of a node -> its short name; the dataset's names of the classes count as theirs."""
+        shown = labels(self.taxonomy)
+        classes = [shown[v] for v in self.taxonomy.class_nodes]
+        of_dataset = self.results.dataset.classes
+        known = len(of_dataset) == len(classes)
+        return short_names(shown, zip(of_dataset, classes if known else of_dataset, strict=True))
+
+    def short_label(self, name: str) -> str:
+        """The short name of a class or node."""
+        return self.short_labels.get(name, name)
 
     @cached_property
     def tree_colour(self) -> str:
