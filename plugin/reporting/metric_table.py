@@ -264,8 +264,25 @@ def _cells(number: MetricResult) -> list[str]:
     return cells
 
 
+def p_text(p: float, digits: int, form: str = "f") -> str:
+    """A p- or q-value, with further digits where so few would say 0 or 1, or the other side of `LEVEL`.
+
+    Args:
+        p: above 0 and at most 1.
+        digits: after the point; significant ones where `form` is "g".
+        form: of the format, "f" or "g".
+    """
+    texts = (f"{p:.{more}{form}}" for more in range(digits, 18))
+    return next((text for text in texts if _says(float(text), p)), repr(p))
+
+
+def _says(shown: float, p: float) -> bool:
+    ends = (shown <= 0) == (p <= 0) and (shown >= 1) == (p >= 1)
+    return ends and significant(shown) == significant(p)
+
+
 def _p(p: float) -> str:
-    return f"{p:.2f}".lstrip("0") if p < 1 else "1"
+    return p_text(p, 2).lstrip("0") if p < 1 else "1"
 
 
 def _number(value: float) -> str:

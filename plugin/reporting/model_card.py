@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ...registry.nulls import LEVEL, NULLS, significant
-from .metric_table import COLUMNS, legend, summary_rows
+from .metric_table import COLUMNS, legend, p_text, summary_rows
 from .results import Results, SAEResult
 
 TAGS = ["sparse-autoencoder", "sae", "taxolens", "vision", "interpretability"]
@@ -143,8 +143,8 @@ def _numbers(row: Mapping[str, Any]) -> list[Any]:
         _number(row["value"]) + (f" ± {_number(half)}" if math.isfinite(half) else ""),
         NOT_KNOWN if row["support"] is None else f"{row['support']:,}",
         *(_number(row.get(name, math.nan)) for name in NULLS),
-        _number(row["p"]),
-        f"{_number(row['q'])}{'*' * significant(row['q'])}",
+        _p(row["p"]),
+        f"{_p(row['q'])}{'*' * significant(row['q'])}",
         _text(judged),
     ]
 
@@ -176,6 +176,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if isinstance(value, (int, float)) and math.isfinite(value) else NOT_KNOWN
+
+
+def _p(p: float) -> str:
+    return p_text(p, 3, "g") if math.isfinite(p) else NOT_KNOWN
 
 
 def _text(value: Any) -> str:

@@ -31,7 +31,7 @@ from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
-from .metric_table import COLUMNS, exchangeable, numbers_of_draws
+from .metric_table import COLUMNS, exchangeable, numbers_of_draws, p_text
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, is_by_layer, natural_key, positions
 from .short_names import short_names
@@ -71,6 +71,7 @@ def write_report(
     view = Report(results, interactive)
     environment.filters.update(
         number=charts.number,
+        p_text=_p,
         percent=_percent,
         short_count=_short_count,
         short_name=short_name,
@@ -438,6 +439,11 @@ def _faint(style: Style) -> Style:
 def _mean_f1(sae: SAEResult) -> float:
     scores: Sequence[float] = [value for value in sae.node_f1.values() if math.isfinite(value)]
     return sum(scores) / len(scores) if scores else -1.0
+
+
+def _p(p: float | None) -> str:
+    """A p- or q-value; a dash where it is undefined."""
+    return p_text(p, 3) if p is not None and 0 < p < 1 else charts.number(p)
 
 
 def _percent(share: float) -> str:

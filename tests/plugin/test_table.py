@@ -13,6 +13,8 @@ from taxolens.plugin.reporting.metric_table import (
     summary_table,
     verdict,
 )
+from taxolens.plugin.reporting.model_card import model_card
+from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import EvaluatorResult, MetricResult, NullResult
 from taxolens.registry.presentation import Headline
 
@@ -69,6 +71,41 @@ def test_every_number_stands_beside_its_nulls(results):
         "1": ["1", ".600 ±.100", "1,213", ".500 (.02*)", ".010", ".700!", "–"],
         "2": ["2", "1.250", ".500 (.01*)", ".010", ".700", "–"],
     }
+
+
+@pytest.mark.parametrize(
+    ("p", "terminal", "page", "card"),
+    [
+        (0.02, ".02", "0.020", "0.02"),
+        (0.93, ".93", "0.930", "0.93"),
+        (0.001, ".001", "0.001", "0.001"),
+        (0.052, ".052", "0.052", "0.052"),
+        (0.0496, ".05", "0.050", "0.0496"),
+        (0.05, ".05", "0.050", "0.05"),
+        (0.0502, ".0502", "0.0502", "0.0502"),
+        (0.050004, ".050004", "0.050004", "0.050004"),
+        (0.00012, ".0001", "0.0001", "0.00012"),
+        (0.9998, ".9998", "0.9998", "0.9998"),
+        (1.0, "1", "1.00", "1"),
+    ],
+)
+def test_a_p_is_neither_0_nor_on_the_other_side_of_the_level(results, p, terminal, page, card):
+    of = number(0.6, 0.5, 0.4, p=p)
+    of.nulls["permuted_classes"] = NullResult(0.5, 0.5, 9999, p <= 0.05, p=p, q=p)
+    evaluators = {"pair_depth": EvaluatorResult({"pair_depth": of})}
+    sae = dataclasses.replace(results.saes[0], evaluators=evaluators)
+    one = dataclasses.replace(results, saes=[sae])
+    star = "*" if p <= 0.05 else ""
+    assert f".500 ({terminal}{star})" in text_of(one, width=80)
+    path = write_report(one, results.folder / "r.html", interactive=False)
+    text = path.read_text()
+    assert f">q {page}<" in text and f'<td class="num">{page}</td>' in text
+    row = next(
+        line
+        for line in model_card(one, "a/b", {}, picture="p", files={}).splitlines()
+        if line.startswith("| pair depth")
+    )
+    assert f"| {card} | {card}{star} |" in row
 
 
 def test_the_table_says_what_it_shows(results):
