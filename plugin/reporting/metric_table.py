@@ -120,9 +120,10 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
     if not counts and not undecided:
         return "No number here has a null to be compared with."
     n = len(results.saes)
+    computed = " that were computed" * bool(nulls_left_out(results))
     found = (
-        f"Of {n} SAE{'s' * (n != 1)}, past the permuted classes (q ≤ {LEVEL}), and past all nulls: "
-        f"{'; '.join(counts)}."
+        f"Of {n} SAE{'s' * (n != 1)}, past the permuted classes (q ≤ {LEVEL}), and past all nulls"
+        f"{computed}: {'; '.join(counts)}."
     )
     numbers = "1 number is" if undecided == 1 else f"{undecided} numbers are"
     few = (
@@ -137,11 +138,16 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
     metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}{_unit(results, m)}." for m in found)
     draws = numbers_of_draws(results, found)
+    left_out = nulls_left_out(results)
     of = {name: f" ({draws[name]})" if name in draws else "" for name in NULLS}
+    of |= dict.fromkeys(left_out, " (not computed)")
+    or_left_out = ", or was not computed" * bool(left_out)
     decisive = (
         f"mean and p of {draws[DECISIVE]}; the main null; * q ≤ {LEVEL} after Benjamini–Hochberg over the table"
         if DECISIVE in draws
         else "not computed"
+        if DECISIVE in left_out
+        else "no draw here"
     )
     return "\n".join(
         [
@@ -153,9 +159,17 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
             f"{of['shuffled']}, untrained twins of the SAE{of['random']}, the neurons{of['neurons']}. A "
             f"null of fewer than {LEAST_DRAWS} draws has to be beaten in every draw. ! the value is not "
             "past this null. ? it is computed from too few nodes, latents or draws to be judged, or one "
-            "of the first two nulls was not computed. A dash: that null is not defined there.",
+            f"of the first two nulls was not computed. A dash: that null is not defined there{or_left_out}.",
         ]
     )
+
+
+def nulls_left_out(results: Results) -> list[str]:
+    """The nulls that were not asked for: the settings do not name them, and no number has them."""
+    given = results.settings.get("nulls")
+    asked = list(given) if isinstance(given, list) else []
+    asked += [null for *_, number in results.rows() for null in number.nulls]
+    return [null for null in NULLS if null not in asked]
 
 
 def numbers_of_draws(results: Results, shown: Sequence[ShownMetric]) -> dict[str, str]:

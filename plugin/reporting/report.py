@@ -31,7 +31,7 @@ from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
-from .metric_table import COLUMNS, exchangeable, numbers_of_draws, p_text
+from .metric_table import COLUMNS, exchangeable, nulls_left_out, numbers_of_draws, p_text
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, is_by_layer, natural_key, positions
 from .short_names import short_names
@@ -143,6 +143,11 @@ class Report:
         """The numbers of draws of the nulls but the main one: "shuffled labels 1 draw, ..."."""
         draws = numbers_of_draws(self.results, self.headlines)
         return ", ".join(f"{COLUMNS.get(n, n)} {draws[n]}" for n in draws if n != DECISIVE)
+
+    @property
+    def left_out(self) -> str:
+        """The nulls that were not asked for, in words."""
+        return ", ".join(COLUMNS.get(name, name) for name in nulls_left_out(self.results))
 
     def support(self, evaluator: str, metric: str, number: MetricResult) -> str:
         """What a number is computed from: "213 nodes"; empty where that is not declared."""

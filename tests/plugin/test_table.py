@@ -189,6 +189,40 @@ def test_the_verdict_counts_what_leaves_which_null_behind(results):
     assert "pair depth 2 and 1" in verdict(results, [HEADLINE])
 
 
+def test_a_null_that_was_left_out_is_not_said_to_be_undefined_or_passed(results):
+    def texts(names):
+        saes = []
+        for sae in results.saes:
+            given = sae.evaluators["pair_depth"].metrics["pair_depth"]
+            nulls = {name: null for name, null in given.nulls.items() if name in names}
+            pair = EvaluatorResult({"pair_depth": dataclasses.replace(given, nulls=nulls)})
+            saes.append(dataclasses.replace(sae, evaluators={"pair_depth": pair}))
+        settings = {**results.settings, "nulls": list(names)}
+        made = dataclasses.replace(results, saes=saes, settings=settings)
+        page = write_report(made, results.folder / "r.html", interactive=False).read_text()
+        words = legend(made, [HEADLINE]).splitlines()[-1]
+        card = model_card(made, "a/b", {}, picture="p", files={})
+        return words, verdict(made, [HEADLINE]), page, card
+
+    words, found, page, card = texts(["permuted_classes", "shuffled"])
+    assert "twins of the SAE (not computed), the neurons (not computed). A null" in words
+    assert words.endswith("that null is not defined there, or was not computed.")
+    assert "past all nulls that were computed: pair depth 2 and 2" in found
+    assert page.count("Not computed: untrained twin, neurons.") == 2
+    assert "past every null<br>that was computed at" in page
+    assert "past the nulls that were computed |" in card
+    assert "not defined there, not computed (untrained twin, neurons), or not judged" in card
+
+    words, found, page, card = texts(["permuted_classes", "shuffled", "random", "neurons"])
+    assert words.endswith("that null is not defined there.") and "not computed)" not in words
+    assert "past all nulls: pair depth 2 and 1" in found
+    assert "Not computed" not in page and "past every<br>null at" in page
+    assert "past the nulls |" in card and "not defined there, or not judged" in card
+
+    words, *_ = texts(["shuffled"])
+    assert "over the tree (not computed)" in words
+
+
 def test_without_numbers_there_is_no_verdict(results):
     assert verdict(results, [ShownMetric("none", "such", "thing")]).startswith("No number")
     assert summary_rows(results, [ShownMetric("none", "such", "thing")]) == []
