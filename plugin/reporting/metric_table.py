@@ -21,6 +21,7 @@ from .headlines import ShownMetric, headlines
 from .results import MetricResult, NullResult, PermutedClassesInfo, Results, SAEResult
 from .series import all_series, is_by_layer, kind_of, natural_key
 
+UNFINISHED = "The evaluation was stopped before every SAE was measured. Run it again: finished SAEs are kept."
 LABEL_COLUMN = 30
 FIRST_COLUMN = 18  # characters; longer titles are wrapped
 
@@ -105,7 +106,10 @@ def summary_rows(
 
 
 def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
-    """The number of SAEs at which each headline metric is past its nulls, in one sentence."""
+    """The number of SAEs at which each headline metric is past its nulls, in one sentence.
+
+    Where fewer SAEs have a number that is judged, their number follows.
+    """
     counts, undecided = [], 0
     for metric in headlines(results) if shown is None else shown:
         numbers = [number for _, number in _rows(results, metric)]
@@ -116,7 +120,8 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
             compared = [past for past in permuted if past is not None]
             past_permuted = sum(compared) if compared else "–"
             past_all = sum(bool(n.past_all) for n in judged)
-            counts.append(f"{metric.title} {past_permuted} and {past_all}")
+            of = f" of {len(judged)}" * (len(judged) < len(results.saes))
+            counts.append(f"{metric.title} {past_permuted} and {past_all}{of}")
     if not counts and not undecided:
         return "No number here has a null to be compared with."
     n = len(results.saes)

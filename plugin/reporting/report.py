@@ -31,7 +31,14 @@ from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
-from .metric_table import COLUMNS, exchangeable, nulls_left_out, numbers_of_draws, p_text
+from .metric_table import (
+    COLUMNS,
+    UNFINISHED,
+    exchangeable,
+    nulls_left_out,
+    numbers_of_draws,
+    p_text,
+)
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, is_by_layer, natural_key, positions
 from .short_names import short_names
@@ -77,7 +84,9 @@ def write_report(
         short_name=short_name,
         short_label=view.short_label,
     )
-    text = environment.get_template("report.html.j2").render(report=view, results=results)
+    text = environment.get_template("report.html.j2").render(
+        report=view, results=results, unfinished=UNFINISHED
+    )
     return write_atomically(path, text)
 
 

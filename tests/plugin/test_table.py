@@ -1,10 +1,12 @@
 import dataclasses
 import io
+import json
 import math
 
 import pytest
 from results_factory import make_results
 from rich.console import Console
+from taxolens.plugin import cli
 from taxolens.plugin.reporting.metric_table import (
     ShownMetric,
     headlines,
@@ -221,6 +223,28 @@ def test_a_null_that_was_left_out_is_not_said_to_be_undefined_or_passed(results)
 
     words, *_ = texts(["shuffled"])
     assert "over the tree (not computed)" in words
+
+
+def test_the_verdict_says_at_how_many_saes_a_metric_is_judged(results):
+    first, *rest = results.saes
+    fewer = [dataclasses.replace(first, evaluators={}), *rest]
+    text = verdict(dataclasses.replace(results, saes=fewer), [HEADLINE])
+    assert text.startswith("Of 3 SAEs") and text.endswith("pair depth 2 and 1 of 2.")
+    assert verdict(results, [HEADLINE]).endswith("pair depth 2 and 1.")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_evaluation_that_is_not_finished_is_said_to_be(results, complete, capsys):
+    path = results.folder / "report.html"
+    for saes in (results.saes, []):
+        made = dataclasses.replace(results, complete=complete, saes=saes)
+        made.save(results.folder)
+        cli.main(["report", str(results.folder), "--static"])
+        said = "Unfinished. The evaluation was stopped before every SAE was measured. Run it again"
+        assert (said in " ".join(capsys.readouterr().out.split())) == (not complete)
+        assert (said.removeprefix("Unfinished. ") in path.read_text()) == (not complete)
+        cli.main(["report", str(results.folder), "--static", "--json"])
+        assert json.loads(capsys.readouterr().out)["complete"] is complete
 
 
 def test_without_numbers_there_is_no_verdict(results):
