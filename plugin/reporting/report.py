@@ -113,7 +113,10 @@ class Report:
         return {True: "higher is better", False: "lower is better", None: "descriptive"}[better]
 
     def verdict(self, series: Series, headline: ShownMetric) -> dict[str, Any]:
-        """One metric over a series: first, last and best value, and where it beats its nulls."""
+        """One metric over a series: first, last and best value, and where it beats its nulls.
+
+        The best is that of the values that the table does not call not judged.
+        """
         found = [(sae, number) for sae in series if (number := headline.of(sae))]
         defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
         directed = [n for _, n in defined if n.past_all is not None]
@@ -121,11 +124,15 @@ class Report:
             null.past for n in directed if (null := n.nulls.get(DECISIVE)) and null.past is not None
         ]
         direction = self.direction(headline)
-        ranked = [] if direction == "descriptive" else defined
+        ranked = [] if direction == "descriptive" else [f for f in defined if not f[1].not_judged]
         extreme = min if direction == "lower is better" else max
         best = extreme(ranked, key=lambda f: f[1].value, default=None)
         ends = [headline.of(sae) for sae in (series.saes[0], series.saes[-1])]
         first, last = (number.value if number else math.nan for number in ends)
+        undecided: dict[str, list[str]] = {}
+        for sae, number in defined:
+            if number.not_judged:
+                undecided.setdefault(number.not_judged, []).append(self.place(sae))
         return {
             "first": first,
             "last": last,
@@ -135,7 +142,10 @@ class Report:
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),
             "past_all": sum(bool(n.past_all) for n in directed),
-            "undecided": list(dict.fromkeys(n.not_judged for _, n in defined if n.not_judged)),
+            "undecided": [
+                (", ".join(dict.fromkeys(places)) if len(series) > 1 else "", why)
+                for why, places in undecided.items()
+            ],
             "missed": [
                 COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)
             ],

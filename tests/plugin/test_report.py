@@ -195,6 +195,32 @@ def test_the_ends_of_a_series_are_its_first_and_last_layer(tmp_path: Path) -> No
     assert found["first"] < found["last"]
 
 
+def test_the_best_value_is_one_that_is_judged(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    headline = ShownMetric("ontological_coverage", "internal_f1", "node coverage")
+    values, support = (0.3, 0.9, 0.5), (6, 4, 6)
+
+    def found(support: tuple[int, ...], **changes: Any) -> tuple[dict[str, Any], str]:
+        for sae, value, n in zip(results.saes, values, support, strict=True):
+            metrics = sae.evaluators["ontological_coverage"].metrics
+            metrics["internal_f1"] = replace(
+                metrics["internal_f1"], value=value, support=n, **changes
+            )
+        report = Report(results)
+        page = write_report(results, tmp_path / "r.html", interactive=False).read_text()
+        return report.verdict(report.series[0], headline), Page(page).seen
+
+    few = "computed from 4, fewer than 5"
+    judged, seen = found(support)
+    assert (judged["best"], judged["best_at"]) == (0.5, "layer 2")
+    assert judged["undecided"] == [("layer 1", few)] and f"layer 1 not judged: {few}" in seen
+    none, seen = found((4, 4, 4))
+    assert math.isnan(none["best"]) and none["best_at"] == ""
+    assert f"layer 0, layer 1, layer 2 not judged: {few}" in seen
+    without, _ = found((6, 6, 6), nulls={})  # nothing to be judged by
+    assert (without["best"], without["undecided"]) == (0.9, [])
+
+
 def test_a_null_that_is_not_left_behind_is_said_in_words(results: Results, tmp_path: Path) -> None:
     sae = results.saes[-1]
     metric = sae.evaluators["pair_depth"].metrics["pair_depth"]
