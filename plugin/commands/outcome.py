@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def as_dict(results: Results, report: Path) -> dict[str, Any]:
-    """For `--json`: the paths of all files, and the headline numbers beside their nulls."""
+    """For `--json`: the paths of all files, whether every SAE is measured, headline numbers beside their nulls."""
     from ..reporting.compare import METRICS_FOLDER
     from ..reporting.metric_table import summary_rows
     from ..reporting.results import RESULTS_FILENAME
@@ -22,6 +22,7 @@ def as_dict(results: Results, report: Path) -> dict[str, Any]:
         "results": _place(results) / RESULTS_FILENAME,
         "report": report,
         "metrics": _place(results) / METRICS_FOLDER,
+        "complete": results.complete,
         "errors": results.errors,
         "summary": summary_rows(results),
     }
@@ -31,7 +32,7 @@ def show(results: Results, report: Path) -> None:
     """Print the summary table, and the paths of the other files, on stdout."""
     from ..reporting.compare import METRICS_FOLDER
     from ..reporting.headlines import headlines
-    from ..reporting.metric_table import legend, summary_table, verdict
+    from ..reporting.metric_table import UNFINISHED, legend, summary_table, verdict
 
     console = shell.console()
     if headlines(results):
@@ -40,6 +41,8 @@ def show(results: Results, report: Path) -> None:
             console.print(text, highlight=False, markup=False)
     else:
         console.print("No evaluator gave a number.", highlight=False)
+    if not results.complete:
+        console.print(f"[bold yellow]Unfinished.[/] {UNFINISHED}", highlight=False)
     lines = [f"report: {report}"]
     if (metrics := _place(results) / METRICS_FOLDER).is_dir():
         lines.insert(0, f"a table and a figure for every metric: {metrics}")

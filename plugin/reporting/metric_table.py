@@ -21,6 +21,7 @@ from .headlines import ShownMetric, headlines
 from .results import MetricResult, NullResult, PermutedClassesInfo, Results, SAEResult
 from .series import all_series, is_by_layer, kind_of, natural_key
 
+UNFINISHED = "The evaluation was stopped before every SAE was measured. Run it again: finished SAEs are kept."
 LABEL_COLUMN = 30
 FIRST_COLUMN = 18  # characters; longer titles are wrapped
 
@@ -105,7 +106,10 @@ def summary_rows(
 
 
 def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
-    """The number of SAEs at which each headline metric is past its nulls, in one sentence."""
+    """The number of SAEs at which each headline metric is past its nulls, in one sentence.
+
+    Where fewer SAEs have a number that is judged, their number follows.
+    """
     counts, undecided = [], 0
     for metric in headlines(results) if shown is None else shown:
         numbers = [number for _, number in _rows(results, metric)]
@@ -116,13 +120,15 @@ def verdict(results: Results, shown: Sequence[ShownMetric] | None = None) -> str
             compared = [past for past in permuted if past is not None]
             past_permuted = sum(compared) if compared else "–"
             past_all = sum(bool(n.past_all) for n in judged)
-            counts.append(f"{metric.title} {past_permuted} and {past_all}")
+            of = f" of {len(judged)}" * (len(judged) < len(results.saes))
+            counts.append(f"{metric.title} {past_permuted} and {past_all}{of}")
     if not counts and not undecided:
         return "No number here has a null to be compared with."
     n = len(results.saes)
+    computed = " that were computed" * bool(nulls_left_out(results))
     found = (
-        f"Of {n} SAE{'s' * (n != 1)}, past the permuted classes (q ≤ {LEVEL}), and past all nulls: "
-        f"{'; '.join(counts)}."
+        f"Of {n} SAE{'s' * (n != 1)}, past the permuted classes (q ≤ {LEVEL}), and past all nulls"
+        f"{computed}: {'; '.join(counts)}."
     )
     numbers = "1 number is" if undecided == 1 else f"{undecided} numbers are"
     few = (
@@ -137,11 +143,16 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
     found = [m for m in (headlines(results) if shown is None else shown) if _rows(results, m)]
     metrics = (f"{m.title}: {m.meaning}{_direction(results, m)}{_unit(results, m)}." for m in found)
     draws = numbers_of_draws(results, found)
+    left_out = nulls_left_out(results)
     of = {name: f" ({draws[name]})" if name in draws else "" for name in NULLS}
+    of |= dict.fromkeys(left_out, " (not computed)")
+    or_left_out = ", or was not computed" * bool(left_out)
     decisive = (
         f"mean and p of {draws[DECISIVE]}; the main null; * q ≤ {LEVEL} after Benjamini–Hochberg over the table"
         if DECISIVE in draws
         else "not computed"
+        if DECISIVE in left_out
+        else "no draw here"
     )
     return "\n".join(
         [
@@ -153,9 +164,17 @@ def legend(results: Results, shown: Sequence[ShownMetric] | None = None) -> str:
             f"{of['shuffled']}, untrained twins of the SAE{of['random']}, the neurons{of['neurons']}. A "
             f"null of fewer than {LEAST_DRAWS} draws has to be beaten in every draw. ! the value is not "
             "past this null. ? it is computed from too few nodes, latents or draws to be judged, or one "
-            "of the first two nulls was not computed. A dash: that null is not defined there.",
+            f"of the first two nulls was not computed. A dash: that null is not defined there{or_left_out}.",
         ]
     )
+
+
+def nulls_left_out(results: Results) -> list[str]:
+    """The nulls that were not asked for: the settings do not name them, and no number has them."""
+    given = results.settings.get("nulls")
+    asked = list(given) if isinstance(given, list) else []
+    asked += [null for *_, number in results.rows() for null in number.nulls]
+    return [null for null in NULLS if null not in asked]
 
 
 def numbers_of_draws(results: Results, shown: Sequence[ShownMetric]) -> dict[str, str]:
@@ -264,8 +283,25 @@ def _cells(number: MetricResult) -> list[str]:
     return cells
 
 
+def p_text(p: float, digits: int, form: str = "f") -> str:
+    """A p- or q-value, with further digits where so few would say 0 or 1, or the other side of `LEVEL`.
+
+    Args:
+        p: above 0 and at most 1.
+        digits: after the point; significant ones where `form` is "g".
+        form: of the format, "f" or "g".
+    """
+    texts = (f"{p:.{more}{form}}" for more in range(digits, 18))
+    return next((text for text in texts if _says(float(text), p)), repr(p))
+
+
+def _says(shown: float, p: float) -> bool:
+    ends = (shown <= 0) == (p <= 0) and (shown >= 1) == (p >= 1)
+    return ends and significant(shown) == significant(p)
+
+
 def _p(p: float) -> str:
-    return f"{p:.2f}".lstrip("0") if p < 1 else "1"
+    return p_text(p, 2).lstrip("0") if p < 1 else "1"
 
 
 def _number(value: float) -> str:

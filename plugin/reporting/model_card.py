@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ...registry.nulls import LEVEL, NULLS, significant
-from .metric_table import COLUMNS, legend, summary_rows
+from .metric_table import COLUMNS, legend, nulls_left_out, p_text, summary_rows
 from .results import Results, SAEResult
 
 TAGS = ["sparse-autoencoder", "sae", "taxolens", "vision", "interpretability"]
@@ -19,9 +19,9 @@ NULLS_EXPLAINED = (
     "±: half of the 95 % interval. of: the number of nodes, latents, ... that a value is computed from. "
     "Beside each value the same number under null controls: classes "
     "permuted over the tree (mean and p of the draws; the main null), labels shuffled over images, an "
-    f"untrained twin of the SAE, the neurons. *: q ≤ {LEVEL} after Benjamini–Hochberg over this table. "
-    "A dash: not defined there, or not judged: computed from too few nodes, latents or draws, or without "
-    "one of the first two nulls."
+    "untrained twin of the SAE, the neurons. *: q ≤ {level} after Benjamini–Hochberg over this table. "
+    "A dash: not defined there, {left_out}or not judged: computed from too few nodes, latents or draws, or "
+    "without one of the first two nulls."
 )
 TRAINING = {
     "dataset_path": "images",
@@ -70,6 +70,8 @@ def model_card(
     first = results.saes[0].id
     dataset, tree = results.dataset, results.taxonomy
     numbers = summary_rows(results)
+    left_out = ", ".join(COLUMNS[name] for name in nulls_left_out(results))
+    past = "past the nulls that were computed" if left_out else "past the nulls"
     seen = "They were held out."
     if dataset.seen_in_training:
         seen = "These images were trained on."
@@ -97,10 +99,10 @@ def model_card(
         f"{dataset.n_images:,} images of {_text(dataset.path)} ({_text(dataset.split)}), "
         f"{tree.n_classes:,} classes in the tree {_text(tree.name)} of {tree.n_nodes:,} nodes. {seen}",
         f"![The first metric of the table beside its null controls]({picture})",
-        _table(["metric", "SAE", "value", "of", *(COLUMNS[n] for n in NULLS), "p", "q", "past the nulls"],
+        _table(["metric", "SAE", "value", "of", *(COLUMNS[n] for n in NULLS), "p", "q", past],
                [_numbers(row) for row in numbers]),
         *legend(results).splitlines()[:-1],  # the last line is about the marks of the terminal's table
-        NULLS_EXPLAINED,
+        NULLS_EXPLAINED.format(level=LEVEL, left_out=f"not computed ({left_out}), " if left_out else ""),
         *(f"- [{file}]({file}): {what}" for file, what in files.items()),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -143,8 +145,8 @@ def _numbers(row: Mapping[str, Any]) -> list[Any]:
         _number(row["value"]) + (f" ± {_number(half)}" if math.isfinite(half) else ""),
         NOT_KNOWN if row["support"] is None else f"{row['support']:,}",
         *(_number(row.get(name, math.nan)) for name in NULLS),
-        _number(row["p"]),
-        f"{_number(row['q'])}{'*' * significant(row['q'])}",
+        _p(row["p"]),
+        f"{_p(row['q'])}{'*' * significant(row['q'])}",
         _text(judged),
     ]
 
@@ -176,6 +178,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if isinstance(value, (int, float)) and math.isfinite(value) else NOT_KNOWN
+
+
+def _p(p: float) -> str:
+    return p_text(p, 3, "g") if math.isfinite(p) else NOT_KNOWN
 
 
 def _text(value: Any) -> str:

@@ -31,10 +31,18 @@ from . import charts
 from .charts import NULL_STYLES, RUN_STYLES, VALUE, Line, Style
 from .controls import SAEWithControls, with_controls
 from .headlines import ShownMetric, headlines
-from .metric_table import COLUMNS, exchangeable, numbers_of_draws
+from .metric_table import (
+    COLUMNS,
+    UNFINISHED,
+    exchangeable,
+    nulls_left_out,
+    numbers_of_draws,
+    p_text,
+)
 from .results import LatentCard, MetricResult, Results, SAEResult
 from .series import Series, all_series, is_by_layer, natural_key, positions
-from .tree_chart import Icicle, scale
+from .short_names import short_names
+from .tree_chart import Icicle, labels, scale
 
 REPORT_FILENAME = "report.html"
 UNTELLING = ("model", "checkpoint", "best", "final")  # names of folders that identify no model
@@ -67,11 +75,18 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=charts.number, percent=_percent, short_count=_short_count, short_name=short_name
-    )
     view = Report(results, interactive)
-    text = environment.get_template("report.html.j2").render(report=view, results=results)
+    environment.filters.update(
+        number=charts.number,
+        p_text=_p,
+        percent=_percent,
+        short_count=_short_count,
+        short_name=short_name,
+        short_label=view.short_label,
+    )
+    text = environment.get_template("report.html.j2").render(
+        report=view, results=results, unfinished=UNFINISHED
+    )
     return write_atomically(path, text)
 
 
@@ -98,7 +113,10 @@ class Report:
         return {True: "higher is better", False: "lower is better", None: "descriptive"}[better]
 
     def verdict(self, series: Series, headline: ShownMetric) -> dict[str, Any]:
-        """One metric over a series: first, last and best value, and where it beats its nulls."""
+        """One metric over a series: first, last and best value, and where it beats its nulls.
+
+        The best is that of the values that the table does not call not judged.
+        """
         found = [(sae, number) for sae in series if (number := headline.of(sae))]
         defined = [(sae, number) for sae, number in found if math.isfinite(number.value)]
         directed = [n for _, n in defined if n.past_all is not None]
@@ -106,11 +124,15 @@ class Report:
             null.past for n in directed if (null := n.nulls.get(DECISIVE)) and null.past is not None
         ]
         direction = self.direction(headline)
-        ranked = [] if direction == "descriptive" else defined
+        ranked = [] if direction == "descriptive" else [f for f in defined if not f[1].not_judged]
         extreme = min if direction == "lower is better" else max
         best = extreme(ranked, key=lambda f: f[1].value, default=None)
         ends = [headline.of(sae) for sae in (series.saes[0], series.saes[-1])]
         first, last = (number.value if number else math.nan for number in ends)
+        undecided: dict[str, list[str]] = {}
+        for sae, number in defined:
+            if number.not_judged:
+                undecided.setdefault(number.not_judged, []).append(self.place(sae))
         return {
             "first": first,
             "last": last,
@@ -120,7 +142,10 @@ class Report:
             "n_permuted": len(permuted),
             "past_permuted": sum(permuted),
             "past_all": sum(bool(n.past_all) for n in directed),
-            "undecided": list(dict.fromkeys(n.not_judged for _, n in defined if n.not_judged)),
+            "undecided": [
+                (", ".join(dict.fromkeys(places)) if len(series) > 1 else "", why)
+                for why, places in undecided.items()
+            ],
             "missed": [
                 COLUMNS.get(name, name) for name in NULLS if any(name in n.missed for n in directed)
             ],
@@ -137,6 +162,11 @@ class Report:
         """The numbers of draws of the nulls but the main one: "shuffled labels 1 draw, ..."."""
         draws = numbers_of_draws(self.results, self.headlines)
         return ", ".join(f"{COLUMNS.get(n, n)} {draws[n]}" for n in draws if n != DECISIVE)
+
+    @property
+    def left_out(self) -> str:
+        """The nulls that were not asked for, in words."""
+        return ", ".join(COLUMNS.get(name, name) for name in nulls_left_out(self.results))
 
     def support(self, evaluator: str, metric: str, number: MetricResult) -> str:
         """What a number is computed from: "213 nodes"; empty where that is not declared."""
@@ -338,12 +368,34 @@ class Report:
         return "1 class" if n == 1 else f"{n:,} classes"
 
     @cached_property
-    def icicle(self) -> Icicle:
-        """The layout of the class tree."""
+    def taxonomy(self) -> Taxonomy:
+        """The class tree.
+
+        Raises:
+            DataError: `results.json` has none.
+        """
         try:
-            return Icicle(Taxonomy.from_json(json.dumps(self.results.taxonomy.tree)))
+            return Taxonomy.from_json(json.dumps(self.results.taxonomy.tree))
         except ConfigError as error:
             raise DataError("results.json: taxonomy.tree", error) from None
+
+    @cached_property
+    def icicle(self) -> Icicle:
+        """The layout of the class tree."""
+        return Icicle(self.taxonomy, self.short_labels)
+
+    @cached_property
+    def short_labels(self) -> dict[str, str]:
+        """Name of a node -> its short name; the dataset's names of the classes count as theirs."""
+        shown = labels(self.taxonomy)
+        classes = [shown[v] for v in self.taxonomy.class_nodes]
+        of_dataset = self.results.dataset.classes
+        known = len(of_dataset) == len(classes)
+        return short_names(shown, zip(of_dataset, classes if known else of_dataset, strict=True))
+
+    def short_label(self, name: str) -> str:
+        """The short name of a class or node."""
+        return self.short_labels.get(name, name)
 
     @cached_property
     def tree_colour(self) -> str:
@@ -411,6 +463,11 @@ def _faint(style: Style) -> Style:
 def _mean_f1(sae: SAEResult) -> float:
     scores: Sequence[float] = [value for value in sae.node_f1.values() if math.isfinite(value)]
     return sum(scores) / len(scores) if scores else -1.0
+
+
+def _p(p: float | None) -> str:
+    """A p- or q-value; a dash where it is undefined."""
+    return p_text(p, 3) if p is not None and 0 < p < 1 else charts.number(p)
 
 
 def _percent(share: float) -> str:

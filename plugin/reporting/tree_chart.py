@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ...registry.taxonomies.taxonomy import Taxonomy
 from .charts import GRID, INK, element, number, svg
+from .short_names import fitted, short_names
 
 STEPS = (
     (0.1, "#f4f6f9"),
@@ -38,9 +39,14 @@ class Icicle:
     """The layout of a taxonomy, made once and drawn for many SAEs.
 
     Chains of single children are merged; a node with two parents is drawn below its primary one.
+
+    Args:
+        taxonomy: the class tree.
+        short: name of a node -> what is written for it; by default `short_names` of all.
     """
 
-    def __init__(self, taxonomy: Taxonomy) -> None:
+    def __init__(self, taxonomy: Taxonomy, short: Mapping[str, str] | None = None) -> None:
+        self.short = short_names(labels(taxonomy)) if short is None else short
         self.taxonomy = taxonomy.collapsed()
         self.cells, self.n_rows = _cells(self.taxonomy)
         self.n_columns = self.taxonomy.max_depth + 1
@@ -78,7 +84,8 @@ class Icicle:
             )
             parts.append(f"<g>{element('title', f'{name}: {score}, {classes}')}{rectangle}</g>")
             if height >= 10.5:
-                parts.append(_label(name, value, x, y + height / 2, column))
+                short = self.short.get(name, name)
+                parts.append(_label(short, value, x, y + height / 2, column))
         return svg("".join(parts), width, self.n_rows * unit, label)
 
     def sketch(self, f1: Mapping[str, float], *, label: str) -> Markup:
@@ -105,6 +112,11 @@ class Icicle:
 
     def _value(self, f1: Mapping[str, float], node: int) -> float:
         return f1.get(self.taxonomy.nodes[node], math.nan)
+
+
+def labels(taxonomy: Taxonomy) -> list[str]:
+    """The human name of every node."""
+    return [taxonomy.label(v) for v in range(len(taxonomy.nodes))]
 
 
 def colour(value: float) -> str:
@@ -144,13 +156,12 @@ def _cells(taxonomy: Taxonomy) -> tuple[list[Cell], int]:
     return [cell for cell in cells if cell.rows], at
 
 
-def _label(name: str, value: float, x: float, middle: float, column: float) -> str:
-    short = name.split(",")[0]
+def _label(short: str, value: float, x: float, middle: float, column: float) -> str:
     room = int((column - 8) / 5.4)
     shown = f"  {value:.2f}".replace("0.", ".") if math.isfinite(value) else ""
     if len(short) + len(shown) > room:
         shown = ""
-    text = short if len(short) <= room else f"{short[: max(1, room - 1)]}…"
+    text = fitted(short, room)
     dark = math.isfinite(value) and value >= STEPS[3][0]
     return element(
         "text", text + shown, x=x + 4, y=middle + 3.4, font_size=10, fill="#fff" if dark else INK

@@ -655,9 +655,11 @@ def test_train_evaluate_report(taxolens, study, tmp_path):
         "pair_depth.pair_depth.svg",
     }
 
+    assert told["complete"] is True
+
     code, out, err = taxolens("report", tmp_path / "again", "--static")
     assert code == 0, err
-    assert "pair depth" in out and "permuted" in out
+    assert "pair depth" in out and "permuted" in out and "Unfinished" not in out
     assert f"a table and a figure for every metric: {tmp_path / 'again' / 'metrics'}" in out
     assert (tmp_path / "again" / "report.html").exists()
 

@@ -21,8 +21,10 @@ from taxolens.plugin.reporting.metric_table import summary_table
 from taxolens.plugin.reporting.report import Report, short_name, write_report
 from taxolens.plugin.reporting.results import MetricResult, NullResult, Results
 from taxolens.plugin.reporting.series import all_series, layer_of, natural_key, positions
+from taxolens.plugin.reporting.short_names import fitted, short_names
 from taxolens.plugin.reporting.tree_chart import NOT_SCORED, Icicle, colour
 from taxolens.plugin.reporting.wandb_log import layer_rows
+from taxolens.registry.taxonomies.taxonomy import Taxonomy
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -191,6 +193,32 @@ def test_the_ends_of_a_series_are_its_first_and_last_layer(tmp_path: Path) -> No
     found = report.verdict(report.series[0], described)
     assert math.isnan(found["best"]) and found["best_at"] == ""  # no direction, no best
     assert found["first"] < found["last"]
+
+
+def test_the_best_value_is_one_that_is_judged(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    headline = ShownMetric("ontological_coverage", "internal_f1", "node coverage")
+    values, support = (0.3, 0.9, 0.5), (6, 4, 6)
+
+    def found(support: tuple[int, ...], **changes: Any) -> tuple[dict[str, Any], str]:
+        for sae, value, n in zip(results.saes, values, support, strict=True):
+            metrics = sae.evaluators["ontological_coverage"].metrics
+            metrics["internal_f1"] = replace(
+                metrics["internal_f1"], value=value, support=n, **changes
+            )
+        report = Report(results)
+        page = write_report(results, tmp_path / "r.html", interactive=False).read_text()
+        return report.verdict(report.series[0], headline), Page(page).seen
+
+    few = "computed from 4, fewer than 5"
+    judged, seen = found(support)
+    assert (judged["best"], judged["best_at"]) == (0.5, "layer 2")
+    assert judged["undecided"] == [("layer 1", few)] and f"layer 1 not judged: {few}" in seen
+    none, seen = found((4, 4, 4))
+    assert math.isnan(none["best"]) and none["best_at"] == ""
+    assert f"layer 0, layer 1, layer 2 not judged: {few}" in seen
+    without, _ = found((6, 6, 6), nulls={})  # nothing to be judged by
+    assert (without["best"], without["undecided"]) == (0.9, [])
 
 
 def test_a_null_that_is_not_left_behind_is_said_in_words(results: Results, tmp_path: Path) -> None:
@@ -585,3 +613,56 @@ def test_a_card_without_f1_does_not_show_one(results: Results, tmp_path: Path) -
         page = write_report(replace(results, saes=[sae]), tmp_path / "r.html", interactive=False)
         facts = re.search(r'<p class="facts">(.*?)</p>', page.read_text())
         assert facts and ("F1" in facts[1]) == shown
+
+
+# Names ------------------------------------------------------------------------------------------
+
+NAMES = {
+    "n1": "tench, Tinca tinca",
+    "n2": "Ursus,arctos",
+    "n3": "Ursus,maritimus",
+    "n4": "Turdus merula, male",
+    "n5": "Turdus merula, female",
+    "n6": "crane, bird",
+    "n7": "Crane",
+    "n8": "bear, Ursidae",
+}
+SHORT = {**{name: name for name in NAMES.values()}, "tench, Tinca tinca": "tench"}
+
+
+def named_results(folder: Path, classes: list[str]) -> Results:
+    """Results over the classes of NAMES, which the dataset calls `classes`."""
+    taxonomy = Taxonomy.from_edges([("root", node) for node in NAMES], list(NAMES), NAMES)
+    made = make_results(folder, n_layers=1, taxonomy=taxonomy)
+    (card, *_) = made.saes[0].most_specific
+    cards = [replace(card, path=["root", name]) for name in NAMES.values()]
+    images = [replace(card.images[0], label=name) for name in NAMES.values()]
+    cards[0] = replace(cards[0], images=images)
+    sae = sae_like(made, most_specific=cards, least_specific=[])
+    return replace(made, saes=[sae], dataset=replace(made.dataset, classes=classes))
+
+
+def test_no_two_classes_get_one_short_name(tmp_path: Path) -> None:
+    of_dataset = ["tench", *list(NAMES.values())[1:7], "the bear"]
+    for classes, bear in ((of_dataset, "bear"), (["bear", *of_dataset[1:]], "bear, Ursidae")):
+        results = named_results(tmp_path, classes)
+        text = write_report(results, tmp_path / "r.html", interactive=False).read_text()
+        expected = list({**SHORT, "bear, Ursidae": bear}.values())
+        crumbs = re.findall(r'<p class="crumbs">root<span class="sep"> › </span>(.*?)</p>', text)
+        (strip, *_) = re.findall(r'<div class="strip">(.*?)</div>', text, re.DOTALL)
+        assert crumbs == expected == re.findall("<figcaption>(.*?)</figcaption>", strip)
+        drawn = re.findall(r"<text[^>]*>([^<]*?)(?:  [.\d]+)?</text>", text)
+        assert set(expected) <= set(drawn)
+
+
+def test_short_names_of_a_tree_alone() -> None:
+    assert short_names(["a, b", "c, d", "c, e", ", f", "g,h"]) == {
+        "a, b": "a",
+        "c, d": "c, d",
+        "c, e": "c, e",
+        ", f": ", f",
+        "g,h": "g,h",
+    }
+    assert fitted("Turdus merula, male", 12) != fitted("Turdus merula, female", 12)
+    assert (fitted("hippopotamus", 8), fitted("hippopotamus", 12)) == ("hippopo…", "hippopotamus")
+    assert all(len(fitted("a long, name", room)) == room for room in range(2, 13))

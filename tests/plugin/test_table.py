@@ -1,10 +1,12 @@
 import dataclasses
 import io
+import json
 import math
 
 import pytest
 from results_factory import make_results
 from rich.console import Console
+from taxolens.plugin import cli
 from taxolens.plugin.reporting.metric_table import (
     ShownMetric,
     headlines,
@@ -13,6 +15,8 @@ from taxolens.plugin.reporting.metric_table import (
     summary_table,
     verdict,
 )
+from taxolens.plugin.reporting.model_card import model_card
+from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import EvaluatorResult, MetricResult, NullResult
 from taxolens.registry.presentation import Headline
 
@@ -69,6 +73,41 @@ def test_every_number_stands_beside_its_nulls(results):
         "1": ["1", ".600 ±.100", "1,213", ".500 (.02*)", ".010", ".700!", "–"],
         "2": ["2", "1.250", ".500 (.01*)", ".010", ".700", "–"],
     }
+
+
+@pytest.mark.parametrize(
+    ("p", "terminal", "page", "card"),
+    [
+        (0.02, ".02", "0.020", "0.02"),
+        (0.93, ".93", "0.930", "0.93"),
+        (0.001, ".001", "0.001", "0.001"),
+        (0.052, ".052", "0.052", "0.052"),
+        (0.0496, ".05", "0.050", "0.0496"),
+        (0.05, ".05", "0.050", "0.05"),
+        (0.0502, ".0502", "0.0502", "0.0502"),
+        (0.050004, ".050004", "0.050004", "0.050004"),
+        (0.00012, ".0001", "0.0001", "0.00012"),
+        (0.9998, ".9998", "0.9998", "0.9998"),
+        (1.0, "1", "1.00", "1"),
+    ],
+)
+def test_a_p_is_neither_0_nor_on_the_other_side_of_the_level(results, p, terminal, page, card):
+    of = number(0.6, 0.5, 0.4, p=p)
+    of.nulls["permuted_classes"] = NullResult(0.5, 0.5, 9999, p <= 0.05, p=p, q=p)
+    evaluators = {"pair_depth": EvaluatorResult({"pair_depth": of})}
+    sae = dataclasses.replace(results.saes[0], evaluators=evaluators)
+    one = dataclasses.replace(results, saes=[sae])
+    star = "*" if p <= 0.05 else ""
+    assert f".500 ({terminal}{star})" in text_of(one, width=80)
+    path = write_report(one, results.folder / "r.html", interactive=False)
+    text = path.read_text()
+    assert f">q {page}<" in text and f'<td class="num">{page}</td>' in text
+    row = next(
+        line
+        for line in model_card(one, "a/b", {}, picture="p", files={}).splitlines()
+        if line.startswith("| pair depth")
+    )
+    assert f"| {card} | {card}{star} |" in row
 
 
 def test_the_table_says_what_it_shows(results):
@@ -150,6 +189,62 @@ def test_numbers_of_too_few_things_or_draws_are_not_judged(results):
 def test_the_verdict_counts_what_leaves_which_null_behind(results):
     assert "Of 3 SAEs" in verdict(results, [HEADLINE])
     assert "pair depth 2 and 1" in verdict(results, [HEADLINE])
+
+
+def test_a_null_that_was_left_out_is_not_said_to_be_undefined_or_passed(results):
+    def texts(names):
+        saes = []
+        for sae in results.saes:
+            given = sae.evaluators["pair_depth"].metrics["pair_depth"]
+            nulls = {name: null for name, null in given.nulls.items() if name in names}
+            pair = EvaluatorResult({"pair_depth": dataclasses.replace(given, nulls=nulls)})
+            saes.append(dataclasses.replace(sae, evaluators={"pair_depth": pair}))
+        settings = {**results.settings, "nulls": list(names)}
+        made = dataclasses.replace(results, saes=saes, settings=settings)
+        page = write_report(made, results.folder / "r.html", interactive=False).read_text()
+        words = legend(made, [HEADLINE]).splitlines()[-1]
+        card = model_card(made, "a/b", {}, picture="p", files={})
+        return words, verdict(made, [HEADLINE]), page, card
+
+    words, found, page, card = texts(["permuted_classes", "shuffled"])
+    assert "twins of the SAE (not computed), the neurons (not computed). A null" in words
+    assert words.endswith("that null is not defined there, or was not computed.")
+    assert "past all nulls that were computed: pair depth 2 and 2" in found
+    assert page.count("Not computed: untrained twin, neurons.") == 2
+    assert "past every null<br>that was computed at" in page
+    assert "past the nulls that were computed |" in card
+    assert "not defined there, not computed (untrained twin, neurons), or not judged" in card
+
+    words, found, page, card = texts(["permuted_classes", "shuffled", "random", "neurons"])
+    assert words.endswith("that null is not defined there.") and "not computed)" not in words
+    assert "past all nulls: pair depth 2 and 1" in found
+    assert "Not computed" not in page and "past every<br>null at" in page
+    assert "past the nulls |" in card and "not defined there, or not judged" in card
+
+    words, *_ = texts(["shuffled"])
+    assert "over the tree (not computed)" in words
+
+
+def test_the_verdict_says_at_how_many_saes_a_metric_is_judged(results):
+    first, *rest = results.saes
+    fewer = [dataclasses.replace(first, evaluators={}), *rest]
+    text = verdict(dataclasses.replace(results, saes=fewer), [HEADLINE])
+    assert text.startswith("Of 3 SAEs") and text.endswith("pair depth 2 and 1 of 2.")
+    assert verdict(results, [HEADLINE]).endswith("pair depth 2 and 1.")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_evaluation_that_is_not_finished_is_said_to_be(results, complete, capsys):
+    path = results.folder / "report.html"
+    for saes in (results.saes, []):
+        made = dataclasses.replace(results, complete=complete, saes=saes)
+        made.save(results.folder)
+        cli.main(["report", str(results.folder), "--static"])
+        said = "Unfinished. The evaluation was stopped before every SAE was measured. Run it again"
+        assert (said in " ".join(capsys.readouterr().out.split())) == (not complete)
+        assert (said.removeprefix("Unfinished. ") in path.read_text()) == (not complete)
+        cli.main(["report", str(results.folder), "--static", "--json"])
+        assert json.loads(capsys.readouterr().out)["complete"] is complete
 
 
 def test_without_numbers_there_is_no_verdict(results):
