@@ -23,7 +23,7 @@ from sae_lens.constants import (
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from ...registry.coerce import MisfitError, coerce, is_real
-from ...registry.errors import CheckpointError, ConfigError
+from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import (
     UnreadableError,
     file_digest,
@@ -35,6 +35,7 @@ from ...registry.files import (
 )
 from ...registry.heads import head_key
 from ...registry.loaders.parts.checkpoint import is_weights_name
+from ...registry.loaders.parts.old_folder import read_folder
 from ...registry.loaders.parts.training_checkpoint import (
     as_inference_folder,
     is_training_checkpoint,
@@ -177,7 +178,7 @@ class SAEFolder:
 
         Raises:
             CheckpointError: the weights are incomplete, damaged or not those of the config.
-            ConfigError: SAELens does not have its architecture.
+            ConfigError: SAELens does not have its architecture, or no longer its activation function.
         """
         is_checkpoint = is_training_checkpoint(self.path)
         known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
@@ -193,7 +194,9 @@ class SAEFolder:
             if is_checkpoint:
                 sae = load_checkpoint(self.path, device)
             else:
-                sae = SAE.load_from_disk(self.path, device=device)
+                sae = SAE.load_from_disk(self.path, device=device, converter=read_folder)
+        except TaxolensError:
+            raise
         except Exception as error:
             raise CheckpointError(self.path, f"the SAE cannot be loaded: {why(error)}") from error
         check_usable(self.path, sae)

@@ -32,6 +32,7 @@ from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
+from ...registry.loaders.parts.old_folder import read_folder
 from ...registry.loaders.parts.read import Source, load_source
 from ...registry.loaders.parts.training_checkpoint import is_training_checkpoint
 from ...registry.names import as_setting
@@ -587,7 +588,7 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
     try:
         folder = _training_checkpoint(path) or Path(path)
         if (folder / SAE_CFG_FILENAME).exists():
-            sae = TrainingSAE.load_from_disk(folder, device)
+            sae = TrainingSAE.load_from_disk(folder, device, converter=read_folder)
         else:
             sae = load_source(TrainingSAE, path, device=device)
     except TaxolensError:

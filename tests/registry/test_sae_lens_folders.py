@@ -1,12 +1,16 @@
 """SAELens's own folders: checkpoints of a training run, and settings that SAELens no longer has."""
 
+import json
+
 import pytest
 import torch
 from sae_lens import BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+from safetensors.torch import save_file
+from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.training.runner import load_training_sae
-from taxolens.registry.errors import CheckpointError
+from taxolens.registry.errors import CheckpointError, ConfigError
 from taxolens.registry.loaders.parts.read import read_sae
 
 
@@ -64,3 +68,73 @@ def test_checkpoints_of_architectures_that_are_saved_as_another(tmp_path):
     sae.save_model(tmp_path)
     ActivationScaler().save(str(tmp_path / "activation_scaler.json"))
     assert read_sae(tmp_path).cfg.architecture() == "jumprelu"
+
+
+def old_folder(folder, *, tensors=(), **settings):
+    """A folder as SAELens 3 wrote it, and its tensors."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"W_enc": (6, 10), "W_dec": (10, 6), "b_enc": (10,), "b_dec": (6,)}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    cfg = {"architecture": "standard", "d_in": 6, "d_sae": 10, "dtype": "float32", "device": "cpu"}
+    cfg |= {"hook_name": "blocks.1.hook_resid_post", "activation_fn_kwargs": {}}
+    cfg |= {"apply_b_dec_to_input": True, "finetuning_scaling_factor": False}
+    (folder / "cfg.json").write_text(json.dumps(cfg | settings))
+    save_file(state | dict(tensors), folder / "sae_weights.safetensors")
+    return state
+
+
+READERS = {
+    "read_sae": read_sae,
+    "evaluate": lambda folder: find_saes(folder)[0].load(),
+    "train": lambda folder: load_training_sae(str(folder), "cpu"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn_str: .*given 'tanh-relu'; allowed"),
+        ({"activation_fn": "tanh-relu"}, "activation_fn: .*given 'tanh-relu'; allowed: relu"),
+        ({"activation_fn_str": "topk"}, "activation_fn_str: .*given 'topk'; .*topk with k"),
+        (
+            {
+                "activation_fn_str": "topk",
+                "activation_fn_kwargs": {"k": 2},
+                "architecture": "gated",
+            },
+            r"architecture gated\)",
+        ),
+    ],
+)
+def test_activations_that_sae_lens_no_longer_has(tmp_path, reader, settings, message):
+    old_folder(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=message):
+        READERS[reader](tmp_path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["finetuning_scaling_factor", "scaling_factor"])
+def test_a_factor_of_the_latents_is_refused(tmp_path, reader, name):
+    factor = torch.linspace(0.5, 2, 10)
+    old_folder(tmp_path, tensors={name: factor}, finetuning_scaling_factor=True)
+    with pytest.raises(
+        ConfigError, match="finetuning_scaling_factor: SAELens no longer multiplies"
+    ):
+        READERS[reader](tmp_path)
+
+
+@pytest.mark.parametrize("reader", ["read_sae", "evaluate"])
+def test_relu_and_topk_of_old_folders_are_read(tmp_path, reader):
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(6))
+    for settings, k in (
+        ({"activation_fn_str": "relu"}, 10),
+        ({}, 10),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}, 3),
+    ):
+        ones = {"scaling_factor": torch.ones(10)}  # some versions wrote it always
+        w = old_folder(tmp_path, tensors=ones, **settings)
+        pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        z = torch.relu(pre * (pre >= pre.topk(k).values[:, -1:]))
+        with torch.no_grad():
+            torch.testing.assert_close(READERS[reader](tmp_path).encode(x), z)
