@@ -18,21 +18,29 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
+from safetensors import SafetensorError, safe_open
 
-from ...registry.errors import ConfigError
-from ...registry.files import write_atomically
+from ...registry.errors import CheckpointError, ConfigError
+from ...registry.files import (
+    UnreadableError,
+    inside,
+    open_regular,
+    reason,
+    write_atomically,
+)
 from ...registry.heads import head_name
 from ...registry.loaders.parts.hub import hub_errors
 from ...registry.loaders.parts.read import HUB_NAME
 from ..reporting.headlines import headlines, with_q
 from ..reporting.model_card import model_card
 from ..reporting.report import REPORT_FILENAME, Report, write_report
-from ..reporting.results import Results, SAEResult
+from ..reporting.results import RESULTS_FILENAME, Results, SAEResult
 from .held_out import knows_training
 from .sae_folders import SAEFolder, find_saes
 
 CARD = "README.md"
 PICTURE = "metric.svg"
+WEIGHTS = (SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
 FILES = {
     "results.json": "every number with its nulls",
     REPORT_FILENAME: "the report, one file that opens without a network",
@@ -67,8 +75,9 @@ def publish(
         the address of the commit, or the folder.
 
     Raises:
-        ConfigError: no such run or repository, a checkpoint, numbers of other weights, or a folder that
-            is not empty.
+        ConfigError: no such run or repository, a checkpoint, numbers of other weights, a folder that
+            is not empty, or a file that is a link to one outside of the run.
+        CheckpointError: `sparsity.safetensors` is no such file.
         DataError: no results.
         TaxolensError: the hub cannot be reached.
     """
@@ -81,6 +90,11 @@ def publish(
                 "dry_run", "already there", given=str(folder), allowed="a new or empty folder"
             )
     saes = find_saes(run)
+    place = Path(run if results is None else results).expanduser()
+    _check_own(Path(run).expanduser(), (RUNNER_CFG_FILENAME,))
+    _check_own(place if place.is_dir() else place.parent, (RESULTS_FILENAME,))
+    for sae in saes:
+        _check_own(sae.path, (SAE_CFG_FILENAME, *WEIGHTS))
     found = _results_of(saes, Results.load(run if results is None else results))
     settings = {"licence": licence, "with_report": with_report}
     if dry_run is not None:
@@ -179,14 +193,41 @@ def _write_sae(sae: SAEFolder, folder: Path) -> None:
             "run", f"{sae.path} is a checkpoint", allowed="the output of a run that has ended"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME):
+    for name in WEIGHTS:
         if (sae.path / name).exists():
-            shutil.copyfile(sae.path / name, folder / name)
+            _copy_tensors(sae.path / name, folder / name)
     cfg = {**sae.cfg, "metadata": _public(sae.cfg.get("metadata") or {}), "device": "cpu"}
     write_atomically(folder / SAE_CFG_FILENAME, json.dumps(cfg, indent=1))
     if sae.settings:
         settings = {name: value for name, value in sae.settings.items() if name != "logger"}
         write_atomically(folder / RUNNER_CFG_FILENAME, json.dumps(_public(settings), indent=1))
+
+
+def _check_own(folder: Path, names: Sequence[str]) -> None:
+    """Check that files whose content is published are the folder's own: a link may name any file.
+
+    Raises:
+        ConfigError: one of them lies outside of the folder.
+    """
+    for name in names:
+        try:
+            inside(folder, name)
+        except UnreadableError as error:
+            allowed = "a copy of the file in its place"
+            raise ConfigError("run", f"{folder}: {error}", allowed=allowed) from None
+
+
+def _copy_tensors(file: Path, copy: Path) -> None:
+    """Copy a file of tensors. Raises CheckpointError where it is another file."""
+    try:
+        with (
+            open_regular(file) as source,
+            safe_open(file, framework="pt"),
+            open(copy, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+    except (OSError, UnreadableError, SafetensorError) as error:
+        raise CheckpointError(file, f"not a file of tensors: {reason(error)}") from None
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:

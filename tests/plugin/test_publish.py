@@ -13,12 +13,13 @@ import torch
 import yaml
 from hub import serving
 from sae_lens import SAE
+from safetensors.torch import save_file
 from taxolens.plugin import cli
 from taxolens.plugin.evaluation.evaluate import evaluate_run
 from taxolens.plugin.evaluation.publish import public_name, publish
 from taxolens.plugin.reporting.metric_table import summary_rows
 from taxolens.plugin.reporting.results import Results
-from taxolens.registry.errors import ConfigError, DataError, TaxolensError
+from taxolens.registry.errors import CheckpointError, ConfigError, DataError, TaxolensError
 from test_evaluate import FAST, HOOKS, save_sae
 from tiny_runs import run_settings
 
@@ -123,6 +124,44 @@ def test_the_upload_and_back(
                 assert number.value == pytest.approx(
                     first.evaluators[name].metrics[metric].value, nan_ok=True
                 )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sparsity.safetensors",
+        "sae_weights.safetensors",
+        "cfg.json",
+        "../runner_cfg.json",
+        "../results.json",
+    ],
+)
+def test_no_link_has_a_file_from_elsewhere_published(run: Path, tmp_path: Path, name: str) -> None:
+    """A run of someone else may hold links to private files."""
+    copy, private = tmp_path / "study", tmp_path / "private"
+    shutil.copytree(run, copy)
+    file = copy / HOOKS[0] / name
+    if file.exists():
+        file.resolve().rename(private)
+    else:
+        private.write_text("a key")
+    file.symlink_to(private)
+    with pytest.raises(ConfigError, match=r"run: .*lies outside of .*allowed: a copy of the file"):
+        publish(copy, "me/saes", dry_run=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_tensors_are_published_as_tensors(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(run, copy)
+    sparsity = copy / HOOKS[0] / "sparsity.safetensors"
+    save_file({"sparsity": torch.zeros(3)}, sparsity)
+    publish(copy, "me/saes", dry_run=tmp_path / "good")
+    published = tmp_path / "good" / HOOKS[0] / "sparsity.safetensors"
+    assert published.read_bytes() == sparsity.read_bytes()
+    sparsity.write_text("a key")
+    with pytest.raises(CheckpointError, match="not a file of tensors"):
+        publish(copy, "me/saes", dry_run=tmp_path / "out")
 
 
 def test_numbers_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None:
