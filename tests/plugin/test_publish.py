@@ -65,6 +65,38 @@ def test_no_path_of_this_machine_is_published(run: Path, tmp_path: Path) -> None
     assert (public_name(str(run)), public_name(None), public_name(3)) == ("study", None, 3)
 
 
+def test_no_path_inside_settings_and_sentences_is_published(run: Path, tmp_path: Path) -> None:
+    copy, private = tmp_path / "study", tmp_path / "my private"
+    shutil.copytree(run, copy)
+    content = json.loads((copy / "results.json").read_text())
+    options = {"monosemanticity": {"encoder": f"{private}/emb.npy", "k": [3, f"{private}/a"]}}
+    content["settings"]["options"] = options
+    content["dataset"]["skipped"] = [{"index": 3, "reason": f"{private}/7.jpg: not an image"}]
+    for sae in content["saes"]:
+        found = sae["evaluators"]["lch_height"]
+        found["error"] = f"OSError: no file '{private}/emb.npy', see https://example.org/a/b"
+        found["notes"] = [f"embedded by ({tmp_path}/emb.npy), and/or 3/4 of it"]
+    (copy / "results.json").write_text(json.dumps(content))
+    settings = json.loads((copy / "runner_cfg.json").read_text())
+    settings["more"] = {"nested": [{"path": str(private)}], "k": 3}
+    (copy / "runner_cfg.json").write_text(json.dumps(settings))
+    publish(copy, "me/saes", dry_run=tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            assert str(tmp_path) not in file.read_text(), file
+    published = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert published["settings"]["options"] == {
+        "monosemanticity": {"encoder": "emb.npy", "k": [3, "a"]}
+    }
+    assert published["dataset"]["skipped"] == [{"index": 3, "reason": "7.jpg: not an image"}]
+    found = published["saes"][0]["evaluators"]["lch_height"]
+    assert found["error"] == "OSError: no file 'emb.npy', see https://example.org/a/b"
+    assert found["notes"] == ["embedded by (emb.npy), and/or 3/4 of it"]
+    written = json.loads((tmp_path / "out" / HOOKS[0] / "runner_cfg.json").read_text())
+    assert written["more"] == {"nested": [{"path": "my private"}], "k": 3}
+    assert public_name("~/runs/mine") == "mine"
+
+
 def test_the_card_has_every_number_with_its_nulls(run: Path, tmp_path: Path) -> None:
     publish(run, "me/saes", dry_run=tmp_path / "out", licence="mit")
     card = (tmp_path / "out" / "README.md").read_text()
