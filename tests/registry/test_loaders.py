@@ -679,6 +679,41 @@ def test_a_normalisation_of_modules_that_sae_lens_has_not(tmp_path):
         read_sae(checkpoint)
 
 
+def annealed(name, folder, place, **trainer):
+    """A file of dictionary_learning whose k is 5, and 3 in config.json."""
+    file = FILES[name](folder)
+    top = Checkpoint(file.path).folder
+    top = top.parent if top.name == "checkpoints" else top
+    config = json.loads((top / "config.json").read_text())
+    config["trainer"] |= {"k": 3, **trainer}
+    (top / "config.json").write_text(json.dumps(config))
+    file.path = top / place
+    return file
+
+
+@pytest.mark.parametrize("place", ["checkpoints/ae_600.pt", "ae.pt"])
+@pytest.mark.parametrize("kind", ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_k_that_dictionary_learning_anneals(tmp_path, kind, place):
+    in_training = {} if place.startswith("checkpoints") else {"k_anneal_steps": 100}
+    file = annealed(f"dictionary_learning {kind}", tmp_path, place, **in_training)
+    sae = read_sae(file.path)
+    gives(sae, file)
+    said = "k is the file's, 5, where config.json says 3: it was annealed in training"
+    assert (said in sae.cfg.metadata.notes) == (kind == "AutoEncoderTopK")
+
+
+def test_k_that_differs_from_the_configs_is_confirmed_by_the_user(tmp_path):
+    file = annealed("dictionary_learning AutoEncoderTopK", tmp_path, "ae.pt")
+    with pytest.raises(
+        ConfigError, match=r"k: config.json and .* differ; given 3\.0; allowed: 5, given as"
+    ):
+        read_sae(file.path)
+    with pytest.raises(ConfigError, match=r"k: not what .* holds; given 3; allowed: 5"):
+        read_sae(file.path, k=3)
+    gives(sae := read_sae(file.path, k=5), file)
+    assert "config.json says 3: as given" in " ".join(sae.cfg.metadata.notes)
+
+
 def test_a_class_of_dictionary_learning_that_is_not_read(tmp_path):
     file = FILES["dictionary_learning AutoEncoder"](tmp_path)
     trainer = json.loads((file.path / "config.json").read_text())["trainer"]
