@@ -10,6 +10,11 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 
+def is_real(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 class MisfitError(ValueError):
     """A value does not fit its type hint: `place: not possible; given X; allowed: a type`."""
 

@@ -137,19 +137,29 @@ def read_rows(path: str | Path, max_bytes: int) -> Iterator[list[str]]:
 
     Raises:
         OSError: it does not exist or cannot be opened.
-        UnreadableError: as `read_lines`, or not CSV: a field of more than 128 kB.
+        UnreadableError: as `read_lines`, or not CSV: a field of more than 128 kB, a quote that is not
+            closed, or text after a closing one.
     """
     lines = read_lines(path, max_bytes)
     head = ""
+    n_blank = 0
     for head in lines:
         if head.strip():
             break
+        n_blank += 1
         yield []
     comma = next((c for c in ";\t" if c in head and "," not in head), ",")
+    # Cells in quotes hold line breaks. Not strict, a quote that is not closed takes in all that follows.
+    whole = (f"{line}\n" for line in chain([head], lines))
+    reader = csv.reader(whole, delimiter=comma, strict=True)
+    n_read = 0
     try:
-        yield from csv.reader(chain([head], lines), delimiter=comma)
+        for row in reader:
+            yield row
+            n_read = reader.line_num
     except csv.Error as error:
-        raise UnreadableError(f"not CSV: {error}") from None
+        problem = "a quote is not closed" if "end of data" in str(error) else error
+        raise UnreadableError(f"not CSV: {problem}, in line {n_blank + n_read + 1}") from None
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:

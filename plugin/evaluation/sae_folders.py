@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,11 +21,9 @@ from sae_lens.constants import (
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
 
-from ...registry.coerce import MisfitError, coerce
-from ...registry.errors import CheckpointError, ConfigError
+from ...registry.coerce import MisfitError, coerce, is_real
+from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import (
     UnreadableError,
     file_digest,
@@ -39,6 +35,11 @@ from ...registry.files import (
 )
 from ...registry.heads import head_key
 from ...registry.loaders.parts.checkpoint import is_weights_name
+from ...registry.loaders.parts.old_folder import read_folder
+from ...registry.loaders.parts.training_checkpoint import (
+    as_inference_folder,
+    is_training_checkpoint,
+)
 from ...registry.names import near_paths
 from ..reporting.series import layer_of, natural_key
 
@@ -177,9 +178,9 @@ class SAEFolder:
 
         Raises:
             CheckpointError: the weights are incomplete, damaged or not those of the config.
-            ConfigError: SAELens does not have its architecture.
+            ConfigError: SAELens does not have its architecture, or no longer its activation function.
         """
-        is_checkpoint = (self.path / ACTIVATION_SCALER_CFG_FILENAME).exists()
+        is_checkpoint = is_training_checkpoint(self.path)
         known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
         if self.architecture and self.architecture not in known:
             needed = self.setting("requires_plugin")
@@ -193,7 +194,9 @@ class SAEFolder:
             if is_checkpoint:
                 sae = load_checkpoint(self.path, device)
             else:
-                sae = SAE.load_from_disk(self.path, device=device)
+                sae = SAE.load_from_disk(self.path, device=device, converter=read_folder)
+        except TaxolensError:
+            raise
         except Exception as error:
             raise CheckpointError(self.path, f"the SAE cannot be loaded: {why(error)}") from error
         check_usable(self.path, sae)
@@ -231,29 +234,9 @@ def check_usable(where: Path | str, sae: SAE[Any]) -> None:
         raise CheckpointError(where, "k: not possible", given=k, allowed=f"1 to {sae.cfg.d_sae}")
 
 
-def is_real(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def load_checkpoint(path: Path, device: str = "cpu") -> SAE[Any]:
     """An SAE from a checkpoint, with the scaling of its inputs folded into its weights."""
-    sae = TrainingSAE.load_from_disk(path, device=device)
-    scaler = ActivationScaler()
-    scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
-    if scaler.scaling_factor is not None:
-        if not (is_real(scaler.scaling_factor) and scaler.scaling_factor > 0):
-            raise ValueError(f"scaling_factor is {scaler.scaling_factor!r}")
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if scaler.whitening is not None:
-        whitening = scaler.whitening
-        sae.fold_activation_whitening(
-            mean=whitening.mean,
-            whitening_matrix=whitening.matrix,
-            unwhitening_matrix=whitening.inverse_matrix,
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
+    with as_inference_folder(path, device) as folder:
         return SAE.load_from_disk(folder, device=device).eval()
 
 

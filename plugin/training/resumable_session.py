@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...hooks.activations.shared_source import Follower
+from ...registry.coerce import is_real
 from ...registry.errors import CheckpointError, ConfigError, DivergedError, LostRankError
 from ...registry.files import only_writer
 from ...registry.names import as_setting
 from ...registry.ranks import ALONE, Ranks
-from ..evaluation.sae_folders import is_real
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
     ESTIMATED,

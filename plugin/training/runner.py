@@ -32,7 +32,9 @@ from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
-from ...registry.loaders.parts.read import load_source
+from ...registry.loaders.parts.old_folder import read_folder
+from ...registry.loaders.parts.read import Source, load_source
+from ...registry.loaders.parts.training_checkpoint import is_training_checkpoint
 from ...registry.names import as_setting
 from ...registry.ranks import Ranks
 from ...registry.table import ARCHITECTURES
@@ -584,8 +586,9 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
         CheckpointError: `from_pretrained_path` has none that can be trained.
     """
     try:
-        if (Path(path) / SAE_CFG_FILENAME).exists():
-            sae = TrainingSAE.load_from_disk(path, device)
+        folder = _training_checkpoint(path) or Path(path)
+        if (folder / SAE_CFG_FILENAME).exists():
+            sae = TrainingSAE.load_from_disk(folder, device, converter=read_folder)
         else:
             sae = load_source(TrainingSAE, path, device=device)
     except TaxolensError:
@@ -596,6 +599,13 @@ def load_training_sae(path: str, device: str) -> TrainingSAE[Any]:
         ) from error
     check_usable(path, sae)
     return sae
+
+
+def _training_checkpoint(path: str) -> Path | None:
+    """The folder that `sae_lens:FOLDER` names where it is a checkpoint, whose scaling is estimated anew."""
+    source = Source.of(path)
+    folder = Path(source.path).expanduser()
+    return folder if source.loader == "sae_lens" and is_training_checkpoint(folder) else None
 
 
 def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:

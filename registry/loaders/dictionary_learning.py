@@ -127,11 +127,9 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     }
     notes = []
     stored, configured = as_number(found.get("k")), as_number(trainer.get("k"))
-    if stored is not None and configured is not None and stored != configured:
-        raise ConfigError(
-            "k", f"config.json and {checkpoint} differ", given=configured, allowed=str(stored)
-        )
     if kind == "AutoEncoderTopK":
+        if stored is not None and configured is not None and stored != configured:
+            notes.append(_other_k(checkpoint, facts, trainer, stored, configured))
         settings["k"] = facts.ask("k", stored if stored is not None else configured, default=1)
     if kind in THRESHOLDED:
         threshold = facts.ask("threshold", as_number(found.get("threshold")), default=0.0)
@@ -167,6 +165,26 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
         metadata,
         notes,
     )
+
+
+def _other_k(
+    checkpoint: Checkpoint, facts: Facts, trainer: dict[str, Any], stored: float, configured: float
+) -> str:
+    """A note on a k that is not config.json's: `encode` takes the file's, which training may anneal.
+
+    Raises:
+        ConfigError: nothing says that it was annealed, and the user does not say that it is right.
+    """
+    is_annealed = checkpoint.folder.name == "checkpoints" or bool(trainer.get("k_anneal_steps"))
+    if not is_annealed and facts.given.get("k") is None:
+        raise ConfigError(
+            "k",
+            f"config.json and {checkpoint} differ",
+            given=configured,
+            allowed=f"{stored:g}, given as `k`, where the file is right",
+        )
+    why = "it was annealed in training" if is_annealed else "as given"
+    return f"k is the file's, {stored:g}, where config.json says {configured:g}: {why}"
 
 
 def _normalise_decoder(tensors: dict[str, Tensor]) -> None:

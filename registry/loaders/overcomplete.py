@@ -26,6 +26,12 @@ LINEAR = "encoder.final_block.0."
 BATCH_NORM = "encoder.final_block.1."
 TOPK, BATCH_TOPK, JUMP = ("TopKSAE", "RATopKSAE"), ("BatchTopKSAE",), ("JumpSAE", "RAJumpSAE")
 PURSUIT = ("MpSAE",)
+ENCODERS = ("MLPEncoder", "TieableEncoder")
+NORMS = (
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.batchnorm.BatchNorm1d",
+    "torch.nn.modules.batchnorm.SyncBatchNorm",
+)
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
@@ -43,11 +49,40 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     found, content = tensors_of(checkpoint.content), checkpoint.content
     if not isinstance(content, Record):
         return convert_state(checkpoint, facts, found, _kind(found), {})
-    converted = convert_state(
-        checkpoint, facts, found, content.kind.rpartition(".")[2], content.fields
-    )
+    kind = content.kind.rpartition(".")[2]
+    if kind in (*TOPK, *BATCH_TOPK, *JUMP):
+        _check_encoder(fields_of(content.fields.get("_modules")))
+    converted = convert_state(checkpoint, facts, found, kind, content.fields)
     converted.form += ", module"
     return converted
+
+
+def _check_encoder(modules: dict[str, Any]) -> None:
+    """Check that the classes of a module's encoder compute what `_encoder` reads from its tensors.
+
+    Raises:
+        ConfigError: an encoder of the user (`encoder_module`), another normalisation, or one that is
+            tied to another dictionary than the SAE's own.
+    """
+    encoder = modules.get("encoder")
+    place, _, name = encoder.kind.rpartition(".") if isinstance(encoder, Record) else ("", "", "")
+    if name not in ENCODERS or place.partition(".")[0] != "overcomplete":
+        raise ConfigError(
+            "encoder",
+            "a class whose latents cannot be told from its tensors",
+            given=encoder.kind[:80] if isinstance(encoder, Record) else "none",
+            allowed=f"overcomplete's {' or '.join(ENCODERS)}",
+        )
+    children = fields_of(encoder.fields.get("_modules"))
+    blocks = fields_of(fields_of(children.get("final_block")).get("_modules"))
+    norm = blocks.get("1")
+    if isinstance(norm, Record) and norm.kind not in NORMS:
+        problem, given = "SAELens has no such normalisation over the latents", norm.kind[:80]
+        raise ConfigError("encoder", problem, given=given, allowed="none or BatchNorm1d")
+    tied = children.get("tied_to")
+    if isinstance(tied, Record) and tied is not modules.get("dictionary"):
+        problem = "it is tied to another dictionary than the SAE's own"
+        raise ConfigError("encoder", problem, given=tied.kind[:80], allowed="the SAE's own")
 
 
 def convert_state(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TaxolensError
 from ..table import Loader
 from .parts.checkpoint import Checkpoint
 from .parts.convert import AS_IT_IS
 from .parts.facts import OF_THE_MODEL, PLACE, Facts, described
+from .parts.old_folder import read_folder
+from .parts.training_checkpoint import as_inference_folder, is_training_checkpoint
 
 
 def recognises(checkpoint: Checkpoint) -> str | None:
@@ -25,17 +28,25 @@ def disk(
     cfg_overrides: Mapping[str, Any] | None = None,
     **given: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What SAELens's own reader gives, with the config in today's form."""
-    from sae_lens.loading.pretrained_sae_loaders import (
-        handle_config_defaulting,
-        sae_lens_disk_loader,
-    )
+    """What SAELens's own reader gives, with the config in today's form.
+
+    Of a checkpoint of a training run it is the SAE for inference, for inputs as they come: their
+    scaling or whitening is folded into the weights.
+    """
+    from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 
     checkpoint = Checkpoint.of(path)
     facts = Facts(f"SAELens folder {checkpoint}", given, PLACE)
     try:
-        cfg, state = sae_lens_disk_loader(checkpoint.path, device, dict(cfg_overrides or {}))
+        with (
+            as_inference_folder(checkpoint.path, device)
+            if is_training_checkpoint(checkpoint.path)
+            else nullcontext(checkpoint.path)
+        ) as folder:
+            cfg, state = read_folder(folder, device, cfg_overrides)
         cfg = handle_config_defaulting(cfg)
+    except TaxolensError:
+        raise
     except Exception as error:
         raise CheckpointError(str(checkpoint), f"the SAE cannot be loaded: {error}") from error
     if cfg.get("architecture") == "topk":  # what a missing key means, but not in training

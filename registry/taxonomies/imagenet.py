@@ -43,38 +43,52 @@ def imagenet(classes: Sequence[str] | None = None) -> Taxonomy:
             class), its offset ("01440764"), a class number from 0 to 999 in the order of the ids,
             or WordNet words as data sets write them ("tench, Tinca tinca", "tench"). Words that no
             ILSVRC synset has are those of inner nodes ("dog"). None takes all 1,000 in the order
-            of their ids, the usual order of labels.
+            of their ids, the usual order of labels. A thousand names in that order are taken by
+            position: at least 900 are words of the class there, and no other is a word of other
+            synsets alone.
 
     Raises:
         ConfigError: a label is none of these, or fits several synsets.
     """
-    taxonomy, words = _wordnet()
+    taxonomy = _wordnet().taxonomy
     if classes is None or tuple(classes) == taxonomy.classes:
         return taxonomy
-    if _is_usual_order(classes, taxonomy.classes, words):
+    if _is_usual_order(classes):
         return taxonomy
     return taxonomy.restrict([_synset(label) for label in classes])
 
 
-def _is_usual_order(
-    labels: Sequence[str], synsets: Sequence[str], words: dict[str, tuple[str, ...]]
-) -> bool:
+def _is_usual_order(labels: Sequence[str]) -> bool:
     """Whether 1,000 names follow the order of the synset ids.
 
     Some names are ambiguous (two cranes, two maillots), and data sets distinguish them in different
-    ways ("crane2"). Their positions identify them if nearly all other names fit theirs.
+    ways ("crane2"). Their positions identify them if nearly all other names fit theirs, and none is
+    a name of other synsets alone, which a list in another order would hold.
     """
-    if len(labels) != len(synsets):
+    taxonomy, words = _wordnet()
+    if len(labels) != len(taxonomy.classes):
         return False
-    fits = sum(bool(set(_words(a)) & set(words[b])) for a, b in zip(labels, synsets))
-    return fits >= 0.9 * len(synsets)
+    misfits = [
+        (position, label)
+        for position, (label, synset) in enumerate(zip(labels, taxonomy.classes))
+        if not set(_words(label)) & set(words[synset])
+    ]
+    if len(misfits) > 0.1 * len(labels):
+        return False
+    return not any(_is_elsewhere(label, position) for position, label in misfits)
+
+
+def _is_elsewhere(label: str, position: int) -> bool:
+    """Whether a label is known, but neither as the class of this position nor as a node above it."""
+    taxonomy = _wordnet().taxonomy
+    found = _fitting(label)
+    return bool(found) and all(position not in taxonomy.leaves(taxonomy.index(s)) for s in found)
 
 
 def synsets(labels: Sequence[str]) -> list[str | None]:
     """The synset of each label, as in `imagenet`; None where it is unknown or ambiguous."""
-    taxonomy, words = _wordnet()
-    if _is_usual_order(labels, taxonomy.classes, words):
-        return list(taxonomy.classes)
+    if _is_usual_order(labels):
+        return list(_wordnet().taxonomy.classes)
     fitting = map(_fitting, labels)
     return [found[0] if len(found) == 1 else None for found in fitting]
 

@@ -13,12 +13,13 @@ import torch
 import yaml
 from hub import serving
 from sae_lens import SAE
+from safetensors.torch import save_file
 from taxolens.plugin import cli
 from taxolens.plugin.evaluation.evaluate import evaluate_run
 from taxolens.plugin.evaluation.publish import public_name, publish
 from taxolens.plugin.reporting.metric_table import summary_rows
 from taxolens.plugin.reporting.results import Results
-from taxolens.registry.errors import ConfigError, DataError, TaxolensError
+from taxolens.registry.errors import CheckpointError, ConfigError, DataError, TaxolensError
 from test_evaluate import FAST, HOOKS, save_sae
 from tiny_runs import run_settings
 
@@ -62,6 +63,38 @@ def test_no_path_of_this_machine_is_published(run: Path, tmp_path: Path) -> None
             assert str(run.parent.parent) not in text and "someone" not in text, file
     assert public_name("facebook/dinov2-small") == "facebook/dinov2-small"
     assert (public_name(str(run)), public_name(None), public_name(3)) == ("study", None, 3)
+
+
+def test_no_path_inside_settings_and_sentences_is_published(run: Path, tmp_path: Path) -> None:
+    copy, private = tmp_path / "study", tmp_path / "my private"
+    shutil.copytree(run, copy)
+    content = json.loads((copy / "results.json").read_text())
+    options = {"monosemanticity": {"encoder": f"{private}/emb.npy", "k": [3, f"{private}/a"]}}
+    content["settings"]["options"] = options
+    content["dataset"]["skipped"] = [{"index": 3, "reason": f"{private}/7.jpg: not an image"}]
+    for sae in content["saes"]:
+        found = sae["evaluators"]["lch_height"]
+        found["error"] = f"OSError: no file '{private}/emb.npy', see https://example.org/a/b"
+        found["notes"] = [f"embedded by ({tmp_path}/emb.npy), and/or 3/4 of it"]
+    (copy / "results.json").write_text(json.dumps(content))
+    settings = json.loads((copy / "runner_cfg.json").read_text())
+    settings["more"] = {"nested": [{"path": str(private)}], "k": 3}
+    (copy / "runner_cfg.json").write_text(json.dumps(settings))
+    publish(copy, "me/saes", dry_run=tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            assert str(tmp_path) not in file.read_text(), file
+    published = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert published["settings"]["options"] == {
+        "monosemanticity": {"encoder": "emb.npy", "k": [3, "a"]}
+    }
+    assert published["dataset"]["skipped"] == [{"index": 3, "reason": "7.jpg: not an image"}]
+    found = published["saes"][0]["evaluators"]["lch_height"]
+    assert found["error"] == "OSError: no file 'emb.npy', see https://example.org/a/b"
+    assert found["notes"] == ["embedded by (emb.npy), and/or 3/4 of it"]
+    written = json.loads((tmp_path / "out" / HOOKS[0] / "runner_cfg.json").read_text())
+    assert written["more"] == {"nested": [{"path": "my private"}], "k": 3}
+    assert public_name("~/runs/mine") == "mine"
 
 
 def test_the_card_has_every_number_with_its_nulls(run: Path, tmp_path: Path) -> None:
@@ -123,6 +156,44 @@ def test_the_upload_and_back(
                 assert number.value == pytest.approx(
                     first.evaluators[name].metrics[metric].value, nan_ok=True
                 )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sparsity.safetensors",
+        "sae_weights.safetensors",
+        "cfg.json",
+        "../runner_cfg.json",
+        "../results.json",
+    ],
+)
+def test_no_link_has_a_file_from_elsewhere_published(run: Path, tmp_path: Path, name: str) -> None:
+    """A run of someone else may hold links to private files."""
+    copy, private = tmp_path / "study", tmp_path / "private"
+    shutil.copytree(run, copy)
+    file = copy / HOOKS[0] / name
+    if file.exists():
+        file.resolve().rename(private)
+    else:
+        private.write_text("a key")
+    file.symlink_to(private)
+    with pytest.raises(ConfigError, match=r"run: .*lies outside of .*allowed: a copy of the file"):
+        publish(copy, "me/saes", dry_run=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_tensors_are_published_as_tensors(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(run, copy)
+    sparsity = copy / HOOKS[0] / "sparsity.safetensors"
+    save_file({"sparsity": torch.zeros(3)}, sparsity)
+    publish(copy, "me/saes", dry_run=tmp_path / "good")
+    published = tmp_path / "good" / HOOKS[0] / "sparsity.safetensors"
+    assert published.read_bytes() == sparsity.read_bytes()
+    sparsity.write_text("a key")
+    with pytest.raises(CheckpointError, match="not a file of tensors"):
+        publish(copy, "me/saes", dry_run=tmp_path / "out")
 
 
 def test_numbers_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None:

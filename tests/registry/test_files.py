@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import stat
@@ -14,7 +15,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry import files
+from taxolens.registry.errors import ConfigError
 from taxolens.registry.files import UnreadableError
+from taxolens.registry.taxonomies import load_taxonomy
 
 ALIASES = "a0: &a0 [x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
@@ -274,3 +277,31 @@ def test_the_number_of_lines_and_of_values_is_bounded(
         path.write_text(more)
         with pytest.raises(UnreadableError, match=message):
             list(read(path, 100))
+
+
+def test_cells_of_csv_that_hold_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "tree.csv"
+    rows = [["parent", "child"], ["animal", "great\nwhite shark"], ["a;b", 'the 5" dog'], ["", "x"]]
+    for ends in ("\n", "\r\n"):
+        with open(path, "w", newline="") as file:
+            csv.writer(file, lineterminator=ends).writerows(rows)
+        assert list(files.read_rows(path, 1000)) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('p,c\na,dog\na,"cat\na,fish\na,horse\n', "a quote is not closed, in line 3"),
+        ('\np;c\n"a";b\na;"cat\na;fish"x\n', "expected after '\"', in line 4"),
+        ('p,c\na,"cat', "a quote is not closed, in line 2"),
+    ],
+)
+def test_a_quote_that_is_not_closed_takes_in_no_other_rows(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tree.csv"
+    path.write_text(text)
+    with pytest.raises(UnreadableError, match=f"not CSV: .*{message}"):
+        list(files.read_rows(path, 1000))
+    with pytest.raises(ConfigError, match=f"tree.csv: not CSV: .*{message}"):
+        load_taxonomy(path)

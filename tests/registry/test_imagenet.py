@@ -8,6 +8,7 @@ import pytest
 import taxolens  # noqa: F401 (fills the table of named taxonomies)
 from taxolens.registry.errors import ConfigError
 from taxolens.registry.taxonomies import Taxonomy, load_taxonomy
+from taxolens.registry.taxonomies.imagenet import synsets
 
 DOG, ANIMAL, ARTIFACT = "n02084071", "n00015388", "n00021939"
 # The 202 classes of the copy of Tiny-ImageNet on which the methods were tried.
@@ -117,3 +118,35 @@ def test_words_of_several_inner_nodes_are_refused():
         load_taxonomy("imagenet", classes=["cat", "dog"])
     with pytest.raises(ConfigError, match=r"not known.*given '1234'"):
         load_taxonomy("imagenet", classes=["1234", "5"])
+
+
+def torchvision_like(tree: Taxonomy) -> list[str]:
+    """First words, and the two names that torchvision writes in its own way."""
+    names = [tree.label(v) for v in tree.class_nodes]
+    names[517], names[639] = "crane bird", "tank suit"
+    return names
+
+
+def test_two_exchanged_names_are_no_usual_order(tree):
+    names = torchvision_like(tree)
+    names[0], names[207] = names[207], names[0]  # tench and golden retriever
+    found = synsets(names)
+    assert (found[0], found[207]) == ("n02099601", "n01440764")
+    with pytest.raises(ConfigError, match="'crayfish': fits several ImageNet synsets"):
+        load_taxonomy("imagenet", classes=names)
+    for position in [i for i, synset in enumerate(found) if synset is None]:
+        names[position] = tree.classes[position]
+    part = load_taxonomy("imagenet", classes=names)
+    swapped = [*tree.classes]
+    swapped[0], swapped[207] = swapped[207], swapped[0]
+    assert part.classes == tuple(swapped)
+
+
+def test_published_lists_of_names_are_taken_by_position(tree):
+    names = torchvision_like(tree)
+    assert load_taxonomy("imagenet", classes=names) is tree
+    assert synsets(names) == list(tree.classes)
+    names = [name.replace(" ", "_") for name in names]
+    # open_clip's words for these classes are those of nodes above them
+    names[27], names[97], names[831], names[970] = "newt", "duck", "couch", "mountain"
+    assert load_taxonomy("imagenet", classes=names) is tree

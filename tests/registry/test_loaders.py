@@ -27,6 +27,7 @@ from taxolens.registry.loaders.parts.read import (
     read_sae,
     save_sae,
 )
+from taxolens.registry.loaders.parts.safe_pickle import Record
 from taxolens.registry.table import LOADERS, Loader
 
 
@@ -623,6 +624,94 @@ def test_modules_of_overcomplete_that_sae_lens_has_not(tmp_path, kind):
         ConfigError, match=f"no class that gives its latents; given '{kind}'; allowed"
     ):
         read_sae(checkpoint)
+
+
+def encoder_of(checkpoint):
+    return checkpoint.content.fields["_modules"]["encoder"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["my_study.CentredEncoder", "my_study.MLPEncoder", "overcomplete.sae.modules.AttentionEncoder"],
+)
+def test_an_encoder_class_of_the_users_own_is_refused(tmp_path, kind):
+    checkpoint = Checkpoint(FILES["overcomplete TopKSAE, module"](tmp_path).path)
+    encoder_of(checkpoint).kind = kind
+    with pytest.raises(ConfigError, match=f"encoder: a class whose latents .*given '{kind}'"):
+        read_sae(checkpoint)
+    weight = torch.zeros(D_SAE, D_IN)  # one without blocks, as TieableEncoder is
+    encoder_of(checkpoint).fields.update(_modules={}, _parameters={"weight": weight})
+    with pytest.raises(ConfigError, match=f"encoder: a class whose latents .*given '{kind}'"):
+        read_sae(checkpoint)
+
+
+def test_tied_and_untied_encoders_of_modules(tmp_path):
+    file = FILES["overcomplete TopKSAE, module"](tmp_path)
+    n = sae_files.Numbers(4)
+    dictionary = sae_files.overcomplete_state(n, "TopKSAE")[1]
+    for tied in (True, False):
+        checkpoint = Checkpoint(file.path)
+        modules = checkpoint.content.fields["_modules"]
+        encoder = modules["encoder"]
+        encoder.kind = "overcomplete.sae.modules.TieableEncoder"
+        weight = dictionary if tied else n.enc.T.contiguous()
+        encoder.fields["_parameters"] = {"weight": None if tied else weight, "bias": None}
+        encoder.fields["_modules"] = {"tied_to": modules["dictionary"]} if tied else {}
+        with torch.no_grad():
+            z = read_sae(checkpoint).encode(file.x)
+        torch.testing.assert_close(z, sae_files.topk((file.x @ weight.T).relu(), 5))
+    checkpoint = Checkpoint(file.path)
+    encoder = encoder_of(checkpoint)
+    encoder.kind = "overcomplete.sae.modules.TieableEncoder"
+    encoder.fields["_parameters"] = {}
+    encoder.fields["_modules"] = {"tied_to": Record("overcomplete.sae.dictionary.DictionaryLayer")}
+    with pytest.raises(ConfigError, match="tied to another dictionary than the SAE's own"):
+        read_sae(checkpoint)
+
+
+def test_a_normalisation_of_modules_that_sae_lens_has_not(tmp_path):
+    checkpoint = Checkpoint(FILES["overcomplete TopKSAE, module"](tmp_path).path)
+    norm = encoder_of(checkpoint).fields["_modules"]["final_block"].fields["_modules"]["1"]
+    norm.kind = "torch.nn.modules.normalization.LayerNorm"  # without weights: no tensor shows it
+    with pytest.raises(
+        ConfigError, match=r"no such normalisation over the latents; given '.*LayerN"
+    ):
+        read_sae(checkpoint)
+
+
+def annealed(name, folder, place, **trainer):
+    """A file of dictionary_learning whose k is 5, and 3 in config.json."""
+    file = FILES[name](folder)
+    top = Checkpoint(file.path).folder
+    top = top.parent if top.name == "checkpoints" else top
+    config = json.loads((top / "config.json").read_text())
+    config["trainer"] |= {"k": 3, **trainer}
+    (top / "config.json").write_text(json.dumps(config))
+    file.path = top / place
+    return file
+
+
+@pytest.mark.parametrize("place", ["checkpoints/ae_600.pt", "ae.pt"])
+@pytest.mark.parametrize("kind", ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_k_that_dictionary_learning_anneals(tmp_path, kind, place):
+    in_training = {} if place.startswith("checkpoints") else {"k_anneal_steps": 100}
+    file = annealed(f"dictionary_learning {kind}", tmp_path, place, **in_training)
+    sae = read_sae(file.path)
+    gives(sae, file)
+    said = "k is the file's, 5, where config.json says 3: it was annealed in training"
+    assert (said in sae.cfg.metadata.notes) == (kind == "AutoEncoderTopK")
+
+
+def test_k_that_differs_from_the_configs_is_confirmed_by_the_user(tmp_path):
+    file = annealed("dictionary_learning AutoEncoderTopK", tmp_path, "ae.pt")
+    with pytest.raises(
+        ConfigError, match=r"k: config.json and .* differ; given 3\.0; allowed: 5, given as"
+    ):
+        read_sae(file.path)
+    with pytest.raises(ConfigError, match=r"k: not what .* holds; given 3; allowed: 5"):
+        read_sae(file.path, k=3)
+    gives(sae := read_sae(file.path, k=5), file)
+    assert "config.json says 3: as given" in " ".join(sae.cfg.metadata.notes)
 
 
 def test_a_class_of_dictionary_learning_that_is_not_read(tmp_path):
