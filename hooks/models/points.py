@@ -23,7 +23,7 @@ SAMPLED = 4096
 PLAIN = (int, float, str, tuple, type(None), Tensor)
 MAX_ALTERNATIVES = 10_000
 MAX_PATTERN = 1000
-EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
+EAGER_ONLY = "hook_pattern"
 SPLIT_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # the names by which SAELens knows heads
 
 
@@ -440,6 +440,9 @@ def unknown_hook(model: TappedModel, name: str) -> str:
 def _never_fires(model: TappedModel, name: str) -> ConfigError:
     if name.endswith(EAGER_ONLY) and model.attn_implementation != "eager":
         return no_attention_pattern(name, model.attn_implementation)
+    if name.endswith("hook_attn_scores"):
+        problem = "never fires: the scores before the softmax are not given"
+        return ConfigError(f"hook {name!r}", problem, allowed="hook_pattern, with eager attention")
     refused = getattr(model, "refused", {}).get(model.aliases.get(name, name))
     if refused is not None:
         problem, allowed = refused, "a hook point of tokens of images"

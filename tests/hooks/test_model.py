@@ -324,6 +324,19 @@ def test_someone_elses_bridge_is_adopted(tmp_path: Path) -> None:
     assert_same_activations(model, "deit")
 
 
+def test_an_edit_of_the_pattern_acts_in_someone_elses_bridge(tmp_path: Path) -> None:
+    folder = save_tiny("vit", tmp_path)
+    booted: Any = SAETransformerBridge.boot_transformers(str(folder), device="cpu")
+    booted.original_model.set_attn_implementation("eager")
+    hook = ("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0)
+    edited, ours = (
+        model.run_with_hooks(pictures(), fwd_hooks=[hook])
+        for model in (from_module(booted), tapped("vit"))
+    )
+    torch.testing.assert_close(edited, ours)
+    assert not torch.allclose(edited, booted(pictures()))
+
+
 def test_patches_that_are_not_square_are_refused() -> None:
     """Their tokens would be counted by the height of a patch alone."""
     sizes: dict[str, Any] = {"image_size": 32, "patch_size": [8, 4]}
