@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.activations.extract import model_fingerprint
 from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.load import (
     expand_hook_names,
@@ -208,6 +209,28 @@ def test_all_names_and_their_shapes(version: str) -> None:
         torch.testing.assert_close(got[f"blocks.1.attn.hook_{name}"], part)
     _, cache = model.run_with_cache(images, names_filter=["blocks.1.attn.hook_q"])
     assert cache["blocks.1.attn.hook_q"].shape == (3, n_tokens, 2, 8)
+
+
+def test_fingerprint_follows_the_towers_own_config() -> None:
+    """The weights are the same; windows, blocks without them and the activation function are not."""
+
+    def tower(attention: str = "eager", **fields: Any) -> Any:
+        config = build("qwen2.5").model.visual.config
+        for name, value in fields.items():
+            setattr(config, name, value)
+        config._attn_implementation = attention
+        made = type(build("qwen2.5").model.visual)(config).eval()
+        made.load_state_dict(build("qwen2.5").model.visual.state_dict())
+        return from_module(made)
+
+    images = pictures()
+    plain = tower()
+    one = model_fingerprint(plain)
+    run_to_hooks(plain, images, [HOOK])
+    assert one == model_fingerprint(plain) == model_fingerprint(tower("sdpa"))
+    window = build("qwen2.5").model.visual.config.window_size
+    others = [{"window_size": window * 2}, {"fullatt_block_indexes": [0]}, {"hidden_act": "relu"}]
+    assert len({one, *(model_fingerprint(tower(**fields)) for fields in others)}) == 4
 
 
 def in_place(pattern: torch.Tensor, hook: Any) -> None:
