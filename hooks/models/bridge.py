@@ -97,9 +97,15 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
         """(height, width) in pixels of the smallest image that the model is sure to take."""
         height, width = self.cfg.image_size
         any_size = isinstance(self.embed, VisionEmbeddings) and self.embed.takes_any_size
-        if not any_size or height != width:  # Hugging Face interpolates positions of a square alone
+        if not any_size or height != width:
             return height, width
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
+
+    @property
+    def only_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the only images that the model takes; None: others too."""
+        one = isinstance(self.embed, VisionEmbeddings) and not self.embed.takes_any_size
+        return tuple(self.cfg.image_size) if one else None
 
     @property
     def attn_implementation(self) -> str:

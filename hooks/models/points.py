@@ -196,15 +196,25 @@ def firings(
 
 
 def check_image_size(model: TappedModel, size: tuple[int, int]) -> None:
-    """Whether images of (height, width) pixels hold a patch.
+    """Whether a model takes images of (height, width) pixels.
 
     Raises:
-        ConfigError: they are smaller.
+        ConfigError: they are smaller than a patch, or of another size than the only one.
     """
     patch = getattr(model.cfg, "patch_size", None)
     if patch is not None and min(size) < patch:
         problem = f"smaller than a patch of {model.cfg.model_name}"
         raise ConfigError("image_size", problem, given=size, allowed=f"{patch} pixels or more")
+    only = getattr(model, "only_size", None)
+    if only is not None and size != only:
+        raise other_size(size, only)
+
+
+def other_size(given: tuple[int, int], only: tuple[int, int]) -> ConfigError:
+    """The error of a model whose positions Hugging Face does not interpolate."""
+    problem = "the model's learned positions are those of one size, and cannot be interpolated"
+    allowed = f"{only[0]} x {only[1]} pixels, which a processor of the model can make"
+    return ConfigError("image_size", problem, given=given, allowed=allowed)
 
 
 def check_images(model: TappedModel, images: Any) -> None:

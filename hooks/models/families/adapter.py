@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.generalized_components.vision_classifier_head
 from transformers import AttentionInterface
 
 from ....registry.errors import ConfigError
-from ..points import as_pair
+from ..points import as_pair, other_size
 from ..rows import Rows
 
 HOOKED = "taxolens_hooked"
@@ -60,14 +60,39 @@ class VisionEmbeddings(GeneralizedComponent):
 
     @property
     def takes_any_size(self) -> bool:
-        """Whether images of another size than the model was trained at are possible."""
-        return True
+        """Whether images of another size than the model was trained at are possible.
+
+        Hugging Face interpolates learned positions as those of a square.
+        """
+        names = ("position_embeddings", "position_embedding")
+        learned = any(getattr(self.original_component, name, None) is not None for name in names)
+        if not learned:
+            return True
+        height, width = self._size("image_size")
+        patch_height, patch_width = self._size("patch_size")
+        return height // patch_height == width // patch_width
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """A size, (height, width) in pixels, which Hugging Face keeps at one of three places."""
+        embeddings: Any = self.original_component
+        places = (
+            embeddings,
+            getattr(embeddings, "patch_embeddings", None),
+            getattr(embeddings, "config", None),
+        )
+        return as_pair(next(getattr(place, name) for place in places if hasattr(place, name)))
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
-        """Images (B, 3, H, W) -> tokens (B, T, d)."""
+        """Images (B, 3, H, W) -> tokens (B, T, d).
+
+        Raises:
+            ConfigError: the model cannot take images of this size.
+        """
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        if not self.takes_any_size and size != self._size("image_size"):
+            raise other_size(size, self._size("image_size"))
         if "interpolate_pos_encoding" in options and not options["interpolate_pos_encoding"]:
-            trained_at = as_pair(self.original_component.image_size)  # type: ignore[union-attr]
-            options["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != trained_at
+            options["interpolate_pos_encoding"] = size != self._size("image_size")
         return super().forward(pixel_values, **options)
 
 
