@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -22,6 +23,7 @@ from taxolens.hooks.images.folders import (
 )
 from taxolens.hooks.images.loader import ImageLoader
 from taxolens.hooks.images.raw import decode_raw
+from taxolens.hooks.images.same_files import same_files
 from taxolens.hooks.images.sources import _check_pattern
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from taxolens.registry.taxonomies.folders import from_folders
@@ -639,3 +641,20 @@ def test_words_that_tables_use_for_nothing_are_classes(tmp_path, label):
     draw(tmp_path, "1.jpg", "2.jpg")
     write(tmp_path, "labels.csv", "file,label", f"1.jpg,{label}", "2.jpg,dog")
     assert classes_by_image(tmp_path) == [label, "dog"]
+
+
+def test_splits_of_links_are_those_of_copies(tmp_path):
+    """A class that two splits link to is in both, and an image that both have is found."""
+    pool = class_folders(tmp_path / "pool", {"cat": [1, 2], "dog": [3, 4], "fox": [5, 6]})
+    for split, classes in (("train", ("cat", "dog")), ("val", ("dog", "fox"))):
+        (tmp_path / "links" / split).mkdir(parents=True)
+        for name in classes:
+            (tmp_path / "links" / split / name).symlink_to(pool / name)
+    shutil.copytree(tmp_path / "links", tmp_path / "copies")
+    for split in ("train", "validation"):
+        linked, copied = (load_images(tmp_path / kind, split=split) for kind in ("links", "copies"))
+        assert linked.class_names == copied.class_names and len(linked.class_names) == 2
+        assert linked.fingerprint == copied.fingerprint and len(linked) == 4
+    train, val = (load_images(tmp_path / "links", split=split) for split in ("train", "validation"))
+    found = same_files(train.files() or [], val.files() or [])
+    assert [val.class_names[val.labels[place]] for place in found] == ["dog", "dog"]
