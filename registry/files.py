@@ -432,19 +432,31 @@ def _not_listed(error: OSError) -> None:
     raise DataError(f"folder {error.filename}", problem, allowed=allowed) from error
 
 
-def walk_once(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in sorted order that follows links, each folder once, and leaves hidden entries out.
+MAX_PLACES = 1000
+"""Places below a folder at which one folder may appear, by links. Links among n folders can make 2**n."""
+
+
+def walk_links(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in sorted order that follows links, but none back up, and leaves hidden entries out.
+
+    A folder that several links lead to, such as a class in two splits, is there at each of them.
 
     Raises:
-        DataError: a folder cannot be listed.
+        DataError: a folder cannot be listed, or is there at more than `MAX_PLACES` places.
     """
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_not_listed):
+    above: dict[str, frozenset[str]] = {}  # folder -> the real folders that it is in, itself too
+    places: Counter[str] = Counter()
+    for folder, folders, names in os.walk(Path(root), followlinks=True, onerror=_not_listed):
         real = os.path.realpath(folder)
-        if real in seen:
+        within = above.get(os.path.dirname(folder), frozenset())
+        if real in within:
             folders.clear()
             continue
-        seen.add(real)
+        places[real] += 1
+        if places[real] > MAX_PLACES:
+            problem = f"links lead to it from more than {MAX_PLACES} places below {root}"
+            raise DataError(f"folder {real}", problem, allowed="fewer links")
+        above[folder] = within | {real}
         folders[:] = sorted(f for f in folders if f[0] != "." and f not in NO_CONTENTS)
         yield folder, folders, [name for name in names if name[0] != "."]
 

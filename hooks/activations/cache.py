@@ -5,6 +5,7 @@ docs/formats/activations.md defines the files.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,9 @@ from ..models.dtypes import ACTIVATION_DTYPES, torch_dtype
 from ..models.tapped import TappedModel
 from .cache_reader import INDEX_FILE, CacheReader
 from .extract import Extraction, TokenExtractor, model_fingerprint
-from .filling import Filling, Plan, Target
+from .filling import Filling, Plan, Target, check_limits
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SETTLE_SECONDS = 60.0  # a client of NFS keeps what it knows of a folder as long, by default
@@ -84,9 +87,10 @@ class ActivationCache(CacheReader):
                 of `ImageSource` (batch_size, num_workers, max_corrupt_share), by name.
 
         Raises:
-            ConfigError: the folder holds other activations (the message says what differs), or
-                another process is writing there, or the ranks have not the same model and images.
-            DataError: too many corrupt images, activations that are not finite, or a full disk;
+            ConfigError: the folder holds other activations (the message says what differs), or lacks images
+                that max_image_pixels and remote_images admit now, or another process is writing
+                there, or the ranks have not the same model and images.
+            DataError: too many corrupt images, in a finished folder too, activations that are not finite, or a full disk;
                 what is done stays, and the next call goes on from there.
             LostRankError: another rank has failed; the message has its error.
         """
@@ -146,6 +150,7 @@ class ActivationCache(CacheReader):
             common["jpeg_edge"] = images.limits.jpeg_edge
         facts = {Path(path): {**common, **_facts(each)} for path, each in wanted.items()}
         extractors = {folder: _extractor(model, each) for folder, each in facts.items()}
+        reused: set[Path] = set()
         targets: list[Target] = []
         with ranks.joined(), ExitStack() as held:
             for folder, each in facts.items():
@@ -160,6 +165,7 @@ class ActivationCache(CacheReader):
                 if plan.index is not None:
                     _settled(ranks, lambda folder=folder: _shared_index(folder))
                 if plan.is_complete:
+                    reused.add(folder)
                     continue
                 extractor = extractors[folder]
                 if plan.index is not None:  # unfinished, perhaps with more hook points
@@ -177,9 +183,20 @@ class ActivationCache(CacheReader):
                     **source.decoding,
                 )
                 Filling(together, loader, ranks).run(progress)
-            return [
+            caches = [
                 _settled(ranks, lambda folder=folder: cls._finished(folder)) for folder in facts
             ]
+            for cache in caches:
+                check_limits(cache.path, cache.failures, images.limits)
+                loader = ImageLoader(images, preprocess, **{**source.decoding, "num_workers": 0})
+                loader.failures, loader.n_failed = cache.failures, len(cache.failures)
+                loader.n_processed = cache.n_seen
+                loader.check_share()
+                if cache.failures and cache.path in reused and ranks.is_first:
+                    shown = loader.shown_failures(5)
+                    left_out = f"{len(cache.failures)} corrupt image(s) are left out"
+                    logger.warning("cache %s: %s: %s", cache.path, left_out, shown)
+            return caches
 
     @classmethod
     def _finished(cls, folder: Path) -> ActivationCache:

@@ -82,6 +82,7 @@ class CacheReader:
         indices: int64 (n,), place of each row's image in the dataset.
         class_names: what the labels mean.
         failures: image index -> source and reason, of the corrupt images left out.
+        n_seen: images that are in, the corrupt ones counted.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,6 +94,7 @@ class CacheReader:
         self.is_parted = is_parted(index)
         parts = read_parts(self.path, index) if self.is_parted else {self.path: index}
         self.failures = failures_of(parts)
+        self.n_seen = sum(part["n_seen"] for part in parts.values())
         self._rows: dict[Path, int] = {folder: part["n_rows"] for folder, part in parts.items()}
         if self.is_parted:  # a part whose images are all corrupt has no arrays
             self._rows = {folder: n for folder, n in self._rows.items() if n}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...registry.errors import ConfigError, DataError
 from ...registry.hashing import fingerprint
@@ -26,7 +27,13 @@ NO_FUNCTION = (
     *("attn_implementation", "id2label", "label2id", "num_labels", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
 )
-PART_NUMBERS = ("num_heads", "scale", "eps", "window_size", "shift_size")  # that parts do not print
+# Settings that parts do not print, of a model without a config.
+PART_NUMBERS = (
+    *("num_heads", "scale", "eps", "window_size", "shift_size"),
+    *("temperature", "rotate_half", "global_pool"),
+)
+# Settings of parts on which no activation depends.
+NO_SETTINGS = ("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing")
 TAPS = ("taxolens.", "transformer_lens.", "sae_lens.")  # what is around the parts of a tapped model
 
 
@@ -186,8 +193,8 @@ def model_fingerprint(model: TappedModel) -> str:
     """16 hex digits that depend on every weight and on the config, the same on any device.
 
     Weights are summed as whole numbers, eight bytes each, modulo 2**64: exact in any order. Of the
-    config all fields count but those of `NO_FUNCTION`; of a model without one, such as timm's, the
-    classes of its parts and their printed settings.
+    config all fields count but those of `NO_FUNCTION`; of a model without one of transformers, such as
+    timm's, the classes of its parts and their printed settings.
     """
     facts = [str(getattr(model, "family", "")), *_function(model.original_model)]
     for name, tensor in sorted(model.original_model.state_dict().items()):
@@ -205,22 +212,49 @@ def model_fingerprint(model: TappedModel) -> str:
 def _function(module: Any) -> list[str]:
     """What a model computes with its weights; nothing of what is no module of torch."""
     kind = type(module).__name__
-    config: Any = getattr(module, "config", None)
-    if hasattr(config, "to_dict"):
-        fields = _counting(config.to_dict())
-        return [
-            kind,
-            json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__),
-        ]
+    config = _config(module)
+    if config is not None and isinstance(module, PreTrainedModel):
+        return [kind, config]
     if not isinstance(module, nn.Module):
-        return []
+        return [] if config is None else [kind, config]
     parts = [part for part in module.modules() if not type(part).__module__.startswith(TAPS)]
-    return [kind, repr([(type(p).__name__, p.extra_repr(), _numbers(p)) for p in parts])]
+    if config is None:
+        return [kind, repr([(type(p).__name__, p.extra_repr(), _numbers(p)) for p in parts])]
+    # a config that taxolens made for TransformerLens has sizes alone
+    own = [_config(part) for part in parts if isinstance(part, PreTrainedModel)]
+    built = [(type(p).__name__, p.extra_repr(), _settings(p)) for p in parts]
+    return [kind, config, repr(own), repr(built)]
+
+
+def _config(module: Any) -> str | None:
+    """The fields of a module's config that count; None of a module that has none."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    fields = _counting(config.to_dict())
+    return json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__)
 
 
 def _numbers(part: nn.Module) -> dict[str, Any]:
     found = {name: vars(part).get(name) for name in PART_NUMBERS}
-    return {name: value for name, value in found.items() if isinstance(value, int | float | tuple)}
+    return {
+        name: value for name, value in found.items() if isinstance(value, int | float | tuple | str)
+    }
+
+
+def _settings(part: nn.Module) -> dict[str, Any]:
+    """The numbers and names that a part keeps as plain attributes, such as timm's `global_pool`."""
+    return {
+        name: value
+        for name, value in sorted(vars(part).items())
+        if not name.startswith("_") and name not in NO_SETTINGS and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, int | float | str)
 
 
 def _counting(config: Any) -> Any:

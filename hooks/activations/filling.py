@@ -15,10 +15,12 @@ from uuid import uuid4
 
 from tqdm.auto import tqdm
 
+from ...registry.errors import ConfigError
 from ...registry.files import only_writer
 from ...registry.ranks import Ranks
 from ..images.dataset import ImageDataset
 from ..images.loader import ImageLoader
+from ..images.raw import Limits
 from .cache_reader import (
     INDEX_FILE,
     PARTS_SCHEMA,
@@ -68,7 +70,7 @@ class Plan:
         """That of a folder. A new cache of several ranks is begun in it.
 
         Raises:
-            ConfigError: the folder holds other activations.
+            ConfigError: the folder holds other activations, or images are left out of it that are read now.
             DataError: its files are damaged.
         """
         index = matching_index(folder, facts)
@@ -87,6 +89,7 @@ class Plan:
         parts: dict[Path, dict[str, Any]] = {}
         if index is not None and not index["complete"]:
             parts = read_parts(folder, index) if is_parted(index) else {folder: index}
+            check_limits(folder, failures_of(parts), images.limits)
         return cls(
             index,
             frozenset(int(p.name[5:]) for p, part in parts.items() if part["complete"]),
@@ -112,6 +115,18 @@ class Plan:
             for plan in (self, other)
         )
         return mine == others and self.done == other.done and self.seen == other.seen
+
+
+def check_limits(folder: Path, failures: dict[int, str], limits: Limits) -> None:
+    """Check that the images that were left out of a cache are left out now. Raises ConfigError."""
+    for image, text in failures.items():
+        if limits.would_admit(text):
+            raise ConfigError(
+                f"cache {folder}",
+                f"image {image} was left out ({text}), and these settings admit it",
+                given=f"max_image_pixels={limits.max_image_pixels}, remote_images={limits.remote_images}",
+                allowed="the settings of then, another folder, or delete this one",
+            )
 
 
 @dataclass

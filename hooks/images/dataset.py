@@ -119,7 +119,7 @@ class ImageDataset:
             data = pick_split(data, split)
         if isinstance(data, Dataset | IterableDataset):
             return cls(data, **options)
-        opened, root, folder = open_dataset(
+        opened, root, folder, retyped = open_dataset(
             data,
             split=split,
             name=source.name,
@@ -128,6 +128,13 @@ class ImageDataset:
             image_column=source.image_column,
         )
         images = cls(opened, root=root, folder=folder, name=source.title, **options)
+        if text := retyped.get(images.label_column or ""):
+            raise ConfigError(
+                "label_column",
+                f"in metadata.csv the label {text!r} of {images.label_column!r} is read as a number or as none",
+                given=str(source.dataset_path),
+                allowed="metadata.jsonl, or a table of another name beside the images, which keep the text",
+            )
         images._check_paths()
         return images
 

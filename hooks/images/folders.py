@@ -15,7 +15,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ...registry.errors import ConfigError, DataError
-from ...registry.files import walk_once
+from ...registry.files import walk_links
 from .decode import HEIC_EXTRA  # where that extra is installed, it registers HEIC with Pillow
 from .label_files import Labels, read_labels
 
@@ -77,11 +77,11 @@ class SplitFolder(NamedTuple):
 
 
 def contents_of(root: Path) -> Contents:
-    """Everything below `root`, without hidden entries and system folders; links are followed once."""
+    """Everything below `root`, without hidden entries and system folders; links are followed, but none back up."""
     images: dict[str, list[str]] = {}
     files: dict[str, list[str]] = {}
     unread: Counter[str] = Counter()
-    for folder, folders, names in walk_once(root):
+    for folder, folders, names in walk_links(root):
         folders[:] = [name for name in folders if name not in SYSTEM_FOLDERS]
         relative = Path(folder).relative_to(root).as_posix()
         shown = sorted(names)

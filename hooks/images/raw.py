@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
@@ -57,6 +58,10 @@ class RawImage(NamedTuple):
         return None
 
 
+IS_REMOTE = "an address, which only remote_images=True fetches"
+TOO_LARGE = re.compile(r"(\d+) x (\d+) pixels exceed max_image_pixels=\d+$")
+
+
 class Limits(NamedTuple):
     """What reading one image may cost: fetching it from a remote address, and its pixels.
 
@@ -66,6 +71,12 @@ class Limits(NamedTuple):
     remote_images: bool = False
     max_image_pixels: int = MAX_IMAGE_PIXELS
     jpeg_edge: int | None = None
+
+    def would_admit(self, reason: str) -> bool:
+        """Whether an image was left out, for this `reason`, by limits that these are not."""
+        if match := TOO_LARGE.search(reason):
+            return int(match[1]) * int(match[2]) <= self.max_image_pixels
+        return self.remote_images and reason.endswith(IS_REMOTE)
 
 
 DEFAULT_LIMITS = Limits()
@@ -105,7 +116,7 @@ def read_bytes(raw: RawImage, limits: Limits = DEFAULT_LIMITS) -> bytes:
         if "://" not in raw.path:
             return files.read_bytes(raw.place, MAX_IMAGE_BYTES)
         if not limits.remote_images:
-            raise ValueError("an address, which only remote_images=True fetches")
+            raise ValueError(IS_REMOTE)
         with fsspec.open(raw.path, "rb") as file:
             data = cast(bytes, file.read(MAX_IMAGE_BYTES + 1))  # type: ignore[attr-defined]
         if len(data) > MAX_IMAGE_BYTES:

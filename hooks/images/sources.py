@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import datasets
@@ -27,6 +28,7 @@ from .folders import (
     image_splits,
     split_of_folder,
 )
+from .retyped import as_written, retyped_columns
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,13 @@ class Opened(NamedTuple):
         root: the folder that its images lie under; None where they are rows.
         folder: the folder that relative paths of the rows are relative to, "" where its tables lie in
             several; None: the current one.
+        retyped: column -> a text of it that was changed in reading.
     """
 
     data: Dataset | IterableDataset
     root: Path | None = None
     folder: str | None = None
+    retyped: Mapping[str, str] = MappingProxyType({})
 
 
 def open_dataset(
@@ -162,9 +166,11 @@ def _load(
     data_files: Mapping[str, Sequence[str]] | None = None,
     trust: bool = False,
     where: str | None = None,
+    **options: Any,
 ) -> Dataset | IterableDataset:
-    """`datasets.load_dataset`, with its errors sorted into ours."""
-    options: dict[str, Any] = {"trust_remote_code": True} if trust else {}
+    """`datasets.load_dataset`, with its errors sorted into ours; `options` are those of its builder."""
+    if trust:
+        options["trust_remote_code"] = True
     try:
         return datasets.load_dataset(
             path, name, split=split, streaming=streaming, data_files=data_files, **options
@@ -215,11 +221,13 @@ def _open_files(
     for file in files:
         name = os.path.relpath(file, root) if root is not None else os.path.basename(file)
         by_split.setdefault((splits or {}).get(file) or split_of_file(name), []).append(file)
-    data = _load(kind, split, streaming=streaming, data_files=by_split, where=where)
-    if kind not in TABLES:
-        return Opened(data)
     names = {part.partition("[")[0] for part in split.split("+")}
     chosen = files if "all" in names else [f for name in names for f in by_split.get(name, [])]
+    options = as_written(chosen) if kind == "csv" else {}
+    data = _load(kind, split, streaming=streaming, data_files=by_split, where=where, **options)
+    if kind not in TABLES:
+        described = [file for file in chosen if file.endswith("metadata.csv")]
+        return Opened(data, retyped=retyped_columns(described))
     folders = {os.path.dirname(os.path.abspath(file)) for file in chosen}
     return Opened(data, folder=folders.pop() if len(folders) == 1 else "")
 

@@ -12,11 +12,11 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAE
 from torch import nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import AttentionBridge, TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from .evals import EvaluatesImages
-from .families.adapter import VisionEmbeddings
+from .families.adapter import VisionAttention, VisionEmbeddings
 from .named_hooks import NamedHooks
 from .rows import RowsConversion
 from .splicing import SplicesAtTokens
@@ -60,6 +60,9 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
             bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}  # type: ignore[assignment]
         bridge.__class__ = cls  # as SAETransformerBridge.boot_transformers itself does
         adopted: Any = bridge
+        for module in adopted.modules():
+            if type(module) is AttentionBridge:  # of TransformerLens's own adapter
+                module.__class__ = VisionAttention
         adopted._learn_aliases()
         return adopted
 
@@ -94,9 +97,15 @@ class VisionBridge(EvaluatesImages, NamedHooks, SplicesAtTokens, SAETransformerB
         """(height, width) in pixels of the smallest image that the model is sure to take."""
         height, width = self.cfg.image_size
         any_size = isinstance(self.embed, VisionEmbeddings) and self.embed.takes_any_size
-        if not any_size or height != width:  # Hugging Face interpolates positions of a square alone
+        if not any_size or height != width:
             return height, width
         return 2 * self.cfg.patch_size, 2 * self.cfg.patch_size
+
+    @property
+    def only_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the only images that the model takes; None: others too."""
+        one = isinstance(self.embed, VisionEmbeddings) and not self.embed.takes_any_size
+        return tuple(self.cfg.image_size) if one else None
 
     @property
     def attn_implementation(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,8 +189,8 @@ def _n_classes(model: Any) -> int | None:
 def labels_of(model: Any, class_names: Sequence[str], labels: Tensor) -> Tensor | ConfigError:
     """The classes of the model's head, (B,), of labels (B,) that mean `class_names`; or why not.
 
-    Classes are matched by name; where the head's have no names (LABEL_0, ...) by number, if there
-    are as many.
+    Classes are matched by name, which one output alone may have; where the head's have no names
+    (LABEL_0, ...) by number, if there are as many.
     """
     config = getattr(model.original_model, "config", None)
     heads: dict[int, str] = getattr(config, "id2label", None) or {}
@@ -203,9 +204,11 @@ def labels_of(model: Any, class_names: Sequence[str], labels: Tensor) -> Tensor 
             problem = f"{problem}, which have no names, and the images have {len(class_names)}"
             return ConfigError("eval_config", problem, allowed=WITHOUT)
         return labels
-    numbers = {name: int(i) for i, name in heads.items()}
+    times = Counter(heads.values())
+    numbers = {name: int(i) for i, name in heads.items() if times[name] == 1}
     if missing := [name for name in class_names if name not in numbers]:
-        problem = f"{problem}, and {missing[0]!r} is none of them"
+        several = "the name of several" if missing[0] in times else "none"
+        problem = f"{problem}, and {missing[0]!r} is {several} of them"
         return ConfigError("eval_config", problem, allowed=WITHOUT)
     return torch.tensor([numbers[name] for name in class_names])[labels]
 

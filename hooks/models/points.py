@@ -23,7 +23,7 @@ SAMPLED = 4096
 PLAIN = (int, float, str, tuple, type(None), Tensor)
 MAX_ALTERNATIVES = 10_000
 MAX_PATTERN = 1000
-EAGER_ONLY = ("hook_pattern", "hook_attn_scores")
+EAGER_ONLY = "hook_pattern"
 SPLIT_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # the names by which SAELens knows heads
 
 
@@ -196,15 +196,25 @@ def firings(
 
 
 def check_image_size(model: TappedModel, size: tuple[int, int]) -> None:
-    """Whether images of (height, width) pixels hold a patch.
+    """Whether a model takes images of (height, width) pixels.
 
     Raises:
-        ConfigError: they are smaller.
+        ConfigError: they are smaller than a patch, or of another size than the only one.
     """
     patch = getattr(model.cfg, "patch_size", None)
     if patch is not None and min(size) < patch:
         problem = f"smaller than a patch of {model.cfg.model_name}"
         raise ConfigError("image_size", problem, given=size, allowed=f"{patch} pixels or more")
+    only = getattr(model, "only_size", None)
+    if only is not None and size != only:
+        raise other_size(size, only)
+
+
+def other_size(given: tuple[int, int], only: tuple[int, int]) -> ConfigError:
+    """The error of a model whose positions Hugging Face does not interpolate."""
+    problem = "the model's learned positions are those of one size, and cannot be interpolated"
+    allowed = f"{only[0]} x {only[1]} pixels, which a processor of the model can make"
+    return ConfigError("image_size", problem, given=given, allowed=allowed)
 
 
 def check_images(model: TappedModel, images: Any) -> None:
@@ -440,6 +450,9 @@ def unknown_hook(model: TappedModel, name: str) -> str:
 def _never_fires(model: TappedModel, name: str) -> ConfigError:
     if name.endswith(EAGER_ONLY) and model.attn_implementation != "eager":
         return no_attention_pattern(name, model.attn_implementation)
+    if name.endswith("hook_attn_scores"):
+        problem = "never fires: the scores before the softmax are not given"
+        return ConfigError(f"hook {name!r}", problem, allowed="hook_pattern, with eager attention")
     refused = getattr(model, "refused", {}).get(model.aliases.get(name, name))
     if refused is not None:
         problem, allowed = refused, "a hook point of tokens of images"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError
-from ..files import walk_once
+from ..files import walk_links
 from .taxonomy import Taxonomy
 
 
@@ -31,7 +31,7 @@ def from_folders(path: str | Path, classes: Sequence[str] | None = None) -> Taxo
         raise ConfigError("taxonomy", f"no such folder: {top}", allowed="an existing one")
     folders: list[str] = []
     holding_files: list[str] = []
-    for folder, _, files in walk_once(top):
+    for folder, _, files in walk_links(top):
         relative = PurePosixPath(Path(folder).relative_to(top)).as_posix()
         if relative != ".":
             folders.append(relative)

@@ -3,6 +3,7 @@ import json
 import shutil
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -517,6 +518,30 @@ def test_model_fingerprint_follows_what_a_module_without_config_computes():
         torch.manual_seed(0)
         made.append(model_fingerprint(from_module(Own(*settings))))
     assert len(set(made)) == 4 and made[3] == made[4]
+
+
+@pytest.mark.parametrize("config", [None, transformers.PreTrainedConfig(hidden_act="gelu")])
+def test_model_fingerprint_follows_plain_attributes(config):
+    """Of a model whose config is ours, as timm's: it has sizes alone."""
+
+    class Rope(torch.nn.Module):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__()
+            vars(self).update(settings)
+
+    def made(act: type[torch.nn.Module], **settings: Any) -> str:
+        model = torch.nn.Sequential(Rope(**settings), act())
+        if config is not None:
+            model.config = config  # type: ignore[assignment]
+        return model_fingerprint(SimpleNamespace(family="timm", original_model=model))  # type: ignore[arg-type]
+
+    plain: dict[str, Any] = {"temperature": 1e4, "global_pool": "token", "rotate_half": False}
+    one = made(torch.nn.GELU, **plain)
+    assert one == made(torch.nn.GELU, **plain) == made(torch.nn.GELU, **plain, fused_attn=True)
+    changes = [{"temperature": 10.0}, {"global_pool": "avg"}, {"rotate_half": True}]
+    others = {made(torch.nn.GELU, **{**plain, **change}) for change in changes}
+    others.add(made(torch.nn.ReLU, **plain))
+    assert len(others) == 4 and one not in others
 
 
 def test_model_fingerprint_is_that_of_the_saved_model(tmp_path):

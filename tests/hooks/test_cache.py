@@ -12,6 +12,7 @@ from taxolens.hooks.activations import cache_reader, cache_writer, filling
 from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.extract import Extraction
 from taxolens.hooks.images.dataset import load_images
+from taxolens.hooks.images.raw import Limits
 from taxolens.hooks.images.source import ImageSource
 from taxolens.hooks.models.load import from_module
 from taxolens.registry.errors import ConfigError, DataError, UnknownNameError
@@ -409,3 +410,53 @@ def test_progress_tells_images_per_second(model, images, capsys):
 
 def test_names_that_are_no_file_names(tmp_path):
     assert cache_reader.file_of(tmp_path, "a/b.c d").name == "a_b.c_d.npy"
+
+
+def test_a_finished_cache_has_as_few_corrupt_images_as_asked_for(model, tmp_path, caplog):
+    """As a folder that is filled anew, with the same error; where they are few enough, they are named."""
+    images = load_images(hf_dataset(30, corrupt=range(6), draw=noise))
+    cache = build(model, images, tmp_path / "acts", max_corrupt_share=0.5)
+    caplog.clear()
+    again = build(model, images, tmp_path / "acts", max_corrupt_share=0.2)
+    assert len(again) == len(cache) == 24
+    assert caplog.text.count("6 corrupt image(s) are left out: image 0 (") == 1
+    for folder in ("acts", "anew"):
+        with pytest.raises(DataError, match=r"max_corrupt_share: .* are corrupt: image 0 \("):
+            build(model, images, tmp_path / folder, max_corrupt_share=0.1)
+
+
+def files_of_images(folder, **limits):
+    """Three images of 8 x 8, and one of 20 x 20 pixels."""
+    for number, edge in enumerate((8, 20, 8, 8)):
+        place = folder / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        noise(number).resize((edge, edge)).save(place)
+    return load_images(folder, **limits)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_images_left_out_for_a_limit_are_refused_where_it_is_another(
+    model, tmp_path, monkeypatch, killed
+):
+    small = files_of_images(tmp_path / "images", max_image_pixels=100)
+    if killed:
+        with monkeypatch.context() as patched:
+            kill_in_batch(patched, 2)  # the last but one appends nothing
+            with pytest.raises(Killed):
+                build(model, small, tmp_path / "acts", batch_size=1)
+    else:
+        assert len(build(model, small, tmp_path / "acts")) == 3
+    large = files_of_images(tmp_path / "images")
+    with pytest.raises(ConfigError, match=r"image 2 was left out .*max_image_pixels=64000000"):
+        build(model, large, tmp_path / "acts")
+    for limit in (100, 399):  # of 20 x 20 pixels both leave it out
+        images = files_of_images(tmp_path / "images", max_image_pixels=limit)
+        assert len(build(model, images, tmp_path / "acts")) == 3
+    assert len(build(model, large, tmp_path / "anew")) == 4
+    assert len(build(model, small, tmp_path / "anew")) == 4  # a lower limit takes nothing out
+
+
+def test_addresses_left_out_are_refused_where_they_are_fetched():
+    text = "http://example.com/a.png: cannot be opened: an address, which only remote_images=True fetches"
+    assert not Limits().would_admit(text) and Limits(remote_images=True).would_admit(text)
+    assert not Limits(remote_images=True).would_admit("a.png: image file is truncated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from taxolens.hooks.models.families import FAMILIES
 from taxolens.hooks.models.hooked_module import find_blocks
 from taxolens.hooks.models.load import expand_hook_names, from_module, hook_d_in, run_to_hooks
+from taxolens.registry.errors import ConfigError
 from tiny_models import BRIDGED, IMAGE_SIZE, OTHER_SIZE, WRAPPED, pictures, tapped, tiny_model
 
 SIZES = (IMAGE_SIZE, OTHER_SIZE)
@@ -114,6 +116,120 @@ def test_attention_pattern_is_hugging_faces(variant: str) -> None:
     plain = plain_output(tiny_model(variant), pictures(), output_attentions=True)
     got = run_to_hooks(tapped(variant), pictures(), ["blocks.1.attn.hook_pattern"])
     assert torch.equal(got["blocks.1.attn.hook_pattern"], plain.attentions[1])
+
+
+PATTERN = "blocks.0.attn.hook_pattern"
+
+
+def in_place(pattern: torch.Tensor, hook: Any) -> None:
+    pattern[:, 0] = 0
+
+
+PATTERN_HOOKS: dict[str, Any] = {
+    "another tensor": lambda pattern, hook: pattern.roll(1, dims=-1) * 0.5,
+    "in place": in_place,
+    "nothing": lambda pattern, hook: None,
+}
+
+
+def textbook(eager: Any, first: Any, edit: Any) -> Any:
+    """Attention whose pattern in one module is edited, then weighs the values query by query."""
+
+    def attend(module: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        output, pattern = eager(module, query, key, value, *rest, **options)
+        if module is first:
+            edited = edit(pattern, None)
+            pattern = pattern if edited is None else edited
+            rows = [(pattern[:, :, i, :, None] * value).sum(2) for i in range(pattern.shape[2])]
+            output = torch.stack(rows, dim=1)
+        return output, pattern
+
+    return attend
+
+
+@pytest.mark.parametrize("edit", PATTERN_HOOKS)
+@pytest.mark.parametrize("variant", BRIDGED)
+def test_an_edit_of_the_pattern_acts(
+    variant: str, edit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hook = tapped(variant), PATTERN_HOOKS[edit]
+    last = "blocks.1.hook_resid_post"
+
+    def run(*hooks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with model.hooks(fwd_hooks=list(hooks)):
+            output, cached = model.run_with_cache(pictures(), names_filter=[last])
+        return cached[last], output
+
+    with torch.no_grad():
+        clean, edited = run(), run((PATTERN, hook))
+        again = run()
+        with torch.inference_mode():
+            inferred = run((PATTERN, hook))
+    plain = tiny_model(variant)
+    first = next(module for module in plain.modules() if is_attention(module))
+    source = sys.modules[type(first).__module__]
+    eager = source.eager_attention_forward
+    monkeypatch.setattr(source, "eager_attention_forward", textbook(eager, first, hook))
+    expected = plain_output(plain, pictures(), output_hidden_states=True).hidden_states[2]
+
+    torch.testing.assert_close(edited[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inferred[0], expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(clean, again))
+    assert torch.equal(clean[0], edited[0]) is (edit == "nothing")
+
+
+def is_attention(module: Any) -> bool:
+    return type(module).__name__.endswith("Attention") and hasattr(module, "config")
+
+
+def test_gradients_pass_the_pattern() -> None:
+    """Of a loss by the pattern: the change of the loss along a direction, over the step."""
+    model = from_module(tiny_model("dinov2").double())  # whose softmax is of double precision too
+    images, gradients = pictures().double(), []
+    with model.hooks(bwd_hooks=[(PATTERN, lambda gradient, hook: gradients.append(gradient))]):
+        model(images).pow(2).sum().backward()
+    along = torch.randn(gradients[0].shape, dtype=torch.float64)
+
+    def loss(step: float) -> torch.Tensor:
+        hook = (PATTERN, lambda pattern, hook: pattern + step * along)
+        return model.run_with_hooks(images, fwd_hooks=[hook]).pow(2).sum()
+
+    with torch.no_grad():
+        slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    torch.testing.assert_close((gradients[0] * along).sum(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pattern_that_does_not_act_is_not_edited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an attention that does more than weigh its values, the pattern can be read alone."""
+    source = sys.modules[type(tiny_model("vit").layers[0].attention).__module__]
+    eager = source.eager_attention_forward
+
+    def scaled(*arguments: Any, **options: Any) -> Any:
+        output, pattern = eager(*arguments, **options)
+        return output * 2, pattern
+
+    monkeypatch.setattr(source, "eager_attention_forward", scaled)
+    model, seen = from_module(tiny_model("vit")), []
+    with torch.no_grad():
+        clean = model(pictures())
+        watch = (PATTERN, lambda pattern, hook: seen.append(pattern))
+        assert torch.equal(model.run_with_hooks(pictures(), fwd_hooks=[watch]), clean)
+    assert seen[0].shape == (2, 2, 17, 17)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        for hook in (PATTERN_HOOKS["another tensor"], in_place):
+            with (
+                context,
+                pytest.raises(ConfigError, match="hook_pattern: it cannot be edited in V"),
+            ):
+                model.run_with_hooks(pictures(), fwd_hooks=[(PATTERN, hook)])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_scores_are_refused(attention: str) -> None:
+    with pytest.raises(ConfigError, match=r"the scores before the softmax are not given"):
+        run_to_hooks(tapped("vit", attention), pictures(), ["blocks.0.attn.hook_attn_scores"])
+    _, cached = tapped("vit").run_with_cache(pictures())
+    assert not [name for name in cached if "scores" in name]
 
 
 @pytest.mark.parametrize("variant", BRIDGED)

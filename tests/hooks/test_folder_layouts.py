@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
+import pandas._libs.parsers as pandas_parsers
 import pytest
 from folder_layouts import LAYOUTS, annotated, draw, draw_splits, pack, write
 from PIL import Image
@@ -22,7 +25,9 @@ from taxolens.hooks.images.folders import (
 )
 from taxolens.hooks.images.loader import ImageLoader
 from taxolens.hooks.images.raw import decode_raw
-from taxolens.hooks.images.sources import _check_pattern
+from taxolens.hooks.images.retyped import MISSING, as_written, retyped_columns
+from taxolens.hooks.images.same_files import same_files
+from taxolens.hooks.images.sources import _check_pattern, open_dataset
 from taxolens.registry.errors import ConfigError, CorruptImageError, DataError
 from taxolens.registry.taxonomies.folders import from_folders
 from tiny_images import class_folders
@@ -639,3 +644,87 @@ def test_words_that_tables_use_for_nothing_are_classes(tmp_path, label):
     draw(tmp_path, "1.jpg", "2.jpg")
     write(tmp_path, "labels.csv", "file,label", f"1.jpg,{label}", "2.jpg,dog")
     assert classes_by_image(tmp_path) == [label, "dog"]
+
+
+def test_splits_of_links_are_those_of_copies(tmp_path):
+    """A class that two splits link to is in both, and an image that both have is found."""
+    pool = class_folders(tmp_path / "pool", {"cat": [1, 2], "dog": [3, 4], "fox": [5, 6]})
+    for split, classes in (("train", ("cat", "dog")), ("val", ("dog", "fox"))):
+        (tmp_path / "links" / split).mkdir(parents=True)
+        for name in classes:
+            (tmp_path / "links" / split / name).symlink_to(pool / name)
+    shutil.copytree(tmp_path / "links", tmp_path / "copies")
+    for split in ("train", "validation"):
+        linked, copied = (load_images(tmp_path / kind, split=split) for kind in ("links", "copies"))
+        assert linked.class_names == copied.class_names and len(linked.class_names) == 2
+        assert linked.fingerprint == copied.fingerprint and len(linked) == 4
+    train, val = (load_images(tmp_path / "links", split=split) for split in ("train", "validation"))
+    found = same_files(train.files() or [], val.files() or [])
+    assert [val.class_names[val.labels[place]] for place in found] == ["dog", "dog"]
+
+
+WORDS = ["None", "scratch", "NA", "null", "scratch", ""]
+CODES = ["007", "7", "010", "10", "007", "7"]
+
+
+def written_labels(folder, name, labels):
+    for number in range(len(labels)):
+        class_folders(folder, {".": [number]})
+    lines = [f"{number:03}.png,{label}" for number, label in enumerate(labels)]
+    (folder / name).write_text("\n".join(["file_name,label", *lines]) + "\n")
+    return folder / name
+
+
+@pytest.mark.parametrize("labels", [WORDS, CODES], ids=["words", "codes"])
+def test_labels_of_a_csv_are_as_written(labels, tmp_path):
+    """Words for "missing" and leading zeros are what pandas changes by itself."""
+    table = written_labels(tmp_path, "labels.csv", labels)
+    options = {"image_column": "file_name", "label_column": "label"}
+    images = load_images(table, **options)
+    read = [None if label < 0 else images.class_names[label] for label in images.labels]
+    assert read == [label or None for label in labels]
+    streamed = open_dataset(table, streaming=True, image_column="file_name").data
+    assert [row["label"] for row in streamed] == read
+
+
+def test_the_words_that_pandas_leaves_out():
+    assert {*MISSING, ""} == pandas_parsers.STR_NA_VALUES
+
+
+def test_the_other_columns_are_read_as_ever(tmp_path):
+    """The number beside a label that is kept: missing where it is NA or empty."""
+    table = tmp_path / "labels.csv"
+    table.write_text("file_name,label,y\n000.png,cat,1\n001.png,7,NA\n002.png,None,\n")
+    options = as_written([str(table)])
+    assert sorted(options["converters"]) == ["label"]
+    found = pd.read_csv(table, **options)
+    assert found["label"].tolist() == ["cat", "7", "None"]
+    pd.testing.assert_series_equal(found["y"], pd.read_csv(table)["y"])
+
+
+@pytest.mark.parametrize("labels", [WORDS, CODES], ids=["words", "codes"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_a_metadata_csv_would_change_are_refused(labels, streaming, tmp_path):
+    written_labels(tmp_path, "metadata.csv", labels)
+    with pytest.raises(ConfigError, match=r"label_column: in metadata.csv the label '(None|007)'"):
+        load_images(tmp_path, streaming=streaming)
+    (tmp_path / "metadata.csv").rename(tmp_path / "labels.csv")
+    assert set(load_images(tmp_path).class_names) == {label for label in labels if label}
+
+
+@pytest.mark.parametrize(
+    "labels", [["7", "10", "2"], ["cat", "", "dog"], ["TRUE", "FALSE", "TRUE"], [" 7", "10", "2"]]
+)
+def test_ordinary_columns_are_read_as_ever(labels, tmp_path):
+    table = written_labels(tmp_path, "labels.csv", labels)
+    assert retyped_columns([str(table)]) == {}
+    metadata = written_labels(tmp_path / "other", "metadata.csv", labels)
+    assert len(load_images(metadata.parent)) == 3
+
+
+def test_a_later_block_of_a_csv_is_looked_at(tmp_path):
+    table = tmp_path / "a.csv"
+    table.write_text("\n".join(["a,b", *(f"{i + 1},x" for i in range(10_000)), "007,NA"]))
+    assert retyped_columns([str(table)]) == {"a": "007", "b": "NA"}
+    table.write_text('a,b\n"1,2\n3')  # damaged: for `datasets` to say
+    assert retyped_columns([str(table), str(tmp_path / "none.csv")]) == {}

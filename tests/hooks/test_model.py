@@ -19,7 +19,14 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.bridge import VisionBridge
 from taxolens.hooks.models.hooked_module import HookedVisionModel
-from taxolens.hooks.models.load import find_family, from_module, load_vision_model, run_to_hooks
+from taxolens.hooks.models.load import (
+    find_family,
+    from_module,
+    hook_d_in,
+    hook_n_tokens,
+    load_vision_model,
+    run_to_hooks,
+)
 from taxolens.hooks.models.tokens import tokens_per_image
 from taxolens.registry.errors import CheckpointError, ConfigError, UnknownNameError
 from tiny_models import VIT, pictures, preprocessing, save_tiny, tapped, tiny_model
@@ -324,6 +331,19 @@ def test_someone_elses_bridge_is_adopted(tmp_path: Path) -> None:
     assert_same_activations(model, "deit")
 
 
+def test_an_edit_of_the_pattern_acts_in_someone_elses_bridge(tmp_path: Path) -> None:
+    folder = save_tiny("vit", tmp_path)
+    booted: Any = SAETransformerBridge.boot_transformers(str(folder), device="cpu")
+    booted.original_model.set_attn_implementation("eager")
+    hook = ("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0)
+    edited, ours = (
+        model.run_with_hooks(pictures(), fwd_hooks=[hook])
+        for model in (from_module(booted), tapped("vit"))
+    )
+    torch.testing.assert_close(edited, ours)
+    assert not torch.allclose(edited, booted(pictures()))
+
+
 def test_patches_that_are_not_square_are_refused() -> None:
     """Their tokens would be counted by the height of a patch alone."""
     sizes: dict[str, Any] = {"image_size": 32, "patch_size": [8, 4]}
@@ -335,6 +355,33 @@ def test_patches_that_are_not_square_are_refused() -> None:
         from_module(transformers.ViTModel(config))
     wrapped = from_module(transformers.ViTModel(config), family="wrapped")
     assert tokens_per_image(wrapped, "all", hook_name="blocks.0.hook_resid_post") == 4 * 8 + 1
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "ViTMAE", "Beit", "IJepa"])
+def test_positions_of_no_square_are_those_of_one_size(kind: str) -> None:
+    """Hugging Face interpolates any as those of a square: 2 x 8 patches as 4 x 4."""
+    sizes = {**VIT, "patch_size": 8, "use_absolute_position_embeddings": True}
+
+    def made(**size: Any) -> Any:
+        config = getattr(transformers, f"{kind}Config")(**{**sizes, **size})
+        return from_module(getattr(transformers, f"{kind}Model")(config).eval())
+
+    model, hook = made(image_size=[16, 64]), "blocks.0.hook_resid_post"
+    trained = torch.zeros(1, 3, 16, 64)
+    assert run_to_hooks(model, trained, [hook])[hook].shape[1] == model.cfg.n_ctx
+    for size in ((32, 32), (32, 128), (64, 16)):
+        with pytest.raises(ConfigError, match=r"image_size: .* learned positions .* 16 x 64"):
+            model(torch.zeros(1, 3, *size))
+        with pytest.raises(ConfigError, match=r"image_size: .* learned positions .* 16 x 64"):
+            hook_d_in(model, hook, size)
+    square = made(image_size=[33, 32])
+    assert hook_n_tokens(square, hook, (64, 64)) == square.cfg.n_prefix_tokens + 64
+
+
+def test_rotary_positions_are_those_of_any_size() -> None:
+    config = transformers.DINOv3ViTConfig(**{**VIT, "image_size": [16, 64], "patch_size": 8})
+    model, hook = from_module(transformers.DINOv3ViTModel(config)), "blocks.0.hook_resid_post"
+    assert hook_n_tokens(model, hook, (32, 32)) == model.cfg.n_prefix_tokens + 16
 
 
 class TinyTimm(torch.nn.Module):

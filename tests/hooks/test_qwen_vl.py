@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.activations.extract import model_fingerprint
 from taxolens.hooks.images.preprocess import preprocess_for
 from taxolens.hooks.models.load import (
     expand_hook_names,
@@ -210,6 +211,32 @@ def test_all_names_and_their_shapes(version: str) -> None:
     assert cache["blocks.1.attn.hook_q"].shape == (3, n_tokens, 2, 8)
 
 
+def test_fingerprint_follows_the_towers_own_config() -> None:
+    """The weights are the same; windows, blocks without them and the activation function are not."""
+
+    def tower(attention: str = "eager", **fields: Any) -> Any:
+        config = build("qwen2.5").model.visual.config
+        for name, value in fields.items():
+            setattr(config, name, value)
+        config._attn_implementation = attention
+        made = type(build("qwen2.5").model.visual)(config).eval()
+        made.load_state_dict(build("qwen2.5").model.visual.state_dict())
+        return from_module(made)
+
+    images = pictures()
+    plain = tower()
+    one = model_fingerprint(plain)
+    run_to_hooks(plain, images, [HOOK])
+    assert one == model_fingerprint(plain) == model_fingerprint(tower("sdpa"))
+    window = build("qwen2.5").model.visual.config.window_size
+    others = [{"window_size": window * 2}, {"fullatt_block_indexes": [0]}, {"hidden_act": "relu"}]
+    assert len({one, *(model_fingerprint(tower(**fields)) for fields in others)}) == 4
+
+
+def in_place(pattern: torch.Tensor, hook: Any) -> None:
+    pattern.zero_()
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_patterns_weigh_the_values(version: str) -> None:
     """Each block's pattern times its values gives z; between windows it is zero."""
@@ -226,12 +253,13 @@ def test_patterns_weigh_the_values(version: str) -> None:
         windowed = version == "qwen2.5" and block != 1
         assert bool((pattern == 0).any()) is windowed
     name = "blocks.0.attn.hook_pattern"
-    with pytest.raises(ConfigError, match="hook_pattern: it cannot be edited in a tower"):
-        model.run_with_hooks(images, fwd_hooks=[(name, lambda pattern, hook: pattern * 0)])
+    for edit in (lambda pattern, hook: pattern * 0, in_place):
+        with pytest.raises(ConfigError, match="hook_pattern: it cannot be edited in a tower"):
+            model.run_with_hooks(images, fwd_hooks=[(name, edit)])
     assert torch.equal(model(images), clean)
     with pytest.raises(ConfigError, match="only eager attention forms; given 'sdpa'"):
         run_to_hooks(from_module(build(version, "sdpa")), images, [name])
-    with pytest.raises(ConfigError, match=r"hook_attn_scores.*never fires"):
+    with pytest.raises(ConfigError, match=r"hook_attn_scores.*never fires: the scores"):
         run_to_hooks(model, images, ["blocks.0.attn.hook_attn_scores"])
 
 

@@ -11,6 +11,7 @@ import pytest
 import taxolens  # noqa: F401  (registers the families)
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
+from taxolens.hooks.activations.extract import model_fingerprint
 from taxolens.hooks.models.load import from_module, load_vision_model, run_to_hooks
 from taxolens.hooks.models.tokens import tokens_per_image
 from tiny_models import pictures
@@ -111,6 +112,25 @@ def test_parts_add_up(variant: str) -> None:
         mixed = plain.norm((pattern @ heads).transpose(1, 2).flatten(2))
         torch.testing.assert_close(z, mixed)
     assert before.shape == after.shape == (2, model.cfg.n_ctx, model.cfg.d_mlp)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("plain", {"act_layer": "quick_gelu"}),
+        ("plain", {"global_pool": "avg"}),
+        ("eva02", {"rope_temperature": 10.0}),
+    ],
+)
+def test_fingerprint_follows_what_is_computed(variant: str, changes: dict[str, Any]) -> None:
+    """The weights are the same, and the config that TransformerLens reads is too."""
+    name, arguments, _ = MODELS[variant]
+    plain = build(variant)
+    other = timm.create_model(name, pretrained=False, **{**arguments, **changes}).eval()
+    other.load_state_dict(plain.state_dict(), strict=False)
+    one = model_fingerprint(from_module(plain))
+    assert one == model_fingerprint(from_module(build(variant, "sdpa")))
+    assert one != model_fingerprint(from_module(other))
 
 
 @pytest.mark.parametrize("point", ["hook_resid_post", "attn.hook_v", "attn.hook_pattern"])

@@ -14,6 +14,7 @@ from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.activations.stream import ActivationStream
 from taxolens.hooks.images.dataset import ImageDataset
 from taxolens.hooks.images.preprocess import preprocess_for
+from taxolens.hooks.models.evals import labels_of
 from taxolens.hooks.models.load import from_module
 from taxolens.plugin.training.activations_store import VisionActivationsStore
 from taxolens.registry.errors import ConfigError
@@ -233,6 +234,15 @@ def test_classes_that_the_head_does_not_have(images: Any) -> None:
         evaluate(sae_of(), model, store_of(model, images, "class"))
     found = evaluate(sae_of(), model, store_of(model, images, "class"), compute_ce_loss=False)
     assert found["kl_div_with_sae"] > 0 and "ce_loss_with_sae" not in found
+
+
+def test_a_class_that_two_outputs_of_the_head_are_named_for(images: Any) -> None:
+    model = model_of("vit_classifier", [*CLASSES[:-1], CLASSES[0]])
+    message = f"'{CLASSES[0]}' is the name of several of them; allowed: compute_ce_loss=False"
+    problem = labels_of(model, CLASSES[:-1], torch.tensor([0, 1]))
+    assert isinstance(problem, ConfigError) and message in str(problem)
+    others = labels_of(model, CLASSES[1:-1], torch.tensor([1, 0]))
+    assert isinstance(others, torch.Tensor) and others.tolist() == [2, 1]
 
 
 def test_a_model_without_logits(images: Any) -> None:

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from taxolens.registry import files
-from taxolens.registry.errors import ConfigError
+from taxolens.registry.errors import ConfigError, DataError
 from taxolens.registry.files import UnreadableError
 from taxolens.registry.taxonomies import load_taxonomy
 
@@ -129,12 +129,27 @@ def test_paths_in_files_stay_inside(tmp_path: Path) -> None:
     assert files.inside(tmp_path / "alias", "a").is_dir()
 
 
-def test_a_walk_enters_each_folder_once(tmp_path: Path) -> None:
+def test_a_walk_follows_every_link_but_none_back_up(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "b" / "self").symlink_to(tmp_path / "a" / "b")
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a" / "b")
-    found = [os.path.relpath(folder, tmp_path) for folder, _, _ in files.walk_once(tmp_path)]
-    assert len(found) == 3
+    found = [os.path.relpath(folder, tmp_path) for folder, _, _ in files.walk_links(tmp_path)]
+    assert found == [".", "a", "a/again", "a/b"]
+    slashed = [os.path.relpath(f, tmp_path) for f, _, _ in files.walk_links(f"{tmp_path}/")]
+    assert slashed == found
+
+
+def test_links_that_multiply_are_refused(tmp_path: Path) -> None:
+    """Of 30 folders with two links each to the next one, 2**30 paths lead to the last."""
+    for number in range(30):
+        (tmp_path / "pool" / f"{number}").mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / "pool" / f"{number}" / name).symlink_to(tmp_path / "pool" / f"{number + 1}")
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"links lead to it from more than 1000 places below"):
+        list(files.walk_links(tmp_path / "pool" / "0"))
+    assert time.monotonic() - begun < 10
 
 
 def test_written_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ Hugging Face's own code, so activations are equal to the bit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import ArchitectureAdapter, AttentionBridge, NormalizationBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.block import (
@@ -20,10 +23,14 @@ from transformer_lens.model_bridge.generalized_components.linear import LinearBr
 from transformer_lens.model_bridge.generalized_components.vision_classifier_head import (
     VisionClassifierHeadBridge,
 )
+from transformers import AttentionInterface
 
 from ....registry.errors import ConfigError
-from ..points import as_pair
+from ..points import as_pair, other_size
 from ..rows import Rows
+
+HOOKED = "taxolens_hooked"
+"""Under this name transformers knows eager attention that gives its pattern to `hook_pattern`."""
 
 
 def side_of_patch(size: int | Sequence[int]) -> int:
@@ -53,14 +60,39 @@ class VisionEmbeddings(GeneralizedComponent):
 
     @property
     def takes_any_size(self) -> bool:
-        """Whether images of another size than the model was trained at are possible."""
-        return True
+        """Whether images of another size than the model was trained at are possible.
+
+        Hugging Face interpolates learned positions as those of a square.
+        """
+        names = ("position_embeddings", "position_embedding")
+        learned = any(getattr(self.original_component, name, None) is not None for name in names)
+        if not learned:
+            return True
+        height, width = self._size("image_size")
+        patch_height, patch_width = self._size("patch_size")
+        return height // patch_height == width // patch_width
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """A size, (height, width) in pixels, which Hugging Face keeps at one of three places."""
+        embeddings: Any = self.original_component
+        places = (
+            embeddings,
+            getattr(embeddings, "patch_embeddings", None),
+            getattr(embeddings, "config", None),
+        )
+        return as_pair(next(getattr(place, name) for place in places if hasattr(place, name)))
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
-        """Images (B, 3, H, W) -> tokens (B, T, d)."""
+        """Images (B, 3, H, W) -> tokens (B, T, d).
+
+        Raises:
+            ConfigError: the model cannot take images of this size.
+        """
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        if not self.takes_any_size and size != self._size("image_size"):
+            raise other_size(size, self._size("image_size"))
         if "interpolate_pos_encoding" in options and not options["interpolate_pos_encoding"]:
-            trained_at = as_pair(self.original_component.image_size)  # type: ignore[union-attr]
-            options["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != trained_at
+            options["interpolate_pos_encoding"] = size != self._size("image_size")
         return super().forward(pixel_values, **options)
 
 
@@ -82,10 +114,133 @@ class VisionNorm(NormalizationBridge):
         return self.hook_out(norm(self.hook_in(hidden_states)))
 
 
+class _Hooked:
+    """A config of Hugging Face with another attention; all else is the config's own."""
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._attn_implementation = config, HOOKED
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def eager_attention(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The eager attention of the file that a module of Hugging Face is from; None where it has none."""
+    source = sys.modules.get(type(attention).__module__)
+    return getattr(source, "eager_attention_forward", None)
+
+
+def _hooked(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Eager attention of Hugging Face whose pattern passes `hook_pattern` before it weighs the values."""
+    eager = eager_attention(attention)
+    assert eager is not None
+    output, pattern = eager(attention, query, key, value, *rest, **options)
+    return attention.on_pattern(output, pattern, value)
+
+
+AttentionInterface.register(HOOKED, _hooked)
+
+
+def show_pattern(point: Any, pattern: Tensor, why: str) -> None:
+    """Give a pattern that attention has used already to its hook point.
+
+    Raises:
+        ConfigError: a hook changes it.
+    """
+    # tensors of inference mode do not count their changes
+    before: Any = pattern.clone() if pattern.is_inference() else pattern._version
+    given = point(pattern)
+    changed = (
+        not torch.equal(pattern, before)
+        if isinstance(before, Tensor)
+        else pattern._version != before
+    )
+    if given is not pattern or changed:
+        raise ConfigError(
+            "hook_pattern",
+            f"it cannot be edited {why}",
+            allowed="a hook that returns nothing, or one at hook_z",
+        )
+
+
 class VisionAttention(AttentionBridge):
-    """Hugging Face's attention as it is. `hook_pattern` fires with eager attention only."""
+    """Hugging Face's attention as it is. `hook_pattern` fires with eager attention only.
+
+    An edit of the pattern acts: the values are weighed by what the hook gives. `hook_attn_scores` never
+    fires: Hugging Face gives no scores before the softmax.
+    """
 
     supports_split_qkv_fork = False
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """As Hugging Face's.
+
+        Raises:
+            ConfigError: a hook changes the pattern of an attention that does not compute it as
+                Hugging Face's eager attention does.
+        """
+        attention: Any = self.original_component
+        if not _is_listened_to(self.hook_pattern):
+            return self._run(arguments, options)
+        state, passed = vars(attention), []
+
+        def on_pattern(output: Tensor, pattern: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            passed.append(True)
+            return self._weigh(output, pattern, value)
+
+        config = state.get("config")
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        if eager and eager_attention(attention) is not None:
+            state.update(config=_Hooked(config), on_pattern=on_pattern)
+            try:
+                output = self._run(arguments, options)
+            finally:
+                state["config"] = config
+                del state["on_pattern"]
+        else:
+            output = self._run(arguments, options)
+        pattern = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if not passed and isinstance(pattern, Tensor) and pattern.ndim == 4:
+            show_pattern(self.hook_pattern, pattern, f"in {type(attention).__name__}")
+        return output
+
+    def _run(self, arguments: Any, options: Any) -> Any:
+        # not `AttentionBridge.forward`, which gives the used pattern to `hook_pattern` and `hook_attn_scores`
+        return super(AttentionBridge, self).forward(*arguments, **options)
+
+    def _weigh(self, output: Tensor, pattern: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention gives, and its pattern (B, heads, T, T), after `hook_pattern`."""
+        if not self._weighs_values(output, pattern, value):
+            kind = type(self.original_component).__name__
+            show_pattern(self.hook_pattern, pattern, f"in {kind}")
+            return output, pattern
+        # tensors of inference mode do not count their changes
+        version = None if pattern.is_inference() else pattern._version
+        given: Any = self.hook_pattern(pattern)
+        if given is pattern and version is not None and pattern._version == version:
+            return output, pattern
+        return _weighed(given, value), given
+
+    def _weighs_values(self, output: Tensor, pattern: Tensor, value: Tensor) -> bool:
+        """Whether attention's output is its pattern times its values; found out once."""
+        if "_by_pattern" not in self.__dict__:
+            same_heads = pattern.shape[1] == value.shape[1]
+            self.__dict__["_by_pattern"] = same_heads and torch.allclose(
+                _weighed(pattern, value), output, rtol=1e-3, atol=1e-5, equal_nan=True
+            )
+        return self.__dict__["_by_pattern"]
+
+
+def _is_listened_to(point: Any) -> bool:
+    spliced = not isinstance(point, HookPoint)
+    return spliced or point.has_hooks() or bool(point._forward_hooks or point._backward_hooks)
+
+
+def _weighed(pattern: Tensor, value: Tensor) -> Tensor:
+    """(B, heads, T, T), (B, heads, T, d_head) -> (B, T, heads, d_head), as eager attention has it."""
+    return torch.matmul(pattern, value).transpose(1, 2).contiguous()
 
 
 class VisionBlock(DelegatedAttentionBlockBridge):

@@ -9,7 +9,6 @@ transformers has it: activations are its own to the bit. Each image, or each win
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.vision_utils import get_vision_window_index
 from ....registry.errors import ConfigError
 from ..points import as_pair
 from ..rows import Rows
-from .adapter import Layout, VisionAdapter, VisionAttention
+from .adapter import Layout, VisionAdapter, VisionAttention, eager_attention, show_pattern
 from .family import VisionFamily
 from .timm_vit import Split
 
@@ -144,9 +143,9 @@ def _each(value: Any, change: Any) -> Any:
 
 def _keeping_patterns(module: Any, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
     """Eager attention as the tower's own file has it; (1, heads, n, n) patterns are kept where they are wanted."""
-    output, pattern = sys.modules[type(module).__module__].eager_attention_forward(
-        module, *arguments, **options
-    )
+    eager = eager_attention(module)
+    assert eager is not None
+    output, pattern = eager(module, *arguments, **options)
     if module.patterns is not None:
         module.patterns.append(pattern)
     return output, pattern
@@ -170,12 +169,8 @@ class QwenVLAttention(VisionAttention):
             output = super().forward(*arguments, **options)
             if attention.patterns:
                 pattern = attention.rows.fold_squares(attention.patterns)
-                if self.hook_pattern(pattern) is not pattern:
-                    raise ConfigError(
-                        "hook_pattern",
-                        "it cannot be edited in a tower that attends each image or window by itself",
-                        allowed="a hook that returns nothing, or one at hook_z",
-                    )
+                why = "in a tower that attends each image or window by itself"
+                show_pattern(self.hook_pattern, pattern, why)
         finally:
             attention.patterns = None
         return output
