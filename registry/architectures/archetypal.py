@@ -42,6 +42,7 @@ from ..table import Architecture
 from .parts.kmeans import seed_centroids, update_centroids
 from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
+from .parts.straight_through import straight_through
 
 
 @dataclass
@@ -308,7 +309,7 @@ def _on_simplex(rows: Tensor) -> Tensor:
 
 def _through(parameter: Tensor, project: Any) -> Tensor:
     """The projected value with the gradient of the parameter itself (projected gradient)."""
-    return parameter + (project(parameter) - parameter).detach()
+    return straight_through(project(parameter), parameter)
 
 
 class ArchetypalTopKTrainingSAE(ArchetypalDictionary, TopKTrainingSAE):

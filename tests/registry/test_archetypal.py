@@ -138,6 +138,17 @@ def test_given_candidates_are_kept():
         sae.set_candidates(points[:3])
 
 
+def test_atoms_are_those_of_the_projected_weights_to_the_bit():
+    sae = make(delta=0.01)
+    with torch.no_grad():
+        sae.mixture.copy_(torch.randn(12, 7) * 1e4)
+        sae.relaxation.copy_(torch.randn(12, 5) * 1e4)
+        of_any_weights = sae.dictionary()
+        sae.project()
+        mixture, relaxation = sae.mixture, sae.relaxation
+        assert torch.equal(of_any_weights, mixture @ sae.candidates + relaxation)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_saved_with_its_dictionary(kind, tmp_path):
     sae = make(kind)
