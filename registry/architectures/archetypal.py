@@ -53,7 +53,7 @@ class ArchetypalSettings:
         n_candidates: number of candidate points; by default as many as latents.
         delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu, in the units
             of the activations after their normalisation.
-        candidate_steps: training steps over which k-means refines the candidates.
+        candidate_steps: training steps over which k-means refines the candidates; 0: they stay rows of the first batch.
         seed: seed of the candidates.
     """
 
@@ -210,16 +210,23 @@ class ArchetypalDictionary(SAE[Any]):
         if bool(idle.any()):
             generator = self.clock.generator(step, self.device)
             self.candidates[idle] = seed_centroids(x, int(idle.sum()), generator)
-        update_centroids(self.candidates, self.candidate_counts, x)
+        if step < self.cfg.candidate_steps:
+            update_centroids(self.candidates, self.candidate_counts, x)
         if bool(idle.any()):
-            latents = idle[torch.arange(self.cfg.d_sae, device=self.device) % len(idle)]
-            atoms = self.dictionary()[latents]
-            self.W_enc.data[:, latents] = (
-                atoms / atoms.square().sum(1, keepdim=True).clamp_min(1e-12)
-            ).T
+            self._aim_encoder(idle[torch.arange(self.cfg.d_sae, device=self.device) % len(idle)])
 
+    def _aim_encoder(self, latents: Tensor) -> None:
+        """The encoder of `latents` (d_sae,) bool becomes the projection onto their atoms."""
+        atoms = self.dictionary()[latents]
+        self.W_enc.data[:, latents] = (
+            atoms / atoms.square().sum(1, keepdim=True).clamp_min(1e-12)
+        ).T
+
+    @torch.no_grad()
     def set_candidates(self, points: Tensor) -> None:
-        """Use these points (n_candidates, d_in), without refinement.
+        """Use these points (n_candidates, d_in), without refinement; the encoder becomes the projection onto the atoms.
+
+        Where the SAE normalises each input, they are points among the normalised ones.
 
         Raises:
             ConfigError: the points have another shape.
@@ -232,7 +239,9 @@ class ArchetypalDictionary(SAE[Any]):
                 allowed=f"shape {tuple(self.candidates.shape)} (n_candidates, d_in)",
             )
         self.candidates.copy_(points)
+        self.candidate_counts.fill_(1)  # none is free for a row of the first batch
         self.cfg.candidate_steps = 0
+        self._aim_encoder(torch.ones(self.cfg.d_sae, dtype=torch.bool, device=self.device))
 
     @contextmanager
     def one_dictionary(self):
@@ -244,9 +253,7 @@ class ArchetypalDictionary(SAE[Any]):
             self._held = None
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        step = self.clock.tick()
-        if self.cfg.candidate_steps > 0:
-            self.learn_candidates(step_input.sae_in, step)
+        self.learn_candidates(step_input.sae_in, self.clock.tick())
         self.project()
         with self.one_dictionary():
             return super().training_forward_pass(step_input)  # type: ignore[misc]

@@ -129,9 +129,24 @@ def test_inputs_of_zeros_are_no_candidates(kind):
     assert output.loss.isfinite()
 
 
+def test_without_refinement_candidates_are_rows_of_the_first_batch():
+    sae, x = make(candidate_steps=0), torch.randn(40, 5) + 9
+    step(sae, x)
+    assert len(sae.candidates.unique(dim=0)) == 7
+    assert all(any(torch.equal(point, row) for row in x) for point in sae.candidates)
+    torch.testing.assert_close((sae.W_enc.T * sae.W_dec).sum(1), torch.ones(12))
+    drawn = sae.candidates.clone()
+    step(sae, torch.randn(40, 5))
+    assert torch.equal(sae.candidates, drawn)
+
+
 def test_given_candidates_are_kept():
     sae, points = make(), torch.randn(7, 5)
     sae.set_candidates(points)
+    for latent in range(12):  # which starts at one candidate, and encodes the projection onto it
+        point = points[latent % 7]
+        torch.testing.assert_close(sae.W_dec[latent], point)
+        torch.testing.assert_close(sae.W_enc[:, latent], point / point.dot(point))
     step(sae, torch.randn(40, 5))
     assert torch.equal(sae.candidates, points)
     with pytest.raises(ConfigError, match=r"given \(3, 5\); allowed: shape \(7, 5\)"):
