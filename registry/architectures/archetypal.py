@@ -39,6 +39,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
+from .parts.exact_buffers import ExactBuffers
 from .parts.kmeans import seed_centroids, update_centroids
 from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
@@ -122,9 +123,10 @@ class ArchetypalJumpReLUTrainingSAEConfig(ArchetypalSettings, JumpReLUTrainingSA
         return JumpReLUSAEConfig
 
 
-class ArchetypalDictionary(SAE[Any]):
+class ArchetypalDictionary(ExactBuffers, SAE[Any]):
     """Mixin: `W_dec` is computed from candidates and is not a parameter."""
 
+    exact = ("candidate_counts",)
     mixture: nn.Parameter  # W, (d_sae, n_candidates)
     relaxation: nn.Parameter  # Lambda, (d_sae, d_in)
     log_scale: nn.Parameter  # mu
@@ -162,15 +164,6 @@ class ArchetypalDictionary(SAE[Any]):
         self.register_buffer("delta", torch.tensor(cfg.delta, **options))
         self.clock = StepClock(cfg.seed, self.device)
         super().initialize_weights()
-
-    @override
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        out = super()._apply(*args, **kwargs)
-        # As SAELens's JumpReLU keeps its threshold: loading casts every buffer to the dtype of the config.
-        counts = self._buffers.get("candidate_counts")
-        if counts is not None:
-            self.candidate_counts = counts.to(at_least_float32(counts.dtype))
-        return out
 
     def dictionary(self) -> Tensor:
         """D (d_sae, d_in)."""

@@ -240,9 +240,9 @@ def test_points_are_counted_on_after_an_sae_in_half_precision_is_loaded(tmp_path
     """Of a count in half precision, which stops growing, nothing is left: loading casts to the config's dtype."""
     settings = {"d_in": 4, "d_sae": 8, "k": 2, "n_candidates": 1, "dtype": dtype}
     sae = TrainingSAE.from_dict(ArchetypalTopKTrainingSAEConfig(**settings).to_dict())
-    sae.learn_candidates(torch.ones(4096, 4), 0)
+    sae.learn_candidates(torch.ones(70_001, 4), 0)
     sae.save_model(tmp_path)
     loaded = TrainingSAE.load_from_disk(tmp_path)
     for step in range(1, 5):
         loaded.learn_candidates(torch.ones(1, 4), step)
-    assert loaded.candidate_counts.tolist() == [4100]
+    assert loaded.candidate_counts.tolist() == [70_005]
