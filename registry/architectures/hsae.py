@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .parts.forest import ROOT, Forest, RecordsForest
+from .parts.forest import ROOT, Forest, RecordsForest, check_parents
 from .parts.levels import (
     check_levels,
     dead_latent_loss,
@@ -103,6 +103,7 @@ class HSAETrainingSAEConfig(PluginTrainingSAEConfig):
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
         check_levels("hsae", self.d_sae, self.widths, _budgets(self.k, self.widths))
+        check_parents(self.parents, self.widths, next_level_only=True)
         for name in ("swap_probability", "unassigned_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(

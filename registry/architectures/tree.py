@@ -27,7 +27,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..table import Architecture
-from .parts.forest import ROOT, Forest, RecordsForest
+from .parts.forest import ROOT, Forest, RecordsForest, check_parents
 from .parts.levels import (
     check_levels,
     dead_latent_loss,
@@ -61,6 +61,11 @@ class TreeSAEConfig(SAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return "tree"
+
+    @override
+    def __post_init__(self) -> None:
+        check_parents(self.parents, self.level_widths)
+        super().__post_init__()
 
 
 @dataclass
@@ -104,6 +109,7 @@ class TreeTrainingSAEConfig(PluginTrainingSAEConfig):
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
         check_levels("tree", self.d_sae, self.widths, self.budgets)
+        check_parents(self.parents, self.widths)
         super().__post_init__()
 
     @property

@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainStepInput
 from taxolens.registry.architectures.parts.forest import ROOT, Forest
 from taxolens.registry.architectures.parts.tree_growth import TreeGrowth, fair_quotas
 from taxolens.registry.architectures.tree import (
+    TreeSAEConfig,
     TreeTrainingSAE,
     TreeTrainingSAEConfig,
     random_forest,
@@ -196,6 +197,26 @@ def test_default_levels_are_the_papers():
 def test_wrong_levels_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         make(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("latent", "parent", "allowed"),
+    [
+        (1, 0, "latent 1, of level 0; given 0; allowed: -1"),
+        (5, 3, "latent 5, of level 1; given 3; allowed: 0 to 2, or -1"),  # the first of its own
+        (5, 4, "latent 5, of level 1; given 4; allowed: 0 to 2, or -1"),
+        (8, 9, "latent 8, of level 2; given 9; allowed: 0 to 6, or -1"),
+    ],
+)
+def test_a_parent_is_of_an_earlier_level(latent, parent, allowed):
+    parents = [ROOT] * 12
+    parents[latent] = parent
+    with pytest.raises(ConfigError, match=f"parents: not possible for {allowed}"):
+        make(parents=parents)
+    with pytest.raises(ConfigError, match=f"parents: not possible for {allowed}"):
+        TreeSAEConfig(d_in=6, d_sae=12, level_widths=WIDTHS, level_k=BUDGETS, parents=parents)
+    parents[latent] = ROOT
+    assert make(parents=[*parents[:-1], 0]).forest.parents[-1] == 0  # two levels above
 
 
 def test_a_parent_must_come_before_its_child():
