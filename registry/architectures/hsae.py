@@ -102,7 +102,7 @@ class HSAETrainingSAEConfig(PluginTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
-        check_levels("hsae", self.d_sae, self.widths, _budgets(self.k, self.widths))
+        check_levels("hsae", self.d_sae, self.widths, _budgets(self.k, self.widths), self.k)
         check_parents(self.parents, self.widths, next_level_only=True)
         for name in ("swap_probability", "unassigned_share"):
             if not 0 <= getattr(self, name) <= 1:

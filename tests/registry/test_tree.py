@@ -187,10 +187,21 @@ def test_default_levels_are_the_papers():
     ("overrides", "message"),
     [
         ({"level_widths": [3, 4]}, r"given \[3, 4\]; allowed: .* the sum d_sae=12"),
-        ({"level_k": [2, 2]}, r"not one for each level.*given \[2, 2\]; allowed: 3 integers"),
+        (
+            {"level_k": [2, 2]},
+            r"level_k: not one for each level.*given \[2, 2\]; allowed: 3 integers",
+        ),
         (
             {"level_k": [4, 2, 2]},
-            r"given \[4, 2, 2\]; allowed: .*between 1 and the width of its level",
+            r"level_k: .*given \[4, 2, 2\]; allowed: .*between 1 and the width of its level",
+        ),
+        (
+            {"level_k": [], "k": 2},
+            "k: out of range; given 2; allowed: at least the number of levels, 3; or fewer level_widths",
+        ),
+        (
+            {"level_k": [], "k": 12},
+            r"k: gives the levels of tree \[4, 4, 4\] active latents; given 12; allowed: .*its level \[3, 4, 5\]",
         ),
     ],
 )
