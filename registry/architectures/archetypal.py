@@ -41,6 +41,7 @@ from ..errors import ConfigError
 from ..table import Architecture
 from .parts.exact_buffers import ExactBuffers
 from .parts.kmeans import seed_centroids, update_centroids
+from .parts.plugin_config import check_k
 from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
 from .parts.straight_through import straight_through
@@ -95,6 +96,7 @@ class ArchetypalTopKTrainingSAEConfig(ArchetypalSettings, TopKTrainingSAEConfig)
     @override
     def __post_init__(self) -> None:
         _check(self)
+        check_k(self)
         super().__post_init__()
 
     @override

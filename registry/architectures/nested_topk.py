@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .parts.plugin_config import refuse_input_normalisation
+from .parts.plugin_config import check_k, refuse_input_normalisation
 from .parts.sparse_step import FiredLatents, SparseTopK
 
 
@@ -49,6 +49,7 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
+        check_k(self)
         levels = self.levels
         if levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] != self.k:
             raise ConfigError(
@@ -64,10 +65,8 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
                 given=self.level_weights,
                 allowed="'uniform' or 'reverse'",
             )
-        if self.inference_k is not None and self.inference_k < 1:
-            raise ConfigError(
-                "inference_k", "out of range", given=self.inference_k, allowed="at least 1"
-            )
+        if self.inference_k is not None:
+            check_k(self, "inference_k")
         super().__post_init__()
 
     @property

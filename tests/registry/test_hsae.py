@@ -160,7 +160,6 @@ def test_default_levels_are_the_papers():
             {"unassigned_share": -0.1},
             r"unassigned_share: out of range; given -0.1; allowed: a number in \[0, 1\]",
         ),
-        ({"k": 0}, r"k: gives the levels of hsae \[0, 0, 0\] active latents; given 0"),
         ({"reassign_every": 0}, "reassign_every: out of range; given 0; allowed: at least 1"),
         (
             {"level_widths": [4, 4]},
