@@ -242,6 +242,20 @@ def test_gradients_in_half_precision_are_those_in_float64(dtype, rescale):
         assert float((found - parameter.grad).norm() / parameter.grad.norm()) < 0.04, name
 
 
+@BY_NAME
+@pytest.mark.parametrize("n_dead", [0, 60])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_gradients_in_float64_are_exact(architecture, n_dead, rescale):
+    dense, sparse = pair(architecture, dtype="float64", rescale_acts_by_decoder_norm=rescale)
+    dead = torch.arange(D_SAE) < n_dead
+    for sae in (dense, sparse):
+        forward(sae, inputs(torch.float64), dead).loss.backward()
+    for name, parameter in dense.named_parameters():
+        gradient, expected = sparse.get_parameter(name).grad, parameter.grad
+        error = float((gradient - expected).norm() / expected.norm())
+        assert error < 1e-13, name
+
+
 def test_deterministic_training_on_cuda_is_dense():
     cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
     assert runs_on(cpu) and runs_on(cuda) and not runs_on(mps)
