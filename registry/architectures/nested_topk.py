@@ -103,6 +103,7 @@ class NestedTopKTrainingSAE(SparseTopK):
             acts, hidden_pre = self.encode_with_hidden_pre(x)
             sae_out = self.decode(acts)
             inner = self._inner_outputs(acts)
+            aux = self.calculate_aux_loss(step_input, acts, hidden_pre, sae_out)
         variance = (x - x.mean(dim=0)).square().sum(dim=-1).mean().clamp_min(1e-12)
 
         losses: dict[str, Tensor] = {}
@@ -113,7 +114,6 @@ class NestedTopKTrainingSAE(SparseTopK):
             loss = loss + weight * squared_error / variance
             losses[f"nmse_k{k}"] = squared_error / variance
         losses["mse_loss"] = squared_error
-        aux = self.calculate_aux_loss(step_input, acts, hidden_pre, sae_out)
         losses.update(aux)
         loss = loss + sum(aux.values()) / variance
         return TrainStepOutput(x, sae_out, acts, hidden_pre, loss, losses)

@@ -115,6 +115,22 @@ def test_the_encoder_has_no_dense_gradient_of_latents(architecture, monkeypatch)
 
 
 @BY_NAME
+def test_the_auxiliary_loss_is_that_of_the_selected_latents(architecture, monkeypatch):
+    """SAELens's own would multiply every dead latent."""
+    _, sparse = pair(architecture)
+    taken = []
+    original = SparseStep._decoded_of_dead
+
+    def watched(self, dead, *args):
+        taken.append(len(dead))
+        return original(self, dead, *args)
+
+    monkeypatch.setattr(SparseStep, "_decoded_of_dead", watched)
+    forward(sparse, inputs(), torch.arange(D_SAE) < 60).loss.backward()
+    assert taken == [60]
+
+
+@BY_NAME
 def test_training_and_saved_files_are_those_of_the_architecture(architecture, tmp_path):
     dense, sparse = pair(architecture)
     for name, sae in (("dense", dense), ("sparse", sparse)):
