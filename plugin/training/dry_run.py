@@ -57,7 +57,7 @@ def rehearse(
     device: str,
     prepared: Callable[[TrainingSAE[Any]], TrainingSAE[Any]] = lambda sae: sae,
 ) -> None:
-    """Build, train one step with every latent dead, fold, save, load.
+    """Build, train one step with every latent dead, fold, save, load, encode.
 
     Args:
         name: name of the SAE in messages.
@@ -85,7 +85,9 @@ def rehearse(
             stage = "be saved and loaded"
             with tempfile.TemporaryDirectory() as folder:
                 sae.save_inference_model(folder)
-                SAE.load_from_disk(folder)
+                loaded = SAE.load_from_disk(folder, device=device)
+            stage = "encode once saved"
+            _encode(loaded)
     except Exception as error:
         raise ConfigError(
             name, f"architecture {cfg.architecture()!r} with these settings cannot {stage}: {error}"
@@ -106,6 +108,12 @@ def _train_one_step(sae: TrainingSAE[Any]) -> None:
         is_logging_step=True,
     )
     sae.training_forward_pass(step).loss.backward()
+
+
+@torch.no_grad()
+def _encode(sae: SAE[Any]) -> None:
+    sae.turn_off_forward_pass_hook_z_reshaping()  # inputs are flat here
+    sae.eval().encode(torch.randn(N_SAMPLES, sae.cfg.d_in, dtype=sae.dtype, device=sae.device))
 
 
 def _finite(sae: TrainingSAE[Any]) -> set[str]:

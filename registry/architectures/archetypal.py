@@ -39,9 +39,12 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
+from .parts.exact_buffers import ExactBuffers
 from .parts.kmeans import seed_centroids, update_centroids
+from .parts.plugin_config import check_k
 from .parts.precision import at_least_float32
 from .parts.step_clock import StepClock
+from .parts.straight_through import straight_through
 
 
 @dataclass
@@ -52,7 +55,7 @@ class ArchetypalSettings:
         n_candidates: number of candidate points; by default as many as latents.
         delta: largest distance of an atom from the hull of the candidates, before scaling by e^mu, in the units
             of the activations after their normalisation.
-        candidate_steps: training steps over which k-means refines the candidates.
+        candidate_steps: training steps over which k-means refines the candidates; 0: they stay rows of the first batch.
         seed: seed of the candidates.
     """
 
@@ -93,6 +96,7 @@ class ArchetypalTopKTrainingSAEConfig(ArchetypalSettings, TopKTrainingSAEConfig)
     @override
     def __post_init__(self) -> None:
         _check(self)
+        check_k(self)
         super().__post_init__()
 
     @override
@@ -121,9 +125,10 @@ class ArchetypalJumpReLUTrainingSAEConfig(ArchetypalSettings, JumpReLUTrainingSA
         return JumpReLUSAEConfig
 
 
-class ArchetypalDictionary(SAE[Any]):
+class ArchetypalDictionary(ExactBuffers, SAE[Any]):
     """Mixin: `W_dec` is computed from candidates and is not a parameter."""
 
+    exact = ("candidate_counts",)
     mixture: nn.Parameter  # W, (d_sae, n_candidates)
     relaxation: nn.Parameter  # Lambda, (d_sae, d_in)
     log_scale: nn.Parameter  # mu
@@ -161,15 +166,6 @@ class ArchetypalDictionary(SAE[Any]):
         self.register_buffer("delta", torch.tensor(cfg.delta, **options))
         self.clock = StepClock(cfg.seed, self.device)
         super().initialize_weights()
-
-    @override
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        out = super()._apply(*args, **kwargs)
-        # As SAELens's JumpReLU keeps its threshold: loading casts every buffer to the dtype of the config.
-        counts = self._buffers.get("candidate_counts")
-        if counts is not None:
-            self.candidate_counts = counts.to(at_least_float32(counts.dtype))
-        return out
 
     def dictionary(self) -> Tensor:
         """D (d_sae, d_in)."""
@@ -209,16 +205,23 @@ class ArchetypalDictionary(SAE[Any]):
         if bool(idle.any()):
             generator = self.clock.generator(step, self.device)
             self.candidates[idle] = seed_centroids(x, int(idle.sum()), generator)
-        update_centroids(self.candidates, self.candidate_counts, x)
+        if step < self.cfg.candidate_steps:
+            update_centroids(self.candidates, self.candidate_counts, x)
         if bool(idle.any()):
-            latents = idle[torch.arange(self.cfg.d_sae, device=self.device) % len(idle)]
-            atoms = self.dictionary()[latents]
-            self.W_enc.data[:, latents] = (
-                atoms / atoms.square().sum(1, keepdim=True).clamp_min(1e-12)
-            ).T
+            self._aim_encoder(idle[torch.arange(self.cfg.d_sae, device=self.device) % len(idle)])
 
+    def _aim_encoder(self, latents: Tensor) -> None:
+        """The encoder of `latents` (d_sae,) bool becomes the projection onto their atoms."""
+        atoms = self.dictionary()[latents]
+        self.W_enc.data[:, latents] = (
+            atoms / atoms.square().sum(1, keepdim=True).clamp_min(1e-12)
+        ).T
+
+    @torch.no_grad()
     def set_candidates(self, points: Tensor) -> None:
-        """Use these points (n_candidates, d_in), without refinement.
+        """Use these points (n_candidates, d_in), without refinement; the encoder becomes the projection onto the atoms.
+
+        Where the SAE normalises each input, they are points among the normalised ones.
 
         Raises:
             ConfigError: the points have another shape.
@@ -231,7 +234,9 @@ class ArchetypalDictionary(SAE[Any]):
                 allowed=f"shape {tuple(self.candidates.shape)} (n_candidates, d_in)",
             )
         self.candidates.copy_(points)
+        self.candidate_counts.fill_(1)  # none is free for a row of the first batch
         self.cfg.candidate_steps = 0
+        self._aim_encoder(torch.ones(self.cfg.d_sae, dtype=torch.bool, device=self.device))
 
     @contextmanager
     def one_dictionary(self):
@@ -243,9 +248,7 @@ class ArchetypalDictionary(SAE[Any]):
             self._held = None
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        step = self.clock.tick()
-        if self.cfg.candidate_steps > 0:
-            self.learn_candidates(step_input.sae_in, step)
+        self.learn_candidates(step_input.sae_in, self.clock.tick())
         self.project()
         with self.one_dictionary():
             return super().training_forward_pass(step_input)  # type: ignore[misc]
@@ -308,7 +311,7 @@ def _on_simplex(rows: Tensor) -> Tensor:
 
 def _through(parameter: Tensor, project: Any) -> Tensor:
     """The projected value with the gradient of the parameter itself (projected gradient)."""
-    return parameter + (project(parameter) - parameter).detach()
+    return straight_through(project(parameter), parameter)
 
 
 class ArchetypalTopKTrainingSAE(ArchetypalDictionary, TopKTrainingSAE):

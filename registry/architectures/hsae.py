@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .parts.forest import ROOT, Forest, RecordsForest
+from .parts.forest import ROOT, Forest, RecordsForest, check_parents
 from .parts.levels import (
     check_levels,
     dead_latent_loss,
@@ -39,7 +39,7 @@ from .parts.levels import (
     positive_topk,
     split_by_shares,
 )
-from .parts.plugin_config import PluginTrainingSAEConfig, refuse_input_normalisation
+from .parts.plugin_config import PluginTrainingSAEConfig, check_k, refuse_input_normalisation
 from .parts.step_clock import StepClock
 
 # The paper's four levels: 2048, 4096, 8192 and 16384 latents.
@@ -102,7 +102,9 @@ class HSAETrainingSAEConfig(PluginTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
+        check_k(self)
         check_levels("hsae", self.d_sae, self.widths, _budgets(self.k, self.widths))
+        check_parents(self.parents, self.widths, next_level_only=True)
         for name in ("swap_probability", "unassigned_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .parts.plugin_config import refuse_input_normalisation
+from .parts.plugin_config import check_k, refuse_input_normalisation
 from .parts.sparse_step import FiredLatents, SparseTopK
 
 
@@ -49,6 +49,7 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
+        check_k(self)
         levels = self.levels
         if levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] != self.k:
             raise ConfigError(
@@ -64,10 +65,8 @@ class NestedTopKTrainingSAEConfig(TopKTrainingSAEConfig):
                 given=self.level_weights,
                 allowed="'uniform' or 'reverse'",
             )
-        if self.inference_k is not None and self.inference_k < 1:
-            raise ConfigError(
-                "inference_k", "out of range", given=self.inference_k, allowed="at least 1"
-            )
+        if self.inference_k is not None:
+            check_k(self, "inference_k")
         super().__post_init__()
 
     @property
@@ -104,6 +103,7 @@ class NestedTopKTrainingSAE(SparseTopK):
             acts, hidden_pre = self.encode_with_hidden_pre(x)
             sae_out = self.decode(acts)
             inner = self._inner_outputs(acts)
+            aux = self.calculate_aux_loss(step_input, acts, hidden_pre, sae_out)
         variance = (x - x.mean(dim=0)).square().sum(dim=-1).mean().clamp_min(1e-12)
 
         losses: dict[str, Tensor] = {}
@@ -114,7 +114,6 @@ class NestedTopKTrainingSAE(SparseTopK):
             loss = loss + weight * squared_error / variance
             losses[f"nmse_k{k}"] = squared_error / variance
         losses["mse_loss"] = squared_error
-        aux = self.calculate_aux_loss(step_input, acts, hidden_pre, sae_out)
         losses.update(aux)
         loss = loss + sum(aux.values()) / variance
         return TrainStepOutput(x, sae_out, acts, hidden_pre, loss, losses)

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ..table import Architecture
 from .parts.orthogonal_pursuit import orthogonal_pursuit
-from .parts.plugin_config import PluginTrainingSAEConfig
+from .parts.plugin_config import PluginTrainingSAEConfig, check_k
 from .parts.pursuit import Codes
 from .parts.pursuit_training import PursuitTrainingSAE
 from .parts.unit_dictionary import UnitDictionary, check_pursuit_config, full_precision
@@ -67,6 +67,7 @@ class OMPTrainingSAEConfig(PluginTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         check_pursuit_config(self)
+        check_k(self)
         super().__post_init__()
 
     @override

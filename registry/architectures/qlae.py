@@ -34,6 +34,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..table import Architecture
 from .parts.plugin_config import PluginTrainingSAEConfig
+from .parts.straight_through import straight_through
 
 
 @dataclass
@@ -130,7 +131,7 @@ class QLAESAE(StandardSAE):
     def encode(self, x: Tensor) -> Tensor:
         continuous = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         snapped = snap(continuous.detach(), self.levels)
-        return self.hook_sae_acts_post(continuous + (snapped - continuous).detach())
+        return self.hook_sae_acts_post(straight_through(snapped, continuous))
 
     @override
     @torch.no_grad()
@@ -156,8 +157,7 @@ class QLAETrainingSAE(TrainingSAE[QLAETrainingSAEConfig]):
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         continuous = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         snapped = snap(continuous.detach(), self.levels)
-        acts = self.hook_sae_acts_post(continuous + (snapped - continuous).detach())
-        return acts, continuous
+        return self.hook_sae_acts_post(straight_through(snapped, continuous)), continuous
 
     @property
     def steps_a_decay(self) -> int:

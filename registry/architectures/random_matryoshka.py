@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..table import Architecture
-from .parts.plugin_config import refuse_input_normalisation
+from .parts.plugin_config import check_k, refuse_input_normalisation
 from .parts.sparse_step import SparseBatchTopK
 from .parts.step_clock import StepClock
 
@@ -51,6 +51,7 @@ class RandomMatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
+        check_k(self)
         if not 1 <= self.min_prefix <= self.d_sae:
             raise ConfigError(
                 "min_prefix",

@@ -26,8 +26,9 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
+from ..errors import ConfigError
 from ..table import Architecture
-from .parts.forest import ROOT, Forest, RecordsForest
+from .parts.forest import ROOT, Forest, RecordsForest, check_parents
 from .parts.levels import (
     check_levels,
     dead_latent_loss,
@@ -62,13 +63,18 @@ class TreeSAEConfig(SAEConfig):
     def architecture(cls) -> str:
         return "tree"
 
+    @override
+    def __post_init__(self) -> None:
+        check_parents(self.parents, self.level_widths)
+        super().__post_init__()
+
 
 @dataclass
 class TreeTrainingSAEConfig(PluginTrainingSAEConfig):
     """Settings of `tree`.
 
     Args:
-        k: active latents over all levels, where `level_k` is not given: split evenly.
+        k: active latents over all levels, where `level_k` is not given: split evenly, at least 1 each.
         level_widths: latents of each level; by default 1/16, 1/8, 3/8 and 7/16 of them.
         level_k: active latents of each level.
         parents: the initial forest; by default a random one.
@@ -103,7 +109,12 @@ class TreeTrainingSAEConfig(PluginTrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         refuse_input_normalisation(self)
-        check_levels("tree", self.d_sae, self.widths, self.budgets)
+        k = None if self.level_k else self.k
+        if k is not None and k < len(self.widths):  # of which each level would get one
+            allowed = f"at least the number of levels, {len(self.widths)}; or fewer level_widths"
+            raise ConfigError("k", "out of range", given=k, allowed=allowed)
+        check_levels("tree", self.d_sae, self.widths, self.budgets, k)
+        check_parents(self.parents, self.widths)
         super().__post_init__()
 
     @property

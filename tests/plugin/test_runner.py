@@ -451,6 +451,19 @@ def test_a_rehearsal_refuses_what_is_not_finite_once_it_is_folded(monkeypatch):
         rehearse("sae", small_config("topk"), "cpu")
 
 
+def test_a_rehearsal_encodes_with_what_is_saved(monkeypatch):
+    cfg = small_config("topk")
+    cfg.reshape_activations = "hook_z"  # what is saved takes heads apart
+    rehearse("sae", cfg, "cpu")
+
+    def encode(self, x):
+        raise RuntimeError("selected index k out of range")
+
+    monkeypatch.setattr("sae_lens.saes.topk_sae.TopKSAE.encode", encode)
+    with pytest.raises(ConfigError, match=r"cannot encode once saved: selected index k"):
+        rehearse("sae", small_config("topk"), "cpu")
+
+
 def test_a_rehearsal_of_a_huge_sae_is_narrow(monkeypatch):
     monkeypatch.setattr("taxolens.plugin.training.dry_run.MAX_WEIGHTS", 100)
     monkeypatch.setattr("taxolens.plugin.training.dry_run.NARROW", 2)

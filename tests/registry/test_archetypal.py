@@ -129,13 +129,39 @@ def test_inputs_of_zeros_are_no_candidates(kind):
     assert output.loss.isfinite()
 
 
+def test_without_refinement_candidates_are_rows_of_the_first_batch():
+    sae, x = make(candidate_steps=0), torch.randn(40, 5) + 9
+    step(sae, x)
+    assert len(sae.candidates.unique(dim=0)) == 7
+    assert all(any(torch.equal(point, row) for row in x) for point in sae.candidates)
+    torch.testing.assert_close((sae.W_enc.T * sae.W_dec).sum(1), torch.ones(12))
+    drawn = sae.candidates.clone()
+    step(sae, torch.randn(40, 5))
+    assert torch.equal(sae.candidates, drawn)
+
+
 def test_given_candidates_are_kept():
     sae, points = make(), torch.randn(7, 5)
     sae.set_candidates(points)
+    for latent in range(12):  # which starts at one candidate, and encodes the projection onto it
+        point = points[latent % 7]
+        torch.testing.assert_close(sae.W_dec[latent], point)
+        torch.testing.assert_close(sae.W_enc[:, latent], point / point.dot(point))
     step(sae, torch.randn(40, 5))
     assert torch.equal(sae.candidates, points)
     with pytest.raises(ConfigError, match=r"given \(3, 5\); allowed: shape \(7, 5\)"):
         sae.set_candidates(points[:3])
+
+
+def test_atoms_are_those_of_the_projected_weights_to_the_bit():
+    sae = make(delta=0.01)
+    with torch.no_grad():
+        sae.mixture.copy_(torch.randn(12, 7) * 1e4)
+        sae.relaxation.copy_(torch.randn(12, 5) * 1e4)
+        of_any_weights = sae.dictionary()
+        sae.project()
+        mixture, relaxation = sae.mixture, sae.relaxation
+        assert torch.equal(of_any_weights, mixture @ sae.candidates + relaxation)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,9 +240,9 @@ def test_points_are_counted_on_after_an_sae_in_half_precision_is_loaded(tmp_path
     """Of a count in half precision, which stops growing, nothing is left: loading casts to the config's dtype."""
     settings = {"d_in": 4, "d_sae": 8, "k": 2, "n_candidates": 1, "dtype": dtype}
     sae = TrainingSAE.from_dict(ArchetypalTopKTrainingSAEConfig(**settings).to_dict())
-    sae.learn_candidates(torch.ones(4096, 4), 0)
+    sae.learn_candidates(torch.ones(70_001, 4), 0)
     sae.save_model(tmp_path)
     loaded = TrainingSAE.load_from_disk(tmp_path)
     for step in range(1, 5):
         loaded.learn_candidates(torch.ones(1, 4), step)
-    assert loaded.candidate_counts.tolist() == [4100]
+    assert loaded.candidate_counts.tolist() == [70_005]

@@ -265,6 +265,19 @@ def test_config_round_trip(name, through):
     assert load(dump(again.to_dict())) == load(dump({**again.to_dict(), **inference}))
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in OURS if "k" in CASES[name].settings and name != "mp"]
+)
+@pytest.mark.parametrize("k", [0, -1, D_SAE + 1])
+def test_more_active_latents_than_there_are_and_none_are_refused(name, k):
+    """Of `mp`, which may choose an atom again, k is the number of steps."""
+    with pytest.raises(ConfigError, match=rf"^k: .*given {k}; allowed"):
+        config(
+            name,
+            **{**CASES[name].settings, "k": k, **({"ks": []} if name == "nested_topk" else {})},
+        )
+
+
 @every
 def test_saved_and_loaded_it_gives_the_same_output(name, tmp_path):
     sae = trained(name)

@@ -170,3 +170,18 @@ def test_default_levels_are_the_papers():
 def test_wrong_settings_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         make(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("latent", "parent", "allowed"),
+    [
+        (9, 0, "latent 9, of level 2; given 0; allowed: 3 to 7, or -1"),  # two levels above
+        (9, 8, "latent 9, of level 2; given 8; allowed: 3 to 7, or -1"),
+        (2, 1, "latent 2, of level 0; given 1; allowed: -1"),
+    ],
+)
+def test_a_parent_is_of_the_level_above(latent, parent, allowed):
+    parents = [ROOT] * 16
+    parents[latent] = parent
+    with pytest.raises(ConfigError, match=f"parents: not possible for {allowed}"):
+        make(parents=parents)

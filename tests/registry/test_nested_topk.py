@@ -66,6 +66,9 @@ def test_shifting_the_data_leaves_the_normalisation_alone():
     [
         ({"ks": [3, 1, 5]}, r"ks: out of range; given \[3, 1, 5\]; allowed: .*k=5 at the end"),
         ({"ks": [1, 3]}, r"ks: out of range; given \[1, 3\]; allowed: .*k=5 at the end"),
+        ({"k": 0, "ks": []}, "k: out of range; given 0; allowed: above 0, and at most d_sae=20"),
+        ({"inference_k": 21}, "inference_k: out of range; given 21; allowed: .* d_sae=20"),
+        ({"inference_k": 0}, "inference_k: out of range; given 0; allowed: above 0"),
         ({"level_weights": "best"}, "given 'best'; allowed: 'uniform' or 'reverse'"),
         ({"normalize_activations": "layer_norm"}, "nested_topk.*given 'layer_norm'"),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 from taxolens.registry.architectures.qlae import (
     QLAETrainingSAE,
@@ -49,6 +50,24 @@ def test_snapping_latent_by_latent():
     levels = torch.randn(5, 7)
     continuous = torch.randn(40, 5)
     assert torch.equal(snap(continuous, levels), slow_snap(continuous, levels))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_activations_are_levels_to_the_bit(dtype, tmp_path):
+    """Images at one level are equally active, however large their pre-activations are."""
+    sae = make(dtype=dtype)
+    sae.W_enc.data *= 100
+    x = torch.randn(300, 6).to(sae.W_enc)
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    assert pre.abs().max() > 30 * sae.levels.abs().max()
+    trained = sae.training_forward_pass(TrainStepInput(x, {}, None, 0, False)).feature_acts
+    for acts in (trained, sae.encode(x), loaded.encode(x)):
+        assert (acts[:, :, None] == sae.levels).any(-1).all()
+        assert torch.equal(acts, slow_snap(pre, sae.levels))
+    (gradient,) = torch.autograd.grad(trained.sum(), sae.b_enc)
+    assert torch.equal(gradient, torch.full_like(gradient, 300))
 
 
 def test_levels_start_even():

@@ -115,6 +115,22 @@ def test_the_encoder_has_no_dense_gradient_of_latents(architecture, monkeypatch)
 
 
 @BY_NAME
+def test_the_auxiliary_loss_is_that_of_the_selected_latents(architecture, monkeypatch):
+    """SAELens's own would multiply every dead latent."""
+    _, sparse = pair(architecture)
+    taken = []
+    original = SparseStep._decoded_of_dead
+
+    def watched(self, dead, *args):
+        taken.append(len(dead))
+        return original(self, dead, *args)
+
+    monkeypatch.setattr(SparseStep, "_decoded_of_dead", watched)
+    forward(sparse, inputs(), torch.arange(D_SAE) < 60).loss.backward()
+    assert taken == [60]
+
+
+@BY_NAME
 def test_training_and_saved_files_are_those_of_the_architecture(architecture, tmp_path):
     dense, sparse = pair(architecture)
     for name, sae in (("dense", dense), ("sparse", sparse)):
@@ -240,6 +256,20 @@ def test_gradients_in_half_precision_are_those_in_float64(dtype, rescale):
     for name, parameter in exact.named_parameters():
         found = sparse.get_parameter(name).grad.double()
         assert float((found - parameter.grad).norm() / parameter.grad.norm()) < 0.04, name
+
+
+@BY_NAME
+@pytest.mark.parametrize("n_dead", [0, 60])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_gradients_in_float64_are_exact(architecture, n_dead, rescale):
+    dense, sparse = pair(architecture, dtype="float64", rescale_acts_by_decoder_norm=rescale)
+    dead = torch.arange(D_SAE) < n_dead
+    for sae in (dense, sparse):
+        forward(sae, inputs(torch.float64), dead).loss.backward()
+    for name, parameter in dense.named_parameters():
+        gradient, expected = sparse.get_parameter(name).grad, parameter.grad
+        error = float((gradient - expected).norm() / expected.norm())
+        assert error < 1e-13, name
 
 
 def test_deterministic_training_on_cuda_is_dense():

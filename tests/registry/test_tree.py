@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainStepInput
 from taxolens.registry.architectures.parts.forest import ROOT, Forest
 from taxolens.registry.architectures.parts.tree_growth import TreeGrowth, fair_quotas
 from taxolens.registry.architectures.tree import (
+    TreeSAEConfig,
     TreeTrainingSAE,
     TreeTrainingSAEConfig,
     random_forest,
@@ -186,16 +187,47 @@ def test_default_levels_are_the_papers():
     ("overrides", "message"),
     [
         ({"level_widths": [3, 4]}, r"given \[3, 4\]; allowed: .* the sum d_sae=12"),
-        ({"level_k": [2, 2]}, r"not one for each level.*given \[2, 2\]; allowed: 3 integers"),
+        (
+            {"level_k": [2, 2]},
+            r"level_k: not one for each level.*given \[2, 2\]; allowed: 3 integers",
+        ),
         (
             {"level_k": [4, 2, 2]},
-            r"given \[4, 2, 2\]; allowed: .*between 1 and the width of its level",
+            r"level_k: .*given \[4, 2, 2\]; allowed: .*between 1 and the width of its level",
+        ),
+        (
+            {"level_k": [], "k": 2},
+            "k: out of range; given 2; allowed: at least the number of levels, 3; or fewer level_widths",
+        ),
+        (
+            {"level_k": [], "k": 12},
+            r"k: gives the levels of tree \[4, 4, 4\] active latents; given 12; allowed: .*its level \[3, 4, 5\]",
         ),
     ],
 )
 def test_wrong_levels_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         make(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("latent", "parent", "allowed"),
+    [
+        (1, 0, "latent 1, of level 0; given 0; allowed: -1"),
+        (5, 3, "latent 5, of level 1; given 3; allowed: 0 to 2, or -1"),  # the first of its own
+        (5, 4, "latent 5, of level 1; given 4; allowed: 0 to 2, or -1"),
+        (8, 9, "latent 8, of level 2; given 9; allowed: 0 to 6, or -1"),
+    ],
+)
+def test_a_parent_is_of_an_earlier_level(latent, parent, allowed):
+    parents = [ROOT] * 12
+    parents[latent] = parent
+    with pytest.raises(ConfigError, match=f"parents: not possible for {allowed}"):
+        make(parents=parents)
+    with pytest.raises(ConfigError, match=f"parents: not possible for {allowed}"):
+        TreeSAEConfig(d_in=6, d_sae=12, level_widths=WIDTHS, level_k=BUDGETS, parents=parents)
+    parents[latent] = ROOT
+    assert make(parents=[*parents[:-1], 0]).forest.parents[-1] == 0  # two levels above
 
 
 def test_a_parent_must_come_before_its_child():

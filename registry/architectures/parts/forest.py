@@ -10,8 +10,36 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ...errors import ConfigError
+from .levels import level_slices
 
 ROOT = -1
+
+
+def check_parents(
+    parents: Sequence[int], widths: Sequence[int], next_level_only: bool = False
+) -> None:
+    """Check a forest over latents in levels: a parent is of an earlier level.
+
+    Args:
+        parents: of each latent; empty where none are given.
+        widths: latents of each level.
+        next_level_only: a parent is of the level directly above.
+
+    Raises:
+        ConfigError: a latent has another parent.
+    """
+    first = 0
+    for level, latents in enumerate(level_slices(widths)):
+        for latent, parent in enumerate(parents[latents], latents.start):
+            if parent != ROOT and not first <= parent < latents.start:
+                above = f"{first} to {latents.start - 1}, or -1" if level else "-1"
+                raise ConfigError(
+                    "parents",
+                    f"not possible for latent {latent}, of level {level}",
+                    given=parent,
+                    allowed=above,
+                )
+        first = latents.start if next_level_only else 0
 
 
 class Forest(nn.Module):

@@ -15,9 +15,20 @@ def split_by_shares(total: int, shares: Sequence[int]) -> list[int]:
     return [*parts, max(1, total - sum(parts))]
 
 
-def check_levels(name: str, d_sae: int, widths: Sequence[int], budgets: Sequence[int]) -> None:
-    """Raises:
-    ConfigError: when the widths do not fill the dictionary, or a budget does not fit its level.
+def check_levels(
+    name: str, d_sae: int, widths: Sequence[int], budgets: Sequence[int], k: int | None = None
+) -> None:
+    """Check widths and active latents of levels.
+
+    Args:
+        name: of the architecture.
+        d_sae: width of the dictionary.
+        widths: latents of each level.
+        budgets: active latents of each level.
+        k: the setting that gives the budgets; None where `level_k` has them.
+
+    Raises:
+        ConfigError: the widths do not fill the dictionary, or a budget does not fit its level.
     """
     if not widths or min(widths) < 1 or sum(widths) != d_sae:
         raise ConfigError(
@@ -26,13 +37,18 @@ def check_levels(name: str, d_sae: int, widths: Sequence[int], budgets: Sequence
             given=list(widths),
             allowed=f"positive integers with the sum d_sae={d_sae}",
         )
-    if len(budgets) != len(widths) or any(not 1 <= k <= w for k, w in zip(budgets, widths)):
+    if len(budgets) == len(widths) and all(1 <= b <= w for b, w in zip(budgets, widths)):
+        return
+    each = f"between 1 and the width of its level {list(widths)}"
+    if k is None:
         raise ConfigError(
-            "ks",
+            "level_k",
             f"not one for each level of {name}",
             given=list(budgets),
-            allowed=f"{len(widths)} integers, each between 1 and the width of its level {list(widths)}",
+            allowed=f"{len(widths)} integers, each {each}",
         )
+    problem = f"gives the levels of {name} {list(budgets)} active latents"
+    raise ConfigError("k", problem, given=k, allowed=f"for each {each}")
 
 
 def level_slices(widths: Sequence[int]) -> list[slice]:

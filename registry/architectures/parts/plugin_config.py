@@ -20,6 +20,19 @@ class PluginTrainingSAEConfig(TrainingSAEConfig):
         return saved
 
 
+def check_k(cfg: Any, setting: str = "k") -> None:
+    """Check a number of active latents.
+
+    Raises:
+        ConfigError: the dictionary has not so many, or none is active.
+    """
+    k = getattr(cfg, setting)
+    if not 0 < k <= cfg.d_sae:
+        raise ConfigError(
+            setting, "out of range", given=k, allowed=f"above 0, and at most d_sae={cfg.d_sae}"
+        )
+
+
 def refuse_input_normalisation(cfg: Any) -> None:
     """Check for losses over several reconstructions, where SAELens inverts normalisation only once.
 

@@ -206,10 +206,11 @@ def weighted_rows(
     if found is not None:
         return found
     shape = (len(offsets) - 1, len(table))
+    wide = at_least_float32(torch.promote_types(values.dtype, table.dtype))
     weights = torch.sparse_csr_tensor(  # of which there are none in bfloat16
-        offsets, columns, values.float(), shape, check_invariants=False
+        offsets, columns, values.to(wide), shape, check_invariants=False
     )
-    return (weights @ table.float()).to(dtype)
+    return (weights @ table.to(wide)).to(dtype)
 
 
 class SparseEncode(torch.autograd.Function):
@@ -310,12 +311,13 @@ def _sparse_gradients(
     ctx: Any, g: Tensor, x: Tensor, W_enc: Tensor, norms: Tensor | None, fired: FiredLatents
 ) -> tuple[Tensor | None, ...]:
     where = fired.where
-    g, values = g.float(), fired.values.float()
+    wide = at_least_float32(g.dtype)
+    g, values = g.to(wide), fired.values.to(wide)
     of_norms = None
     if norms is not None:
-        of_norms = where.sums(g * values) / _above_zero(norms.float())
+        of_norms = where.sums(g * values) / _above_zero(norms.to(wide))
         of_norms = of_norms.to(norms.dtype)
-        g = g * norms.float().index_select(0, where.columns)
+        g = g * norms.to(wide).index_select(0, where.columns)
     of_x = of_centre = of_W = None
     of_b = where.sums(g).to(W_enc.dtype)
     if ctx.needs_input_grad[0]:

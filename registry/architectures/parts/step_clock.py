@@ -3,16 +3,20 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
+
+from .exact_buffers import ExactBuffers
 
 
-class StepClock(nn.Module):
+class StepClock(ExactBuffers):
     """Counts training steps in a buffer, and provides a random generator for each step.
 
     SAELens's checkpoints contain neither the global generator's state nor the exact step number, so
     random numbers of a training step depend on (seed, this counter) only.
     """
 
+    exact = ("count",)
     count: Tensor
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -29,10 +33,9 @@ class StepClock(nn.Module):
         self._known = step + 1
         return step
 
+    @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # SAELens's disk loader casts every tensor to the SAE's dtype, counters included.
-        if (count := state_dict.get(prefix + "count")) is not None:
-            state_dict[prefix + "count"] = count.to(torch.int64)
+        if prefix + "count" in state_dict:
             self._known = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -9,22 +9,23 @@ over their quota to parents below it; capacities start from 0 after each realloc
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .exact_buffers import ExactBuffers
 from .forest import ROOT
 from .levels import level_slices
 
 
-class TreeGrowth(nn.Module):
+class TreeGrowth(ExactBuffers):
     """Counters for the reallocation, all in the saved state.
 
     Buffers: `capacity` (n_levels, m + 1), the root last; `idle_steps` (m,), steps since a latent
     fired; `interval` and `waited`, in steps.
     """
 
+    exact = ("capacity", "idle_steps", "interval", "waited")
     capacity: Tensor
     idle_steps: Tensor
     interval: Tensor
@@ -85,13 +86,6 @@ class TreeGrowth(nn.Module):
                     mine[child] = places.pop(0)
             parents[latents] = torch.where(mine == n_above, ROOT, mine)
         return parents
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # SAELens's disk loader casts every tensor to the SAE's dtype, counters included.
-        for name in ("idle_steps", "interval", "waited"):
-            if (value := state_dict.get(prefix + name)) is not None:
-                state_dict[prefix + name] = value.to(torch.int64)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def fair_quotas(capacity: Sequence[float], n_children: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ...errors import ConfigError
 from .plugin_config import refuse_whitening
+from .precision import at_least_float32
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -41,8 +42,7 @@ class UnitDictionary(SAE[Any]):
 
     def dictionary(self) -> Tensor:
         """Unit rows (d_sae, d_in), at least float32: in bfloat16 a pursuit chooses other atoms."""
-        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
-        return F.normalize(self.W_dec.to(dtype), dim=-1)
+        return F.normalize(self.W_dec.to(at_least_float32(self.W_dec.dtype)), dim=-1)
 
     @torch.no_grad()
     def project_rows(self) -> None:
