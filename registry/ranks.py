@@ -29,6 +29,7 @@ GPU_BACKEND = "nccl"
 TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for another one fails: longer than any step that one rank does alone."""
 POLL_SECONDS = 0.2
+MAX_DIFFERING = 8  # differing facts that a message names
 FAILED = "failed"  # key of the first error in the store
 _counters: Counter[str] = Counter()  # of a job of one rank
 _connections = count()
@@ -178,6 +179,32 @@ class Ranks:
             raise TaxolensError("ranks", problem, given=points, allowed="start the job again")
         return points[0], [each for _, each in came]
 
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Check that every rank has the same facts; every rank calls this, and where they differ each raises.
+
+        Args:
+            facts: name -> value of this rank; of mappings each value counts by itself.
+
+        Raises:
+            ConfigError: some differ; the message names them, with the values of two ranks.
+        """
+        first, *others = (_flat(each) for each in self.gather(dict(facts)))
+        for rank, there in enumerate(others, start=1):
+            differing = [
+                f"{name}: {first.get(name)!r} on rank 0, {there.get(name)!r} on rank {rank}"
+                for name in dict.fromkeys([*first, *there])
+                if first.get(name) != there.get(name)
+            ]
+            if differing:
+                n_more = len(differing) - MAX_DIFFERING
+                raise ConfigError(
+                    "ranks",
+                    "the processes of the job do not have the same work: "
+                    + "; ".join(differing[:MAX_DIFFERING])
+                    + (f"; and {n_more} more" if n_more > 0 else ""),
+                    allowed="the same model, images and settings on every rank",
+                )
+
     def reduce(self, tensor: Any, how: str) -> Any:
         """The "sum" or "min" of a tensor over all ranks, element by element, on its device; every rank calls this.
 
@@ -264,6 +291,15 @@ class Ranks:
 
 ALONE = Ranks()
 """A job of one process."""
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, whose names are joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
 
 
 def _lies_on_a_gpu(tensor: Any) -> bool:

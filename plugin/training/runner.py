@@ -265,11 +265,13 @@ class _VisionRun:
             DataError: the images or their activations cannot be used.
             DivergedError: weights are not finite.
             CheckpointError: a checkpoint or the result could not be written.
-            ConfigError: another process writes into the same folders.
+            ConfigError: another process writes into the same folders, or the processes of the job have not
+                the same model, images and settings.
             LostRankError: another process of the job has failed.
         """
         cfg, ranks = self.cfg, self.ranks
         with ranks.joined():
+            self._check_alike()
             # Folders of random names, and the checkpoint that "auto" has found, are those of the first.
             places = (cfg.checkpoint_path, cfg.resume_from_checkpoint)
             cfg.checkpoint_path, cfg.resume_from_checkpoint = ranks.from_first(places)
@@ -285,6 +287,16 @@ class _VisionRun:
             self.session.meet(END)
         self.session.interrupts.deliver()
         return trained
+
+    def _check_alike(self) -> None:
+        """Check that every process of the job has the same run. Raises ConfigError on each."""
+        identity = self.session.identity
+        # Those by which they come to the same points of the run; paths may be of each machine.
+        meeting = {
+            name: getattr(self.cfg, name) for name in ("n_checkpoints", "save_final_checkpoint")
+        }
+        facts = {**identity.fixed, **identity.training, **meeting}
+        self.ranks.check_alike({k: v for k, v in facts.items() if k != "from_pretrained_path"})
 
     def _follow(self) -> dict[str, TrainingSAE[Any]]:
         """Take part in a run whose SAEs other processes train."""

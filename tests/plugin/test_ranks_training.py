@@ -510,3 +510,55 @@ def test_what_several_processes_cannot_reduce_is_refused(training, monkeypatch, 
     monkeypatch.setattr(Ranks, "here", classmethod(lambda cls: Ranks(0, 2)))
     with pytest.raises(ConfigError, match=message):
         training.runner(training.single(**changes))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"images": True}, "activations.images: "),
+        ({"model": True}, "activations.model: "),
+        ({"lr": 0.1}, "lr: 0.2 on rank 0, 0.1 on rank 1"),
+        ({"n_checkpoints": 3}, "n_checkpoints: 2 on rank 0, 3 on rank 1"),
+        ({"seed": 3}, "activations.seed: 42 on rank 0, 3 on rank 1"),
+    ],
+)
+def test_processes_with_other_work_are_refused_on_each(
+    training, vit_folder, photos, tmp_path, cached, changes, named
+):
+    def runner():
+        model, folder, given = load_vision_model(vit_folder), photos, dict(changes)
+        if Ranks.here().is_first:
+            given = {}
+        if given.pop("images", False):  # a copy that lacks one
+            folder = shutil.copytree(photos, tmp_path / "photos")
+            (folder / "cat/2.png").unlink()
+        if given.pop("model", False):
+            with torch.no_grad():
+                next(model.original_model.parameters()).mul_(2)
+        settings = {**SETTINGS, "use_cached_activations": cached, **given}
+        settings["cached_activations_path"] = str(training.folder / "activations")
+        cfg = training.multi(saes={name: make() for name, make in SAES.items()}, **settings)
+        return training.runner(cfg, override_dataset=load_images(folder), override_model=model)
+
+    ended = run_job(2, runner)
+    assert [type(each) for each in ended] == [ConfigError] * 2, ended
+    for each in ended:
+        assert str(each).startswith("ranks: the processes of the job do not have the same work: ")
+        assert named in str(each)
+    assert not training.output.exists() and not training.checkpoints.exists()
+
+
+def test_processes_may_have_copies_in_other_places(training, vit_folder, photos, tmp_path):
+    """As on machines of which each has the model and the images on its own disk."""
+
+    def runner():
+        own = tmp_path / str(Ranks.here().rank)
+        settings = {
+            "model_name": str(shutil.copytree(vit_folder, own / "vit")),
+            "dataset_path": str(shutil.copytree(photos, own / "photos")),
+        }
+        overrides = {"override_model": None, "override_dataset": None}
+        return training.runner(training.multi(**settings), **overrides)
+
+    assert trained(run_job(2, runner)) == [["first"], ["last"]]
