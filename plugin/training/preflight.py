@@ -21,11 +21,14 @@ from ...hooks.models.load import check_device, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, read_json_object
+from ...registry.names import as_setting
 from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
 from ..evaluation.copies import check_same_bytes
 from ..evaluation.held_out import HeldOut, seen_in_training
+from .checkpoints import holds_checkpoints
+from .config import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +216,28 @@ def check_output(cfg: Any) -> None:
             given=cfg.output_path,
             allowed="another folder, or overwrite_output=True (--overwrite_output)",
         )
+
+
+def check_no_checkpoints(cfg: Any, *, has_searched: bool = False) -> None:
+    """Check that a run which begins anew does not write among the checkpoints of another one.
+
+    Args:
+        cfg: the runner's config.
+        has_searched: whether a checkpoint of this run was searched for, and none was found.
+
+    Raises:
+        ConfigError: its checkpoint folder has checkpoints already.
+    """
+    place = cfg.checkpoint_path
+    if cfg.resume_from_checkpoint is not None or place is None or not holds_checkpoints(place):
+        return
+    allowed = f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id"
+    if has_searched:
+        allowed = (
+            "another checkpoint_id, or the settings of their run: "
+            f"{as_setting('resume_from_checkpoint', place)} names those that differ"
+        )
+    raise ConfigError("checkpoint_path", "holds checkpoints already", given=place, allowed=allowed)
 
 
 def _compared(value: Any) -> Any:

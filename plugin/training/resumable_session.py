@@ -29,6 +29,7 @@ from ...registry.files import only_writer
 from ...registry.names import as_setting
 from ...registry.ranks import ALONE, Ranks
 from ..evaluation.sae_folders import is_real
+from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
     ESTIMATED,
@@ -114,7 +115,7 @@ class TrainingSession:
         A checkpoint that a killed process of this run has left unfinished is removed.
 
         Raises:
-            ConfigError: one of them is writing there.
+            ConfigError: one of them is writing there, or another run has written there since the runner was made.
         """
         cfg = self.cfg
         with ExitStack() as locks:
@@ -122,6 +123,8 @@ class TrainingSession:
                 for field in ("output_path", "checkpoint_path"):
                     if (place := getattr(cfg, field)) is not None:
                         locks.enter_context(only_writer(place, field))
+                preflight.check_output(cfg)
+                preflight.check_no_checkpoints(cfg)
                 if cfg.resume_from_checkpoint is not None and cfg.checkpoint_path is not None:
                     remove_unfinished(cfg.checkpoint_path)
             self.meet("locked")

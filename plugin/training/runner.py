@@ -33,7 +33,6 @@ from ...hooks.models.load import load_vision_model
 from ...registry.errors import CheckpointError, ConfigError, TaxolensError
 from ...registry.files import why
 from ...registry.loaders.parts.read import load_source
-from ...registry.names import as_setting
 from ...registry.ranks import Ranks
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
@@ -44,7 +43,6 @@ from .checkpoints import (
     RunIdentity,
     check_same_run,
     find_checkpoint,
-    holds_checkpoints,
     resolve_checkpoint,
 )
 from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig, absolute
@@ -630,25 +628,15 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
         CheckpointError: no usable checkpoint, or one of another run.
         ConfigError: a fresh start into a folder that has a run's checkpoints.
     """
-    allowed = f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id"
-    if cfg.resume_from_checkpoint == AUTO:
-        allowed = (
-            "another checkpoint_id, or the settings of their run: "
-            f"{as_setting('resume_from_checkpoint', cfg.checkpoint_path)} names those that differ"
-        )
+    has_searched = cfg.resume_from_checkpoint == AUTO
+    if has_searched:
         root = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path).parent
         found = None if root is None else find_checkpoint(root, identity)
         cfg.resume_from_checkpoint = None if found is None else str(found)
         if found is None:
             logger.info(f"no checkpoint of this run under {root}: starting from the beginning.")
+    preflight.check_no_checkpoints(cfg, has_searched=has_searched)
     if cfg.resume_from_checkpoint is None:
-        if cfg.checkpoint_path is not None and holds_checkpoints(cfg.checkpoint_path):
-            raise ConfigError(
-                "checkpoint_path",
-                "holds checkpoints already",
-                given=cfg.checkpoint_path,
-                allowed=allowed,
-            )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
     check_same_run(found, identity)

@@ -66,6 +66,33 @@ def test_another_run_is_not_written_into_the_folder(
     training.runner(training.single(checkpoint_id="again"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"checkpoint_id": "other"}, r"output_path: holds another run \(differing in seed\)"),
+        ({"output_path": "other"}, "checkpoint_path: holds checkpoints already"),
+    ],
+)
+def test_nor_by_a_runner_that_was_made_before_the_folder_was_written(
+    training: Any, changes: dict[str, Any], said: str
+) -> None:
+    if "output_path" in changes:
+        changes = {"output_path": str(training.folder / "other")}
+    first = training.runner(training.single(n_checkpoints=1))
+    second = training.runner(training.single(n_checkpoints=1, seed=3, **changes))
+    first.run()
+    before = contents(training.folder)
+    with pytest.raises(ConfigError, match=said):
+        second.run()
+    assert contents(training.folder) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of every file but the locks, which are empty."""
+    found = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in found.items() if content}
+
+
 def test_neither_does_a_resumed_run_write_into_the_folder_of_another(training: Any) -> None:
     training.runner(training.single(seed=3)).run()
     before = (training.output / "sae_weights.safetensors").read_bytes()
