@@ -44,6 +44,13 @@ SCHEMA = "taxolens.checkpoint/2"
 READABLE = (SCHEMA, "taxolens.checkpoint/1")
 FINAL_PREFIX = "final_"
 PARTIAL_FOLDER = ".partial"
+# Settings that a checkpoint records beside the facts of its run: see `RunIdentity`.
+TRAINING_SETTINGS = (
+    *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
+    *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
+    *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
+    "sparse_step",
+)
 # Settings in place of which a run that resumes has the state of optimizer, schedule and weights.
 RESTORED = (
     *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),

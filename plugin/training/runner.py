@@ -40,6 +40,7 @@ from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
 from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
+    TRAINING_SETTINGS,
     RunIdentity,
     check_same_run,
     find_checkpoint,
@@ -60,14 +61,6 @@ from .step_choice import with_step_of
 logger = logging.getLogger(__name__)
 
 SEVERAL_EPOCHS = 2  # from which on a run without a cache says that there is one
-
-# Settings that a checkpoint records beside the facts of its run: see `RunIdentity`.
-TRAINING_SETTINGS = (
-    *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
-    *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
-    *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
-    "sparse_step",
-)
 
 
 class _VisionRun:

@@ -229,6 +229,7 @@ class TestCheckpointsOfOtherRuns:
 
     def test_so_is_another_start_of_the_weights(self, training, checkpoint):
         start = {"from_pretrained_path": checkpoint, "checkpoint_id": "further", "n_checkpoints": 1}
+        start["output_path"] = str(training.folder / "further")
         training.runner(training.single(**start)).run()
         further = str(training.folder / "checkpoints" / "further" / "48")
         again = {"resume_from_checkpoint": further}
