@@ -46,7 +46,7 @@ from .checkpoints import (
     written_whole,
 )
 from .constraint import Constraint, load_initial_rows, save_initial_rows
-from .data_parallel import share_steps
+from .data_parallel import share_start, share_steps
 from .interrupts import Interrupts, StepGate, TrainingInterrupted
 from .lockstep import SharedInterrupts
 from .resampling import Resampling
@@ -160,6 +160,8 @@ class TrainingSession:
                 self._align(trainer, checkpoint)
                 self._check_finite(thorough=True)
                 self._leave_those_beyond(checkpoint)
+            if trainer in self._trainers.values():  # of one SAE, which all ranks train
+                share_start(trainer.sae, self.ranks)
             for name, constraint in self.constraints.items():
                 first = (
                     {}

@@ -31,6 +31,7 @@ from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, read_
 from taxolens.plugin.training.interrupts import TrainingInterrupted
 from taxolens.plugin.training.lockstep import SharedInterrupts
 from taxolens.plugin.training.rng import draw_by_step, seeded
+from taxolens.plugin.training.runner import new_sae
 from taxolens.registry.architectures.mp import MPTrainingSAEConfig
 from taxolens.registry.architectures.random_matryoshka import RandomMatryoshkaTrainingSAEConfig
 from taxolens.registry.errors import ConfigError, DataError, DivergedError, LostRankError
@@ -469,6 +470,31 @@ def test_one_sae_of_several_processes_is_that_of_the_joined_batch(
     ended = run(1, "again", resume_from_checkpoint=str(checkpoint))
     for key, value in ended[0].state_dict().items():
         assert torch.allclose(value, state[key], rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("constraint", [None, "soft_frozen_decoder"])
+def test_one_sae_starts_from_the_weights_of_the_first_process(
+    training, vit_folder, photos, constraint
+):
+    def run(size, name, seed_of):
+        settings = {"output_path": str(training.folder / name), "checkpoint_id": name, "lr": 0.05}
+        settings |= {"sae": replace(ONE["topk"](), dtype="float64"), "constraint": constraint}
+
+        def runner():
+            cfg = training.single(**settings)
+            own = new_sae(cfg.sae, seed_of(Ranks.here().rank))
+            overrides = {"override_model": load_vision_model(vit_folder), "override_sae": own}
+            return training.runner(cfg, override_dataset=load_images(photos), **overrides)
+
+        ended = run_job(size, runner)
+        trained([[] if isinstance(each, TrainingSAE) else each for each in ended])
+        return [each.state_dict() for each in ended]
+
+    (alone,) = run(1, "alone", lambda rank: 5)
+    first, second = run(2, "of_2", lambda rank: 5 + rank)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, rtol=1e-4, atol=1e-6), name
 
 
 def test_a_signal_stops_all_processes_of_one_sae(training, vit_folder, photos, monkeypatch):
