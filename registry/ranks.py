@@ -30,9 +30,12 @@ TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for another one fails: longer than any step that one rank does alone."""
 POLL_SECONDS = 0.2
 MAX_DIFFERING = 8  # differing facts that a message names
-FAILED = "failed"  # key of the first error in the store
+FAILED = "failed"  # key of the first error in the store of a connection
 _counters: Counter[str] = Counter()  # of a job of one rank
 _connections = count()
+_connection: Any = (
+    None  # the store of this one; a script may go on after an error, with the next connection
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        global _connection
         if dist.is_initialized():
             yield
             return
@@ -91,6 +95,7 @@ class Ranks:
         dist.init_process_group(
             "gloo", store=names, rank=self.rank, world_size=self.size, timeout=TIMEOUT
         )
+        _connection = names
         try:
             yield
             self.wait()
@@ -101,6 +106,7 @@ class Ranks:
                 raise failure from error
             raise
         finally:
+            _connection = None
             _group_of_gpus.cache_clear()
             dist.destroy_process_group()
 
@@ -364,14 +370,14 @@ def _tell(rank: int, error: BaseException) -> None:
     with suppress(
         RuntimeError, ValueError
     ):  # without the store the others learn of a lost connection
-        _store().compare_set(FAILED, "", text)
+        _connection.compare_set(FAILED, "", text)
 
 
 def _failure() -> LostRankError | None:
-    """The error of the rank that was the first to fail, of a job of several; None where none has."""
+    """The error of the rank that was the first to fail in this connection; None where none has."""
     with suppress(RuntimeError, ValueError):
-        if _store().check([FAILED]):
-            rank, _, text = _store().get(FAILED).decode().partition(" ")
+        if _connection is not None and _connection.check([FAILED]):
+            rank, _, text = _connection.get(FAILED).decode().partition(" ")
             return LostRankError(f"rank {rank}", f"failed: {text}")
     return None
 
