@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -301,18 +302,20 @@ class _VisionRun:
         """Run SAELens's runner."""
         cfg = self.cfg
         self.slot.evaluators = self._evaluators()
-        if cfg.logger.log_to_wandb:
-            self._start_wandb()
+        try:
+            with self._wandb_run():
+                return self._train_logged()
+        finally:
+            self.cfg = cfg
+
+    def _train_logged(self) -> Any:
+        cfg = self.cfg
         if self.ranks.size > 1:
             self.cfg = _ConfigOfRank(
                 cfg, self.session.saes, self.activations_store.stream, self.ranks
             )
         try:
-            with (
-                self._one_wandb_run(),
-                self.session.only_writer(),
-                self.session.interrupts,
-            ):
+            with self.session.only_writer(), self.session.interrupts:
                 return super().run()  # type: ignore[misc]  # SAELens's
         except TaxolensError:
             raise
@@ -321,15 +324,21 @@ class _VisionRun:
                 raise
             where = f"checkpoint {cfg.resume_from_checkpoint}"
             raise CheckpointError(where, f"its content is damaged: {why(error)}") from error
-        finally:
-            self.cfg = cfg
 
-    def _one_wandb_run(self) -> AbstractContextManager[None]:
-        if not self.cfg.logger.log_to_wandb:
-            return nullcontext()
-        from ..reporting.wandb_log import no_second_run
+    @contextmanager
+    def _wandb_run(self) -> Iterator[None]:
+        cfg = self.cfg
+        if not cfg.logger.log_to_wandb:
+            yield
+            return
+        from ..reporting.wandb_log import no_second_run, of_one_training
 
-        return no_second_run()
+        resumes = cfg.resume_from_checkpoint is not None
+        place = None if cfg.checkpoint_path is None else os.path.realpath(cfg.checkpoint_path)
+        with of_one_training(place, resumes=resumes, interrupted=TrainingInterrupted):
+            self._start_wandb()
+            with no_second_run():
+                yield
 
     def _start_wandb(self) -> None:
         from ..reporting.wandb_log import ensure_wandb
