@@ -623,6 +623,8 @@ def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:
 def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
     """Set cfg.resume_from_checkpoint to one usable checkpoint of this run, or None.
 
+    Settings that were not given and follow from the length of the run become those of the checkpoint.
+
     The resumed run writes its checkpoints beside that one, so that all are in one folder however
     often a run is stopped.
 
@@ -641,7 +643,10 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
     if cfg.resume_from_checkpoint is None:
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
-    check_same_run(found, identity)
+    taken = identity.taken_from(check_same_run(found, identity).run)
+    identity.training.update(taken)
+    for name, value in taken.items():
+        setattr(cfg, name, value)
     cfg.resume_from_checkpoint = str(found)
     if cfg.checkpoint_path is not None:
         cfg.checkpoint_path = str(found.parent)
@@ -662,4 +667,5 @@ def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStr
     training = {name: getattr(cfg, name) for name in TRAINING_SETTINGS}
     training["from_pretrained_path"] = absolute(getattr(cfg, "from_pretrained_path", None))
     # Through JSON, so that it equals what is read back from a checkpoint.
-    return RunIdentity(*json.loads(json.dumps([fixed, training], default=str)))
+    plain = json.loads(json.dumps([fixed, training], default=str))
+    return RunIdentity(*plain, defaults=cfg.defaults_of_length)
