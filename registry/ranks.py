@@ -29,9 +29,13 @@ GPU_BACKEND = "nccl"
 TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for another one fails: longer than any step that one rank does alone."""
 POLL_SECONDS = 0.2
-FAILED = "failed"  # key of the first error in the store
+MAX_DIFFERING = 8  # differing facts that a message names
+FAILED = "failed"  # key of the first error in the store of a connection
 _counters: Counter[str] = Counter()  # of a job of one rank
 _connections = count()
+_connection: Any = (
+    None  # the store of this one; a script may go on after an error, with the next connection
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        global _connection
         if dist.is_initialized():
             yield
             return
@@ -90,6 +95,7 @@ class Ranks:
         dist.init_process_group(
             "gloo", store=names, rank=self.rank, world_size=self.size, timeout=TIMEOUT
         )
+        _connection = names
         try:
             yield
             self.wait()
@@ -100,6 +106,7 @@ class Ranks:
                 raise failure from error
             raise
         finally:
+            _connection = None
             _group_of_gpus.cache_clear()
             dist.destroy_process_group()
 
@@ -177,6 +184,32 @@ class Ranks:
             problem = "the processes of the job have come to different points of it"
             raise TaxolensError("ranks", problem, given=points, allowed="start the job again")
         return points[0], [each for _, each in came]
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Check that every rank has the same facts; every rank calls this, and where they differ each raises.
+
+        Args:
+            facts: name -> value of this rank; of mappings each value counts by itself.
+
+        Raises:
+            ConfigError: some differ; the message names them, with the values of two ranks.
+        """
+        first, *others = (_flat(each) for each in self.gather(dict(facts)))
+        for rank, there in enumerate(others, start=1):
+            differing = [
+                f"{name}: {first.get(name)!r} on rank 0, {there.get(name)!r} on rank {rank}"
+                for name in dict.fromkeys([*first, *there])
+                if first.get(name) != there.get(name)
+            ]
+            if differing:
+                n_more = len(differing) - MAX_DIFFERING
+                raise ConfigError(
+                    "ranks",
+                    "the processes of the job do not have the same work: "
+                    + "; ".join(differing[:MAX_DIFFERING])
+                    + (f"; and {n_more} more" if n_more > 0 else ""),
+                    allowed="the same model, images and settings on every rank",
+                )
 
     def reduce(self, tensor: Any, how: str) -> Any:
         """The "sum" or "min" of a tensor over all ranks, element by element, on its device; every rank calls this.
@@ -266,6 +299,15 @@ ALONE = Ranks()
 """A job of one process."""
 
 
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, whose names are joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
 def _lies_on_a_gpu(tensor: Any) -> bool:
     return tensor.is_cuda
 
@@ -328,14 +370,14 @@ def _tell(rank: int, error: BaseException) -> None:
     with suppress(
         RuntimeError, ValueError
     ):  # without the store the others learn of a lost connection
-        _store().compare_set(FAILED, "", text)
+        _connection.compare_set(FAILED, "", text)
 
 
 def _failure() -> LostRankError | None:
-    """The error of the rank that was the first to fail, of a job of several; None where none has."""
+    """The error of the rank that was the first to fail in this connection; None where none has."""
     with suppress(RuntimeError, ValueError):
-        if _store().check([FAILED]):
-            rank, _, text = _store().get(FAILED).decode().partition(" ")
+        if _connection is not None and _connection.check([FAILED]):
+            rank, _, text = _connection.get(FAILED).decode().partition(" ")
             return LostRankError(f"rank {rank}", f"failed: {text}")
     return None
 

@@ -79,8 +79,8 @@ def evaluate_run(
         **options: fields of `EvaluationSettings`, in place of those of `settings`.
 
     Raises:
-        ConfigError: a setting is wrong, the split was trained on, or output_path has numbers that
-            would be dropped.
+        ConfigError: a setting is wrong, the split was trained on, output_path has numbers that would
+            be dropped, or the ranks have not the same SAEs, models, images, tree and settings.
         DataError: the images or labels cannot be used.
         CheckpointError: an SAE's files are incomplete or damaged.
     """
@@ -137,6 +137,7 @@ def _evaluate(
         copies=copies,
         override_model=override_model,
     )
+    ranks.check_alike(results.facts())
     activations = folder / ACTIVATIONS_FOLDER
     with only_writer(folder, "output_path") if ranks.is_first else nullcontext():
         ranks.wait()

@@ -141,6 +141,28 @@ class ResultsFolder:
         given = asdict(options)
         return _digest([self.fingerprints[sae.id], name, given, _files_in(given), facts])
 
+    def facts(self) -> dict[str, Any]:
+        """What the numbers depend on, the same on every rank; files count by their content.
+
+        Models are left out: their activations are compared where they are made.
+        """
+        tree = _digest(self._conditions["tree"])
+        evaluators = {}
+        for name, (_, options) in self._bench.chosen.items():
+            given = asdict(options)
+            plain = {key: value for key, value in given.items() if not _is_there(value)}
+            evaluators[name] = {**plain, "files": _files_in(given)}
+        saes = {
+            sae.id: {
+                "weights": sae.weights_digest(),
+                "key": sae.key,
+                "tokens": sae.tokens,
+                "image_size": sae.setting("image_size"),
+            }
+            for sae in self.saes
+        }
+        return {**self._conditions, "tree": tree, "evaluators": evaluators, "SAEs": saes}
+
     def missing(self, saes: Sequence[SAEFolder]) -> dict[str, Bench]:
         """Id of each of `saes` that lacks numbers -> the bench with the evaluators that it lacks."""
         found = {}
@@ -451,6 +473,11 @@ def _files_in(options: Mapping[str, Any]) -> list[str]:
     """The digests of the files that options of an evaluator name."""
     paths = [Path(value) for value in options.values() if is_path(value)]
     return [file_digest(path) for path in paths if path.is_file()]
+
+
+def _is_there(value: Any) -> bool:
+    """Whether an option names a file or folder of this machine."""
+    return is_path(value) and Path(value).exists()
 
 
 def _folder_of(run: str, saes: Sequence[SAEFolder]) -> Path:

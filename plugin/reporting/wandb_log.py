@@ -87,6 +87,47 @@ def ensure_wandb(mode: str | None = None, *, init_timeout: float = 30.0, **init:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
+_paused: tuple[Any, str] | None = None  # W&B's run of an interrupted training, and its checkpoints
+
+
+@contextmanager
+def of_one_training(
+    checkpoints: str | None, *, resumes: bool, interrupted: type[BaseException]
+) -> Iterator[None]:
+    """Within, the W&B run that begins is that of one training, which SAELens ends with it.
+
+    After an error it is ended here, as failed: the next training of the process would log into it. It stays
+    open where the caller has begun it, and where the training can be resumed, for the training that does;
+    any other one ends it first.
+
+    Args:
+        checkpoints: the folder of the training's checkpoints; None where it has none.
+        resumes: whether it goes on from one of them.
+        interrupted: the error of a training that can be resumed.
+    """
+    global _paused
+    paused, _paused = _paused, None
+    active = wandb.run
+    if paused is not None and active is paused[0]:
+        if not (resumes and paused[1] == checkpoints):
+            _end_as_failed()
+        active = None  # begun by a training
+    try:
+        yield
+    except BaseException as error:
+        if active is None and wandb.run is not None:
+            if isinstance(error, interrupted) and checkpoints is not None:
+                _paused = wandb.run, checkpoints
+            else:
+                _end_as_failed()
+        raise
+
+
+def _end_as_failed() -> None:
+    with suppress(Exception):  # of W&B: it must not replace the error of the training
+        wandb.finish(exit_code=1)
+
+
 @contextmanager
 def no_second_run() -> Iterator[None]:
     """Within, SAELens's `wandb.init` finds the active run without messages and an empty folder."""

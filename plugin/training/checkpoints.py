@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ SCHEMA = "taxolens.checkpoint/2"
 READABLE = (SCHEMA, "taxolens.checkpoint/1")
 FINAL_PREFIX = "final_"
 PARTIAL_FOLDER = ".partial"
+# Settings that a checkpoint records beside the facts of its run: see `RunIdentity`.
+TRAINING_SETTINGS = (
+    *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
+    *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
+    *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
+    "sparse_step",
+)
 # Settings in place of which a run that resumes has the state of optimizer, schedule and weights.
 RESTORED = (
     *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
@@ -60,10 +67,22 @@ class RunIdentity:
         fixed: facts on which the weights, and the position in the data, depend.
         training: other settings of the training. Those whose state the checkpoint restores must be
             the same; others take effect from it on.
+        defaults: names of those of `training` that follow from the length of the run since none were given,
+            and for which a longer run takes the values of its checkpoint. They are not saved.
     """
 
     fixed: dict[str, Any]
     training: dict[str, Any]
+    defaults: tuple[str, ...] = field(default=(), compare=False)
+
+    def taken_from(self, earlier: RunIdentity) -> dict[str, Any]:
+        """The values of `defaults` in a checkpoint, where it has them."""
+        then = {name: earlier.training.get(name) for name in self.defaults}
+        return {name: value for name, value in then.items() if type(value) is int and value > 0}
+
+    def resuming(self, earlier: RunIdentity) -> RunIdentity:
+        """The same run, when it goes on from a checkpoint."""
+        return replace(self, training={**self.training, **self.taken_from(earlier)})
 
 
 @dataclass(frozen=True)
@@ -288,6 +307,7 @@ def check_same_run(folder: Path, run: RunIdentity) -> Manifest:
         CheckpointError: fields differ; the message names each, the value found and the one wanted.
     """
     manifest = read_manifest(folder)
+    run = run.resuming(manifest.run)
     differences = _differences(run.fixed, manifest.run.fixed)
     if differences:
         raise CheckpointError(
@@ -436,7 +456,7 @@ def _is_of(folder: Path, run: RunIdentity) -> bool:
         return False
     return not (
         _differences(run.fixed, manifest.run.fixed)
-        or _differences(run.training, manifest.run.training)
+        or _differences(run.resuming(manifest.run).training, manifest.run.training)
     )
 
 
@@ -445,6 +465,7 @@ def _may_be_of(folder: Path, run: RunIdentity) -> bool:
         manifest = read_manifest(folder)
     except CheckpointError:
         return False
+    run = run.resuming(manifest.run)
     return not _differences(run.fixed, manifest.run.fixed) and not _overruled(manifest, run)
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import wandb
 import yaml
@@ -122,7 +122,7 @@ class VisionFields:
         train_batch_size_tokens (int, optional): Tokens in one step. Defaults to 4096, or, where that makes fewer than 500 steps, to the largest power of 2 from 8 on that makes as many.
         dead_feature_window (int, optional): Steps without firing after which a latent counts as dead. Defaults to a tenth of the run, at most 1000.
         resample_every (int, optional): Steps after which dead latents start again at inputs that are reconstructed badly, each time. Defaults to never.
-        n_batches_for_norm_estimate (int, optional): Batches from which normalize_activations estimates norms. Defaults to the steps of the run, at most 1000.
+        n_batches_for_norm_estimate (int, optional): Batches from which normalize_activations estimates norms. Defaults to the steps of the run, at most 1000; to those of the checkpoint in a run that is resumed.
         split (str): The split of the dataset that is trained on.
         holdout (float, optional): Hold out this share of every class of the split for the evaluation, and train on the others.
         holdout_seed (int): Seed of the choice of these images. Runs with other seeds hold out the same ones.
@@ -197,6 +197,9 @@ class VisionFields:
     constraint: str | None = None
     sparse_step: bool = True
     overwrite_output: bool = False
+
+    # Settings that were not given, and which a longer run that resumes takes from its checkpoint.
+    defaults_of_length: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         cfg: Any = self
@@ -535,6 +538,7 @@ def _fit_to_the_run(cfg: Any) -> None:
         cfg.dead_feature_window = min(DEAD_STEPS, max(1, round(DEAD_SHARE * steps)))
     if cfg.n_batches_for_norm_estimate is None:
         cfg.n_batches_for_norm_estimate = min(NORM_BATCHES, max(1, steps))
+        cfg.defaults_of_length = ("n_batches_for_norm_estimate",)
 
 
 def _round_up_training_tokens(cfg: Any) -> None:

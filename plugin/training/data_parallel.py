@@ -1,6 +1,6 @@
 """Training of one SAE by several processes: each computes a share of every batch, and gradients are averaged.
 
-Every rank has the whole batch, the same weights and the same state of the optimizer. Within a step are
+Every rank has the whole batch, the same weights, which are those of rank 0 at the start, and the same state of the optimizer. Within a step are
 reduced over the ranks: the gradient of each parameter when it has been accumulated, before SAELens clips
 its norm; the counts of firings; the steps since each latent has fired; the k·n largest pre-activations of
 architectures that choose them over the batch, and their threshold. The result is that of one process on the
@@ -44,6 +44,17 @@ def check_divisible(cfg: Any, ranks: Ranks) -> None:
     if cfg.compile_sae:
         problem = "a compiled SAE cannot exchange within a step"
         raise ConfigError("compile_sae", problem, given=True, allowed="False, or one process")
+
+
+@torch.no_grad()
+def share_start(sae: TrainingSAE[Any], ranks: Ranks) -> None:
+    """Give every rank the weights and buffers of rank 0, to the bit; each may have drawn others."""
+    if ranks.size == 1:
+        return
+    for tensor in (*sae.parameters(), *sae.buffers()):
+        first = ranks.from_first(tensor.cpu() if ranks.is_first else None)
+        assert first is not None
+        tensor.copy_(first)
 
 
 def share_steps(trainer: Any, ranks: Ranks) -> None:

@@ -17,29 +17,46 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import str_to_dtype
 
 from ...hooks.images.dataset import ImageDataset
+from ...hooks.images.source import RECORDED_SETTINGS
 from ...hooks.models.load import check_device, hook_d_in
 from ...hooks.models.tokens import check_tokens, tokens_per_image
 from ...registry.errors import ConfigError
 from ...registry.files import UnreadableError, read_json_object
+from ...registry.names import as_setting
 from ...registry.ranks import Ranks
 from ...registry.table import EVALUATORS
 from ...registry.taxonomies.load import load_taxonomy
 from ..evaluation.copies import check_same_bytes
 from ..evaluation.held_out import HeldOut, seen_in_training
+from .checkpoints import RESTORED, TRAINING_SETTINGS, holds_checkpoints
+from .config import AUTO, absolute
 
 logger = logging.getLogger(__name__)
 
 SLOW_BFLOAT16 = 1.5  # times as slow as float32, from which on a warning names it
 # Adam keeps two numbers per weight.
 CHECKPOINT_FACTOR = 3
-# Settings by which two runs are told apart, beside their SAEs.
+# Settings by which two runs are told apart: those on which weights depend, as in the identity of a run. What the
+# metadata of an SAE record of the images is among them, but for those of the evaluation.
 RUN_SETTINGS = (
-    *("sae", "saes", "hook_name", "hook_names", "hook_head_index", "hook_head_indices"),
-    *("model_name", "revision", "tokens", "image_size"),
-    *("dataset_path", "dataset_name", "split", "holdout", "holdout_seed", "max_images", "seed"),
-    *("training_tokens", "train_batch_size_tokens", "lr", "lr_scheduler_name", "lr_warm_up_steps"),
-    *("lr_decay_steps", "adam_beta1", "adam_beta2", "constraint"),
+    *(
+        "sae",
+        "saes",
+        "hook_name",
+        "hook_names",
+        "hook_head_index",
+        "hook_head_indices",
+        "constraint",
+    ),
+    *("model_name", "revision", "attn_implementation", "model_from_pretrained_kwargs"),
+    *("tokens", "image_size", "dtype", "autocast_lm", "use_cached_activations"),
+    *("dataset_path", "streaming", "max_images"),
+    *(name for name in RECORDED_SETTINGS if not name.startswith("eval_")),
+    *("seed", "train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer"),
+    *("from_pretrained_path", *TRAINING_SETTINGS),
 )
+# Those that a run which is resumed may have changed.
+CHANGEABLE = frozenset(TRAINING_SETTINGS) - frozenset(RESTORED)
 MIB = 1 << 20
 
 
@@ -181,11 +198,14 @@ def check_places(cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int
 def check_output(cfg: Any) -> None:
     """Check that the output folder does not hold another run, whose SAEs would join this one's.
 
-    A run that is resumed may have become longer than the result that it writes again.
+    A run that is resumed may differ from the result that it writes again in what may change meanwhile, such as
+    its length. A setting that the folder does not record is not compared.
 
     Raises:
-        ConfigError: it does, and `overwrite_output` is False; the message names what differs.
+        ConfigError: it does, and `overwrite_output` is False; the message names what differs. Or it holds the SAE
+            that the run starts from, which would be lost.
     """
+    _check_start(cfg)
     if cfg.output_path is None or cfg.overwrite_output:
         return
     folder = Path(cfg.output_path)
@@ -198,13 +218,13 @@ def check_output(cfg: Any) -> None:
     except (OSError, UnreadableError):
         there = {}
     here = cfg.to_dict()
-    resumes = cfg.resume_from_checkpoint is not None
+    excused = CHANGEABLE if cfg.resume_from_checkpoint is not None else ()
     differing = [
         name
         for name in RUN_SETTINGS
-        if not (resumes and name == "training_tokens")
+        if name not in excused
         and name in there
-        and _compared(here.get(name)) != _compared(there[name])
+        and _compared(name, here.get(name)) != _compared(name, there[name])
     ]
     if differing or not there:
         raise ConfigError(
@@ -215,12 +235,56 @@ def check_output(cfg: Any) -> None:
         )
 
 
-def _compared(value: Any) -> Any:
-    """A setting without what does not tell runs apart: metadata, devices."""
+def check_no_checkpoints(cfg: Any, *, has_searched: bool = False) -> None:
+    """Check that a run which begins anew does not write among the checkpoints of another one.
+
+    Args:
+        cfg: the runner's config.
+        has_searched: whether a checkpoint of this run was searched for, and none was found.
+
+    Raises:
+        ConfigError: its checkpoint folder has checkpoints already.
+    """
+    place = cfg.checkpoint_path
+    if cfg.resume_from_checkpoint is not None or place is None or not holds_checkpoints(place):
+        return
+    allowed = f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id"
+    if has_searched:
+        allowed = (
+            "another checkpoint_id, or the settings of their run: "
+            f"{as_setting('resume_from_checkpoint', place)} names those that differ"
+        )
+    raise ConfigError("checkpoint_path", "holds checkpoints already", given=place, allowed=allowed)
+
+
+def _check_start(cfg: Any) -> None:
+    """Check that the SAE that the run starts from is not where the run writes. Raises ConfigError."""
+    start = getattr(cfg, "from_pretrained_path", None)
+    if start is None or not Path(start).is_dir():  # a single file is none that a run writes
+        return
+    folder = Path(start).resolve()
+    written = [("output_path", folder)]
+    if cfg.resume_from_checkpoint is None:  # else its own, which it has left behind
+        written.append(("checkpoint_path", folder.parent))
+    for field, place in written:
+        given = getattr(cfg, field)
+        if given is not None and Path(given).resolve() == place:
+            raise ConfigError(
+                field,
+                "the SAE that the run starts from (from_pretrained_path) lies there, and would be lost",
+                given=given,
+                allowed="another folder",
+            )
+
+
+def _compared(name: str, value: Any) -> Any:
+    """A setting without what does not tell runs apart: metadata, devices, how a path is written."""
+    if name == "from_pretrained_path":
+        return absolute(value)
     if not isinstance(value, dict):
         return value
     left_out = ("metadata", "device")
-    return {key: _compared(each) for key, each in value.items() if key not in left_out}
+    return {key: _compared(key, each) for key, each in value.items() if key not in left_out}
 
 
 def bytes_needed(

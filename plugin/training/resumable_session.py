@@ -29,6 +29,7 @@ from ...registry.errors import CheckpointError, ConfigError, DivergedError, Lost
 from ...registry.files import only_writer
 from ...registry.names import as_setting
 from ...registry.ranks import ALONE, Ranks
+from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
     ESTIMATED,
@@ -45,7 +46,7 @@ from .checkpoints import (
     written_whole,
 )
 from .constraint import Constraint, load_initial_rows, save_initial_rows
-from .data_parallel import share_steps
+from .data_parallel import share_start, share_steps
 from .interrupts import Interrupts, StepGate, TrainingInterrupted
 from .lockstep import SharedInterrupts
 from .resampling import Resampling
@@ -114,7 +115,7 @@ class TrainingSession:
         A checkpoint that a killed process of this run has left unfinished is removed.
 
         Raises:
-            ConfigError: one of them is writing there.
+            ConfigError: one of them is writing there, or another run has written there since the runner was made.
         """
         cfg = self.cfg
         with ExitStack() as locks:
@@ -122,6 +123,8 @@ class TrainingSession:
                 for field in ("output_path", "checkpoint_path"):
                     if (place := getattr(cfg, field)) is not None:
                         locks.enter_context(only_writer(place, field))
+                preflight.check_output(cfg)
+                preflight.check_no_checkpoints(cfg)
                 if cfg.resume_from_checkpoint is not None and cfg.checkpoint_path is not None:
                     remove_unfinished(cfg.checkpoint_path)
             self.meet("locked")
@@ -157,6 +160,8 @@ class TrainingSession:
                 self._align(trainer, checkpoint)
                 self._check_finite(thorough=True)
                 self._leave_those_beyond(checkpoint)
+            if trainer in self._trainers.values():  # of one SAE, which all ranks train
+                share_start(trainer.sae, self.ranks)
             for name, constraint in self.constraints.items():
                 first = (
                     {}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,6 @@ from ...registry.files import why
 from ...registry.loaders.parts.old_folder import read_folder
 from ...registry.loaders.parts.read import Source, load_source
 from ...registry.loaders.parts.training_checkpoint import is_training_checkpoint
-from ...registry.names import as_setting
 from ...registry.ranks import Ranks
 from ...registry.table import ARCHITECTURES
 from ..evaluation.held_out import HeldOut
@@ -43,10 +43,10 @@ from ..evaluation.sae_folders import SAE_SCHEMA, check_usable
 from . import preflight
 from .activations_store import VisionActivationsStore
 from .checkpoints import (
+    TRAINING_SETTINGS,
     RunIdentity,
     check_same_run,
     find_checkpoint,
-    holds_checkpoints,
     resolve_checkpoint,
 )
 from .config import AUTO, VisionMultiSAERunnerConfig, VisionSAERunnerConfig, absolute
@@ -64,14 +64,6 @@ from .step_choice import with_step_of
 logger = logging.getLogger(__name__)
 
 SEVERAL_EPOCHS = 2  # from which on a run without a cache says that there is one
-
-# Settings that a checkpoint records beside the facts of its run: see `RunIdentity`.
-TRAINING_SETTINGS = (
-    *("training_tokens", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
-    *("n_restart_cycles", "adam_beta1", "adam_beta2", "autocast", "n_batches_for_norm_estimate"),
-    *("dead_feature_window", "resample_every", "feature_sampling_window", "compile_llm"),
-    "sparse_step",
-)
 
 
 class _VisionRun:
@@ -267,11 +259,13 @@ class _VisionRun:
             DataError: the images or their activations cannot be used.
             DivergedError: weights are not finite.
             CheckpointError: a checkpoint or the result could not be written.
-            ConfigError: another process writes into the same folders.
+            ConfigError: another process writes into the same folders, or the processes of the job have not
+                the same model, images and settings.
             LostRankError: another process of the job has failed.
         """
         cfg, ranks = self.cfg, self.ranks
         with ranks.joined():
+            self._check_alike()
             # Folders of random names, and the checkpoint that "auto" has found, are those of the first.
             places = (cfg.checkpoint_path, cfg.resume_from_checkpoint)
             cfg.checkpoint_path, cfg.resume_from_checkpoint = ranks.from_first(places)
@@ -288,6 +282,16 @@ class _VisionRun:
         self.session.interrupts.deliver()
         return trained
 
+    def _check_alike(self) -> None:
+        """Check that every process of the job has the same run. Raises ConfigError on each."""
+        identity = self.session.identity
+        # Those by which they come to the same points of the run; paths may be of each machine.
+        meeting = {
+            name: getattr(self.cfg, name) for name in ("n_checkpoints", "save_final_checkpoint")
+        }
+        facts = {**identity.fixed, **identity.training, **meeting}
+        self.ranks.check_alike({k: v for k, v in facts.items() if k != "from_pretrained_path"})
+
     def _follow(self) -> dict[str, TrainingSAE[Any]]:
         """Take part in a run whose SAEs other processes train."""
         cfg, store = self.cfg, self.activations_store
@@ -300,18 +304,20 @@ class _VisionRun:
         """Run SAELens's runner."""
         cfg = self.cfg
         self.slot.evaluators = self._evaluators()
-        if cfg.logger.log_to_wandb:
-            self._start_wandb()
+        try:
+            with self._wandb_run():
+                return self._train_logged()
+        finally:
+            self.cfg = cfg
+
+    def _train_logged(self) -> Any:
+        cfg = self.cfg
         if self.ranks.size > 1:
             self.cfg = _ConfigOfRank(
                 cfg, self.session.saes, self.activations_store.stream, self.ranks
             )
         try:
-            with (
-                self._one_wandb_run(),
-                self.session.only_writer(),
-                self.session.interrupts,
-            ):
+            with self.session.only_writer(), self.session.interrupts:
                 return super().run()  # type: ignore[misc]  # SAELens's
         except TaxolensError:
             raise
@@ -320,15 +326,21 @@ class _VisionRun:
                 raise
             where = f"checkpoint {cfg.resume_from_checkpoint}"
             raise CheckpointError(where, f"its content is damaged: {why(error)}") from error
-        finally:
-            self.cfg = cfg
 
-    def _one_wandb_run(self) -> AbstractContextManager[None]:
-        if not self.cfg.logger.log_to_wandb:
-            return nullcontext()
-        from ..reporting.wandb_log import no_second_run
+    @contextmanager
+    def _wandb_run(self) -> Iterator[None]:
+        cfg = self.cfg
+        if not cfg.logger.log_to_wandb:
+            yield
+            return
+        from ..reporting.wandb_log import no_second_run, of_one_training
 
-        return no_second_run()
+        resumes = cfg.resume_from_checkpoint is not None
+        place = None if cfg.checkpoint_path is None else os.path.realpath(cfg.checkpoint_path)
+        with of_one_training(place, resumes=resumes, interrupted=TrainingInterrupted):
+            self._start_wandb()
+            with no_second_run():
+                yield
 
     def _start_wandb(self) -> None:
         from ..reporting.wandb_log import ensure_wandb
@@ -621,6 +633,8 @@ def required_plugin(sae_cfg: TrainingSAEConfig) -> str | None:
 def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
     """Set cfg.resume_from_checkpoint to one usable checkpoint of this run, or None.
 
+    Settings that were not given and follow from the length of the run become those of the checkpoint.
+
     The resumed run writes its checkpoints beside that one, so that all are in one folder however
     often a run is stopped.
 
@@ -628,28 +642,21 @@ def find_resume_point(cfg: Any, identity: RunIdentity) -> None:
         CheckpointError: no usable checkpoint, or one of another run.
         ConfigError: a fresh start into a folder that has a run's checkpoints.
     """
-    allowed = f"{as_setting('resume_from_checkpoint', AUTO)}, which goes on from them, or another checkpoint_id"
-    if cfg.resume_from_checkpoint == AUTO:
-        allowed = (
-            "another checkpoint_id, or the settings of their run: "
-            f"{as_setting('resume_from_checkpoint', cfg.checkpoint_path)} names those that differ"
-        )
+    has_searched = cfg.resume_from_checkpoint == AUTO
+    if has_searched:
         root = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path).parent
         found = None if root is None else find_checkpoint(root, identity)
         cfg.resume_from_checkpoint = None if found is None else str(found)
         if found is None:
             logger.info(f"no checkpoint of this run under {root}: starting from the beginning.")
+    preflight.check_no_checkpoints(cfg, has_searched=has_searched)
     if cfg.resume_from_checkpoint is None:
-        if cfg.checkpoint_path is not None and holds_checkpoints(cfg.checkpoint_path):
-            raise ConfigError(
-                "checkpoint_path",
-                "holds checkpoints already",
-                given=cfg.checkpoint_path,
-                allowed=allowed,
-            )
         return
     found = resolve_checkpoint(cfg.resume_from_checkpoint)
-    check_same_run(found, identity)
+    taken = identity.taken_from(check_same_run(found, identity).run)
+    identity.training.update(taken)
+    for name, value in taken.items():
+        setattr(cfg, name, value)
     cfg.resume_from_checkpoint = str(found)
     if cfg.checkpoint_path is not None:
         cfg.checkpoint_path = str(found.parent)
@@ -670,4 +677,5 @@ def _identity(cfg: Any, saes: dict[str, TrainingSAE[Any]], stream: ActivationStr
     training = {name: getattr(cfg, name) for name in TRAINING_SETTINGS}
     training["from_pretrained_path"] = absolute(getattr(cfg, "from_pretrained_path", None))
     # Through JSON, so that it equals what is read back from a checkpoint.
-    return RunIdentity(*json.loads(json.dumps([fixed, training], default=str)))
+    plain = json.loads(json.dumps([fixed, training], default=str))
+    return RunIdentity(*plain, defaults=cfg.defaults_of_length)

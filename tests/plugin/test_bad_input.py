@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections import namedtuple
 
@@ -28,6 +29,7 @@ from taxolens.registry.errors import (
     DivergedError,
     UnknownNameError,
 )
+from tiny_runs import BATCH
 
 
 def refused(training, error, said, **changes):
@@ -229,6 +231,7 @@ class TestCheckpointsOfOtherRuns:
 
     def test_so_is_another_start_of_the_weights(self, training, checkpoint):
         start = {"from_pretrained_path": checkpoint, "checkpoint_id": "further", "n_checkpoints": 1}
+        start["output_path"] = str(training.folder / "further")
         training.runner(training.single(**start)).run()
         further = str(training.folder / "checkpoints" / "further" / "48")
         again = {"resume_from_checkpoint": further}
@@ -244,6 +247,23 @@ class TestCheckpointsOfOtherRuns:
         again = {"sae": sae, "resume_from_checkpoint": str(training.checkpoints)}
         said = "n_batches_for_norm_estimate: found 2, wanted 3"
         refused(training, CheckpointError, said, **again, n_batches_for_norm_estimate=3)
+
+    @pytest.mark.parametrize("resume", ["auto", "folder"])
+    def test_a_longer_run_takes_over_how_many_batches_were_estimated_from(self, training, resume):
+        sae = BatchTopKTrainingSAEConfig(
+            d_in=16, d_sae=32, k=4, normalize_activations="expected_average_only_in"
+        )
+        settings = {"sae": sae, "n_batches_for_norm_estimate": None, "dead_feature_window": 1}
+        training.runner(training.single(**settings, n_checkpoints=1)).run()
+        resume = "auto" if resume == "auto" else str(training.checkpoints)
+        settings |= {"training_tokens": 20 * BATCH, "resume_from_checkpoint": resume}
+        longer = training.runner(training.single(**settings))
+        (checkpoint,) = checkpoints_in(training.checkpoints)
+        assert longer.cfg.resume_from_checkpoint == str(checkpoint)
+        longer.run()
+        recorded = json.loads((training.output / "runner_cfg.json").read_text())
+        assert recorded["n_batches_for_norm_estimate"] == 10  # the steps of the first run
+        assert recorded["training_tokens"] == 20 * BATCH and "defaults_of_length" not in recorded
 
     def test_a_fresh_start_into_their_folder_is_refused(self, training, checkpoint):
         refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from itertools import chain
@@ -205,6 +206,43 @@ def test_an_evaluator_that_fails_on_one_rank_costs_its_own_numbers(
         HOOKS[1]: [],
         HOOKS[2]: ["ontological_coverage"],
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 5}, "settings.seed: 0 on rank 0, 5 on rank 1"),
+        ({"evaluators": ["ontological_coverage"]}, "evaluators.reconstruction."),
+        (
+            {"options": {"stability": {"same": 0.9}}},
+            "evaluators.stability.same: 0.7 on rank 0, 0.9 on rank 1",
+        ),
+        ({"taxonomy": True}, "tree: "),
+        ({"dataset_path": True}, "images: "),
+    ],
+)
+def test_ranks_with_other_settings_are_refused_on_each(
+    evaluate: Any, world: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    given = dict(changes)
+    if "taxonomy" in given:  # with a level less
+        edges = [f"root,{place.name}" for place in sorted((world / "validation").glob("*/*"))]
+        given["taxonomy"] = tmp_path / "tree.csv"
+        given["taxonomy"].write_text("\n".join(["parent,child", *edges]))
+    if "dataset_path" in given:
+        copy = shutil.copytree(world, tmp_path / "world")
+        next((copy / "validation").glob("*/*/0.png")).unlink()
+        given["dataset_path"] = str(copy)
+
+    def act() -> str:
+        with pytest.raises(ConfigError) as error:
+            evaluate(tmp_path / "out", **({} if Ranks.here().is_first else given))
+        return str(error.value)
+
+    for message in run_ranks(2, act, tmp_path / "job"):
+        assert message.startswith("ranks: the processes of the job do not have the same work: ")
+        assert named in message
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_one_process_of_a_job_can_evaluate_alone(evaluate: Any, tmp_path: Path) -> None:

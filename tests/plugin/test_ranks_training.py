@@ -31,6 +31,7 @@ from taxolens.plugin.training.checkpoints import checkpoints_in, is_whole, read_
 from taxolens.plugin.training.interrupts import TrainingInterrupted
 from taxolens.plugin.training.lockstep import SharedInterrupts
 from taxolens.plugin.training.rng import draw_by_step, seeded
+from taxolens.plugin.training.runner import new_sae
 from taxolens.registry.architectures.mp import MPTrainingSAEConfig
 from taxolens.registry.architectures.random_matryoshka import RandomMatryoshkaTrainingSAEConfig
 from taxolens.registry.errors import ConfigError, DataError, DivergedError, LostRankError
@@ -471,6 +472,31 @@ def test_one_sae_of_several_processes_is_that_of_the_joined_batch(
         assert torch.allclose(value, state[key], rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.parametrize("constraint", [None, "soft_frozen_decoder"])
+def test_one_sae_starts_from_the_weights_of_the_first_process(
+    training, vit_folder, photos, constraint
+):
+    def run(size, name, seed_of):
+        settings = {"output_path": str(training.folder / name), "checkpoint_id": name, "lr": 0.05}
+        settings |= {"sae": replace(ONE["topk"](), dtype="float64"), "constraint": constraint}
+
+        def runner():
+            cfg = training.single(**settings)
+            own = new_sae(cfg.sae, seed_of(Ranks.here().rank))
+            overrides = {"override_model": load_vision_model(vit_folder), "override_sae": own}
+            return training.runner(cfg, override_dataset=load_images(photos), **overrides)
+
+        ended = run_job(size, runner)
+        trained([[] if isinstance(each, TrainingSAE) else each for each in ended])
+        return [each.state_dict() for each in ended]
+
+    (alone,) = run(1, "alone", lambda rank: 5)
+    first, second = run(2, "of_2", lambda rank: 5 + rank)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, rtol=1e-4, atol=1e-6), name
+
+
 def test_a_signal_stops_all_processes_of_one_sae(training, vit_folder, photos, monkeypatch):
     class Signalled(SharedInterrupts):
         def check(self):
@@ -510,3 +536,55 @@ def test_what_several_processes_cannot_reduce_is_refused(training, monkeypatch, 
     monkeypatch.setattr(Ranks, "here", classmethod(lambda cls: Ranks(0, 2)))
     with pytest.raises(ConfigError, match=message):
         training.runner(training.single(**changes))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"images": True}, "activations.images: "),
+        ({"model": True}, "activations.model: "),
+        ({"lr": 0.1}, "lr: 0.2 on rank 0, 0.1 on rank 1"),
+        ({"n_checkpoints": 3}, "n_checkpoints: 2 on rank 0, 3 on rank 1"),
+        ({"seed": 3}, "activations.seed: 42 on rank 0, 3 on rank 1"),
+    ],
+)
+def test_processes_with_other_work_are_refused_on_each(
+    training, vit_folder, photos, tmp_path, cached, changes, named
+):
+    def runner():
+        model, folder, given = load_vision_model(vit_folder), photos, dict(changes)
+        if Ranks.here().is_first:
+            given = {}
+        if given.pop("images", False):  # a copy that lacks one
+            folder = shutil.copytree(photos, tmp_path / "photos")
+            (folder / "cat/2.png").unlink()
+        if given.pop("model", False):
+            with torch.no_grad():
+                next(model.original_model.parameters()).mul_(2)
+        settings = {**SETTINGS, "use_cached_activations": cached, **given}
+        settings["cached_activations_path"] = str(training.folder / "activations")
+        cfg = training.multi(saes={name: make() for name, make in SAES.items()}, **settings)
+        return training.runner(cfg, override_dataset=load_images(folder), override_model=model)
+
+    ended = run_job(2, runner)
+    assert [type(each) for each in ended] == [ConfigError] * 2, ended
+    for each in ended:
+        assert str(each).startswith("ranks: the processes of the job do not have the same work: ")
+        assert named in str(each)
+    assert not training.output.exists() and not training.checkpoints.exists()
+
+
+def test_processes_may_have_copies_in_other_places(training, vit_folder, photos, tmp_path):
+    """As on machines of which each has the model and the images on its own disk."""
+
+    def runner():
+        own = tmp_path / str(Ranks.here().rank)
+        settings = {
+            "model_name": str(shutil.copytree(vit_folder, own / "vit")),
+            "dataset_path": str(shutil.copytree(photos, own / "photos")),
+        }
+        overrides = {"override_model": None, "override_dataset": None}
+        return training.runner(training.multi(**settings), **overrides)
+
+    assert trained(run_job(2, runner)) == [["first"], ["last"]]

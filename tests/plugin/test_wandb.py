@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from taxolens.plugin.reporting.wandb_log import (
     no_second_run,
 )
 from taxolens.plugin.training.config import VisionLoggingConfig
-from taxolens.registry.errors import ConfigError
+from taxolens.plugin.training.interrupts import TrainingInterrupted
+from taxolens.registry.errors import ConfigError, DivergedError
 from wandb_reader import OfflineRun
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: connections are refused
@@ -225,6 +227,72 @@ def test_training_logs_losses_evaluations_config_and_saes(
         assert len(run.logged(f"{name}/eval/lch_height/height")) == 2
         assert len(run.logged(f"{name}/eval/lch_height/height/permuted_classes")) == 2
     assert "model" in {artifact.type for artifact in run.artifacts.values()}
+
+
+class TestATrainingThatDoesNotEnd:
+    @pytest.fixture
+    def train(self, training: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        wandb.teardown()
+
+        def run(name: str, action: Any = None, **changes: Any) -> None:
+            logger = LoggingConfig(wandb_project="p", run_name=name, wandb_log_frequency=1)
+            settings = {"checkpoint_id": name, "output_path": str(training.folder / name)}
+            cfg = training.single(logger=logger, **settings, **changes)
+            sae = None if action is None else training.meddling(cfg.sae, action, step=4)
+            training.runner(cfg, override_sae=sae).run()
+
+        return run
+
+    @staticmethod
+    def runs() -> dict[str, list[int]]:
+        """Name of each W&B run -> the steps that were logged in it."""
+        wandb.finish()
+        files = sorted(Path(os.environ["WANDB_DIR"]).rglob("offline-run-*/*.wandb"))
+        found = [OfflineRun(file.parent) for file in files]
+        logged = "losses/overall_loss"
+        return {
+            run.run.display_name: [row["_step"] for row in run.history if logged in row]
+            for run in found
+        }
+
+    @pytest.mark.parametrize("error", [ValueError, DivergedError, KeyboardInterrupt])
+    def test_its_run_is_not_that_of_the_next_one(self, train, error) -> None:
+        def fails() -> None:
+            raise error("no")
+
+        with pytest.raises(error):
+            train("failed", fails)
+        assert wandb.run is None
+        train("next")
+        found = self.runs()
+        assert list(found) == ["failed", "next"]
+        assert len(found["failed"]) == 4 and len(found["next"]) == 10
+
+    def test_an_interrupted_one_goes_on_in_it(self, train) -> None:
+        with pytest.raises(TrainingInterrupted):
+            train("stopped", lambda: signal.raise_signal(signal.SIGTERM))
+        train("stopped", resume_from_checkpoint="auto")
+        (steps,) = self.runs().values()
+        assert len(steps) == len(set(steps)) == 10
+
+    def test_and_another_one_does_not(self, train) -> None:
+        with pytest.raises(TrainingInterrupted):
+            train("stopped", lambda: signal.raise_signal(signal.SIGTERM))
+        train("next")
+        found = self.runs()
+        assert list(found) == ["stopped", "next"] and len(found["next"]) == 10
+
+    def test_a_run_that_the_caller_has_begun_stays_open(self, train) -> None:
+        def fails() -> None:
+            raise ValueError("no")
+
+        ensure_wandb("offline", project="p", name="of the caller")
+        begun = wandb.run
+        with pytest.raises(ValueError):
+            train("failed", fails)
+        assert begun is not None and wandb.run is begun
+        assert list(self.runs()) == ["of the caller"]
 
 
 def test_several_curves_have_keys_charts_and_tables(results: Results, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from forked_ranks import run_ranks
 from taxolens.registry import ranks as module
-from taxolens.registry.errors import ConfigError
+from taxolens.registry.errors import ConfigError, TaxolensError
 from taxolens.registry.ranks import Ranks
 
 
@@ -117,6 +117,33 @@ def test_processes_exchange_what_they_have_and_the_error_of_one(tmp_path):
     assert done.returncode == 1
     assert "ValueError: no such image" in done.stderr
     assert "LostRankError: rank 1: failed: no such image" in done.stderr
+
+
+def test_a_script_that_goes_on_after_an_error_meets_it_no_more(tmp_path):
+    """As a search over learning rates does that leaves out what diverges."""
+
+    def work(name, fails):
+        ranks = Ranks.here()
+        with ranks.joined():
+            if fails and ranks.is_first:
+                raise ConfigError("lr", "too large")
+            ranks.add(name)
+            list(ranks.waiting(name))
+            return ranks.gather(ranks.rank)
+
+    def act():
+        found = []
+        for name, fails in (("a", True), ("b", False), ("c", True), ("d", False)):
+            try:
+                found.append(work(name, fails))
+            except TaxolensError as error:
+                found.append(f"{type(error).__name__}: {error}")
+        return found
+
+    own, lost = "ConfigError: lr: too large.", "LostRankError: rank 0: failed: lr: too large."
+    first, second = run_ranks(2, act, tmp_path / "ranks")
+    assert first == [own, [0, 1], own, [0, 1]]
+    assert second == [lost, [0, 1], lost, [0, 1]]
 
 
 def refuses_to_connect(*_):
