@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -29,7 +28,7 @@ from ...registry.table import EVALUATORS, evaluators_named
 from ..reporting.results import Results, SAEResult
 from .bench import Bench
 from .copies import check_copies
-from .forward import Forward, ModelSetting, forwards_of
+from .forward import Forward, ModelSetting, forwards_of, remove_caches
 from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, tree_name
 from .measure_sae import measure_sae
 from .peers import find_peers, peers_of
@@ -156,7 +155,7 @@ def _evaluate(
             forward.release()
         found = results.finish() if ranks.is_first else None
         if ranks.is_first and not settings.keep_activations:
-            shutil.rmtree(activations, ignore_errors=True)
+            remove_caches(activations)
         ranks.wait()
     return found or Results.load(folder)
 

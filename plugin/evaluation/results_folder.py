@@ -207,7 +207,11 @@ class ResultsFolder:
         self._ranks.wait()
 
     def _forget_ranks(self) -> None:
-        shutil.rmtree(self.folder / RANKS_FOLDER, ignore_errors=True)
+        with suppress(OSError):  # not there, or with files of others
+            for place in (self.folder / RANKS_FOLDER).iterdir():
+                if place.is_dir() and all(_is_of_a_rank(file.name) for file in place.iterdir()):
+                    shutil.rmtree(place, ignore_errors=True)
+            (self.folder / RANKS_FOLDER).rmdir()
 
     def _save(self) -> None:
         self._results(complete=False).save(self._place)
@@ -216,7 +220,7 @@ class ResultsFolder:
         """Write everything, and return the results as read back from the file."""
         self._results(complete=True).save(self.folder)
         results = Results.load(self.folder)
-        write_comparison(results)
+        write_comparison(results, earlier=self._earlier)
         if self._earlier is not None:
             for file in _files(self._earlier) - _files(results):
                 with suppress(UnreadableError):  # not written by us
@@ -428,6 +432,11 @@ def _with_ranks(folder: Path) -> Results | None:
         with suppress(TaxolensError):
             results = replace(results, saes=[*results.saes, *Results.load(place).saes])
     return results
+
+
+def _is_of_a_rank(name: str) -> bool:
+    """Whether it is the name of a rank's results, or of a temporary file of them."""
+    return name == RESULTS_FILENAME or name.startswith(f".{RESULTS_FILENAME}.")
 
 
 def _differing(old: SAEResult, sae: SAEFolder) -> list[str]:

@@ -112,6 +112,33 @@ def test_train_evaluate_report(training: Any, world: Path, tmp_path: Path) -> No
     assert HOOKS[1] in page and "data:image/jpeg" in page
 
 
+def test_files_of_others_in_the_output_folder_are_left_alone(evaluate: Any, tmp_path: Path) -> None:
+    """A cache of a training, tables and figures of the user's own, also beside ours of the same kind."""
+    out = tmp_path / "out"
+    mine = [
+        out / "activations" / "vit_train" / "cache.json",
+        out / "activations" / "0123abcd" / "notes.txt",
+        out / "metrics" / "my_experiment.csv",
+        out / "metrics" / "pair_depth.mine.svg",
+        out / "metrics" / "controls.csv",
+        out / "ranks" / "by_hand" / "order.csv",
+    ]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a,b\n1,2\n")
+    evaluate(evaluators="pair_depth", keep_activations=True)
+    assert len(list((out / "activations").iterdir())) == 3
+    measured = {file.name for file in (out / "metrics").glob("pair_depth.*")}
+    evaluate(evaluators="lch_height", replace=True)
+    assert all(file.read_text() == "a,b\n1,2\n" for file in mine)
+    assert {file.parent.name for file in (out / "activations").rglob("*.*")} == {
+        "vit_train",
+        "0123abcd",
+    }
+    left = {file.name for file in (out / "metrics").glob("pair_depth.*")}
+    assert "pair_depth.pair_depth.csv" in measured and left == {"pair_depth.mine.svg"}
+
+
 def test_the_folder_of_a_run_is_recorded_not_that_of_one_of_its_saes(
     evaluate: Any, run: Path, tmp_path: Path
 ) -> None:
