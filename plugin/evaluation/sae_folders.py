@@ -262,7 +262,8 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
 
     A folder is a run (runner_cfg.json, and one SAE or a folder for each), a checkpoint, or an SAE
     (cfg.json and sae_weights.safetensors). `id` is unique: the SAE's name, with the run's before it
-    where several runs are given, or `several` says that there are others beside.
+    where several runs are given, or `several` says that there are others beside. The SAE in a run's own
+    folder has the run's name, with -2 where a folder in it has that one.
 
     Raises:
         ConfigError: a folder does not exist or has no SAE, or metadata is of another version.
@@ -315,9 +316,13 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
             allowed=f"a folder with {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}",
         )
     folders = _of_the_run(path, settings, folders)
+    names = {folder: folder.relative_to(path).as_posix() for folder in folders}
+    if path in names:
+        names[path] = label
+        while Counter(names.values())[names[path]] > 1:
+            names[path] += "-2"
     saes = []
-    for folder in folders:
-        name = label if folder == path else folder.relative_to(path).as_posix()
+    for folder, name in names.items():
         cfg = _read_json(folder / SAE_CFG_FILENAME)
         metadata = cfg.get("metadata") or {}
         if not isinstance(metadata, dict):

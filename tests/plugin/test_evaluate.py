@@ -25,6 +25,7 @@ from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import forward
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
 from taxolens.plugin.evaluation.sae_folders import find_saes
+from taxolens.plugin.evaluation.sae_sources import find_sources
 from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
@@ -1062,6 +1063,22 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
         find_saes([tmp_path / "a", tmp_path / "b" / ".." / "a"])
     with pytest.raises(ConfigError, match="out is given twice, once in another folder"):
         find_saes([tmp_path / "a", tmp_path / "a" / "out"])
+
+
+def test_two_saes_never_share_an_id(run: Path, tmp_path: Path) -> None:
+    """The SAE in a run's own folder, beside one in a folder of the run's name; and two calls' SAEs."""
+    for seed, folder in enumerate(("x", "x/x", "x/x-2", "y/x")):
+        save_sae(tmp_path / folder, HOOKS[0], {}, seed=seed)
+    found = find_saes(tmp_path / "x")
+    paths = {sae.id: sae.path for sae in found}
+    place = tmp_path / "x"
+    assert paths == {"x-2-2": place, "x": place / "x", "x-2": place / "x-2"}
+    both = find_saes([tmp_path / "x", run])
+    assert len({sae.id for sae in both}) == len(both) == 5
+    others = find_saes(tmp_path / "y")
+    with pytest.raises(ConfigError, match=r"runs: two SAEs have the id 'x' \(.*x/x and .*y/x\)"):
+        find_sources([*found, *others])
+    assert find_sources(found) == found
 
 
 def test_unusable_folders(run: Path, tmp_path: Path) -> None:
