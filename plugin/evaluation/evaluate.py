@@ -141,16 +141,19 @@ def _evaluate(
         ranks.wait()
         results.take_over()
         ranks.wait()
-        lacking = results.missing(saes)
-        names = {name for each in lacking.values() for name in each.chosen}
-        bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
-        forwards = forwards_of(
-            saes, held_out, bench, activations, override_model, ranks, due=lacking
-        )
+        again, checked = True, set[str]()
+        while again:
+            lacking = results.missing(saes)
+            names = {name for each in lacking.values() for name in each.chosen}
+            bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
+            forwards = forwards_of(
+                saes, held_out, bench, activations, override_model, ranks, due=lacking
+            )
+            again = _is_of_other_images(forwards, lacking, results, checked)
         for forward in forwards.values():
             missing = [sae for sae in forward.saes if sae.id in lacking]
             if missing:
-                check_saes(missing, forward.model)
+                check_saes([sae for sae in missing if sae.id not in checked], forward.model)
                 _measure(missing, forward, forwards, bench, lacking, results, ranks)
             forward.release()
         found = results.finish() if ranks.is_first else None
@@ -158,6 +161,25 @@ def _evaluate(
             remove_caches(activations)
         ranks.wait()
     return found or Results.load(folder)
+
+
+def _is_of_other_images(
+    forwards: Mapping[ModelSetting, Forward],
+    lacking: Mapping[str, Bench],
+    results: ResultsFolder,
+    checked: set[str],
+) -> bool:
+    """Whether the numbers that are kept were of other images than can be read now, and are dropped.
+
+    `checked` gets the ids of the SAEs that `check_saes` has seen before the forward pass.
+    """
+    for forward in forwards.values():
+        missing = [sae for sae in forward.saes if sae.id in lacking]
+        if missing and results.keeps_numbers:
+            check_saes(missing, forward.model)
+            checked |= {sae.id for sae in missing}
+            return results.measure_again_on(forward.cache)
+    return False
 
 
 def _measure(

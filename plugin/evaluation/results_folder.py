@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from ...hooks.activations.cache import ActivationCache
-from ...registry.errors import ConfigError, TaxolensError
+from ...registry.errors import ConfigError, DataError, TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
-from ...registry.files import UnreadableError, file_digest, inside, is_path
+from ...registry.files import MAX_IMAGE_PIXELS, UnreadableError, file_digest, inside, is_path
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
 from ...registry.ranks import Ranks
@@ -117,9 +117,11 @@ class ResultsFolder:
             n_compared=None if copies is None else copies.n_compared,
             n_also_trained_on=None if copies is None else copies.n,
         )
+        limit = images.limits.max_image_pixels
+        self._limits = {} if limit == MAX_IMAGE_PIXELS else {"max_image_pixels": limit}
         self._conditions = _conditions(
             images.fingerprint,
-            bench.describe(),
+            {**bench.describe(), **self._limits},
             json.loads(bench.taxonomy.to_json()),
             versions()["taxolens"],
         )
@@ -131,6 +133,7 @@ class ResultsFolder:
         self._found: dict[str, SAEResult] = {}
         self._own: set[str] = set()  # measured by this process
         self._earlier: Results | None = None
+        self._has_images = False  # whether `_dataset` has the images of a forward pass
         self._permuted: PermutedClassesInfo | None = None
 
     def _fingerprint_of(self, sae: SAEFolder, name: str) -> str:
@@ -164,8 +167,52 @@ class ResultsFolder:
     def _kept(self, sae_id: str) -> Mapping[str, EvaluatorResult]:
         return self._found[sae_id].evaluators if sae_id in self._found else {}
 
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether numbers of an earlier call are kept."""
+        return bool(self._found)
+
+    def measure_again_on(self, cache: ActivationCache) -> bool:
+        """Drop the numbers that are kept, where they are of other images than those of a forward pass.
+
+        An image that cannot be read is left out, and may be readable at another time.
+
+        Returns:
+            whether there were such numbers: all are missing then.
+
+        Raises:
+            ConfigError: some of them would not be measured again.
+        """
+        if not self._has_images or self._is_of(cache):
+            return False
+        assert self._earlier is not None
+        then, now = self._dataset.n_images, len(cache)
+        logger.warning(
+            "%s: its numbers are of %d images that could be read, and now %s%d can be: they are measured again.",
+            *(self.folder, then, "other " if then == now else "", now),
+        )
+        self._found, self._has_images = {}, False
+        self._refuse_to_drop(self._earlier, of_these="{} when other images could be read")
+        return True
+
+    def _is_of(self, cache: ActivationCache) -> bool:
+        """Whether the images measured on so far are those of a forward pass."""
+        skipped = {image.index for image in self._dataset.skipped}
+        return self._dataset.n_images == len(cache) and skipped == set(cache.failures)
+
     def dataset_is(self, cache: ActivationCache, split: Split) -> None:
-        """Record the numbers of images of a forward pass, and the images that were skipped."""
+        """Record the numbers of images of a forward pass, and the images that were skipped.
+
+        Raises:
+            DataError: other images could be read in the forward pass of another model.
+        """
+        if self._has_images and not self._is_of(cache):
+            raise DataError(
+                "images",
+                f"{len(cache)} could be read for one model, and {self._dataset.n_images} or others for another",
+                allowed=f"the same call with {REPLACE} once all can be read, without {cache.path.parent}",
+            )
+        self._has_images = True
         skipped = [SkippedImage(int(i), str(why)) for i, why in sorted(cache.failures.items())]
         self._dataset = replace(
             self._dataset,
@@ -277,6 +324,7 @@ class ResultsFolder:
                 )
         self._refuse_to_drop(earlier)
         if self._found:
+            self._has_images = True
             self._permuted = earlier.permuted_classes
             here = self._dataset
             same = ("path", "name", "split", "seen_in_training", "training_known")
@@ -285,8 +333,13 @@ class ResultsFolder:
             self._dataset = replace(earlier.dataset, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))
 
-    def _refuse_to_drop(self, earlier: Results) -> None:
-        """Raise if the folder has numbers that are neither kept nor measured again."""
+    def _refuse_to_drop(
+        self, earlier: Results, of_these: str = "{} whose files are missing"
+    ) -> None:
+        """Raise if the folder has numbers that are neither kept nor measured again.
+
+        `of_these` says why those are not kept that are of the same SAEs, images, tree and settings.
+        """
         there = _conditions(
             earlier.dataset.fingerprint,
             earlier.settings,
@@ -302,7 +355,7 @@ class ResultsFolder:
             finished -= kept.get(old.fingerprint, set())
             again, sae = True, by_id.get(old.id)
             if old.fingerprint in self.fingerprints.values():
-                why = "{} whose files are missing"
+                why = of_these
             elif sae is None:
                 again, why = False, "SAEs that this call does not evaluate ({})"
             else:
@@ -357,6 +410,7 @@ class ResultsFolder:
         options = {**there, **here["options"]}
         return {
             **here,
+            **self._limits,
             "evaluators": names,
             "options": {name: options[name] for name in names if name in options},
             "runs": {

@@ -19,6 +19,7 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 from taxolens.hooks.activations.extract import model_fingerprint
+from taxolens.hooks.images import dataset
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import from_module, load_vision_model
 from taxolens.plugin.evaluation import evaluate as module
@@ -941,6 +942,67 @@ def test_corrupt_images_are_skipped_and_named(evaluate: Any, world: Path, tmp_pa
     )
     with pytest.raises(DataError, match="corrupt"):
         evaluate(**common, output_path=tmp_path / "strict", max_corrupt_share=0.0)
+
+
+def test_numbers_of_images_that_could_be_read_then_are_not_mixed_with_those_of_now(
+    evaluate: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Bytes of 256 images identify a data set: of more, one that could not be read may be read later."""
+    monkeypatch.setattr(dataset, "FINGERPRINT_IMAGES", 2)
+    moving = tmp_path / "moving"
+    shutil.copytree(world, moving)
+    file = moving / "validation" / WORLD_CLASSES[3] / "2.png"
+    content = file.read_bytes()
+    common: dict[str, Any] = {"dataset_path": str(moving), "taxonomy": str(moving / "validation")}
+    common |= {"max_corrupt_share": 0.5}
+    file.write_bytes(b"")
+    assert evaluate(**common, evaluators="pair_depth").dataset.n_images == 31
+    file.write_bytes(content)
+    out = tmp_path / "out"
+    message = (
+        rf"has numbers of {HOOKS[0]}, .* when other images could be read, .* dropped: pair_depth"
+    )
+    before = (out / "results.json").read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        evaluate(**common, evaluators="lch_height")
+    assert (out / "results.json").read_bytes() == before
+    both = evaluate(**common, evaluators=["pair_depth", "lch_height"])
+    assert "31 images that could be read, and now 32 can be: they are measured again" in caplog.text
+    alone = evaluate(**common, evaluators=["pair_depth", "lch_height"], output_path=tmp_path / "b")
+    assert both.dataset.n_images == 32 and not both.dataset.skipped
+    assert repr(numbers_of(both)) == repr(numbers_of(alone))
+
+
+def test_images_that_change_between_two_models_end_the_evaluation(
+    evaluate: Any, vit_folder: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "FINGERPRINT_IMAGES", 2)
+    moving = tmp_path / "moving"
+    shutil.copytree(world, moving)
+    settings = run_settings(vit_folder, moving)
+    for size in (16, 32):
+        save_sae(tmp_path / f"at_{size}", HOOKS[0], {**settings, "image_size": size})
+    measure_sae = module.measure_sae
+
+    def then_break(*args: Any, **kwargs: Any) -> Any:
+        (moving / "validation" / WORLD_CLASSES[3] / "2.png").write_bytes(b"")
+        return measure_sae(*args, **kwargs)
+
+    monkeypatch.setattr(module, "measure_sae", then_break)
+    with pytest.raises(
+        DataError, match=r"images: 31 could be read for one model, and 32 .* another"
+    ):
+        evaluate([tmp_path / "at_16", tmp_path / "at_32"], max_corrupt_share=0.5)
+
+
+def test_a_bound_of_pixels_is_a_condition_of_the_numbers(evaluate: Any, tmp_path: Path) -> None:
+    plain = evaluate(evaluators="pair_depth")
+    assert "max_image_pixels" not in plain.settings
+    message = rf"has numbers of {HOOKS[0]}, .* with other settings, .* dropped: pair_depth"
+    refused(evaluate, tmp_path / "out", message, evaluators="lch_height", max_image_pixels=500)
+    bounded = evaluate(evaluators="pair_depth", max_image_pixels=500)
+    assert bounded.settings["max_image_pixels"] == 500
+    assert bounded.saes[0].fingerprint != plain.saes[0].fingerprint
 
 
 @pytest.mark.parametrize(
