@@ -133,7 +133,9 @@ def measure_sae(
     if held_out.tokens.shape[1] == 1:
         l0_token = l0
     node_f1 = context.attempt("node F1", places.node_f1)
-    most, least = context.attempt(CARDS, lambda: _cards(context, places, rows)) or ([], [])
+    most, least = context.attempt(
+        CARDS, lambda: _cards(context, places, rows, dataset.fingerprint)
+    ) or ([], [])
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
     evaluators = {
@@ -206,7 +208,7 @@ def share_card_facts(context: EvaluationContext) -> None:
 
 
 def _cards(
-    context: EvaluationContext, places: cards.NodeTables, rows: np.ndarray
+    context: EvaluationContext, places: cards.NodeTables, rows: np.ndarray, images: str
 ) -> tuple[list[LatentCard], list[LatentCard]]:
     """Cards of the most and of the least specific latents."""
     placed = places.placed_latents()
@@ -215,6 +217,7 @@ def _cards(
         "top": context.share(TopImages, k=cards.TOP_IMAGES),
         "rate": context.share(FiringRate),
         "image_ids": rows,
+        "images": images,
     }
     most, least = cards.pick(placed, context.taxonomy)
     return cards.make_cards(placed, most, **facts), cards.make_cards(placed, least, **facts)

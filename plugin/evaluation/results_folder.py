@@ -46,7 +46,7 @@ from .bench import Bench
 from .copies import AlsoTrainedOn
 from .forward import ModelSetting, weights_of_models
 from .held_out import HeldOut, knows_training
-from .latent_cards import NodeFrames
+from .latent_cards import THUMBNAILS_FOLDER, NodeFrames
 from .peers import find_peers
 from .sae_folders import SAEFolder
 from .split import Split
@@ -65,7 +65,7 @@ PACKAGES = (
 RANKS_FOLDER = "ranks"  # what further ranks have measured, until the evaluation ends
 REPLACE = "replace=True (--replace)"
 MAX_IDS = 5  # that a message names
-OWN_FILES = {"tables": ".csv", "figures": ".json"}  # folder -> suffix
+OWN_FILES = {"tables": ".csv", "figures": ".json", THUMBNAILS_FOLDER: ".jpg"}  # folder -> suffix
 
 
 class ResultsFolder:
@@ -546,16 +546,19 @@ def _in_order(names: Collection[str]) -> list[str]:
 
 
 def _files(results: Results) -> set[str]:
-    return {
+    """The tables, figures and thumbnails that results name."""
+    found = {
         file
         for sae in results.saes
         for result in sae.evaluators.values()
         for file in (*result.tables.values(), *result.figures.values())
     }
+    cards = [card for sae in results.saes for card in (*sae.most_specific, *sae.least_specific)]
+    return found | {image.thumbnail for card in cards for image in card.images if image.thumbnail}
 
 
 def _own_file(folder: Path, name: str) -> Path:
-    """The path of a table or figure that an evaluation writes, which `name` says.
+    """The path of a table, figure or thumbnail that an evaluation writes, which `name` says.
 
     Raises:
         UnreadableError: it says another file, such as the weights that lie in the same folder.
@@ -564,7 +567,7 @@ def _own_file(folder: Path, name: str) -> Path:
     for kind, suffix in OWN_FILES.items():
         if path.suffix == suffix and path.is_relative_to(folder.resolve() / kind):
             return path
-    raise UnreadableError(f"{name!r} is no table or figure of an evaluation")
+    raise UnreadableError(f"{name!r} is no table, figure or thumbnail of an evaluation")
 
 
 def _files_exist(folder: Path, result: EvaluatorResult) -> bool:

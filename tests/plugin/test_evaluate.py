@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ from taxolens.hooks.models.load import from_module, load_vision_model
 from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import forward
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
+from taxolens.plugin.evaluation.latent_cards import thumbnail
 from taxolens.plugin.evaluation.sae_folders import find_saes
 from taxolens.plugin.evaluation.sae_sources import find_sources
 from taxolens.plugin.reporting.report import write_report
@@ -772,6 +773,31 @@ def test_numbers_under_other_conditions_are_dropped_only_when_told(
     assert set(one.evaluators) == {"pair_depth"}
     left = set((tmp_path / "out" / "tables").rglob("*.csv"))
     assert left < tables and not any("ontological_coverage" in path.name for path in left)
+
+
+def test_cards_show_the_images_that_were_measured_on(
+    evaluate: Any, world: Path, tmp_path: Path
+) -> None:
+    """Rows of two sets of images have the same numbers."""
+    other = tmp_path / "other"
+    shutil.copytree(world, other)
+    for file in (other / "validation").rglob("*.png"):
+        ImageOps.invert(Image.open(file)).save(file)
+    old: set[Path] = set()
+    for place in (world, other):
+        images = load_images(str(place), split="validation")
+        taxonomy = str(place / "validation")
+        options = {"dataset_path": str(place), "taxonomy": taxonomy, "replace": True}
+        results = evaluate(evaluators="ontological_coverage", **options)
+        cards = [card for sae in results.saes for card in (*sae.most_specific, *sae.least_specific)]
+        shown = {image.index: image.thumbnail for card in cards for image in card.images}
+        assert shown
+        for index, name in shown.items():
+            content = (tmp_path / "out" / str(name)).read_bytes()
+            assert content == thumbnail(images.decode(index))
+        now = set((tmp_path / "out" / "thumbnails").rglob("*.jpg"))
+        assert len(now) == len(shown) and not now & old
+        old = now
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
