@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from ...registry.errors import ConfigError, TaxolensError
 from ...registry.hashing import fingerprint
 from ...registry.loaders.parts.checkpoint import is_weights_name
 from ...registry.loaders.parts.facts import FACTS, OF_THE_MODEL
 from ...registry.loaders.parts.read import Source, read_sae
-from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes
+from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes, folders_with_cfg
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def is_other(source: Source) -> bool:
         return True
     if not path.is_dir() or (path / RUNNER_CFG_FILENAME).exists():
         return False
-    if any(path.rglob(SAE_CFG_FILENAME)):
+    if folders_with_cfg(path):
         return False
     return any(
         is_weights_name(file.name) and file.name != SAE_WEIGHTS_FILENAME

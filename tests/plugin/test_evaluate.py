@@ -1153,6 +1153,25 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
         find_saes([tmp_path / "a", tmp_path / "a" / "out"])
 
 
+def test_saes_that_links_lead_to_are_found_once(tmp_path: Path) -> None:
+    for i, name in enumerate(("runs/l0", "else/l1", "else/deep/l2")):
+        save_sae(tmp_path / name, HOOKS[0], {}, seed=i)
+    runs = tmp_path / "runs"
+    links = {
+        "l1": "else/l1",
+        "other": "else",
+        "a_latest": "runs/l0",
+        "up": ".",
+        "l0/loop": "runs/l0",
+    }
+    for name, target in links.items():
+        (runs / name).symlink_to(tmp_path / target, target_is_directory=True)
+    assert [sae.id for sae in find_saes(runs)] == ["l0", "l1", "other/deep/l2"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "l1").symlink_to(tmp_path / "else/l1", target_is_directory=True)
+    assert [sae.id for sae in find_sources(tmp_path / "links")] == ["l1"]
+
+
 def test_two_saes_never_share_an_id(run: Path, tmp_path: Path) -> None:
     """The SAE in a run's own folder, beside one in a folder of the run's name; and two calls' SAEs."""
     for seed, folder in enumerate(("x", "x/x", "x/x-2", "y/x")):
