@@ -26,6 +26,7 @@ from ...registry.evaluators.parts.null_latents import LatentSource, NeuronLatent
 from ...registry.evaluators.parts.planted import PlantedLatents
 from ...registry.evaluators.parts.sae_latents import SAELatents
 from ...registry.evaluators.parts.twin import mean_l0
+from ...registry.files import is_file_name
 from ...registry.taxonomies.taxonomy import Taxonomy
 from ..reporting.results import MetricResult
 from .beside_nulls import with_nulls
@@ -324,6 +325,8 @@ class Bench:
             if progress is not None:
                 progress()
             values = done.compute(name)
+            if values is not None:
+                values = done.attempt(name, partial(_usable, numbers=values))
             if values is None:
                 continue
             draws = {
@@ -421,6 +424,26 @@ class Bench:
             embedding=embedding,
             tokens=tokens,
         )
+
+
+def _usable(evaluator: Evaluator[Any], numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers of an evaluator's `compute`.
+
+    Raises:
+        ConfigError: a metric has a name that a file cannot have, or lacks the count that it declares.
+    """
+    for metric in numbers:
+        if not is_file_name(f"{evaluator.name}.{metric}"):
+            allowed = "metrics without slashes and control characters: they name files"
+            raise ConfigError(
+                f"{evaluator.name}.compute", "no name of a file", given=metric, allowed=allowed
+            )
+        of = evaluator.support.get(metric)
+        if of is not None and of.count not in numbers:
+            problem = f"no {of.count!r}, the support of {metric!r}"
+            allowed = "every key of higher_is_better"
+            raise ConfigError(f"{evaluator.name}.compute", problem, allowed=allowed)
+    return numbers
 
 
 def _rows(array: Rows, positions: np.ndarray) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -29,7 +28,7 @@ from ...registry.table import EVALUATORS, evaluators_named
 from ..reporting.results import Results, SAEResult
 from .bench import Bench
 from .copies import check_copies
-from .forward import Forward, ModelSetting, forwards_of
+from .forward import Forward, ModelSetting, forwards_of, remove_caches
 from .held_out import HeldOut, check_held_out, held_out_part, held_out_source, tree_name
 from .measure_sae import measure_sae
 from .peers import find_peers, peers_of
@@ -143,23 +142,45 @@ def _evaluate(
         ranks.wait()
         results.take_over()
         ranks.wait()
-        lacking = results.missing(saes)
-        names = {name for each in lacking.values() for name in each.chosen}
-        bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
-        forwards = forwards_of(
-            saes, held_out, bench, activations, override_model, ranks, due=lacking
-        )
+        again, checked = True, set[str]()
+        while again:
+            lacking = results.missing(saes)
+            names = {name for each in lacking.values() for name in each.chosen}
+            bench = replace(bench, chosen={name: chosen[name] for name in chosen if name in names})
+            forwards = forwards_of(
+                saes, held_out, bench, activations, override_model, ranks, due=lacking
+            )
+            again = _is_of_other_images(forwards, lacking, results, checked)
         for forward in forwards.values():
             missing = [sae for sae in forward.saes if sae.id in lacking]
             if missing:
-                check_saes(missing, forward.model)
+                check_saes([sae for sae in missing if sae.id not in checked], forward.model)
                 _measure(missing, forward, forwards, bench, lacking, results, ranks)
             forward.release()
         found = results.finish() if ranks.is_first else None
         if ranks.is_first and not settings.keep_activations:
-            shutil.rmtree(activations, ignore_errors=True)
+            remove_caches(activations)
         ranks.wait()
     return found or Results.load(folder)
+
+
+def _is_of_other_images(
+    forwards: Mapping[ModelSetting, Forward],
+    lacking: Mapping[str, Bench],
+    results: ResultsFolder,
+    checked: set[str],
+) -> bool:
+    """Whether the numbers that are kept were of other images than can be read now, and are dropped.
+
+    `checked` gets the ids of the SAEs that `check_saes` has seen before the forward pass.
+    """
+    for forward in forwards.values():
+        missing = [sae for sae in forward.saes if sae.id in lacking]
+        if missing and results.keeps_numbers:
+            check_saes(missing, forward.model)
+            checked |= {sae.id for sae in missing}
+            return results.measure_again_on(forward.cache)
+    return False
 
 
 def _measure(

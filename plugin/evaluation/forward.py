@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from ...hooks.activations.cache import ActivationCache
+from ...hooks.activations.cache_reader import read_index
 from ...hooks.activations.extract import Extraction, model_fingerprint
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...hooks.models.tokens import check_tokens
-from ...registry.errors import ConfigError
+from ...registry.errors import ConfigError, TaxolensError
 from ...registry.files import UnreadableError, file_digest, reason
 from ...registry.hashing import fingerprint
 from ...registry.ranks import ALONE, Ranks
@@ -29,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # What an SAE's metadata may pass to `load_vision_model`, beside the fields of `ModelSetting`.
 FROM_METADATA = {"dtype": str, "family": str, "random_weights": bool, "seed": int}
+CACHE_DIGITS = 8  # of the name of a cache
+CACHE_NAME = re.compile(rf"[0-9a-f]{{{CACHE_DIGITS}}}")
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth")  # on which its activations depend
 
 
@@ -191,13 +197,30 @@ def _wanted(
     """Which activations are extracted, and the name of their folder."""
     n_tokens = [hook_n_tokens(model, name, setting.image_size) for name in hook_names]
     facts = [model_fingerprint(model), held_out.images.fingerprint, setting, sorted(hook_names)]
-    return fingerprint([repr(facts)], digits=8), Extraction(
+    return fingerprint([repr(facts)], digits=CACHE_DIGITS), Extraction(
         hook_names,
         tokens=setting.tokens,
         mean_patch=min(n_tokens) > model.cfg.n_prefix_tokens and _have_patches(model, hook_names),
         image_size=setting.image_size,
         autocast=autocast,
     )
+
+
+def remove_caches(folder: Path) -> None:
+    """Remove the caches that evaluations have made in `folder`, and it where nothing else is in it."""
+    with suppress(OSError):  # not there, or not empty
+        for place in folder.iterdir():
+            if CACHE_NAME.fullmatch(place.name) and _is_cache(place):
+                shutil.rmtree(place, ignore_errors=True)
+        folder.rmdir()
+
+
+def _is_cache(folder: Path) -> bool:
+    try:
+        read_index(folder)
+    except TaxolensError:
+        return False
+    return True
 
 
 def _have_patches(model: Any, hook_names: Sequence[str]) -> bool:

@@ -131,6 +131,7 @@ def make_cards(
     top: TopImages,
     rate: FiringRate,
     image_ids: np.ndarray,
+    images: str,
 ) -> list[LatentCard]:
     """Cards of some rows of `placed`; the thumbnails are written by `write_thumbnails`.
 
@@ -141,6 +142,7 @@ def make_cards(
         top: the most activating images of each latent.
         rate: the firing rate of each latent.
         image_ids: (n,) position in the evaluation set -> row of the dataset.
+        images: fingerprint of the dataset, of which the folder of the thumbnails has its name.
     """
     cards = []
     for row in rows:
@@ -162,7 +164,7 @@ def make_cards(
                         index=(image := int(image_ids[top.index[latent, i]])),
                         label=taxonomy.label(int(taxonomy.class_nodes[top.labels()[latent, i]])),
                         activation=float(top.values[latent, i]),
-                        thumbnail=f"{THUMBNAILS_FOLDER}/{image}.jpg",
+                        thumbnail=f"{THUMBNAILS_FOLDER}/{images}/{image}.jpg",
                     )
                     for i in shown
                 ],
@@ -173,8 +175,9 @@ def make_cards(
 
 def write_thumbnails(cards: list[LatentCard], images: Any, folder: Path) -> None:
     """Write one small JPEG per image; an image that cannot be read has none."""
-    for index in sorted({image.index for card in cards for image in card.images}):
-        file = folder / THUMBNAILS_FOLDER / f"{index}.jpg"
+    shown = {image.thumbnail: image.index for card in cards for image in card.images}
+    for name, index in sorted(shown.items(), key=lambda item: item[1]):
+        file = folder / str(name)
         if file.exists():
             continue
         try:

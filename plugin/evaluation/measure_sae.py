@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ...registry.errors import ConfigError
 from ...registry.evaluators.base import EvaluationContext, Evaluator, Peer
 from ...registry.evaluators.parts.accumulators import FiringRate, TopImages
 from ...registry.evaluators.parts.null_latents import LatentSource
-from ...registry.files import write_atomically
+from ...registry.files import is_path, write_atomically
 from ..reporting.compare import as_csv
 from ..reporting.results import EvaluatorResult, LatentCard, SAEResult
 from . import latent_cards as cards
@@ -133,7 +134,9 @@ def measure_sae(
     if held_out.tokens.shape[1] == 1:
         l0_token = l0
     node_f1 = context.attempt("node F1", places.node_f1)
-    most, least = context.attempt(CARDS, lambda: _cards(context, places, rows)) or ([], [])
+    most, least = context.attempt(
+        CARDS, lambda: _cards(context, places, rows, dataset.fingerprint)
+    ) or ([], [])
     cards.write_thumbnails([*most, *least], dataset, output)
     place = Path(*folder.id.split("/"))
     evaluators = {
@@ -206,7 +209,7 @@ def share_card_facts(context: EvaluationContext) -> None:
 
 
 def _cards(
-    context: EvaluationContext, places: cards.NodeTables, rows: np.ndarray
+    context: EvaluationContext, places: cards.NodeTables, rows: np.ndarray, images: str
 ) -> tuple[list[LatentCard], list[LatentCard]]:
     """Cards of the most and of the least specific latents."""
     placed = places.placed_latents()
@@ -215,6 +218,7 @@ def _cards(
         "top": context.share(TopImages, k=cards.TOP_IMAGES),
         "rate": context.share(FiringRate),
         "image_ids": rows,
+        "images": images,
     }
     most, least = cards.pick(placed, context.taxonomy)
     return cards.make_cards(placed, most, **facts), cards.make_cards(placed, least, **facts)
@@ -222,11 +226,18 @@ def _cards(
 
 def _tables(evaluator: Evaluator[Any]) -> dict[str, tuple[pd.DataFrame, str]]:
     """Table name -> the table, and its CSV text."""
-    return {name: (frame, as_csv(frame)) for name, frame in evaluator.tables().items()}
+    return {_named(name): (frame, as_csv(frame)) for name, frame in evaluator.tables().items()}
 
 
 def _figures(evaluator: Evaluator[Any]) -> dict[str, str]:
-    return {name: str(figure.to_json()) for name, figure in evaluator.figures().items()}
+    return {_named(name): str(figure.to_json()) for name, figure in evaluator.figures().items()}
+
+
+def _named(name: str) -> str:
+    """The name of a table or figure. Raises ConfigError where no file inside the results folder can have it."""
+    if not is_path(name) or ".." in name.split("/"):
+        raise ConfigError("table or figure", "it names a file", given=name, allowed="a file name")
+    return name
 
 
 def _notes(evaluator: Evaluator[Any]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from ...registry.errors import DataError
 from ..reporting.series import natural_key
 from .bench import Bench, HeldOutActivations, SAELatents, image_latents
 from .forward import Forward, ModelSetting
@@ -56,7 +57,11 @@ def peers_of(
     """The peers of an SAE; none where no evaluator compares with peers."""
 
     def held_out(peer: SAEFolder) -> HeldOutActivations:
-        return forwards[ModelSetting.of(peer)].peers_at(peer.key)
+        own, other = (forwards[ModelSetting.of(each)] for each in (sae, peer))
+        if other is not own and not np.array_equal(other.cache.indices, own.cache.indices):
+            problem = f"those that could be read for {peer.id} are not those of {sae.id}"
+            raise DataError("images", problem, allowed="images that can always be read")
+        return other.peers_at(peer.key)
 
     found = find_peers(sae, saes) if bench.wants("peers") else []
     return [PeerSAE(peer, relation, partial(held_out, peer), bench) for peer, relation in found]

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from ...hooks.activations.cache import ActivationCache
-from ...registry.errors import ConfigError, TaxolensError
+from ...registry.errors import ConfigError, DataError, TaxolensError
 from ...registry.evaluators.base import ALL_NULLS
-from ...registry.files import UnreadableError, file_digest, inside, is_path
+from ...registry.files import MAX_IMAGE_PIXELS, UnreadableError, file_digest, inside, is_path
 from ...registry.hashing import fingerprint
 from ...registry.nulls import DECISIVE
 from ...registry.ranks import Ranks
@@ -46,7 +46,7 @@ from .bench import Bench
 from .copies import AlsoTrainedOn
 from .forward import ModelSetting, weights_of_models
 from .held_out import HeldOut, knows_training
-from .latent_cards import NodeFrames
+from .latent_cards import THUMBNAILS_FOLDER, NodeFrames
 from .peers import find_peers
 from .sae_folders import SAEFolder
 from .split import Split
@@ -65,7 +65,7 @@ PACKAGES = (
 RANKS_FOLDER = "ranks"  # what further ranks have measured, until the evaluation ends
 REPLACE = "replace=True (--replace)"
 MAX_IDS = 5  # that a message names
-OWN_FILES = {"tables": ".csv", "figures": ".json"}  # folder -> suffix
+OWN_FILES = {"tables": ".csv", "figures": ".json", THUMBNAILS_FOLDER: ".jpg"}  # folder -> suffix
 
 
 class ResultsFolder:
@@ -117,9 +117,11 @@ class ResultsFolder:
             n_compared=None if copies is None else copies.n_compared,
             n_also_trained_on=None if copies is None else copies.n,
         )
+        limit = images.limits.max_image_pixels
+        self._limits = {} if limit == MAX_IMAGE_PIXELS else {"max_image_pixels": limit}
         self._conditions = _conditions(
             images.fingerprint,
-            bench.describe(),
+            {**bench.describe(), **self._limits},
             json.loads(bench.taxonomy.to_json()),
             versions()["taxolens"],
         )
@@ -131,6 +133,7 @@ class ResultsFolder:
         self._found: dict[str, SAEResult] = {}
         self._own: set[str] = set()  # measured by this process
         self._earlier: Results | None = None
+        self._has_images = False  # whether `_dataset` has the images of a forward pass
         self._permuted: PermutedClassesInfo | None = None
 
     def _fingerprint_of(self, sae: SAEFolder, name: str) -> str:
@@ -186,8 +189,52 @@ class ResultsFolder:
     def _kept(self, sae_id: str) -> Mapping[str, EvaluatorResult]:
         return self._found[sae_id].evaluators if sae_id in self._found else {}
 
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether numbers of an earlier call are kept."""
+        return bool(self._found)
+
+    def measure_again_on(self, cache: ActivationCache) -> bool:
+        """Drop the numbers that are kept, where they are of other images than those of a forward pass.
+
+        An image that cannot be read is left out, and may be readable at another time.
+
+        Returns:
+            whether there were such numbers: all are missing then.
+
+        Raises:
+            ConfigError: some of them would not be measured again.
+        """
+        if not self._has_images or self._is_of(cache):
+            return False
+        assert self._earlier is not None
+        then, now = self._dataset.n_images, len(cache)
+        logger.warning(
+            "%s: its numbers are of %d images that could be read, and now %s%d can be: they are measured again.",
+            *(self.folder, then, "other " if then == now else "", now),
+        )
+        self._found, self._has_images = {}, False
+        self._refuse_to_drop(self._earlier, of_these="{} when other images could be read")
+        return True
+
+    def _is_of(self, cache: ActivationCache) -> bool:
+        """Whether the images measured on so far are those of a forward pass."""
+        skipped = {image.index for image in self._dataset.skipped}
+        return self._dataset.n_images == len(cache) and skipped == set(cache.failures)
+
     def dataset_is(self, cache: ActivationCache, split: Split) -> None:
-        """Record the numbers of images of a forward pass, and the images that were skipped."""
+        """Record the numbers of images of a forward pass, and the images that were skipped.
+
+        Raises:
+            DataError: other images could be read in the forward pass of another model.
+        """
+        if self._has_images and not self._is_of(cache):
+            raise DataError(
+                "images",
+                f"{len(cache)} could be read for one model, and {self._dataset.n_images} or others for another",
+                allowed=f"the same call with {REPLACE} once all can be read, without {cache.path.parent}",
+            )
+        self._has_images = True
         skipped = [SkippedImage(int(i), str(why)) for i, why in sorted(cache.failures.items())]
         self._dataset = replace(
             self._dataset,
@@ -229,7 +276,11 @@ class ResultsFolder:
         self._ranks.wait()
 
     def _forget_ranks(self) -> None:
-        shutil.rmtree(self.folder / RANKS_FOLDER, ignore_errors=True)
+        with suppress(OSError):  # not there, or with files of others
+            for place in (self.folder / RANKS_FOLDER).iterdir():
+                if place.is_dir() and all(_is_of_a_rank(file.name) for file in place.iterdir()):
+                    shutil.rmtree(place, ignore_errors=True)
+            (self.folder / RANKS_FOLDER).rmdir()
 
     def _save(self) -> None:
         self._results(complete=False).save(self._place)
@@ -238,7 +289,7 @@ class ResultsFolder:
         """Write everything, and return the results as read back from the file."""
         self._results(complete=True).save(self.folder)
         results = Results.load(self.folder)
-        write_comparison(results)
+        write_comparison(results, earlier=self._earlier)
         if self._earlier is not None:
             for file in _files(self._earlier) - _files(results):
                 with suppress(UnreadableError):  # not written by us
@@ -295,6 +346,7 @@ class ResultsFolder:
                 )
         self._refuse_to_drop(earlier)
         if self._found:
+            self._has_images = True
             self._permuted = earlier.permuted_classes
             here = self._dataset
             same = ("path", "name", "split", "seen_in_training", "training_known")
@@ -303,8 +355,13 @@ class ResultsFolder:
             self._dataset = replace(earlier.dataset, **same)
             logger.info("%d SAEs have numbers already.", len(self._found))
 
-    def _refuse_to_drop(self, earlier: Results) -> None:
-        """Raise if the folder has numbers that are neither kept nor measured again."""
+    def _refuse_to_drop(
+        self, earlier: Results, of_these: str = "{} whose files are missing"
+    ) -> None:
+        """Raise if the folder has numbers that are neither kept nor measured again.
+
+        `of_these` says why those are not kept that are of the same SAEs, images, tree and settings.
+        """
         there = _conditions(
             earlier.dataset.fingerprint,
             earlier.settings,
@@ -320,7 +377,7 @@ class ResultsFolder:
             finished -= kept.get(old.fingerprint, set())
             again, sae = True, by_id.get(old.id)
             if old.fingerprint in self.fingerprints.values():
-                why = "{} whose files are missing"
+                why = of_these
             elif sae is None:
                 again, why = False, "SAEs that this call does not evaluate ({})"
             else:
@@ -375,6 +432,7 @@ class ResultsFolder:
         options = {**there, **here["options"]}
         return {
             **here,
+            **self._limits,
             "evaluators": names,
             "options": {name: options[name] for name in names if name in options},
             "runs": {
@@ -452,6 +510,11 @@ def _with_ranks(folder: Path) -> Results | None:
     return results
 
 
+def _is_of_a_rank(name: str) -> bool:
+    """Whether it is the name of a rank's results, or of a temporary file of them."""
+    return name == RESULTS_FILENAME or name.startswith(f".{RESULTS_FILENAME}.")
+
+
 def _differing(old: SAEResult, sae: SAEFolder) -> list[str]:
     """The facts of an SAE in earlier results that are not those of the SAE of the same id."""
     facts = {
@@ -510,16 +573,19 @@ def _in_order(names: Collection[str]) -> list[str]:
 
 
 def _files(results: Results) -> set[str]:
-    return {
+    """The tables, figures and thumbnails that results name."""
+    found = {
         file
         for sae in results.saes
         for result in sae.evaluators.values()
         for file in (*result.tables.values(), *result.figures.values())
     }
+    cards = [card for sae in results.saes for card in (*sae.most_specific, *sae.least_specific)]
+    return found | {image.thumbnail for card in cards for image in card.images if image.thumbnail}
 
 
 def _own_file(folder: Path, name: str) -> Path:
-    """The path of a table or figure that an evaluation writes, which `name` says.
+    """The path of a table, figure or thumbnail that an evaluation writes, which `name` says.
 
     Raises:
         UnreadableError: it says another file, such as the weights that lie in the same folder.
@@ -528,7 +594,7 @@ def _own_file(folder: Path, name: str) -> Path:
     for kind, suffix in OWN_FILES.items():
         if path.suffix == suffix and path.is_relative_to(folder.resolve() / kind):
             return path
-    raise UnreadableError(f"{name!r} is no table or figure of an evaluation")
+    raise UnreadableError(f"{name!r} is no table, figure or thumbnail of an evaluation")
 
 
 def _files_exist(folder: Path, result: EvaluatorResult) -> bool:

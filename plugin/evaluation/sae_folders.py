@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -244,8 +244,10 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
     """Every SAE in the given folders, in natural order of name (block 9 before block 10).
 
     A folder is a run (runner_cfg.json, and one SAE or a folder for each), a checkpoint, or an SAE
-    (cfg.json and sae_weights.safetensors). `id` is unique: the SAE's name, with the run's before it
-    where several runs are given, or `several` says that there are others beside.
+    (cfg.json and sae_weights.safetensors). Links are followed; an SAE to which several names lead is
+    there once. `id` is unique: the SAE's name, with the run's before it
+    where several runs are given, or `several` says that there are others beside. The SAE in a run's own
+    folder has the run's name, with -2 where a folder in it has that one.
 
     Raises:
         ConfigError: a folder does not exist or has no SAE, or metadata is of another version.
@@ -281,15 +283,41 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
     ]
 
 
+def folders_with_cfg(top: Path) -> list[Path]:
+    """The folders at and below `top` that hold a cfg.json, each once, also those that links lead to.
+
+    A folder to which a link beside it leads has its own name. Links up from `top` are not followed.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    starts = deque([str(top)])
+    while starts:
+        for folder, folders, names in os.walk(starts.popleft()):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            if SAE_CFG_FILENAME in names:
+                found.append(Path(folder))
+            links = (os.path.join(folder, name) for name in sorted(folders))
+            starts += [link for link in links if os.path.islink(link) and not _is_above(link, top)]
+    return found
+
+
+def _is_above(folder: str, top: Path) -> bool:
+    return Path(os.path.realpath(top)).is_relative_to(os.path.realpath(folder))
+
+
 def _saes_in(path: Path, label: str) -> list[SAEFolder]:
     if not path.is_dir():
         fits = is_weights_name if is_weights_name(path.name) else os.path.isdir
         raise ConfigError("runs", f"{path} is not a folder{near_paths(path, fits)}", allowed=RUNS)
     settings = _read_json(path / RUNNER_CFG_FILENAME)
     folders = [
-        file.parent
-        for file in path.rglob(SAE_CFG_FILENAME)
-        if (file.parent / SAE_WEIGHTS_FILENAME).exists() and not _is_older(file.parent, path)
+        folder
+        for folder in folders_with_cfg(path)
+        if (folder / SAE_WEIGHTS_FILENAME).exists() and not _is_older(folder, path)
     ]
     if not folders:
         raise ConfigError(
@@ -298,9 +326,13 @@ def _saes_in(path: Path, label: str) -> list[SAEFolder]:
             allowed=f"a folder with {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}",
         )
     folders = _of_the_run(path, settings, folders)
+    names = {folder: folder.relative_to(path).as_posix() for folder in folders}
+    if path in names:
+        names[path] = label
+        while Counter(names.values())[names[path]] > 1:
+            names[path] += "-2"
     saes = []
-    for folder in folders:
-        name = label if folder == path else folder.relative_to(path).as_posix()
+    for folder, name in names.items():
         cfg = _read_json(folder / SAE_CFG_FILENAME)
         metadata = cfg.get("metadata") or {}
         if not isinstance(metadata, dict):

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from ...registry.errors import ConfigError, TaxolensError
 from ...registry.hashing import fingerprint
 from ...registry.loaders.parts.checkpoint import is_weights_name
 from ...registry.loaders.parts.facts import FACTS, OF_THE_MODEL
 from ...registry.loaders.parts.read import Source, read_sae
-from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes
+from .sae_folders import SAEFolder, check_usable, distinct_ends, find_saes, folders_with_cfg
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def find_sources(runs: Sources, *, left_out: dict[str, str] | None = None) -> li
         left_out: gets those of the further sources that cannot be read, with the reason; None raises.
 
     Raises:
-        ConfigError: sources that cannot be found or read, all in one message.
+        ConfigError: sources that cannot be found or read, all in one message; or two SAEs with one id,
+            such as those of two earlier calls.
         CheckpointError: a damaged file.
     """
     given = [runs] if isinstance(runs, (str, Path)) else list(runs)
@@ -90,7 +91,7 @@ def find_sources(runs: Sources, *, left_out: dict[str, str] | None = None) -> li
         problem = "SAEs of an earlier call and sources together"
         raise ConfigError("runs", problem, given=[*map(str, sources)], allowed="one of the two")
     if saes:
-        return saes
+        return _distinct(saes)
     others = [source for source in sources if is_other(source)]
     if len(set(others)) < len(others):
         raise ConfigError("runs", "one is given twice", given=[*map(str, others)], allowed="once")
@@ -112,7 +113,19 @@ def find_sources(runs: Sources, *, left_out: dict[str, str] | None = None) -> li
                 raise
     if problems:
         raise ConfigError("runs", " ".join(problems), allowed="sources that can be read")
-    return found
+    return _distinct(found)
+
+
+def _distinct(saes: list[SAEFolder]) -> list[SAEFolder]:
+    """The SAEs, of which numbers and files are told apart by `id`. Raises ConfigError where two have one."""
+    places: dict[str, Path] = {}
+    for sae in saes:
+        if sae.id in places:
+            problem = f"two SAEs have the id {sae.id!r} ({places[sae.id]} and {sae.path})"
+            allowed = "all folders in one call (of find_saes, find_sources or evaluate_run), which names them apart"
+            raise ConfigError("runs", problem, allowed=allowed)
+        places[sae.id] = sae.path
+    return saes
 
 
 def _names(sources: Sequence[Source]) -> dict[str, Source]:
@@ -134,7 +147,7 @@ def is_other(source: Source) -> bool:
         return True
     if not path.is_dir() or (path / RUNNER_CFG_FILENAME).exists():
         return False
-    if any(path.rglob(SAE_CFG_FILENAME)):
+    if folders_with_cfg(path):
         return False
     return any(
         is_weights_name(file.name) and file.name != SAE_WEIGHTS_FILENAME

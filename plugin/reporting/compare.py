@@ -11,6 +11,8 @@ import pandas as pd
 from ...registry.errors import DataError
 from ...registry.files import is_file_name, write_atomically
 from ...registry.nulls import DECISIVE
+from ...registry.table import EVALUATORS
+from .controls import with_controls
 from .headlines import ShownMetric
 from .report import Report
 from .results import Results
@@ -21,20 +23,24 @@ SAES_FILENAME = "saes.csv"
 SAE_COLUMNS = ("id", "hook_name", "hook_head_index", "model_name", "architecture", "trained_as")
 SAE_COLUMNS += ("tokens", "d_in", "d_sae", "l0", "l0_token", "constraint")
 CONTROLS_FILENAME = "controls.csv"
+SUFFIXES = (".csv", ".svg")
 
 
-def write_comparison(results: Results, folder: Path | None = None) -> Path:
+def write_comparison(
+    results: Results, folder: Path | None = None, *, earlier: Results | None = None
+) -> Path:
     """Write ``metrics/<evaluator>.<metric>.csv`` and ``.svg`` for every metric.
 
     A table has a row per place (layer, or hook point) and for each series of SAEs the value and its
     nulls; the figure is the report's, with a title and a legend. ``saes.csv`` lists the SAEs:
     architecture, tokens, widths, L0 of an image and of a token. ``controls.csv`` has each SAE beside
-    its controls trained on random, where there are any. Files of an earlier evaluation for metrics
-    that these results do not have are removed.
+    its controls trained on random, where there are any. Files of metrics that these results do not have
+    are removed: of the earlier results, and of every registered evaluator. Others are left alone.
 
     Args:
         results: the results.
         folder: the results folder; by default where the results were read from.
+        earlier: the results whose files lie in the folder.
 
     Returns:
         the folder of the files.
@@ -63,10 +69,22 @@ def write_comparison(results: Results, folder: Path | None = None) -> Path:
         write_atomically(target / f"{stem}.csv", table, sync=False)
         write_atomically(target / f"{stem}.svg", report.figure(headline), sync=False)
         written |= {f"{stem}.csv", f"{stem}.svg"}
-    for file in [*target.glob("*.csv"), *target.glob("*.svg")]:
-        if file.name not in written:
-            file.unlink()
+    for name in _own_names(earlier) - written:
+        if (target / name).is_file():
+            (target / name).unlink()
     return target
+
+
+def _own_names(earlier: Results | None) -> set[str]:
+    """The names of files that an earlier evaluation may have written for its metrics and controls."""
+    stems = {
+        f"{name}.{metric}" for name, cls in EVALUATORS.items() for metric in cls.higher_is_better
+    }
+    names = set()
+    if earlier is not None:
+        stems |= {f"{evaluator}.{metric}" for evaluator, metric in earlier.metric_names()}
+        names = {CONTROLS_FILENAME} if with_controls(earlier.saes) else set()
+    return names | {stem + suffix for stem in stems if is_file_name(stem) for suffix in SUFFIXES}
 
 
 def as_csv(table: pd.DataFrame) -> str:

@@ -299,13 +299,26 @@ class Report:
                     ),
                 ]
             lines += found
-        x_ticks = {x: text for series in self.series for x, text in positions(series)}
+        x_ticks = {x: text for series in self.series for x, text in self._positions(series)}
         return charts.curves(
             lines,
             label=label,
             x_ticks=dict(sorted(x_ticks.items())),
             x_title="layer" if self._by_layer else "hook point",
         )
+
+    def _positions(self, series: Series) -> list[tuple[float, str]]:
+        """(position, tick label) of each SAE of a series on the axis that all series share."""
+        own = positions(series)
+        if self._by_layer or not self.compares:
+            return own
+        return [(self._order[sae.place], text) for sae, (_, text) in zip(series, own, strict=True)]
+
+    @cached_property
+    def _order(self) -> dict[str, float]:
+        """The position of each hook point among those of all series."""
+        places = {sae.place for series in self.series for sae in series}
+        return {place: float(i) for i, place in enumerate(sorted(places, key=natural_key))}
 
     def figure(self, headline: ShownMetric) -> Markup:
         """The chart as a separate document with title, direction and legend."""
@@ -318,7 +331,7 @@ class Report:
 
     def _lines(self, series: Series, headline: ShownMetric, style: Style) -> list[Line]:
         numbers = [headline.of(sae) for sae in series]
-        x = [position for position, _ in positions(series)]
+        x = [position for position, _ in self._positions(series)]
         values = [n.value if n else math.nan for n in numbers]
         bars = [(n.low, n.high) if n else (math.nan, math.nan) for n in numbers]
         lines = [Line("the SAE", x, values, style, bars=bars)]

@@ -418,7 +418,7 @@ class Results:
     Args:
         created: time of writing, ISO 8601 in UTC, to the second.
         settings: the options: evaluators with their options, nulls, controls, n_permutations, seed,
-            aggregate, runs.
+            aggregate, runs, and max_image_pixels where it is not the default.
         provenance: versions of taxolens and the libraries below it, Python, system, device, seconds.
         dataset: the evaluation images.
         taxonomy: the class tree.

@@ -14,17 +14,20 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 from taxolens.hooks.activations.extract import model_fingerprint
+from taxolens.hooks.images import dataset
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import from_module, load_vision_model
 from taxolens.plugin.evaluation import evaluate as module
 from taxolens.plugin.evaluation import forward
 from taxolens.plugin.evaluation.evaluate import evaluate_run, make_training_evaluator
+from taxolens.plugin.evaluation.latent_cards import thumbnail
 from taxolens.plugin.evaluation.sae_folders import find_saes
+from taxolens.plugin.evaluation.sae_sources import find_sources
 from taxolens.plugin.reporting.report import write_report
 from taxolens.plugin.reporting.results import Results
 from taxolens.plugin.training.runner import VisionMultiSAETrainingRunner
@@ -110,6 +113,33 @@ def test_train_evaluate_report(training: Any, world: Path, tmp_path: Path) -> No
     assert (results.folder / "metrics" / "pair_depth.pair_depth.svg").is_file()
     page = write_report(results, interactive=False).read_text()
     assert HOOKS[1] in page and "data:image/jpeg" in page
+
+
+def test_files_of_others_in_the_output_folder_are_left_alone(evaluate: Any, tmp_path: Path) -> None:
+    """A cache of a training, tables and figures of the user's own, also beside ours of the same kind."""
+    out = tmp_path / "out"
+    mine = [
+        out / "activations" / "vit_train" / "cache.json",
+        out / "activations" / "0123abcd" / "notes.txt",
+        out / "metrics" / "my_experiment.csv",
+        out / "metrics" / "pair_depth.mine.svg",
+        out / "metrics" / "controls.csv",
+        out / "ranks" / "by_hand" / "order.csv",
+    ]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a,b\n1,2\n")
+    evaluate(evaluators="pair_depth", keep_activations=True)
+    assert len(list((out / "activations").iterdir())) == 3
+    measured = {file.name for file in (out / "metrics").glob("pair_depth.*")}
+    evaluate(evaluators="lch_height", replace=True)
+    assert all(file.read_text() == "a,b\n1,2\n" for file in mine)
+    assert {file.parent.name for file in (out / "activations").rglob("*.*")} == {
+        "vit_train",
+        "0123abcd",
+    }
+    left = {file.name for file in (out / "metrics").glob("pair_depth.*")}
+    assert "pair_depth.pair_depth.csv" in measured and left == {"pair_depth.mine.svg"}
 
 
 def test_the_folder_of_a_run_is_recorded_not_that_of_one_of_its_saes(
@@ -745,6 +775,31 @@ def test_numbers_under_other_conditions_are_dropped_only_when_told(
     assert left < tables and not any("ontological_coverage" in path.name for path in left)
 
 
+def test_cards_show_the_images_that_were_measured_on(
+    evaluate: Any, world: Path, tmp_path: Path
+) -> None:
+    """Rows of two sets of images have the same numbers."""
+    other = tmp_path / "other"
+    shutil.copytree(world, other)
+    for file in (other / "validation").rglob("*.png"):
+        ImageOps.invert(Image.open(file)).save(file)
+    old: set[Path] = set()
+    for place in (world, other):
+        images = load_images(str(place), split="validation")
+        taxonomy = str(place / "validation")
+        options = {"dataset_path": str(place), "taxonomy": taxonomy, "replace": True}
+        results = evaluate(evaluators="ontological_coverage", **options)
+        cards = [card for sae in results.saes for card in (*sae.most_specific, *sae.least_specific)]
+        shown = {image.index: image.thumbnail for card in cards for image in card.images}
+        assert shown
+        for index, name in shown.items():
+            content = (tmp_path / "out" / str(name)).read_bytes()
+            assert content == thumbnail(images.decode(index))
+        now = set((tmp_path / "out" / "thumbnails").rglob("*.jpg"))
+        assert len(now) == len(shown) and not now & old
+        old = now
+
+
 def files_in(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -915,6 +970,67 @@ def test_corrupt_images_are_skipped_and_named(evaluate: Any, world: Path, tmp_pa
         evaluate(**common, output_path=tmp_path / "strict", max_corrupt_share=0.0)
 
 
+def test_numbers_of_images_that_could_be_read_then_are_not_mixed_with_those_of_now(
+    evaluate: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Bytes of 256 images identify a data set: of more, one that could not be read may be read later."""
+    monkeypatch.setattr(dataset, "FINGERPRINT_IMAGES", 2)
+    moving = tmp_path / "moving"
+    shutil.copytree(world, moving)
+    file = moving / "validation" / WORLD_CLASSES[3] / "2.png"
+    content = file.read_bytes()
+    common: dict[str, Any] = {"dataset_path": str(moving), "taxonomy": str(moving / "validation")}
+    common |= {"max_corrupt_share": 0.5}
+    file.write_bytes(b"")
+    assert evaluate(**common, evaluators="pair_depth").dataset.n_images == 31
+    file.write_bytes(content)
+    out = tmp_path / "out"
+    message = (
+        rf"has numbers of {HOOKS[0]}, .* when other images could be read, .* dropped: pair_depth"
+    )
+    before = (out / "results.json").read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        evaluate(**common, evaluators="lch_height")
+    assert (out / "results.json").read_bytes() == before
+    both = evaluate(**common, evaluators=["pair_depth", "lch_height"])
+    assert "31 images that could be read, and now 32 can be: they are measured again" in caplog.text
+    alone = evaluate(**common, evaluators=["pair_depth", "lch_height"], output_path=tmp_path / "b")
+    assert both.dataset.n_images == 32 and not both.dataset.skipped
+    assert repr(numbers_of(both)) == repr(numbers_of(alone))
+
+
+def test_images_that_change_between_two_models_end_the_evaluation(
+    evaluate: Any, vit_folder: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "FINGERPRINT_IMAGES", 2)
+    moving = tmp_path / "moving"
+    shutil.copytree(world, moving)
+    settings = run_settings(vit_folder, moving)
+    for size in (16, 32):
+        save_sae(tmp_path / f"at_{size}", HOOKS[0], {**settings, "image_size": size})
+    measure_sae = module.measure_sae
+
+    def then_break(*args: Any, **kwargs: Any) -> Any:
+        (moving / "validation" / WORLD_CLASSES[3] / "2.png").write_bytes(b"")
+        return measure_sae(*args, **kwargs)
+
+    monkeypatch.setattr(module, "measure_sae", then_break)
+    with pytest.raises(
+        DataError, match=r"images: 31 could be read for one model, and 32 .* another"
+    ):
+        evaluate([tmp_path / "at_16", tmp_path / "at_32"], max_corrupt_share=0.5)
+
+
+def test_a_bound_of_pixels_is_a_condition_of_the_numbers(evaluate: Any, tmp_path: Path) -> None:
+    plain = evaluate(evaluators="pair_depth")
+    assert "max_image_pixels" not in plain.settings
+    message = rf"has numbers of {HOOKS[0]}, .* with other settings, .* dropped: pair_depth"
+    refused(evaluate, tmp_path / "out", message, evaluators="lch_height", max_image_pixels=500)
+    bounded = evaluate(evaluators="pair_depth", max_image_pixels=500)
+    assert bounded.settings["max_image_pixels"] == 500
+    assert bounded.saes[0].fingerprint != plain.saes[0].fingerprint
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -1035,6 +1151,41 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
         find_saes([tmp_path / "a", tmp_path / "b" / ".." / "a"])
     with pytest.raises(ConfigError, match="out is given twice, once in another folder"):
         find_saes([tmp_path / "a", tmp_path / "a" / "out"])
+
+
+def test_saes_that_links_lead_to_are_found_once(tmp_path: Path) -> None:
+    for i, name in enumerate(("runs/l0", "else/l1", "else/deep/l2")):
+        save_sae(tmp_path / name, HOOKS[0], {}, seed=i)
+    runs = tmp_path / "runs"
+    links = {
+        "l1": "else/l1",
+        "other": "else",
+        "a_latest": "runs/l0",
+        "up": ".",
+        "l0/loop": "runs/l0",
+    }
+    for name, target in links.items():
+        (runs / name).symlink_to(tmp_path / target, target_is_directory=True)
+    assert [sae.id for sae in find_saes(runs)] == ["l0", "l1", "other/deep/l2"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "l1").symlink_to(tmp_path / "else/l1", target_is_directory=True)
+    assert [sae.id for sae in find_sources(tmp_path / "links")] == ["l1"]
+
+
+def test_two_saes_never_share_an_id(run: Path, tmp_path: Path) -> None:
+    """The SAE in a run's own folder, beside one in a folder of the run's name; and two calls' SAEs."""
+    for seed, folder in enumerate(("x", "x/x", "x/x-2", "y/x")):
+        save_sae(tmp_path / folder, HOOKS[0], {}, seed=seed)
+    found = find_saes(tmp_path / "x")
+    paths = {sae.id: sae.path for sae in found}
+    place = tmp_path / "x"
+    assert paths == {"x-2-2": place, "x": place / "x", "x-2": place / "x-2"}
+    both = find_saes([tmp_path / "x", run])
+    assert len({sae.id for sae in both}) == len(both) == 5
+    others = find_saes(tmp_path / "y")
+    with pytest.raises(ConfigError, match=r"runs: two SAEs have the id 'x' \(.*x/x and .*y/x\)"):
+        find_sources([*found, *others])
+    assert find_sources(found) == found
 
 
 def test_unusable_folders(run: Path, tmp_path: Path) -> None:

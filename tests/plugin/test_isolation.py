@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import taxolens
 import torch
@@ -32,6 +33,7 @@ STEPS = ("constructor", "prepare", "calibrate", "update", "compute", "tables", "
 SHARED_STEPS = ("constructor", "calibrate", "update")
 UNUSABLE = ("numbers", "table", "figure")
 AFTER_COMPUTE = ("tables", "figures", "notes", "unusable_table", "unusable_figure")
+AFTER_COMPUTE += ("unusable_table_name",)
 
 
 class Trouble(Exception):
@@ -50,6 +52,7 @@ def faulty_evaluator(step: str) -> type[taxolens.Evaluator]:
         name = f"faulty_{step}"
         description = "for tests"
         higher_is_better = {"one": True}
+        support = {"one": taxolens.Support("two", "things")} if step == "lacking_count" else {}
 
         def __init__(self, context: Any, options: Any = None) -> None:
             super().__init__(context, options)
@@ -67,10 +70,13 @@ def faulty_evaluator(step: str) -> type[taxolens.Evaluator]:
 
         def compute(self, *, permutation: Any = None, shuffled: bool = False) -> Any:
             fail_in(step, "compute")
-            return {"one": "word" if step == "unusable_numbers" else 1.0}
+            more = {"top/1": 0.5} if step == "unusable_name" else {}
+            return {"one": "word" if step == "unusable_numbers" else 1.0, **more}
 
         def tables(self) -> Any:
             fail_in(step, "tables")
+            if step == "unusable_table_name":
+                return {"../latents": pd.DataFrame()}
             return {"latents": 7} if step == "unusable_table" else {}
 
         def figures(self) -> Any:
@@ -131,6 +137,9 @@ def faulty() -> Any:
     expected = {step: f"Trouble: told to fail in {step}" for step in STEPS}
     expected["calibrate"] = "ConfigError: told to fail in calibrate"
     expected["unusable_numbers"] = "ValueError: could not convert string to float: 'word'"
+    expected["unusable_name"] = "ConfigError: faulty_unusable_name.compute: no name of a file"
+    expected["lacking_count"] = "ConfigError: faulty_lacking_count.compute: no 'two', the support"
+    expected["unusable_table_name"] = "ConfigError: table or figure: it names a file; given '../"
     expected["unusable_table"] = "AttributeError: 'int' object has no attribute 'copy'"
     expected["unusable_figure"] = "AttributeError: 'int' object has no attribute 'to_json'"
     evaluators = [faulty_evaluator(step) for step in expected]

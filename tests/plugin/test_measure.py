@@ -601,6 +601,7 @@ def test_cards_show_the_top_images(
         top=done.context.share(TopImages, k=cards.TOP_IMAGES),
         rate=done.context.share(FiringRate),
         image_ids=np.arange(len(held_out)) + 100,
+        images="0a1b",
     )
     order = z[:, latent].argsort(descending=True)[: cards.N_IMAGES]
     assert [image.index - 100 for image in card.images] == order.tolist()
@@ -609,7 +610,11 @@ def test_cards_show_the_top_images(
     assert card.fires_on == pytest.approx((z[:, latent] > 0).float().mean().item())
     assert math.isnan(card.above_threshold_on)  # the table does not say
     facts = {"top": done.context.share(TopImages, k=cards.TOP_IMAGES), "taxonomy": TREE}
-    facts |= {"rate": done.context.share(FiringRate), "image_ids": np.arange(len(held_out))}
+    facts |= {
+        "rate": done.context.share(FiringRate),
+        "image_ids": np.arange(len(held_out)),
+        "images": "",
+    }
     said = placed((latent, "thing.0.1", 0.6)).assign(fires_on=[0.125])
     assert cards.make_cards(said, [0], **facts)[0].above_threshold_on == 0.125
     assert card.path[0] == "thing" and len(card.path) == 3 and card.generality == 1

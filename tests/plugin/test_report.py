@@ -308,7 +308,8 @@ def test_what_is_no_longer_measured_is_not_left_beside_the_rest(tmp_path: Path) 
     folder = write_comparison(results)
     (folder / "mine.txt").touch()
     pair = {"pair_depth": results.saes[0].evaluators["pair_depth"]}
-    write_comparison(replace(results, saes=[replace(results.saes[0], evaluators=pair)]))
+    fewer = replace(results, saes=[replace(results.saes[0], evaluators=pair)])
+    write_comparison(fewer, earlier=results)
     assert {f.name for f in folder.iterdir()} == {
         "pair_depth.pair_depth.csv",
         "pair_depth.pair_depth.svg",
@@ -323,6 +324,29 @@ def test_stages_of_a_cnn_have_a_row_each(results: Results) -> None:
     report = Report(replace(results, saes=saes))
     rows = report.side_by_side(report.headlines[0])
     assert [place for place, _ in rows] == hooks and all(row[0] for _, row in rows)
+
+
+def test_points_of_a_vit_beside_a_cnn_stand_over_their_own_labels(tmp_path: Path) -> None:
+    """Each tick of the axis is one place, and each point of a series stands at the tick of its own."""
+    results = make_results(tmp_path, n_layers=4, runs=("vit", "cnn"))
+    names = ["layer1.0", "layer1.2", "layer2.0", "layer2.3"]
+    hooks = [*(f"blocks.{i}.hook_out" for i in (1, 4, 7, 11)), *names]
+    saes = [
+        replace(sae, id=f"{sae.run}/{h}", name=h, hook_name=h, layer=layer_of(h))
+        for sae, h in zip(results.saes, hooks, strict=True)
+    ]
+    report = Report(replace(results, saes=saes))
+    svg = str(report.chart(report.headlines[0]))
+    labels = ("1", "4", "7", "11", "1.0", "1.2", "2.0", "2.3")
+    found = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle"[^>]*>([^<]+)<', svg)
+    ticks = [(float(x), text) for x, text in found]
+    assert [text for _, text in ticks] == list(labels)
+    lines = {
+        tuple(float(point.split(",")[0]) for point in points.split())
+        for points in re.findall(r'<polyline points="([^"]+)"', svg)
+    }
+    xs = [x for x, _ in ticks]
+    assert sorted(lines) == [pytest.approx(xs[:4], abs=0.1), pytest.approx(xs[4:], abs=0.1)]
 
 
 @pytest.mark.parametrize(
