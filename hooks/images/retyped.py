@@ -38,10 +38,11 @@ def retyped_columns(files: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files:
         try:
-            options: Any = {"dtype": str, "keep_default_na": False, "na_filter": False}
+            chunks: Any = {"chunksize": CHUNK}
+            as_text: Any = {"dtype": str, "keep_default_na": False, "na_filter": False}
             with (
-                pd.read_csv(file, chunksize=CHUNK, **options) as written,
-                pd.read_csv(file, chunksize=CHUNK) as typed,
+                pd.read_csv(file, **chunks, **as_text) as written,
+                pd.read_csv(file, **chunks) as typed,
             ):
                 for texts, values in zip(written, typed, strict=True):
                     for name in texts.columns:

@@ -65,12 +65,17 @@ def _check_encoder(modules: dict[str, Any]) -> None:
             tied to another dictionary than the SAE's own.
     """
     encoder = modules.get("encoder")
-    place, _, name = encoder.kind.rpartition(".") if isinstance(encoder, Record) else ("", "", "")
-    if name not in ENCODERS or place.partition(".")[0] != "overcomplete":
+    kind = encoder.kind if isinstance(encoder, Record) else "none"
+    place, _, name = kind.rpartition(".")
+    if (
+        not isinstance(encoder, Record)
+        or name not in ENCODERS
+        or place.partition(".")[0] != "overcomplete"
+    ):
         raise ConfigError(
             "encoder",
             "a class whose latents cannot be told from its tensors",
-            given=encoder.kind[:80] if isinstance(encoder, Record) else "none",
+            given=kind[:80],
             allowed=f"overcomplete's {' or '.join(ENCODERS)}",
         )
     children = fields_of(encoder.fields.get("_modules"))
