@@ -290,16 +290,21 @@ def _compared(name: str, value: Any) -> Any:
 def bytes_needed(
     cfg: Any, saes: Iterable[TrainingSAE[Any]], *, cache_bytes: int = 0
 ) -> dict[str, int]:
-    """Field of an output folder -> the most bytes that the run writes there."""
+    """Field of an output folder -> the most bytes of tensors that the run writes there.
+
+    The checkpoint of an interrupt is counted beside regular ones, and not where there are none.
+    """
     weights = sum(_n_bytes(sae) for sae in saes)
-    n_checkpoints = cfg.n_checkpoints + 1  # one more for an interrupt
+    n_checkpoints = cfg.n_checkpoints + 1 if cfg.n_checkpoints else 0
     if cfg.keep_checkpoints is not None:
         n_checkpoints = min(n_checkpoints, cfg.keep_checkpoints + 1)
     n_checkpoints += cfg.save_final_checkpoint
+    if cfg.checkpoint_path is None:
+        n_checkpoints = 0
     factor = CHECKPOINT_FACTOR + ("soft_frozen_decoder" in cfg.sae_constraints.values())
     return {
         "output_path": weights,
-        "checkpoint_path": factor * weights * n_checkpoints if cfg.n_checkpoints else 0,
+        "checkpoint_path": factor * weights * n_checkpoints,
         "cached_activations_path": cache_bytes,
     }
 
@@ -310,7 +315,9 @@ def cache_size(cfg: Any, model: Any, images: ImageDataset) -> int:
         return 0
     width = sum(hook_d_in(model, name, cfg.image_size) for name in cfg.unique_hook_names)
     per_image = count_tokens(cfg, model, cfg.tokens)
-    return len(images) * per_image * width * str_to_dtype(cfg.dtype).itemsize
+    dtype = str_to_dtype(cfg.dtype)
+    stored = torch.float32 if dtype == torch.bfloat16 else dtype  # NumPy has no bfloat16
+    return len(images) * per_image * width * stored.itemsize
 
 
 def _check_writable(field: str, place: Path) -> Path:

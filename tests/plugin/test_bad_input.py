@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,10 +17,11 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from safetensors.torch import load_file
+from taxolens.hooks.activations.cache import ActivationCache
 from taxolens.hooks.images.dataset import load_images
 from taxolens.hooks.models.load import load_vision_model
 from taxolens.plugin.evaluation.sae_folders import find_saes
-from taxolens.plugin.training import interrupts
+from taxolens.plugin.training import interrupts, preflight
 from taxolens.plugin.training.checkpoints import checkpoints_in
 from taxolens.plugin.training.runner import VisionSAETrainingRunner
 from taxolens.registry.errors import (
@@ -149,6 +151,40 @@ def test_room_on_the_disk_is_counted_before(training, monkeypatch):
     training.runner(training.single(n_checkpoints=3, keep_checkpoints=1))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, needed))
     training.runner(training.single(n_checkpoints=3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_room_for_the_cache_is_that_of_its_arrays(training, images, vit, dtype):
+    place = training.folder / "activations"
+    settings = {"dtype": dtype, "use_cached_activations": True, "n_checkpoints": 0}
+    cfg = training.single(**settings, cached_activations_path=str(place))
+    predicted = preflight.cache_size(cfg, vit, images)
+    ActivationCache.build(vit, images, cfg.extraction, source=cfg.image_source, path=place)
+    (file,) = place.glob("blocks*.npy")
+    assert predicted == np.load(file).nbytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "n"),
+    [
+        ({"n_checkpoints": 0}, 0),
+        ({"n_checkpoints": 0, "save_final_checkpoint": True}, 1),
+        ({"n_checkpoints": 2}, 2),
+        ({"n_checkpoints": 2, "save_final_checkpoint": True}, 3),
+        ({"n_checkpoints": 2, "save_final_checkpoint": True, "checkpoint_path": None}, 0),
+    ],
+)
+def test_room_for_checkpoints_is_that_of_their_files(training, settings, n):
+    """But for headers, counts of firings and JSON; and one more beside regular ones, for an interrupt."""
+    sae = TopKTrainingSAEConfig(d_in=16, d_sae=1024, k=4)
+    runner = training.runner(training.single(sae=sae, **settings))
+    predicted = preflight.bytes_needed(runner.cfg, [runner.sae])["checkpoint_path"]
+    runner.run()
+    files = [path for path in (training.folder / "checkpoints").rglob("*") if path.is_file()]
+    found = sum(path.stat().st_size for path in files)
+    one = 3 * 4 * (2 * 16 * 1024 + 16 + 1024)
+    assert n * one <= found <= n * 1.1 * one
+    assert predicted == (n + (settings["n_checkpoints"] > 0)) * one * (n > 0)
 
 
 class TestCheckpointsOfOtherRuns:
