@@ -30,7 +30,10 @@ class Series:
 
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key that puts ``blocks.10`` after ``blocks.9``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    # What \d matches and int() reads; isdigit is true of ² and ① too.
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)
+    ]
 
 
 def all_series(results: Results) -> list[Series]:

@@ -55,7 +55,9 @@ def convert(checkpoint: Checkpoint, facts: Facts) -> Converted:
     kind, *numbers = activation.split("_")
     k = None
     if "TopK" in kind:
-        k = facts.ask("k", int(numbers[0]) if numbers and numbers[0].isdigit() else None, default=1)
+        k = facts.ask(
+            "k", int(numbers[0]) if numbers and numbers[0].isdecimal() else None, default=1
+        )
     facts.settle()
     _refuse(kind, normalize, soft_cap)
     log_threshold = found.pop(LOG_THRESHOLD, None)

@@ -1127,6 +1127,13 @@ def test_blocks_come_in_natural_order_and_checkpoints_do_not_count(tmp_path: Pat
     assert checkpoint.name == "500"
 
 
+def test_superscripts_and_circled_digits_are_no_numbers(tmp_path: Path) -> None:
+    names = ["٣", "k9²", "k10²", "①"]  # the first is a decimal digit, as int() reads it
+    for name in names:
+        save_sae(tmp_path / name, HOOKS[0], {})
+    assert [sae.id for sae in find_saes(tmp_path)] == names
+
+
 def test_a_checkpoint_is_read_with_what_scales_its_inputs(tmp_path: Path) -> None:
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(

@@ -435,6 +435,12 @@ def test_dictionary_learning_without_its_config(tmp_path):
     gives(read_sae(file.path, sae_class="BatchTopKSAE"), file)
 
 
+def test_a_superscript_is_no_k_of_an_msae_file(tmp_path):
+    file = sae_files.msae(tmp_path, "TopKReLU_5", name="mine.pth")
+    with pytest.raises(ConfigError, match="k: "):
+        read_sae(file.path, activation="TopKReLU_²")
+
+
 def test_a_renamed_msae_file(tmp_path):
     file = sae_files.msae(tmp_path, "TopKReLU_5", name="mine.pth")
     with pytest.raises(ConfigError, match=r"^activation, normalize, soft_cap: not in"):
