@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -36,12 +37,12 @@ def retyped_columns(files: Iterable[str]) -> dict[str, str]:
     `datasets` to say.
     """
     found: dict[str, str] = {}
+    read: Any = partial(pd.read_csv, chunksize=CHUNK)
     for file in files:
         try:
-            options: Any = {"dtype": str, "keep_default_na": False, "na_filter": False}
             with (
-                pd.read_csv(file, chunksize=CHUNK, **options) as written,
-                pd.read_csv(file, chunksize=CHUNK) as typed,
+                read(file, dtype=str, keep_default_na=False, na_filter=False) as written,
+                read(file) as typed,
             ):
                 for texts, values in zip(written, typed, strict=True):
                     for name in texts.columns:
