@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -36,13 +37,12 @@ def retyped_columns(files: Iterable[str]) -> dict[str, str]:
     `datasets` to say.
     """
     found: dict[str, str] = {}
+    read: Any = partial(pd.read_csv, chunksize=CHUNK)
     for file in files:
         try:
-            chunks: Any = {"chunksize": CHUNK}
-            as_text: Any = {"dtype": str, "keep_default_na": False, "na_filter": False}
             with (
-                pd.read_csv(file, **chunks, **as_text) as written,
-                pd.read_csv(file, **chunks) as typed,
+                read(file, dtype=str, keep_default_na=False, na_filter=False) as written,
+                read(file) as typed,
             ):
                 for texts, values in zip(written, typed, strict=True):
                     for name in texts.columns:

@@ -124,7 +124,7 @@ class _Hooked:
         return getattr(self._config, name)
 
 
-def eager_attention(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def eager_attention(attention: nn.Module) -> Callable[..., Any] | None:
     """The eager attention of the file that a module of Hugging Face is from; None where it has none."""
     source = sys.modules.get(type(attention).__module__)
     return getattr(source, "eager_attention_forward", None)
