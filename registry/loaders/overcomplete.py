@@ -66,19 +66,14 @@ def _check_encoder(modules: dict[str, Any]) -> None:
     """
     encoder = modules.get("encoder")
     kind = encoder.kind if isinstance(encoder, Record) else "none"
-    place, _, name = kind.rpartition(".")
-    if (
-        not isinstance(encoder, Record)
-        or name not in ENCODERS
-        or place.partition(".")[0] != "overcomplete"
-    ):
+    if kind.partition(".")[0] != "overcomplete" or kind.rpartition(".")[2] not in ENCODERS:
         raise ConfigError(
             "encoder",
             "a class whose latents cannot be told from its tensors",
             given=kind[:80],
             allowed=f"overcomplete's {' or '.join(ENCODERS)}",
         )
-    children = fields_of(encoder.fields.get("_modules"))
+    children = fields_of(fields_of(encoder).get("_modules"))
     blocks = fields_of(fields_of(children.get("final_block")).get("_modules"))
     norm = blocks.get("1")
     if isinstance(norm, Record) and norm.kind not in NORMS:
