@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from ...hooks.activations.cache import ActivationCache
-from ...hooks.activations.cache_reader import read_index
+from ...hooks.activations.cache_reader import INDEX_FILE, read_index
 from ...hooks.activations.extract import Extraction, model_fingerprint
 from ...hooks.models.intervention import ModelIntervention, Pictures
 from ...hooks.models.load import hook_n_tokens, load_vision_model, resolve_hook_name
 from ...hooks.models.tokens import check_tokens
 from ...registry.errors import ConfigError, TaxolensError
-from ...registry.files import UnreadableError, file_digest, reason
+from ...registry.files import LOCK_FILENAME, UnreadableError, file_digest, reason
 from ...registry.hashing import fingerprint
 from ...registry.ranks import ALONE, Ranks
 from .bench import Bench, HeldOutActivations
@@ -216,10 +216,13 @@ def remove_caches(folder: Path) -> None:
 
 
 def _is_cache(folder: Path) -> bool:
+    """Whether it is a cache, or what a process that was killed before the first index has left of one."""
     try:
         read_index(folder)
     except TaxolensError:
-        return False
+        names = [place.name for place in folder.rglob("*") if place.is_file()]
+        own = (name.endswith(".npy") or name.startswith((".", INDEX_FILE)) for name in names)
+        return LOCK_FILENAME in names and all(own)
     return True
 
 

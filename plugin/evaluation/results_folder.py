@@ -293,7 +293,10 @@ class ResultsFolder:
         if self._earlier is not None:
             for file in _files(self._earlier) - _files(results):
                 with suppress(UnreadableError):  # not written by us
-                    _own_file(self.folder, file).unlink(missing_ok=True)
+                    own = _own_file(self.folder, file)
+                    own.unlink(missing_ok=True)
+                    with suppress(OSError):  # other files are in it
+                        own.parent.rmdir()
         self._forget_ranks()
         return results
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ SAE_SCHEMA = "taxolens.sae/1"  # version of our keys in the metadata: docs/forma
 
 RUNS = "run folders, checkpoints or SAE folders"
 LISTED = "an architecture of `taxolens list architectures`"
+LINKED_DEPTH = 2  # a run, and the SAEs in it
 
 # Type of the settings that are read from metadata and runner_cfg.json; another one is refused.
 TYPES: dict[str, Any] = {
@@ -286,23 +288,34 @@ def find_saes(runs: str | Path | Sequence[str | Path], *, several: bool = False)
 def folders_with_cfg(top: Path) -> list[Path]:
     """The folders at and below `top` that hold a cfg.json, each once, also those that links lead to.
 
-    A folder to which a link beside it leads has its own name. Links up from `top` are not followed.
+    A folder to which a link beside it leads has its own name. Links up from `top` are not followed, and others
+    no further than `LINKED_DEPTH` folders deep: a run may have a link to its data set.
     """
     found: list[Path] = []
     seen: set[str] = set()
-    starts = deque([str(top)])
-    while starts:
-        for folder, folders, names in os.walk(starts.popleft()):
-            real = os.path.realpath(folder)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            if SAE_CFG_FILENAME in names:
-                found.append(Path(folder))
-            links = (os.path.join(folder, name) for name in sorted(folders))
-            starts += [link for link in links if os.path.islink(link) and not _is_above(link, top)]
+    links: list[str] = []
+    for folder, folders, names in os.walk(top):
+        seen.add(os.path.realpath(folder))
+        if SAE_CFG_FILENAME in names:
+            found.append(Path(folder))
+        links += filter(os.path.islink, (os.path.join(folder, name) for name in sorted(folders)))
+    for link in links:
+        if not _is_above(link, top):
+            for folder in _below(link, LINKED_DEPTH):
+                real = os.path.realpath(folder)
+                if real not in seen and os.path.exists(os.path.join(folder, SAE_CFG_FILENAME)):
+                    found.append(Path(folder))
+                seen.add(real)
     return found
+
+
+def _below(folder: str, depth: int) -> Iterator[str]:
+    """A folder and those up to `depth` below it; files are not listed at the last of them."""
+    yield folder
+    if depth:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for place in sorted(entry.path for entry in entries if entry.is_dir()):
+                yield from _below(place, depth - 1)
 
 
 def _is_above(folder: str, top: Path) -> bool:

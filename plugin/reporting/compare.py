@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,6 @@ from ...registry.errors import DataError
 from ...registry.files import is_file_name, write_atomically
 from ...registry.nulls import DECISIVE
 from ...registry.table import EVALUATORS
-from .controls import with_controls
 from .headlines import ShownMetric
 from .report import Report
 from .results import Results
@@ -72,19 +72,26 @@ def write_comparison(
     for name in _own_names(earlier) - written:
         if (target / name).is_file():
             (target / name).unlink()
+    if CONTROLS_FILENAME not in written and _is_control_table(target / CONTROLS_FILENAME):
+        (target / CONTROLS_FILENAME).unlink()
     return target
 
 
 def _own_names(earlier: Results | None) -> set[str]:
-    """The names of files that an earlier evaluation may have written for its metrics and controls."""
+    """The names of files that an earlier evaluation may have written for its metrics."""
     stems = {
         f"{name}.{metric}" for name, cls in EVALUATORS.items() for metric in cls.higher_is_better
     }
-    names = set()
     if earlier is not None:
         stems |= {f"{evaluator}.{metric}" for evaluator, metric in earlier.metric_names()}
-        names = {CONTROLS_FILENAME} if with_controls(earlier.saes) else set()
-    return names | {stem + suffix for stem in stems if is_file_name(stem) for suffix in SUFFIXES}
+    return {stem + suffix for stem in stems if is_file_name(stem) for suffix in SUFFIXES}
+
+
+def _is_control_table(file: Path) -> bool:
+    """Whether it is a table of controls as an evaluation writes it, perhaps one that never finished."""
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.readline(64).startswith(b"evaluator,metric,sae,trained")
+    return False
 
 
 def as_csv(table: pd.DataFrame) -> str:

@@ -131,6 +131,10 @@ def test_files_of_others_in_the_output_folder_are_left_alone(evaluate: Any, tmp_
         file.write_text("a,b\n1,2\n")
     evaluate(evaluators="pair_depth", keep_activations=True)
     assert len(list((out / "activations").iterdir())) == 3
+    killed = out / "activations" / "89abcdef"  # before its first index
+    killed.mkdir()
+    for name in (".lock", "blocks.0.hook_resid_post.npy"):
+        (killed / name).write_bytes(b"")
     measured = {file.name for file in (out / "metrics").glob("pair_depth.*")}
     evaluate(evaluators="lch_height", replace=True)
     assert all(file.read_text() == "a,b\n1,2\n" for file in mine)
@@ -1161,7 +1165,8 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_saes_that_links_lead_to_are_found_once(tmp_path: Path) -> None:
-    for i, name in enumerate(("runs/l0", "else/l1", "else/deep/l2")):
+    """A run and its SAEs below a link; a data set below one is not searched any further."""
+    for i, name in enumerate(("runs/l0", "else/l1", "else/deep/l2", "else/too/deep/l3")):
         save_sae(tmp_path / name, HOOKS[0], {}, seed=i)
     runs = tmp_path / "runs"
     links = {

@@ -502,6 +502,18 @@ def test_without_controls_there_is_no_section(results: Results, tmp_path: Path) 
     assert not (write_comparison(results, tmp_path) / "controls.csv").exists()
 
 
+def test_a_table_of_controls_that_other_saes_had_is_removed(
+    results: Results, tmp_path: Path
+) -> None:
+    """Of an evaluation, perhaps one that never finished; a table of the user's own is left alone."""
+    table = tmp_path / "metrics" / "controls.csv"
+    table.parent.mkdir()
+    for text, stays in (("evaluator,metric,sae,trained,frozen\n", False), ("a,b\n", True)):
+        table.write_text(text)
+        write_comparison(results, tmp_path)
+        assert table.exists() == stays
+
+
 def test_stages_of_a_cnn_make_one_curve(results: Results) -> None:
     hooks = ["layer1.0.hook_out", "layer1.1.hook_out", "layer2.0.hook_out"]
     saes = [sae_like(results, id=h, name=h, hook_name=h, layer=layer_of(h)) for h in hooks]
