@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import wandb
 import yaml
@@ -198,9 +198,6 @@ class VisionFields:
     sparse_step: bool = True
     overwrite_output: bool = False
 
-    # Settings that were not given, and which a longer run that resumes takes from its checkpoint.
-    defaults_of_length: ClassVar[tuple[str, ...]] = ()
-
     def __post_init__(self) -> None:
         cfg: Any = self
         if type(cfg.logger) is LoggingConfig:
@@ -228,6 +225,11 @@ class VisionFields:
             cfg.checkpoint_path = f"{checkpoint_root}/{self.checkpoint_id}"
         if self.use_cached_activations and cache_path is None:
             self.cached_activations_path = _default_cache_path(cfg)
+
+    @property
+    def defaults_of_length(self) -> tuple[str, ...]:
+        """Settings that were not given, and that a longer run which resumes takes from its checkpoint."""
+        return getattr(self, "_defaults_of_length", ())
 
     @property
     def sae_configs(self) -> dict[str, TrainingSAEConfig]:
@@ -538,7 +540,7 @@ def _fit_to_the_run(cfg: Any) -> None:
         cfg.dead_feature_window = min(DEAD_STEPS, max(1, round(DEAD_SHARE * steps)))
     if cfg.n_batches_for_norm_estimate is None:
         cfg.n_batches_for_norm_estimate = min(NORM_BATCHES, max(1, steps))
-        cfg.defaults_of_length = ("n_batches_for_norm_estimate",)
+        cfg._defaults_of_length = ("n_batches_for_norm_estimate",)
 
 
 def _round_up_training_tokens(cfg: Any) -> None:

@@ -60,7 +60,7 @@ def run(vit, vit_folder, photos, images, world, tmp_path_factory):
         write_report(results, interactive=False)
         model_cfg = training.single(checkpoint_id="model", n_checkpoints=1, output_path=None)
         training.runner(model_cfg).run()
-        runner = training.runner(training.multi(checkpoint_id="other"))
+        runner = training.runner(training.multi(checkpoint_id="other", output_path=None))
     (checkpoint,) = checkpoints_in(training.checkpoints)
     (from_model,) = checkpoints_in(training.checkpoints.parent / "model")
     return SimpleNamespace(

@@ -253,7 +253,8 @@ def test_compile_llm_reaches_torch(training, monkeypatch):
 def test_training_goes_on_from_saved_weights(training):
     training.runner(training.single(n_checkpoints=1)).run()
     checkpoint = training.checkpoints / "48"
-    cfg = training.single(from_pretrained_path=str(checkpoint), checkpoint_id="tuned")
+    settings = {"checkpoint_id": "tuned", "output_path": str(training.folder / "tuned")}
+    cfg = training.single(from_pretrained_path=str(checkpoint), **settings)
     runner = training.runner(cfg)
     assert torch.equal(runner.sae.W_enc, load_file(checkpoint / "sae_weights.safetensors")["W_enc"])
     runner.run()
