@@ -143,6 +143,15 @@ class ArchetypalDictionary(ExactBuffers, SAE[Any]):
         """(d_sae, d_in) decoder."""
         return self.dictionary() if self._held is None else self._held
 
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Candidates without refinement that were saved as such, before their counts were bytes: given ones.
+        saved = state_dict.get(prefix + "candidate_counts")
+        steps = getattr(self.cfg, "candidate_steps", None)
+        if steps == 0 and saved is not None and saved.shape == self.candidate_counts.shape:
+            state_dict[prefix + "candidate_counts"] = torch.ones_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # As in SAELens's matching pursuit for W_enc: the base class assigns W_dec.
     @override
     def __setattr__(self, name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -119,6 +120,31 @@ def test_attention_pattern_is_hugging_faces(variant: str) -> None:
 
 
 PATTERN = "blocks.0.attn.hook_pattern"
+
+
+def test_threads_that_share_a_model_each_see_their_patterns() -> None:
+    """The config of an attention that is listened to is another one while it runs."""
+    model, seen, failed = tapped("vit"), [], []
+    images = [torch.randn_like(pictures()) for _ in range(2)]
+    alone = [run_to_hooks(model, each, [PATTERN])[PATTERN] for each in images]
+    model.hook_dict[PATTERN].add_hook(lambda pattern, hook: seen.append(pattern.clone()))
+
+    def run(each: torch.Tensor) -> None:
+        try:
+            for _ in range(60):
+                with torch.no_grad():
+                    model(each)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(each,)) for each in images]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len(seen) == 120
+    for pattern in alone:
+        assert sum(torch.equal(pattern, each) for each in seen) == 60
 
 
 def in_place(pattern: torch.Tensor, hook: Any) -> None:

@@ -301,6 +301,10 @@ class TestCheckpointsOfOtherRuns:
         assert recorded["n_batches_for_norm_estimate"] == 10  # the steps of the first run
         assert recorded["training_tokens"] == 20 * BATCH
         assert not [name for name in recorded if "defaults" in name]
+        # The same command over its own result, whose checkpoints are gone.
+        shutil.rmtree(training.checkpoints)
+        settings["resume_from_checkpoint"] = None
+        training.runner(training.single(**settings, overwrite_output=False)).run()
 
     def test_a_fresh_start_into_their_folder_is_refused(self, training, checkpoint):
         refused(

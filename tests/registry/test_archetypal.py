@@ -83,6 +83,17 @@ def test_candidates_come_from_the_data_and_then_stay():
     assert torch.equal(sae.candidates, learned)
 
 
+def test_given_candidates_of_an_earlier_version_stay():
+    """Its counts of them were numbers, and 0."""
+    sae, points = make(), torch.randn(7, 5)
+    sae.set_candidates(points)
+    saved = {**sae.state_dict(), "candidate_counts": torch.zeros(7)}
+    again = make(candidate_steps=0)
+    again.load_state_dict(saved)
+    step(again, torch.randn(40, 5))
+    assert torch.equal(again.candidates, points)
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
 def test_candidates_are_points_as_the_sae_normalises_them(norm):
     sae = make("jumprelu", candidate_steps=1, normalize_activations=norm)

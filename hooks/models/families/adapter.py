@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -141,6 +142,9 @@ def _hooked(
 
 
 AttentionInterface.register(HOOKED, _hooked)
+_swapping = (
+    RLock()
+)  # the config of an attention that is listened to is another one meanwhile, for all threads
 
 
 def show_pattern(point: Any, pattern: Tensor, why: str) -> None:
@@ -184,6 +188,10 @@ class VisionAttention(AttentionBridge):
         attention: Any = self.original_component
         if not _is_listened_to(self.hook_pattern):
             return self._run(arguments, options)
+        with _swapping:
+            return self._run_hooked(attention, arguments, options)
+
+    def _run_hooked(self, attention: Any, arguments: Any, options: Any) -> Any:
         state, passed = vars(attention), []
 
         def on_pattern(output: Tensor, pattern: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
