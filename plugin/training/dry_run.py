@@ -85,7 +85,7 @@ def rehearse(
             stage = "be saved and loaded"
             with tempfile.TemporaryDirectory() as folder:
                 sae.save_inference_model(folder)
-                loaded = SAE.load_from_disk(folder, device=device)
+                loaded = SAE.load_from_disk(folder).to(device)
             stage = "encode once saved"
             _encode(loaded)
     except Exception as error:
